@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small protocol every backend speaks: compile a graph, load it, bind tensors, run.
+
+Bindings are addresses. A `BoundCall` keeps the tensors it was bound to alive, reads inputs and
+writes outputs in place, and may be run any number of times; nothing is copied or allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Availability", "Backend", "BoundCall", "Engine", "Target", "TensorSpec"]
+
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name-free description of a graph input or output.
+
+    Attributes:
+        dtype: Spelled as in torch: ``float32``, ``bfloat16``, ``float16``, ``int64``, ``bool``.
+        shape: Fixed sizes as int, dynamic ones by their name.
+    """
+
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used here.
+
+    Attributes:
+        available: True when graphs can be compiled and run.
+        reason: Version and device when available, else why not.
+        install: Command that would make it available; empty when it is.
+    """
+
+    available: bool
+    reason: str
+    install: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a graph is compiled for.
+
+    Attributes:
+        precision: Precision of the graph: ``float32``, ``bfloat16`` or ``float16``; the one a
+            backend must not change on its own.
+        profiles: Input name → (min, opt, max) shapes; empty where a backend needs none.
+        compute_capabilities: CUDA compute capabilities as "8.9"; empty for CPU backends.
+        options: Further settings of one backend by name, recorded in the manifest.
+    """
+
+    precision: str = "float32"
+    profiles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=dict
+    )
+    compute_capabilities: tuple[str, ...] = ()
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+
+class BoundCall(Protocol):
+    """An engine with every binding set."""
+
+    def run(self) -> None:
+        """Run once (or enqueue, on a device with streams) over the bound tensors."""
+
+
+class Engine(Protocol):
+    """One compiled graph, loaded."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def bind(self, bindings: Mapping[str, Tensor]) -> BoundCall:
+        """Bind every input and output by address.
+
+        Args:
+            bindings: Input or output name → contiguous tensor on the backend's device, of the
+                declared dtype; shapes agree with each other on named dimensions.
+
+        Raises:
+            RequestError: a name is missing or unknown, or a dtype or shape does not fit.
+        """
+
+
+class Backend(Protocol):
+    """A runtime that compiles ONNX graphs. Instances are cheap and hold no engine."""
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+    device: torch.device
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Say whether this backend works here, without importing it when it is absent."""
+
+    def compile(self, graph: Path, target: Target, out: Path) -> None:
+        """Compile ``graph`` into the file or folder ``out``, recording what it is for.
+
+        Raises:
+            BuildError: the backend refuses the graph; names graph and node where it can.
+        """
+
+    def load(self, compiled: Path) -> Engine:
+        """Load what `compile` wrote.
+
+        Raises:
+            BundleError: the file was compiled for another version or machine.
+        """
+
+    def synchronize(self) -> None:
+        """Wait until every enqueued run has finished."""

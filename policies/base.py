@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a cache policy: a pure function of tensors that is traced, compiled and shipped.
+
+No runtime contains policy code. A policy is a `torch.nn.Module` without weights whose `decide`
+uses torch operations only (no Python branch on a tensor's value), so that one graph serves every
+step, step count, parameter value and signal shape.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..configs.policy_spec import PolicySpec
+
+__all__ = ["Decision", "Policy", "Step", "hold"]
+
+
+class Step(NamedTuple):
+    """Where the run stands; every field is an input of the compiled graph.
+
+    Attributes:
+        step_index: int64 [], loop counter, 0-based.
+        step_count: int64 [], steps of the run.
+        computed_steps: int64 [history.maximum], indices of the last computed steps, newest first,
+            -1 where the history does not reach.
+        must_compute: bool [], the guard's verdict: this step is computed whatever the law says.
+    """
+
+    step_index: Tensor
+    step_count: Tensor
+    computed_steps: Tensor
+    must_compute: Tensor
+
+
+class Decision(NamedTuple):
+    """What a policy answers for one branch at one step.
+
+    Attributes:
+        compute: bool [], True runs the body.
+        mix: float32 [history.maximum], factor of each past residual, newest first; read only
+            when the step is reused.
+        state: The new value of every declared state tensor.
+    """
+
+    compute: Tensor
+    mix: Tensor
+    state: dict[str, Tensor]
+
+
+class Policy(torch.nn.Module):
+    """A decision law and a mix law with their declared state and parameters.
+
+    Subclasses set ``spec`` and write `decide`. State is passed in and returned, never held, so
+    branches and requests can't leak into each other.
+    """
+
+    spec: ClassVar[PolicySpec]
+
+    @abstractmethod
+    def decide(
+        self,
+        step: Step,
+        signal: Tensor,
+        feature: Tensor,
+        kept: dict[str, Tensor],
+        state: dict[str, Tensor],
+        parameters: dict[str, Tensor],
+    ) -> Decision:
+        """Decide whether the coming step is computed, before it runs.
+
+        Args:
+            step: Where the run stands.
+            signal: float32 [rows, width], the declared signal at this step; [1, 1] zeros where
+                the policy declares none.
+            feature: float32 [frames, tokens_per_frame, channels], the declared feature of the last
+                computed step (batch element 0 of the branch); [1, 1, 1] zeros where none.
+            kept: The declared tensors of the past, shaped like ``signal`` or ``feature``. Before
+                there is a past they hold zeros.
+            state: The declared state, as the last step returned it or as declared initially.
+            parameters: The declared parameters, as tensors of their declared dtype and shape.
+
+        Returns:
+            The decision. ``compute`` must be True wherever ``step.must_compute`` is.
+        """
+
+
+def hold(step: Step) -> Tensor:
+    """Return the mix that repeats the newest residual, [1, 0, …]."""
+    newest = torch.zeros_like(step.computed_steps)
+    newest[0] = 1
+    return newest.to(torch.float32)
