@@ -1,1 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The backends, in the order in which `auto` tries them.
+
+Importing this package needs none of them installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+
+from ..configs.errors import BackendUnavailable, ConfigError, nearest
+from .base import Availability, Backend, BoundCall, Engine, Target, TensorSpec
+
+__all__ = [
+    "BACKENDS",
+    "Availability",
+    "Backend",
+    "BoundCall",
+    "Engine",
+    "Target",
+    "TensorSpec",
+    "auto_backend",
+    "backend",
+    "backend_class",
+]
+
+BACKENDS: Mapping[str, str] = {
+    "tensorrt": "freewheel.engines.tensorrt:TensorRT",
+    "tensorrt-rtx": "freewheel.engines.tensorrt:TensorRTRTX",
+    "openvino": "freewheel.engines.openvino:OpenVino",
+    "onnxruntime": "freewheel.engines.onnxruntime:OnnxRuntime",
+}
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Import the class of a backend, installed or not.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"backend '{name}'", "no such backend", nearest(name, list(BACKENDS)))
+    module, _, attribute = BACKENDS[name].partition(":")
+    found: type[Backend] = getattr(import_module(module), attribute)
+    return found
+
+
+def backend(name: str, *, to_build: bool = False) -> Backend:
+    """Make a backend by name.
+
+    Args:
+        name: A name in `BACKENDS`.
+        to_build: Accept a backend that can compile here but not run.
+
+    Raises:
+        ConfigError: there is no such backend.
+        BackendUnavailable: it is not installed, or lacks its device.
+    """
+    found = backend_class(name)
+    state = found.probe()
+    if not (state.available or (to_build and state.can_build)):
+        raise BackendUnavailable(f"backend '{name}'", state.reason, state.install)
+    return found()
+
+
+def auto_backend(precision: str = "float32") -> tuple[Backend, Mapping[str, str]]:
+    """Take the first backend that can compile and run ``precision`` graphs here.
+
+    Returns:
+        The backend, and per backend name, in order, why it was taken or passed over.
+
+    Raises:
+        BackendUnavailable: none can; says why for each.
+    """
+    reasons: dict[str, str] = {}
+    for name in BACKENDS:
+        found = backend_class(name)
+        state = found.probe()
+        reasons[name] = state.reason
+        if state.available and precision not in found.precisions:
+            reasons[name] = f"has no {precision} kernels ({state.reason})"
+        elif state.available:
+            return found(), reasons
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendUnavailable("backend 'auto'", f"none runs here ({why})", "pip install openvino")

@@ -38,14 +38,22 @@ class Availability:
     """Whether a backend can be used here.
 
     Attributes:
-        available: True when graphs can be compiled and run.
+        available: True when graphs can be compiled and run here.
         reason: Version and device when available, else why not.
         install: Command that would make it available; empty when it is.
+        builds_elsewhere: True when graphs can be compiled here for a machine that is not this
+            one (ahead of time, for a GPU), though not run.
     """
 
     available: bool
     reason: str
     install: str = ""
+    builds_elsewhere: bool = False
+
+    @property
+    def can_build(self) -> bool:
+        """Whether ``compile`` works here, wherever the result may run."""
+        return self.available or self.builds_elsewhere
 
 
 @dataclass(frozen=True)
