@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drive a decide function step by step, as a session does, and keep what it keeps.
+
+The function is the eager `Guarded` module ("the Python law") or a compiled graph: both take and
+return tensors by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..configs.errors import ConfigError, nearest
+from ..configs.policy_spec import (
+    GUARD_PARAMETERS,
+    GUARD_STATE,
+    ParameterSpec,
+    PolicySpec,
+    StateSpec,
+)
+from ..configs.setting import CacheSetting
+from . import policy
+from .guard import Guarded
+
+__all__ = ["DecideFunction", "DecisionRecord", "Law", "initial_tensors", "parameter_tensors"]
+
+Array = Tensor | np.ndarray[Any, Any]
+
+DecideFunction = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+"""Takes the tensors that `guard.decide_inputs` names, returns those of `guard.decide_outputs`. A
+compiled graph that lacks an input its law does not use is expected to pick what it takes."""
+
+
+@dataclass(frozen=True)
+class DecisionRecord:
+    """What was decided about one step of one branch.
+
+    Attributes:
+        compute: True where the body runs.
+        mix: Factor of each past residual, newest first; read only on reused steps.
+        distance: Accumulated distance after the decision, where the policy reports one.
+    """
+
+    compute: bool
+    mix: list[float]
+    distance: float | None
+
+
+def parameter_tensors(
+    specs: Mapping[str, ParameterSpec], values: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return each declared parameter as the tensor its graph input takes.
+
+    Args:
+        specs: Declared parameters.
+        values: Given values; defaults fill in the rest.
+
+    Raises:
+        ConfigError: a value is of the wrong type, length or range.
+    """
+    return {
+        name: torch.tensor(
+            spec.tensor_values(name, values.get(name, spec.default)),
+            dtype=getattr(torch, spec.dtype),
+        )
+        for name, spec in specs.items()
+    }
+
+
+def initial_tensors(specs: Mapping[str, StateSpec]) -> dict[str, Tensor]:
+    """Return each declared state tensor at the start of a run."""
+    return {
+        name: torch.full(spec.shape, spec.initial, dtype=getattr(torch, spec.dtype))
+        for name, spec in specs.items()
+    }
+
+
+class Law:
+    """One branch of one run: decides step after step, holding nothing but that run's state.
+
+    Before step t the decide function sees the signal of step t, that of step t − 1 (zeros at
+    t = 0), the feature of the last computed step and of the computed step before it (zeros before
+    they exist), and the indices of the residuals kept, newest first, padded by −1.
+
+    Attributes:
+        step_index: The step that the next decision is about.
+        last_computed: Index of the last computed step, whose feature `decide` is to be given.
+        computed_steps: Indices of the residuals kept, newest first.
+
+    Args:
+        spec: The policy's declaration.
+        decide: Eager `Guarded` module or a compiled graph.
+        setting: Parameters and guard; its ``policy`` must be ``spec.name``.
+        step_count: Steps of the run.
+
+    Raises:
+        ConfigError: a parameter is unknown, of the wrong type or out of range.
+    """
+
+    def __init__(
+        self, spec: PolicySpec, decide: DecideFunction, setting: CacheSetting, *, step_count: int
+    ) -> None:
+        assert setting.policy == spec.name, f"setting is for '{setting.policy}', not '{spec.name}'"
+        if setting.signal is not None and setting.signal not in spec.signals:
+            raise ConfigError(
+                f"signal of policy '{spec.name}'",
+                f"'{setting.signal}' is not one it takes",
+                nearest(setting.signal, spec.signals) if spec.signals else "it takes no signal",
+            )
+        self.spec = spec
+        self.step_count = step_count
+        self._decide = decide
+        self._exact_steps = frozenset(setting.guard.exact_steps)
+        limits = setting.guard.model_dump(include=set(GUARD_PARAMETERS))
+        parameters = spec.resolve(setting.parameters)
+        self._depth = spec.history.kept(parameters)
+        self._constants = {
+            **_prefixed("param.", parameter_tensors(spec.parameters, parameters)),
+            **_prefixed("guard.", parameter_tensors(GUARD_PARAMETERS, limits)),
+        }
+        self.reset()
+
+    @classmethod
+    def eager(cls, setting: CacheSetting, *, step_count: int) -> Law:
+        """Return the Python law of the setting's policy.
+
+        Raises:
+            ConfigError: policy or parameter unknown, or a bad value.
+        """
+        module = Guarded(policy(setting.policy))
+        return cls(module.spec, module, setting, step_count=step_count)
+
+    def reset(self) -> None:
+        """Forget the run: the next decision is about step 0."""
+        self.step_index = 0
+        self.last_computed: int | None = None
+        self.computed_steps: list[int] = []
+        self._past: dict[str, Tensor] = {}
+        self._state = {
+            **_prefixed("state.", initial_tensors(self.spec.state)),
+            **_prefixed("guard_state.", initial_tensors(GUARD_STATE)),
+        }
+
+    def decide(self, signal: Array | None = None, feature: Array | None = None) -> DecisionRecord:
+        """Decide about the next step and move on to the one after it.
+
+        Args:
+            signal: float32 [rows, width], at this step; needed where the policy declares one.
+            feature: float32 [frames, tokens_per_frame, channels], tapped at the last computed step;
+                needed where the policy declares one and a step was computed.
+
+        Returns:
+            The decision; it is taken to be followed.
+        """
+        assert self.step_index < self.step_count, f"the run has {self.step_count} steps only"
+        inputs = self._inputs(signal, feature)
+        with torch.no_grad():
+            outputs = self._decide(inputs)
+        self._state = {name: outputs[f"new_{name}"].clone() for name in self._state}
+        record = self._record(outputs)
+        if record.compute:
+            self.last_computed = self.step_index
+            self.computed_steps = [self.step_index, *self.computed_steps][: self._depth]
+        self.step_index += 1
+        return record
+
+    def _inputs(self, signal: Array | None, feature: Array | None) -> dict[str, Tensor]:
+        steps = self.computed_steps + [-1] * self.spec.history.maximum
+        inputs = {
+            "step_index": torch.tensor(self.step_index),
+            "step_count": torch.tensor(self.step_count),
+            "computed_steps": torch.tensor(steps[: self.spec.history.maximum]),
+            "exact": torch.tensor(self.step_index in self._exact_steps),
+            **self._constants,
+            **self._state,
+        }
+        if self.spec.signals:
+            assert signal is not None, f"policy '{self.spec.name}' needs a signal"
+            inputs |= self._rotate("signal", _float32(signal), is_new=True)
+        if self.spec.feature:
+            is_new = self.step_index > 0 and self.last_computed == self.step_index - 1
+            assert feature is not None or not is_new, f"policy '{self.spec.name}' needs a feature"
+            tapped = _float32(feature) if feature is not None else torch.zeros(1, 1, 1)
+            inputs |= self._rotate("feature", tapped, is_new=is_new)
+        return inputs
+
+    def _rotate(self, name: str, value: Tensor, *, is_new: bool) -> dict[str, Tensor]:
+        """Return a tensor and its predecessor, moving on by one where the value is a new one."""
+        zeros = torch.zeros_like(value)
+        if is_new:
+            self._past[f"previous_{name}"] = self._past.get(name, zeros)
+            self._past[name] = value
+        pair = {n: self._past.get(n, zeros) for n in (name, f"previous_{name}")}
+        return {n: t for n, t in pair.items() if n == name or n in self.spec.kept}
+
+    def _record(self, outputs: Mapping[str, Tensor]) -> DecisionRecord:
+        reported = self.spec.distance
+        return DecisionRecord(
+            compute=bool(outputs["compute"]),
+            mix=[float(factor) for factor in outputs["mix"]],
+            distance=None if reported is None else float(outputs[f"new_state.{reported}"]),
+        )
+
+
+def _float32(array: Array) -> Tensor:
+    return torch.as_tensor(array, dtype=torch.float32).clone()
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
