@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -14,9 +14,10 @@ from torch import Tensor
 from ..configs.errors import BuildError, RequestError, nearest
 from .base import Engine, TensorSpec
 
-__all__ = ["check_bindings", "dtype_name", "load_graph", "specs_of"]
+__all__ = ["DTYPES", "check_bindings", "dtype_name", "load_graph", "specs_of"]
 
-DTYPES = {
+HOST = torch.device("cpu")
+DTYPES: Mapping[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
@@ -24,6 +25,7 @@ DTYPES = {
     TensorProto.INT32: "int32",
     TensorProto.BOOL: "bool",
 }
+"""ONNX element type → our spelling, for what engines pass."""
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -59,7 +61,12 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def check_bindings(
-    engine: Engine, bindings: Mapping[str, Tensor], *, name: str, device: torch.device
+    engine: Engine,
+    bindings: Mapping[str, Tensor],
+    *,
+    name: str,
+    device: torch.device,
+    on_host: Collection[str] = (),
 ) -> None:
     """Check that ``bindings`` are all of an engine's tensors and fit its specs.
 
@@ -67,7 +74,8 @@ def check_bindings(
         engine: The engine to be bound.
         bindings: Input or output name → tensor.
         name: What the engine is called in messages.
-        device: Where every tensor must live.
+        device: Where every tensor must live,
+        on_host: except these, which live on the CPU.
 
     Raises:
         RequestError: names the tensor, what it is and what it should be.
@@ -81,7 +89,7 @@ def check_bindings(
         where = f"engine '{name}', tensor '{key}'"
         if key not in bindings:
             raise RequestError(where, "not bound", f"bind a {spec.dtype} tensor {_text(spec)}")
-        _check_tensor(bindings[key], spec, where, device)
+        _check_tensor(bindings[key], spec, where, HOST if key in on_host else device)
         for size, dim in zip(bindings[key].shape, spec.shape, strict=True):
             if isinstance(dim, str):
                 known, by = sizes.setdefault(dim, (size, key))

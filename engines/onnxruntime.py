@@ -22,21 +22,14 @@ from torch import Tensor
 
 from ..configs.errors import BackendUnavailable, BuildError, BundleError, RequestError
 from .base import Availability, Target, TensorSpec
-from .bindings import check_bindings, dtype_name, load_graph, specs_of
+from .bindings import DTYPES, check_bindings, dtype_name, load_graph, specs_of
 from .record import EngineRecord, engine_folder
 
 __all__ = ["OnnxRuntime"]
 
 GRAPH = "graph.onnx"
 CPU = torch.device("cpu")
-ONNX_TYPES = {
-    "float32": onnx.TensorProto.FLOAT,
-    "float16": onnx.TensorProto.FLOAT16,
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "int64": onnx.TensorProto.INT64,
-    "int32": onnx.TensorProto.INT32,
-    "bool": onnx.TensorProto.BOOL,
-}
+ONNX_TYPES = {name: kind for kind, name in DTYPES.items()}
 
 
 class OnnxRuntimeCall:

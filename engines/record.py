@@ -19,7 +19,14 @@ from typing import Any
 from ..configs.errors import BundleError, OutputError
 from .base import TensorSpec
 
-__all__ = ["RECORD_NAME", "SCHEMA_VERSION", "EngineRecord", "engine_folder"]
+__all__ = [
+    "REBUILD",
+    "RECORD_NAME",
+    "SCHEMA_VERSION",
+    "EngineRecord",
+    "engine_folder",
+    "write_whole",
+]
 
 RECORD_NAME = "engine.json"
 SCHEMA_VERSION = 1
@@ -119,6 +126,14 @@ def engine_folder(out: Path) -> Iterator[Path]:
         raise OutputError(str(out), what, "free some space or choose another --out") from fault
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that readers see whole or not at all, in a folder made where needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _specs(content: dict[str, Any]) -> dict[str, TensorSpec]:

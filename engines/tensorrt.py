@@ -1,29 +1,256 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT and TensorRT-RTX."""
+"""TensorRT and TensorRT-RTX: one backend over two packages with one API.
+
+TensorRT-RTX compiles ahead of time for GPUs that aren't there; TensorRT compiles on the GPU that
+will run. Polygraphy binds itself to one of the packages when it is first used, so a process may
+compile with one of the two only; it may load and run engines of both.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from .base import Availability
+from ..configs.errors import BackendUnavailable, BuildError, BundleError
+from .base import Availability, BoundCall, Target
+from .bindings import load_graph, specs_of
+from .record import REBUILD, EngineRecord, engine_folder, write_whole
+from .tensorrt_build import Journal, Plan, build_plan, known_capabilities
+from .tensorrt_run import CapturedCalls, Scratch, TensorRTEngine
+
+__all__ = ["TensorRT", "TensorRTRTX"]
+
+PLAN = "model.plan"
+NO_GPU = "no NVIDIA GPU that this PyTorch can use"
+DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # A100, RTX 30, RTX 40 and L40S, RTX 50
 
 
+@dataclass
 class TensorRT:
-    """Placeholder until the backend lands."""
+    """Compile on and run on the NVIDIA GPU of this machine.
+
+    Engines loaded by one instance share one scratch memory for activations, so their runs belong
+    on one stream: whichever is torch's current one when `BoundCall.run` is called.
+
+    Attributes:
+        cache_folder: Where timing and kernel caches are kept between builds and runs; None keeps
+            none. Caches only save time: they may be deleted, and are no part of a bundle.
+        progress: Called with a phase of the build, its finished steps and their number.
+    """
 
     name: ClassVar[str] = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
-    device = torch.device("cuda")
+    module: ClassVar[str] = "tensorrt"
+    package: ClassVar[str] = "tensorrt"
+
+    cache_folder: Path | None = None
+    progress: Callable[[str, int, int], None] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+
+    def __post_init__(self) -> None:
+        self._scratch = Scratch(self.device)
+        self._runtime_cache: Any = None
 
     @classmethod
     def probe(cls) -> Availability:
-        """Say that it is not there yet."""
-        return Availability(False, "not built into this version yet")
+        """Say whether the package and a GPU are there."""
+        missing = _missing(cls.module, cls.package)
+        if missing:
+            return missing
+        version = _import(cls.module).__version__
+        if not torch.cuda.is_available():
+            return Availability(False, f"{cls.package} {version} is installed, but {NO_GPU}")
+        return Availability(True, f"{cls.package} {version}, {torch.cuda.get_device_name()}")
+
+    def compile(self, graph: Path, target: Target, out: Path) -> None:
+        """Compile ``graph`` as a strongly typed network.
+
+        `Target.options` may hold ``builder_optimization_level`` (0-5), ``workspace_bytes``,
+        ``max_aux_streams``, ``weight_streaming`` and ``decomposable_attention``: let attention
+        that has no fused kernel be split. `Target.profiles` may name inputs of other graphs.
+
+        Raises:
+            BackendUnavailable: this machine can't compile.
+            BuildError: TensorRT refuses the graph, or profiles, targets or options don't fit it.
+            OutputError: ``out`` can't be written.
+        """
+        found = self.probe()
+        if not found.can_build:
+            raise BackendUnavailable(f"backend '{self.name}'", found.reason, found.install)
+        trt = _import(self.module)
+        if target.precision not in self.precisions:
+            what = f"precision {target.precision} is none of {', '.join(self.precisions)}"
+            raise BuildError(str(graph), what, "choose one of them with --precision")
+        model = load_graph(graph)
+        inputs, outputs = specs_of(model.graph, str(graph))
+        capabilities = self._capabilities(trt, graph, target)
+        plan = build_plan(
+            trt, model, graph, target, inputs,
+            capabilities=capabilities if self.module == "tensorrt_rtx" else (),
+            timing_cache=self._cache_file(f"{self.module}-{trt.__version__}.timing"),
+            progress=self.progress,
+        )  # fmt: skip
+        record = EngineRecord(
+            self.name,
+            trt.__version__,
+            _machine(capabilities),
+            target.precision,
+            inputs,
+            outputs,
+            details=_details(plan, target, inputs),
+        )
+        with engine_folder(out) as folder:
+            (folder / PLAN).write_bytes(plan.content)
+            record.write(folder)
+
+    def load(self, compiled: Path) -> TensorRTEngine:
+        """Load an engine that was compiled for this version and this GPU.
+
+        Raises:
+            BackendUnavailable: there is no GPU, or the package is missing.
+            BundleError: the folder is damaged or was compiled for something else.
+        """
+        record = EngineRecord.read(compiled)
+        found = self.probe()
+        if not found.available:
+            raise BackendUnavailable(f"backend '{self.name}'", found.reason, found.install)
+        trt = _import(self.module)
+        record.require(compiled, backend=self.name, version=trt.__version__, machine=record.machine)
+        here = _machine((_capability_here(),))
+        if here not in record.machine.split(" "):
+            what = f"compiled for {record.machine}, but the GPU here is {here}"
+            raise BundleError(str(compiled), what, f"rebuild it for {here}")
+        journal = Journal.of(trt)
+        runtime = trt.Runtime(journal)
+        engine = runtime.deserialize_cuda_engine(np.memmap(compiled / PLAN, np.uint8, mode="r"))
+        if engine is None:
+            raise BundleError(str(compiled / PLAN), journal.fault(), REBUILD)
+        return TensorRTEngine(
+            trt, engine, record, name=compiled.name, scratch=self._scratch,
+            runtime=runtime, runtime_config=self._runtime_config(trt, engine),
+        )  # fmt: skip
+
+    def capture(self, calls: Sequence[BoundCall]) -> BoundCall:
+        """Record ``calls`` into one CUDA graph; each runs once first, to settle its kernels.
+
+        The bound tensors and the scratch memory must not change while the capture is in use: bind
+        every engine of the session before.
+        """
+        return CapturedCalls(calls)
+
+    def synchronize(self) -> None:
+        """Wait for everything enqueued on torch's current stream."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def save_caches(self) -> None:
+        """Keep the kernels that TensorRT-RTX compiled while running, for the next process."""
+        path = self._cache_file(f"{self.module}.runtime")
+        if path and self._runtime_cache is not None:
+            write_whole(path, bytes(self._runtime_cache.serialize()))
+
+    def _capabilities(self, trt: Any, graph: Path, target: Target) -> tuple[str, ...]:
+        here = _capability_here()
+        asked = target.compute_capabilities or (here,)
+        if asked != (here,):
+            what = f"compute capability {', '.join(asked)} asked for, but the GPU here is {here}"
+            hint = "TensorRT compiles for the GPU at hand; build there or use tensorrt-rtx"
+            raise BuildError(str(graph), what, hint)
+        return asked
+
+    def _runtime_config(self, trt: Any, engine: Any) -> Any:
+        return None
+
+    def _cache_file(self, name: str) -> Path | None:
+        return self.cache_folder / name if self.cache_folder else None
 
 
+@dataclass
 class TensorRTRTX(TensorRT):
-    """Placeholder until the backend lands."""
+    """Compile for RTX GPUs, present or not, and run on one; kernels are finished on the GPU."""
 
     name: ClassVar[str] = "tensorrt-rtx"
+    module: ClassVar[str] = "tensorrt_rtx"
+    package: ClassVar[str] = "tensorrt-rtx-cu12"
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Say whether the package and a GPU it knows are there; it compiles without one."""
+        missing = _missing(cls.module, cls.package)
+        if missing:
+            return missing
+        trt = _import(cls.module)
+        known = known_capabilities(trt)
+        here = _capability_here() if torch.cuda.is_available() else ""
+        lack = f"compute capability {here} is none of {', '.join(known)}" if here else NO_GPU
+        if here not in known:
+            reason = f"{cls.package} {trt.__version__} can build here but not run: {lack}"
+            return Availability(False, reason, builds_elsewhere=True)
+        name = torch.cuda.get_device_name()
+        return Availability(True, f"{cls.package} {trt.__version__}, {name}")
+
+    def _capabilities(self, trt: Any, graph: Path, target: Target) -> tuple[str, ...]:
+        known = known_capabilities(trt)
+        asked = target.compute_capabilities or DEFAULT_CAPABILITIES
+        for capability in asked:
+            if capability not in known:
+                what = f"compute capability '{capability}' is unknown to {self.package}"
+                hint = f"known: {', '.join(known)}; other GPUs (Hopper: 9.0) need 'tensorrt'"
+                raise BuildError(str(graph), what, hint)
+        return asked
+
+    def _runtime_config(self, trt: Any, engine: Any) -> Any:
+        """Share compiled kernels between all engines and contexts of this backend."""
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if self._runtime_cache is None:
+            self._runtime_cache = config.create_runtime_cache()
+            path = self._cache_file(f"{self.module}.runtime")
+            if path and path.is_file():
+                self._runtime_cache.deserialize(path.read_bytes())  # False: of another GPU
+        config.set_runtime_cache(self._runtime_cache)
+        return config
+
+
+def _missing(module: str, package: str) -> Availability | None:
+    for name, install in ((module, package), ("polygraphy", "polygraphy")):
+        if importlib.util.find_spec(name) is None:
+            what = f"the package '{install}' is not installed"
+            return Availability(False, what, f"pip install {install}")
+    try:
+        _import(module)
+    except (ImportError, OSError) as fault:
+        what = f"the package '{package}' can't be imported ({fault})"
+        return Availability(False, what, f"pip install --force-reinstall {package}")
+    return None
+
+
+def _import(module: str) -> Any:
+    return importlib.import_module(module)
+
+
+def _capability_here() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
+
+
+def _machine(capabilities: Sequence[str]) -> str:
+    return " ".join(f"sm{capability}" for capability in capabilities)
+
+
+def _details(plan: Plan, target: Target, inputs: Any) -> dict[str, Any]:
+    return {
+        "options": dict(target.options),
+        "profiles": {n: p for n, p in target.profiles.items() if n in inputs},
+        "activation_bytes": plan.activation_bytes,
+        "nodes": plan.nodes,
+        "layers": plan.layers,
+    }

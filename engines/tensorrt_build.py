@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an ONNX graph to a TensorRT plan: parse, type, profile, configure, build, and remember how.
+
+The TensorRT module is an argument throughout: `tensorrt` and `tensorrt_rtx` have one API.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.external_data_helper import ExternalDataInfo
+
+from ..configs.errors import BuildError, nearest
+from .base import Target, TensorSpec
+from .record import write_whole
+
+__all__ = ["OPTIONS", "Journal", "Plan", "build_plan", "known_capabilities"]
+
+OPTIONS = (
+    "builder_optimization_level",
+    "decomposable_attention",
+    "max_aux_streams",
+    "weight_streaming",
+    "workspace_bytes",
+)
+HOUSEKEEPING = {"shape_call", "signal", "wait"}  # Layers that compute nothing.
+LAYER = re.compile(r"^Name: (.*?), LayerType: (\w+),.*?(?:TacticName: ([^,]*),.*?)?Metadata: (.*)$")
+
+ProgressCallback = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A built engine and what is known about it.
+
+    Attributes:
+        content: The serialised engine.
+        activation_bytes: Scratch memory at the largest profile; None where it wasn't reported.
+        nodes: ONNX operator → how many nodes the parser saw.
+        layers: What runs on the GPU, in order: name, type, kernel and the ONNX nodes inside.
+    """
+
+    content: memoryview
+    activation_bytes: int | None
+    nodes: Mapping[str, int]
+    layers: Sequence[Mapping[str, Any]]
+
+
+class Journal:
+    """Mixin of TensorRT's logger that keeps what was said about faults, layers and memory."""
+
+    errors: list[str]
+    layers: list[dict[str, Any]]
+    activation_bytes: int | None
+
+    @staticmethod
+    def of(trt: Any) -> Any:
+        """Make a logger of ``trt`` that is a journal."""
+
+        class TensorRTJournal(Journal, trt.ILogger):  # type: ignore[misc]  # trt is untyped
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.errors, self.layers, self.activation_bytes = [], [], None
+
+            def log(self, severity: Any, message: str) -> None:
+                self.note(severity.name, message)
+
+        return TensorRTJournal()
+
+    def note(self, severity: str, message: str) -> None:
+        """Keep one message, if it tells anything."""
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self.errors.append(message)
+        elif message.startswith("Total Activation Memory: "):
+            self.activation_bytes = int(message.split()[3])
+        elif message.startswith("Layers:"):
+            matches = (LAYER.match(line) for line in message.splitlines())
+            self.layers += [_layer(m) for m in matches if m and m[2] not in HOUSEKEEPING]
+
+    def fault(self) -> str:
+        """Say in one line what TensorRT complained about last."""
+        if not self.errors:
+            return "TensorRT refuses it and gives no reason"
+        return " ".join(self.errors[0].split())
+
+
+def known_capabilities(trt: Any) -> list[str]:
+    """List the compute capabilities that TensorRT-RTX compiles for, as "8.9"."""
+    names = [name[2:] for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    return [f"{name[:-1]}.{name[-1]}" for name in sorted(names, key=int)]
+
+
+def build_plan(
+    trt: Any,
+    model: onnx.ModelProto,
+    path: Path,
+    target: Target,
+    inputs: Mapping[str, TensorSpec],
+    *,
+    capabilities: Sequence[str] = (),
+    timing_cache: Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> Plan:
+    """Build one graph.
+
+    Args:
+        trt: The module `tensorrt` or `tensorrt_rtx`.
+        model: The graph; external weights stay where they are and are mapped.
+        path: Where ``model`` was read from.
+        target: Profiles and options.
+        inputs: What the graph takes.
+        capabilities: Targets of TensorRT-RTX; empty for TensorRT.
+        timing_cache: File to read and update.
+        progress: Called with phase, finished steps and number of steps.
+
+    Raises:
+        BuildError: names the file and, where TensorRT does, the node.
+    """
+    options = _checked_options(target, path)
+    profile = _checked_profile(target, inputs, path)
+    journal = Journal.of(trt)
+    builder = trt.Builder(journal)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, journal)
+    weights = _external_weights(model, path)
+    _parse(parser, model, path, weights)
+    _allow_decomposition(trt, network, everywhere=bool(options.get("decomposable_attention")))
+    monitor = _monitor(trt, progress) if progress else None
+    config = _create_config(
+        trt, builder, network, profile, options,
+        capabilities=capabilities, timing_cache=timing_cache, monitor=monitor,
+    )  # fmt: skip
+    content = builder.build_serialized_network(network, config)
+    if monitor and monitor.fault:
+        raise monitor.fault
+    if content is None:
+        raise BuildError(str(path), journal.fault(), _hint(journal.fault()))
+    if timing_cache:
+        write_whole(timing_cache, bytes(config.get_timing_cache().serialize()))
+    nodes = Counter(node.op_type for node in model.graph.node)
+    return Plan(memoryview(content), journal.activation_bytes, dict(nodes), journal.layers)
+
+
+def _parse(
+    parser: Any, model: onnx.ModelProto, path: Path, weights: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    loaded = parser.load_model_proto(model.SerializeToString(), str(path))
+    for name, data in weights.items():
+        loaded = loaded and parser.load_initializer(name, data.ctypes.data, data.nbytes)
+    if loaded and parser.parse_model_proto():
+        return
+    faults = [parser.get_error(i) for i in range(parser.num_errors)]
+    told = [f"node '{f.node_name()}' ({f.node_operator()}): {f.desc()}" for f in faults]
+    what = f"the parser refuses {'; '.join(told) or 'it and gives no reason'}"
+    raise BuildError(str(path), what, "rewrite that node with a pass in passes/")
+
+
+def _external_weights(model: onnx.ModelProto, path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Map the graph's external weights; nothing is read before the builder needs it."""
+    weights: dict[str, np.ndarray[Any, Any]] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = ExternalDataInfo(tensor)
+            try:
+                weights[tensor.name] = np.memmap(
+                    path.parent / info.location,
+                    dtype=np.uint8,
+                    mode="r",
+                    offset=info.offset or 0,
+                    shape=info.length,
+                )
+            except (OSError, ValueError) as fault:
+                place = f"{path}, weight '{tensor.name}'"
+                what = f"'{info.location}' can't be mapped ({fault})"
+                raise BuildError(place, what, "write the weights again") from fault
+    return weights
+
+
+def _allow_decomposition(trt: Any, network: Any, *, everywhere: bool) -> None:
+    """Let float32 attention be split: only half precisions have fused kernels.
+
+    Attention in half precision stays whole, so an engine that builds has it fused.
+    """
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_OUTPUT":
+            layer.__class__ = trt.IAttentionOutputLayer  # the binding's way to downcast
+            if everywhere or layer.get_output(0).dtype == trt.float32:
+                layer.attention.decomposable = True
+
+
+def _create_config(
+    trt: Any,
+    builder: Any,
+    network: Any,
+    profile: Mapping[str, Sequence[tuple[int, ...]]],
+    options: Mapping[str, Any],
+    *,
+    capabilities: Sequence[str],
+    timing_cache: Path | None,
+    monitor: Any,
+) -> Any:
+    import polygraphy.config as switch
+
+    rtx = trt.__name__ == "tensorrt_rtx"
+    if "polygraphy.backend.trt" in sys.modules and rtx != switch.USE_TENSORRT_RTX:
+        what = f"this process has compiled with {'tensorrt' if rtx else 'tensorrt-rtx'} before"
+        raise BuildError(f"backend '{trt.__name__}'", what, "compile in a process of its own")
+    switch.USE_TENSORRT_RTX = rtx
+    from polygraphy.backend.trt import CreateConfig, Profile
+    from polygraphy.logger import G_LOGGER
+
+    shapes = Profile()
+    for name, (smallest, usual, largest) in profile.items():
+        shapes.add(name, min=smallest, opt=usual, max=largest)
+    workspace = options.get("workspace_bytes")
+    common = {
+        "profiles": [shapes] if profile else None,
+        "load_timing_cache": str(timing_cache) if timing_cache and timing_cache.exists() else None,
+        "memory_pool_limits": workspace and {trt.MemoryPoolType.WORKSPACE: workspace},
+        "builder_optimization_level": options.get("builder_optimization_level"),
+        "max_aux_streams": options.get("max_aux_streams"),
+        "weight_streaming": options.get("weight_streaming"),
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        "progress_monitor": monitor,
+    }
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it writes to stdout
+        if not rtx:
+            return CreateConfig(**common)(builder, network)
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        targets = [tuple(int(part) for part in text.split(".")) for text in capabilities]
+        return CreateConfigRTX(compute_capabilities=targets, **common)(builder, network)
+
+
+def _monitor(trt: Any, progress: ProgressCallback) -> Any:
+    """Make an IProgressMonitor that reports the outer phases, and stops the build on a fault."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # trt is untyped
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+            self.fault: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None or parent == next(iter(self.totals), None):
+                self.totals[phase] = steps
+                self.report(phase, 0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.totals:
+                self.report(phase, step + 1)
+            return self.fault is None
+
+        def phase_finish(self, phase: str) -> None:
+            if phase in self.totals:
+                self.report(phase, self.totals[phase])
+
+        def report(self, phase: str, done: int) -> None:
+            try:
+                progress(phase, done, self.totals[phase])
+            except BaseException as fault:  # TensorRT can't carry it; build_plan raises it
+                self.fault = fault
+
+    return Monitor()
+
+
+def _checked_options(target: Target, path: Path) -> Mapping[str, Any]:
+    for name in target.options:
+        if name not in OPTIONS:
+            where = f"{path}, option '{name}'"
+            raise BuildError(where, "no such build option", nearest(name, list(OPTIONS)))
+    return target.options
+
+
+def _checked_profile(
+    target: Target, inputs: Mapping[str, TensorSpec], path: Path
+) -> dict[str, Sequence[tuple[int, ...]]]:
+    """Pick the profiles of this graph's dynamic inputs and check them against the graph."""
+    profile: dict[str, Sequence[tuple[int, ...]]] = {}
+    ranges: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, spec in inputs.items():
+        if not any(isinstance(dim, str) for dim in spec.shape):
+            continue
+        where = f"{path}, input '{name}'"
+        if name not in target.profiles:
+            dims = ", ".join(str(dim) for dim in spec.shape)
+            what = f"shape [{dims}] is dynamic but has no optimization profile"
+            raise BuildError(where, what, "give its smallest, usual and largest shape")
+        shapes = target.profiles[name]
+        with suppress(ValueError):
+            for dim, *sizes in zip(spec.shape, *shapes, strict=True):
+                _check_range(dim, tuple(sizes), where, ranges, name)
+            profile[name] = shapes
+            continue
+        what = f"profile {[list(s) for s in shapes]} has not the {len(spec.shape)} dimensions of it"
+        raise BuildError(where, what, f"give shapes like [{', '.join(map(str, spec.shape))}]")
+    return profile
+
+
+def _check_range(
+    dim: int | str,
+    sizes: tuple[int, ...],
+    where: str,
+    ranges: dict[str, tuple[tuple[int, ...], str]],
+    name: str,
+) -> None:
+    smallest, usual, largest = sizes
+    if isinstance(dim, int) and set(sizes) != {dim}:
+        what = f"profile has {sizes} where the graph is fixed at {dim}"
+        raise BuildError(where, what, f"give {dim} there")
+    if not 0 < smallest <= usual <= largest:
+        what = f"profile of '{dim}' is {sizes}, not smallest <= usual <= largest"
+        raise BuildError(where, what, "give min:opt:max in rising order")
+    if isinstance(dim, str):
+        known, by = ranges.setdefault(dim, (sizes, name))
+        if known != sizes:
+            what = f"profile of '{dim}' is {sizes}, but {known} for input '{by}'"
+            raise BuildError(where, what, f"give one range for '{dim}'")
+
+
+def _layer(match: re.Match[str]) -> dict[str, Any]:
+    name, kind, kernel, metadata = match.groups()
+    nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata)
+    return {"name": name, "type": kind, "kernel": kernel or "", "nodes": nodes}
+
+
+def _hint(fault: str) -> str:
+    if "Attention operation was not supported" in fault:
+        return (
+            "use bfloat16 or float16 and a head size with a fused kernel, or build with the option "
+            "decomposable_attention=true"
+        )
+    return "see the message; 'freewheel inspect' lists the nodes of the graph"
