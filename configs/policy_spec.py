@@ -84,7 +84,9 @@ class ParameterSpec(_Spec):
         where = f"parameter '{name}'"
         if self.choices is not None:
             if value not in self.choices:
-                raise ConfigError(where, f"unknown choice {value!r}", nearest(str(value), self.choices))
+                raise ConfigError(
+                    where, f"unknown choice {value!r}", nearest(str(value), self.choices)
+                )
             return float(self.choices.index(value))
         if not self.shape:
             return self._number(where, value)
@@ -103,7 +105,9 @@ class ParameterSpec(_Spec):
         allowed = {"float32": (int, float), "int64": (int,), "bool": (bool,)}[self.dtype]
         is_bool_mixup = isinstance(value, bool) and self.dtype != "bool"
         if is_bool_mixup or not isinstance(value, allowed):
-            kind = {"float32": "a number", "int64": "an integer", "bool": "true or false"}[self.dtype]
+            kind = {"float32": "a number", "int64": "an integer", "bool": "true or false"}[
+                self.dtype
+            ]
             raise ConfigError(where, f"expected {kind}, found {value!r}", self.meaning)
         number = float(value)
         low, high = self.minimum, self.maximum
