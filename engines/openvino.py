@@ -134,7 +134,7 @@ class OpenVino:
         except RuntimeError as fault:
             hint = "rewrite that node with a pass, or use --backend onnxruntime"
             raise BuildError(str(graph), _reason(fault), hint) from fault
-        computed = model.get_property("INFERENCE_PRECISION_HINT").to_string()
+        hint_in_use = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         record = EngineRecord(
             self.name,
             _version(),
@@ -142,7 +142,7 @@ class OpenVino:
             target.precision,
             inputs,
             outputs,
-            details={"computed_in": computed},
+            details={"computed_in": next(p for p, h in HINTS.items() if h == hint_in_use)},
         )
         with engine_folder(out) as folder:
             (folder / BLOB).write_bytes(model.export_model().getbuffer())

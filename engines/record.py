@@ -142,7 +142,7 @@ def _specs(content: dict[str, Any]) -> dict[str, TensorSpec]:
 
 def _check_file(folder: Path, name: str, size: int) -> None:
     where = f"{folder / RECORD_NAME}, file '{name}'"
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise BundleError(where, "the name leaves the engine's folder", REBUILD)
     path = folder / name
     found = path.stat().st_size if path.is_file() else None

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+
+import pytest
+import torch
+
+from freewheel.configs.errors import BuildError, BundleError
+from freewheel.engines import Target
+from freewheel.engines.openvino import OpenVino
+
+pytestmark = pytest.mark.openvino
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "dtype", "tolerance"),
+    [
+        # One rounding to 8 bits at most 1 ulp off, 2**-8 each; float16 rounds to 11 bits.
+        ("matmul_bf16", "bfloat16", torch.bfloat16, 2**-8),
+        ("matmul_fp16", "float16", torch.float16, 2**-11),
+        ("matmul", "float32", torch.float32, 1e-6),
+    ],
+)
+def test_weights_as_inputs_in_every_precision(graph, name, precision, dtype, tolerance):
+    path = graph(name)
+    OpenVino().compile(path, Target(precision=precision), path.parent / "engine")
+    engine = OpenVino().load(path.parent / "engine")
+    x, w = torch.randn(2, 9, 64).to(dtype), (torch.randn(64, 64) / 8).to(dtype)
+    out = torch.zeros(2, 9, 64, dtype=dtype)
+    address = out.data_ptr()
+    call = engine.bind({"x": x, "w": w, "out": out})
+    for _ in range(3):
+        x.copy_(torch.randn(2, 9, 64))
+        call.run()
+        expected = x.double() @ w.double()
+        assert ((out.double() - expected).norm() / expected.norm()).item() < tolerance
+    assert out.data_ptr() == address
+
+
+@pytest.mark.parametrize("precision", OpenVino.precisions)
+def test_the_precision_hint_is_the_target_and_what_it_became_is_recorded(graph, precision):
+    path = graph("matmul")
+    OpenVino().compile(path, Target(precision=precision), path.parent / "engine")
+    record = json.loads((path.parent / "engine" / "engine.json").read_text())
+    assert record["precision"] == precision
+    native = precision in OpenVino.probe().reason.split("(")[0]
+    assert record["details"]["computed_in"] == (precision if native else "float32")
+
+
+def test_probe_names_version_and_native_precisions():
+    found = OpenVino.probe()
+    assert found.available
+    assert "OpenVINO 20" in found.reason
+    assert "float32" in found.reason
+
+
+def test_probe_says_how_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = OpenVino.probe()
+    assert not found.available
+    assert found.install == "pip install openvino"
+
+
+@pytest.mark.parametrize("field", ["version", "machine"])
+def test_an_engine_from_elsewhere_is_refused(graph, field):
+    path = graph("matmul")
+    folder = path.parent / "engine"
+    OpenVino().compile(path, Target(), folder)
+    record = json.loads((folder / "engine.json").read_text())
+    here = record[field]
+    record[field] = "elsewhere"
+    (folder / "engine.json").write_text(json.dumps(record))
+    with pytest.raises(BundleError) as caught:
+        OpenVino().load(folder)
+    assert str(folder) in caught.value.where
+    assert caught.value.what == f"compiled for {field} 'elsewhere', but here it is '{here}'"
+    assert "freewheel build" in caught.value.hint
+
+
+def test_an_unknown_precision_is_refused(graph):
+    path = graph("matmul")
+    with pytest.raises(BuildError, match="none of float32, bfloat16, float16"):
+        OpenVino().compile(path, Target(precision="float64"), path.parent / "engine")
+
+
+def test_weights_that_are_inputs_are_not_in_the_engine(block, tmp_path):
+    OpenVino().compile(block[0], Target(), tmp_path / "engine")
+    assert (tmp_path / "engine" / "model.blob").stat().st_size < 60_000
+
+
+@pytest.mark.serial
+def test_activation_memory_is_shared_between_calls(graph):
+    path = graph("wide")
+    OpenVino().compile(path, Target(), path.parent / "engine")
+    engine = OpenVino().load(path.parent / "engine")
+    x, up, down = torch.randn(4096, 8), torch.randn(8, 4096), torch.randn(4096, 8)
+    outs = [torch.zeros(4096, 8) for _ in range(8)]
+    calls = [engine.bind({"x": x, "up": up, "down": down, "out": out}) for out in outs]
+    calls[0].run()
+    before = resident_bytes()
+    for call in calls:
+        call.run()
+    assert resident_bytes() - before < 64 * 2**20  # what one activation takes
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:  # noqa: PTH123
+        return int(statm.read().split()[1]) * 4096

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engines, built ahead of time with TensorRT-RTX on a machine without a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from freewheel.configs.errors import BackendUnavailable, BuildError, BundleError
+from freewheel.engines import Target, backend
+from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+pytestmark = pytest.mark.tensorrt
+
+MATMUL = {"x": ((1, 1, 64), (1, 1560, 64), (2, 32760, 64))}
+HEADS = ((1, 12, 64, 128), (1, 12, 1560, 128), (2, 12, 32760, 128))
+ATTENTION = {"q": HEADS, "k": HEADS, "v": HEADS}
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what lacks without one")
+
+
+@pytest.fixture
+def build(graph):
+    """Compile a named graph and return its folder and record."""
+
+    def run(name, target, **settings):
+        path = graph(name)
+        folder = path.parent / f"{name}.engine"
+        TensorRTRTX(**settings).compile(path, target, folder)
+        return folder, json.loads((folder / "engine.json").read_text())
+
+    return run
+
+
+def test_matmul_with_weight_as_input_and_dynamic_shape(build):
+    folder, record = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
+    assert record["backend"] == "tensorrt-rtx"
+    assert record["machine"] == "sm8.9"
+    assert record["inputs"]["w"] == {"dtype": "bfloat16", "shape": [64, 64]}
+    assert record["details"]["nodes"] == {"MatMul": 1}
+    assert any(layer["type"] == "gemm" for layer in record["details"]["layers"])
+    assert sorted(p.name for p in folder.iterdir()) == ["engine.json", "model.plan"]
+    assert sorted(p.name for p in folder.parent.glob("*")) == [
+        "matmul_bf16.engine",
+        "matmul_bf16.onnx",
+    ]
+
+
+def test_bfloat16_attention_is_one_fused_kernel(build):
+    _, record = build("attention_bf16", Target("bfloat16", ATTENTION, ("8.9",)))
+    kernels = " ".join(layer["kernel"] for layer in record["details"]["layers"])
+    assert "mha" in kernels
+    # scores of 32,760 tokens would take 48 GiB, were they ever stored
+    assert record["details"]["activation_bytes"] < 2**32
+
+
+def test_float32_attention_is_split_because_no_kernel_fuses_it(build):
+    small = ((1, 12, 4, 128), (1, 12, 8, 128), (1, 12, 16, 128))
+    _, record = build("attention", Target("float32", dict.fromkeys("qkv", small), ("8.9",)))
+    kernels = " ".join(layer["kernel"] for layer in record["details"]["layers"])
+    assert "mha" not in kernels
+    assert sum(layer["type"] == "gemm" for layer in record["details"]["layers"]) == 2
+
+
+def test_rotary_embedding_builds(build):
+    tables = ((1, 64, 64), (1, 1560, 64), (2, 32760, 64))
+    profiles = {"x": HEADS, "rope_cos": tables, "rope_sin": tables}
+    _, record = build("rotary", Target("bfloat16", profiles, ("8.9",)))
+    assert record["details"]["nodes"] == {"RotaryEmbedding": 1}
+    assert record["details"]["layers"]
+
+
+def test_several_targets_share_one_plan(build):
+    _, one = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
+    _, three = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.0", "8.9", "12.0")))
+    assert three["machine"] == "sm8.0 sm8.9 sm12.0"
+    assert three["files"]["model.plan"] < 1.1 * one["files"]["model.plan"]
+
+
+def test_without_targets_the_usual_ones_are_taken_and_recorded(build):
+    _, record = build("matmul_bf16", Target("bfloat16", MATMUL))
+    assert record["machine"] == "sm8.0 sm8.6 sm8.9 sm12.0"
+
+
+def test_equal_graphs_give_equal_plans(build):
+    plans = [
+        (build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))[0] / "model.plan").read_bytes()
+        for _ in range(2)
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_policy_like_graphs_with_scalars_build(build):
+    profiles = {"x": ((1, 4), (8, 4), (64, 4))}
+    _, record = build("scalars", Target("float32", profiles, ("8.9",)))
+    assert record["inputs"]["step"] == {"dtype": "int64", "shape": []}
+
+
+def test_baked_weights_are_mapped_and_end_up_in_the_plan(baked, tmp_path):
+    path, _ = baked
+    profiles = {"x": ((1, 64), (8, 64), (64, 64))}
+    target = Target("float32", profiles, ("8.9",))
+    TensorRTRTX().compile(path, target, tmp_path / "engine")
+    assert (tmp_path / "engine" / "model.plan").stat().st_size > 64 * 64 * 4
+
+
+def test_baked_weights_that_are_cut_off_are_named(baked, tmp_path):
+    path, _ = baked
+    (path.parent / "weights.bin").write_bytes(b"short")
+    target = Target("float32", {"x": ((1, 64), (8, 64), (64, 64))}, ("8.9",))
+    with pytest.raises(BuildError) as caught:
+        TensorRTRTX().compile(path, target, tmp_path / "engine")
+    assert "weight 'w'" in caught.value.where
+    assert "weights.bin" in caught.value.what
+
+
+def test_options_reach_the_builder_and_the_record(build):
+    options = {
+        "builder_optimization_level": 1,
+        "workspace_bytes": 2**28,
+        "max_aux_streams": 0,
+        "weight_streaming": True,
+    }
+    _, record = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",), options))
+    assert record["details"]["options"] == options
+
+
+def test_progress_reports_rising_steps_of_each_phase(build):
+    seen = []
+    target = Target("bfloat16", MATMUL, ("8.9",))
+    build("matmul_bf16", target, progress=lambda *step: seen.append(step))
+    assert seen[0] == ("Building engine", 0, seen[0][2])
+    assert ("Building engine", seen[0][2], seen[0][2]) in seen
+    assert all(0 <= done <= total for _, done, total in seen)
+
+
+def test_a_fault_in_the_progress_callback_stops_the_build(graph, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    target = Target("bfloat16", MATMUL, ("8.9",))
+    with pytest.raises(KeyboardInterrupt):
+        TensorRTRTX(progress=interrupted).compile(graph("matmul_bf16"), target, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_the_timing_cache_lies_in_the_folder_asked_for(build, tmp_path):
+    for _ in range(2):
+        build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)), cache_folder=tmp_path / "cache")
+    caches = [p for p in (tmp_path / "cache").iterdir() if p.suffix == ".timing"]
+    assert len(caches) == 1
+    assert caches[0].stat().st_size > 0
+
+
+def test_nothing_is_printed_on_stdout(build, capfd):
+    build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "where", "what", "hint"),
+    [
+        ("unknown_op", Target("float32", {"x": ((1, 4), (2, 4), (3, 4))}, ("8.9",)),
+         "unknown_op.onnx", "node 'peculiar' (Fourierise)", "pass"),
+        ("matmul", Target("float32", MATMUL, ("9.0",)),
+         "matmul.onnx", "'9.0' is unknown", "known: 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"),
+        ("matmul", Target("float32", MATMUL, ("x",)),
+         "matmul.onnx", "'x' is unknown", "known: 7.5"),
+        ("matmul", Target("float32", {}, ("8.9",)),
+         "input 'x'", "[batch, tokens, 64] is dynamic", "smallest, usual and largest"),
+        ("matmul", Target("float32", {"x": ((1, 64), (1, 64), (1, 64))}, ("8.9",)),
+         "input 'x'", "has not the 3 dimensions", "[batch, tokens, 64]"),
+        ("matmul", Target("float32", {"x": ((1, 1, 32), (1, 5, 64), (2, 9, 64))}, ("8.9",)),
+         "input 'x'", "fixed at 64", "give 64"),
+        ("matmul", Target("float32", {"x": ((1, 7, 64), (1, 5, 64), (2, 9, 64))}, ("8.9",)),
+         "input 'x'", "profile of 'tokens' is (7, 5, 9)", "min:opt:max"),
+        ("attention", Target("float32", {**ATTENTION, "v": (HEADS[0],) * 3}, ("8.9",)),
+         "input 'v'", "profile of 'batch' is (1, 1, 1), but (1, 1, 2) for input 'q'", "one range"),
+        ("matmul", Target("float32", MATMUL, ("8.9",), {"workspace": 1}),
+         "option 'workspace'", "no such build option", "did you mean 'workspace_bytes'"),
+        ("matmul", Target("float8", MATMUL, ("8.9",)),
+         "matmul.onnx", "float8 is none of", "--precision"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_and_leaves_nothing_behind(graph, name, target, where, what, hint):
+    path = graph(name)
+    with pytest.raises(BuildError) as caught:
+        TensorRTRTX().compile(path, target, path.parent / "engine")
+    assert where in caught.value.where
+    assert what in caught.value.what
+    assert hint in caught.value.hint
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@WITHOUT_GPU
+def test_probe_tells_building_here_from_running_here():
+    found = TensorRTRTX.probe()
+    assert not found.available
+    assert found.can_build
+    assert "can build here but not run: no NVIDIA GPU" in found.reason
+
+
+def test_probe_refuses_a_gpu_that_the_package_does_not_know(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Hopper")
+    found = TensorRTRTX.probe()
+    assert not found.available
+    assert "compute capability 9.0 is none of 7.5, 8.0" in found.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert TensorRTRTX.probe().available
+
+
+@WITHOUT_GPU
+def test_loading_without_a_gpu_is_refused(build):
+    folder, _ = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
+    with pytest.raises(BackendUnavailable, match="no NVIDIA GPU"):
+        TensorRTRTX().load(folder)
+    with pytest.raises(BackendUnavailable):
+        backend("tensorrt-rtx")
+    assert backend("tensorrt-rtx", to_build=True).name == "tensorrt-rtx"
+
+
+def test_a_truncated_plan_is_refused(build):
+    folder, _ = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
+    plan = folder / "model.plan"
+    plan.write_bytes(plan.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="has 1000 bytes"):
+        TensorRTRTX().load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"machine": "sm8.0 sm12.0"}, "compiled for sm8.0 sm12.0, but the GPU here is sm8.9"),
+        ({"version": "1.0"}, "compiled for version '1.0'"),
+        ({"backend": "tensorrt"}, "compiled for backend 'tensorrt'"),
+    ],
+)
+def test_an_engine_for_something_else_is_refused(build, monkeypatch, changes, what):
+    folder, record = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
+    (folder / "engine.json").write_text(json.dumps({**record, **changes}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "RTX")
+    with pytest.raises(BundleError) as caught:
+        TensorRTRTX().load(folder)
+    assert what in caught.value.what
+    assert "rebuild" in caught.value.hint
+
+
+def test_tensorrt_compiles_for_the_gpu_at_hand_only(graph, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    refused = Target("float32", MATMUL, ("8.0",))
+    with pytest.raises(BuildError, match=r"the GPU here is 8\.9"):
+        TensorRT()._capabilities(None, graph("matmul"), refused)
+    assert TensorRT()._capabilities(None, graph("matmul"), Target()) == ("8.9",)
