@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a bundle: digests, hard links, and a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from ..configs.errors import BundleError, OutputError
+from .manifest import FileEntry
+
+__all__ = ["describe_files", "link_or_none", "safe_path", "sha256_of", "staged_folder"]
+
+CHUNK_BYTES = 8 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """Return size and digest of every file below ``folder``, by its path with forward slashes."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(sha256_of, paths))
+    return {
+        p.relative_to(folder).as_posix(): FileEntry(bytes=p.stat().st_size, sha256=d)
+        for p, d in zip(paths, digests, strict=True)
+    }
+
+
+def link_or_none(source: Path, target: Path) -> Path | None:
+    """Hard-link ``source`` to ``target``; return None where the file system can't."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return None
+    return target
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """Return ``folder / name``, refusing names that leave the folder.
+
+    Raises:
+        BundleError: the name is absolute, holds ``..`` or a backslash, or resolves outside.
+    """
+    pure = PurePosixPath(name)
+    escapes = pure.is_absolute() or ".." in pure.parts or "\\" in name or not name
+    path = folder / pure
+    if escapes or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"manifest.json, path '{name}'",
+            "leaves the bundle's folder",
+            "the bundle is damaged or hostile; build it again",
+        )
+    return path
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield a fresh folder beside ``target`` that takes its name when the block succeeds.
+
+    Raises:
+        OutputError: ``target`` exists and ``replace`` is False, another build of the same target
+            is under way, or the parent can't be written.
+    """
+    target = target.absolute()
+    if target.exists() and not replace:
+        raise OutputError(str(target), "already exists", "choose another --out or pass --force")
+    staging = target.with_name(f".{target.name}.building")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except FileExistsError as error:
+        raise OutputError(
+            str(staging),
+            "is there already: another build of this target is running, or one was killed",
+            f"wait for it, or remove '{staging}' and build again",
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            str(target), f"can't be written: {error.strerror}", "choose another --out"
+        ) from error
+    try:
+        yield staging
+        if target.exists():
+            old = target.with_name(f".{target.name}.replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            staging.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The typed manifest of a bundle; `docs/reference/bundle.md` specifies it field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..configs.dtypes import Precision
+from ..configs.policy_spec import PolicySpec
+from ..configs.setting import CacheSetting
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CheckpointEntry",
+    "ConfigEntry",
+    "EngineSetEntry",
+    "FileEntry",
+    "GenerationDefaults",
+    "GraphEntry",
+    "GroupEntry",
+    "InputEntry",
+    "IoEntry",
+    "Manifest",
+    "PipelineEntry",
+    "PolicyEntry",
+    "SignalEntry",
+    "StageEntry",
+    "TensorEntry",
+]
+
+SCHEMA_VERSION = 1
+
+Size = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IoEntry(_Entry):
+    """A graph input or output: dtype and shape, dynamic dimensions by name."""
+
+    dtype: str
+    shape: list[Size | str]
+
+
+class FileEntry(_Entry):
+    """Size and digest of one file of the bundle."""
+
+    bytes: Size
+    sha256: Sha256
+
+
+class TensorEntry(_Entry):
+    """Where one weight lies: ``bytes`` bytes from ``offset`` of ``file``."""
+
+    file: str
+    dtype: str
+    shape: list[Size]
+    offset: Size
+    bytes: Size
+
+
+class GraphEntry(_Entry):
+    """One ONNX graph.
+
+    Attributes:
+        file: Path below the bundle.
+        runs: Dependency class (see the bundle reference).
+        precision: Precision it computes in.
+        inputs: Inputs that are not weights.
+        outputs: Outputs in order.
+        weights: Weight input → checkpoint tensor; ``{block}`` stands for the block index.
+    """
+
+    file: str
+    runs: str
+    precision: Precision = "float32"
+    inputs: dict[str, IoEntry]
+    outputs: dict[str, IoEntry]
+    weights: dict[str, str] = {}
+
+
+class GroupEntry(_Entry):
+    """Consecutive blocks compiled as one graph with their weights inside (baked form)."""
+
+    graph: str
+    first: Size
+    count: Positive
+
+
+class StageEntry(_Entry):
+    """A run of equal blocks inside ``body``."""
+
+    block: str
+    context: str | None
+    tapped: str | None
+    first: Size
+    count: Positive
+    groups: list[GroupEntry] = []
+
+
+class InputEntry(IoEntry):
+    """A tensor that callers hand in.
+
+    Attributes:
+        argument: Keyword of the diffusers transformer's ``forward``.
+        runs: When it may change.
+    """
+
+    argument: str
+    runs: Literal["step", "run", "prompt"]
+
+
+class SignalEntry(_Entry):
+    """Which value carries a signal, and when it is known."""
+
+    value: str
+    known: Literal["run", "step"]
+
+
+class PolicyEntry(_Entry):
+    """A compiled policy: its graph and its declaration."""
+
+    graph: str
+    spec: PolicySpec
+
+
+class GenerationDefaults(_Entry):
+    """What a config says about generation beside caching; None leaves it to the caller."""
+
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    seed: int | None = None
+
+
+class ConfigEntry(_Entry):
+    """A named caching config, resolved."""
+
+    cache: CacheSetting
+    generation: GenerationDefaults = GenerationDefaults()
+
+
+class EngineSetEntry(_Entry):
+    """Compiled engines of one backend.
+
+    Attributes:
+        backend: Backend name.
+        target: What they were compiled for, as in the folder's name.
+        files: Graph name → path below the bundle (a file or a folder).
+        seconds: Graph name → seconds of compiling.
+    """
+
+    backend: str
+    target: str
+    files: dict[str, str]
+    seconds: dict[str, float] = {}
+
+
+class CheckpointEntry(_Entry):
+    """Where the weights came from."""
+
+    source: str
+    revision: str | None = None
+    transformer_class: str
+    config: dict[str, Any]
+    sha256: Sha256
+
+
+class PipelineEntry(_Entry):
+    """The rest of the diffusers pipeline: a folder of the bundle, or where it was found."""
+
+    folder: str | None = None
+    source: str | None = None
+
+
+class Manifest(_Entry):
+    """The whole manifest."""
+
+    schema_version: Literal[1] = 1
+    freewheel_version: str
+    family: str
+    checkpoint: CheckpointEntry
+    pipeline: PipelineEntry
+    precision: Precision
+    weights: Literal["inputs", "baked"]
+    inputs: dict[str, InputEntry]
+    dims: dict[str, list[tuple[str, Positive]]]
+    graphs: dict[str, GraphEntry]
+    stages: list[StageEntry]
+    signals: dict[str, SignalEntry]
+    feature_block: Size
+    history_dtype: str
+    policies: dict[str, PolicyEntry]
+    configs: dict[str, ConfigEntry]
+    default_config: str
+    tensors: dict[str, TensorEntry]
+    engines: list[EngineSetEntry]
+    files: dict[str, FileEntry]

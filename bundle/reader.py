@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a bundle: read its manifest, check what it claims, hand out paths and weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+
+from ..configs.errors import BundleError, nearest
+from .files import safe_path, sha256_of
+from .manifest import SCHEMA_VERSION, EngineSetEntry, Manifest
+
+__all__ = ["MANIFEST", "Bundle"]
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
+
+
+class Bundle:
+    """A folder that `build` wrote, opened for reading.
+
+    Opening checks the manifest, that no path leaves the folder, and every file's size; `digests`
+    also checks the bytes. Weights are memory-mapped: a tensor costs memory when it is touched.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Open the bundle in ``folder``.
+
+        Raises:
+            BundleError: no bundle, a newer schema, an unusable manifest, or a file whose size is
+                not what the manifest says.
+        """
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+        self._check_files()
+        self._open_files: dict[str, Any] = {}
+
+    def _read_manifest(self) -> Manifest:
+        path = self.folder / MANIFEST
+        try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise BundleError(str(path), "is absurdly large", "build the bundle again")
+            data = json.loads(path.read_bytes())
+        except OSError as error:
+            raise BundleError(
+                str(path), f"can't be read: {error.strerror}", "give the folder that `build` wrote"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise BundleError(str(path), "is not JSON", "build the bundle again") from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise BundleError(
+                str(path),
+                f"has schema_version {version}; this Freewheel reads up to {SCHEMA_VERSION}",
+                "update Freewheel, or build the bundle again with this version",
+            )
+        try:
+            return Manifest.model_validate(data)
+        except ValidationError as error:
+            faults = "; ".join(
+                f"'{'.'.join(map(str, e['loc']))}' {e['msg'].lower()}" for e in error.errors()[:10]
+            )
+            raise BundleError(
+                str(path), f"{error.error_count()} faults: {faults}", "build the bundle again"
+            ) from error
+
+    def _check_files(self) -> None:
+        for name, entry in self.manifest.files.items():
+            path = safe_path(self.folder, name)
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise BundleError(
+                    f"{self.folder}, file '{name}'",
+                    f"{found}, the manifest says {entry.bytes} bytes",
+                    "build the bundle again",
+                )
+        for name, tensor in self.manifest.tensors.items():
+            entry = self.manifest.files.get(tensor.file)
+            if entry is None or tensor.offset + tensor.bytes > entry.bytes:
+                raise BundleError(
+                    f"{self.folder}, tensor '{name}'",
+                    f"lies outside file '{tensor.file}'",
+                    "build the bundle again",
+                )
+        for entry_name, graph in self.manifest.graphs.items():
+            if graph.file not in self.manifest.files:
+                raise BundleError(
+                    f"{self.folder}, graph '{entry_name}'",
+                    f"file '{graph.file}' is not among the bundle's files",
+                    "build the bundle again",
+                )
+
+    def digests(self) -> list[str]:
+        """Return the names of files whose bytes differ from the manifest; empty when all agree."""
+        return [
+            name
+            for name, entry in self.manifest.files.items()
+            if sha256_of(safe_path(self.folder, name)) != entry.sha256
+        ]
+
+    def path(self, name: str) -> Path:
+        """Return where a file of the bundle lies."""
+        return safe_path(self.folder, name)
+
+    def graph_path(self, name: str) -> Path:
+        """Return the ONNX file of graph ``name``."""
+        if name not in self.manifest.graphs:
+            raise BundleError(
+                f"{self.folder}, graph '{name}'", "is not in the bundle",
+                nearest(name, list(self.manifest.graphs)),
+            )  # fmt: skip
+        return self.path(self.manifest.graphs[name].file)
+
+    def engines(self, backend: str) -> EngineSetEntry | None:
+        """Return the engine set of ``backend``, or None when none was built."""
+        return next((e for e in self.manifest.engines if e.backend == backend), None)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a weight, memory-mapped, read only by convention.
+
+        Raises:
+            BundleError: no such tensor, or its file is not what the manifest says.
+        """
+        entry = self.manifest.tensors.get(name)
+        if entry is None:
+            raise BundleError(f"{self.folder}, tensor '{name}'", "is not in the bundle", "build it again")
+        if entry.file not in self._open_files:
+            self._open_files[entry.file] = safe_open(self.path(entry.file), framework="pt")
+        tensor: torch.Tensor = self._open_files[entry.file].get_tensor(name)
+        if list(tensor.shape) != entry.shape or tensor.dtype != getattr(torch, entry.dtype):
+            raise BundleError(
+                f"{self.folder}, tensor '{name}'",
+                f"is {tensor.dtype} {list(tensor.shape)}, the manifest says {entry.dtype} {entry.shape}",
+                "build the bundle again",
+            )
+        return tensor

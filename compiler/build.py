@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build a bundle: checkpoint → segments → graphs → weights → engines → manifest.
+
+The phases stand in one function so that their order can be seen. Everything is written to a staged
+folder that takes the bundle's name at the very end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from .. import __version__
+from ..bundle.files import describe_files, link_or_none, staged_folder
+from ..bundle.manifest import (
+    CheckpointEntry,
+    ConfigEntry,
+    EngineSetEntry,
+    FileEntry,
+    GraphEntry,
+    InputEntry,
+    Manifest,
+    PipelineEntry,
+    PolicyEntry,
+    SignalEntry,
+    StageEntry,
+    TensorEntry,
+)
+from ..bundle.reader import MANIFEST
+from ..configs.dtypes import Precision
+from ..engines.base import Backend, Target, TensorSpec
+from ..passes import backend_pipeline, run_passes
+from ..policies import POLICIES
+from .checkpoint import Checkpoint, open_checkpoint
+from .decide import write_decide_graph
+from .families import Cut, family_of
+from .families.base import StoredDtype
+from .graphs import wanted_weights, write_graphs
+from .progress import Progress, Silent
+from .reuse import cache_segments
+from .weights import bring_weights
+
+__all__ = ["BuildReport", "BuildRequest", "build"]
+
+PIPELINE_PARTS = (
+    "scheduler", "tokenizer", "text_encoder", "vae", "image_encoder", "image_processor",
+)  # fmt: skip
+SMALL_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        model: A diffusers folder or a hub id.
+        out: The bundle's folder.
+        backend: Compiles the engines.
+        configs: Name → resolved config to carry; the first is the default.
+        precision: Precision of ``body``.
+        weights: Block templates with weights as inputs, or groups of blocks with weights inside.
+        revision: Commit of a hub checkpoint.
+        replace: Whether an existing bundle may be replaced.
+        target: Backend settings beside the precision, which each graph has of its own.
+        dump: Folder for graphs as text after each pass, or None.
+    """
+
+    model: str
+    out: Path
+    backend: Backend
+    configs: Mapping[str, ConfigEntry]
+    precision: Precision = "float32"
+    weights: Literal["inputs", "baked"] = "inputs"
+    revision: str | None = None
+    replace: bool = False
+    target: Target = field(default_factory=Target)
+    dump: Path | None = None
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What came out.
+
+    Attributes:
+        manifest: The manifest as written.
+        seconds: Phase → seconds.
+        bytes: Bytes of the bundle (hard-linked weights count).
+        written_bytes: Bytes really written.
+    """
+
+    manifest: Manifest
+    seconds: Mapping[str, float]
+    bytes: int
+    written_bytes: int
+
+
+def build(request: BuildRequest, progress: Progress | None = None) -> BuildReport:
+    """Build the bundle that ``request`` describes.
+
+    Raises:
+        CheckpointError: nothing usable at ``request.model``.
+        ExportError, PassError, BuildError: a graph could not be traced, rewritten or compiled.
+        OutputError: the target exists or can't be written.
+    """
+    progress = progress or Silent()
+    clock = _Clock()
+    checkpoint = open_checkpoint(request.model, request.revision)
+    where = str(checkpoint.transformer / "config.json")
+    family = family_of(checkpoint.transformer_class, where)
+    cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
+    with staged_folder(request.out, replace=request.replace) as folder:
+        (folder / "graphs").mkdir()
+        clock.start("trace")
+        segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
+        progress.phase("trace", len(segments) + len(POLICIES))
+        graphs = write_graphs(segments, cut.example_dims, folder, progress, request.dump)
+        policies: dict[str, PolicyEntry] = {}
+        for name, policy_class in POLICIES.items():
+            graphs[f"decide.{name}"] = write_decide_graph(policy_class(), folder)
+            policies[name] = PolicyEntry(graph=f"decide.{name}", spec=policy_class.spec)
+            progress.advance(f"decide.{name}")
+
+        clock.start("weights")
+        blocks = [i for s in cut.stages for i in range(s.first, s.first + s.count)]
+        wanted = wanted_weights(segments, graphs, blocks)
+        progress.phase("weights", sum(1 for _ in wanted))
+        tensors = bring_weights(wanted, checkpoint.tensors, folder)
+        progress.advance("weights", len(wanted))
+
+        clock.start("engines")
+        progress.phase(f"compile for {request.backend.name}", len(graphs))
+        engines = compile_graphs(request.backend, graphs, folder, request.target, progress)
+
+        clock.start("digests")
+        pipeline = bring_pipeline(checkpoint, folder)
+        files = describe_files(folder)
+        manifest = Manifest(
+            freewheel_version=__version__,
+            family=family.name,
+            checkpoint=CheckpointEntry(
+                source=checkpoint.source,
+                revision=checkpoint.revision,
+                transformer_class=checkpoint.transformer_class,
+                config=dict(checkpoint.config),
+                sha256=_weights_digest(tensors, files),
+            ),
+            pipeline=pipeline,
+            precision=request.precision,
+            weights=request.weights,
+            inputs={
+                n: InputEntry(argument=i.argument, runs=i.runs, dtype=i.spec.dtype, shape=list(i.spec.shape))
+                for n, i in cut.inputs.items()
+            },
+            dims={n: list(f) for n, f in cut.dims.items()},
+            graphs=graphs,
+            stages=[
+                StageEntry(
+                    block=s.block, context=s.context, tapped=s.tapped, first=s.first, count=s.count
+                )
+                for s in cut.stages
+            ],
+            signals={n: SignalEntry(value=v, known=k) for n, (v, k) in cut.signals.items()},
+            feature_block=cut.feature_block,
+            history_dtype=cut.history_dtype,
+            policies=policies,
+            configs=dict(request.configs),
+            default_config=next(iter(request.configs)),
+            tensors=tensors,
+            engines=[engines],
+            files=files,
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        clock.stop()
+    written = sum(
+        e.bytes for n, e in files.items() if (request.out / n).stat().st_nlink == 1
+    )
+    return BuildReport(manifest, clock.seconds, sum(e.bytes for e in files.values()), written)
+
+
+def compile_graphs(
+    backend: Backend,
+    graphs: Mapping[str, GraphEntry],
+    folder: Path,
+    target: Target,
+    progress: Progress,
+) -> EngineSetEntry:
+    """Compile every graph for ``backend`` into ``engines/<backend>-<target>``.
+
+    Raises:
+        BuildError: the backend refuses a graph; names it.
+    """
+    label = target_label(target)
+    place = f"engines/{backend.name}-{label}"
+    (folder / place).mkdir(parents=True)
+    files, seconds = {}, {}
+    for name, graph in graphs.items():
+        began = time.perf_counter()
+        out = f"{place}/{name}"
+        compile_graph(backend, folder / graph.file, replace(target, precision=graph.precision), folder / out)
+        files[name], seconds[name] = out, round(time.perf_counter() - began, 3)
+        progress.advance(name)
+    return EngineSetEntry(backend=backend.name, target=label, files=files, seconds=seconds)
+
+
+def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> None:
+    """Compile one portable graph, after the passes that its backend needs."""
+    passes = backend_pipeline(backend.name)
+    if not passes:
+        backend.compile(graph, target, out)
+        return
+    model, changed = run_passes(ir.load(graph), passes)
+    if not changed:
+        backend.compile(graph, target, out)
+        return
+    adapted = graph.with_name(f".{graph.stem}.{backend.name}.onnx")
+    try:
+        ir.save(model, adapted)
+        backend.compile(adapted, target, out)
+    finally:
+        adapted.unlink(missing_ok=True)
+
+
+def target_label(target: Target) -> str:
+    """Name what engines are compiled for, for a folder's name."""
+    if target.compute_capabilities:
+        return "sm" + "-".join(c.replace(".", "") for c in target.compute_capabilities)
+    return platform.machine().lower()
+
+
+def bring_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineEntry:
+    """Link the pipeline's other parts into the bundle, so that it runs by itself.
+
+    Where the file system can't link, small files are copied and the manifest names the source of
+    the rest.
+    """
+    if checkpoint.pipeline is None:
+        return PipelineEntry()
+    target = folder / "pipeline"
+    target.mkdir()
+    shutil.copyfile(checkpoint.pipeline / "model_index.json", target / "model_index.json")
+    (target / "transformer").mkdir()
+    shutil.copyfile(checkpoint.transformer / "config.json", target / "transformer" / "config.json")
+    for part in PIPELINE_PARTS:
+        for source in sorted((checkpoint.pipeline / part).glob("**/*")):
+            if not source.is_file():
+                continue
+            place = target / source.relative_to(checkpoint.pipeline)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if link_or_none(source, place) is not None:
+                continue
+            if source.stat().st_size > SMALL_FILE_BYTES:
+                shutil.rmtree(target)
+                return PipelineEntry(source=str(checkpoint.pipeline.resolve()))
+            shutil.copyfile(source, place)
+    return PipelineEntry(folder="pipeline")
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
+    """Return a lookup of stored dtypes; a missing tensor is reported when weights are brought."""
+    return lambda name: checkpoint.tensors[name].dtype if name in checkpoint.tensors else "float32"
+
+
+def _hidden_spec(cut: Cut) -> TensorSpec:
+    return next(s for s in cut.segments if s.name == "head").outputs["hidden"]
+
+
+def _weights_digest(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEntry]) -> str:
+    """Digest what the model computes with: every tensor's place and its file's digest."""
+    text = json.dumps([[n, t.offset, files[t.file].sha256] for n, t in sorted(tensors.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name, self._began = "read", time.perf_counter()
+
+    def start(self, name: str) -> None:
+        self.stop()
+        self._name, self._began = name, time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds[self._name] = round(time.perf_counter() - self._began, 3)

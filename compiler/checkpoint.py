@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find a diffusers checkpoint: on disk or on the hub, whole or sharded, never loading a tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle.safetensors_header import StoredTensor, read_header
+from ..configs.errors import CheckpointError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A transformer's config and where its tensors lie.
+
+    Attributes:
+        source: What the user gave: a folder or a hub id.
+        revision: Commit of a hub checkpoint.
+        pipeline: Folder with ``model_index.json``, or None when a bare transformer was given.
+        transformer: Folder with the transformer's ``config.json``.
+        config: That config.
+        tensors: Tensor name → place, from the headers.
+    """
+
+    source: str
+    revision: str | None
+    pipeline: Path | None
+    transformer: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def transformer_class(self) -> str:
+        """Diffusers class of the transformer."""
+        return str(self.config.get("_class_name", ""))
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Open ``model``: a diffusers pipeline folder, a transformer folder, or a hub id.
+
+    Raises:
+        CheckpointError: nothing there, no config, a missing or truncated shard, or weights that
+            are not safetensors.
+    """
+    folder = Path(model)
+    if not folder.exists():
+        folder, revision = _download(model, revision)
+    pipeline = folder if (folder / "model_index.json").is_file() else None
+    transformer = folder / "transformer" if pipeline else folder
+    config = _read_json(transformer / "config.json")
+    shards = _shards(transformer)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        tensors |= read_header(shard)
+    return Checkpoint(model, revision, pipeline, transformer, config, tensors)
+
+
+def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hint = "give a diffusers folder, or a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"
+    try:
+        path = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+        )
+    except HFValidationError as error:
+        raise CheckpointError(model, "is neither a folder nor a hub id", hint) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            model, f"is no folder here, and can't be had from the hub: {reason}", hint
+        ) from error
+    return Path(path), Path(path).name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            str(path), f"can't be read: {error.strerror}", "give a checkpoint in diffusers layout"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(str(path), f"is not JSON: {error}", "fetch the file again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(str(path), "is not a JSON object", "fetch the file again")
+    return data
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+    single = folder / f"{WEIGHTS_STEM}.safetensors"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map", {})
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        missing = [s.name for s in shards if not s.is_file()]
+        if missing:
+            raise CheckpointError(
+                str(folder), f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing)}",
+                "fetch them into the folder",
+            )  # fmt: skip
+        return shards
+    if single.is_file():
+        return [single]
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        raise CheckpointError(
+            str(folder), "holds pickled weights, which Freewheel never opens",
+            "convert them: load with diffusers and call save_pretrained(folder, safe_serialization=True)",
+        )  # fmt: skip
+    raise CheckpointError(str(folder), f"has no '{single.name}' and no index of shards", "fetch the weights")

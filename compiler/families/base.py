@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family declares: the segments of one diffusers transformer class, and nothing else.
+
+A family file holds no engine code and no policy code. It turns a transformer's config into
+`Segment`s (PyTorch modules on the ``meta`` device with named, typed inputs and outputs) and says in
+which order the block templates make up ``body``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ...configs.dtypes import Precision
+from ...engines.base import TensorSpec
+
+__all__ = [
+    "Cut",
+    "DimFactor",
+    "Family",
+    "ModelInput",
+    "Runs",
+    "Segment",
+    "Stage",
+    "StoredDtype",
+]
+
+Runs = Literal["prompt", "prompt_block", "run", "shape", "step", "signal", "block", "computed", "reused"]
+"""When a graph runs: once per prompt, once per prompt and block, once per run, once per latent
+shape, every step, on steps whose policy wants its signal, once per block of a computed step, after
+a computed body, on a reused step."""
+
+StoredDtype = Callable[[str], str]
+"""Checkpoint tensor name → dtype it is stored in."""
+
+DimFactor = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One graph to trace.
+
+    Attributes:
+        name: Graph name.
+        runs: Dependency class.
+        module: Traced module on ``meta``; its parameters are the graph's weights, named as in the
+            checkpoint below ``prefix``, in the dtype the graph takes them in.
+        inputs: Argument name → spec, in the order of ``module.forward``.
+        outputs: Output name → spec, in the order in which ``module`` returns them.
+        dropped: Outputs to leave out of this graph. Segments that share a module are traced once.
+        prefix: What precedes parameter names in the checkpoint; ``{block}`` for block templates.
+        precision: Precision the graph computes in, as backends are told.
+    """
+
+    name: str
+    runs: Runs
+    module: torch.nn.Module
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    prefix: str = ""
+    precision: Precision = "float32"
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of equal blocks inside ``body``.
+
+    Attributes:
+        block: Segment name of the block template.
+        context: Segment run once per prompt for each block, or None.
+        tapped: Segment name of the variant with the feature tapped, or None.
+        count: Number of blocks.
+        first: Checkpoint index of the first one.
+    """
+
+    block: str
+    context: str | None
+    tapped: str | None
+    count: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One tensor a caller hands in.
+
+    Attributes:
+        argument: Keyword of the diffusers transformer's ``forward``.
+        runs: ``step``, ``run`` or ``prompt``: when it may change.
+        spec: dtype and named dimensions.
+    """
+
+    argument: str
+    runs: Literal["step", "run", "prompt"]
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One model, cut.
+
+    Attributes:
+        segments: Every graph but the policies'.
+        stages: The block loop.
+        inputs: What callers hand in, by name.
+        signals: Signal kind → the value that carries it and when it is known
+            (``run``: ahead of the loop, so decisions fold; ``step``: after ``head``).
+        feature_block: Index of the block whose feature is tapped.
+        dims: Derived dimension → product of floor divisions of input dimensions.
+        history_dtype: dtype in which residuals are kept.
+        example_dims: Sizes to trace with.
+    """
+
+    segments: tuple[Segment, ...]
+    stages: tuple[Stage, ...]
+    inputs: Mapping[str, ModelInput]
+    signals: Mapping[str, tuple[str, Literal["run", "step"]]]
+    feature_block: int
+    dims: Mapping[str, tuple[DimFactor, ...]]
+    history_dtype: str
+    example_dims: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the families table.
+
+    Attributes:
+        name: Family name in manifests.
+        transformer_class: Diffusers class as ``_class_name`` in the transformer's config spells it.
+        pipelines: Diffusers pipelines whose ``transformer`` it may be.
+        cut: Config, body precision and stored dtypes → the cut model.
+    """
+
+    name: str
+    transformer_class: str
+    pipelines: tuple[str, ...]
+    cut: Callable[[Mapping[str, Any], Precision, StoredDtype], Cut]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a cut model into ONNX files and manifest entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ..bundle.manifest import GraphEntry, IoEntry
+from ..engines.base import TensorSpec
+from ..passes import run_passes, template_pipeline
+from .export import trace
+from .families import Segment
+from .progress import Progress
+
+__all__ = ["io_entries", "wanted_weights", "write_graphs"]
+
+
+def write_graphs(
+    segments: Iterable[Segment],
+    example_dims: Mapping[str, int],
+    bundle: Path,
+    progress: Progress,
+    dump: Path | None = None,
+) -> dict[str, GraphEntry]:
+    """Trace every segment, run the passes, and write ``graphs/<name>.onnx``.
+
+    Args:
+        segments: What to trace; segments that share a module are traced once.
+        example_dims: Sizes to trace with.
+        bundle: The bundle's folder.
+        progress: Advanced once per segment.
+        dump: Folder that gets each graph as text after each pass, or None.
+
+    Returns:
+        Graph name → manifest entry.
+    """
+    traced: dict[int, ir.Model] = {}
+    entries = {}
+    for segment in segments:
+        key = id(segment.module)
+        if key not in traced:
+            traced[key] = trace(segment, example_dims)
+        kept = {n: s for n, s in segment.outputs.items() if n not in segment.dropped}
+        weights = [name for name, _ in segment.module.named_parameters()]
+        pipeline = template_pipeline(weights, segment.inputs, kept)
+        model, _ = run_passes(
+            traced[key].clone(), pipeline, dump / segment.name if dump is not None else None
+        )
+        model.graph.name = segment.name
+        file = f"graphs/{segment.name}.onnx"
+        ir.save(model, bundle / file)
+        present = [str(v.name) for v in model.graph.inputs]
+        entries[segment.name] = GraphEntry(
+            file=file,
+            runs=segment.runs,
+            precision=segment.precision,
+            inputs=io_entries({n: s for n, s in segment.inputs.items() if n in present}),
+            outputs=io_entries(kept),
+            weights={w: segment.prefix + w for w in weights if w in present},
+        )
+        progress.advance(segment.name)
+    return entries
+
+
+def io_entries(specs: Mapping[str, TensorSpec]) -> dict[str, IoEntry]:
+    """Spell tensor specs as the manifest does."""
+    return {n: IoEntry(dtype=s.dtype, shape=list(s.shape)) for n, s in specs.items()}
+
+
+def wanted_weights(
+    segments: Iterable[Segment], graphs: Mapping[str, GraphEntry], blocks: Iterable[int]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """List every checkpoint tensor that the graphs take, with the dtype they take it in."""
+    blocks = list(blocks)
+    wanted = {}
+    for segment in segments:
+        parameters = dict(segment.module.named_parameters())
+        for name, pattern in graphs[segment.name].weights.items():
+            dtype = str(parameters[name].dtype).removeprefix("torch.")
+            shape = tuple(parameters[name].shape)
+            indices = blocks if "{block}" in pattern else [0]
+            for index in indices:
+                wanted[pattern.replace("{block}", str(index))] = (dtype, shape)
+    return wanted

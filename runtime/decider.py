@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a compiled policy for one branch: feed it where the run stands, read its decision back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bundle.manifest import PolicyEntry
+from ..configs.policy_spec import GUARD_PARAMETERS, GUARD_STATE, Value
+from ..configs.setting import GuardSetting
+from ..engines.base import BoundCall
+from .model import LoadedModel
+
+__all__ = ["Decider", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One decision, read back from the graph.
+
+    Attributes:
+        compute: True runs the body.
+        mix: Factor of each past residual, newest first.
+        distance: Accumulated distance after the decision, or None.
+    """
+
+    compute: bool
+    mix: tuple[float, ...]
+    distance: float | None
+
+
+class Decider:
+    """The compiled policy of one branch, with its state in small device tensors.
+
+    Signals and features are bound by address. Where they rotate between two buffers, one call is
+    bound per arrangement ahead of the run, and `decide` is told which to use.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        policy: PolicyEntry,
+        parameters: Mapping[str, Value],
+        guard: GuardSetting,
+        arrangements: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Allocate the state and bind the policy's graph.
+
+        Args:
+            model: Engines.
+            policy: Which policy.
+            parameters: Every parameter, resolved.
+            guard: Limits.
+            arrangements: For each way the rotating buffers can stand: ``signal``,
+                ``previous_signal``, ``feature``, ``previous_feature``, as far as the policy
+                declares them.
+        """
+        self._spec, self._guard = policy.spec, guard
+        graph = model.manifest.graphs[policy.graph]
+        device = model.device
+        self._values = {
+            n: torch.zeros([s for s in e.shape if isinstance(s, int)], dtype=getattr(torch, e.dtype), device=device)
+            for n, e in (*graph.inputs.items(), *graph.outputs.items())
+            if n not in arrangements[0]
+        }  # fmt: skip
+        for name, spec in self._spec.parameters.items():
+            self._set(f"param.{name}", spec.tensor_values(name, parameters[name]))
+        for name in GUARD_PARAMETERS:
+            self._set(f"guard.{name}", getattr(guard, name))
+        self._initial = {f"state.{n}": s.initial for n, s in self._spec.state.items()} | {
+            f"guard_state.{n}": s.initial for n, s in GUARD_STATE.items()
+        }
+        self._calls: list[BoundCall] = [
+            model.bind(policy.graph, {**self._values, **arrangement}) for arrangement in arrangements
+        ]
+        self._computed = self._values.get("computed_steps")
+        self.reset(1)
+
+    def reset(self, step_count: int) -> None:
+        """Start a run of ``step_count`` steps: every state tensor gets its initial value."""
+        for name, initial in self._initial.items():
+            self._set(name, initial)
+        self._set("step_count", step_count)
+
+    def decide(
+        self, step_index: int, computed_steps: Sequence[int], arrangement: int = 0
+    ) -> Verdict:
+        """Decide about the coming step.
+
+        Args:
+            step_index: 0-based.
+            computed_steps: Indices of the residuals held, newest first.
+            arrangement: Which bound arrangement of buffers holds now.
+        """
+        values = self._values
+        self._set("step_index", step_index)
+        self._set("exact", step_index in self._guard.exact_steps)
+        if self._computed is not None:
+            for age in range(len(self._computed)):
+                self._computed[age] = computed_steps[age] if age < len(computed_steps) else -1
+        self._calls[arrangement].run()
+        compute = bool(values["compute"].item())
+        mix = () if compute else tuple(values["mix"].tolist())
+        for name in self._initial:
+            if f"new_{name}" in values and name in values:
+                values[name].copy_(values[f"new_{name}"])
+        distance = self._spec.distance
+        return Verdict(compute, mix, None if distance is None else float(values[f"new_state.{distance}"]))
+
+    def _set(self, name: str, value: float | bool | Sequence[float]) -> None:
+        """Write an input of the graph; inputs that the graph does not use are not there."""
+        tensor = self._values.get(name)
+        if tensor is None:
+            return
+        if isinstance(value, Sequence):
+            tensor.copy_(torch.tensor(value, dtype=tensor.dtype))
+        else:
+            tensor.fill_(value)

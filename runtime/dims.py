@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named dimensions: read from what the caller hands in, derived where the manifest says how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..bundle.manifest import IoEntry, Manifest
+from ..configs.errors import RequestError
+
+__all__ = ["derive_dims", "match_dims", "shape_of"]
+
+
+def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int]:
+    """Match a tensor's shape with its declaration.
+
+    Args:
+        name: Input name, for the message.
+        entry: Declared dtype and shape.
+        shape: Shape found.
+
+    Returns:
+        Size of each named dimension.
+
+    Raises:
+        RequestError: rank or a fixed dimension differs, or a dimension is 0.
+    """
+    declared = f"[{', '.join(map(str, entry.shape))}]"
+    sizes: dict[str, int] = {}
+    fits = len(shape) == len(entry.shape) and all(size > 0 for size in shape)
+    for dim, size in zip(entry.shape, shape, strict=False):
+        fits &= sizes.setdefault(dim, size) == size if isinstance(dim, str) else dim == size
+    if not fits:
+        raise RequestError(
+            f"input '{name}'", f"has shape {list(shape)}, the bundle takes {declared}",
+            "give latents and embeddings of the model that the bundle was built from",
+        )  # fmt: skip
+    return sizes
+
+
+def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Add the manifest's derived dimensions (such as ``tokens``) to the sizes known.
+
+    Raises:
+        RequestError: a size is not divisible by its patch.
+    """
+    dims = dict(sizes)
+    for name, factors in manifest.dims.items():
+        product = 1
+        for dim, divisor in factors:
+            if dims[dim] % divisor:
+                raise RequestError(
+                    f"dimension '{dim}'", f"is {dims[dim]}, which {divisor} does not divide",
+                    "choose a size that the model's patches divide",
+                )  # fmt: skip
+            product *= dims[dim] // divisor
+        dims[name] = product
+    return dims
+
+
+def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a declared tensor for these sizes."""
+    return tuple(dims[d] if isinstance(d, str) else d for d in entry.shape)

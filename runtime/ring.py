@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The residual history of one branch: a ring in one device buffer that is never shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["ResidualRing"]
+
+
+class ResidualRing:
+    """The last K residuals of one branch.
+
+    ``delta`` writes the next residual straight into the oldest slot, by binding that slot's
+    address; what moves is the index of the newest slot. ``history`` is bound whole to ``reuse``,
+    and ``mix`` is permuted to follow the slots.
+
+    Attributes:
+        history: [slots, batch, tokens, channels], on the engines' device.
+        mix: float32 [slots], bound to ``reuse``.
+        computed_steps: Step index of each residual held, newest first.
+    """
+
+    def __init__(
+        self, slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.slots = slots
+        self.history = torch.zeros((slots, *shape), dtype=dtype, device=device)
+        self.mix = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._host_mix = torch.zeros(slots, dtype=torch.float32)
+        self.computed_steps: list[int] = []
+        self._newest = -1
+
+    def reset(self) -> None:
+        """Forget everything; zeros, since 0 · NaN of an old run would be NaN."""
+        self.history.zero_()
+        self.computed_steps.clear()
+        self._newest = -1
+
+    @property
+    def next_slot(self) -> int:
+        """Slot that the next residual goes to."""
+        return (self._newest + 1) % self.slots
+
+    def slot(self, index: int) -> Tensor:
+        """Return a view of one slot, [batch, tokens, channels]."""
+        return self.history[index]
+
+    def push(self, step_index: int) -> None:
+        """Record that the residual of ``step_index`` was written to ``next_slot``."""
+        self._newest = self.next_slot
+        self.computed_steps.insert(0, step_index)
+        del self.computed_steps[self.slots :]
+
+    def set_mix(self, mix: Sequence[float]) -> None:
+        """Set the factors of the next reuse, given newest first."""
+        self._host_mix.zero_()
+        for age in range(min(len(self.computed_steps), len(mix))):
+            self._host_mix[(self._newest - age) % self.slots] = mix[age]
+        self.mix.copy_(self._host_mix)

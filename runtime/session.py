@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One loaded bundle with its buffers: what happens inside a step of the denoise loop.
+
+Every buffer is allocated and every binding made when the shapes are known, before step 0. A step
+is then a handful of engine calls; nothing hidden-sized is copied or allocated between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..configs.errors import ConfigError, RequestError, nearest
+from ..configs.setting import CacheSetting
+from ..engines.base import BoundCall
+from .body import Body, allocate
+from .cache import BranchCache, ResolvedSetting
+from .dims import derive_dims, match_dims
+from .model import LoadedModel
+from .statistics import BranchStatistics, RunStatistics
+
+__all__ = ["Recorder", "Session", "StepRecord"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a recorder is shown of one step; tensors are views, valid during the call.
+
+    Attributes:
+        branch: Branch name.
+        step_index: 0-based.
+        computed: Whether the body ran.
+        residual: [batch, tokens, channels], the body's or what was reused in its place.
+        feature: [batch, tokens, channels], the tapped feature; None on reused steps.
+        modulated_input: [batch, tokens, channels], or None where not asked for.
+    """
+
+    branch: str
+    step_index: int
+    computed: bool
+    residual: Tensor
+    feature: Tensor | None
+    modulated_input: Tensor | None
+
+
+class Recorder(Protocol):
+    """Receives what a trace keeps."""
+
+    wants_modulated_input: bool
+
+    def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
+        """Take the per-run tables [steps, …] when a run begins."""
+
+    def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
+        """Take one step."""
+
+
+@dataclass
+class _Branch:
+    body: Body
+    model_output: Tensor
+    finish: BoundCall
+    cache: BranchCache | None = None
+    last_step: int = -1
+
+
+class Session:
+    """Runs the model calls of a denoise loop over one set of buffers.
+
+    Order of use: `begin` once per run, `set_prompt` per branch, then `step` for every branch of
+    every step. A run resets all state, so what ran before can't show.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        """Allocate what does not depend on a shape; the rest follows at the first step."""
+        self.model, self.manifest = model, model.manifest
+        self.statistics = RunStatistics("off", True, 0)
+        self._resolved = self._resolve(CacheSetting())
+        self._recorder: Recorder | None = None
+        self._timesteps = torch.zeros(0)
+        self._tables: dict[str, Tensor] = {}
+        self._rows = self._allocate_rows()
+        self._row = -1
+        self._dims: dict[str, int] = {}
+        self._shared: dict[str, Tensor] = {}
+        self._prompts: dict[str, dict[str, Tensor]] = {}
+        self._branches: dict[str, _Branch] = {}
+
+    def begin(
+        self,
+        timesteps: Tensor,
+        setting: CacheSetting | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Start a run: forget all state, compute what depends on timesteps alone.
+
+        Args:
+            timesteps: [steps], the values the model is conditioned on, in order.
+            setting: Policy, parameters and guard; None is ``off``.
+            recorder: Gets signals, features and residuals as they arise.
+
+        Raises:
+            ConfigError: unknown policy, parameter or signal.
+            RequestError: no timesteps, or they are not finite.
+        """
+        if timesteps.ndim != 1 or not len(timesteps) or not bool(torch.isfinite(timesteps).all()):
+            raise RequestError(
+                "timesteps", f"are {tuple(timesteps.shape)}, expected [steps] finite values",
+                "call scheduler.set_timesteps() first",
+            )  # fmt: skip
+        resolved = self._resolve(setting or CacheSetting())
+        if resolved != self._resolved or (recorder is None) != (self._recorder is None):
+            for branch in self._branches.values():
+                branch.cache = None
+        self._resolved, self._recorder, self._row = resolved, recorder, -1
+        self._compute_tables(timesteps)
+        self.statistics = RunStatistics(resolved.policy.spec.name, resolved.is_folded, len(timesteps))
+        for branch in self._branches.values():
+            branch.last_step = -1
+            if branch.cache is not None:
+                branch.cache.reset(self._tables, len(timesteps))
+        if recorder is not None:
+            recorder.on_run(self._tables, self._timesteps)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the current run."""
+        return len(self._timesteps)
+
+    @property
+    def resolved(self) -> ResolvedSetting:
+        """The current run's policy, parameters and guard."""
+        return self._resolved
+
+    def set_prompt(self, branch: str, states: Mapping[str, Tensor]) -> None:
+        """Give a branch its prompt; its context is computed unless the prompt is the same.
+
+        Args:
+            branch: ``cond``, ``uncond``, …
+            states: Per-prompt inputs by name (``text_states``, …), any float dtype.
+
+        Raises:
+            RequestError: an input is missing or misshapen.
+        """
+        wanted = {n: e for n, e in self.manifest.inputs.items() if e.runs == "prompt"}
+        known = self._prompts.get(branch, {})
+        given: dict[str, Tensor] = {}
+        for name, entry in wanted.items():
+            tensor = states.get(name)
+            if tensor is None:
+                raise RequestError(
+                    f"branch '{branch}', input '{name}'", "is missing", f"give {', '.join(wanted)}"
+                )
+            match_dims(name, entry, tensor.shape)
+            given[name] = tensor.detach().to(self.model.device, getattr(torch, entry.dtype)).contiguous()
+        if known and all(torch.equal(known[n], t) for n, t in given.items()):
+            return
+        self._prompts[branch] = {n: t.clone() for n, t in given.items()}
+        existing = self._branches.get(branch)
+        if existing is not None and existing.body.fits(given):
+            with self._timed("prompt"):
+                existing.body.set_prompt(given)
+        else:
+            self._branches.pop(branch, None)
+
+    def step(self, branch: str, step_index: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run one step of one branch.
+
+        Args:
+            branch: A branch whose prompt was set.
+            step_index: 0-based; each branch counts up by one.
+            inputs: Per-step inputs by name: ``latents`` [batch, channels, frames, height, width].
+
+        Returns:
+            The model output, [batch, out channels, frames, height, width], float32: a buffer
+            that the branch's next step overwrites.
+
+        Raises:
+            RequestError: shapes don't fit, no prompt was set, or steps are out of order.
+        """
+        self._place(inputs)
+        state = self._branch(branch)
+        if step_index != state.last_step + 1 or step_index >= self.steps:
+            raise RequestError(
+                f"branch '{branch}', step {step_index}",
+                f"does not follow step {state.last_step} of {self.steps}",
+                "call begin() at the start of a run, and steps in order",
+            )
+        cache = state.cache
+        assert cache is not None, "_branch() makes one"
+        began = time.perf_counter()
+        self._select_row(step_index)
+        with self._timed("head"):
+            self._head.run()
+        with self._timed("decide"):
+            verdict = cache.decide(step_index)
+        with self._timed("body" if verdict.compute else "reuse"):
+            if verdict.compute:
+                cache.compute(step_index)
+            else:
+                cache.reuse(verdict)
+        with self._timed("finish"):
+            state.finish.run()
+            self.model.backend.synchronize()
+        state.last_step = step_index
+        self.statistics.branches.setdefault(branch, BranchStatistics()).add(
+            verdict.compute, verdict.distance, verdict.mix[: self._resolved.depth], time.perf_counter() - began
+        )
+        if self._recorder is not None:
+            self._record(branch, step_index, verdict.compute, cache.recorded(verdict))
+        return state.model_output
+
+    def predict(self) -> RunStatistics | None:
+        """Return the coming run's decisions where they fold, else None.
+
+        The signal of a folded policy is the same for every branch and prompt, so one is enough.
+        """
+        if not self._resolved.is_folded or not self._branches:
+            return None
+        name = next(iter(self._branches))
+        verdicts = self._branch(name).cache.folded  # type: ignore[union-attr]  # made by _branch
+        statistics = RunStatistics(self._resolved.policy.spec.name, True, self.steps)
+        branch = statistics.branches.setdefault(name, BranchStatistics())
+        for verdict in verdicts or ():
+            branch.add(verdict.compute, verdict.distance, verdict.mix, 0.0)
+        return statistics
+
+    def _resolve(self, setting: CacheSetting) -> ResolvedSetting:
+        policies = self.manifest.policies
+        if setting.policy not in policies:
+            raise ConfigError(
+                f"policy '{setting.policy}'", "is not in the bundle", nearest(setting.policy, list(policies))
+            )
+        policy = policies[setting.policy]
+        name = setting.signal or next(iter(policy.spec.signals), None)
+        known = [s for s in policy.spec.signals if s in self.manifest.signals]
+        if name is not None and name not in known:
+            raise ConfigError(
+                f"signal '{name}'", f"can't be given to policy '{setting.policy}' on this model",
+                nearest(name, known),
+            )  # fmt: skip
+        signal = self.manifest.signals[name] if name is not None else None
+        return ResolvedSetting(
+            setting, policy, policy.spec.resolve(setting.parameters), name, signal
+        )
+
+    def _allocate_rows(self) -> dict[str, Tensor]:
+        """Allocate the current row of each per-run table, shaped as step graphs take it."""
+        graphs = self.manifest.graphs.values()
+        rows = {}
+        for name in (n for g in graphs if g.runs == "run" for n in g.outputs):
+            entry = next(g.inputs[name] for g in graphs if name in g.inputs)
+            rows |= allocate({name: entry}, {}, self.model.device)
+        return rows
+
+    def _compute_tables(self, timesteps: Tensor) -> None:
+        wanted = timesteps.detach().to(self.model.device, torch.float32)
+        if torch.equal(wanted, self._timesteps) and self._tables:
+            return
+        with self._timed("prepare"):
+            self._timesteps = wanted.clone()
+            for name, graph in self.manifest.graphs.items():
+                if graph.runs != "run":
+                    continue
+                tables = allocate(graph.outputs, {"steps": len(wanted)}, self.model.device)
+                self.model.bind(name, {"timesteps": self._timesteps, **tables}).run()
+                self._tables |= tables
+            self.model.backend.synchronize()
+
+    def _select_row(self, step_index: int) -> None:
+        """Put this step's rows where the bound calls read them; small copies, not hidden-sized."""
+        if step_index != self._row:
+            for name, row in self._rows.items():
+                row.copy_(self._tables[name][step_index].view(row.shape))
+            self._row = step_index
+
+    def _place(self, inputs: Mapping[str, Tensor]) -> None:
+        """Put per-step inputs into their buffers; a new shape makes new buffers."""
+        wanted = {n: e for n, e in self.manifest.inputs.items() if e.runs == "step"}
+        sizes: dict[str, int] = {}
+        for name, entry in wanted.items():
+            if name not in inputs:
+                raise RequestError(f"input '{name}'", "is missing", f"give {', '.join(wanted)}")
+            sizes |= match_dims(name, entry, inputs[name].shape)
+        if any(self._dims.get(d) != s for d, s in sizes.items()):
+            with self._timed("prepare"):
+                self._allocate(derive_dims(self.manifest, sizes))
+        for name in wanted:
+            self._shared[name].copy_(inputs[name])
+
+    def _allocate(self, dims: dict[str, int]) -> None:
+        graphs, device = self.manifest.graphs, self.model.device
+        self._branches.clear()
+        self._dims = dims
+        step_inputs = {n: e for n, e in self.manifest.inputs.items() if e.runs == "step"}
+        shared = {**self._rows, **allocate(step_inputs, dims, device)}
+        for graph in graphs.values():
+            if graph.runs == "shape":
+                shared |= allocate(graph.outputs, dims, device)
+        hidden = graphs["head"].outputs["hidden"]
+        shared |= allocate(dict.fromkeys(("hidden", "hidden_even", "hidden_odd"), hidden), dims, device)
+        for name, graph in graphs.items():
+            if graph.runs == "shape":
+                self.model.bind(name, shared).run()
+        self._head = self.model.bind("head", shared)
+        self._shared = shared
+
+    def _branch(self, name: str) -> _Branch:
+        """Return a branch ready to run, allocating and binding what it lacks."""
+        if name not in self._prompts:
+            raise RequestError(f"branch '{name}'", "has no prompt", "call set_prompt() first")
+        if name not in self._branches:
+            with self._timed("prepare"):
+                self._branches[name] = self._make_branch(name)
+        branch = self._branches[name]
+        if branch.cache is None:
+            with self._timed("prepare"):
+                branch.cache = BranchCache(
+                    self.model, self._resolved, branch.body, self._shared, self._dims,
+                    record=self._recorder is not None,
+                )  # fmt: skip
+                branch.cache.reset(self._tables, self.steps)
+        return branch
+
+    def _make_branch(self, name: str) -> _Branch:
+        body = Body(self.model, name, self._shared, self._prompts[name], self._dims)
+        outputs = allocate(self.manifest.graphs["finish"].outputs, self._dims, self.model.device)
+        values = {**self._shared, "hidden_out": body.hidden_out, **outputs}
+        return _Branch(body, outputs["model_output"], self.model.bind("finish", values))
+
+    def _record(
+        self, branch: str, step_index: int, computed: bool, kept: tuple[Tensor, Tensor | None]
+    ) -> None:
+        assert self._recorder is not None, "called when recording"
+        modulated: Tensor | None = None
+        if self._recorder.wants_modulated_input:
+            modulated = torch.zeros_like(self._shared["hidden"])
+            self.model.bind("modulate", {**self._shared, "modulated_input": modulated}).run()
+        record = StepRecord(branch, step_index, computed, *kept, modulated)
+        self._recorder.on_step(record, self._dims)
+
+    @contextmanager
+    def _timed(self, segment: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.statistics.seconds
+            seconds[segment] = seconds.get(segment, 0.0) + time.perf_counter() - began

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run did: decisions, distances and seconds, and what is odd about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["BranchStatistics", "RunStatistics"]
+
+
+@dataclass
+class BranchStatistics:
+    """One branch, step by step.
+
+    Attributes:
+        computed: Whether each step ran the body.
+        distance: Accumulated distance after each decision; None where the policy has none.
+        mix: Factors of the past residuals at each reused step, newest first; empty if computed.
+        seconds: Seconds of each whole step.
+    """
+
+    computed: list[bool] = field(default_factory=list)
+    distance: list[float | None] = field(default_factory=list)
+    mix: list[list[float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(
+        self, computed: bool, distance: float | None, mix: Sequence[float], seconds: float
+    ) -> None:
+        """Append one step."""
+        self.computed.append(computed)
+        self.distance.append(distance)
+        self.mix.append([] if computed else list(mix))
+        self.seconds.append(seconds)
+
+    def percentiles(self) -> dict[str, float] | None:
+        """Return the distances' minimum, quartiles and maximum over reused steps."""
+        values = [d for d, c in zip(self.distance, self.computed, strict=True) if d is not None and not c]
+        if not values:
+            return None
+        names = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "max": 100}
+        return {n: float(np.percentile(values, q)) for n, q in names.items()}
+
+
+@dataclass
+class RunStatistics:
+    """One run of a session.
+
+    Attributes:
+        policy: Policy name.
+        folded: Whether all decisions were known before step 0.
+        steps: Steps of the run.
+        branches: By branch name.
+        seconds: Seconds by segment: head, decide, body, delta, reuse, finish, prepare.
+    """
+
+    policy: str
+    folded: bool
+    steps: int
+    branches: dict[str, BranchStatistics] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def computed_steps(self) -> float:
+        """Computed steps of a branch, averaged over branches."""
+        counts = [sum(b.computed) for b in self.branches.values()]
+        return sum(counts) / len(counts) if counts else 0.0
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Steps / computed steps, as if all but the body were free."""
+        computed = sum(sum(b.computed) for b in self.branches.values())
+        done = sum(len(b.computed) for b in self.branches.values())
+        return done / computed if computed else 1.0
+
+    def step_seconds(self) -> dict[str, float | None]:
+        """Return the median seconds of computed and of reused steps."""
+        pairs = [p for b in self.branches.values() for p in zip(b.computed, b.seconds, strict=True)]
+        computed = [s for c, s in pairs if c]
+        reused = [s for c, s in pairs if not c]
+        return {
+            "computed": float(np.median(computed)) if computed else None,
+            "reused": float(np.median(reused)) if reused else None,
+        }
+
+    @property
+    def measured_speedup(self) -> float | None:
+        """Seconds of the run had every step been computed / seconds it took; None if unknown."""
+        computed = self.step_seconds()["computed"]
+        taken = sum(sum(b.seconds) for b in self.branches.values())
+        if computed is None or not taken:
+            return None
+        return computed * sum(len(b.seconds) for b in self.branches.values()) / taken
+
+    def warnings(self, parameters: Mapping[str, Any]) -> list[str]:
+        """Say what a user would want to know before they wonder."""
+        found = []
+        if self.policy != "off":
+            for name, branch in self.branches.items():
+                if branch.computed and all(branch.computed):
+                    found.append(
+                        f"policy '{self.policy}' reused nothing in branch '{name}': every step was "
+                        "computed; raise its threshold or interval, or look at 'guard' limits"
+                    )
+            free = [d for b in self.branches.values() for d in b.distance if d is not None]
+            threshold = parameters.get("threshold")
+            if free and isinstance(threshold, int | float) and threshold > 0 and max(free) < 0.01 * threshold:
+                found.append(
+                    f"threshold {threshold} can't matter: the largest distance was {max(free):.3g}"
+                )
+            if 1 < self.steps <= 8:
+                found.append(
+                    f"{self.steps} steps is few-step sampling: there is little to reuse and much to "
+                    "lose; compare with --cache off"
+                )
+        return found
+
+    def as_dict(self, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return what ``run --json`` prints."""
+        return {
+            "policy": self.policy,
+            "folded": self.folded,
+            "steps": self.steps,
+            "computed_steps": self.computed_steps,
+            "ideal_speedup": self.ideal_speedup,
+            "measured_speedup": self.measured_speedup,
+            "branches": {
+                n: {"computed": b.computed, "distance": b.distance, "mix": b.mix, "percentiles": b.percentiles()}
+                for n, b in self.branches.items()
+            },
+            "seconds": {n: round(s, 6) for n, s in self.seconds.items()},
+            "step_seconds": self.step_seconds(),
+            "warnings": self.warnings(parameters or {}),
+        }
