@@ -16,7 +16,6 @@ TEACACHE_SIGNALS = ["temb", "timestep_proj", "modulated_input"]
 TEACACHE_STATE = {"distance": StateSpec()}
 
 TEACACHE_PARAMETERS = {
-    # The default suits the identity polynomial on a Wan timestep embedding; fitted polynomials
     # With the identity polynomial on 'temb', 0.2 computes 18 of the shipped demo model's 30 steps
     # and 0.1 all of them; fitted polynomials bring thresholds of their own in their config.
     "threshold": ParameterSpec(

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache policies in plain NumPy, transcribed from the algorithms' text and not from our code.
+
+Works on the residuals themselves: what a policy calls a mix is here a forecast built from finite
+differences of arrays. Nothing here imports torch or freewheel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Guard:
+    first_exact: int = 1
+    last_exact: int = 0
+    max_consecutive: int = 0
+    max_reused: int = 0
+    exact_steps: tuple[int, ...] = ()
+
+
+@dataclass
+class Run:
+    """What happened, per step: the decision, the distance after it, the forecast where reused."""
+
+    computed: list[bool] = field(default_factory=list)
+    distance: list[float | None] = field(default_factory=list)
+    forecast: list[np.ndarray | None] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
+    """How near the quantity that decided came to its threshold, relative to it."""
+    noise: list[float] = field(default_factory=list)
+    """What float32 rounding may do to the distance: polynomials with large terms cancel."""
+
+
+def run_reference(law, guard, step_count, signals=None, features=None, residuals=None):
+    """Fold a law over a run, as ALGORITHMS 6 wraps it."""
+    run = Run()
+    history: list[tuple[int, np.ndarray]] = []
+    in_a_row = in_all = 0
+    for t in range(step_count):
+        must = (
+            not history
+            or t in guard.exact_steps
+            or t < guard.first_exact
+            or t >= step_count - guard.last_exact
+            or (guard.max_consecutive > 0 and in_a_row >= guard.max_consecutive)
+            or (guard.max_reused > 0 and in_all >= guard.max_reused)
+            or (signals is not None and not np.isfinite(signals[t]).all())
+        )
+        compute = law.wants_computation(t, must, signals) or must
+        run.margin.append(law.margin)
+        run.noise.append(law.noise)
+        run.distance.append(law.distance)
+        run.computed.append(compute)
+        if compute:
+            in_a_row = 0
+            run.forecast.append(None)
+            residual = np.zeros(1) if residuals is None else residuals[t]
+            history.insert(0, (t, residual.astype(np.float64)))
+            if features is not None:
+                law.computed(t, step_count, features[t])
+        else:
+            in_a_row, in_all = in_a_row + 1, in_all + 1
+            run.forecast.append(law.forecast(t, history))
+    return run
+
+
+class _Law:
+    distance: float | None = None
+    margin: float = math.inf
+    noise: float = 0.0
+
+    def forecast(self, t, history):
+        return history[0][1]
+
+    def computed(self, t, step_count, feature):
+        pass
+
+
+class Off(_Law):
+    def wants_computation(self, t, must, signals):
+        return True
+
+
+class TeaCache(_Law):
+    """ALGORITHMS 1."""
+
+    def __init__(self, threshold, coefficients):
+        self.threshold = threshold
+        self.coefficients = np.asarray(coefficients, np.float32)
+        self.distance = np.float32(0)
+
+    def wants_computation(self, t, must, signals):
+        self.margin = math.inf
+        if must:
+            self.distance, self.noise = np.float32(0), 0.0
+            return True
+        before = np.abs(signals[t - 1]).mean(dtype=np.float32)
+        with np.errstate(all="ignore"):
+            rel_l1 = np.abs(signals[t] - signals[t - 1]).mean(dtype=np.float32) / before
+            self.distance = self.distance + np.polyval(self.coefficients, rel_l1)
+            # Eight roundings of half a unit in the last place of the largest terms.
+            self.noise += 4 * 1.2e-7 * float(np.polyval(np.abs(self.coefficients), rel_l1))
+        if self.threshold > 0:
+            away = abs(float(self.distance) - self.threshold)
+            self.margin = max(0.0, away - self.noise) / self.threshold
+        # Threshold 0 never reuses, and a change that isn't finite computes.
+        may_reuse = self.threshold > 0 and np.isfinite(rel_l1) and np.isfinite(self.distance)
+        if may_reuse and self.distance < np.float32(self.threshold):
+            return False
+        self.distance, self.noise = np.float32(0), 0.0
+        return True
+
+
+class TaylorSeer(_Law):
+    """ALGORITHMS 2."""
+
+    def __init__(self, interval, order, variant):
+        self.interval, self.order, self.variant = interval, order, variant
+
+    def wants_computation(self, t, must, signals):
+        return t % self.interval == 0
+
+    def forecast(self, t, history):
+        newest = history[: self.order + 1]
+        return taylor(t, newest) if self.variant == "taylor" else newton(t, newest)
+
+
+def taylor(t, history):
+    """Sum the D_i(s) (t − s)^i / i!, each D_{i+1}(s) = (D_i(s) − D_i(p)) / (s − p)."""
+
+    def difference(i, at):
+        if i == 0:
+            return history[at][1]
+        gap = history[at][0] - history[at + 1][0]
+        return (difference(i - 1, at) - difference(i - 1, at + 1)) / gap
+
+    s = history[0][0]
+    return sum(difference(i, 0) * (t - s) ** i / math.factorial(i) for i in range(len(history)))
+
+
+def newton(t, history):
+    """Evaluate the interpolating polynomial, in Lagrange's form."""
+    total = 0.0
+    for s, residual in history:
+        basis = 1.0
+        for other, _ in history:
+            if other != s:
+                basis *= (t - other) / (s - other)
+        total = total + basis * residual
+    return total
+
+
+class Custom(TeaCache):
+    """ALGORITHMS 4."""
+
+    def forecast(self, t, history):
+        if len(history) == 1:
+            return history[0][1]
+        (s, newest), (p, older) = history[:2]
+        g = s - p
+        return (1 + (t - s) / g) * newest - (t - s) / g * older
+
+
+class AdaCache(_Law):
+    """ALGORITHMS 3."""
+
+    def __init__(
+        self,
+        codebook,
+        scale_codebook=False,
+        moreg_scale=0.385,
+        moreg_power=8.0,
+        moreg_first=0.1,
+        moreg_last=0.9,
+        mograd=10.0,
+    ):
+        self.codebook, self.scale_codebook = codebook, scale_codebook
+        self.moreg_scale, self.moreg_power, self.mograd = moreg_scale, moreg_power, mograd
+        self.moreg_first, self.moreg_last = moreg_first, moreg_last
+        self.skip, self.moreg, self.previous, self.due = 1, 1.0, None, 0
+
+    def wants_computation(self, t, must, signals):
+        return t >= self.due
+
+    def computed(self, t, step_count, feature):
+        f = feature.astype(np.float64)
+        if self.previous is None:
+            self.skip = 1
+        else:
+            self.skip = self._next_skip(t, step_count, f)
+        self.previous, self.due = f, t + self.skip
+
+    def _next_skip(self, t, step_count, f):
+        with np.errstate(all="ignore"):
+            d = np.abs(self.previous - f).sum() / np.abs(self.previous).sum() / self.skip
+        if int(self.moreg_first * step_count) <= t <= int(self.moreg_last * step_count):
+            tokens = f.shape[1]
+            flat = f.reshape(-1, f.shape[2])
+            later, earlier = flat[tokens:], flat[:-tokens]
+            total = np.abs(later).sum() + np.abs(earlier).sum()
+            m = np.abs(later - earlier).sum() / total if total > 0 else 0.0
+            m = (m / self.moreg_scale) ** self.moreg_power / 1
+        else:
+            m = 1.0
+        grad = self.mograd * (m - self.moreg) / self.skip
+        self.moreg = m
+        d = d * (m + abs(grad))
+        if not np.isfinite(d):
+            return 1
+        self.margin = min(abs(d - bound) / bound for bound, _ in self.codebook)
+        skip = next((skip for bound, skip in self.codebook if bound > d), self.codebook[-1][1])
+        if self.scale_codebook:
+            skip = max(1, round(skip * step_count / 100))
+        return skip

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random runs, and how one is folded through a law and through its NumPy transcription."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy_reference as reference
+
+from freewheel.configs.setting import CacheSetting
+from freewheel.policies.law import DecisionRecord, Law
+
+IDENTITY = [1.0, 0.0]
+TIE = 1e-5
+"""Relative distance from the threshold within which two correct float32 laws may differ."""
+
+
+def random_run(
+    seed: int, steps: int, *, frames: int = 4, change: float = 0.1
+) -> dict[str, np.ndarray]:
+    """Return a smooth random signal [steps, 3, 8], feature [steps, frames, 5, 6] and residual."""
+    rng = np.random.default_rng(seed)
+
+    def walk(*shape: int) -> np.ndarray:
+        pace = change * rng.uniform(0.2, 2.0, (steps, *[1] * len(shape)))
+        moves = rng.standard_normal((steps, *shape)) * pace
+        return (np.cumsum(moves, axis=0) + rng.standard_normal(shape)).astype(np.float32)
+
+    return {"signal": walk(3, 8), "feature": walk(frames, 5, 6), "residual": walk(7)}
+
+
+def fold(law: Law, run: dict[str, np.ndarray]) -> list[DecisionRecord]:
+    """Decide about every step of the run."""
+    records = []
+    for t in range(law.step_count):
+        feature = None if law.last_computed is None else run["feature"][law.last_computed]
+        records.append(law.decide(run["signal"][t], feature))
+    return records
+
+
+def forecasts(records: list[DecisionRecord], residual: np.ndarray) -> list[np.ndarray | None]:
+    """Mix past residuals as a session would: None on computed steps."""
+    history: list[np.ndarray] = []
+    mixed: list[np.ndarray | None] = []
+    for t, record in enumerate(records):
+        if record.compute:
+            history.insert(0, residual[t].astype(np.float64))
+            mixed.append(None)
+        else:
+            mixed.append(sum(m * r for m, r in zip(record.mix, history, strict=False)))
+    return mixed
+
+
+def reference_law(setting: CacheSetting, parameters: dict[str, object]) -> reference._Law:
+    """Return the NumPy transcription of a setting with resolved parameters."""
+    p = dict(parameters)
+    if setting.policy == "off":
+        return reference.Off()
+    if setting.policy in ("teacache", "custom"):
+        law = reference.TeaCache if setting.policy == "teacache" else reference.Custom
+        return law(p["threshold"], p["coefficients"])
+    if setting.policy == "taylorseer":
+        return reference.TaylorSeer(p["interval"], p["order"], p["variant"])
+    codebook = list(zip(p.pop("codebook_thresholds"), p.pop("codebook_skips"), strict=True))
+    return reference.AdaCache(codebook, **p)
+
+
+def assert_equals_reference(
+    records: list[DecisionRecord], setting: CacheSetting, parameters: dict[str, object], run: dict
+) -> None:
+    """Compare decisions, distances, reused residuals; stops at a tie, where both may be right."""
+    guard = reference.Guard(**setting.guard.model_dump())
+    looks_at_signal = setting.policy in ("teacache", "custom")
+    expected = reference.run_reference(
+        reference_law(setting, parameters),
+        guard,
+        len(records),
+        signals=run["signal"] if looks_at_signal else None,
+        features=run["feature"] if setting.policy == "adacache" else None,
+        residuals=run["residual"],
+    )
+    for t, (record, mixed) in enumerate(
+        zip(records, forecasts(records, run["residual"]), strict=True)
+    ):
+        if record.compute != expected.computed[t]:
+            assert min(expected.margin[: t + 1]) < TIE, f"step {t} of {setting}"
+            return
+        if record.distance is not None:
+            tolerance = 1e-6 + 2e-5 * abs(expected.distance[t]) + expected.noise[t]
+            assert abs(record.distance - expected.distance[t]) <= tolerance
+        if mixed is not None:
+            np.testing.assert_allclose(mixed, expected.forecast[t], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of settings that together reach every branch of every policy and guard."""
+
+from __future__ import annotations
+
+from freewheel.configs.setting import CacheSetting, GuardSetting
+
+FAST = {
+    "codebook_thresholds": [0.08, 0.16, 0.24, 0.32, 0.4, 1.0],
+    "codebook_skips": [6, 5, 4, 3, 2, 1],
+}
+PLAIN_1_3B = [2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774e-1]
+NEUTRAL = {"moreg_power": 0.0, "mograd": 0.0}
+
+SETTINGS: dict[str, CacheSetting] = {
+    "off": CacheSetting(policy="off"),
+    "tea": CacheSetting(policy="teacache", parameters={"threshold": 0.25}),
+    "tea_polynomial": CacheSetting(
+        policy="teacache",
+        parameters={"threshold": 0.26, "coefficients": PLAIN_1_3B},
+        guard=GuardSetting(first_exact=1, last_exact=1),
+    ),
+    "tea_guarded": CacheSetting(
+        policy="teacache",
+        parameters={"threshold": 1.5},
+        guard=GuardSetting(first_exact=4, last_exact=3, max_consecutive=3, exact_steps=[9]),
+    ),
+    "tea_total": CacheSetting(
+        policy="teacache", parameters={"threshold": 3.0}, guard=GuardSetting(max_reused=5)
+    ),
+    "custom": CacheSetting(policy="custom", parameters={"threshold": 0.4}),
+    "taylor_default": CacheSetting(policy="taylorseer"),
+    "taylor_3_uneven": CacheSetting(
+        policy="taylorseer",
+        parameters={"interval": 3, "order": 3},
+        guard=GuardSetting(first_exact=2, exact_steps=[10, 11]),
+    ),
+    "newton_4_uneven": CacheSetting(
+        policy="taylorseer",
+        parameters={"interval": 5, "order": 4, "variant": "newton"},
+        guard=GuardSetting(exact_steps=[2, 3, 8]),
+    ),
+    "ada": CacheSetting(policy="adacache"),
+    "ada_fast": CacheSetting(policy="adacache", parameters={**FAST}),
+    "ada_plain": CacheSetting(policy="adacache", parameters={**FAST, **NEUTRAL}),
+    "ada_scaled": CacheSetting(
+        policy="adacache",
+        parameters={"scale_codebook": True, **NEUTRAL},
+        guard=GuardSetting(exact_steps=[6]),
+    ),
+}

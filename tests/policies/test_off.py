@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Off never reuses."""
+
+from __future__ import annotations
+
+from freewheel.configs.setting import CacheSetting
+from freewheel.policies import POLICIES
+from freewheel.policies.law import Law
+
+
+def test_off_computes_every_step_and_keeps_nothing() -> None:
+    law = Law.eager(CacheSetting(), step_count=9)
+    records = [law.decide() for _ in range(9)]
+    assert all(r.compute for r in records)
+    assert POLICIES["off"].spec.history.kept({}) == 0
