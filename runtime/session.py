@@ -81,7 +81,7 @@ class Session:
         """Allocate what does not depend on a shape; the rest follows at the first step."""
         self.model, self.manifest = model, model.manifest
         self.statistics = RunStatistics("off", True, 0)
-        self._resolved = self._resolve(CacheSetting())
+        self._resolved = self.resolve(CacheSetting())
         self._recorder: Recorder | None = None
         self._timesteps = torch.zeros(0)
         self._tables: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ class Session:
                 "timesteps", f"are {tuple(timesteps.shape)}, expected [steps] finite values",
                 "call scheduler.set_timesteps() first",
             )  # fmt: skip
-        resolved = self._resolve(setting or CacheSetting())
+        resolved = self.resolve(setting or CacheSetting())
         if resolved != self._resolved or (recorder is None) != (self._recorder is None):
             for branch in self._branches.values():
                 branch.cache = None
@@ -132,6 +132,11 @@ class Session:
     def steps(self) -> int:
         """Steps of the current run."""
         return len(self._timesteps)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """float32 [steps] of the current run."""
+        return self._timesteps
 
     @property
     def resolved(self) -> ResolvedSetting:
@@ -231,7 +236,12 @@ class Session:
             branch.add(verdict.compute, verdict.distance, verdict.mix, 0.0)
         return statistics
 
-    def _resolve(self, setting: CacheSetting) -> ResolvedSetting:
+    def resolve(self, setting: CacheSetting) -> ResolvedSetting:
+        """Check a setting against the bundle and fill its defaults in.
+
+        Raises:
+            ConfigError: unknown policy, parameter or signal.
+        """
         policies = self.manifest.policies
         if setting.policy not in policies:
             raise ConfigError(

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diffusers drop-in: put a bundle where a pipeline's transformer was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from ..bundle.reader import Bundle
+from ..configs.caching import load_config
+from ..configs.errors import RequestError
+from ..configs.setting import CacheSetting
+from .lora import Lora, lora_from_state_dict, read_lora
+from .model import LoadedModel
+from .session import Recorder, Session
+from .statistics import RunStatistics
+
+__all__ = ["FreewheelTransformer", "attach", "cache_setting"]
+
+
+def attach(
+    pipe: Any,
+    bundle: Bundle | Path | str,
+    cache: CacheSetting | str | Path | None = None,
+    *,
+    backend: str | None = None,
+    loras: Sequence[Lora | str] = (),
+) -> FreewheelTransformer:
+    """Replace ``pipe.transformer`` by the engines of a bundle.
+
+    Schedulers, callbacks, guidance, VAE and `load_lora_weights` of the pipeline keep working.
+
+    Args:
+        pipe: A diffusers pipeline of the bundle's family.
+        bundle: What `build` wrote.
+        cache: A config name or file, a policy name, or a resolved setting; None takes the
+            bundle's default config. Change it between runs with `FreewheelTransformer.use`.
+        backend: Name of a backend the bundle has engines for; None takes its first.
+        loras: ``FILE[:scale]`` or LoRAs read already.
+
+    Returns:
+        The new transformer; its ``statistics`` tell what the last run did.
+
+    Raises:
+        BundleError, BackendUnavailable, ConfigError, RequestError: as their classes say.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    read = [read_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    transformer = FreewheelTransformer(LoadedModel(opened, backend, read), pipe.scheduler)
+    transformer.use(cache)
+    pipe.transformer = transformer
+    return transformer
+
+
+def cache_setting(bundle: Bundle, cache: CacheSetting | str | Path | None) -> CacheSetting:
+    """Find what ``cache`` names: a config of the bundle, a shipped one, a policy, or a file.
+
+    Raises:
+        ConfigError: nothing goes by that name, or the file has faults.
+    """
+    if isinstance(cache, CacheSetting):
+        return cache
+    configs = bundle.manifest.configs
+    if cache is None:
+        return configs[bundle.manifest.default_config].cache
+    if str(cache) in configs:
+        return configs[str(cache)].cache
+    return load_config(cache).setting()
+
+
+class FreewheelTransformer(torch.nn.Module):
+    """Answers a diffusers pipeline as its transformer would, out of a `Session`.
+
+    Branch, step and step count come from the pipeline's cache contexts where it gives them, else
+    from the scheduler's timesteps. A run starts at the first step of the first branch; state never
+    survives it.
+    """
+
+    def __init__(self, model: LoadedModel, scheduler: Any) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: Engines and weights.
+            scheduler: The pipeline's scheduler: its timesteps tell the run ahead.
+        """
+        super().__init__()
+        self.config = FrozenDict(model.manifest.checkpoint.config)
+        self.session = Session(model)
+        self.setting = CacheSetting()
+        self.recorder: Recorder | None = None
+        self._scheduler = scheduler
+        self._context: dict[str, Any] = {}
+        self._positions: dict[str, int] = {}
+        self._loras: dict[str, Lora] = {}
+        # Tells diffusers the device and dtype it casts latents to.
+        self.register_buffer("_anchor", torch.zeros(0, device=model.device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype in which the pipeline hands latents over; the engines' own."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the engines."""
+        return self.session.model.device
+
+    @property
+    def statistics(self) -> RunStatistics:
+        """What the last (or current) run did."""
+        return self.session.statistics
+
+    def use(self, cache: CacheSetting | str | Path | None) -> CacheSetting:
+        """Choose the cache setting of the runs to come; returns it resolved.
+
+        Raises:
+            ConfigError: no such config or policy, or a bad parameter.
+        """
+        self.setting = cache_setting(self.session.model.bundle, cache)
+        self.session.resolve(self.setting)
+        return self.setting
+
+    @contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Take what diffusers says about the call inside: branch, and in newer versions the step."""
+        self._context = {"name": name, **where}
+        try:
+            yield
+        finally:
+            self._context = {}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        *states: Tensor,
+        return_dict: bool = True,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        **named_states: Tensor,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Run one branch of one step.
+
+        Args:
+            hidden_states: [batch, channels, frames, height, width], latents.
+            timestep: [batch], equal values.
+            states: Prompt inputs in the order of the diffusers transformer.
+            return_dict: As in diffusers.
+            attention_kwargs: Only ``scale`` 1 of LoRA loaders is accepted.
+            named_states: Prompt inputs by diffusers' keywords.
+
+        Raises:
+            RequestError: shapes don't fit the bundle, or timesteps differ within the batch.
+        """
+        scale = (attention_kwargs or {}).get("scale", 1.0)
+        if scale != 1.0:
+            raise RequestError(
+                "attention_kwargs 'scale'", f"is {scale}; weights are merged once per attach",
+                "give the scale with the LoRA: attach(..., loras=['FILE:0.8'])",
+            )  # fmt: skip
+        inputs = self.session.manifest.inputs
+        prompt_arguments = [i.argument for i in inputs.values() if i.runs == "prompt"]
+        given = {**dict(zip(prompt_arguments, states, strict=False)), **named_states}
+        prompt = {
+            n: given[i.argument]
+            for n, i in inputs.items()
+            if i.runs == "prompt" and given.get(i.argument) is not None
+        }
+        branch = str(self._context.get("name", "cond"))
+        step_index = self._advance(branch, timestep)
+        self.session.set_prompt(branch, prompt)
+        output = self.session.step(branch, step_index, {"latents": hidden_states})
+        # The pipeline may keep it past this branch's next step.
+        sample = output.clone()
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _advance(self, branch: str, timestep: Tensor) -> int:
+        """Return the step that this call is, beginning a run where one begins."""
+        timestep = timestep.reshape(-1).float()
+        if not bool((timestep == timestep[0]).all()):
+            raise RequestError(
+                "timestep", "differs within the batch", "this model is conditioned on one timestep per step"
+            )
+        known = self._positions.get(branch, -1)
+        said = self._context.get("step_index")
+        if said is None:
+            # A scheduler that was set anew, or a timestep not ahead of the last, starts a run.
+            said = known + 1 if self._continues(known, timestep) else 0
+        if said <= known or not self._positions:
+            self._begin()
+        self._positions[branch] = said
+        self._check_timestep(said, timestep)
+        return said
+
+    def _continues(self, known: int, timestep: Tensor) -> bool:
+        table = self.session.timesteps
+        return 0 <= known + 1 < len(table) and bool(table[known + 1] == timestep[0].to(table.device))
+
+    def _begin(self) -> None:
+        self._positions.clear()
+        timesteps = torch.as_tensor(self._scheduler.timesteps).float()
+        count = self._context.get("num_inference_steps")
+        self.session.begin(timesteps[:count], self.setting, self.recorder)
+
+    def _check_timestep(self, step_index: int, timestep: Tensor) -> None:
+        table = self.session.timesteps
+        if step_index >= len(table) or table[step_index] != timestep[0].to(table.device):
+            raise RequestError(
+                f"step {step_index}", f"is at timestep {float(timestep[0])}, the scheduler has "
+                f"{[float(t) for t in table[step_index : step_index + 1]]} there",
+                "set the scheduler's timesteps before the run, and don't change them in callbacks",
+            )  # fmt: skip
+
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict: Mapping[str, Tensor], prefix: str | None = "transformer",
+        adapter_name: str | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Merge what diffusers' ``pipe.load_lora_weights`` read into the session's weights.
+
+        Raises:
+            RequestError: the LoRA does not fit, or the bundle's weights are baked.
+        """
+        state = dict(pretrained_model_name_or_path_or_dict)
+        if prefix is not None:
+            state = {k: v for k, v in state.items() if k.startswith(f"{prefix}.")}
+        name = adapter_name or f"default_{len(self._loras)}"
+        loras = {**self._loras, name: lora_from_state_dict(name, state)}
+        model = self.session.model
+        self.session = Session(LoadedModel(model.bundle, model.backend.name, list(loras.values())))
+        self._loras = loras
+        self._positions.clear()
