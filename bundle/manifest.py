@@ -25,6 +25,7 @@ __all__ = [
     "Manifest",
     "PipelineEntry",
     "PolicyEntry",
+    "SamplerEntry",
     "SignalEntry",
     "StageEntry",
     "TensorEntry",
@@ -140,6 +141,7 @@ class GenerationDefaults(_Entry):
     guidance_scale: float | None = None
     flow_shift: float | None = None
     seed: int | None = None
+    text_tokens: int | None = None
 
 
 class ConfigEntry(_Entry):
@@ -163,6 +165,26 @@ class EngineSetEntry(_Entry):
     target: str
     files: dict[str, str]
     seconds: dict[str, float] = {}
+
+
+class SamplerEntry(_Entry):
+    """A sampler tabulated at one flow shift, for runtimes without diffusers.
+
+    Attributes:
+        name: Our name, as requests spell it.
+        scheduler: The diffusers class that was probed.
+        flow_shift: Its shift of the noise levels.
+        window: Samples, and model outputs, that a step looks at.
+        steps: Step counts that the file holds, ascending.
+        file: Safetensors below the bundle; one float64 [steps, 2 + 2 * window] per step count.
+    """
+
+    name: str
+    scheduler: str
+    flow_shift: float
+    window: Positive
+    steps: list[Positive]
+    file: str
 
 
 class CheckpointEntry(_Entry):
@@ -204,4 +226,5 @@ class Manifest(_Entry):
     default_config: str
     tensors: dict[str, TensorEntry]
     engines: list[EngineSetEntry]
+    samplers: list[SamplerEntry] = []
     files: dict[str, FileEntry]

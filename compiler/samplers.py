@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a diffusers scheduler into a table of numbers, so that a runtime without Python can step it.
+
+A deterministic multistep sampler is linear in the sample and in the model outputs. Written as a
+recurrence over what was seen from outside, the next sample is
+
+    x[t+1] = Σ_k a[t][k] · x[t−k]  +  Σ_k b[t][k] · v[t−k],      k = 0 … window − 1
+
+with x the samples and v the model outputs. The window is 1 for Euler, 2 for DPM++ 2M and 3 for
+UniPC of order 2: its predictor starts from the *corrected* sample, which is no x of the loop, but
+the previous step's equation gives it as a combination of x[t], x[t−1] and the outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from ..bundle.manifest import SamplerEntry
+from ..configs.errors import BuildError
+
+__all__ = [
+    "SAMPLERS",
+    "STEP_COUNTS",
+    "SamplerTable",
+    "make_scheduler",
+    "probe",
+    "sampler_name",
+    "write_tables",
+]
+
+SAMPLERS: dict[str, str] = {
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+"""Sampler name in bundles → diffusers class."""
+
+STEP_COUNTS = (*range(1, 61), 100)
+MAX_WINDOW = 4
+TOLERANCE = 1e-7
+"""Schedulers compute their factors in float32; what they disagree with themselves is below this."""
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SamplerTable:
+    """One sampler at one step count.
+
+    Attributes:
+        timesteps: [steps], what the model is conditioned on.
+        sigmas: [steps], noise level at the start of each step.
+        rows: [steps, 2 * window]: factors of the samples, newest first, then of the model outputs.
+    """
+
+    timesteps: Matrix
+    sigmas: Matrix
+    rows: Matrix
+
+    @property
+    def window(self) -> int:
+        """Samples, and model outputs, that a step looks at."""
+        return self.rows.shape[1] // 2
+
+    def advance(
+        self,
+        step_index: int,
+        samples: Sequence[NDArray[np.float32]],
+        outputs: Sequence[NDArray[np.float32]],
+    ) -> NDArray[np.float32]:
+        """Return the next sample; summed in float64, in the order that every runtime uses.
+
+        Args:
+            step_index: 0-based.
+            samples: The samples so far, newest first, as many as there are up to ``window``.
+            outputs: The model outputs so far, newest first.
+        """
+        row, window = self.rows[step_index], self.window
+        total = np.zeros(samples[0].shape, np.float64)
+        for age in range(min(window, step_index + 1)):
+            total += row[age] * samples[age].astype(np.float64)
+            total += row[window + age] * outputs[age].astype(np.float64)
+        return total.astype(np.float32)
+
+    def packed(self) -> Matrix:
+        """Return [steps, 2 + 2 * window]: timestep, sigma, row, as bundles store it."""
+        return np.column_stack([self.timesteps, self.sigmas, self.rows])
+
+
+def sampler_name(scheduler_class: str) -> str | None:
+    """Return our name of a diffusers scheduler class, or None."""
+    return next((n for n, c in SAMPLERS.items() if c == scheduler_class), None)
+
+
+def make_scheduler(name: str, flow_shift: float, config: Mapping[str, Any] | None = None) -> Any:
+    """Return a fresh scheduler of one of the `SAMPLERS`.
+
+    Args:
+        name: A key of `SAMPLERS`.
+        flow_shift: Shift of the noise levels towards high noise; 1 shifts nothing.
+        config: The pipeline's own scheduler config, where it is of this class.
+    """
+    scheduler_class = getattr(diffusers, SAMPLERS[name])
+    known = inspect.signature(scheduler_class.__init__).parameters
+    shift = "flow_shift" if "flow_shift" in known else "shift"
+    wanted = {**(config if config is not None else FLOW), shift: flow_shift}
+    return scheduler_class(**{n: v for n, v in wanted.items() if n in known})
+
+
+def probe(scheduler: Any, steps: int, window: int | None = None) -> SamplerTable:
+    """Find the recurrence of a scheduler at one step count by feeding it unit vectors.
+
+    The start sample is the first unit vector and each model output the next one, so every sample
+    comes out as its factors of them.
+
+    Args:
+        scheduler: A fresh diffusers scheduler.
+        steps: Steps of the run.
+        window: Look back exactly so far; None takes the least that is exact.
+
+    Raises:
+        BuildError: no recurrence within `MAX_WINDOW` gives its samples: it is not linear, draws
+            noise, or looks further back.
+    """
+    where = f"sampler '{type(scheduler).__name__}', {steps} steps"
+    samples, timesteps, sigmas = _respond(scheduler, steps, where)
+    for size in [window] if window is not None else range(1, MAX_WINDOW + 1):
+        rows, fault = _fit(samples, size)
+        if fault < TOLERANCE:
+            return SamplerTable(timesteps, sigmas, rows)
+    raise BuildError(
+        where, f"is no linear recurrence over {MAX_WINDOW} samples (off by {fault:.1e})",
+        f"use one of {', '.join(SAMPLERS.values())}",
+    )  # fmt: skip
+
+
+def _respond(scheduler: Any, steps: int, where: str) -> tuple[Matrix, Matrix, Matrix]:
+    """Return every sample as factors of the start and the outputs, and the noise schedule."""
+    unit = torch.eye(steps + 1, dtype=torch.float64)
+    try:
+        scheduler.set_timesteps(steps)
+        samples = [unit[:1]]
+        for index, timestep in enumerate(scheduler.timesteps):
+            samples.append(
+                scheduler.step(
+                    unit[index + 1 : index + 2], timestep, samples[-1], return_dict=False
+                )[0]
+            )
+    except Exception as error:  # whatever a scheduler raises, it can't be tabulated
+        raise BuildError(where, f"can't be probed: {error}", "leave it out") from error
+    timesteps = np.asarray(scheduler.timesteps, np.float64)
+    sigmas = np.asarray(scheduler.sigmas, np.float64)[:steps]
+    return torch.cat(samples).double().numpy(), timesteps, sigmas
+
+
+def _fit(samples: Matrix, window: int) -> tuple[Matrix, float]:
+    """Fit the rows of a recurrence; return them and the largest error of any factor."""
+    steps = len(samples) - 1
+    unit = np.eye(steps + 1)
+    rows, worst = np.zeros((steps, 2 * window)), 0.0
+    for step in range(steps):
+        reach = min(window, step + 1)
+        seen = [samples[step - k] for k in range(reach)] + [
+            unit[step - k + 1] for k in range(reach)
+        ]
+        basis = np.stack(seen, axis=1)
+        # The least solution, where early steps leave several.
+        factors = np.linalg.lstsq(basis, samples[step + 1], rcond=1e-10)[0]
+        worst = max(worst, float(np.abs(basis @ factors - samples[step + 1]).max()))
+        rows[step, :reach] = factors[:reach]
+        rows[step, window : window + reach] = factors[reach:]
+    return rows, worst
+
+
+def write_tables(
+    bundle: Path,
+    scheduler_config: Mapping[str, Any] | None,
+    shifts: Iterable[float],
+    step_counts: Iterable[int] = STEP_COUNTS,
+) -> list[SamplerEntry]:
+    """Write ``samplers/<name>-<shift>.safetensors`` for every sampler and shift.
+
+    Args:
+        bundle: The bundle's folder.
+        scheduler_config: The pipeline's scheduler config, with ``_class_name``, or None.
+        shifts: Flow shifts to tabulate.
+        step_counts: Step counts to tabulate.
+
+    Returns:
+        Manifest entries, the pipeline's own sampler first.
+    """
+    own = sampler_name(str((scheduler_config or {}).get("_class_name", "")))
+    names = sorted(SAMPLERS, key=lambda n: n != own)
+    (bundle / "samplers").mkdir(exist_ok=True)
+    counts = sorted(set(step_counts))
+    entries = []
+    for name in names:
+        config = scheduler_config if name == own else None
+        for shift in sorted(set(shifts)):
+            window = probe(make_scheduler(name, shift, config), min(20, max(counts))).window
+            tables = {
+                str(n): probe(make_scheduler(name, shift, config), n, window).packed()
+                for n in counts
+            }
+            file = f"samplers/{name}-{shift:g}.safetensors"
+            save_file(tables, bundle / file)
+            entries.append(
+                SamplerEntry(
+                    name=name, scheduler=SAMPLERS[name], flow_shift=shift, window=window,
+                    steps=counts, file=file,
+                )
+            )  # fmt: skip
+    return entries

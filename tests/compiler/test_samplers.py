@@ -1,0 +1,104 @@
+"""Sampler tables against the schedulers that they were probed from."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from freewheel.compiler.samplers import SAMPLERS, make_scheduler, probe, sampler_name, write_tables
+from freewheel.configs.errors import BuildError
+
+WINDOWS = {"euler": 1, "dpmpp_2m": 2, "unipc": 3}
+
+
+def model(sample, step):
+    """Stand in for a model: not linear, different at every step."""
+    return np.tanh(1.3 * sample + 0.1 * step) - 0.2 * np.roll(sample, 1)
+
+
+def run_scheduler(scheduler, steps, start):
+    scheduler.set_timesteps(steps)
+    sample = torch.from_numpy(start)
+    for index, timestep in enumerate(scheduler.timesteps):
+        output = torch.from_numpy(model(sample.numpy(), index))
+        sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+    return sample.numpy()
+
+
+def run_table(table, start):
+    samples, outputs = [start], []
+    for index in range(len(table.rows)):
+        outputs.insert(0, model(samples[0], index))
+        samples.insert(0, table.advance(index, samples, outputs))
+    return samples[0]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 20, 30, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_table_follows_its_scheduler_over_a_whole_trajectory(name, steps, shift):
+    start = np.random.default_rng(steps).standard_normal((1, 16, 3, 4), np.float32)
+    expected = run_scheduler(make_scheduler(name, shift), steps, start)
+    found = run_table(probe(make_scheduler(name, shift), steps, WINDOWS[name]), start)
+    # Both round to float32 once per step and term; the tables themselves are exact to 1e-8.
+    assert np.abs(found - expected).max() <= 1e-6 * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_least_window_is_found(name):
+    assert probe(make_scheduler(name, 3.0), 20).window == WINDOWS[name]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_timesteps_and_sigmas_are_the_schedulers(name):
+    scheduler = make_scheduler(name, 3.0)
+    scheduler.set_timesteps(12)
+    table = probe(make_scheduler(name, 3.0), 12)
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
+    np.testing.assert_array_equal(table.sigmas, scheduler.sigmas.numpy()[:12].astype(np.float64))
+    assert (np.diff(table.sigmas) < 0).all()
+
+
+def test_a_sampler_that_draws_noise_is_refused():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    with pytest.raises(
+        BuildError, match=r"FlowMatchEulerDiscreteScheduler.*recurrence.*use one of"
+    ):
+        probe(scheduler, 10)
+
+
+def test_a_sampler_that_clips_is_refused():
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, thresholding=True
+    )
+    with pytest.raises(BuildError, match="UniPCMultistepScheduler"):
+        probe(scheduler, 10)
+
+
+def test_file_holds_every_step_count(tmp_path):
+    config = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "solver_order": 2,
+              "prediction_type": "flow_prediction", "use_flow_sigmas": True}  # fmt: skip
+    entries = write_tables(tmp_path, config, [3.0, 5.0], [4, 9])
+    assert entries[0].name == entries[1].name == "unipc"
+    assert len(entries) == 2 * len(SAMPLERS)
+    for entry in entries:
+        tables = load_file(tmp_path / entry.file)
+        assert {int(n) for n in tables} == set(entry.steps) == {4, 9}
+        for steps, table in tables.items():
+            assert table.shape == (int(steps), 2 + 2 * entry.window)
+            assert table.dtype == np.float64
+            assert np.isfinite(table).all()
+
+
+def test_files_are_small(tmp_path):
+    entries = write_tables(tmp_path, None, [3.0])
+    assert sum((tmp_path / e.file).stat().st_size for e in entries) < 1 << 20
+
+
+def test_sampler_names_are_found_by_class():
+    assert sampler_name("UniPCMultistepScheduler") == "unipc"
+    assert sampler_name("DDPMScheduler") is None
