@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -31,6 +31,7 @@ from ..bundle.manifest import (
     Manifest,
     PipelineEntry,
     PolicyEntry,
+    SamplerEntry,
     SignalEntry,
     StageEntry,
     TensorEntry,
@@ -47,9 +48,10 @@ from .families.base import StoredDtype
 from .graphs import wanted_weights, write_graphs
 from .progress import Progress, Silent
 from .reuse import cache_segments
+from .samplers import write_tables
 from .weights import bring_weights
 
-__all__ = ["BuildReport", "BuildRequest", "build"]
+__all__ = ["BuildReport", "BuildRequest", "build", "plan"]
 
 PIPELINE_PARTS = (
     "scheduler", "tokenizer", "text_encoder", "vae", "image_encoder", "image_processor",
@@ -79,7 +81,7 @@ class BuildRequest:
     backend: Backend
     configs: Mapping[str, ConfigEntry]
     precision: Precision = "float32"
-    weights: Literal["inputs", "baked"] = "inputs"
+    weights: Literal["auto", "inputs", "baked"] = "auto"
     revision: str | None = None
     replace: bool = False
     target: Target = field(default_factory=Target)
@@ -140,8 +142,10 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         progress.phase(f"compile for {request.backend.name}", len(graphs))
         engines = compile_graphs(request.backend, graphs, folder, request.target, progress)
 
-        clock.start("digests")
+        clock.start("samplers")
         pipeline = bring_pipeline(checkpoint, folder)
+        samplers = tabulate_samplers(checkpoint, request.configs, folder)
+        clock.start("digests")
         files = describe_files(folder)
         manifest = Manifest(
             freewheel_version=__version__,
@@ -155,7 +159,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             ),
             pipeline=pipeline,
             precision=request.precision,
-            weights=request.weights,
+            weights="inputs",
             inputs={
                 n: InputEntry(argument=i.argument, runs=i.runs, dtype=i.spec.dtype, shape=list(i.spec.shape))
                 for n, i in cut.inputs.items()
@@ -176,6 +180,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             default_config=next(iter(request.configs)),
             tensors=tensors,
             engines=[engines],
+            samplers=samplers,
             files=files,
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
@@ -221,12 +226,10 @@ def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> N
     if not changed:
         backend.compile(graph, target, out)
         return
-    adapted = graph.with_name(f".{graph.stem}.{backend.name}.onnx")
-    try:
-        ir.save(model, adapted)
-        backend.compile(adapted, target, out)
-    finally:
-        adapted.unlink(missing_ok=True)
+    # Kept: a runtime without our passes compiles it again where the engine does not fit.
+    adapted = graph.with_name(f"{graph.stem}.{backend.name}.onnx")
+    ir.save(model, adapted)
+    backend.compile(adapted, target, out)
 
 
 def target_label(target: Target) -> str:
@@ -234,6 +237,22 @@ def target_label(target: Target) -> str:
     if target.compute_capabilities:
         return "sm" + "-".join(c.replace(".", "") for c in target.compute_capabilities)
     return platform.machine().lower()
+
+
+def tabulate_samplers(
+    checkpoint: Checkpoint, configs: Mapping[str, ConfigEntry], folder: Path
+) -> list[SamplerEntry]:
+    """Tabulate the samplers at the flow shifts of the pipeline's scheduler and of every config."""
+    scheduler: dict[str, Any] | None = None
+    if checkpoint.pipeline is not None:
+        path = checkpoint.pipeline / "scheduler" / "scheduler_config.json"
+        if path.is_file():
+            scheduler = json.loads(path.read_text(encoding="utf-8"))
+    own = (scheduler or {}).get("flow_shift") or (scheduler or {}).get("shift") or 1.0
+    shifts = {float(own)} | {
+        c.generation.flow_shift for c in configs.values() if c.generation.flow_shift is not None
+    }
+    return write_tables(folder, scheduler, shifts)
 
 
 def bring_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineEntry:
@@ -277,6 +296,29 @@ def _weights_digest(tensors: Mapping[str, TensorEntry], files: Mapping[str, File
     """Digest what the model computes with: every tensor's place and its file's digest."""
     text = json.dumps([[n, t.offset, files[t.file].sha256] for n, t in sorted(tensors.items())])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan(request: BuildRequest) -> dict[str, Any]:
+    """Say what a build would do, from config and headers alone.
+
+    Raises:
+        CheckpointError: nothing usable at ``request.model``.
+    """
+    checkpoint = open_checkpoint(request.model, request.revision)
+    where = str(checkpoint.transformer / "config.json")
+    family = family_of(checkpoint.transformer_class, where)
+    cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
+    stored = sum(t.bytes for t in checkpoint.tensors.values())
+    return {
+        "family": family.name,
+        "blocks": sum(s.count for s in cut.stages),
+        "graphs": len(cut.segments) + 2 + len(POLICIES),
+        "tensors": len(checkpoint.tensors),
+        "checkpoint_bytes": stored,
+        "backend": request.backend.name,
+        "precision": request.precision,
+        "out": str(request.out),
+    }
 
 
 class _Clock:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +16,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ..bundle.reader import Bundle
-from ..configs.caching import load_config
 from ..configs.errors import RequestError
 from ..configs.setting import CacheSetting
 from .lora import Lora, lora_from_state_dict, read_lora
 from .model import LoadedModel
 from .session import Recorder, Session
+from .settings import choose_setting
 from .statistics import RunStatistics
 
-__all__ = ["FreewheelTransformer", "attach", "cache_setting"]
+__all__ = ["FreewheelTransformer", "attach"]
 
 
 def attach(
@@ -53,26 +55,10 @@ def attach(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     read = [read_lora(lora) if isinstance(lora, str) else lora for lora in loras]
-    transformer = FreewheelTransformer(LoadedModel(opened, backend, read), pipe.scheduler)
+    transformer = FreewheelTransformer(LoadedModel(opened, backend, read), pipe)
     transformer.use(cache)
     pipe.transformer = transformer
     return transformer
-
-
-def cache_setting(bundle: Bundle, cache: CacheSetting | str | Path | None) -> CacheSetting:
-    """Find what ``cache`` names: a config of the bundle, a shipped one, a policy, or a file.
-
-    Raises:
-        ConfigError: nothing goes by that name, or the file has faults.
-    """
-    if isinstance(cache, CacheSetting):
-        return cache
-    configs = bundle.manifest.configs
-    if cache is None:
-        return configs[bundle.manifest.default_config].cache
-    if str(cache) in configs:
-        return configs[str(cache)].cache
-    return load_config(cache).setting()
 
 
 class FreewheelTransformer(torch.nn.Module):
@@ -83,19 +69,19 @@ class FreewheelTransformer(torch.nn.Module):
     survives it.
     """
 
-    def __init__(self, model: LoadedModel, scheduler: Any) -> None:
+    def __init__(self, model: LoadedModel, pipe: Any) -> None:
         """Wrap a loaded model.
 
         Args:
             model: Engines and weights.
-            scheduler: The pipeline's scheduler: its timesteps tell the run ahead.
+            pipe: The pipeline it serves; its scheduler's timesteps tell the run ahead.
         """
         super().__init__()
         self.config = FrozenDict(model.manifest.checkpoint.config)
         self.session = Session(model)
         self.setting = CacheSetting()
         self.recorder: Recorder | None = None
-        self._scheduler = scheduler
+        self._pipe = weakref.ref(pipe)
         self._context: dict[str, Any] = {}
         self._positions: dict[str, int] = {}
         self._loras: dict[str, Lora] = {}
@@ -123,7 +109,8 @@ class FreewheelTransformer(torch.nn.Module):
         Raises:
             ConfigError: no such config or policy, or a bad parameter.
         """
-        self.setting = cache_setting(self.session.model.bundle, cache)
+        bundle = self.session.model.bundle
+        self.setting = choose_setting(bundle, cache, {}, warnings.warn).cache
         self.session.resolve(self.setting)
         return self.setting
 
@@ -204,7 +191,9 @@ class FreewheelTransformer(torch.nn.Module):
 
     def _begin(self) -> None:
         self._positions.clear()
-        timesteps = torch.as_tensor(self._scheduler.timesteps).float()
+        pipe = self._pipe()
+        assert pipe is not None, "the pipeline that calls is alive"
+        timesteps = torch.as_tensor(pipe.scheduler.timesteps).float()
         count = self._context.get("num_inference_steps")
         self.session.begin(timesteps[:count], self.setting, self.recorder)
 

@@ -221,21 +221,6 @@ class Session:
             self._record(branch, step_index, verdict.compute, cache.recorded(verdict))
         return state.model_output
 
-    def predict(self) -> RunStatistics | None:
-        """Return the coming run's decisions where they fold, else None.
-
-        The signal of a folded policy is the same for every branch and prompt, so one is enough.
-        """
-        if not self._resolved.is_folded or not self._branches:
-            return None
-        name = next(iter(self._branches))
-        verdicts = self._branch(name).cache.folded  # type: ignore[union-attr]  # made by _branch
-        statistics = RunStatistics(self._resolved.policy.spec.name, True, self.steps)
-        branch = statistics.branches.setdefault(name, BranchStatistics())
-        for verdict in verdicts or ():
-            branch.add(verdict.compute, verdict.distance, verdict.mix, 0.0)
-        return statistics
-
     def resolve(self, setting: CacheSetting) -> ResolvedSetting:
         """Check a setting against the bundle and fill its defaults in.
 

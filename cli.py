@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parse, build one request, call one function, render."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from freewheel.configs.errors import ConfigError, FreewheelError, RequestError
+from freewheel.console import Screen
+
+app = typer.Typer(
+    name="freewheel",
+    help="Compile diffusion transformers at their cache boundaries, and run them with a cache policy per request.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder that `build` wrote.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")]
+DebugOption = Annotated[bool, typer.Option(help="Show tracebacks of expected errors.")]
+BackendOption = Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx, openvino, onnxruntime or auto.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a parameter: key=value; repeatable.")
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option("--cache", "--config_json", help="Config name or file, policy name, or off."),
+]
+
+
+@contextmanager
+def _screen(as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
+    """Turn expected errors into one message and their exit code."""
+    screen = Screen(as_json=as_json, quiet=quiet or as_json)
+    try:
+        yield screen
+    except FreewheelError as error:
+        if debug:
+            raise
+        screen.error(error)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        screen.error(FreewheelError("run", "interrupted"))
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="Diffusers folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "--config_json", help="Caching config to carry; repeatable, the first is the default."),
+    ] = None,
+    backend: BackendOption = "auto",
+    precision: Annotated[str, typer.Option(help="Precision of the body: float32, bfloat16 or float16.")] = "float32",
+    weights: Annotated[str, typer.Option(help="auto, inputs (block templates) or baked.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    dump_passes: Annotated[Path | None, typer.Option(help="Write each graph after each pass here.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be built, and stop.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile a checkpoint into a bundle.
+
+    Example: freewheel build models/shapes_wan --out out/bundle
+    """
+    with _screen(as_json, quiet, debug) as screen:
+        from freewheel.compiler.build import BuildRequest, build as run_build, plan
+        from freewheel.runtime.settings import config_entries
+
+        chosen = _backend(backend, precision, screen)
+        request = BuildRequest(
+            model=model,
+            out=out,
+            backend=chosen,
+            configs=config_entries(config or ["off"], screen.warn),
+            precision=_choice("--precision", precision, ("float32", "bfloat16", "float16")),  # type: ignore[arg-type]
+            weights=_choice("--weights", weights, ("auto", "inputs", "baked")),  # type: ignore[arg-type]
+            revision=revision,
+            replace=force,
+            dump=dump_passes,
+        )
+        if dry_run:
+            planned = plan(request)
+            screen.result(planned, [f"{k}: {v}" for k, v in planned.items()])
+            return
+        with screen.progress():
+            report = run_build(request, screen)
+        screen.table("phases", ["phase", "seconds"], list(report.seconds.items()))
+        data = {
+            "bundle": str(out),
+            "backend": chosen.name,
+            "precision": precision,
+            "weights": report.manifest.weights,
+            "seconds": dict(report.seconds),
+            "bytes": report.bytes,
+            "written_bytes": report.written_bytes,
+        }
+        screen.result(data, [str(out)])
+        screen.note(
+            f"{report.bytes / 1e6:.1f} MB, {report.written_bytes / 1e6:.1f} MB of them written; "
+            f"next: freewheel run {out} --prompt '…' --out video.mp4"
+        )
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option(help="What to show.")],
+    out: Annotated[Path, typer.Option(help="Video to write: .mp4, .gif or .png.")],
+    negative_prompt: Annotated[str, typer.Option(help="What not to show.")] = "",
+    cache: CacheOption = None,
+    set_: SetOption = None,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE[:scale] to merge at load; repeatable.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Backend; default: the bundle's first.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Diffusers folder, if the bundle lacks the pipeline.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write a trace (.npz).")] = None,
+    record_tokens: Annotated[int | None, typer.Option(help="Tokens of each frame to record.")] = None,
+    record_modulated_input: Annotated[bool, typer.Option(help="Record the modulated input too.")] = False,
+    fps: Annotated[int, typer.Option(help="Frames per second.")] = 8,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a video from a prompt.
+
+    Example: freewheel run out/bundle --prompt "a red circle" --cache teacache --out video.mp4
+    """
+    with _screen(as_json, quiet, debug) as screen:
+        from freewheel.bundle.reader import Bundle
+        from freewheel.runtime.forecast import forecast
+        from freewheel.runtime.generate import GenerationRequest, Generator
+        from freewheel.runtime.settings import choose_setting
+        from freewheel.runtime.trace import TraceRecorder
+        from freewheel.runtime.video import check_output, write_video
+
+        _quiet_libraries()
+        opened = Bundle(bundle)
+        chosen = choose_setting(opened, cache, _pairs(set_), screen.warn)
+        check_output(out)
+        generator = Generator(opened, backend=backend, loras=lora or (), model=model)
+        request = GenerationRequest(
+            prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
+            steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,
+            image=image,
+        )  # fmt: skip
+        timesteps = generator.timesteps(request)
+        ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
+        if ahead is not None and chosen.cache.policy != "off":
+            screen.note(
+                f"decisions known ahead: {ahead.computed_steps:.0f} of {ahead.steps} steps computed, "
+                f"ideal speedup {ahead.ideal_speedup:.2f}"
+            )
+        recorder = (
+            TraceRecorder(record_modulated_input, record_tokens) if record is not None else None
+        )
+        with screen.progress():
+            screen.phase("denoise", request.value("steps"))
+            result = generator.generate(
+                request, recorder=recorder, on_step=lambda done, total: screen.advance("")
+            )
+        write_video(result.frames, out, fps)
+        if recorder is not None and record is not None:
+            recorder.trace().save(record)
+        parameters = generator.transformer.session.resolved.parameters
+        data = result.statistics.as_dict(parameters)
+        for warning in data["warnings"]:
+            screen.warn(warning)
+        _run_tables(screen, data)
+        screen.result(
+            {"out": str(out), "cache": chosen.cache.model_dump(), "resolved": result.resolved,
+             "phase_seconds": result.seconds, **data},
+            [str(out)],
+        )  # fmt: skip
+
+
+def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
+    rows = []
+    for name, branch in data["branches"].items():
+        spread = branch["percentiles"] or {}
+        computed = sum(branch["computed"])
+        rows.append(
+            [name, computed, len(branch["computed"]) - computed, *(spread.get(p) for p in ("p25", "p50", "p75", "max"))]
+        )
+    screen.table(
+        f"policy {data['policy']}" + (" (folded ahead of the loop)" if data["folded"] else ""),
+        ["branch", "computed", "reused", "distance p25", "p50", "p75", "max"],
+        rows,
+    )
+    seconds = data["step_seconds"]
+    screen.table(
+        "speed",
+        ["computed step s", "reused step s", "measured speedup", "ideal speedup"],
+        [[_seconds(seconds["computed"]), _seconds(seconds["reused"]), data["measured_speedup"], data["ideal_speedup"]]],
+    )
+    screen.table("seconds by segment", ["segment", "seconds"], [[n, _seconds(s)] for n, s in data["seconds"].items()])
+
+
+def _seconds(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="File that `run --record` wrote.")],
+    config: Annotated[str, typer.Option("--config", "--config_json", "--cache", help="Config name or file, or policy.")],
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Evaluate a policy on a recorded run, without the model.
+
+    Example: freewheel replay out/trace.npz --config teacache --set threshold=0.2
+    """
+    with _screen(as_json, quiet, debug) as screen:
+        from freewheel.configs.caching import load_config
+        from freewheel.configs.overrides import apply_overrides
+        from freewheel.policies import policy
+        from freewheel.runtime.replay import replay as run_replay
+        from freewheel.runtime.trace import load_trace
+
+        loaded = load_config(config)
+        for key in loaded.ignored:
+            screen.warn(f"'{key}' in '{config}' means nothing here and is ignored")
+        setting = loaded.setting()
+        setting = apply_overrides(setting, _pairs(set_), policy(setting.policy).spec)
+        data = run_replay(load_trace(trace), setting).as_dict()
+        lines = [f"{data['policy']}: {data['computed_steps']} of {data['steps']} steps computed, ideal speedup {data['ideal_speedup']:.2f}"]
+        for name, branch in data["branches"].items():
+            marks = "".join("#" if c else "." for c in branch["computed"])
+            errors = [e for e in branch["reuse_error"] if e is not None]
+            mean = f"  mean reuse error {sum(errors) / len(errors):.4f}" if errors else ""
+            lines.append(f"{name:8} {marks}{mean}")
+        screen.result(data, lines)
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    height: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to forecast for.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to forecast for.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show graphs, engines, memory, FLOPs and the speedup each policy can give.
+
+    Example: freewheel inspect out/bundle --frames 81
+    """
+    with _screen(as_json, False, debug) as screen:
+        from freewheel.bundle.reader import Bundle
+        from freewheel.compiler.inspect import inspect_bundle, render
+
+        data = inspect_bundle(Bundle(bundle), height=height, width=width, frames=frames, steps=steps)
+        screen.result(data, render(data))
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    backend: Annotated[str | None, typer.Option(help="Backend; default: the bundle's first.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check digests, every engine against PyTorch, every compiled policy against its law.
+
+    Example: freewheel verify out/bundle
+    """
+    with _screen(as_json, quiet, debug) as screen:
+        from freewheel.bundle.reader import Bundle
+        from freewheel.compiler.verify import verify_bundle
+
+        with screen.progress():
+            report = verify_bundle(Bundle(bundle), backend, screen)
+        data = report.as_dict()
+        screen.table("engines", ["graph", "block", "output", "relative error", "tolerance", "ok"], report.rows())
+        screen.result(data, [report.summary()])
+        report.raise_on_mismatch()
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds per prompt, counting from 0.")] = 1,
+    cache: Annotated[list[str] | None, typer.Option("--cache", "--config_json", help="Config or policy; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds for the timings.")] = 3,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    eager: Annotated[bool, typer.Option(help="Time diffusers eager on the same checkpoint too.")] = False,
+    backend: Annotated[str | None, typer.Option(help="Backend; default: the bundle's first.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md, videos and the contact sheet.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure speed and quality of policies against the uncached run.
+
+    Example: freewheel bench out/bundle --prompt "a red circle" --cache teacache --cache custom
+    """
+    with _screen(as_json, quiet, debug) as screen:
+        from freewheel.bundle.reader import Bundle
+        from freewheel.runtime.bench import BenchRequest, bench_bundle, read_prompts
+
+        texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+        if not texts:
+            raise RequestError("bench", "has no prompt", "give --prompt or --prompts FILE")
+        request = BenchRequest(
+            prompts=texts, seeds=list(range(seeds)), caches=cache or None, rounds=rounds, steps=steps,
+            eager=eager, backend=backend, out=out,
+        )  # fmt: skip
+        with screen.progress():
+            report = bench_bundle(Bundle(bundle), request, screen, screen.warn)
+        screen.table("bench", report.columns, report.rows())
+        screen.result(report.as_dict(), [report.markdown()])
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars out of ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _backend(name: str, precision: str, screen: Screen) -> Any:
+    from freewheel.engines import auto_backend, backend
+
+    if name != "auto":
+        return backend(name)
+    chosen, reasons = auto_backend(precision)
+    screen.note(f"backend {chosen.name}: {reasons[chosen.name]}")
+    return chosen
+
+
+def _choice(flag: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ConfigError(flag, f"'{value}' is not known", f"use one of {', '.join(known)}")
+    return value
+
+
+def _pairs(texts: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for text in texts or ():
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set '{text}'", "is not key=value", "write --set threshold=0.2")
+        pairs[key] = value
+    return pairs
+
+
+def main() -> None:
+    """Run the command line; a bug of ours exits with 70 and its traceback."""
+    try:
+        app()
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        if "--json" in sys.argv:
+            bug = {"code": "bug", "message": "internal error", "where": "freewheel", "hint": "report the traceback"}
+            sys.stdout.write(json.dumps({"error": bug}) + "\n")
+        raise SystemExit(70) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line shows: results on stdout; progress, tables and warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .configs.errors import FreewheelError
+
+__all__ = ["SCHEMA_VERSION", "Screen"]
+
+SCHEMA_VERSION = 1
+
+
+class Screen:
+    """One command's output.
+
+    Args:
+        as_json: Print one JSON object on stdout instead of text.
+        quiet: Show no progress and no tables; warnings stay.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self._err = Console(stderr=True, highlight=False)
+        self._phase = ""
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def result(self, data: dict[str, Any], lines: Sequence[str] = ()) -> None:
+        """Print the result: ``data`` with --json, else ``lines``."""
+        if self.as_json:
+            sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **data}, allow_nan=False) + "\n")
+        else:
+            for line in lines:
+                sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    def error(self, error: FreewheelError) -> None:
+        """Print an expected failure: an object on stdout with --json, else one message."""
+        if self.as_json:
+            parts = {"code": error.code, "message": str(error), "where": error.where, "hint": error.hint}
+            sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, "error": parts}) + "\n")
+        else:
+            self._err.print("[bold red]error:[/] ", end="")
+            self._err.print(str(error), markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Show a line on stderr unless quiet."""
+        if not self.quiet:
+            self._err.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Show a warning on stderr, always."""
+        self._err.print("[yellow]warning:[/] ", end="")
+        self._err.print(text, markup=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table on stderr unless quiet; columns after the first align right."""
+        if self.quiet:
+            return
+        table = Table(title=title, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*(_cell(v) for v in row))
+        self._err.print(table)
+
+    @contextmanager
+    def progress(self) -> Iterator[Screen]:
+        """Show phases as bars on a terminal, else as one line each."""
+        if self.quiet or not self._err.is_terminal:
+            yield self
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[what]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=self._err) as bar:
+            self._bar = bar
+            try:
+                yield self
+            finally:
+                self._bar = None
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin a phase (see `freewheel.compiler.progress.Progress`)."""
+        if self._bar is not None:
+            self._task = self._bar.add_task(name, total=total, what="")
+        elif not self.quiet:
+            self._err.print(f"{name}: {total}", markup=False)
+
+    def advance(self, what: str, steps: int = 1) -> None:
+        """Report a step of the phase."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=steps, what=what)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 0.01 else f"{value:.2f}"
+    return str(value)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt in, video out: a bundle's whole pipeline, with what it did."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..bundle.manifest import GenerationDefaults
+from ..bundle.reader import Bundle
+from ..configs.errors import BundleError, RequestError
+from ..configs.setting import CacheSetting
+from .attach import FreewheelTransformer, attach
+from .lora import Lora
+from .session import Recorder
+from .statistics import RunStatistics
+
+__all__ = ["Generation", "GenerationRequest", "Generator"]
+
+FALLBACK = GenerationDefaults(
+    steps=50, height=480, width=832, frames=81, guidance_scale=5.0, seed=42, text_tokens=512
+)
+FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One run; None takes the config's value, then the default.
+
+    Attributes:
+        prompt: What to show.
+        negative_prompt: What not to show.
+        cache: Resolved cache setting.
+        defaults: Generation values of the config.
+        steps: Denoise steps.
+        height: Pixels.
+        width: Pixels.
+        frames: Frames of the video.
+        guidance_scale: 1 turns guidance off.
+        seed: Of the initial noise.
+        image: First frame, for image-to-video.
+    """
+
+    prompt: str
+    cache: CacheSetting
+    negative_prompt: str = ""
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    image: Path | None = None
+
+    def value(self, name: str) -> Any:
+        """Return a setting: the request's, the config's, or the default."""
+        for source in (self, self.defaults, FALLBACK):
+            found = getattr(source, name, None)
+            if found is not None:
+                return found
+        return None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out.
+
+    Attributes:
+        frames: uint8 [frames, height, width, 3].
+        latents: float32 [1, channels, frames, height, width], before decoding.
+        statistics: Decisions and seconds of the denoise loop.
+        seconds: ``text``+``denoise``+``decode`` seconds.
+        resolved: The values used.
+    """
+
+    frames: NDArray[np.uint8]
+    latents: torch.Tensor
+    statistics: RunStatistics
+    seconds: dict[str, float]
+    resolved: dict[str, Any]
+
+
+class Generator:
+    """A bundle with its pipeline around it, ready for any number of requests."""
+
+    def __init__(
+        self, bundle: Bundle, *, backend: str | None = None, loras: Sequence[Lora | str] = (),
+        model: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Load text encoder, VAE and scheduler, and attach the bundle.
+
+        Args:
+            bundle: An open bundle.
+            backend: Name of a backend; None takes the bundle's first.
+            loras: ``FILE[:scale]`` or LoRAs read already.
+            model: Diffusers folder with the rest of the pipeline, where the bundle has none.
+
+        Raises:
+            BundleError: the rest of the pipeline can't be found.
+        """
+        import diffusers
+
+        folder = self._pipeline_folder(bundle, model)
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
+        pipeline_class = getattr(diffusers, index["_class_name"])
+        self.pipe: Any = pipeline_class.from_pretrained(
+            folder, transformer=None, dtype=self._dtypes(folder), local_files_only=True
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+        self.bundle = bundle
+        self.transformer: FreewheelTransformer = attach(
+            self.pipe, bundle, "off", backend=backend, loras=loras
+        )
+
+    @staticmethod
+    def _pipeline_folder(bundle: Bundle, model: Path | None) -> Path:
+        entry = bundle.manifest.pipeline
+        folder = model or (bundle.path(entry.folder) if entry.folder else Path(entry.source or ""))
+        if not (folder / "model_index.json").is_file():
+            raise BundleError(
+                f"{bundle.folder}, 'pipeline'", f"is not to be found at '{folder}'",
+                "give the checkpoint's diffusers folder with --model",
+            )  # fmt: skip
+        return folder
+
+    @staticmethod
+    def _dtypes(folder: Path) -> dict[str, torch.dtype]:
+        size = sum(f.stat().st_size for f in (folder / "text_encoder").glob("*.safetensors"))
+        small = size <= FLOAT32_TEXT_ENCODER_BYTES
+        return {
+            "default": torch.float32,
+            "text_encoder": torch.float32 if small else torch.bfloat16,
+        }
+
+    def generate(
+        self, request: GenerationRequest, *, recorder: Recorder | None = None,
+        on_step: OnStep = lambda done, total: None,
+    ) -> Generation:  # fmt: skip
+        """Run one request.
+
+        Args:
+            request: Prompt and settings.
+            recorder: Gets the trace.
+            on_step: Called after each step with steps done and steps in all.
+
+        Raises:
+            RequestError: sizes that the model can't take, or no steps.
+        """
+        values = {n: request.value(n) for n in ("steps", "height", "width", "frames", "guidance_scale", "seed")}
+        self._check(values)
+        self.transformer.use(request.cache)
+        self.transformer.recorder = recorder
+        arguments: dict[str, Any] = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "height": values["height"],
+            "width": values["width"],
+            "num_frames": values["frames"],
+            "num_inference_steps": values["steps"],
+            "guidance_scale": values["guidance_scale"],
+            "generator": torch.Generator().manual_seed(values["seed"]),
+            "output_type": "latent",
+            "callback_on_step_end": lambda pipe, i, t, kwargs: on_step(i + 1, values["steps"]) or kwargs,
+        }
+        arguments["max_sequence_length"] = request.value("text_tokens")
+        if request.image is not None:
+            arguments["image"] = self._image(request.image, values["height"], values["width"])
+        self._set_scheduler(request)
+        began = time.perf_counter()
+        latents = self.pipe(**arguments).frames
+        denoised = time.perf_counter()
+        frames = self.decode(latents)
+        seconds = {"denoise": denoised - began, "decode": time.perf_counter() - denoised}
+        return Generation(frames, latents, self.transformer.statistics, seconds, values)
+
+    def timesteps(self, request: GenerationRequest) -> torch.Tensor:
+        """Return the timesteps that a request will run through, [steps]."""
+        self._set_scheduler(request)
+        self.pipe.scheduler.set_timesteps(request.value("steps"))
+        return torch.as_tensor(self.pipe.scheduler.timesteps)
+
+    def _set_scheduler(self, request: GenerationRequest) -> None:
+        shift = request.value("flow_shift")
+        scheduler = self.pipe.scheduler
+        if shift is not None and scheduler.config.get("flow_shift", shift) != shift:
+            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, flow_shift=shift)
+
+    def decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
+        """Decode latents to frames, uint8 [frames, height, width, 3]."""
+        vae = self.pipe.vae
+        shape = (1, vae.config.z_dim, 1, 1, 1)
+        mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+        std = torch.tensor(vae.config.latents_std).view(shape).to(latents)
+        with torch.no_grad():
+            video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        frames = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
+        return (np.asarray(frames) * 255).round().clip(0, 255).astype(np.uint8)
+
+    def _check(self, values: dict[str, Any]) -> None:
+        config = self.pipe.vae.config
+        spatial = config.scale_factor_spatial * max(self.transformer.config["patch_size"][1:])
+        for name in ("height", "width"):
+            if values[name] < spatial or values[name] % spatial:
+                raise RequestError(
+                    f"--{name} {values[name]}", f"is no multiple of {spatial}",
+                    f"use {max(spatial, round(values[name] / spatial) * spatial)}",
+                )  # fmt: skip
+        step = config.scale_factor_temporal
+        if values["frames"] < 1 or (values["frames"] - 1) % step:
+            raise RequestError(
+                f"--frames {values['frames']}", f"is not 1 more than a multiple of {step}",
+                f"use {max(0, round((values['frames'] - 1) / step)) * step + 1}",
+            )  # fmt: skip
+        if not 1 <= values["steps"] <= 1000:
+            raise RequestError(f"--steps {values['steps']}", "is outside [1, 1000]", "use 20 to 50")
+
+    @staticmethod
+    def _image(path: Path, height: int, width: int) -> Any:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            return Image.open(path).convert("RGB").resize((width, height))
+        except (OSError, UnidentifiedImageError) as error:
+            raise RequestError(f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg") from error

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a policy on a recorded run, without the model, in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..configs.errors import ConfigError, RequestError, nearest
+from ..configs.setting import CacheSetting
+from ..policies import policy as find_policy
+from ..policies.law import Law
+from .trace import Trace
+
+__all__ = ["BranchReplay", "Replay", "replay"]
+
+LawFactory = Callable[[CacheSetting, int], Law]
+
+
+@dataclass(frozen=True)
+class BranchReplay:
+    """What a policy would have done in one branch.
+
+    Attributes:
+        computed: Whether each step would have been computed.
+        distance: Accumulated distance after each decision; None where the policy has none.
+        mix: Factors of past residuals at reused steps, newest first; empty on computed steps.
+        reuse_error: mean|r̂ − r| / mean|r| of each reused residual; None on computed steps.
+    """
+
+    computed: list[bool]
+    distance: list[float | None]
+    mix: list[list[float]]
+    reuse_error: list[float | None]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A whole replay."""
+
+    policy: str
+    steps: int
+    branches: dict[str, BranchReplay]
+
+    @property
+    def computed_steps(self) -> float:
+        """Computed steps of a branch, averaged over branches."""
+        return float(np.mean([sum(b.computed) for b in self.branches.values()]))
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Steps / computed steps."""
+        return self.steps / self.computed_steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``replay --json`` prints."""
+        count = self.computed_steps
+        return {
+            "policy": self.policy,
+            "steps": self.steps,
+            "computed_steps": int(count) if count == int(count) else count,
+            "ideal_speedup": self.ideal_speedup,
+            "branches": {n: vars(b) for n, b in self.branches.items()},
+        }
+
+
+def eager_law(setting: CacheSetting, step_count: int) -> Law:
+    """Return the Python law of a setting."""
+    return Law.eager(setting, step_count=step_count)
+
+
+def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> Replay:
+    """Run a policy over a trace.
+
+    Args:
+        trace: A run recorded with the cache off.
+        setting: Policy, parameters, guard.
+        law: Makes the law that decides; the eager one unless a compiled graph is to be driven.
+
+    Raises:
+        ConfigError: unknown policy, parameter or signal.
+        RequestError: the trace lacks what the policy looks at, or was recorded with reuse.
+    """
+    spec = find_policy(setting.policy).spec
+    signal = setting.signal or next(iter(spec.signals), None)
+    if signal is not None and signal not in spec.signals:
+        raise ConfigError(
+            f"signal '{signal}'", f"can't be given to policy '{setting.policy}'", nearest(signal, spec.signals)
+        )
+    branches = {}
+    for branch in trace.branches:
+        if trace.has(branch, "computed") and not trace.get(branch, "computed").all():
+            raise RequestError(
+                f"trace, branch '{branch}'", "was recorded with steps reused, so what was not computed "
+                "is not known", "record with --cache off",
+            )  # fmt: skip
+        branches[branch] = _replay_branch(trace, branch, law(setting, trace.steps), signal)
+    return Replay(setting.policy, trace.steps, branches)
+
+
+def _replay_branch(trace: Trace, branch: str, law: Law, signal: str | None) -> BranchReplay:
+    signals = trace.get(branch, signal) if signal is not None else None
+    features = None
+    if law.spec.feature is not None:
+        features = trace.get(branch, "feature")
+        features = features.reshape(trace.steps, *trace.frame_shape(), features.shape[-1])
+    residuals = trace.get(branch, "residual") if trace.has(branch, "residual") else None
+    result = BranchReplay([], [], [], [])
+    for step in range(trace.steps):
+        held = list(law.computed_steps)
+        seen = None if signals is None else signals[step].reshape(-1, signals.shape[-1])
+        feature = None
+        if features is not None and law.last_computed is not None:
+            feature = features[law.last_computed]
+        decision = law.decide(seen, feature)
+        mix = [] if decision.compute else decision.mix[: len(held)]
+        result.computed.append(decision.compute)
+        result.distance.append(decision.distance)
+        result.mix.append(mix)
+        is_known = residuals is not None and not decision.compute
+        result.reuse_error.append(_reuse_error(residuals, held, mix, step) if is_known else None)
+    return result
+
+
+def _reuse_error(
+    residuals: NDArray[np.float32] | None, held: list[int], mix: list[float], step: int
+) -> float:
+    assert residuals is not None, "asked for where residuals are known"
+    forecast = np.tensordot(np.array(mix, dtype=np.float32), residuals[held], axes=1)
+    actual = residuals[step]
+    return float(np.abs(forecast - actual).mean() / np.abs(actual).mean())

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a user names to a resolved setting: configs of the bundle, shipped ones, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..bundle.manifest import ConfigEntry, GenerationDefaults
+from ..bundle.reader import Bundle
+from ..configs.caching import CachingConfig, load_config
+from ..configs.overrides import apply_overrides
+from ..configs.setting import CacheSetting
+
+__all__ = ["choose_setting", "config_entries", "config_entry"]
+
+Warn = Callable[[str], None]
+
+
+def config_entry(config: CachingConfig) -> ConfigEntry:
+    """Resolve a config to what manifests carry."""
+    guidance = config.sample_guide_scale
+    if config.enable_cfg is False:
+        guidance = 1.0
+    return ConfigEntry(
+        cache=config.setting(),
+        generation=GenerationDefaults(
+            steps=config.infer_steps,
+            height=config.target_height,
+            width=config.target_width,
+            frames=config.target_video_length,
+            guidance_scale=guidance,
+            flow_shift=config.sample_shift,
+            seed=config.seed,
+            text_tokens=config.text_len,
+        ),
+    )
+
+
+def config_entries(names: Sequence[str], warn: Warn) -> dict[str, ConfigEntry]:
+    """Load configs by name or file, by the name each goes by.
+
+    Raises:
+        ConfigError: a file with faults, or nothing goes by a name.
+    """
+    entries = {}
+    for name in names:
+        config = load_config(name)
+        for key in config.ignored:
+            warn(f"'{key}' in '{name}' means nothing here and is ignored")
+        entries[config.name] = config_entry(config)
+    return entries
+
+
+def choose_setting(
+    bundle: Bundle, cache: CacheSetting | str | Path | None, overrides: Mapping[str, str], warn: Warn
+) -> ConfigEntry:
+    """Find what ``cache`` names and apply overrides.
+
+    Args:
+        bundle: Its configs come first, then shipped configs, policy names and files.
+        cache: A name, a file, a resolved setting, or None for the bundle's default config.
+        overrides: ``--set`` pairs.
+        warn: Told of ignored keys.
+
+    Returns:
+        The setting with generation values; those of the bundle's default config where what was
+        named has none.
+
+    Raises:
+        ConfigError: nothing goes by that name, a file with faults, or a bad override.
+    """
+    manifest = bundle.manifest
+    default = manifest.configs[manifest.default_config]
+    if cache is None:
+        entry = default
+    elif isinstance(cache, CacheSetting):
+        entry = ConfigEntry(cache=cache)
+    elif str(cache) in manifest.configs:
+        entry = manifest.configs[str(cache)]
+    else:
+        entry = next(iter(config_entries([str(cache)], warn).values()))
+    given = {n: v for n, v in entry.generation.model_dump().items() if v is not None}
+    generation = default.generation.model_copy(update=given)
+    setting = entry.cache
+    if overrides:
+        spec = manifest.policies[setting.policy].spec
+        setting = apply_overrides(setting, overrides, spec)
+    return ConfigEntry(cache=setting, generation=generation)

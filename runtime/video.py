@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write frames as mp4, gif or png, and videos side by side as a contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ..configs.errors import OutputError
+
+__all__ = ["SUFFIXES", "check_output", "contact_sheet", "write_video"]
+
+Frames = NDArray[np.uint8]
+SUFFIXES = (".mp4", ".gif", ".png")
+
+
+def check_output(path: Path) -> None:
+    """Fail before a long run rather than after it.
+
+    Raises:
+        OutputError: unknown suffix, or the folder can't be written.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise OutputError(str(path), f"has suffix '{path.suffix}'", f"use one of {', '.join(SUFFIXES)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(str(path), f"can't be written: {error.strerror}", "choose another --out") from error
+
+
+def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
+    """Write ``frames`` in the format of the suffix, whole or not at all.
+
+    Args:
+        frames: uint8 [frames, height, width, 3]; a png shows them side by side.
+        path: ``.mp4`` (H.264), ``.gif`` or ``.png``.
+        fps: Frames per second.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    check_output(path)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        if path.suffix.lower() == ".mp4":
+            even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+            iio.imwrite(partial, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2,
+                        output_params=["-crf", "14"])  # fmt: skip
+        elif path.suffix.lower() == ".gif":
+            iio.imwrite(partial, frames, duration=1000 / fps, loop=0)
+        else:
+            iio.imwrite(partial, np.concatenate(list(frames), axis=1))
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(str(path), f"can't be written: {error}", "choose another --out") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def contact_sheet(videos: Mapping[str, Frames], columns: int = 5, scale: int = 2) -> Frames:
+    """Draw labelled videos as rows of a few frames each.
+
+    Args:
+        videos: Label → uint8 [frames, height, width, 3], all of one shape.
+        columns: Frames shown of each, evenly spread.
+        scale: Enlargement of each frame.
+
+    Returns:
+        uint8 [rows, columns, 3], one picture.
+    """
+    shape = next(iter(videos.values())).shape
+    height, width = shape[1] * scale, shape[2] * scale
+    label, gap = 20, 4
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(videos) * (height + label + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, frames) in enumerate(videos.items()):
+        top = row * (height + label + gap)
+        draw.text((gap, top + 4), name, fill="black")
+        for column, index in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
+            frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(frame, (gap + column * (width + gap), top + label))
+    return np.asarray(sheet)
