@@ -19,10 +19,9 @@ from ..engines.base import TensorSpec
 from ..passes import run_passes, template_pipeline
 from ..policies.base import Policy
 from ..policies.guard import Guarded, Shape, decide_inputs, decide_outputs
+from .export import OPSET
 
 __all__ = ["decide_program", "write_decide_graph"]
-
-OPSET = 23
 
 EXAMPLE_SIZES = {"rows": 3, "width": 8, "frames": 4, "tokens_per_frame": 5, "channels": 6}
 

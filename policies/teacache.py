@@ -61,7 +61,8 @@ def accumulate(
     distance = state["distance"] + rescaled
     threshold = parameters["threshold"]
     near = (distance < threshold) & (threshold > 0)
-    compute = step.must_compute | ~(near & torch.isfinite(relative_l1) & torch.isfinite(distance))
+    # A change that is not finite makes the distance so; −inf would pass for near.
+    compute = step.must_compute | ~(near & torch.isfinite(distance))
     return compute, {"distance": torch.where(compute, 0.0, distance)}
 
 
