@@ -28,7 +28,6 @@ BundleArgument = Annotated[Path, typer.Argument(help="Folder that `build` wrote.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")]
 DebugOption = Annotated[bool, typer.Option(help="Show tracebacks of expected errors.")]
-BackendOption = Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx, openvino, onnxruntime or auto.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a parameter: key=value; repeatable.")
 ]
@@ -62,7 +61,10 @@ def build(
         list[str] | None,
         typer.Option("--config", "--config_json", help="Caching config to carry; repeatable, the first is the default."),
     ] = None,
-    backend: BackendOption = "auto",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorrt, tensorrt-rtx, openvino, onnxruntime or auto; repeatable, runs use the first."),
+    ] = None,
     precision: Annotated[str, typer.Option(help="Precision of the body: float32, bfloat16 or float16.")] = "float32",
     weights: Annotated[str, typer.Option(help="auto, inputs (block templates) or baked.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
@@ -81,11 +83,11 @@ def build(
         from freewheel.compiler.build import BuildRequest, build as run_build, plan
         from freewheel.runtime.settings import config_entries
 
-        chosen = _backend(backend, precision, screen)
+        backends = [_backend(name, precision, screen) for name in backend or ["auto"]]
         request = BuildRequest(
             model=model,
             out=out,
-            backend=chosen,
+            backends=backends,
             configs=config_entries(config or ["off"], screen.warn),
             precision=_choice("--precision", precision, ("float32", "bfloat16", "float16")),  # type: ignore[arg-type]
             weights=_choice("--weights", weights, ("auto", "inputs", "baked")),  # type: ignore[arg-type]
@@ -102,7 +104,7 @@ def build(
         screen.table("phases", ["phase", "seconds"], list(report.seconds.items()))
         data = {
             "bundle": str(out),
-            "backend": chosen.name,
+            "backends": [b.name for b in backends],
             "precision": precision,
             "weights": report.manifest.weights,
             "seconds": dict(report.seconds),

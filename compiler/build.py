@@ -12,7 +12,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +66,7 @@ class BuildRequest:
     Attributes:
         model: A diffusers folder or a hub id.
         out: The bundle's folder.
-        backend: Compiles the engines.
+        backends: Compile the engines; the first is what runs use by default.
         configs: Name → resolved config to carry; the first is the default.
         precision: Precision of ``body``.
         weights: Block templates with weights as inputs, or groups of blocks with weights inside.
@@ -78,7 +78,7 @@ class BuildRequest:
 
     model: str
     out: Path
-    backend: Backend
+    backends: Sequence[Backend]
     configs: Mapping[str, ConfigEntry]
     precision: Precision = "float32"
     weights: Literal["auto", "inputs", "baked"] = "auto"
@@ -139,8 +139,10 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         progress.advance("weights", len(wanted))
 
         clock.start("engines")
-        progress.phase(f"compile for {request.backend.name}", len(graphs))
-        engines = compile_graphs(request.backend, graphs, folder, request.target, progress)
+        engines = []
+        for backend in request.backends:
+            progress.phase(f"compile for {backend.name}", len(graphs))
+            engines.append(compile_graphs(backend, graphs, folder, request.target, progress))
 
         clock.start("samplers")
         pipeline = bring_pipeline(checkpoint, folder)
@@ -179,7 +181,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             configs=dict(request.configs),
             default_config=next(iter(request.configs)),
             tensors=tensors,
-            engines=[engines],
+            engines=engines,
             samplers=samplers,
             files=files,
         )
@@ -315,7 +317,7 @@ def plan(request: BuildRequest) -> dict[str, Any]:
         "graphs": len(cut.segments) + 2 + len(POLICIES),
         "tensors": len(checkpoint.tensors),
         "checkpoint_bytes": stored,
-        "backend": request.backend.name,
+        "backends": [b.name for b in request.backends],
         "precision": request.precision,
         "out": str(request.out),
     }
