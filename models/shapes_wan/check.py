@@ -76,6 +76,28 @@ def _clip_psnr(vae: AutoencoderKLWan, clip: Tensor) -> float:
     return float(-10 * torch.log10(error))
 
 
+def count_by_word(results: Sequence[Result]) -> dict[str, dict[str, str]]:
+    """Count, per shape and per motion, the clips that agree, such as ``{"star": "3/9"}``.
+
+    Motions are counted where they can be seen.
+    """
+    counts = {}
+    for field in ("shape", "motion"):
+        kept = [r for r in results if field == "shape" or is_motion_readable(r.pair.caption)]
+        words = sorted({getattr(result.pair.caption, field) for result in kept})
+        counts[f"by_{field}"] = {word: _count(kept, field, word) for word in words}
+    return counts
+
+
+def _count(results: Sequence[Result], field: str, word: str) -> str:
+    agrees = [
+        getattr(result.agreement, field)
+        for result in results
+        if getattr(result.pair.caption, field) == word
+    ]
+    return f"{sum(agrees)}/{len(agrees)}"
+
+
 def list_unmet_targets(summary: dict[str, float], mean_psnr: float) -> list[str]:
     """Name the targets that the figures miss."""
     unmet = [word for word, target in TARGETS.items() if summary[word] < target]
@@ -91,7 +113,17 @@ def print_report(report: dict[str, object], results: Sequence[Result]) -> None:
             found = ", ".join(f"{word} '{getattr(reading, word)}'" for word in wrong)
             print(f"{result.pair.caption} (seed {result.pair.seed}): {found}", file=sys.stderr)
     for name, value in report.items():
-        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+        print(f"{name:24} {_spell(value)}")
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{word} {count}" for word, count in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def draw_card(model: Path, folder: Path, *, guidance_scale: float, steps: int) -> None:
@@ -155,6 +187,7 @@ def main(
         "guidance_scale": guidance,
         "text_tokens": text_tokens,
         **summary,
+        **count_by_word(results),
         "vae_psnr": float(np.mean(psnr)),
         "vae_psnr_worst": float(np.min(psnr)),
         "unmet_targets": list_unmet_targets(summary, float(np.mean(psnr))),

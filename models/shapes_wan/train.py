@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from architecture import (
     make_transformer,
     make_vae,
 )
-from clips import TRAINING_CLIPS, render, sample, training_specs
+from clips import TRAINING_CLIPS, ClipSpec, render, sample, training_specs
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -192,7 +192,7 @@ def encode_training_clips(work_dir: Path, *, clips: int) -> None:
 
 
 @torch.no_grad()
-def _moments(vae: AutoencoderKLWan, specs: list) -> Tensor:
+def _moments(vae: AutoencoderKLWan, specs: Sequence[ClipSpec]) -> Tensor:
     posterior = vae.encode(torch.stack([render(spec) for spec in specs])).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).half()
 
@@ -333,8 +333,8 @@ def train_denoiser(
 @app.command()
 def vae(
     work_dir: WorkDir = Path("runs/shapes_wan"),
-    iterations: Annotated[int, typer.Option(min=1, help="Phase 1, short clips.")] = 2400,
-    long_iterations: Annotated[int, typer.Option(min=1, help="Phase 2, whole clips.")] = 900,
+    iterations: Annotated[int, typer.Option(min=1, help="Phase 1, short clips.")] = 2500,
+    long_iterations: Annotated[int, typer.Option(min=1, help="Phase 2, whole clips.")] = 1200,
     learning_rate: float = 1e-3,
     save_every: SaveEvery = 100,
     threads: Threads = 2,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from check import Result, list_unmet_targets, measure_vae_psnr, read_clips, summarize
+from check import Result, count_by_word, list_unmet_targets, measure_vae_psnr, read_clips, summarize
 from clips import Caption, ClipSpec, render
 from generate import Pair
 from reader import Agreement, Reading
@@ -27,6 +27,20 @@ def test_summary_counts_each_word_and_leaves_out_motions_that_cannot_be_seen():
     assert summary["readable_motion"] == 0.5
     assert summary["readable_motion_count"] == 2
     assert summary["overlap"] == 0.5
+
+
+def test_counts_show_which_words_fail():
+    yes = Agreement(color=True, motion=True, background=True, shape=True)
+    no = Agreement(color=True, motion=False, background=True, shape=False)
+    results = [
+        result("star", "spinning", no),
+        result("star", "growing", yes),
+        result("ring", "spinning", yes),
+    ]
+    assert count_by_word(results) == {
+        "by_shape": {"ring": "1/1", "star": "1/2"},
+        "by_motion": {"growing": "1/1", "spinning": "0/1"},
+    }
 
 
 def test_unmet_targets_are_named():
