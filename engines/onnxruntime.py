@@ -24,6 +24,7 @@ from ..configs.errors import BackendUnavailable, BuildError, BundleError, Reques
 from .base import Availability, Target, TensorSpec
 from .bindings import DTYPES, check_bindings, dtype_name, load_graph, specs_of
 from .record import EngineRecord, engine_folder
+from .target_checks import check_options, check_precision
 
 __all__ = ["OnnxRuntime"]
 
@@ -97,10 +98,9 @@ class OnnxRuntime:
             OutputError: ``out`` can't be written.
         """
         _require()
-        if target.precision not in self.precisions:
-            what = f"precision {target.precision}, but the CPU provider has float32 kernels only"
-            hint = "build with --precision float32, or with --backend openvino"
-            raise BuildError(str(graph), what, hint)
+        hint = "build with --precision float32, or with --backend openvino"
+        check_precision(target, self.precisions, str(graph), hint)
+        check_options(target, (), str(graph))
         model = load_graph(graph)
         inputs, outputs = specs_of(model.graph, str(graph))
         try:

@@ -2,17 +2,21 @@
 """OpenVINO on the CPU: the fast CPU backend, and the engine that C++ shares.
 
 The inference precision hint is always the target's precision, never OpenVINO's own choice. What
-it does with it depends on the CPU (seen with 2026.4.1):
+it does with it depends on the CPU (2026.4):
 
-- With bfloat16 instructions (avx512_bf16, amx) a bfloat16 hint computes in bfloat16, also where
-  the graph says float32, so graphs that need exact float32 are compiled with a float32 hint.
-- Without them the hint is accepted, reads back as float32, and everything is computed in float32;
-  bfloat16 inputs are converted on every run and outputs once at the end. That last conversion
-  misrounds half of the values it should round up (up to 1 ulp, towards zero), so a bfloat16 graph
-  is slower *and* less exact here than a float32 one. float16 behaves alike but rounds correctly.
+- Without bfloat16 instructions (seen) the hint is accepted, reads back as float32, and everything
+  is computed in float32: bfloat16 inputs are converted on every run, outputs once at the end. That
+  last conversion is `ov::bfloat16`'s own, which cuts off instead of rounding where the kept part is
+  even (up to 1 ulp towards zero), so a bfloat16 graph is slower *and* less exact here than a
+  float32 one. float16 behaves alike but rounds correctly.
+- With them (avx512_bf16, amx; read in its source, `Graph::EnforceInferencePrecision`) a bfloat16
+  hint also lowers float32 nodes, except those between the last matrix products and a float32
+  output: a block's residual stream and gating stay float32, what feeds a product does not. A
+  float32 hint computes everything in float32, whatever the graph says.
 
 An engine is the exported compiled model: it loads in a third of the time that compiling takes for
 small graphs (6 against 28 ms), holds no weights that are graph inputs, and is mapped, not read.
+OpenVINO refuses one of another version or instruction set.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from ..configs.errors import BackendUnavailable, BuildError, BundleError, Reques
 from .base import Availability, Target, TensorSpec
 from .bindings import check_bindings, load_graph, specs_of
 from .record import REBUILD, EngineRecord, engine_folder
+from .target_checks import check_options, check_precision
 
 __all__ = ["OpenVino"]
 
@@ -125,9 +130,8 @@ class OpenVino:
             OutputError: ``out`` can't be written.
         """
         _require()
-        if target.precision not in self.precisions:
-            what = f"precision {target.precision} is none of {', '.join(self.precisions)}"
-            raise BuildError(str(graph), what, "choose one of them with --precision")
+        check_precision(target, self.precisions, str(graph), "choose one of them with --precision")
+        check_options(target, (), str(graph))
         inputs, outputs = specs_of(load_graph(graph).graph, str(graph))
         try:
             model = _core().compile_model(str(graph), "CPU", _properties(target.precision))
@@ -219,13 +223,12 @@ def _capabilities() -> list[str]:
 
 
 def _machine() -> str:
-    """Name what a compiled model depends on: architecture, vector width and native precisions."""
-    width = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {width} {' '.join(_capabilities())}"
+    """Name the precisions that decide how a model is compiled; OpenVINO checks the rest."""
+    return f"{platform.machine()} {' '.join(_capabilities())}"
 
 
 def _reason(fault: BaseException) -> str:
-    """Pick the telling line of OpenVINO's exception: the last that is no C++ location."""
+    """Tell OpenVINO's exception in one line, without the places in its source."""
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (told or lines or [type(fault).__name__])[-1]
+    return " ".join(told or lines or [type(fault).__name__])

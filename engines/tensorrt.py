@@ -22,7 +22,9 @@ from ..configs.errors import BackendUnavailable, BuildError, BundleError
 from .base import Availability, BoundCall, Target
 from .bindings import load_graph, specs_of
 from .record import REBUILD, EngineRecord, engine_folder, write_whole
-from .tensorrt_build import Journal, Plan, build_plan, known_capabilities
+from .target_checks import check_precision
+from .tensorrt_build import Plan, build_plan, known_capabilities
+from .tensorrt_journal import Journal
 from .tensorrt_run import CapturedCalls, Scratch, TensorRTEngine
 
 __all__ = ["TensorRT", "TensorRTRTX"]
@@ -85,9 +87,7 @@ class TensorRT:
         if not found.can_build:
             raise BackendUnavailable(f"backend '{self.name}'", found.reason, found.install)
         trt = _import(self.module)
-        if target.precision not in self.precisions:
-            what = f"precision {target.precision} is none of {', '.join(self.precisions)}"
-            raise BuildError(str(graph), what, "choose one of them with --precision")
+        check_precision(target, self.precisions, str(graph), "choose one of them with --precision")
         model = load_graph(graph)
         inputs, outputs = specs_of(model.graph, str(graph))
         capabilities = self._capabilities(trt, graph, target)

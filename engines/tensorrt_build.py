@@ -6,11 +6,9 @@ The TensorRT module is an argument throughout: `tensorrt` and `tensorrt_rtx` hav
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,13 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
-from ..configs.errors import BuildError, nearest
+from ..configs.errors import BuildError
 from .base import Target, TensorSpec
 from .record import write_whole
+from .target_checks import check_options, check_profile
+from .tensorrt_journal import Journal
 
-__all__ = ["OPTIONS", "Journal", "Plan", "build_plan", "known_capabilities"]
+__all__ = ["OPTIONS", "Plan", "build_plan", "known_capabilities"]
 
 OPTIONS = (
     "builder_optimization_level",
@@ -32,8 +32,6 @@ OPTIONS = (
     "weight_streaming",
     "workspace_bytes",
 )
-HOUSEKEEPING = {"shape_call", "signal", "wait"}  # Layers that compute nothing.
-LAYER = re.compile(r"^Name: (.*?), LayerType: (\w+),.*?(?:TacticName: ([^,]*),.*?)?Metadata: (.*)$")
 
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -53,44 +51,6 @@ class Plan:
     activation_bytes: int | None
     nodes: Mapping[str, int]
     layers: Sequence[Mapping[str, Any]]
-
-
-class Journal:
-    """Mixin of TensorRT's logger that keeps what was said about faults, layers and memory."""
-
-    errors: list[str]
-    layers: list[dict[str, Any]]
-    activation_bytes: int | None
-
-    @staticmethod
-    def of(trt: Any) -> Any:
-        """Make a logger of ``trt`` that is a journal."""
-
-        class TensorRTJournal(Journal, trt.ILogger):  # type: ignore[misc]  # trt is untyped
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.errors, self.layers, self.activation_bytes = [], [], None
-
-            def log(self, severity: Any, message: str) -> None:
-                self.note(severity.name, message)
-
-        return TensorRTJournal()
-
-    def note(self, severity: str, message: str) -> None:
-        """Keep one message, if it tells anything."""
-        if severity in ("ERROR", "INTERNAL_ERROR"):
-            self.errors.append(message)
-        elif message.startswith("Total Activation Memory: "):
-            self.activation_bytes = int(message.split()[3])
-        elif message.startswith("Layers:"):
-            matches = (LAYER.match(line) for line in message.splitlines())
-            self.layers += [_layer(m) for m in matches if m and m[2] not in HOUSEKEEPING]
-
-    def fault(self) -> str:
-        """Say in one line what TensorRT complained about last."""
-        if not self.errors:
-            return "TensorRT refuses it and gives no reason"
-        return " ".join(self.errors[0].split())
 
 
 def known_capabilities(trt: Any) -> list[str]:
@@ -125,8 +85,8 @@ def build_plan(
     Raises:
         BuildError: names the file and, where TensorRT does, the node.
     """
-    options = _checked_options(target, path)
-    profile = _checked_profile(target, inputs, path)
+    options = check_options(target, OPTIONS, str(path))
+    profile = check_profile(target, inputs, str(path))
     journal = Journal.of(trt)
     builder = trt.Builder(journal)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -274,70 +234,12 @@ def _monitor(trt: Any, progress: ProgressCallback) -> Any:
     return Monitor()
 
 
-def _checked_options(target: Target, path: Path) -> Mapping[str, Any]:
-    for name in target.options:
-        if name not in OPTIONS:
-            where = f"{path}, option '{name}'"
-            raise BuildError(where, "no such build option", nearest(name, list(OPTIONS)))
-    return target.options
-
-
-def _checked_profile(
-    target: Target, inputs: Mapping[str, TensorSpec], path: Path
-) -> dict[str, Sequence[tuple[int, ...]]]:
-    """Pick the profiles of this graph's dynamic inputs and check them against the graph."""
-    profile: dict[str, Sequence[tuple[int, ...]]] = {}
-    ranges: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name, spec in inputs.items():
-        if not any(isinstance(dim, str) for dim in spec.shape):
-            continue
-        where = f"{path}, input '{name}'"
-        if name not in target.profiles:
-            dims = ", ".join(str(dim) for dim in spec.shape)
-            what = f"shape [{dims}] is dynamic but has no optimization profile"
-            raise BuildError(where, what, "give its smallest, usual and largest shape")
-        shapes = target.profiles[name]
-        with suppress(ValueError):
-            for dim, *sizes in zip(spec.shape, *shapes, strict=True):
-                _check_range(dim, tuple(sizes), where, ranges, name)
-            profile[name] = shapes
-            continue
-        what = f"profile {[list(s) for s in shapes]} has not the {len(spec.shape)} dimensions of it"
-        raise BuildError(where, what, f"give shapes like [{', '.join(map(str, spec.shape))}]")
-    return profile
-
-
-def _check_range(
-    dim: int | str,
-    sizes: tuple[int, ...],
-    where: str,
-    ranges: dict[str, tuple[tuple[int, ...], str]],
-    name: str,
-) -> None:
-    smallest, usual, largest = sizes
-    if isinstance(dim, int) and set(sizes) != {dim}:
-        what = f"profile has {sizes} where the graph is fixed at {dim}"
-        raise BuildError(where, what, f"give {dim} there")
-    if not 0 < smallest <= usual <= largest:
-        what = f"profile of '{dim}' is {sizes}, not smallest <= usual <= largest"
-        raise BuildError(where, what, "give min:opt:max in rising order")
-    if isinstance(dim, str):
-        known, by = ranges.setdefault(dim, (sizes, name))
-        if known != sizes:
-            what = f"profile of '{dim}' is {sizes}, but {known} for input '{by}'"
-            raise BuildError(where, what, f"give one range for '{dim}'")
-
-
-def _layer(match: re.Match[str]) -> dict[str, Any]:
-    name, kind, kernel, metadata = match.groups()
-    nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata)
-    return {"name": name, "type": kind, "kernel": kernel or "", "nodes": nodes}
-
-
 def _hint(fault: str) -> str:
     if "Attention operation was not supported" in fault:
         return (
             "use bfloat16 or float16 and a head size with a fused kernel, or build with the option "
             "decomposable_attention=true"
         )
+    if "violate shape constraints" in fault:
+        return "give profiles that fit each other: the graph derives some dimensions from others"
     return "see the message; 'freewheel inspect' lists the nodes of the graph"

@@ -26,6 +26,9 @@ TEXTS = {
     "doubled": "g (float[n] x) => (float[m] out) { out = Concat<axis = 0>(x, x) }",
     "wide": "g (float[tokens, 8] x, float[8, 4096] up, float[4096, 8] down)"
     " => (float[tokens, 8] out) { h = MatMul(x, up)  out = MatMul(h, down) }",
+    "flattened": "g (float[frames, height, 4] x, float[tokens, 4] y) => (float[tokens, 4] out)"
+    "{ shape = Constant<value = int64[2] {-1, 4}>()  flat = Reshape(x, shape)"
+    "  out = Add(flat, y) }",
     "attention_bf16": "g (bfloat16[batch, 12, tokens, 128] q, bfloat16[batch, 12, tokens, 128] k,"
     " bfloat16[batch, 12, tokens, 128] v) => (bfloat16[batch, 12, tokens, 128] out)"
     "{ out = Attention(q, k, v) }",

@@ -169,7 +169,7 @@ def test_nothing_is_printed_on_stdout(build, capfd):
         ("matmul", Target("float32", {}, ("8.9",)),
          "input 'x'", "[batch, tokens, 64] is dynamic", "smallest, usual and largest"),
         ("matmul", Target("float32", {"x": ((1, 64), (1, 64), (1, 64))}, ("8.9",)),
-         "input 'x'", "has not the 3 dimensions", "[batch, tokens, 64]"),
+         "input 'x'", "has not the input's 3 dimensions", "[batch, tokens, 64]"),
         ("matmul", Target("float32", {"x": ((1, 1, 32), (1, 5, 64), (2, 9, 64))}, ("8.9",)),
          "input 'x'", "fixed at 64", "give 64"),
         ("matmul", Target("float32", {"x": ((1, 7, 64), (1, 5, 64), (2, 9, 64))}, ("8.9",)),
@@ -179,7 +179,7 @@ def test_nothing_is_printed_on_stdout(build, capfd):
         ("matmul", Target("float32", MATMUL, ("8.9",), {"workspace": 1}),
          "option 'workspace'", "no such build option", "did you mean 'workspace_bytes'"),
         ("matmul", Target("float8", MATMUL, ("8.9",)),
-         "matmul.onnx", "float8 is none of", "--precision"),
+         "matmul.onnx", "float8 is not among", "--precision"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_and_leaves_nothing_behind(graph, name, target, where, what, hint):
@@ -190,6 +190,19 @@ def test_bad_input_is_named_and_leaves_nothing_behind(graph, name, target, where
     assert what in caught.value.what
     assert hint in caught.value.hint
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_profiles_that_contradict_each_other_are_refused(graph):
+    profiles = {
+        "x": ((1, 2, 4), (2, 3, 4), (4, 4, 4)),
+        "y": ((2, 4), (7, 4), (16, 4)),  # 2 * 3 is not 7
+    }
+    path = graph("flattened")
+    with pytest.raises(BuildError) as caught:
+        TensorRTRTX().compile(path, Target("float32", profiles, ("8.9",)), path.parent / "engine")
+    assert "flattened.onnx" in caught.value.where
+    assert "constraint" in caught.value.what
+    assert "fit each other" in caught.value.hint
 
 
 @WITHOUT_GPU
