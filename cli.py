@@ -67,6 +67,9 @@ def build(
     ] = None,
     precision: Annotated[str, typer.Option(help="Precision of the body: float32, bfloat16 or float16.")] = "float32",
     weights: Annotated[str, typer.Option(help="auto, inputs (block templates) or baked.")] = "auto",
+    group_blocks: Annotated[
+        int | None, typer.Option(help="Blocks per engine of the baked form; default: as many as 4 GiB of weights.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     dump_passes: Annotated[Path | None, typer.Option(help="Write each graph after each pass here.")] = None,
@@ -91,6 +94,7 @@ def build(
             configs=config_entries(config or ["off"], screen.warn),
             precision=_choice("--precision", precision, ("float32", "bfloat16", "float16")),  # type: ignore[arg-type]
             weights=_choice("--weights", weights, ("auto", "inputs", "baked")),  # type: ignore[arg-type]
+            group_blocks=group_blocks,
             revision=revision,
             replace=force,
             dump=dump_passes,
@@ -330,6 +334,7 @@ def bench(
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
         if not texts:
             raise RequestError("bench", "has no prompt", "give --prompt or --prompts FILE")
+        _quiet_libraries()
         request = BenchRequest(
             prompts=texts, seeds=list(range(seeds)), caches=cache or None, rounds=rounds, steps=steps,
             eager=eager, backend=backend, out=out,

@@ -18,6 +18,7 @@ from .configs.errors import FreewheelError
 __all__ = ["SCHEMA_VERSION", "Screen"]
 
 SCHEMA_VERSION = 1
+PIPE_WIDTH = 120
 
 
 class Screen:
@@ -31,6 +32,8 @@ class Screen:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self._err = Console(stderr=True, highlight=False)
+        if not self._err.is_terminal:
+            self._err = Console(stderr=True, highlight=False, width=PIPE_WIDTH)
         self._phase = ""
         self._bar: Progress | None = None
         self._task: Any = None

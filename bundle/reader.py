@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from ..configs.errors import BundleError, nearest
-from .files import safe_path, sha256_of
+from .files import safe_path, sha256_of_each
 from .manifest import SCHEMA_VERSION, EngineSetEntry, Manifest
 
 __all__ = ["MANIFEST", "Bundle"]
@@ -81,8 +81,8 @@ class Bundle:
                     "build the bundle again",
                 )
         for name, tensor in self.manifest.tensors.items():
-            entry = self.manifest.files.get(tensor.file)
-            if entry is None or tensor.offset + tensor.bytes > entry.bytes:
+            file = self.manifest.files.get(tensor.file)
+            if file is None or tensor.offset + tensor.bytes > file.bytes:
                 raise BundleError(
                     f"{self.folder}, tensor '{name}'",
                     f"lies outside file '{tensor.file}'",
@@ -98,11 +98,9 @@ class Bundle:
 
     def digests(self) -> list[str]:
         """Return the names of files whose bytes differ from the manifest; empty when all agree."""
-        return [
-            name
-            for name, entry in self.manifest.files.items()
-            if sha256_of(safe_path(self.folder, name)) != entry.sha256
-        ]
+        files = self.manifest.files
+        found = sha256_of_each([safe_path(self.folder, name) for name in files])
+        return [n for n, digest in zip(files, found, strict=True) if digest != files[n].sha256]
 
     def path(self, name: str) -> Path:
         """Return where a file of the bundle lies."""

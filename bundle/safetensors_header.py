@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from ..configs.dtypes import ITEM_BYTES, SAFETENSORS_DTYPES
 from ..configs.errors import CheckpointError
@@ -62,11 +63,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _entry(path: Path, name: str, entry: Mapping[str, object], data: int) -> StoredTensor:
+def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
     try:
         dtype = SAFETENSORS_DTYPES[str(entry["dtype"])]
-        shape = tuple(int(s) for s in entry["shape"])  # type: ignore[attr-defined]  # checked below
-        begin, end = (int(v) for v in entry["data_offsets"])  # type: ignore[attr-defined]  # as above
+        shape = tuple(int(s) for s in entry["shape"])
+        begin, end = (int(v) for v in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}, tensor '{name}'", f"has an unusable header entry: {error}", "fetch the file again"
@@ -88,7 +89,8 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[b
         The file's first bytes, aligned to 64, and each tensor's absolute offset.
     """
     spelled = {ours: theirs for theirs, ours in SAFETENSORS_DTYPES.items()}
-    header, offset = {}, 0
+    header: dict[str, Any] = {}
+    offset = 0
     for name, (dtype, shape) in tensors.items():
         size = prod(shape) * ITEM_BYTES[dtype]
         header[name] = {

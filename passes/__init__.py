@@ -50,4 +50,5 @@ def template_pipeline(
 
 def backend_pipeline(backend: str) -> list[Pass]:
     """Return what a portable graph goes through before ``backend`` compiles it."""
-    return {"openvino": [DecomposeRotaryEmbedding()]}.get(backend, [])
+    pipelines: dict[str, list[Pass]] = {"openvino": [DecomposeRotaryEmbedding()]}
+    return pipelines.get(backend, [])

@@ -47,8 +47,8 @@ class DeclareInterface(Pass):
         changed = bool(extra)
         for values, specs in ((graph.inputs, self.inputs), (graph.outputs, self.outputs)):
             for value in values:
-                if value.name in specs:
-                    changed |= _declare(value, specs[value.name])
+                if (spec := specs.get(str(value.name))) is not None:
+                    changed |= _declare(value, spec)
         return PassResult(model, changed)
 
 

@@ -61,7 +61,7 @@ def replace_rotary_embedding(graph: ir.Graph, node: ir.Node) -> None:
     ]
     joined = tape.op("Concat", rotated, {"axis": -1})
     result = tape.op("Reshape", [joined, constant("joined", [0, 0, 0, size])])
-    result.dtype, result.shape = node.outputs[0].dtype, node.outputs[0].shape
+    result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
     for value in tape.initializers:
         graph.initializers.add(value)
     ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [result])

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bundle.manifest import PolicyEntry, SignalEntry
 from ..configs.policy_spec import Value
 from ..configs.setting import CacheSetting
+from ..engines.base import BoundCall
 from .body import Body, allocate
 from .decider import Decider, Verdict
 from .model import LoadedModel
@@ -106,7 +107,7 @@ class BranchCache:
         """Prepare the signal's buffers: a row of a table, or two that ``modulate`` fills in turn."""
         signal = self._resolved.signal
         self._signals: list[Tensor] = []
-        self._signal_calls = []
+        self._signal_calls: list[BoundCall] = []
         if signal is None:
             return
         if signal.known == "run":
@@ -128,7 +129,7 @@ class BranchCache:
             shape = (-1, dims["tokens_per_frame"], self._body.taps[0].shape[-1])
             features = [t[0].view(shape) for t in self._body.taps]
         found = []
-        for signal, feature in product(range(self._turns(self._signal_calls)), range(self._turns(features))):
+        for signal, feature in product(range(len(self._signal_calls) or 1), range(len(features) or 1)):
             values: dict[str, Tensor] = {}
             if self._signals:
                 values |= {"signal": self._signals[signal], "previous_signal": self._signals[1 - signal]}
@@ -136,10 +137,6 @@ class BranchCache:
                 values |= {"feature": features[feature], "previous_feature": features[1 - feature]}
             found.append(values)
         return found
-
-    @staticmethod
-    def _turns(buffers: list[object]) -> int:
-        return 2 if buffers else 1
 
     def reset(self, tables: Mapping[str, Tensor], step_count: int) -> None:
         """Forget the last run; take every decision of the coming one now, if they fold."""

@@ -159,6 +159,11 @@ class Generator:
         """
         values = {n: request.value(n) for n in ("steps", "height", "width", "frames", "guidance_scale", "seed")}
         self._check(values)
+
+        def tell(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step + 1, values["steps"])
+            return tensors
+
         self.transformer.use(request.cache)
         self.transformer.recorder = recorder
         arguments: dict[str, Any] = {
@@ -171,7 +176,7 @@ class Generator:
             "guidance_scale": values["guidance_scale"],
             "generator": torch.Generator().manual_seed(values["seed"]),
             "output_type": "latent",
-            "callback_on_step_end": lambda pipe, i, t, kwargs: on_step(i + 1, values["steps"]) or kwargs,
+            "callback_on_step_end": tell,
         }
         arguments["max_sequence_length"] = request.value("text_tokens")
         if request.image is not None:

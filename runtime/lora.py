@@ -51,7 +51,7 @@ def read_lora(text: str) -> Lora:
         raise RequestError(f"--lora '{text}'", f"scale '{scale}' is not a number", "write FILE:0.8") from error
     if not Path(path).is_file():
         raise RequestError(f"--lora '{path}'", "is not a file", "give a .safetensors file")
-    from diffusers.loaders import WanLoraLoaderMixin
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
     try:
         state = WanLoraLoaderMixin.lora_state_dict(path, use_safetensors=True)

@@ -248,7 +248,7 @@ class Session:
     def _allocate_rows(self) -> dict[str, Tensor]:
         """Allocate the current row of each per-run table, shaped as step graphs take it."""
         graphs = self.manifest.graphs.values()
-        rows = {}
+        rows: dict[str, Tensor] = {}
         for name in (n for g in graphs if g.runs == "run" for n in g.outputs):
             entry = next(g.inputs[name] for g in graphs if name in g.inputs)
             rows |= allocate({name: entry}, {}, self.model.device)

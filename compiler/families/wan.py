@@ -27,13 +27,13 @@ __all__ = ["WAN"]
 MATMUL_NAMES = ("to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj", "net")
 
 
-def linear(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
+def linear(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Apply ``layer`` in ``dtype``, whatever dtype its weights are stored in."""
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
 
 
-def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def layer_norm(norm: Any, x: Tensor) -> Tensor:
     """Normalise the last axis in float32; ``norm`` may be an `nn.Identity`."""
     if isinstance(norm, nn.Identity):
         return x
@@ -42,14 +42,15 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """Normalise by the root mean square over all heads together, in float32."""
     return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[batch, tokens, heads * size] → [batch, heads, tokens, size]."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(2, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -67,12 +68,13 @@ def rotate(x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
 class Prompt(nn.Module):
     """Text states (and image states) → context of every cross-attention, once per prompt."""
 
-    def __init__(self, model: WanTransformer3DModel) -> None:
+    condition_embedder: Any
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.condition_embedder = nn.Module()
         self.condition_embedder.text_embedder = model.condition_embedder.text_embedder
-        self.has_image = model.condition_embedder.image_embedder is not None
-        if self.has_image:
+        if model.condition_embedder.image_embedder is not None:
             self.condition_embedder.image_embedder = model.condition_embedder.image_embedder
 
     def forward(self, text_states: Tensor, image_states: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -80,7 +82,7 @@ class Prompt(nn.Module):
         text = self.condition_embedder.text_embedder
         hidden = linear(text.linear_1, text_states, torch.float32)
         context = linear(text.linear_2, F.gelu(hidden, approximate="tanh"), torch.float32)
-        if not self.has_image:
+        if image_states is None:
             return (context,)
         image = self.condition_embedder.image_embedder
         hidden = layer_norm(image.norm1, image_states)
@@ -92,14 +94,16 @@ class Prompt(nn.Module):
 class Context(nn.Module):
     """Context → keys and values of one block's cross-attention, once per prompt and block."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    attn2: Any
+
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.attn2 = nn.Module()
         for name in ("to_k", "to_v", "norm_k"):
             setattr(self.attn2, name, getattr(block.attn2, name))
-        self.heads, self.dtype = block.attn2.heads, dtype
-        self.has_image = block.attn2.add_k_proj is not None
-        if self.has_image:
+        self.heads: int = block.attn2.heads
+        self.dtype = dtype
+        if block.attn2.add_k_proj is not None:
             for name in ("add_k_proj", "add_v_proj", "norm_added_k"):
                 setattr(self.attn2, name, getattr(block.attn2, name))
 
@@ -109,7 +113,7 @@ class Context(nn.Module):
         key = rms_norm(attn.norm_k, linear(attn.to_k, context, self.dtype))
         value = linear(attn.to_v, context, self.dtype)
         pairs = [key, value]
-        if self.has_image:
+        if image_context is not None:
             key = rms_norm(attn.norm_added_k, linear(attn.add_k_proj, image_context, self.dtype))
             pairs += [key, linear(attn.add_v_proj, image_context, self.dtype)]
         return tuple(split_heads(x, self.heads).to(self.dtype) for x in pairs)
@@ -118,7 +122,10 @@ class Context(nn.Module):
 class Timestep(nn.Module):
     """Timesteps → embedding tables, all steps of a run in one batch."""
 
-    def __init__(self, model: WanTransformer3DModel) -> None:
+    condition_embedder: Any
+    sinusoid: Any
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.condition_embedder = nn.Module()
         self.condition_embedder.time_embedder = model.condition_embedder.time_embedder
@@ -136,6 +143,9 @@ class Timestep(nn.Module):
 
 class Rotary(nn.Module):
     """Latent shape → rotary tables, once per shape."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -168,7 +178,9 @@ class Rotary(nn.Module):
 class Head(nn.Module):
     """Latents → hidden states."""
 
-    def __init__(self, model: WanTransformer3DModel) -> None:
+    patch_embedding: Any
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.patch_embedding = model.patch_embedding
 
@@ -182,7 +194,10 @@ class Head(nn.Module):
 class Modulate(nn.Module):
     """Hidden states → the first block's modulated input, for policies that look at it."""
 
-    def __init__(self, block: nn.Module) -> None:
+    norm1: Any
+    scale_shift_table: Tensor
+
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm1, self.scale_shift_table = block.norm1, block.scale_shift_table
 
@@ -195,7 +210,15 @@ class Modulate(nn.Module):
 class Block(nn.Module):
     """One transformer block, with its gated self-attention output tapped."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    norm1: Any
+    attn1: Any
+    norm2: Any
+    attn2: Any
+    ffn: Any
+    norm3: Any
+    scale_shift_table: Tensor
+
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
         for name in ("norm1", "attn1", "norm2", "ffn", "norm3", "scale_shift_table"):
             setattr(self, name, getattr(block, name))
@@ -228,7 +251,7 @@ class Block(nn.Module):
         )
         query = split_heads(query, self.heads).to(self.dtype)
         x = F.scaled_dot_product_attention(query, context_key, context_value)
-        if image_key is not None:
+        if image_key is not None and image_value is not None:
             x = x + F.scaled_dot_product_attention(query, image_key, image_value)
         hidden = hidden + linear(self.attn2.to_out[0], merge_heads(x), self.dtype).float()
 
@@ -251,7 +274,11 @@ class Block(nn.Module):
 class Finish(nn.Module):
     """Hidden states → model output."""
 
-    def __init__(self, model: WanTransformer3DModel) -> None:
+    norm_out: Any
+    proj_out: Any
+    scale_shift_table: Tensor
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.norm_out, self.proj_out = model.norm_out, model.proj_out
         self.scale_shift_table = model.scale_shift_table
@@ -286,7 +313,7 @@ def cut_wan(config: Mapping[str, Any], precision: Precision, stored: StoredDtype
             "use a text-to-video or image-to-video checkpoint",
         )
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config({**config, "num_layers": 1}).eval()
+        model: Any = WanTransformer3DModel.from_config({**config, "num_layers": 1}).eval()
     config = {**model.config, "num_layers": config["num_layers"]}
     set_weight_dtypes(model, precision, stored)
     dtype = getattr(torch, precision)

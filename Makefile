@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = out/demo
+CONFIGS = teacache off taylorseer adacache custom
+
+.PHONY: help install demo test lint bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(BIN)/.installed ## Make .venv with pinned versions
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install ## Build the demo model, run every policy, write videos and a table to out/demo
+	$(BIN)/freewheel build models/shapes_wan --out $(DEMO)/bundle --force $(CONFIGS:%=--config shapes_wan_%)
+	$(BIN)/freewheel bench $(DEMO)/bundle --prompt "a yellow star moving right on a navy background" --out $(DEMO)
+	@echo "videos, contact_sheet.png and bench.md are in $(DEMO)"
+
+test: install ## Run lint and all tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lint: install ## Check style and types, as CI does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/typecheck.py
+
+bench: install ## Measure what docs/explanation/performance.md reports (half an hour)
+	$(BIN)/python benchmarks/run_all.py --out out/bench
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) out build

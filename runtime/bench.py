@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed and quality of cache settings against the uncached run, interleaved in one process.
+
+Every round runs all settings once on the same prompt and seed, so that a drift of the machine's
+speed touches them alike; a speedup is the median over rounds of that round's ratio.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..bundle.manifest import ConfigEntry
+from ..bundle.reader import Bundle
+from ..configs.errors import OutputError, RequestError
+from .generate import Generation, GenerationRequest, Generator
+from .quality import Quality, compare_videos
+from .settings import choose_setting
+from .video import contact_sheet, write_video
+
+__all__ = ["BenchReport", "BenchRequest", "BenchRow", "bench_bundle", "read_prompts"]
+
+UNCACHED, EAGER = "uncached", "diffusers eager"
+WARM_UP_STEPS = 2
+
+
+class Watcher(Protocol):
+    """Whatever shows progress."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin a phase."""
+
+    def advance(self, what: str, steps: int = 1) -> None:
+        """Report a step."""
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to measure.
+
+    Attributes:
+        prompts: Prompts; each with every seed.
+        seeds: Seeds of the initial noise.
+        caches: Config or policy names; None takes all configs that the bundle carries.
+        rounds: Interleaved rounds at least; more where there are more prompt and seed pairs.
+        steps: Denoise steps; None takes the config's.
+        eager: Also time the plain diffusers pipeline on the bundle's checkpoint.
+        backend: Name of a backend; None takes the bundle's first.
+        out: Folder for tables, videos and the contact sheet, or None.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    caches: Sequence[str] | None = None
+    rounds: int = 3
+    steps: int | None = None
+    eager: bool = False
+    backend: str | None = None
+    out: Path | None = None
+
+
+@dataclass
+class BenchRow:
+    """Measurements of one setting over all rounds.
+
+    Attributes:
+        name: Config or policy name.
+        computed_steps: Computed steps of a branch, mean over runs.
+        seconds: Denoise seconds of each round.
+        speedup: Uncached seconds / these seconds, of each round.
+        ideal: Ideal speedup, mean over runs.
+        quality: PSNR and SSIM against the uncached run, per prompt and seed.
+    """
+
+    name: str
+    computed_steps: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    speedup: list[float] = field(default_factory=list)
+    ideal: list[float] = field(default_factory=list)
+    quality: list[Quality] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return medians, means and worst cases."""
+        speedup, ideal = float(np.median(self.speedup)), float(np.mean(self.ideal))
+        psnr = [q.psnr for q in self.quality if q.psnr is not None]
+        ssim = [q.ssim for q in self.quality]
+        return {
+            "name": self.name,
+            "computed_steps": float(np.mean(self.computed_steps)),
+            "seconds": float(np.median(self.seconds)),
+            "speedup": speedup,
+            "ideal_speedup": ideal,
+            "efficiency": speedup / ideal,
+            "psnr_mean": float(np.mean(psnr)) if psnr else None,
+            "psnr_worst": min(psnr, default=None),
+            "ssim_mean": float(np.mean(ssim)) if ssim else None,
+            "ssim_worst": min(ssim, default=None),
+        }
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """The whole table."""
+
+    steps: int
+    rounds: int
+    pairs: int
+    backend: str
+    precision: str
+    entries: list[dict[str, Any]]
+
+    columns = (
+        "setting", "computed", "seconds", "speedup", "ideal", "efficiency",
+        "PSNR dB", "worst", "SSIM", "worst",
+    )  # fmt: skip
+
+    def rows(self) -> list[list[Any]]:
+        """Return the table's cells."""
+        keys = ("seconds", "speedup", "ideal_speedup", "efficiency")
+        quality = ("psnr_mean", "psnr_worst", "ssim_mean", "ssim_worst")
+        return [
+            [e["name"], f"{e['computed_steps']:g} of {self.steps}", *(e[k] for k in keys),
+             *(None if e[k] is None else round(e[k], 1 if "psnr" in k else 4) for k in quality)]
+            for e in self.entries
+        ]  # fmt: skip
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        lines = ["| " + " | ".join(self.columns) + " |", "|---" + "|--:" * (len(self.columns) - 1) + "|"]
+        for row in self.rows():
+            cells = ["–" if v is None else f"{v:.2f}" if isinstance(v, float) and abs(v) >= 1 else str(round(v, 4)) if isinstance(v, float) else str(v) for v in row]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``bench --json`` prints."""
+        return {
+            "steps": self.steps, "rounds": self.rounds, "pairs": self.pairs, "backend": self.backend,
+            "precision": self.precision, "settings": self.entries,
+        }  # fmt: skip
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read one prompt per line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        RequestError: the file can't be read or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prompts '{path}'", f"can't be read: {error}", "give a text file") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise RequestError(f"--prompts '{path}'", "holds no prompt", "write one prompt per line")
+    return prompts
+
+
+def bench_bundle(
+    bundle: Bundle, request: BenchRequest, watcher: Watcher, warn: Callable[[str], None]
+) -> BenchReport:
+    """Measure; see the module.
+
+    Args:
+        bundle: An open bundle.
+        request: What to measure.
+        watcher: Shown each run.
+        warn: Told what a user would want to know.
+
+    Raises:
+        ConfigError, RequestError, BackendUnavailable: as for a run.
+        OutputError: ``request.out`` can't be written.
+    """
+    if request.out is not None:
+        _make_folder(request.out)
+    names = request.caches or list(bundle.manifest.configs)
+    settings = {n: choose_setting(bundle, n, {}, warn) for n in names}
+    settings = {n: s for n, s in settings.items() if s.cache.policy != "off"}
+    base = choose_setting(bundle, None, {}, warn)
+    uncached = ConfigEntry(cache=choose_setting(bundle, "off", {}, warn).cache, generation=base.generation)
+    generator = Generator(bundle, backend=request.backend)
+    eager = _EagerPipeline(generator) if request.eager else None
+
+    pairs = [(p, s) for p in request.prompts for s in request.seeds]
+    rounds = max(request.rounds, len(pairs))
+    rows = {n: BenchRow(n) for n in (UNCACHED, *settings, *((EAGER,) if eager else ()))}
+    pictures: dict[str, NDArray[np.uint8]] = {}
+    watcher.phase("bench", rounds * len(rows) + 1)
+    for entry in (uncached, *settings.values()):
+        generator.generate(_request(pairs[0], entry, WARM_UP_STEPS))
+    watcher.advance("warm-up")
+    steps = 0
+    for index in range(rounds):
+        pair, is_new = pairs[index % len(pairs)], index < len(pairs)
+        wanted = _request(pair, uncached, request.steps)
+        reference = generator.generate(wanted)
+        steps = reference.statistics.steps
+        _add(rows[UNCACHED], reference, reference, is_new=False)
+        watcher.advance(UNCACHED)
+        if index == 0:
+            pictures[UNCACHED] = reference.frames
+        for name, entry in settings.items():
+            result = generator.generate(_request(pair, entry, request.steps))
+            _add(rows[name], result, reference, is_new=is_new)
+            watcher.advance(name)
+            if index == 0:
+                pictures[name] = result.frames
+        if eager is not None:
+            result = eager.generate(wanted)
+            _add(rows[EAGER], result, reference, is_new=is_new)
+            watcher.advance(EAGER)
+    report = BenchReport(
+        steps, rounds, len(pairs), generator.transformer.session.model.backend.name,
+        bundle.manifest.precision, [r.as_dict() for r in rows.values()],
+    )  # fmt: skip
+    if request.out is not None:
+        _write(request.out, report, pictures)
+    return report
+
+
+def _request(pair: tuple[str, int], entry: ConfigEntry, steps: int | None) -> GenerationRequest:
+    prompt, seed = pair
+    return GenerationRequest(
+        prompt=prompt, cache=entry.cache, defaults=entry.generation, seed=seed, steps=steps
+    )
+
+
+def _add(row: BenchRow, result: Generation, reference: Generation, *, is_new: bool) -> None:
+    row.seconds.append(result.seconds["denoise"])
+    row.speedup.append(reference.seconds["denoise"] / result.seconds["denoise"])
+    row.computed_steps.append(result.statistics.computed_steps)
+    row.ideal.append(result.statistics.ideal_speedup)
+    if is_new:
+        row.quality.append(compare_videos(result.frames, reference.frames))
+
+
+class _EagerPipeline:
+    """The same pipeline with diffusers' own transformer, for a peer's time."""
+
+    def __init__(self, generator: Generator) -> None:
+        import diffusers
+
+        checkpoint = generator.bundle.manifest.checkpoint
+        folder = Path(checkpoint.source)
+        subfolder = "transformer" if (folder / "transformer").is_dir() else None
+        transformer_class = getattr(diffusers, checkpoint.transformer_class)
+        dtype = getattr(torch, generator.bundle.manifest.precision)
+        try:
+            self._model = transformer_class.from_pretrained(
+                checkpoint.source, subfolder=subfolder, torch_dtype=dtype, revision=checkpoint.revision
+            )
+        except OSError as error:
+            raise RequestError(
+                "--eager", f"the checkpoint at '{checkpoint.source}' can't be loaded: {error}",
+                "run where the bundle was built",
+            ) from error  # fmt: skip
+        self._generator = generator
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """Run with the plain transformer in the attached one's place."""
+        pipe, attached = self._generator.pipe, self._generator.transformer
+        pipe.transformer = self._model
+        try:
+            return self._generator.generate(request)
+        finally:
+            pipe.transformer = attached
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(str(folder), f"can't be written: {error.strerror}", "choose another --out") from error
+
+
+def _write(folder: Path, report: BenchReport, pictures: dict[str, NDArray[np.uint8]]) -> None:
+    (folder / "bench.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    title = f"{report.steps} steps, {report.backend}, {report.precision}, {report.pairs} prompt and seed pairs, {report.rounds} rounds"
+    (folder / "bench.md").write_text(f"{title}\n\n{report.markdown()}\n", encoding="utf-8")
+    for name, frames in pictures.items():
+        stem = name.replace(" ", "_")
+        write_video(frames, folder / f"{stem}.mp4")
+        write_video(frames, folder / f"{stem}.gif")
+    write_video(contact_sheet(pictures)[None], folder / "contact_sheet.png")

@@ -1,0 +1,85 @@
+"""Fixtures shared by all tests: tiny random checkpoints and bundles built from them once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.build import BuildRequest, build
+from freewheel.engines import backend
+from freewheel.runtime.settings import config_entries
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 24,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 3,
+    "rope_max_seq_len": 64,
+}
+
+
+def random_transformer(seed: int = 0, **config: object) -> WanTransformer3DModel:
+    """Return a Wan transformer whose every parameter is random, biases and norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    model = WanTransformer3DModel(**{**TINY, **config}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = torch.randn(parameter.shape, generator=generator)
+            is_norm = "norm" in name and name.endswith("weight")
+            scale = 0.1 if is_norm or parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(spread * scale + (1.0 if is_norm else 0.0))
+    return model
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformer folder in diffusers layout: 3 layers, 32 channels, float32."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    random_transformer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """Return a function that builds a bundle of a checkpoint for both CPU backends."""
+
+    def make(checkpoint: Path, backends: tuple[str, ...] = ("openvino", "onnxruntime"), **options: object) -> Bundle:
+        out = tmp_path_factory.mktemp("bundle") / "bundle"
+        request = BuildRequest(
+            model=str(checkpoint),
+            out=out,
+            backends=[backend(name) for name in backends],
+            **{"configs": config_entries(["off"], lambda text: None), **options},
+        )
+        build(request)
+        return Bundle(out)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
+    """A bundle of `tiny_checkpoint` for both CPU backends, float32, weights as inputs."""
+    return build_bundle(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
+    """A bundle of the trained demo model for both CPU backends, with its configs."""
+    names = [f"shapes_wan_{p}" for p in ("teacache", "off", "taylorseer", "adacache", "custom")]
+    configs = config_entries(names, lambda text: None)
+    return build_bundle(repository / "models" / "shapes_wan", configs=configs)
