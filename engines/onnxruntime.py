@@ -167,6 +167,7 @@ def _external_files(model: onnx.ModelProto) -> set[str]:
 
 def _link_or_copy(source: Path, destination: Path) -> None:
     """Share the weight file where the file system allows; ONNX Runtime refuses symbolic links."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, destination)
     except OSError:

@@ -7,6 +7,7 @@ The TensorRT module is an argument throughout: `tensorrt` and `tensorrt_rtx` hav
 from __future__ import annotations
 
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,29 @@ def build_plan(
     """
     options = check_options(target, OPTIONS, str(path))
     profile = check_profile(target, inputs, str(path))
+    try:
+        return _build(
+            trt, model, path, options, profile,
+            capabilities=capabilities, timing_cache=timing_cache, progress=progress,
+        )  # fmt: skip
+    except BaseException as fault:
+        # A traceback would keep the builder until the garbage collector finds it, perhaps while
+        # another build calls back into Python and holds TensorRT's locks.
+        traceback.clear_frames(fault.__traceback__)
+        raise
+
+
+def _build(
+    trt: Any,
+    model: onnx.ModelProto,
+    path: Path,
+    options: Mapping[str, Any],
+    profile: Mapping[str, Sequence[tuple[int, ...]]],
+    *,
+    capabilities: Sequence[str],
+    timing_cache: Path | None,
+    progress: ProgressCallback | None,
+) -> Plan:
     journal = Journal.of(trt)
     builder = trt.Builder(journal)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
