@@ -150,7 +150,7 @@ class Rotary(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         with torch.device("cpu"):
-            rope = WanRotaryPosEmbed(
+            rope: Any = WanRotaryPosEmbed(
                 config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"]
             )
         self.sizes = [rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2]
