@@ -7,14 +7,22 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from ..configs.errors import BundleError, OutputError
 from .manifest import FileEntry
 
-__all__ = ["describe_files", "link_or_none", "safe_path", "sha256_of", "staged_folder"]
+__all__ = [
+    "describe_files",
+    "disk_use",
+    "link_or_none",
+    "safe_path",
+    "sha256_of",
+    "sha256_of_each",
+    "staged_folder",
+]
 
 CHUNK_BYTES = 8 << 20
 
@@ -28,15 +36,42 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_each(paths: Sequence[Path]) -> list[str]:
+    """Return the digest of each file; one that stands there under several names is read once."""
+    by_inode = {_inode(p): p for p in paths}
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(by_inode, pool.map(sha256_of, by_inode.values()), strict=True))
+    return [digests[_inode(p)] for p in paths]
+
+
 def describe_files(folder: Path) -> dict[str, FileEntry]:
     """Return size and digest of every file below ``folder``, by its path with forward slashes."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(sha256_of, paths))
     return {
         p.relative_to(folder).as_posix(): FileEntry(bytes=p.stat().st_size, sha256=d)
-        for p, d in zip(paths, digests, strict=True)
+        for p, d in zip(paths, sha256_of_each(paths), strict=True)
     }
+
+
+def disk_use(folder: Path, names: Iterable[str]) -> tuple[int, int]:
+    """Return the bytes of some files, and the bytes that no file outside shares with them.
+
+    A file that stands there under several names counts once.
+    """
+    names_of: dict[tuple[int, int], list[Path]] = {}
+    for name in names:
+        names_of.setdefault(_inode(folder / name), []).append(folder / name)
+    total = own = 0
+    for paths in names_of.values():
+        status = paths[0].stat()
+        total += status.st_size
+        own += status.st_size if status.st_nlink == len(paths) else 0
+    return total, own
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def link_or_none(source: Path, target: Path) -> Path | None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from .. import __version__
-from ..bundle.files import describe_files, link_or_none, staged_folder
+from ..bundle.files import describe_files, disk_use, link_or_none, staged_folder
 from ..bundle.manifest import (
     CheckpointEntry,
     ConfigEntry,
@@ -41,6 +41,7 @@ from ..configs.dtypes import Precision
 from ..engines.base import Backend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import POLICIES
+from .bake import block_bytes, check_group_blocks, resolve_weights_form, write_groups
 from .checkpoint import Checkpoint, open_checkpoint
 from .decide import write_decide_graph
 from .families import Cut, family_of
@@ -69,7 +70,9 @@ class BuildRequest:
         backends: Compile the engines; the first is what runs use by default.
         configs: Name → resolved config to carry; the first is the default.
         precision: Precision of ``body``.
-        weights: Block templates with weights as inputs, or groups of blocks with weights inside.
+        weights: Block templates with weights as inputs, or groups of blocks with weights inside;
+            ``auto`` is what `resolve_weights_form` finds for the backends and the model.
+        group_blocks: Blocks per group of the baked form; None takes as many as 4 GiB of weights.
         revision: Commit of a hub checkpoint.
         replace: Whether an existing bundle may be replaced.
         target: Backend settings beside the precision, which each graph has of its own.
@@ -82,6 +85,7 @@ class BuildRequest:
     configs: Mapping[str, ConfigEntry]
     precision: Precision = "float32"
     weights: Literal["auto", "inputs", "baked"] = "auto"
+    group_blocks: int | None = None
     revision: str | None = None
     replace: bool = False
     target: Target = field(default_factory=Target)
@@ -95,7 +99,7 @@ class BuildReport:
     Attributes:
         manifest: The manifest as written.
         seconds: Phase → seconds.
-        bytes: Bytes of the bundle (hard-linked weights count).
+        bytes: Bytes of the bundle, weights that are hard links to the checkpoint's included.
         written_bytes: Bytes really written.
     """
 
@@ -112,7 +116,9 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         CheckpointError: nothing usable at ``request.model``.
         ExportError, PassError, BuildError: a graph could not be traced, rewritten or compiled.
         OutputError: the target exists or can't be written.
+        ConfigError: groups of no block are asked for.
     """
+    check_group_blocks(request.group_blocks)
     progress = progress or Silent()
     clock = _Clock()
     checkpoint = open_checkpoint(request.model, request.revision)
@@ -138,11 +144,27 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         tensors = bring_weights(wanted, checkpoint.tensors, folder)
         progress.advance("weights", len(wanted))
 
+        stages = [
+            StageEntry(
+                block=s.block, context=s.context, tapped=s.tapped, first=s.first, count=s.count
+            )
+            for s in cut.stages
+        ]
+        largest = max(block_bytes(s, graphs, tensors) for s in stages)
+        form = resolve_weights_form(request.weights, [b.name for b in request.backends], largest)
+        if form == "baked":
+            stages, groups = write_groups(
+                stages, graphs, tensors, cut.feature_block, folder, request.group_blocks
+            )
+            graphs |= groups
+
         clock.start("engines")
         engines = []
+        # Templates of a baked body are carried for reference: nothing runs them.
+        compiled = {n: g for n, g in graphs.items() if form == "inputs" or g.runs != "block"}
         for backend in request.backends:
-            progress.phase(f"compile for {backend.name}", len(graphs))
-            engines.append(compile_graphs(backend, graphs, folder, request.target, progress))
+            progress.phase(f"compile for {backend.name}", len(compiled))
+            engines.append(compile_graphs(backend, compiled, folder, request.target, progress))
 
         clock.start("samplers")
         pipeline = bring_pipeline(checkpoint, folder)
@@ -161,19 +183,14 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             ),
             pipeline=pipeline,
             precision=request.precision,
-            weights="inputs",
+            weights=form,
             inputs={
                 n: InputEntry(argument=i.argument, runs=i.runs, dtype=i.spec.dtype, shape=list(i.spec.shape))
                 for n, i in cut.inputs.items()
             },
             dims={n: list(f) for n, f in cut.dims.items()},
             graphs=graphs,
-            stages=[
-                StageEntry(
-                    block=s.block, context=s.context, tapped=s.tapped, first=s.first, count=s.count
-                )
-                for s in cut.stages
-            ],
+            stages=stages,
             signals={n: SignalEntry(value=v, known=k) for n, (v, k) in cut.signals.items()},
             feature_block=cut.feature_block,
             history_dtype=cut.history_dtype,
@@ -187,10 +204,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         clock.stop()
-    written = sum(
-        e.bytes for n, e in files.items() if (request.out / n).stat().st_nlink == 1
-    )
-    return BuildReport(manifest, clock.seconds, sum(e.bytes for e in files.values()), written)
+    return BuildReport(manifest, clock.seconds, *disk_use(request.out, files))
 
 
 def compile_graphs(

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block loop of one branch, bound once: a computed step is one call per block."""
+"""The block loop of one branch, bound once: a computed step is one call per block or group."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..bundle.manifest import IoEntry
+from ..bundle.manifest import IoEntry, StageEntry
 from ..configs.errors import RequestError
 from ..engines.base import BoundCall
 from .dims import match_dims, shape_of
 from .model import LoadedModel
 
 __all__ = ["Body", "allocate"]
+
+FEATURE = "attention_output"
 
 
 def allocate(
@@ -27,11 +30,21 @@ def allocate(
     }
 
 
+@dataclass
+class _Call:
+    """One bound call of the body, and what it was bound to."""
+
+    graph: str
+    block: int
+    values: Mapping[str, Tensor]
+    bound: BoundCall
+
+
 class Body:
-    """Prompt context and bound block calls of one branch.
+    """Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
 
     Hidden states go from ``hidden`` (kept, for the residual) through two alternating buffers that
-    all branches share; ``hidden_out`` is the one the last block writes.
+    all branches share; ``hidden_out`` is the one the last call writes.
 
     Attributes:
         hidden_out: [batch, tokens, channels], where the body's result appears.
@@ -55,26 +68,50 @@ class Body:
         self._prompt = {n: t.clone() for n, t in prompt.items()}
         dims = {**dims, **self._prompt_dims(branch, dims)}
         self._dims = dims
-        graphs, device = self._manifest.graphs, model.device
-        context = allocate(graphs["prompt"].outputs, dims, device)
+        context = allocate(self._manifest.graphs["prompt"].outputs, dims, model.device)
         self._prompt_calls = [model.bind("prompt", {**self._prompt, **context})]
-        self._blocks: list[BoundCall] = []
+        self._calls: list[_Call] = []
         self._tapped: list[BoundCall] = []
         self.taps: list[Tensor] = []
-        source, targets = "hidden", {"hidden": "hidden_even", "hidden_even": "hidden_odd", "hidden_odd": "hidden_even"}
+        self._hidden, self._shared = "hidden", shared
         for stage in self._manifest.stages:
-            for block in range(stage.first, stage.first + stage.count):
-                values = {**shared, **context}
-                if stage.context is not None:
-                    values |= allocate(graphs[stage.context].outputs, dims, device)
-                    self._prompt_calls.append(model.bind(stage.context, values, block))
-                values |= {"hidden": shared[source], "hidden_out": shared[targets[source]]}
-                if block == self._manifest.feature_block and stage.tapped is not None:
-                    self._tap = (stage.tapped, block, values)
-                self._blocks.append(model.bind(stage.block, values, block))
-                source = targets[source]
-        self.hidden_out = shared[source]
+            blocks = range(stage.first, stage.first + stage.count)
+            own = {b: self._bind_context(stage, b, {**shared, **context}) for b in blocks}
+            for group in stage.groups:
+                members = range(group.first, group.first + group.count)
+                named = {f"{n}.{b}": t for b in members for n, t in own[b].items()}
+                self._add_call(group.graph, members, {**shared, **context, **named}, group.graph)
+            for block in () if stage.groups else blocks:
+                values = {**shared, **context, **own[block]}
+                self._add_call(stage.block, range(block, block + 1), values, stage.tapped)
+        self.hidden_out = shared[self._hidden]
         self.set_prompt(prompt)
+
+    def _bind_context(
+        self, stage: StageEntry, block: int, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Allocate what ``block`` alone gets from the prompt, and bind the call that fills it."""
+        if stage.context is None:
+            return {}
+        own = allocate(self._manifest.graphs[stage.context].outputs, self._dims, self._model.device)
+        self._prompt_calls.append(self._model.bind(stage.context, {**values, **own}, block))
+        return own
+
+    def _add_call(
+        self, graph: str, blocks: range, values: Mapping[str, Tensor], tapped: str | None
+    ) -> None:
+        """Bind the next call of the body to the hidden states of the one before."""
+        target = "hidden_odd" if self._hidden == "hidden_even" else "hidden_even"
+        shared = self._shared
+        values = {**values, "hidden": shared[self._hidden], "hidden_out": shared[target]}
+        # A group writes its feature on every run, wanted or not.
+        if FEATURE in self._manifest.graphs[graph].outputs:
+            values |= self._feature_buffer(graph)
+        bound = self._model.bind(graph, values, blocks[0])
+        self._calls.append(_Call(graph, blocks[0], values, bound))
+        if self._manifest.feature_block in blocks and tapped is not None:
+            self._feature_call, self._tapped_graph = len(self._calls) - 1, tapped
+        self._hidden = target
 
     def _prompt_dims(self, branch: str, dims: Mapping[str, int]) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -101,20 +138,26 @@ class Body:
             call.run()
 
     def bind_taps(self) -> None:
-        """Allocate the feature buffers and bind the tapped block to each of them."""
+        """Allocate the feature buffers and bind the tapped block or group to each of them."""
         if self.taps:
             return
-        graph, block, values = self._tap
-        feature = {"attention_output": self._manifest.graphs[graph].outputs["attention_output"]}
-        for _ in range(2):
-            tap = allocate(feature, self._dims, self._model.device)
-            self._tapped.append(self._model.bind(graph, {**values, **tap}, block))
-            self.taps.append(tap["attention_output"])
+        call, graph = self._calls[self._feature_call], self._tapped_graph
+        if FEATURE in call.values:
+            self.taps.append(call.values[FEATURE])
+            self._tapped.append(call.bound)
+        while len(self.taps) < 2:
+            tap = self._feature_buffer(graph)
+            self._tapped.append(self._model.bind(graph, {**call.values, **tap}, call.block))
+            self.taps.append(tap[FEATURE])
+
+    def _feature_buffer(self, graph: str) -> dict[str, Tensor]:
+        spec = {FEATURE: self._manifest.graphs[graph].outputs[FEATURE]}
+        return allocate(spec, self._dims, self._model.device)
 
     def run(self, tap: int | None = None) -> None:
         """Run every block; ``tap`` names the buffer that gets the feature, if one is wanted."""
-        for block, call in enumerate(self._blocks):
-            if tap is not None and block == self._manifest.feature_block:
+        for index, call in enumerate(self._calls):
+            if tap is not None and index == self._feature_call:
                 self._tapped[tap].run()
             else:
-                call.run()
+                call.bound.run()
