@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// The ends of a pipeline, where a bundle carries them: token ids → text states, latents → frames.
+
+#include <cstdint>
+#include <vector>
+
+#include "freewheel/model.h"
+
+namespace freewheel {
+
+/// Whether the bundle was built with its text encoder.
+bool can_encode(const Manifest& manifest) noexcept;
+
+/// Whether the bundle was built with its VAE decoder.
+bool can_decode(const Manifest& manifest) noexcept;
+
+/// Encodes a prompt.
+/// @param ids Token ids of the pipeline's tokenizer, its end token included.
+/// @param text_tokens Length to pad to; ids beyond it are refused.
+/// @return Host float32 [1, text_tokens, width], zero behind the prompt.
+Result<Buffer> encode_tokens(Model& model, const std::vector<std::int64_t>& ids,
+                             std::int64_t text_tokens);
+
+/// Decodes host float32 latents [1, channels, frames, height, width].
+/// @return Host uint8 [1, frames, height, width, 3], RGB.
+Result<Buffer> decode_latents(Model& model, const Tensor& latents);
+
+}  // namespace freewheel

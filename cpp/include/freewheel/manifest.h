@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// The manifest of a bundle as types; docs/reference/bundle.md specifies every field.
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "freewheel/policy_spec.h"
+#include "freewheel/status.h"
+#include "freewheel/tensor.h"
+
+namespace freewheel {
+
+inline constexpr int kSchemaVersion = 1;
+
+/// Sizes of the named dimensions.
+using Dims = std::map<std::string, std::int64_t>;
+
+/// A graph input or output: fixed sizes and named dimensions.
+struct Io {
+  using Dim = std::variant<std::int64_t, std::string>;
+  DType dtype = DType::kFloat32;
+  std::vector<Dim> shape;
+
+  /// "[batch, 16, frames]".
+  std::string text() const;
+};
+
+struct FileEntry {
+  std::int64_t bytes = 0;
+  std::string sha256;
+};
+
+struct TensorEntry {
+  std::string file;
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  std::int64_t offset = 0, bytes = 0;
+};
+
+struct GraphEntry {
+  std::string file, runs, precision;
+  std::map<std::string, Io> inputs, outputs;
+  std::map<std::string, std::string> weights;
+};
+
+struct StageEntry {
+  std::string block;
+  std::optional<std::string> context, tapped;
+  std::int64_t first = 0, count = 0;
+};
+
+struct InputEntry : Io {
+  std::string argument, runs;
+};
+
+struct SignalEntry {
+  std::string value;
+  bool is_known_per_run = false;
+};
+
+struct PolicyEntry {
+  std::string graph;
+  PolicySpec spec;
+};
+
+/// What a config says about generation beside caching.
+struct GenerationDefaults {
+  std::optional<std::int64_t> steps, height, width, frames, seed, text_tokens;
+  std::optional<double> guidance_scale, flow_shift;
+};
+
+struct ConfigEntry {
+  CacheSetting cache;
+  GenerationDefaults generation;
+};
+
+struct EngineSet {
+  std::string backend, target;
+  std::map<std::string, std::string> files;
+};
+
+struct SamplerEntry {
+  std::string name, scheduler, file;
+  double flow_shift = 1.0;
+  std::int64_t window = 1;
+  std::vector<std::int64_t> steps;
+};
+
+struct Manifest {
+  std::string freewheel_version, family, precision, weights;
+  std::map<std::string, InputEntry> inputs;
+  std::map<std::string, std::vector<std::pair<std::string, std::int64_t>>> dims;
+  std::map<std::string, GraphEntry> graphs;
+  std::vector<StageEntry> stages;
+  std::map<std::string, SignalEntry> signals;
+  std::int64_t feature_block = 0;
+  DType history_dtype = DType::kFloat32;
+  std::map<std::string, PolicyEntry> policies;
+  std::map<std::string, ConfigEntry> configs;
+  std::string default_config;
+  std::map<std::string, TensorEntry> tensors;
+  std::vector<EngineSet> engines;
+  std::vector<SamplerEntry> samplers;
+  std::map<std::string, FileEntry> files;
+
+  /// Parses and checks a manifest's text. Reports all its faults in one status.
+  /// @param where What to call the file in messages.
+  static Result<Manifest> parse(const std::string& text, const std::string& where);
+};
+
+/// Matches a shape with its declaration; returns the size of each named dimension.
+Result<Dims> match_dims(const std::string& name, const Io& io, const Shape& shape);
+
+/// Adds the manifest's derived dimensions to the sizes known.
+Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes);
+
+/// Returns the shape of a declared tensor; fails where a dimension is unknown.
+Result<Shape> shape_of(const std::string& name, const Io& io, const Dims& dims);
+
+}  // namespace freewheel

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// Engines and weights of one bundle, loaded once and shared by any number of sessions.
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "freewheel/bundle.h"
+#include "freewheel/engine.h"
+
+namespace freewheel {
+
+struct ModelOptions {
+  /// A backend that the bundle has engines for; empty takes the first that is compiled in.
+  std::string backend;
+  BackendOptions backend_options;
+  /// Whether engines that don't fit this machine are compiled from the bundle's graphs instead.
+  bool allow_compile = false;
+  /// Used in place of the table's, by tests and by programs with a backend of their own.
+  std::shared_ptr<Backend> custom_backend;
+};
+
+/// A bundle with a backend chosen. Thread-safe. Engines load when first used; weights stay
+/// memory-mapped on the CPU and are uploaded once on devices.
+class Model {
+ public:
+  static Result<std::shared_ptr<Model>> load(std::shared_ptr<const Bundle> bundle,
+                                             const ModelOptions& options = {});
+
+  /// Opens the bundle in `folder` and loads it.
+  static Result<std::shared_ptr<Model>> load(const std::string& folder,
+                                             const ModelOptions& options = {});
+
+  const Bundle& bundle() const noexcept { return *bundle_; }
+  const Manifest& manifest() const noexcept { return bundle_->manifest(); }
+  const Backend& backend() const noexcept { return *backend_; }
+  Memory& memory() noexcept { return backend_->memory(); }
+
+  /// Loads every engine and touches every weight now, rather than in the first run.
+  Status load_all();
+
+  /// The engine of `graph`, loaded the first time.
+  Result<std::shared_ptr<Engine>> engine(const std::string& graph);
+
+  /// A weight in the backend's memory, valid as long as the model.
+  Result<Tensor> weight(const std::string& name);
+
+  /// Binds `graph` to buffers by name (others are ignored), and to the weights of `block`.
+  Result<std::unique_ptr<BoundCall>> bind(const std::string& graph, const Tensors& values,
+                                          std::int64_t block = 0);
+
+ private:
+  Model() = default;
+
+  std::shared_ptr<const Bundle> bundle_;
+  std::shared_ptr<Backend> backend_;
+  const EngineSet* set_ = nullptr;
+  bool allow_compile_ = false;
+  std::mutex mutex_;
+  std::map<std::string, std::shared_ptr<Engine>> engines_;
+  std::map<std::string, Buffer> uploaded_;
+};
+
+}  // namespace freewheel

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// What a policy declares about itself, and the settings it is given. The policy is a graph.
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "freewheel/status.h"
+#include "freewheel/tensor.h"
+
+namespace freewheel {
+
+/// A parameter's value as configs and requests spell it.
+using Value = std::variant<bool, std::int64_t, double, std::string, std::vector<std::int64_t>,
+                           std::vector<double>>;
+
+/// Spells a value as messages do: 'text', 0.2, [1, 2].
+std::string value_text(const Value& value);
+
+/// Reads a value from JSON text: "0.2", "true", "[1, 2]", "\"newton\""; bare words are strings.
+Result<Value> value_from_text(const std::string& text);
+
+/// One small tensor that a policy carries from step to step.
+struct StateSpec {
+  Shape shape;
+  DType dtype = DType::kFloat32;
+  double initial = 0.0;
+};
+
+/// One runtime input of a policy graph.
+struct ParameterSpec {
+  Value default_value = 0.0;
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  std::optional<double> minimum, maximum;
+  std::vector<std::string> choices;
+  bool pad_front = false;
+  std::string meaning;
+
+  /// Checks a value and turns it into what the graph input holds: one number per element.
+  Result<std::vector<double>> numbers(const std::string& name, const Value& value) const;
+};
+
+/// How many residuals a policy mixes.
+struct HistorySpec {
+  std::int64_t maximum = 1;
+  std::int64_t depth = 1;
+  std::optional<std::string> parameter;
+  std::int64_t offset = 0;
+};
+
+/// The whole declaration of one policy.
+struct PolicySpec {
+  std::string name, summary, reference;
+  std::vector<std::string> signals;
+  bool wants_feature = false;
+  bool keeps_previous_signal = false, keeps_previous_feature = false;
+  HistorySpec history;
+  std::map<std::string, StateSpec> state;
+  std::map<std::string, ParameterSpec> parameters;
+  std::optional<std::string> distance;
+
+  /// Fills defaults in and checks every parameter: name → numbers of the graph input.
+  Result<std::map<std::string, std::vector<double>>> resolve(
+      const std::map<std::string, Value>& given) const;
+};
+
+/// Limits that hold for every policy. `exact_steps` are always computed; 0 is no limit.
+struct Guard {
+  std::int64_t first_exact = 1;
+  std::int64_t last_exact = 0;
+  std::int64_t max_consecutive = 0;
+  std::int64_t max_reused = 0;
+  std::vector<std::int64_t> exact_steps;
+
+  friend bool operator==(const Guard& a, const Guard& b) {
+    return a.first_exact == b.first_exact && a.last_exact == b.last_exact &&
+           a.max_consecutive == b.max_consecutive && a.max_reused == b.max_reused &&
+           a.exact_steps == b.exact_steps;
+  }
+};
+
+/// A policy with its signal, parameters and guard: what one run is told to do.
+struct CacheSetting {
+  std::string policy = "off";
+  std::optional<std::string> signal;
+  std::map<std::string, Value> parameters;
+  Guard guard;
+
+  friend bool operator==(const CacheSetting& a, const CacheSetting& b) {
+    return a.policy == b.policy && a.signal == b.signal && a.parameters == b.parameters &&
+           a.guard == b.guard;
+  }
+};
+
+/// Reads `key=value` as command lines and requests give it: a parameter of the policy, or
+/// `guard.<limit>`, or `signal`.
+Status apply_override(const std::string& key, const Value& value, CacheSetting& setting);
+
+/// Says which names are known and which one `name` most resembles, for a message's hint.
+std::string nearest(const std::string& name, std::vector<std::string> known);
+
+}  // namespace freewheel

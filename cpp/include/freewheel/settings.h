@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// What a request names: a config or policy of the bundle, and overrides of it.
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "freewheel/manifest.h"
+
+namespace freewheel {
+
+/// Finds a config by name, or makes one of a policy's name; empty takes the default config.
+Result<ConfigEntry> find_config(const Manifest& manifest, const std::string& name);
+
+/// Applies overrides given as text, such as {"threshold", "0.2"} or {"guard.first_exact", "2"}.
+Status apply_overrides(const std::vector<std::pair<std::string, std::string>>& overrides,
+                       CacheSetting& setting);
+
+/// JSON of what a bundle offers: policies with their parameters, configs, inputs, samplers.
+std::string describe(const Manifest& manifest, const std::string& backend);
+
+}  // namespace freewheel

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// What a run did: decisions, distances and seconds.
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace freewheel {
+
+/// Parts of a run that seconds are counted for.
+enum class Segment : std::uint8_t {
+  kPrepare,
+  kPrompt,
+  kHead,
+  kDecide,
+  kBody,
+  kReuse,
+  kFinish,
+  kSampler
+};
+inline constexpr int kSegments = 8;
+const char* segment_name(Segment segment) noexcept;
+
+/// One branch, step by step. `distance` is NaN where the policy has none; `mix` holds `depth`
+/// factors per step, newest residual first, all 0 on computed steps.
+struct BranchStatistics {
+  std::string name;
+  std::vector<char> computed;
+  std::vector<double> distance;
+  std::vector<float> mix;
+  std::vector<double> seconds;
+
+  std::int64_t computed_steps() const noexcept;
+};
+
+/// One run of a session.
+struct RunStatistics {
+  std::string policy = "off";
+  bool is_folded = true;
+  std::int64_t steps = 0;
+  std::int64_t depth = 0;
+  std::vector<BranchStatistics> branches;
+  std::array<double, kSegments> seconds{};
+
+  /// Steps / computed steps over all branches, as if all but the body were free.
+  double ideal_speedup() const noexcept;
+
+  /// Time the run would have taken with every step computed / time it took; 0 where unknown.
+  double measured_speedup() const;
+
+  /// The object that `freewheel run --json` prints.
+  std::string json() const;
+};
+
+/// The q-th percentile (0 to 100) with linear interpolation; NaN of nothing.
+double percentile(std::vector<double> values, double q);
+
+}  // namespace freewheel

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// The cache of one branch: residual history, signals, and the compiled policy that reads them.
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "body.h"
+#include "decider.h"
+#include "freewheel/model.h"
+#include "ring.h"
+
+namespace freewheel {
+
+/// A cache setting checked against the bundle. Points into the bundle's manifest.
+struct ResolvedSetting {
+  CacheSetting setting;
+  const PolicyEntry* policy = nullptr;
+  std::map<std::string, std::vector<double>> parameters;
+  const SignalEntry* signal = nullptr;
+
+  static Result<ResolvedSetting> create(const Manifest& manifest, const CacheSetting& setting);
+
+  /// Whether decisions depend on timesteps alone, and so can be taken ahead of the loop.
+  bool is_folded() const noexcept {
+    return !policy->spec.wants_feature && (signal == nullptr || signal->is_known_per_run);
+  }
+
+  /// Residuals that the policy mixes.
+  std::int64_t depth() const;
+};
+
+/// Everything one branch remembers between steps of a run.
+class BranchCache {
+ public:
+  /// Allocates history, signal and feature buffers; binds `delta`, `reuse` and the policy.
+  static Result<std::unique_ptr<BranchCache>> create(Model& model, const ResolvedSetting& resolved,
+                                                     Body& body, const Tensors& shared,
+                                                     const Dims& dims);
+
+  /// Forgets the last run; takes every decision of the coming one now, if they fold.
+  /// @param tables Per-run tables in the backend's memory, valid during the run.
+  Status reset(const Tensors& tables, std::int64_t step_count);
+
+  /// Decides about the coming step; `hidden` holds its input already.
+  Result<Verdict> decide(std::int64_t step_index) noexcept;
+
+  /// Runs the body and keeps its residual in the next slot of the ring.
+  Status compute(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+
+  /// Writes hidden states as the mix of past residuals has them.
+  Status reuse(const Verdict& verdict) noexcept;
+
+  std::int64_t depth() const noexcept { return depth_; }
+
+ private:
+  Status bind_history(const Tensors& shared, const Dims& dims);
+  Status bind_signal(const Tensors& shared, const Dims& dims);
+  Result<std::vector<Tensors>> arrangements(const Dims& dims) const;
+  Status forget();
+  Result<Verdict> ask(std::int64_t step_index) noexcept;
+  void note_computed(std::int64_t step_index) noexcept;
+  int last_tap() const noexcept { return static_cast<int>((computed_count_ + 1) % 2); }
+
+  Model* model_ = nullptr;
+  Body* body_ = nullptr;
+  const PolicySpec* spec_ = nullptr;
+  const SignalEntry* signal_ = nullptr;
+  bool is_folded_ = false;
+  std::int64_t depth_ = 0, step_count_ = 0;
+  BufferSet buffers_;
+  ResidualRing ring_;
+  std::vector<std::unique_ptr<BoundCall>> deltas_;
+  std::unique_ptr<BoundCall> reuse_;
+  std::vector<Tensor> signals_;  // flattened to [rows, width]
+  std::vector<std::unique_ptr<BoundCall>> signal_calls_;
+  std::unique_ptr<Decider> decider_;
+  Tensor table_;                              // of the signal, where it is known per run
+  std::vector<std::int64_t> computed_steps_;  // newest first, `depth_` of them at most
+  std::int64_t computed_count_ = 0;
+  std::vector<Verdict> folded_;
+  std::vector<float> folded_mix_;
+};
+
+}  // namespace freewheel

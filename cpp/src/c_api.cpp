@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+
+#include "freewheel/freewheel.h"
+#include "freewheel/sampler.h"
+#include "freewheel/session.h"
+#include "freewheel/settings.h"
+#include "try.h"
+
+struct freewheel_model {
+  std::shared_ptr<freewheel::Model> model;
+  std::string error, text;
+};
+
+struct freewheel_session {
+  std::unique_ptr<freewheel::Session> session;
+  std::string error, text;
+};
+
+namespace {
+
+using freewheel::Code;
+using freewheel::Status;
+
+/// Copies as much of an options struct as its caller knows; what it does not know stays zero.
+template <typename T>
+T known_part(const T* options) {
+  T known{};
+  if (options == nullptr) return known;
+  const std::size_t size = options->struct_size < sizeof(T) ? options->struct_size : sizeof(T);
+  std::memcpy(&known, options, size);
+  return known;
+}
+
+/// Runs a function that returns a Status; keeps its message; lets no exception out.
+template <typename Function>
+freewheel_status guarded(std::string& error, const Function& function) noexcept {
+  try {
+    error.clear();
+    const Status status = function();
+    if (status.ok()) return FREEWHEEL_OK;
+    error = status.message();
+    return static_cast<freewheel_status>(status.code());
+  } catch (const std::bad_alloc&) {
+    error.clear();  // allocates nothing
+    return FREEWHEEL_FAILED;
+  } catch (const std::exception& fault) {
+    try {
+      error = std::string("libfreewheel: ") + fault.what() + "; report this";
+    } catch (...) {
+    }
+    return FREEWHEEL_INTERNAL;
+  } catch (...) {
+    return FREEWHEEL_INTERNAL;
+  }
+}
+
+const char* text_or_empty(const char* text) { return text == nullptr ? "" : text; }
+
+Status missing(const char* what) {
+  return Status(Code::kRequest, what, "is NULL or misses its size", "see freewheel.h");
+}
+
+freewheel::Result<freewheel::Shape> shape_of(const char* where, const int64_t* sizes,
+                                             int32_t rank) {
+  freewheel::Shape shape;
+  if (sizes == nullptr || rank < 1 || rank > freewheel::Shape::kMaxRank) return missing(where);
+  std::int64_t elements = 1;
+  for (int32_t axis = 0; axis < rank; ++axis) {
+    if (sizes[axis] <= 0 || elements > (std::int64_t{1} << 40) / sizes[axis]) {
+      return Status(Code::kRequest, where, "has an absurd shape", "give sizes above 0");
+    }
+    elements *= sizes[axis];
+    shape.push_back(sizes[axis]);
+  }
+  return shape;
+}
+
+/// Host memory as a tensor; const is cast away, and nothing writes to inputs.
+freewheel::Tensor view_of(const float* data, const freewheel::Shape& shape) {
+  return {const_cast<float*>(data), freewheel::DType::kFloat32, shape};
+}
+
+Status run(freewheel::Session& session, const freewheel_run_options& options) {
+  freewheel::RunRequest request;
+  if (options.latents == nullptr) return missing("latents");
+  FREEWHEEL_ASSIGN(const freewheel::Shape shape,
+                   shape_of("latents", options.latents_shape, options.latents_rank));
+  request.latents = view_of(options.latents, shape);
+  if (options.condition != nullptr) {
+    freewheel::Shape whole;
+    for (int axis = 0; axis < shape.rank(); ++axis) {
+      whole.push_back(axis == 1 ? options.condition_channels : shape[axis]);
+    }
+    request.condition = view_of(options.condition, whole);
+  }
+  if (options.prompt_count > 0 && options.prompts == nullptr) return missing("prompts");
+  for (int32_t i = 0; i < options.prompt_count; ++i) {
+    const freewheel_prompt& prompt = options.prompts[i];
+    if (prompt.branch == nullptr || prompt.input == nullptr || prompt.data == nullptr) {
+      return missing("prompt");
+    }
+    FREEWHEEL_ASSIGN(const freewheel::Shape sizes, shape_of("prompt", prompt.shape, prompt.rank));
+    request.prompts[prompt.branch][prompt.input] = view_of(prompt.data, sizes);
+  }
+  FREEWHEEL_ASSIGN(
+      freewheel::ConfigEntry config,
+      freewheel::find_config(session.model().manifest(), text_or_empty(options.cache)));
+  std::vector<std::pair<std::string, std::string>> overrides;
+  if (options.parameter_count > 0 && options.parameters == nullptr) return missing("parameters");
+  for (int32_t i = 0; i < options.parameter_count; ++i) {
+    if (options.parameters[i].name == nullptr) return missing("parameter");
+    overrides.emplace_back(options.parameters[i].name, text_or_empty(options.parameters[i].value));
+  }
+  FREEWHEEL_TRY(freewheel::apply_overrides(overrides, config.cache));
+  request.cache = std::move(config.cache);
+  request.steps = options.steps != 0 ? options.steps : config.generation.steps.value_or(0);
+  request.guidance_scale = std::isnan(options.guidance_scale)
+                               ? config.generation.guidance_scale.value_or(1.0)
+                               : options.guidance_scale;
+  request.sampler = text_or_empty(options.sampler);
+  if (options.flow_shift != 0.0) request.flow_shift = options.flow_shift;
+  if (options.progress != nullptr) {
+    request.on_branch_step = [&](const freewheel::BranchEvent& event) {
+      const std::string branch(event.branch);  // short: within the string itself
+      const freewheel_progress progress = {
+          sizeof progress,        branch.c_str(), event.step_index, event.steps,
+          event.computed ? 1 : 0, event.distance, event.seconds};
+      if (options.progress(&progress, options.user) != 0) session.cancel();
+    };
+  }
+  if (options.has_seed != 0) {
+    std::vector<float> noise(static_cast<std::size_t>(shape.elements()));
+    freewheel::gaussian_noise(options.seed, noise.data(), shape.elements());
+    request.latents.data = noise.data();
+    FREEWHEEL_TRY(session.run(request));
+    std::memcpy(options.latents, noise.data(), noise.size() * sizeof(float));
+    return {};
+  }
+  return session.run(request);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* freewheel_status_name(freewheel_status status) noexcept {
+  return freewheel::code_name(static_cast<Code>(status));
+}
+
+const char* freewheel_version(void) noexcept { return FREEWHEEL_VERSION; }
+
+freewheel_status freewheel_model_create(const char* folder, const freewheel_model_options* options,
+                                        freewheel_model** model) noexcept {
+  if (model == nullptr) return FREEWHEEL_REQUEST;
+  *model = new (std::nothrow) freewheel_model;
+  if (*model == nullptr) return FREEWHEEL_FAILED;
+  return guarded((*model)->error, [&]() -> Status {
+    if (folder == nullptr) return missing("folder");
+    if (options != nullptr && options->struct_size < sizeof(std::size_t)) {
+      return missing("options");
+    }
+    const freewheel_model_options known = known_part(options);
+    freewheel::ModelOptions wanted;
+    wanted.backend = text_or_empty(known.backend);
+    wanted.backend_options = {known.threads, known.device};
+    wanted.allow_compile = known.allow_compile != 0;
+    FREEWHEEL_ASSIGN((*model)->model, freewheel::Model::load(folder, wanted));
+    return {};
+  });
+}
+
+void freewheel_model_destroy(freewheel_model* model) noexcept { delete model; }
+
+const char* freewheel_model_last_error(const freewheel_model* model) noexcept {
+  return model == nullptr ? "" : model->error.c_str();
+}
+
+freewheel_status freewheel_model_describe(freewheel_model* model, const char** json) noexcept {
+  if (model == nullptr || json == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(model->error, [&]() -> Status {
+    if (model->model == nullptr) return missing("model");
+    model->text = freewheel::describe(model->model->manifest(), model->model->backend().name());
+    *json = model->text.c_str();
+    return {};
+  });
+}
+
+freewheel_status freewheel_session_create(freewheel_model* model,
+                                          freewheel_session** session) noexcept {
+  if (model == nullptr || session == nullptr) return FREEWHEEL_REQUEST;
+  *session = new (std::nothrow) freewheel_session;
+  if (*session == nullptr) return FREEWHEEL_FAILED;
+  return guarded((*session)->error, [&]() -> Status {
+    if (model->model == nullptr) return missing("model");
+    FREEWHEEL_ASSIGN((*session)->session, freewheel::Session::create(model->model));
+    return {};
+  });
+}
+
+void freewheel_session_destroy(freewheel_session* session) noexcept { delete session; }
+
+const char* freewheel_session_last_error(const freewheel_session* session) noexcept {
+  return session == nullptr ? "" : session->error.c_str();
+}
+
+void freewheel_session_cancel(freewheel_session* session) noexcept {
+  if (session != nullptr && session->session != nullptr) session->session->cancel();
+}
+
+freewheel_status freewheel_session_run(freewheel_session* session,
+                                       const freewheel_run_options* options) noexcept {
+  if (session == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(session->error, [&]() -> Status {
+    if (session->session == nullptr) return missing("session");
+    if (options == nullptr || options->struct_size < offsetof(freewheel_run_options, steps)) {
+      return missing("options");
+    }
+    return run(*session->session, known_part(options));
+  });
+}
+
+freewheel_status freewheel_session_statistics(freewheel_session* session,
+                                              const char** json) noexcept {
+  if (session == nullptr || json == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(session->error, [&]() -> Status {
+    if (session->session == nullptr) return missing("session");
+    session->text = session->session->statistics().json();
+    *json = session->text.c_str();
+    return {};
+  });
+}
+
+void freewheel_noise(uint64_t seed, float* out, int64_t count) noexcept {
+  if (out != nullptr && count > 0) freewheel::gaussian_noise(seed, out, count);
+}
+
+}  // extern "C"

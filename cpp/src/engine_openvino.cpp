@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+/// OpenVINO on the CPU, over the blobs that `freewheel build` compiled.
+
+#include <sys/utsname.h>
+
+#include <algorithm>
+#include <openvino/openvino.hpp>
+#include <sstream>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "backends.h"
+#include "freewheel/files.h"
+#include "try.h"
+
+namespace freewheel {
+namespace {
+
+constexpr char kBlob[] = "/model.blob";
+constexpr char kDevice[] = "CPU";
+
+/// Picks the telling line of OpenVINO's exception: the last that is no C++ location.
+std::string reason(const std::exception& fault) {
+  std::istringstream lines(fault.what());
+  std::string line, telling = "unknown fault";
+  while (std::getline(lines, line)) {
+    const auto begin = line.find_first_not_of(" \t");
+    if (begin == std::string::npos) continue;
+    line = line.substr(begin);
+    if (line.rfind("Exception from", 0) != 0 && line.rfind("Check '", 0) != 0) telling = line;
+  }
+  return telling;
+}
+
+ov::element::Type element_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return ov::element::f32;
+    case DType::kFloat64:
+      return ov::element::f64;
+    case DType::kFloat16:
+      return ov::element::f16;
+    case DType::kBfloat16:
+      return ov::element::bf16;
+    case DType::kInt64:
+      return ov::element::i64;
+    case DType::kInt32:
+      return ov::element::i32;
+    case DType::kBool:
+      return ov::element::boolean;
+    case DType::kUint8:
+      return ov::element::u8;
+  }
+  return ov::element::dynamic;
+}
+
+ov::element::Type precision_type(const std::string& precision) {
+  if (precision == "bfloat16") return ov::element::bf16;
+  if (precision == "float16") return ov::element::f16;
+  return ov::element::f32;
+}
+
+ov::Shape ov_shape(const Shape& shape) { return ov::Shape(shape.begin(), shape.end()); }
+
+/// An infer request over caller memory.
+class OpenVinoCall final : public BoundCall {
+ public:
+  OpenVinoCall(ov::InferRequest request, std::shared_ptr<void> engine, std::string name,
+               std::vector<std::pair<std::string, Tensor>> outputs)
+      : engine_(std::move(engine)),
+        request_(std::move(request)),
+        name_(std::move(name)),
+        outputs_(std::move(outputs)) {}
+
+  Status run() noexcept override {
+    try {
+      request_.infer();
+      return is_checked_ ? Status() : check_outputs();
+    } catch (const std::exception& fault) {
+      return Status(Code::kFailed, "engine '" + name_ + "'", reason(fault),
+                    "bind outputs of the shapes that the inputs imply");
+    }
+  }
+
+ private:
+  /// Makes sure OpenVINO kept the bound outputs: it may resize or replace one silently.
+  Status check_outputs() {
+    for (const auto& [name, tensor] : outputs_) {
+      const ov::Tensor written = request_.get_tensor(name);
+      if (written.get_shape() != ov_shape(tensor.shape) || written.data() != tensor.data) {
+        return Status(Code::kRequest, "engine '" + name_ + "', tensor '" + name + "'",
+                      "shape is " + tensor.shape.text() + " but the graph gives another",
+                      "bind a tensor of the shape that the inputs imply");
+      }
+    }
+    is_checked_ = true;
+    return {};
+  }
+
+  std::shared_ptr<void> engine_;  // outlives the request
+  ov::InferRequest request_;
+  std::string name_;
+  std::vector<std::pair<std::string, Tensor>> outputs_;
+  bool is_checked_ = false;
+};
+
+class OpenVinoEngine final : public Engine, public std::enable_shared_from_this<OpenVinoEngine> {
+ public:
+  OpenVinoEngine(std::string name, EngineRecord record, MappedFile blob, ov::CompiledModel model)
+      : Engine(std::move(name), std::move(record)),
+        blob_(std::move(blob)),
+        model_(std::move(model)) {}
+
+ protected:
+  Result<std::unique_ptr<BoundCall>> bind_checked(const Tensors& bindings) override {
+    try {
+      ov::InferRequest request = model_.create_infer_request();
+      for (const auto& [key, tensor] : bindings) {
+        request.set_tensor(
+            key, ov::Tensor(element_type(tensor.dtype), ov_shape(tensor.shape), tensor.data));
+      }
+      std::vector<std::pair<std::string, Tensor>> outputs;
+      for (const auto& [key, io] : record().outputs) outputs.emplace_back(key, bindings.at(key));
+      return std::unique_ptr<BoundCall>(std::make_unique<OpenVinoCall>(
+          std::move(request), shared_from_this(), name(), std::move(outputs)));
+    } catch (const std::exception& fault) {
+      return Status(Code::kRequest, "engine '" + name() + "'", reason(fault),
+                    "bind tensors of the shapes that the graph declares");
+    }
+  }
+
+ private:
+  MappedFile blob_;  // the model's constants lie in it
+  ov::CompiledModel model_;
+};
+
+/// Names the precisions that decide how a model is compiled, as bundle.md says; OpenVINO checks
+/// the rest.
+std::string machine_of(ov::Core& core) {
+  auto capabilities = core.get_property(kDevice, ov::device::capabilities);
+  std::sort(capabilities.begin(), capabilities.end());
+  struct utsname system {};
+  ::uname(&system);
+  std::string machine = system.machine;
+  for (const std::string& capability : capabilities) machine += " " + capability;
+  return machine;
+}
+
+class OpenVino final : public Backend {
+ public:
+  explicit OpenVino(int threads)
+      : threads_(threads > 0 ? threads
+                             : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))),
+        machine_(machine_of(core_)) {
+    version_ = ov::get_openvino_version().buildNumber;
+    version_ = version_.substr(0, version_.find('-'));
+  }
+
+  const char* name() const noexcept override { return "openvino"; }
+  Memory& memory() noexcept override { return host_memory(); }
+
+  Result<std::shared_ptr<Engine>> load(const std::string& folder) override {
+    FREEWHEEL_ASSIGN(EngineRecord record, EngineRecord::read(folder));
+    FREEWHEEL_TRY(record.require(folder, name(), version_, machine_));
+    FREEWHEEL_ASSIGN(MappedFile blob, MappedFile::open(folder + kBlob));
+    try {
+      const ov::Tensor bytes(ov::element::u8, ov::Shape{blob.size()}, blob.data());
+      ov::CompiledModel model = core_.import_model(bytes, kDevice, properties(record.precision));
+      const std::string label = folder.substr(folder.find_last_of('/') + 1);
+      return std::shared_ptr<Engine>(std::make_shared<OpenVinoEngine>(
+          label, std::move(record), std::move(blob), std::move(model)));
+    } catch (const std::exception& fault) {
+      return Status(Code::kBundle, folder + kBlob, "OpenVINO refuses it: " + reason(fault),
+                    "rebuild the engines on this machine with 'freewheel build'");
+    }
+  }
+
+  Result<std::shared_ptr<Engine>> compile(const std::string& onnx, const std::string& graph_name,
+                                          const std::string& precision) override {
+    try {
+      ov::CompiledModel model = core_.compile_model(onnx, kDevice, properties(precision));
+      EngineRecord record;
+      record.backend = name();
+      record.version = version_;
+      record.machine = machine_;
+      record.precision = precision;
+      FREEWHEEL_TRY(describe(model.inputs(), graph_name, record.inputs));
+      FREEWHEEL_TRY(describe(model.outputs(), graph_name, record.outputs));
+      return std::shared_ptr<Engine>(std::make_shared<OpenVinoEngine>(
+          graph_name, std::move(record), MappedFile(), std::move(model)));
+    } catch (const std::exception& fault) {
+      return Status(Code::kFailed, onnx, "OpenVINO refuses it: " + reason(fault),
+                    "build the bundle on this machine");
+    }
+  }
+
+ private:
+  ov::AnyMap properties(const std::string& precision) const {
+    return {
+        ov::hint::inference_precision(precision_type(precision)),
+        ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
+        ov::num_streams(1),  // the requests of a session run one after another
+        ov::inference_num_threads(threads_),
+        ov::hint::dynamic_quantization_group_size(0),  // never int8 behind the caller's back
+    };
+  }
+
+  static Status describe(const std::vector<ov::Output<const ov::Node>>& ports,
+                         const std::string& graph, std::map<std::string, Io>& found) {
+    for (const auto& port : ports) {
+      const std::string name = port.get_any_name();
+      Io& io = found[name];
+      bool is_known = false;
+      for (int index = 0; index <= static_cast<int>(DType::kUint8); ++index) {
+        const auto dtype = static_cast<DType>(index);
+        if (element_type(dtype) == port.get_element_type()) io.dtype = dtype, is_known = true;
+      }
+      if (!is_known) {
+        return Status(Code::kFailed, "graph '" + graph + "', tensor '" + name + "'",
+                      "has an element type that engines don't pass", "cast it inside the graph");
+      }
+      int axis = 0;
+      for (const ov::Dimension& size : port.get_partial_shape()) {
+        if (size.is_static()) {
+          io.shape.emplace_back(static_cast<std::int64_t>(size.get_length()));
+        } else {
+          io.shape.emplace_back(name + "." + std::to_string(axis));
+        }
+        ++axis;
+      }
+    }
+    return {};
+  }
+
+  ov::Core core_;
+  int threads_;
+  std::string machine_, version_;
+};
+
+}  // namespace
+
+Result<std::shared_ptr<Backend>> create_openvino(const BackendOptions& options) {
+  try {
+    return std::shared_ptr<Backend>(std::make_shared<OpenVino>(options.threads));
+  } catch (const std::exception& fault) {
+    return Status(Code::kBackend, "backend 'openvino'", reason(fault),
+                  "install OpenVINO where this library was built for it");
+  }
+}
+
+}  // namespace freewheel

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "freewheel/model.h"
+
+#include "try.h"
+
+namespace freewheel {
+namespace {
+
+constexpr char kBlockMark[] = "{block}";
+
+std::string weight_name(std::string pattern, std::int64_t block) {
+  const std::size_t at = pattern.find(kBlockMark);
+  if (at != std::string::npos) {
+    pattern.replace(at, sizeof kBlockMark - 1, std::to_string(block));
+  }
+  return pattern;
+}
+
+std::string built_names(const Manifest& manifest) {
+  std::string names;
+  for (const EngineSet& set : manifest.engines) names += (names.empty() ? "" : ", ") + set.backend;
+  return names;
+}
+
+/// Takes the first compiled-in backend that the bundle has engines for.
+std::string choose_backend(const Manifest& manifest) {
+  for (const BackendRow& row : backends()) {
+    for (const EngineSet& set : manifest.engines) {
+      if (set.backend == row.name) return set.backend;
+    }
+  }
+  return manifest.engines.front().backend;
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Model>> Model::load(std::shared_ptr<const Bundle> bundle,
+                                           const ModelOptions& options) {
+  std::shared_ptr<Model> model(new Model());
+  model->bundle_ = std::move(bundle);
+  model->allow_compile_ = options.allow_compile;
+  const Manifest& manifest = model->manifest();
+  if (options.custom_backend != nullptr) {
+    model->backend_ = options.custom_backend;
+  } else {
+    const std::string name = options.backend.empty() ? choose_backend(manifest) : options.backend;
+    FREEWHEEL_ASSIGN(model->backend_, create_backend(name, options.backend_options));
+  }
+  const std::string name = model->backend_->name();
+  model->set_ = model->bundle_->engines(name);
+  if (model->set_ == nullptr && !options.allow_compile) {
+    return Status(Code::kBackend, "backend '" + name + "'",
+                  "the bundle has engines for " + built_names(manifest) + " only",
+                  "build it again with --backend " + name);
+  }
+  return model;
+}
+
+Result<std::shared_ptr<Model>> Model::load(const std::string& folder, const ModelOptions& options) {
+  FREEWHEEL_ASSIGN(std::shared_ptr<const Bundle> bundle, Bundle::open(folder));
+  return load(std::move(bundle), options);
+}
+
+Status Model::load_all() {
+  for (const auto& [name, graph] : manifest().graphs) {
+    if (auto loaded = engine(name); !loaded.ok()) return std::move(loaded).status();
+  }
+  for (const auto& [name, tensor] : manifest().tensors) {
+    if (auto loaded = weight(name); !loaded.ok()) return std::move(loaded).status();
+  }
+  return {};
+}
+
+Result<std::shared_ptr<Engine>> Model::engine(const std::string& graph) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto known = engines_.find(graph);
+  if (known != engines_.end()) return known->second;
+  const std::string where = bundle_->folder() + ", graph '" + graph + "'";
+  const auto entry = manifest().graphs.find(graph);
+  if (entry == manifest().graphs.end()) {
+    return Status(Code::kBundle, where, "is not in the bundle", "build it again");
+  }
+  Status fault(Code::kBundle, where, std::string("has no engine for ") + backend_->name(),
+               "build the bundle again");
+  const auto file = set_ == nullptr ? decltype(set_->files.begin()){} : set_->files.find(graph);
+  if (set_ != nullptr && file != set_->files.end()) {
+    FREEWHEEL_ASSIGN(const std::string folder, bundle_->path(file->second));
+    auto loaded = backend_->load(folder);
+    if (loaded.ok()) return engines_[graph] = std::move(loaded).value();
+    fault = std::move(loaded).status();
+  }
+  if (!allow_compile_) return fault;
+  const std::string& portable = entry->second.file;
+  std::string adapted =
+      portable.substr(0, portable.rfind(".onnx")) + "." + backend_->name() + ".onnx";
+  FREEWHEEL_ASSIGN(const std::string onnx,
+                   bundle_->path(manifest().files.count(adapted) != 0 ? adapted : portable));
+  FREEWHEEL_ASSIGN(std::shared_ptr<Engine> compiled,
+                   backend_->compile(onnx, graph, entry->second.precision));
+  return engines_[graph] = std::move(compiled);
+}
+
+Result<Tensor> Model::weight(const std::string& name) {
+  if (backend_->memory().is_host()) return bundle_->tensor(name);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto known = uploaded_.find(name);
+  if (known != uploaded_.end()) return known->second.view();
+  FREEWHEEL_ASSIGN(const Tensor mapped, bundle_->tensor(name));
+  FREEWHEEL_ASSIGN(Buffer buffer, Buffer::create(memory(), mapped.dtype, mapped.shape));
+  FREEWHEEL_TRY(memory().upload(buffer.view().data, mapped.data, mapped.bytes()));
+  const Tensor view = buffer.view();
+  uploaded_.emplace(name, std::move(buffer));
+  return view;
+}
+
+Result<std::unique_ptr<BoundCall>> Model::bind(const std::string& graph, const Tensors& values,
+                                               std::int64_t block) {
+  FREEWHEEL_ASSIGN(const std::shared_ptr<Engine> engine, this->engine(graph));
+  const GraphEntry& entry = manifest().graphs.at(graph);
+  Tensors bindings;
+  for (const auto* names : {&entry.inputs, &entry.outputs}) {
+    for (const auto& [name, io] : *names) {
+      const auto found = values.find(name);
+      if (found != values.end()) bindings[name] = found->second;
+    }
+  }
+  for (const auto& [name, pattern] : entry.weights) {
+    FREEWHEEL_ASSIGN(bindings[name], weight(weight_name(pattern, block)));
+  }
+  return engine->bind(bindings);
+}
+
+}  // namespace freewheel

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ring.h"
+
+#include <algorithm>
+
+#include "try.h"
+
+namespace freewheel {
+
+Result<ResidualRing> ResidualRing::create(Memory& memory, std::int64_t slots, DType dtype,
+                                          const Shape& residual) {
+  ResidualRing ring;
+  ring.memory_ = &memory;
+  ring.slots_ = slots;
+  ring.residual_ = residual;
+  Shape whole{slots};
+  for (std::int64_t size : residual) whole.push_back(size);
+  FREEWHEEL_ASSIGN(ring.history_, Buffer::create(memory, dtype, whole));
+  FREEWHEEL_ASSIGN(ring.mix_, Buffer::create(memory, DType::kFloat32, Shape{slots}));
+  ring.host_mix_.resize(static_cast<std::size_t>(slots));
+  return ring;
+}
+
+Tensor ResidualRing::slot(std::int64_t index) const noexcept {
+  Tensor view{nullptr, history().dtype, residual_};
+  view.data = history().as<std::uint8_t>() + static_cast<std::size_t>(index) * view.bytes();
+  return view;
+}
+
+void ResidualRing::push() noexcept {
+  newest_ = next_slot();
+  held_ = std::min(held_ + 1, slots_);
+}
+
+Status ResidualRing::reset() noexcept {
+  newest_ = -1;
+  held_ = 0;
+  return memory_->zero(history().data, history().bytes());
+}
+
+Status ResidualRing::set_mix(const float* mix, std::int64_t count) noexcept {
+  std::fill(host_mix_.begin(), host_mix_.end(), 0.0f);
+  for (std::int64_t age = 0; age < std::min(held_, count); ++age) {
+    const std::int64_t slot = ((newest_ - age) % slots_ + slots_) % slots_;
+    host_mix_[static_cast<std::size_t>(slot)] = mix[age];
+  }
+  return memory_->upload(this->mix().data, host_mix_.data(), this->mix().bytes());
+}
+
+}  // namespace freewheel

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// The residual history of one branch: a ring in one device buffer that is never shifted.
+
+#include <cstdint>
+#include <vector>
+
+#include "freewheel/status.h"
+#include "freewheel/tensor.h"
+
+namespace freewheel {
+
+/// The last K residuals. `delta` writes the next one straight into the oldest slot, by binding that
+/// slot's address; what moves is the index of the newest. `history` is bound whole to `reuse`, and
+/// the mix is permuted from age to slot.
+class ResidualRing {
+ public:
+  ResidualRing() = default;
+  static Result<ResidualRing> create(Memory& memory, std::int64_t slots, DType dtype,
+                                     const Shape& residual);
+
+  std::int64_t slots() const noexcept { return slots_; }
+  const Tensor& history() const noexcept { return history_.view(); }
+  const Tensor& mix() const noexcept { return mix_.view(); }
+  Tensor slot(std::int64_t index) const noexcept;
+
+  /// Slot that the next residual goes to.
+  std::int64_t next_slot() const noexcept { return (newest_ + 1) % slots_; }
+
+  /// Records that a residual was written to `next_slot`.
+  void push() noexcept;
+
+  /// Forgets everything; zeros, since 0 · NaN of an old run would be NaN.
+  Status reset() noexcept;
+
+  /// Sets the factors of the next reuse, given newest first.
+  Status set_mix(const float* mix, std::int64_t count) noexcept;
+
+ private:
+  Memory* memory_ = nullptr;
+  std::int64_t slots_ = 0, newest_ = -1, held_ = 0;
+  Shape residual_;
+  Buffer history_, mix_;
+  std::vector<float> host_mix_;
+};
+
+}  // namespace freewheel

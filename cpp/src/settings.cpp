@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "freewheel/settings.h"
+
+#include "json_value.h"
+#include "try.h"
+
+namespace freewheel {
+namespace {
+
+template <typename T>
+nlohmann::json or_null(const std::optional<T>& value) {
+  return value ? nlohmann::json(*value) : nlohmann::json();
+}
+
+nlohmann::json policy_json(const PolicySpec& spec) {
+  nlohmann::json parameters = nlohmann::json::object();
+  for (const auto& [name, parameter] : spec.parameters) {
+    parameters[name] = {{"default", json_from_value(parameter.default_value)},
+                        {"dtype", dtype_name(parameter.dtype)},
+                        {"minimum", or_null(parameter.minimum)},
+                        {"maximum", or_null(parameter.maximum)},
+                        {"choices", parameter.choices},
+                        {"meaning", parameter.meaning}};
+  }
+  return {{"summary", spec.summary}, {"signals", spec.signals}, {"parameters", parameters}};
+}
+
+nlohmann::json generation_json(const GenerationDefaults& generation) {
+  return {{"steps", or_null(generation.steps)},
+          {"height", or_null(generation.height)},
+          {"width", or_null(generation.width)},
+          {"frames", or_null(generation.frames)},
+          {"seed", or_null(generation.seed)},
+          {"text_tokens", or_null(generation.text_tokens)},
+          {"guidance_scale", or_null(generation.guidance_scale)},
+          {"flow_shift", or_null(generation.flow_shift)}};
+}
+
+}  // namespace
+
+Result<ConfigEntry> find_config(const Manifest& manifest, const std::string& name) {
+  const auto config = manifest.configs.find(name.empty() ? manifest.default_config : name);
+  if (config != manifest.configs.end()) return config->second;
+  ConfigEntry made = manifest.configs.at(manifest.default_config);
+  if (manifest.policies.count(name) != 0) {
+    made.cache = CacheSetting{};
+    made.cache.policy = name;
+    return made;
+  }
+  std::vector<std::string> known;
+  for (const auto& [key, entry] : manifest.configs) known.push_back(key);
+  for (const auto& [key, entry] : manifest.policies) {
+    if (manifest.configs.count(key) == 0) known.push_back(key);
+  }
+  return Status(Code::kConfig, "cache '" + name + "'", "is no config or policy of the bundle",
+                nearest(name, std::move(known)));
+}
+
+Status apply_overrides(const std::vector<std::pair<std::string, std::string>>& overrides,
+                       CacheSetting& setting) {
+  for (const auto& [key, text] : overrides) {
+    FREEWHEEL_ASSIGN(const Value value, value_from_text(text));
+    FREEWHEEL_TRY(apply_override(key, value, setting));
+  }
+  return {};
+}
+
+std::string describe(const Manifest& manifest, const std::string& backend) {
+  nlohmann::json found = {{"freewheel_version", manifest.freewheel_version},
+                          {"family", manifest.family},
+                          {"precision", manifest.precision},
+                          {"backend", backend},
+                          {"default_config", manifest.default_config},
+                          {"policies", nlohmann::json::object()},
+                          {"configs", nlohmann::json::object()},
+                          {"inputs", nlohmann::json::object()},
+                          {"samplers", nlohmann::json::array()}};
+  for (const auto& [name, policy] : manifest.policies) {
+    found["policies"][name] = policy_json(policy.spec);
+  }
+  for (const auto& [name, config] : manifest.configs) {
+    nlohmann::json parameters = nlohmann::json::object();
+    for (const auto& [key, value] : config.cache.parameters) {
+      parameters[key] = json_from_value(value);
+    }
+    found["configs"][name] = {{"policy", config.cache.policy},
+                              {"parameters", parameters},
+                              {"generation", generation_json(config.generation)}};
+  }
+  for (const auto& [name, input] : manifest.inputs) {
+    found["inputs"][name] = {
+        {"dtype", dtype_name(input.dtype)}, {"shape", input.text()}, {"runs", input.runs}};
+  }
+  for (const SamplerEntry& sampler : manifest.samplers) {
+    found["samplers"].push_back(
+        {{"name", sampler.name}, {"flow_shift", sampler.flow_shift}, {"steps", sampler.steps}});
+  }
+  return found.dump();
+}
+
+}  // namespace freewheel

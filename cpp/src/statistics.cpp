@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "freewheel/statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+namespace freewheel {
+namespace {
+
+nlohmann::json number_or_null(double value) {
+  return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json();
+}
+
+/// Seconds of the steps that were computed, or of those that were not.
+std::vector<double> seconds_of(const RunStatistics& run, bool computed) {
+  std::vector<double> found;
+  for (const BranchStatistics& branch : run.branches) {
+    for (std::size_t step = 0; step < branch.computed.size(); ++step) {
+      if ((branch.computed[step] != 0) == computed) found.push_back(branch.seconds[step]);
+    }
+  }
+  return found;
+}
+
+nlohmann::json branch_json(const BranchStatistics& branch, std::int64_t depth) {
+  nlohmann::json computed = nlohmann::json::array(), distance = nlohmann::json::array();
+  nlohmann::json mix = nlohmann::json::array();
+  std::vector<double> reused;
+  for (std::size_t step = 0; step < branch.computed.size(); ++step) {
+    const bool is_computed = branch.computed[step] != 0;
+    computed.push_back(is_computed);
+    distance.push_back(number_or_null(branch.distance[step]));
+    const float* factors = branch.mix.data() + step * static_cast<std::size_t>(depth);
+    mix.push_back(is_computed ? std::vector<float>()
+                              : std::vector<float>(factors, factors + depth));
+    if (!is_computed && std::isfinite(branch.distance[step]))
+      reused.push_back(branch.distance[step]);
+  }
+  nlohmann::json percentiles;
+  if (!reused.empty()) {
+    percentiles = {{"min", percentile(reused, 0)},
+                   {"p25", percentile(reused, 25)},
+                   {"p50", percentile(reused, 50)},
+                   {"p75", percentile(reused, 75)},
+                   {"max", percentile(reused, 100)}};
+  }
+  return {
+      {"computed", computed}, {"distance", distance}, {"mix", mix}, {"percentiles", percentiles}};
+}
+
+}  // namespace
+
+const char* segment_name(Segment segment) noexcept {
+  constexpr const char* kNames[kSegments] = {"prepare", "prompt", "head",   "decide",
+                                             "body",    "reuse",  "finish", "sampler"};
+  return kNames[static_cast<std::size_t>(segment)];
+}
+
+std::int64_t BranchStatistics::computed_steps() const noexcept {
+  return std::count_if(computed.begin(), computed.end(), [](char c) { return c != 0; });
+}
+
+double RunStatistics::ideal_speedup() const noexcept {
+  std::int64_t done = 0, computed = 0;
+  for (const BranchStatistics& branch : branches) {
+    done += static_cast<std::int64_t>(branch.computed.size());
+    computed += branch.computed_steps();
+  }
+  return computed > 0 ? static_cast<double>(done) / static_cast<double>(computed) : 1.0;
+}
+
+double RunStatistics::measured_speedup() const {
+  const std::vector<double> computed = seconds_of(*this, true), reused = seconds_of(*this, false);
+  double taken = 0.0;
+  for (double seconds : computed) taken += seconds;
+  for (double seconds : reused) taken += seconds;
+  if (computed.empty() || taken <= 0.0) return 0.0;
+  return percentile(computed, 50) * static_cast<double>(computed.size() + reused.size()) / taken;
+}
+
+std::string RunStatistics::json() const {
+  nlohmann::json found = {{"policy", policy},
+                          {"folded", is_folded},
+                          {"steps", steps},
+                          {"ideal_speedup", ideal_speedup()},
+                          {"branches", nlohmann::json::object()},
+                          {"seconds", nlohmann::json::object()}};
+  double computed = 0.0;
+  nlohmann::json warnings = nlohmann::json::array();
+  for (const BranchStatistics& branch : branches) {
+    found["branches"][branch.name] = branch_json(branch, depth);
+    computed += static_cast<double>(branch.computed_steps());
+    const bool reused_nothing =
+        branch.computed_steps() == static_cast<std::int64_t>(branch.computed.size());
+    if (policy != "off" && !branch.computed.empty() && reused_nothing) {
+      warnings.push_back("policy '" + policy + "' reused nothing in branch '" + branch.name +
+                         "': every step was computed; raise its threshold or interval, or look "
+                         "at 'guard' limits");
+    }
+  }
+  const double speedup = measured_speedup();
+  found["measured_speedup"] = speedup > 0.0 ? nlohmann::json(speedup) : nlohmann::json();
+  found["computed_steps"] =
+      branches.empty() ? 0.0 : computed / static_cast<double>(branches.size());
+  for (int segment = 0; segment < kSegments; ++segment) {
+    found["seconds"][segment_name(static_cast<Segment>(segment))] =
+        seconds[static_cast<std::size_t>(segment)];
+  }
+  found["step_seconds"] = {{"computed", number_or_null(percentile(seconds_of(*this, true), 50))},
+                           {"reused", number_or_null(percentile(seconds_of(*this, false), 50))}};
+  found["warnings"] = warnings;
+  return found.dump();
+}
+
+double percentile(std::vector<double> values, double q) {
+  if (values.empty()) return std::numeric_limits<double>::quiet_NaN();
+  std::sort(values.begin(), values.end());
+  const double place = q / 100.0 * static_cast<double>(values.size() - 1);
+  const auto below = static_cast<std::size_t>(place);
+  const std::size_t above = std::min(below + 1, values.size() - 1);
+  return values[below] + (place - static_cast<double>(below)) * (values[above] - values[below]);
+}
+
+}  // namespace freewheel

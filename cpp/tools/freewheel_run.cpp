@@ -1,0 +1,408 @@
+// SPDX-License-Identifier: Apache-2.0
+/// freewheel-run: run a bundle from the command line, without Python.
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "freewheel/codec.h"
+#include "freewheel/files.h"
+#include "freewheel/sampler.h"
+#include "freewheel/session.h"
+#include "freewheel/settings.h"
+
+namespace {
+
+using freewheel::Buffer;
+using freewheel::Code;
+using freewheel::DType;
+using freewheel::Result;
+using freewheel::Shape;
+using freewheel::Status;
+using freewheel::Tensor;
+using freewheel::Tensors;
+
+std::atomic<bool> interrupted{false};
+
+extern "C" void on_interrupt(int) { interrupted.store(true); }
+
+struct Options {
+  std::string bundle, out, backend, cache, sampler, embeddings, negative, latents, condition;
+  std::string token_ids, negative_token_ids;
+  std::vector<std::string> settings;
+  std::optional<std::int64_t> steps, seed, frames, height, width;
+  std::optional<double> guidance, shift;
+  int threads = 0;
+  bool json = false, allow_compile = false, quiet = false;
+};
+
+/// Host tensors of one file: the mapping or the buffer that holds them, and their names.
+struct Loaded {
+  freewheel::SafetensorsFile file;
+  Buffer buffer;
+  Tensors tensors;
+};
+
+bool ends_with(const std::string& text, const char* end) {
+  const std::string tail = end;
+  return text.size() >= tail.size() &&
+         text.compare(text.size() - tail.size(), tail.size(), tail) == 0;
+}
+
+/// Loads a .npy file as one tensor named `name`, or a .safetensors file with all its names.
+Result<Loaded> load(const std::string& path, const std::string& name) {
+  Loaded loaded;
+  if (ends_with(path, ".npy")) {
+    auto buffer = freewheel::read_npy(path);
+    if (!buffer.ok()) return std::move(buffer).status();
+    loaded.buffer = std::move(buffer).value();
+    loaded.tensors[name] = loaded.buffer.view();
+    return loaded;
+  }
+  auto file = freewheel::SafetensorsFile::open(path);
+  if (!file.ok()) return std::move(file).status();
+  loaded.file = std::move(file).value();
+  loaded.tensors = loaded.file.tensors;
+  if (loaded.tensors.size() == 1 && loaded.tensors.count(name) == 0) {
+    loaded.tensors[name] = loaded.tensors.begin()->second;
+  }
+  return loaded;
+}
+
+/// Gives [tokens, width] its batch axis.
+Tensor batched(Tensor tensor, int rank) {
+  if (tensor.shape.rank() + 1 != rank) return tensor;
+  Shape shape{1};
+  for (std::int64_t size : tensor.shape) shape.push_back(size);
+  tensor.shape = shape;
+  return tensor;
+}
+
+/// Takes the per-prompt inputs of `branch`: named "cond.text_states" or plainly "text_states".
+void take_prompt(const Tensors& found, const freewheel::Manifest& manifest,
+                 const std::string& branch, bool plain, std::map<std::string, Tensors>& prompts) {
+  for (const auto& [name, entry] : manifest.inputs) {
+    if (entry.runs != "prompt") continue;
+    const int rank = static_cast<int>(entry.shape.size());
+    for (const std::string& key : {branch + "." + name, plain ? name : std::string()}) {
+      const auto tensor = found.find(key);
+      if (tensor != found.end()) prompts[branch][name] = batched(tensor->second, rank);
+    }
+  }
+}
+
+Result<std::vector<std::int64_t>> ids_of(const std::string& text) {
+  std::vector<std::int64_t> ids;
+  for (const std::string& part : CLI::detail::split(text, ',')) {
+    char* end = nullptr;
+    ids.push_back(std::strtoll(part.c_str(), &end, 10));
+    if (part.empty() || *end != '\0') {
+      return Status(Code::kRequest, "token ids", "'" + part + "' is no number", "give 5,17,1");
+    }
+  }
+  return ids;
+}
+
+/// Everything that prompts and latents point into.
+struct Inputs {
+  std::vector<Loaded> files;
+  std::vector<Buffer> buffers;
+  freewheel::RunRequest request;
+};
+
+std::string prompt_input(const freewheel::Manifest& manifest) {
+  for (const auto& [name, entry] : manifest.inputs) {
+    if (entry.runs == "prompt" && name.find("text") != std::string::npos) return name;
+  }
+  return "text_states";
+}
+
+Status read_prompts(const Options& options, freewheel::Model& model,
+                    const freewheel::GenerationDefaults& defaults, Inputs& inputs) {
+  const freewheel::Manifest& manifest = model.manifest();
+  const std::string name = prompt_input(manifest);
+  auto& prompts = inputs.request.prompts;
+  const std::pair<std::string, const char*> files[] = {{options.embeddings, "cond"},
+                                                       {options.negative, "uncond"}};
+  for (const auto& [path, branch] : files) {
+    if (path.empty()) continue;
+    auto loaded = load(path, name);
+    if (!loaded.ok()) return std::move(loaded).status();
+    take_prompt(loaded->tensors, manifest, branch, true, prompts);
+    if (std::string(branch) == "cond") {
+      take_prompt(loaded->tensors, manifest, "uncond", false, prompts);
+    }
+    inputs.files.push_back(std::move(loaded).value());
+  }
+  const std::pair<std::string, const char*> texts[] = {{options.token_ids, "cond"},
+                                                       {options.negative_token_ids, "uncond"}};
+  for (const auto& [text, branch] : texts) {
+    if (text.empty()) continue;
+    auto ids = ids_of(text);
+    if (!ids.ok()) return std::move(ids).status();
+    const std::int64_t length = defaults.text_tokens.value_or(512);
+    auto states = freewheel::encode_tokens(model, *ids, length);
+    if (!states.ok()) return std::move(states).status();
+    prompts[branch][name] = states->view();
+    inputs.buffers.push_back(std::move(states).value());
+  }
+  return {};
+}
+
+/// Latents from a file, or noise of the seed for the size asked for.
+Status read_latents(const Options& options, const freewheel::Manifest& manifest,
+                    const freewheel::GenerationDefaults& defaults, Inputs& inputs) {
+  Buffer latents;
+  if (!options.latents.empty()) {
+    auto loaded = load(options.latents, "latents");
+    if (!loaded.ok()) return std::move(loaded).status();
+    const auto found = loaded->tensors.find("latents");
+    if (found == loaded->tensors.end()) {
+      return Status(Code::kRequest, options.latents, "holds no tensor 'latents'", "name it so");
+    }
+    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, found->second.shape);
+    if (!buffer.ok()) return std::move(buffer).status();
+    if (Status status = freewheel::convert(found->second, buffer->view()); !status.ok()) {
+      return status;
+    }
+    latents = std::move(buffer).value();
+  } else {
+    // Wan's VAE: 4 frames and 8 by 8 pixels to a latent.
+    const std::int64_t frames = options.frames.value_or(defaults.frames.value_or(81));
+    const std::int64_t height = options.height.value_or(defaults.height.value_or(480));
+    const std::int64_t width = options.width.value_or(defaults.width.value_or(832));
+    if (frames < 1 || height < 8 || width < 8 || height > 1 << 15 || width > 1 << 15 ||
+        frames > 1 << 15) {
+      return Status(Code::kRequest, "size", "is absurd",
+                    "give --frames --height --width in pixels");
+    }
+    const freewheel::Io& output = manifest.graphs.at("finish").outputs.at("model_output");
+    const auto* channels = std::get_if<std::int64_t>(&output.shape.at(1));
+    const Shape shape{1, channels != nullptr ? *channels : 16, (frames - 1) / 4 + 1, height / 8,
+                      width / 8};
+    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, shape);
+    if (!buffer.ok()) return std::move(buffer).status();
+    latents = std::move(buffer).value();
+    freewheel::gaussian_noise(
+        static_cast<std::uint64_t>(options.seed.value_or(defaults.seed.value_or(0))),
+        latents.view().as<float>(), shape.elements());
+  }
+  inputs.request.latents = latents.view();
+  inputs.buffers.push_back(std::move(latents));
+  if (!options.condition.empty()) {
+    auto loaded = load(options.condition, "condition");
+    if (!loaded.ok()) return std::move(loaded).status();
+    inputs.request.condition = loaded->tensors["condition"];
+    inputs.files.push_back(std::move(loaded).value());
+  }
+  return {};
+}
+
+/// Writes latents, or frames where the name asks for them: a folder of PNG, or raw .rgb.
+Status write_result(const Options& options, freewheel::Model& model, const Tensor& latents) {
+  const std::string& out = options.out;
+  if (ends_with(out, ".npy")) return freewheel::write_npy(out, latents);
+  if (ends_with(out, ".safetensors"))
+    return freewheel::write_safetensors(out, {{"latents", latents}});
+  auto frames = freewheel::decode_latents(model, latents);
+  if (!frames.ok()) return std::move(frames).status();
+  const Tensor& pixels = frames->view();
+  if (ends_with(out, ".rgb")) return freewheel::write_bytes(out, pixels.data, pixels.bytes());
+  std::error_code fault;
+  std::filesystem::create_directories(out, fault);
+  if (fault)
+    return Status(Code::kOutput, out, "can't be made: " + fault.message(), "choose another");
+  const std::int64_t height = pixels.shape[2], width = pixels.shape[3];
+  for (std::int64_t frame = 0; frame < pixels.shape[1]; ++frame) {
+    char name[32];
+    std::snprintf(name, sizeof name, "/%05lld.png", static_cast<long long>(frame));
+    const auto* picture = pixels.as<std::uint8_t>() + frame * height * width * 3;
+    if (Status status = freewheel::write_png(out + name, picture, height, width); !status.ok()) {
+      return status;
+    }
+  }
+  return {};
+}
+
+void show_step(const freewheel::BranchEvent& event, bool is_terminal) {
+  std::fprintf(stderr, "%sstep %lld/%lld %-6.*s %s", is_terminal ? "\r" : "",
+               static_cast<long long>(event.step_index + 1), static_cast<long long>(event.steps),
+               static_cast<int>(event.branch.size()), event.branch.data(),
+               event.computed ? "computed" : "reused  ");
+  if (std::isfinite(event.distance)) std::fprintf(stderr, "  distance %.4f", event.distance);
+  std::fprintf(stderr, "  %.3f s%s", event.seconds, is_terminal ? "   " : "\n");
+}
+
+void show_summary(const freewheel::RunStatistics& statistics) {
+  std::fprintf(stderr, "\n%-8s %9s %7s %9s %9s %9s\n", "branch", "computed", "reused", "dist p50",
+               "dist max", "seconds");
+  for (const freewheel::BranchStatistics& branch : statistics.branches) {
+    std::vector<double> reused;
+    double seconds = 0.0;
+    for (std::size_t step = 0; step < branch.computed.size(); ++step) {
+      seconds += branch.seconds[step];
+      if (branch.computed[step] == 0) reused.push_back(branch.distance[step]);
+    }
+    const auto steps = static_cast<long long>(branch.computed.size());
+    const auto computed = static_cast<long long>(branch.computed_steps());
+    std::fprintf(stderr, "%-8s %9lld %7lld %9.4f %9.4f %9.3f\n", branch.name.c_str(), computed,
+                 steps - computed, freewheel::percentile(reused, 50),
+                 freewheel::percentile(reused, 100), seconds);
+  }
+  std::fprintf(stderr, "seconds:");
+  for (int segment = 0; segment < freewheel::kSegments; ++segment) {
+    std::fprintf(stderr, " %s %.3f",
+                 freewheel::segment_name(static_cast<freewheel::Segment>(segment)),
+                 statistics.seconds[static_cast<std::size_t>(segment)]);
+  }
+  std::fprintf(stderr, "\nspeedup: %.2f measured, %.2f ideal\n", statistics.measured_speedup(),
+               statistics.ideal_speedup());
+}
+
+Status run(const Options& options, nlohmann::json& report) {
+  freewheel::ModelOptions model_options;
+  model_options.backend = options.backend;
+  model_options.backend_options.threads = options.threads;
+  model_options.allow_compile = options.allow_compile;
+  auto model = freewheel::Model::load(options.bundle, model_options);
+  if (!model.ok()) return std::move(model).status();
+  auto config = freewheel::find_config((*model)->manifest(), options.cache);
+  if (!config.ok()) return std::move(config).status();
+  std::vector<std::pair<std::string, std::string>> overrides;
+  for (const std::string& setting : options.settings) {
+    const std::size_t at = setting.find('=');
+    if (at == std::string::npos) {
+      return Status(Code::kConfig, "--set " + setting, "is no key=value",
+                    "give --set threshold=0.2");
+    }
+    overrides.emplace_back(setting.substr(0, at), setting.substr(at + 1));
+  }
+  Status status = freewheel::apply_overrides(overrides, config->cache);
+  if (!status.ok()) return status;
+  Inputs inputs;
+  freewheel::RunRequest& request = inputs.request;
+  const freewheel::GenerationDefaults& defaults = config->generation;
+  status = read_prompts(options, **model, defaults, inputs);
+  if (status.ok()) status = read_latents(options, (*model)->manifest(), defaults, inputs);
+  if (!status.ok()) return status;
+  request.cache = config->cache;
+  request.steps = options.steps.value_or(defaults.steps.value_or(30));
+  request.guidance_scale = options.guidance.value_or(defaults.guidance_scale.value_or(1.0));
+  request.flow_shift = options.shift ? options.shift : defaults.flow_shift;
+  request.sampler = options.sampler;
+  request.cancelled = &interrupted;
+  const bool is_terminal = isatty(STDERR_FILENO) != 0;
+  if (!options.quiet) {
+    request.on_branch_step = [&](const freewheel::BranchEvent& event) {
+      show_step(event, is_terminal);
+    };
+  }
+  auto session = freewheel::Session::create(*model);
+  if (!session.ok()) return std::move(session).status();
+  const auto began = std::chrono::steady_clock::now();
+  status = (*session)->run(request);
+  if (!status.ok()) return status;
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
+  const freewheel::RunStatistics& statistics = (*session)->statistics();
+  if (!options.quiet) show_summary(statistics);
+  status = write_result(options, **model, request.latents);
+  if (!status.ok()) return status;
+  report = nlohmann::json::parse(statistics.json());
+  report["schema_version"] = 1;
+  report["out"] = options.out;
+  report["backend"] = (*model)->backend().name();
+  report["total_seconds"] = taken.count();
+  return {};
+}
+
+int exit_code(Code code) {
+  switch (code) {
+    case Code::kOk:
+      return 0;
+    case Code::kBundle:
+    case Code::kConfig:
+    case Code::kRequest:
+      return 3;
+    case Code::kBackend:
+      return 4;
+    case Code::kCancelled:
+      return 130;
+    case Code::kInternal:
+      return 70;
+    case Code::kFailed:
+    case Code::kOutput:
+      return 1;
+  }
+  return 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Run a Freewheel bundle: prompt embeddings or token ids to latents or frames."};
+  Options options;
+  app.add_option("bundle", options.bundle, "Folder that 'freewheel build' wrote")->required();
+  app.add_option("-o,--out", options.out,
+                 ".safetensors or .npy for latents, .rgb or a folder (of PNG) for frames")
+      ->required();
+  app.add_option("--embeddings", options.embeddings,
+                 "Prompt embeddings: .npy [tokens, width], or .safetensors with 'text_states' or "
+                 "'cond.text_states' and 'uncond.text_states'");
+  app.add_option("--negative", options.negative, "Embeddings of the negative prompt");
+  app.add_option("--token-ids", options.token_ids,
+                 "Prompt as ids, 5,17,1 (needs the text encoder)");
+  app.add_option("--negative-token-ids", options.negative_token_ids, "Negative prompt as ids");
+  app.add_option("--latents", options.latents, "Start noise from a .npy or .safetensors file");
+  app.add_option("--condition", options.condition, "Further channels of every step (from images)");
+  app.add_option("--cache", options.cache, "A config or a policy of the bundle");
+  app.add_option("--set", options.settings, "key=value: a policy parameter or guard.<limit>");
+  app.add_option("--steps", options.steps, "Denoise steps");
+  app.add_option("--seed", options.seed, "Seed of the start noise");
+  app.add_option("--guidance", options.guidance, "Guidance scale; 1 or less runs one branch");
+  app.add_option("--sampler", options.sampler, "unipc, euler or dpmpp_2m");
+  app.add_option("--shift", options.shift, "Flow shift, one that the bundle has tables for");
+  app.add_option("--frames", options.frames, "Frames of the video");
+  app.add_option("--height", options.height, "Height in pixels");
+  app.add_option("--width", options.width, "Width in pixels");
+  app.add_option("--backend", options.backend, "Backend to run on");
+  app.add_option("--threads", options.threads, "CPU threads; 0 takes every core");
+  app.add_flag("--allow-compile", options.allow_compile,
+               "Compile engines that don't fit this machine anew");
+  app.add_flag("--json", options.json, "Print one JSON object");
+  app.add_flag("-q,--quiet", options.quiet, "No progress and no summary");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& fault) {
+    return app.exit(fault) == 0 ? 0 : 2;
+  }
+  std::signal(SIGINT, on_interrupt);
+  nlohmann::json report;
+  Status status;
+  try {
+    status = run(options, report);
+  } catch (const std::exception& fault) {
+    status = Status(Code::kInternal, "freewheel-run", fault.what(), "report this");
+  }
+  if (status.ok()) {
+    std::cout << (options.json ? report.dump() : options.out) << "\n";
+    return 0;
+  }
+  if (options.json) {
+    const nlohmann::json error = {{"code", freewheel::code_name(status.code())},
+                                  {"message", status.message()},
+                                  {"where", status.where()},
+                                  {"hint", status.hint()}};
+    std::cout << nlohmann::json{{"schema_version", 1}, {"error", error}}.dump() << "\n";
+  } else {
+    std::cerr << "error: " << status.message() << "\n";
+  }
+  return exit_code(status.code());
+}
