@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine has left: memory of the host or of the GPU, and disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+__all__ = ["disk_free_bytes", "gpu_free_bytes", "memory_available_bytes"]
+
+MEMINFO = Path("/proc/meminfo")
+GROUP = Path("/sys/fs/cgroup")
+
+
+def memory_available_bytes() -> int | None:
+    """Return the host memory that a new process may use, or None where the system doesn't tell.
+
+    In a container with a limit of its own, what is left below that limit.
+    """
+    left = [b for b in (_available(MEMINFO), _left_in_group(GROUP)) if b is not None]
+    return min(left, default=None)
+
+
+def gpu_free_bytes() -> int | None:
+    """Return the free memory of the current GPU, or None without one."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)
+
+
+def disk_free_bytes(folder: Path) -> int:
+    """Return the free bytes of the file system on which ``folder`` lies or would lie."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _available(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
+    return int(found[1]) << 10 if found is not None else None
+
+
+def _left_in_group(group: Path) -> int | None:
+    """Read the limit of a version 2 control group; file pages count as free, being evictable."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        statistics = (group / "memory.stat").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return None
+    if not limit.isdigit():
+        return None
+    named = dict(zip(statistics[::2], statistics[1::2], strict=False))
+    return max(0, int(limit) - used + int(named.get("file", 0)))

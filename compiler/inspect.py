@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell what a bundle holds, and what a run of it will need and save, without running it."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..bundle.files import disk_use
+from ..bundle.manifest import EngineSetEntry
+from ..bundle.reader import MANIFEST, Bundle
+from ..configs.setting import CacheSetting
+from ..engines import backend_class
+from ..engines.record import EngineRecord
+from .families import Cut
+from .flops import step_flops
+from .footprint import Footprint, fit_verdict, footprint_of
+from .host import gpu_free_bytes, memory_available_bytes
+from .recut import cut_of
+from .sizes import Size, bundle_pipeline, dims_of, size_of
+from .speedup import predict, timestep_tables, timesteps_of
+
+__all__ = ["forecast_memory", "inspect_bundle", "render", "render_forecast"]
+
+WIDTH = 110
+TEXT_COLUMNS = ("runs", "precision", "operators", "policy", "computed steps")
+
+
+def inspect_bundle(
+    bundle: Bundle,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Describe a bundle and forecast a run at a size.
+
+    Args:
+        bundle: An open bundle.
+        height: Pixels; None takes the default config's, here and below.
+        width: Pixels.
+        frames: Frames of the video.
+        steps: Denoise steps.
+
+    Returns:
+        Plain data, as ``inspect --json`` prints it. Every size is in bytes, every count of
+        operations in FLOPs of one branch.
+
+    Raises:
+        RequestError: a size that VAE or patches do not divide.
+        BundleError: an engine's record or a graph can't be read.
+    """
+    manifest, cut = bundle.manifest, cut_of(bundle)
+    generation = manifest.configs[manifest.default_config].generation
+    size = size_of(generation, height=height, width=width, frames=frames, steps=steps)
+    dims = dims_of(cut, size, bundle_pipeline(bundle))
+    settings = {n: CacheSetting(policy=n) for n in manifest.policies}
+    settings |= {n: c.cache for n, c in manifest.configs.items()}
+    footprint = footprint_of(
+        cut, dims, branches=size.branches, settings=settings,
+        specs={n: p.spec for n, p in manifest.policies.items()},
+    )  # fmt: skip
+    total, own = disk_use(bundle.folder, [*manifest.files, MANIFEST])
+    return {
+        "bundle": str(bundle.folder),
+        "family": manifest.family,
+        "freewheel_version": manifest.freewheel_version,
+        "checkpoint": manifest.checkpoint.model_dump(exclude={"config"}),
+        "precision": manifest.precision,
+        "weights": manifest.weights,
+        "blocks": sum(s.count for s in manifest.stages),
+        "default_config": manifest.default_config,
+        "graphs": {name: describe_graph(bundle, name) for name in manifest.graphs},
+        "tensors": describe_tensors(bundle),
+        "engines": [describe_engines(bundle, entry) for entry in manifest.engines],
+        "disk": {"bytes": total, "own_bytes": own, "linked_bytes": total - own},
+        "size": vars(size),
+        "dims": dims,
+        "flops": describe_flops(cut, dims, size),
+        "memory": forecast_memory(
+            footprint, manifest.default_config, device=manifest.engines[0].backend
+        ),
+        "speedup": _speedups(bundle, cut, dims, settings, steps),
+    }
+
+
+def describe_graph(bundle: Bundle, name: str) -> dict[str, Any]:
+    """Describe one graph: when it runs, its interface, and how many nodes of which operator."""
+    entry = bundle.manifest.graphs[name]
+    operators = Counter(node.op_type for node in ir.load(bundle.graph_path(name)).graph.all_nodes())
+    return {
+        "runs": entry.runs,
+        "precision": entry.precision,
+        "nodes": sum(operators.values()),
+        "operators": dict(operators.most_common()),
+        "inputs": {n: e.model_dump() for n, e in entry.inputs.items()},
+        "outputs": {n: e.model_dump() for n, e in entry.outputs.items()},
+        "weights": len(entry.weights),
+    }
+
+
+def describe_tensors(bundle: Bundle) -> dict[str, Any]:
+    """Sum the weights up by dtype, and by whether their file is shared with the checkpoint."""
+    tensors = bundle.manifest.tensors.values()
+    by_dtype: Counter[str] = Counter()
+    by_origin: Counter[str] = Counter()
+    files = {t.file for t in tensors}
+    linked = {f for f in files if bundle.path(f).stat().st_nlink > 1}
+    for tensor in tensors:
+        by_dtype[tensor.dtype] += tensor.bytes
+        by_origin["linked" if tensor.file in linked else "converted"] += tensor.bytes
+    return {
+        "count": len(tensors),
+        "bytes": sum(by_dtype.values()),
+        "bytes_by_dtype": dict(by_dtype),
+        "linked_bytes": by_origin["linked"],
+        "converted_bytes": by_origin["converted"],
+        "files": sorted(files),
+    }
+
+
+def describe_engines(bundle: Bundle, entry: EngineSetEntry) -> dict[str, Any]:
+    """Describe the engines of one backend, with what each recorded about itself.
+
+    Raises:
+        BundleError: an engine's record can't be read.
+    """
+    graphs = {}
+    for graph, file in entry.files.items():
+        record = EngineRecord.read(bundle.path(file))
+        graphs[graph] = {
+            "seconds": entry.seconds.get(graph),
+            "bytes": sum(record.files.values()),
+            "precision": record.precision,
+            "version": record.version,
+            "machine": record.machine,
+            "details": dict(record.details),
+        }
+    available = backend_class(entry.backend).probe()
+    return {
+        "backend": entry.backend,
+        "target": entry.target,
+        "available": available.available,
+        "reason": available.reason,
+        "seconds": round(sum(entry.seconds.values()), 3),
+        "bytes": sum(g["bytes"] for g in graphs.values()),
+        "graphs": graphs,
+    }
+
+
+def describe_flops(cut: Cut, dims: Mapping[str, int], size: Size) -> dict[str, Any]:
+    """Count operations: of each graph once, of a step, and of the uncached run of all branches."""
+    flops = step_flops(cut, dims)
+    blocks = {s.block: s.count for s in cut.stages}
+    return {
+        "segments": dict(flops.segments),
+        "blocks": blocks,
+        "computed_step": flops.computed,
+        "reused_step": flops.reused,
+        "prompt": flops.prompt,
+        "uncached_run": size.branches * (size.steps * flops.computed + flops.prompt),
+    }
+
+
+def forecast_memory(footprint: Footprint, setting: str, *, device: str) -> dict[str, Any]:
+    """Set a forecast against the memory that this machine has left.
+
+    Args:
+        footprint: The forecast.
+        setting: The cache setting that decides whether it fits.
+        device: Backend that will run it.
+    """
+    # Backends of the CPU say so as a class; the others find their GPU when made.
+    is_on_cpu = getattr(backend_class(device), "device", None) == torch.device("cpu")
+    available = memory_available_bytes() if is_on_cpu else gpu_free_bytes()
+    parts = footprint.parts(setting)
+    return {
+        **footprint.as_dict(),
+        "setting": setting,
+        "parts": parts,
+        "needed_bytes": sum(parts.values()),
+        "device": "host" if is_on_cpu else "gpu",
+        "available_bytes": available,
+        "verdict": fit_verdict(parts, available, mapped=is_on_cpu),
+    }
+
+
+def render(data: Mapping[str, Any]) -> list[str]:
+    """Turn what `inspect_bundle` found into lines for people."""
+    origin, disk, tensors = data["checkpoint"], data["disk"], data["tensors"]
+    by_dtype = ", ".join(f"{_amount(b)} {d}" for d, b in tensors["bytes_by_dtype"].items())
+    head = [
+        f"{data['bundle']}: {data['family']}, {data['blocks']} blocks, body {data['precision']}, "
+        f"weights {data['weights']}, built by Freewheel {data['freewheel_version']}",
+        f"from {origin['source']} ({origin['transformer_class']})",
+        f"{_amount(disk['bytes'])} on disk, {_amount(disk['linked_bytes'])} of it linked to the "
+        f"checkpoint; {tensors['count']} tensors: {by_dtype}",
+    ]
+    graphs = [
+        [name, g["runs"], g["precision"], g["nodes"], _top(g["operators"]), g["weights"]]
+        for name, g in data["graphs"].items()
+    ]
+    lines = [*head, ""]
+    lines += _table(
+        "graphs", ["graph", "runs", "precision", "nodes", "operators", "weights"], graphs
+    )
+    for engines in data["engines"]:
+        note = "" if engines["available"] else f", can't run here: {engines['reason']}"
+        lines += [
+            f"engines: {engines['backend']} for {engines['target']}, {_amount(engines['bytes'])}, "
+            f"compiled in {engines['seconds']} s{note}"
+        ]
+    return [*lines, "", *render_forecast(data), *_render_speedups(data)]
+
+
+def render_forecast(data: Mapping[str, Any]) -> list[str]:
+    """Turn the ``size``, ``flops`` and ``memory`` of a forecast into lines for people."""
+    size, dims, flops, memory = data["size"], data["dims"], data["flops"], data["memory"]
+    title = (
+        f"at {size['width']}x{size['height']}, {size['frames']} frames ({dims['tokens']} tokens), "
+        f"{size['steps']} steps, {size['branches']} branches"
+    )
+    per_step = [
+        [name, flops["blocks"].get(name, 1), _flops(count)]
+        for name, count in flops["segments"].items()
+        if count
+    ]
+    per_step += [
+        ["computed step", "", _flops(flops["computed_step"])],
+        ["reused step", "", _flops(flops["reused_step"])],
+        ["uncached run", "", _flops(flops["uncached_run"])],
+    ]
+    caches = [
+        [name, c["slots"], _amount(c["history_bytes"]), _amount(c["signal_bytes"]),
+         _amount(c["feature_bytes"]), _amount(c["total_bytes"])]
+        for name, c in memory["caches"].items()
+    ]  # fmt: skip
+    parts = [[name, _amount(b)] for name, b in memory["parts"].items()]
+    parts.append(["needed", _amount(memory["needed_bytes"])])
+    available = memory["available_bytes"]
+    parts.append(
+        [f"available ({memory['device']})", "unknown" if available is None else _amount(available)]
+    )
+    lines = [title, ""]
+    lines += _table("operations of one branch", ["graph", "times", "FLOPs"], per_step)
+    lines += _table(
+        "cache of one branch, and memory of the whole run",
+        ["setting", "slots", "history", "signals", "features", "run"],
+        caches,
+    )  # fmt: skip
+    lines += _table(f"memory of a run with {memory['setting']}", ["part", "bytes"], parts)
+    return lines if memory["verdict"] is None else [*lines, memory["verdict"]]
+
+
+def _render_speedups(data: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, p["policy"], p["reason"] or f"{p['computed_steps']} of {p['steps']}",
+         *("–" if p[k] is None else f"{p[k]:.2f}" for k in ("ideal_speedup", "flops_speedup"))]
+        for name, p in data["speedup"].items()
+    ]  # fmt: skip
+    columns = ["setting", "policy", "computed steps", "ideal speedup", "by FLOPs"]
+    return _table("predicted before any run", columns, rows)
+
+
+def _speedups(
+    bundle: Bundle,
+    cut: Cut,
+    dims: Mapping[str, int],
+    settings: Mapping[str, CacheSetting],
+    steps: int | None,
+) -> dict[str, Any]:
+    """Predict each setting: a config on its own schedule, a policy on the default config's.
+
+    Steps that were asked for hold for all.
+    """
+    manifest = bundle.manifest
+    default = manifest.configs[manifest.default_config].generation
+    tables: dict[tuple[int, float | None], dict[str, Any]] = {}
+    found = {}
+    for name, setting in settings.items():
+        carried = manifest.configs.get(name)
+        given = {} if carried is None else carried.generation.model_dump(exclude_none=True)
+        generation = default.model_copy(update=given)
+        key = (size_of(generation, steps=steps).steps, generation.flow_shift)
+        if key not in tables:
+            tables[key] = timestep_tables(bundle, cut, timesteps_of(bundle, generation, key[0]))
+        found[name] = predict(cut, dims, setting, tables[key]).as_dict()
+    return found
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Draw a table into lines; columns of numbers align right."""
+    table = Table(box=SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        is_text = index == 0 or column in TEXT_COLUMNS
+        table.add_column(column, justify="left" if is_text else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    stream = io.StringIO()
+    Console(file=stream, width=WIDTH, no_color=True, highlight=False).print(table)
+    drawn = [line.rstrip() for line in stream.getvalue().splitlines()]
+    return [title, *(line for line in drawn if line), ""]
+
+
+def _top(operators: Mapping[str, int]) -> str:
+    shown = [f"{n} {op}" for op, n in list(operators.items())[:4]]
+    return ", ".join(shown) + (" …" if len(operators) > 4 else "")
+
+
+def _amount(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _flops(count: int) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a user asks for (pixels, frames, steps) to the named dimensions of a cut model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle.manifest import GenerationDefaults
+from ..bundle.reader import Bundle
+from ..configs.errors import RequestError
+from ..engines.base import TensorSpec
+from ..runtime.generate import FALLBACK
+from .families import Cut
+
+__all__ = ["Size", "bundle_pipeline", "dims_of", "read_part", "shape_at", "size_of"]
+
+IMAGE_TOKENS = 257
+"""Of the CLIP encoder that Wan's image-to-video models take, where its config is not there."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """One request's size.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        frames: Frames of the video.
+        steps: Denoise steps.
+        text_tokens: Tokens of the prompt, padding included.
+        branches: 2 with classifier-free guidance, else 1.
+    """
+
+    height: int
+    width: int
+    frames: int
+    steps: int
+    text_tokens: int
+    branches: int
+
+
+def size_of(
+    generation: GenerationDefaults,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+) -> Size:
+    """Fill a size in: what is wanted, else what the config says, else the defaults of `run`.
+
+    Args:
+        generation: A config's values.
+        height: Pixels; None takes the config's, here and below.
+        width: Pixels.
+        frames: Frames of the video.
+        steps: Denoise steps.
+    """
+
+    def value(name: str, wanted: int | None = None) -> Any:
+        found = (wanted, getattr(generation, name), getattr(FALLBACK, name))
+        return next(v for v in found if v is not None)
+
+    return Size(
+        height=value("height", height),
+        width=value("width", width),
+        frames=value("frames", frames),
+        steps=value("steps", steps),
+        text_tokens=value("text_tokens"),
+        branches=2 if value("guidance_scale") > 1 else 1,
+    )
+
+
+def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
+    """Return the size of every named dimension in one branch of a run.
+
+    Args:
+        cut: The cut model.
+        size: What is asked for.
+        pipeline: Folder of the diffusers pipeline, for the VAE's and the image encoder's scale.
+
+    Raises:
+        RequestError: a size that VAE or patches do not divide.
+    """
+    vae = read_part(pipeline, "vae/config.json")
+    by_time, by_space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    image = read_part(pipeline, "image_encoder/config.json")
+    patches = (image["image_size"] // image["patch_size"]) ** 2 + 1 if image else IMAGE_TOKENS
+    if size.frames < 1 or (size.frames - 1) % by_time:
+        raise RequestError(
+            f"--frames {size.frames}", f"is not 1 more than a multiple of {by_time}",
+            f"use {max(0, round((size.frames - 1) / by_time)) * by_time + 1}",
+        )  # fmt: skip
+    if size.steps < 1:
+        raise RequestError(f"--steps {size.steps}", "is less than 1", "use 20 to 50")
+    dims = {
+        "batch": 1,
+        "frames": (size.frames - 1) // by_time + 1,
+        "height": _divided("height", size.height, by_space * _divisor(cut, "height")) // by_space,
+        "width": _divided("width", size.width, by_space * _divisor(cut, "width")) // by_space,
+        "text_tokens": size.text_tokens,
+        "image_tokens": patches,
+        "steps": size.steps,
+    }
+    return derived(cut, dims)
+
+
+def derived(cut: Cut, dims: Mapping[str, int]) -> dict[str, int]:
+    """Add the family's derived dimensions, ``tokens`` among them."""
+    found = dict(dims)
+    for name, factors in cut.dims.items():
+        found[name] = 1
+        for dim, divisor in factors:
+            found[name] *= dims[dim] // divisor
+    return found
+
+
+def shape_at(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a declared tensor at these sizes."""
+    return tuple(dims[d] if isinstance(d, str) else d for d in spec.shape)
+
+
+def read_part(pipeline: Path | None, name: str) -> dict[str, Any]:
+    """Return a JSON file of a diffusers pipeline; empty where it is not there."""
+    if pipeline is None or not (pipeline / name).is_file():
+        return {}
+    content: dict[str, Any] = json.loads((pipeline / name).read_text(encoding="utf-8"))
+    return content
+
+
+def bundle_pipeline(bundle: Bundle) -> Path | None:
+    """Return where the rest of a bundle's pipeline lies, or None."""
+    entry = bundle.manifest.pipeline
+    if entry.folder is not None:
+        return bundle.path(entry.folder)
+    return Path(entry.source) if entry.source is not None else None
+
+
+def _divisor(cut: Cut, name: str) -> int:
+    return max((d for factors in cut.dims.values() for dim, d in factors if dim == name), default=1)
+
+
+def _divided(name: str, pixels: int, multiple: int) -> int:
+    if pixels < multiple or pixels % multiple:
+        raise RequestError(
+            f"--{name} {pixels}", f"is no multiple of {multiple}",
+            f"use {max(multiple, round(pixels / multiple) * multiple)}",
+        )  # fmt: skip
+    return pixels
