@@ -84,6 +84,7 @@ def build(
     """
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.compiler.build import BuildRequest, build as run_build, plan
+        from freewheel.compiler.forecast_build import render_plan
         from freewheel.runtime.settings import config_entries
 
         backends = [_backend(name, precision, screen) for name in backend or ["auto"]]
@@ -101,7 +102,7 @@ def build(
         )
         if dry_run:
             planned = plan(request)
-            screen.result(planned, [f"{k}: {v}" for k, v in planned.items()])
+            screen.result(planned, render_plan(planned))
             return
         with screen.progress():
             report = run_build(request, screen)

@@ -46,6 +46,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .decide import write_decide_graph
 from .families import Cut, family_of
 from .families.base import StoredDtype
+from .forecast_build import forecast_build
 from .graphs import wanted_weights, write_graphs
 from .progress import Progress, Silent
 from .reuse import cache_segments
@@ -315,10 +316,11 @@ def _weights_digest(tensors: Mapping[str, TensorEntry], files: Mapping[str, File
 
 
 def plan(request: BuildRequest) -> dict[str, Any]:
-    """Say what a build would do, from config and headers alone.
+    """Say what a build would do and need, from config and headers alone.
 
     Raises:
         CheckpointError: nothing usable at ``request.model``.
+        RequestError: the default config's size does not fit the model.
     """
     checkpoint = open_checkpoint(request.model, request.revision)
     where = str(checkpoint.transformer / "config.json")
@@ -334,7 +336,11 @@ def plan(request: BuildRequest) -> dict[str, Any]:
         "backends": [b.name for b in request.backends],
         "precision": request.precision,
         "out": str(request.out),
-    }
+        "forecast": forecast_build(
+            checkpoint, cut, request.configs, out=request.out,
+            backends=[b.name for b in request.backends], baked=request.weights == "baked",
+        ),
+    }  # fmt: skip
 
 
 class _Clock:

@@ -283,7 +283,8 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and _key(tensor) not in given:
                 storage = tensor.untyped_storage()
-                self._storages.setdefault(_key(tensor), (StorageWeakRef(storage), storage.nbytes()))
+                alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch's own
+                self._storages.setdefault(_key(tensor), (alive, storage.nbytes()))
         self._storages = {k: e for k, e in self._storages.items() if not e[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
         return result

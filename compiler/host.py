@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["disk_free_bytes", "gpu_free_bytes", "memory_available_bytes"]
+__all__ = ["disk_free_bytes", "existing_parent", "gpu_free_bytes", "memory_available_bytes"]
 
 MEMINFO = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
@@ -33,10 +33,15 @@ def gpu_free_bytes() -> int | None:
 
 def disk_free_bytes(folder: Path) -> int:
     """Return the free bytes of the file system on which ``folder`` lies or would lie."""
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def existing_parent(folder: Path) -> Path:
+    """Return ``folder``, or the nearest folder above it that exists."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def _available(meminfo: Path) -> int | None:

@@ -28,7 +28,14 @@ from .recut import cut_of
 from .sizes import Size, bundle_pipeline, dims_of, size_of
 from .speedup import predict, timestep_tables, timesteps_of
 
-__all__ = ["forecast_memory", "inspect_bundle", "render", "render_forecast"]
+__all__ = [
+    "amount",
+    "describe_flops",
+    "forecast_memory",
+    "inspect_bundle",
+    "render",
+    "render_forecast",
+]
 
 WIDTH = 110
 TEXT_COLUMNS = ("runs", "precision", "operators", "policy", "computed steps")
@@ -197,12 +204,12 @@ def forecast_memory(footprint: Footprint, setting: str, *, device: str) -> dict[
 def render(data: Mapping[str, Any]) -> list[str]:
     """Turn what `inspect_bundle` found into lines for people."""
     origin, disk, tensors = data["checkpoint"], data["disk"], data["tensors"]
-    by_dtype = ", ".join(f"{_amount(b)} {d}" for d, b in tensors["bytes_by_dtype"].items())
+    by_dtype = ", ".join(f"{amount(b)} {d}" for d, b in tensors["bytes_by_dtype"].items())
     head = [
         f"{data['bundle']}: {data['family']}, {data['blocks']} blocks, body {data['precision']}, "
         f"weights {data['weights']}, built by Freewheel {data['freewheel_version']}",
         f"from {origin['source']} ({origin['transformer_class']})",
-        f"{_amount(disk['bytes'])} on disk, {_amount(disk['linked_bytes'])} of it linked to the "
+        f"{amount(disk['bytes'])} on disk, {amount(disk['linked_bytes'])} of it linked to the "
         f"checkpoint; {tensors['count']} tensors: {by_dtype}",
     ]
     graphs = [
@@ -216,7 +223,7 @@ def render(data: Mapping[str, Any]) -> list[str]:
     for engines in data["engines"]:
         note = "" if engines["available"] else f", can't run here: {engines['reason']}"
         lines += [
-            f"engines: {engines['backend']} for {engines['target']}, {_amount(engines['bytes'])}, "
+            f"engines: {engines['backend']} for {engines['target']}, {amount(engines['bytes'])}, "
             f"compiled in {engines['seconds']} s{note}"
         ]
     return [*lines, "", *render_forecast(data), *_render_speedups(data)]
@@ -240,15 +247,15 @@ def render_forecast(data: Mapping[str, Any]) -> list[str]:
         ["uncached run", "", _flops(flops["uncached_run"])],
     ]
     caches = [
-        [name, c["slots"], _amount(c["history_bytes"]), _amount(c["signal_bytes"]),
-         _amount(c["feature_bytes"]), _amount(c["total_bytes"])]
+        [name, c["slots"], amount(c["history_bytes"]), amount(c["signal_bytes"]),
+         amount(c["feature_bytes"]), amount(c["total_bytes"])]
         for name, c in memory["caches"].items()
     ]  # fmt: skip
-    parts = [[name, _amount(b)] for name, b in memory["parts"].items()]
-    parts.append(["needed", _amount(memory["needed_bytes"])])
+    parts = [[name, amount(b)] for name, b in memory["parts"].items()]
+    parts.append(["needed", amount(memory["needed_bytes"])])
     available = memory["available_bytes"]
     parts.append(
-        [f"available ({memory['device']})", "unknown" if available is None else _amount(available)]
+        [f"available ({memory['device']})", "unknown" if available is None else amount(available)]
     )
     lines = [title, ""]
     lines += _table("operations of one branch", ["graph", "times", "FLOPs"], per_step)
@@ -316,7 +323,8 @@ def _top(operators: Mapping[str, int]) -> str:
     return ", ".join(shown) + (" …" if len(operators) > 4 else "")
 
 
-def _amount(count: int) -> str:
+def amount(count: int) -> str:
+    """Spell a count of bytes with its unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forecast what a build and its runs will need, from a checkpoint's config and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..bundle.manifest import ConfigEntry
+from ..configs.dtypes import ITEM_BYTES
+from ..configs.setting import CacheSetting
+from ..policies import POLICIES
+from .checkpoint import Checkpoint
+from .families import Cut
+from .footprint import footprint_of, weights_of
+from .host import disk_free_bytes, existing_parent
+from .inspect import amount, describe_flops, forecast_memory, render_forecast
+from .sizes import dims_of, size_of
+
+__all__ = ["forecast_build", "forecast_disk", "render_plan"]
+
+LINKING_BACKENDS = ("onnxruntime",)
+"""Whose engines share baked weights with the bundle; the others' hold a copy."""
+
+
+def forecast_build(
+    checkpoint: Checkpoint,
+    cut: Cut,
+    configs: Mapping[str, ConfigEntry],
+    *,
+    backends: Sequence[str],
+    baked: bool,
+    out: Path,
+) -> dict[str, Any]:
+    """Forecast memory and operations of a run under the default config, and the disk for a bundle.
+
+    Args:
+        checkpoint: Where weights and pipeline lie.
+        cut: The checkpoint's model, cut.
+        configs: Configs to be carried; the first is the default.
+        backends: Backends to compile for; the first runs it.
+        baked: Whether engines hold weights.
+        out: The bundle's folder to be.
+
+    Raises:
+        RequestError: the default config's size is not divided by VAE or patches.
+    """
+    default = next(iter(configs))
+    size = size_of(configs[default].generation)
+    dims = dims_of(cut, size, checkpoint.pipeline)
+    settings = {n: CacheSetting(policy=n) for n in POLICIES}
+    settings |= {n: c.cache for n, c in configs.items()}
+    footprint = footprint_of(
+        cut, dims, branches=size.branches, settings=settings,
+        specs={n: p.spec for n, p in POLICIES.items()},
+    )  # fmt: skip
+    return {
+        "size": vars(size),
+        "dims": dims,
+        "flops": describe_flops(cut, dims, size),
+        "memory": forecast_memory(footprint, default, device=backends[0]),
+        "disk": forecast_disk(checkpoint, cut, backends=backends, baked=baked, out=out),
+    }
+
+
+def forecast_disk(
+    checkpoint: Checkpoint, cut: Cut, *, backends: Sequence[str], baked: bool, out: Path
+) -> dict[str, Any]:
+    """Forecast the disk that a bundle takes; graphs and template engines, a few MB, are left out.
+
+    Args:
+        checkpoint: Where weights lie, and in what dtype.
+        cut: The checkpoint's model, cut.
+        backends: Backends to compile for.
+        baked: Whether engines hold weights.
+        out: The bundle's folder to be.
+    """
+    stored = checkpoint.tensors
+    in_body = _body_weights(cut)
+    linkable = converted = body = 0
+    for name, (dtype, shape) in weights_of(cut).items():
+        size = prod(shape) * ITEM_BYTES[dtype]
+        is_as_stored = name in stored and stored[name].dtype == dtype
+        linkable += size if is_as_stored else 0
+        converted += 0 if is_as_stored else size
+        body += size if name in in_body else 0
+    copies = sum(b not in LINKING_BACKENDS for b in backends) if baked else 0
+    source = existing_parent(checkpoint.transformer.resolve())
+    links = source.stat().st_dev == existing_parent(out).stat().st_dev
+    needed = converted + (0 if links else linkable) + copies * body
+    free = disk_free_bytes(out)
+    verdict = None
+    if needed > free:
+        verdict = (
+            f"will not fit: {needed / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} GB free "
+            f"where '{out}' would lie"
+        )
+    return {
+        "linked_bytes": linkable if links else 0,
+        "converted_bytes": converted + (0 if links else linkable),
+        "baked_bytes": copies * body,
+        "needed_bytes": needed,
+        "free_bytes": free,
+        "verdict": verdict,
+    }
+
+
+def _body_weights(cut: Cut) -> set[str]:
+    blocks = {s.block for s in cut.stages}
+    body = replace(cut, segments=tuple(s for s in cut.segments if s.name in blocks))
+    return set(weights_of(body))
+
+
+def render_plan(planned: Mapping[str, Any]) -> list[str]:
+    """Turn what ``build --dry-run`` found into lines for people."""
+    forecast = planned["forecast"]
+    disk = forecast["disk"]
+    lines = [f"{n}: {v}" for n, v in planned.items() if n != "forecast"]
+    lines.append(
+        f"disk: {amount(disk['needed_bytes'])} written beside "
+        f"{amount(disk['linked_bytes'])} linked, {amount(disk['free_bytes'])} free"
+    )
+    lines += ["", *render_forecast(forecast)]
+    return lines if disk["verdict"] is None else [*lines, disk["verdict"]]
