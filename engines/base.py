@@ -15,22 +15,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..configs.tensor_spec import TensorSpec
+
 __all__ = ["Availability", "Backend", "BoundCall", "Engine", "Target", "TensorSpec"]
-
-Dim = int | str
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name-free description of a graph input or output.
-
-    Attributes:
-        dtype: Spelled as in torch: ``float32``, ``bfloat16``, ``float16``, ``int64``, ``bool``.
-        shape: Fixed sizes as int, dynamic ones by their name.
-    """
-
-    dtype: str
-    shape: tuple[Dim, ...]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from ..configs.errors import PassError
-from ..engines.base import TensorSpec
+from ..configs.tensor_spec import TensorSpec
 from .base import Pass, PassResult
 
 __all__ = ["DeclareInterface"]
