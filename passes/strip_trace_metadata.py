@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from .base import Pass, PassResult
@@ -19,15 +21,21 @@ class StripTraceMetadata(Pass):
 
     def run(self, model: ir.Model) -> PassResult:
         """Clear them."""
-        graph = model.graph
-        values = [*graph.inputs, *graph.initializers.values()]
-        for node in graph:
-            values.extend(node.outputs)
-        carriers = [model, graph, *graph, *values]
         changed = False
-        for carrier in carriers:
+        for carrier in [model, *carriers_of(model.graph)]:
             if carrier.metadata_props or carrier.doc_string:
                 carrier.metadata_props.clear()
                 carrier.doc_string = None
                 changed = True
         return PassResult(model, changed)
+
+
+def carriers_of(graph: ir.Graph) -> Iterator[ir.Graph | ir.Node | ir.Value]:
+    """Yield everything of a graph that can carry metadata, inside branches and loops too."""
+    for part in (graph, *graph.subgraphs()):
+        yield part
+        yield from part.inputs
+        yield from part.initializers.values()
+        for node in part:
+            yield node
+            yield from node.outputs
