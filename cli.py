@@ -59,20 +59,33 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     config: Annotated[
         list[str] | None,
-        typer.Option("--config", "--config_json", help="Caching config to carry; repeatable, the first is the default."),
+        typer.Option(
+            "--config",
+            "--config_json",
+            help="Caching config to carry; repeatable, the first is the default.",
+        ),
     ] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="tensorrt, tensorrt-rtx, openvino, onnxruntime or auto; repeatable, runs use the first."),
+        typer.Option(
+            help="tensorrt, tensorrt-rtx, openvino, onnxruntime or auto; repeatable, runs use the first."
+        ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Precision of the body: float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="Precision of the body: float32, bfloat16 or float16.")
+    ] = "float32",
     weights: Annotated[str, typer.Option(help="auto, inputs (block templates) or baked.")] = "auto",
     group_blocks: Annotated[
-        int | None, typer.Option(help="Blocks per engine of the baked form; default: as many as 4 GiB of weights.")
+        int | None,
+        typer.Option(
+            help="Blocks per engine of the baked form; default: as many as 4 GiB of weights."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
-    dump_passes: Annotated[Path | None, typer.Option(help="Write each graph after each pass here.")] = None,
+    dump_passes: Annotated[
+        Path | None, typer.Option(help="Write each graph after each pass here.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be built, and stop.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -138,12 +151,22 @@ def run(
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE[:scale] to merge at load; repeatable.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Backend; default: the bundle's first.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Diffusers folder, if the bundle lacks the pipeline.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE[:scale] to merge at load; repeatable.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend; default: the bundle's first.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder, if the bundle lacks the pipeline.")
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Write a trace (.npz).")] = None,
-    record_tokens: Annotated[int | None, typer.Option(help="Tokens of each frame to record.")] = None,
-    record_modulated_input: Annotated[bool, typer.Option(help="Record the modulated input too.")] = False,
+    record_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each frame to record.")
+    ] = None,
+    record_modulated_input: Annotated[
+        bool, typer.Option(help="Record the modulated input too.")
+    ] = False,
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 8,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -207,7 +230,12 @@ def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
         spread = branch["percentiles"] or {}
         computed = sum(branch["computed"])
         rows.append(
-            [name, computed, len(branch["computed"]) - computed, *(spread.get(p) for p in ("p25", "p50", "p75", "max"))]
+            [
+                name,
+                computed,
+                len(branch["computed"]) - computed,
+                *(spread.get(p) for p in ("p25", "p50", "p75", "max")),
+            ]
         )
     screen.table(
         f"policy {data['policy']}" + (" (folded ahead of the loop)" if data["folded"] else ""),
@@ -218,9 +246,20 @@ def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
     screen.table(
         "speed",
         ["computed step s", "reused step s", "measured speedup", "ideal speedup"],
-        [[_seconds(seconds["computed"]), _seconds(seconds["reused"]), data["measured_speedup"], data["ideal_speedup"]]],
+        [
+            [
+                _seconds(seconds["computed"]),
+                _seconds(seconds["reused"]),
+                data["measured_speedup"],
+                data["ideal_speedup"],
+            ]
+        ],
     )
-    screen.table("seconds by segment", ["segment", "seconds"], [[n, _seconds(s)] for n, s in data["seconds"].items()])
+    screen.table(
+        "seconds by segment",
+        ["segment", "seconds"],
+        [[n, _seconds(s)] for n, s in data["seconds"].items()],
+    )
 
 
 def _seconds(value: float | None) -> str | None:
@@ -230,7 +269,12 @@ def _seconds(value: float | None) -> str | None:
 @app.command()
 def replay(
     trace: Annotated[Path, typer.Argument(help="File that `run --record` wrote.")],
-    config: Annotated[str, typer.Option("--config", "--config_json", "--cache", help="Config name or file, or policy.")],
+    config: Annotated[
+        str,
+        typer.Option(
+            "--config", "--config_json", "--cache", help="Config name or file, or policy."
+        ),
+    ],
     set_: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -253,7 +297,9 @@ def replay(
         setting = loaded.setting()
         setting = apply_overrides(setting, _pairs(set_), policy(setting.policy).spec)
         data = run_replay(load_trace(trace), setting).as_dict()
-        lines = [f"{data['policy']}: {data['computed_steps']} of {data['steps']} steps computed, ideal speedup {data['ideal_speedup']:.2f}"]
+        lines = [
+            f"{data['policy']}: {data['computed_steps']} of {data['steps']} steps computed, ideal speedup {data['ideal_speedup']:.2f}"
+        ]
         for name, branch in data["branches"].items():
             marks = "".join("#" if c else "." for c in branch["computed"])
             errors = [e for e in branch["reuse_error"] if e is not None]
@@ -280,14 +326,18 @@ def inspect(
         from freewheel.bundle.reader import Bundle
         from freewheel.compiler.inspect import inspect_bundle, render
 
-        data = inspect_bundle(Bundle(bundle), height=height, width=width, frames=frames, steps=steps)
+        data = inspect_bundle(
+            Bundle(bundle), height=height, width=width, frames=frames, steps=steps
+        )
         screen.result(data, render(data))
 
 
 @app.command()
 def verify(
     bundle: BundleArgument,
-    backend: Annotated[str | None, typer.Option(help="Backend; default: the bundle's first.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend; default: the bundle's first.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -303,7 +353,11 @@ def verify(
         with screen.progress():
             report = verify_bundle(Bundle(bundle), backend, screen)
         data = report.as_dict()
-        screen.table("engines", ["graph", "block", "output", "relative error", "tolerance", "ok"], report.rows())
+        screen.table(
+            "engines",
+            ["graph", "block", "output", "relative error", "tolerance", "ok"],
+            report.rows(),
+        )
         screen.result(data, [report.summary()])
         report.raise_on_mismatch()
 
@@ -314,12 +368,22 @@ def bench(
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeatable.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds per prompt, counting from 0.")] = 1,
-    cache: Annotated[list[str] | None, typer.Option("--cache", "--config_json", help="Config or policy; repeatable.")] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option("--cache", "--config_json", help="Config or policy; repeatable."),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds for the timings.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
-    eager: Annotated[bool, typer.Option(help="Time diffusers eager on the same checkpoint too.")] = False,
-    backend: Annotated[str | None, typer.Option(help="Backend; default: the bundle's first.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md, videos and the contact sheet.")] = None,
+    eager: Annotated[
+        bool, typer.Option(help="Time diffusers eager on the same checkpoint too.")
+    ] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend; default: the bundle's first.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for bench.json, bench.md, videos and the contact sheet."),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -395,7 +459,12 @@ def main() -> None:
 
         traceback.print_exc()
         if "--json" in sys.argv:
-            bug = {"code": "bug", "message": "internal error", "where": "freewheel", "hint": "report the traceback"}
+            bug = {
+                "code": "bug",
+                "message": "internal error",
+                "where": "freewheel",
+                "hint": "report the traceback",
+            }
             sys.stdout.write(json.dumps({"error": bug}) + "\n")
         raise SystemExit(70) from None
 

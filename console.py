@@ -41,7 +41,9 @@ class Screen:
     def result(self, data: dict[str, Any], lines: Sequence[str] = ()) -> None:
         """Print the result: ``data`` with --json, else ``lines``."""
         if self.as_json:
-            sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **data}, allow_nan=False) + "\n")
+            sys.stdout.write(
+                json.dumps({"schema_version": SCHEMA_VERSION, **data}, allow_nan=False) + "\n"
+            )
         else:
             for line in lines:
                 sys.stdout.write(line + "\n")
@@ -50,7 +52,12 @@ class Screen:
     def error(self, error: FreewheelError) -> None:
         """Print an expected failure: an object on stdout with --json, else one message."""
         if self.as_json:
-            parts = {"code": error.code, "message": str(error), "where": error.where, "hint": error.hint}
+            parts = {
+                "code": error.code,
+                "message": str(error),
+                "where": error.where,
+                "hint": error.hint,
+            }
             sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, "error": parts}) + "\n")
         else:
             self._err.print("[bold red]error:[/] ", end="")

@@ -172,7 +172,9 @@ class FreewheelTransformer(torch.nn.Module):
         timestep = timestep.reshape(-1).float()
         if not bool((timestep == timestep[0]).all()):
             raise RequestError(
-                "timestep", "differs within the batch", "this model is conditioned on one timestep per step"
+                "timestep",
+                "differs within the batch",
+                "this model is conditioned on one timestep per step",
             )
         known = self._positions.get(branch, -1)
         said = self._context.get("step_index")
@@ -187,7 +189,9 @@ class FreewheelTransformer(torch.nn.Module):
 
     def _continues(self, known: int, timestep: Tensor) -> bool:
         table = self.session.timesteps
-        return 0 <= known + 1 < len(table) and bool(table[known + 1] == timestep[0].to(table.device))
+        return 0 <= known + 1 < len(table) and bool(
+            table[known + 1] == timestep[0].to(table.device)
+        )
 
     def _begin(self) -> None:
         self._positions.clear()

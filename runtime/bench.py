@@ -133,7 +133,10 @@ class BenchReport:
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
-        lines = ["| " + " | ".join(self.columns) + " |", "|---" + "|--:" * (len(self.columns) - 1) + "|"]
+        lines = [
+            "| " + " | ".join(self.columns) + " |",
+            "|---" + "|--:" * (len(self.columns) - 1) + "|",
+        ]
         for row in self.rows():
             cells = ["–" if v is None else f"{v:.2f}" if isinstance(v, float) and abs(v) >= 1 else str(round(v, 4)) if isinstance(v, float) else str(v) for v in row]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
@@ -156,7 +159,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompts '{path}'", f"can't be read: {error}", "give a text file") from error
+        raise RequestError(
+            f"--prompts '{path}'", f"can't be read: {error}", "give a text file"
+        ) from error
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise RequestError(f"--prompts '{path}'", "holds no prompt", "write one prompt per line")
@@ -184,7 +189,9 @@ def bench_bundle(
     settings = {n: choose_setting(bundle, n, {}, warn) for n in names}
     settings = {n: s for n, s in settings.items() if s.cache.policy != "off"}
     base = choose_setting(bundle, None, {}, warn)
-    uncached = ConfigEntry(cache=choose_setting(bundle, "off", {}, warn).cache, generation=base.generation)
+    uncached = ConfigEntry(
+        cache=choose_setting(bundle, "off", {}, warn).cache, generation=base.generation
+    )
     generator = Generator(bundle, backend=request.backend)
     eager = _EagerPipeline(generator) if request.eager else None
 
@@ -254,7 +261,10 @@ class _EagerPipeline:
         dtype = getattr(torch, generator.bundle.manifest.precision)
         try:
             self._model = transformer_class.from_pretrained(
-                checkpoint.source, subfolder=subfolder, torch_dtype=dtype, revision=checkpoint.revision
+                checkpoint.source,
+                subfolder=subfolder,
+                torch_dtype=dtype,
+                revision=checkpoint.revision,
             )
         except OSError as error:
             raise RequestError(
@@ -277,7 +287,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(str(folder), f"can't be written: {error.strerror}", "choose another --out") from error
+        raise OutputError(
+            str(folder), f"can't be written: {error.strerror}", "choose another --out"
+        ) from error
 
 
 def _write(folder: Path, report: BenchReport, pictures: dict[str, NDArray[np.uint8]]) -> None:

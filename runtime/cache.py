@@ -99,7 +99,11 @@ class BranchCache:
             self._replay = model.bind("delta", {**before, "residual": residual}) if record else None
         self._bind_signal(model, shared)
         self._decider = Decider(
-            model, resolved.policy, resolved.parameters, resolved.setting.guard, self._arrangements(dims)
+            model,
+            resolved.policy,
+            resolved.parameters,
+            resolved.setting.guard,
+            self._arrangements(dims),
         )
         self._verdicts: list[Verdict] | None = None
 
@@ -116,7 +120,9 @@ class BranchCache:
             return
         buffers = [torch.zeros_like(shared["hidden"]) for _ in range(2)]
         graph = next(
-            n for n, g in model.manifest.graphs.items() if g.runs == "signal" and signal.value in g.outputs
+            n
+            for n, g in model.manifest.graphs.items()
+            if g.runs == "signal" and signal.value in g.outputs
         )
         self._signal_calls = [model.bind(graph, {**shared, signal.value: b}) for b in buffers]
         self._signals = [b.flatten(0, -2) for b in buffers]
@@ -129,10 +135,15 @@ class BranchCache:
             shape = (-1, dims["tokens_per_frame"], self._body.taps[0].shape[-1])
             features = [t[0].view(shape) for t in self._body.taps]
         found = []
-        for signal, feature in product(range(len(self._signal_calls) or 1), range(len(features) or 1)):
+        for signal, feature in product(
+            range(len(self._signal_calls) or 1), range(len(features) or 1)
+        ):
             values: dict[str, Tensor] = {}
             if self._signals:
-                values |= {"signal": self._signals[signal], "previous_signal": self._signals[1 - signal]}
+                values |= {
+                    "signal": self._signals[signal],
+                    "previous_signal": self._signals[1 - signal],
+                }
             if features:
                 values |= {"feature": features[feature], "previous_feature": features[1 - feature]}
             found.append(values)

@@ -75,7 +75,8 @@ class Decider:
             f"guard_state.{n}": s.initial for n, s in GUARD_STATE.items()
         }
         self._calls: list[BoundCall] = [
-            model.bind(policy.graph, {**self._values, **arrangement}) for arrangement in arrangements
+            model.bind(policy.graph, {**self._values, **arrangement})
+            for arrangement in arrangements
         ]
         self._computed = self._values.get("computed_steps")
         self.reset(1)
@@ -109,7 +110,9 @@ class Decider:
             if f"new_{name}" in values and name in values:
                 values[name].copy_(values[f"new_{name}"])
         distance = self._spec.distance
-        return Verdict(compute, mix, None if distance is None else float(values[f"new_state.{distance}"]))
+        return Verdict(
+            compute, mix, None if distance is None else float(values[f"new_state.{distance}"])
+        )
 
     def _set(self, name: str, value: float | bool | Sequence[float]) -> None:
         """Write an input of the graph; inputs that the graph does not use are not there."""

@@ -157,8 +157,7 @@ class Generator:
         Raises:
             RequestError: sizes that the model can't take, or no steps.
         """
-        values = {n: request.value(n) for n in ("steps", "height", "width", "frames", "guidance_scale", "seed")}
-        self._check(values)
+        values = self._checked_values(request)
 
         def tell(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step + 1, values["steps"])
@@ -190,9 +189,14 @@ class Generator:
         return Generation(frames, latents, self.transformer.statistics, seconds, values)
 
     def timesteps(self, request: GenerationRequest) -> torch.Tensor:
-        """Return the timesteps that a request will run through, [steps]."""
+        """Return the timesteps that a request will run through, [steps].
+
+        Raises:
+            RequestError: sizes that the model can't take, or no steps.
+        """
+        values = self._checked_values(request)
         self._set_scheduler(request)
-        self.pipe.scheduler.set_timesteps(request.value("steps"))
+        self.pipe.scheduler.set_timesteps(values["steps"])
         return torch.as_tensor(self.pipe.scheduler.timesteps)
 
     def _set_scheduler(self, request: GenerationRequest) -> None:
@@ -212,7 +216,9 @@ class Generator:
         frames = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
         return (np.asarray(frames) * 255).round().clip(0, 255).astype(np.uint8)
 
-    def _check(self, values: dict[str, Any]) -> None:
+    def _checked_values(self, request: GenerationRequest) -> dict[str, Any]:
+        names = ("steps", "height", "width", "frames", "guidance_scale", "seed")
+        values = {n: request.value(n) for n in names}
         config = self.pipe.vae.config
         spatial = config.scale_factor_spatial * max(self.transformer.config["patch_size"][1:])
         for name in ("height", "width"):
@@ -229,6 +235,7 @@ class Generator:
             )  # fmt: skip
         if not 1 <= values["steps"] <= 1000:
             raise RequestError(f"--steps {values['steps']}", "is outside [1, 1000]", "use 20 to 50")
+        return values
 
     @staticmethod
     def _image(path: Path, height: int, width: int) -> Any:
@@ -237,4 +244,6 @@ class Generator:
         try:
             return Image.open(path).convert("RGB").resize((width, height))
         except (OSError, UnidentifiedImageError) as error:
-            raise RequestError(f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg") from error
+            raise RequestError(
+                f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
+            ) from error

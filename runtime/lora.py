@@ -48,7 +48,9 @@ def read_lora(text: str) -> Lora:
     try:
         factor = float(scale)
     except ValueError as error:
-        raise RequestError(f"--lora '{text}'", f"scale '{scale}' is not a number", "write FILE:0.8") from error
+        raise RequestError(
+            f"--lora '{text}'", f"scale '{scale}' is not a number", "write FILE:0.8"
+        ) from error
     if not Path(path).is_file():
         raise RequestError(f"--lora '{path}'", "is not a file", "give a .safetensors file")
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
@@ -56,7 +58,9 @@ def read_lora(text: str) -> Lora:
     try:
         state = WanLoraLoaderMixin.lora_state_dict(path, use_safetensors=True)
     except (ValueError, KeyError, OSError, SafetensorError) as error:
-        raise RequestError(f"--lora '{path}'", f"can't be read: {error}", "give a LoRA of this model") from error
+        raise RequestError(
+            f"--lora '{path}'", f"can't be read: {error}", "give a LoRA of this model"
+        ) from error
     return lora_from_state_dict(path, state, factor)
 
 
@@ -72,7 +76,9 @@ def lora_from_state_dict(name: str, state: Mapping[str, Tensor], scale: float = 
     for module in modules:
         down, up = (state.get(f"{module}.lora_{side}.weight") for side in "AB")
         if down is None or up is None:
-            raise RequestError(f"LoRA '{name}', module '{module}'", "has one half of a pair", "use a whole file")
+            raise RequestError(
+                f"LoRA '{name}', module '{module}'", "has one half of a pair", "use a whole file"
+            )
         alpha = float(state.get(f"{module}.alpha", torch.tensor(float(down.shape[0]))))
         pairs[module] = (down, up, alpha / down.shape[0])
         bias = state.get(f"{module}.lora_B.bias")
@@ -80,7 +86,9 @@ def lora_from_state_dict(name: str, state: Mapping[str, Tensor], scale: float = 
             biases[module] = bias
     if not pairs:
         raise RequestError(
-            f"LoRA '{name}'", "holds no '…lora_A.weight' / '…lora_B.weight' pair", "give a LoRA of this model"
+            f"LoRA '{name}'",
+            "holds no '…lora_A.weight' / '…lora_B.weight' pair",
+            "give a LoRA of this model",
         )
     return Lora(name, scale, pairs, biases)
 
@@ -121,7 +129,7 @@ def merge_loras(bundle: Bundle, loras: Sequence[Lora]) -> dict[str, Tensor]:
             merged[name] = (weight.float() + lora.scale * ratio * update).to(weight.dtype)
         for module, bias in lora.biases.items():
             name = f"{module}.bias"
-            merged[name] = (merged.get(name, bundle.tensor(name)).float() + lora.scale * bias.float()).to(
-                bundle.tensor(name).dtype
-            )
+            merged[name] = (
+                merged.get(name, bundle.tensor(name)).float() + lora.scale * bias.float()
+            ).to(bundle.tensor(name).dtype)
     return merged

@@ -89,7 +89,9 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
     signal = setting.signal or next(iter(spec.signals), None)
     if signal is not None and signal not in spec.signals:
         raise ConfigError(
-            f"signal '{signal}'", f"can't be given to policy '{setting.policy}'", nearest(signal, spec.signals)
+            f"signal '{signal}'",
+            f"can't be given to policy '{setting.policy}'",
+            nearest(signal, spec.signals),
         )
     branches = {}
     for branch in trace.branches:

@@ -120,7 +120,9 @@ class Session:
                 branch.cache = None
         self._resolved, self._recorder, self._row = resolved, recorder, -1
         self._compute_tables(timesteps)
-        self.statistics = RunStatistics(resolved.policy.spec.name, resolved.is_folded, len(timesteps))
+        self.statistics = RunStatistics(
+            resolved.policy.spec.name, resolved.is_folded, len(timesteps)
+        )
         for branch in self._branches.values():
             branch.last_step = -1
             if branch.cache is not None:
@@ -163,7 +165,9 @@ class Session:
                     f"branch '{branch}', input '{name}'", "is missing", f"give {', '.join(wanted)}"
                 )
             match_dims(name, entry, tensor.shape)
-            given[name] = tensor.detach().to(self.model.device, getattr(torch, entry.dtype)).contiguous()
+            given[name] = (
+                tensor.detach().to(self.model.device, getattr(torch, entry.dtype)).contiguous()
+            )
         if known and all(torch.equal(known[n], t) for n, t in given.items()):
             return
         self._prompts[branch] = {n: t.clone() for n, t in given.items()}
@@ -215,7 +219,10 @@ class Session:
             self.model.backend.synchronize()
         state.last_step = step_index
         self.statistics.branches.setdefault(branch, BranchStatistics()).add(
-            verdict.compute, verdict.distance, verdict.mix[: self._resolved.depth], time.perf_counter() - began
+            verdict.compute,
+            verdict.distance,
+            verdict.mix[: self._resolved.depth],
+            time.perf_counter() - began,
         )
         if self._recorder is not None:
             self._record(branch, step_index, verdict.compute, cache.recorded(verdict))
@@ -230,7 +237,9 @@ class Session:
         policies = self.manifest.policies
         if setting.policy not in policies:
             raise ConfigError(
-                f"policy '{setting.policy}'", "is not in the bundle", nearest(setting.policy, list(policies))
+                f"policy '{setting.policy}'",
+                "is not in the bundle",
+                nearest(setting.policy, list(policies)),
             )
         policy = policies[setting.policy]
         name = setting.signal or next(iter(policy.spec.signals), None)
@@ -299,7 +308,9 @@ class Session:
             if graph.runs == "shape":
                 shared |= allocate(graph.outputs, dims, device)
         hidden = graphs["head"].outputs["hidden"]
-        shared |= allocate(dict.fromkeys(("hidden", "hidden_even", "hidden_odd"), hidden), dims, device)
+        shared |= allocate(
+            dict.fromkeys(("hidden", "hidden_even", "hidden_odd"), hidden), dims, device
+        )
         for name, graph in graphs.items():
             if graph.runs == "shape":
                 self.model.bind(name, shared).run()

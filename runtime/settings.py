@@ -53,7 +53,10 @@ def config_entries(names: Sequence[str], warn: Warn) -> dict[str, ConfigEntry]:
 
 
 def choose_setting(
-    bundle: Bundle, cache: CacheSetting | str | Path | None, overrides: Mapping[str, str], warn: Warn
+    bundle: Bundle,
+    cache: CacheSetting | str | Path | None,
+    overrides: Mapping[str, str],
+    warn: Warn,
 ) -> ConfigEntry:
     """Find what ``cache`` names and apply overrides.
 

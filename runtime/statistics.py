@@ -39,7 +39,9 @@ class BranchStatistics:
 
     def percentiles(self) -> dict[str, float] | None:
         """Return the distances' minimum, quartiles and maximum over reused steps."""
-        values = [d for d, c in zip(self.distance, self.computed, strict=True) if d is not None and not c]
+        values = [
+            d for d, c in zip(self.distance, self.computed, strict=True) if d is not None and not c
+        ]
         if not values:
             return None
         names = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "max": 100}
@@ -108,7 +110,12 @@ class RunStatistics:
                     )
             free = [d for b in self.branches.values() for d in b.distance if d is not None]
             threshold = parameters.get("threshold")
-            if free and isinstance(threshold, int | float) and threshold > 0 and max(free) < 0.01 * threshold:
+            if (
+                free
+                and isinstance(threshold, int | float)
+                and threshold > 0
+                and max(free) < 0.01 * threshold
+            ):
                 found.append(
                     f"threshold {threshold} can't matter: the largest distance was {max(free):.3g}"
                 )
@@ -129,7 +136,12 @@ class RunStatistics:
             "ideal_speedup": self.ideal_speedup,
             "measured_speedup": self.measured_speedup,
             "branches": {
-                n: {"computed": b.computed, "distance": b.distance, "mix": b.mix, "percentiles": b.percentiles()}
+                n: {
+                    "computed": b.computed,
+                    "distance": b.distance,
+                    "mix": b.mix,
+                    "percentiles": b.percentiles(),
+                }
                 for n, b in self.branches.items()
             },
             "seconds": {n: round(s, 6) for n, s in self.seconds.items()},

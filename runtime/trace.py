@@ -95,7 +95,9 @@ class Trace:
                 np.savez(stream, **self.arrays)  # type: ignore[arg-type]  # numpy types it as bool
             partial.replace(path)
         except OSError as error:
-            raise OutputError(str(path), f"can't be written: {error.strerror}", "choose another file") from error
+            raise OutputError(
+                str(path), f"can't be written: {error.strerror}", "choose another file"
+            ) from error
         finally:
             if partial.exists():
                 os.unlink(partial)
@@ -112,7 +114,9 @@ def load_trace(path: Path | str) -> Trace:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise RequestError(where, f"is not a trace: {error}", "record one with `run --record`") from error
+        raise RequestError(
+            where, f"is not a trace: {error}", "record one with `run --record`"
+        ) from error
     missing = [n for n in ("timesteps", "branches") if n not in arrays]
     if missing:
         raise RequestError(where, f"lacks '{missing[0]}'", "record it again with `run --record`")
@@ -195,5 +199,7 @@ class TraceRecorder:
                 if name != "timesteps":
                     arrays[f"{branch}/{name}"] = table
             for name, values in recorded.items():
-                arrays[f"{branch}/{name}"] = np.stack(values) if name != "computed" else np.array(values)
+                arrays[f"{branch}/{name}"] = (
+                    np.stack(values) if name != "computed" else np.array(values)
+                )
         return Trace(arrays)

@@ -26,14 +26,18 @@ def check_output(path: Path) -> None:
         OutputError: unknown suffix, or the folder can't be written.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(str(path), f"has suffix '{path.suffix}'", f"use one of {', '.join(SUFFIXES)}")
+        raise OutputError(
+            str(path), f"has suffix '{path.suffix}'", f"use one of {', '.join(SUFFIXES)}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.probe")
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(str(path), f"can't be written: {error.strerror}", "choose another --out") from error
+        raise OutputError(
+            str(path), f"can't be written: {error.strerror}", "choose another --out"
+        ) from error
 
 
 def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
@@ -60,7 +64,9 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
             iio.imwrite(partial, np.concatenate(list(frames), axis=1))
         partial.replace(path)
     except OSError as error:
-        raise OutputError(str(path), f"can't be written: {error}", "choose another --out") from error
+        raise OutputError(
+            str(path), f"can't be written: {error}", "choose another --out"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,12 +85,16 @@ def contact_sheet(videos: Mapping[str, Frames], columns: int = 5, scale: int = 2
     shape = next(iter(videos.values())).shape
     height, width = shape[1] * scale, shape[2] * scale
     label, gap = 20, 4
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(videos) * (height + label + gap)), "white")
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, len(videos) * (height + label + gap)), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for row, (name, frames) in enumerate(videos.items()):
         top = row * (height + label + gap)
         draw.text((gap, top + 4), name, fill="black")
-        for column, index in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
+        for column, index in enumerate(
+            np.linspace(0, len(frames) - 1, columns).round().astype(int)
+        ):
             frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(frame, (gap + column * (width + gap), top + label))
     return np.asarray(sheet)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,14 @@ from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
+from freewheel.configs.setting import CacheSetting
 from freewheel.engines import backend
+from freewheel.runtime.generate import GenerationRequest, Generator
 from freewheel.runtime.settings import config_entries
+from freewheel.runtime.trace import Trace, TraceRecorder
+
+# The NumPy transcription of the policies serves several folders.
+sys.path.insert(0, str(Path(__file__).parent / "policies"))
 
 TINY = {
     "num_attention_heads": 2,
@@ -57,7 +65,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """Return a function that builds a bundle of a checkpoint for both CPU backends."""
 
-    def make(checkpoint: Path, backends: tuple[str, ...] = ("openvino", "onnxruntime"), **options: object) -> Bundle:
+    def make(
+        checkpoint: Path, backends: tuple[str, ...] = ("openvino", "onnxruntime"), **options: object
+    ) -> Bundle:
         out = tmp_path_factory.mktemp("bundle") / "bundle"
         request = BuildRequest(
             model=str(checkpoint),
@@ -83,3 +93,35 @@ def demo_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle
     names = [f"shapes_wan_{p}" for p in ("teacache", "off", "taylorseer", "adacache", "custom")]
     configs = config_entries(names, lambda text: None)
     return build_bundle(repository / "models" / "shapes_wan", configs=configs)
+
+
+PROMPT = "a green square moving up on a black background"
+
+
+@pytest.fixture(scope="session")
+def generator(demo_bundle: Bundle) -> Generator:
+    return Generator(demo_bundle)
+
+
+@pytest.fixture(scope="session")
+def request_of(demo_bundle: Bundle) -> Any:
+    """Return a function that makes a small request of the demo model."""
+    defaults = demo_bundle.manifest.configs["shapes_wan_off"].generation
+
+    def make(
+        cache: CacheSetting, steps: int = 20, frames: int = 5, **options: Any
+    ) -> GenerationRequest:
+        return GenerationRequest(
+            prompt=PROMPT, cache=cache, defaults=defaults, steps=steps, frames=frames, **options
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trace(generator: Generator, request_of: Any) -> Trace:
+    """An uncached run of 20 steps, everything recorded."""
+    torch.manual_seed(0)
+    recorder = TraceRecorder(wants_modulated_input=True)
+    generator.generate(request_of(CacheSetting()), recorder=recorder)
+    return recorder.trace()

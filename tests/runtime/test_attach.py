@@ -23,7 +23,9 @@ def load(repository: Path) -> Any:
     return pipe
 
 
-def latents(pipe: Any, steps: int = 20, guidance: float = 3.0, size: int = 96, **options: Any) -> torch.Tensor:
+def latents(
+    pipe: Any, steps: int = 20, guidance: float = 3.0, size: int = 96, **options: Any
+) -> torch.Tensor:
     return pipe(
         PROMPT, negative_prompt="", height=size, width=size, num_frames=5, num_inference_steps=steps,
         guidance_scale=guidance, max_sequence_length=16, output_type="latent",
@@ -68,12 +70,16 @@ def test_branches_steps_and_schedulers_follow_the_pipeline(
     assert torch.equal(latents(pipe, 10), first), "earlier runs leave nothing behind"
 
 
-def test_an_interrupted_run_does_not_leak_into_the_next(demo_bundle: Bundle, repository: Path) -> None:
+def test_an_interrupted_run_does_not_leak_into_the_next(
+    demo_bundle: Bundle, repository: Path
+) -> None:
     pipe = load(repository)
     attach(pipe, demo_bundle, "shapes_wan_custom")
     expected = latents(pipe, 8)
 
-    def interrupt(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def interrupt(
+        pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
         if step == 3:
             raise KeyboardInterrupt
         return tensors
@@ -136,6 +142,8 @@ def test_wrong_loras_are_refused(demo_bundle: Bundle, repository: Path, tmp_path
     save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, file)
     with pytest.raises(RequestError, match=r"module 'blocks.0.attn1.to_q'.*updates \[256, 99\]"):
         attach(pipe, demo_bundle, "off", loras=[str(file)])
-    save_file({"transformer.nowhere.lora_A.weight": down, "transformer.nowhere.lora_B.weight": up}, file)
+    save_file(
+        {"transformer.nowhere.lora_A.weight": down, "transformer.nowhere.lora_B.weight": up}, file
+    )
     with pytest.raises(RequestError, match=r"1 of 1 modules are not in the model.*'nowhere'"):
         attach(pipe, demo_bundle, "off", loras=[str(file)])

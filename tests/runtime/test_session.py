@@ -26,8 +26,12 @@ SETTINGS = [
 ]
 
 
-def inputs(seed: int, batch: int = 1, frames: int = 3, height: int = 4, width: int = 6) -> torch.Tensor:
-    return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(seed))
+def inputs(
+    seed: int, batch: int = 1, frames: int = 3, height: int = 4, width: int = 6
+) -> torch.Tensor:
+    return torch.randn(
+        batch, 4, frames, height, width, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def prompt(seed: int, batch: int = 1, tokens: int = 5) -> torch.Tensor:
@@ -52,7 +56,9 @@ def run(
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize(("batch", "frames", "height", "width", "tokens"), [(1, 3, 4, 6, 5), (2, 1, 8, 4, 9)])
+@pytest.mark.parametrize(
+    ("batch", "frames", "height", "width", "tokens"), [(1, 3, 4, 6, 5), (2, 1, 8, 4, 9)]
+)
 def test_uncached_steps_equal_diffusers(
     tiny_bundle: Bundle, tiny_checkpoint: str, backend: str, batch: int, frames: int, height: int,
     width: int, tokens: int,
@@ -116,12 +122,15 @@ def test_branches_never_read_each_others_history(tiny_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.policy}-{s.signal}")
-def test_step_loop_allocates_no_hidden_sized_tensor(tiny_bundle: Bundle, setting: CacheSetting) -> None:
+def test_step_loop_allocates_no_hidden_sized_tensor(
+    tiny_bundle: Bundle, setting: CacheSetting
+) -> None:
     session = Session(LoadedModel(tiny_bundle, "openvino"))
     run(session, setting)
     session.begin(STEPS, setting)
     latents = inputs(0)
     session.step("cond", 0, {"latents": latents})
+
     def loop() -> None:
         for step in range(1, len(STEPS)):
             session.step("cond", step, {"latents": latents})
@@ -142,7 +151,9 @@ def test_outputs_keep_their_address(tiny_bundle: Bundle) -> None:
     session = Session(LoadedModel(tiny_bundle, "openvino"))
     session.set_prompt("cond", {"text_states": prompt(0)})
     session.begin(STEPS, SETTINGS[3])
-    addresses = {session.step("cond", i, {"latents": inputs(0)}).data_ptr() for i in range(len(STEPS))}
+    addresses = {
+        session.step("cond", i, {"latents": inputs(0)}).data_ptr() for i in range(len(STEPS))
+    }
     assert len(addresses) == 1
 
 
@@ -156,11 +167,15 @@ def test_exact_steps_are_computed(tiny_bundle: Bundle) -> None:
 
 def test_bad_requests_name_where_what_and_what_to_do(tiny_bundle: Bundle) -> None:
     session = Session(LoadedModel(tiny_bundle, "openvino"))
-    with pytest.raises(ConfigError, match=r"policy 'teacash'.*not in the bundle.*did you mean 'teacache'"):
+    with pytest.raises(
+        ConfigError, match=r"policy 'teacash'.*not in the bundle.*did you mean 'teacache'"
+    ):
         session.begin(STEPS, CacheSetting(policy="teacash"))
     with pytest.raises(ConfigError, match=r"parameter 'treshold'.*did you mean 'threshold'"):
         session.begin(STEPS, CacheSetting(policy="teacache", parameters={"treshold": 1}))
-    with pytest.raises(ConfigError, match=r"parameter 'threshold'.*expected a number, found 'high'"):
+    with pytest.raises(
+        ConfigError, match=r"parameter 'threshold'.*expected a number, found 'high'"
+    ):
         session.begin(STEPS, CacheSetting(policy="teacache", parameters={"threshold": "high"}))
     session.begin(STEPS)
     with pytest.raises(RequestError, match=r"branch 'cond'.*no prompt.*set_prompt"):
