@@ -12,6 +12,7 @@ from ..configs.policy_spec import PolicySpec
 from ..configs.setting import CacheSetting
 
 __all__ = [
+    "MANIFEST",
     "SCHEMA_VERSION",
     "CheckpointEntry",
     "ConfigEntry",
@@ -31,6 +32,7 @@ __all__ = [
     "TensorEntry",
 ]
 
+MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
 Size = Annotated[int, Field(ge=0)]

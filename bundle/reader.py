@@ -13,11 +13,10 @@ from safetensors import safe_open
 
 from ..configs.errors import BundleError, nearest
 from .files import safe_path, sha256_of_each
-from .manifest import SCHEMA_VERSION, EngineSetEntry, Manifest
+from .manifest import MANIFEST, SCHEMA_VERSION, EngineSetEntry, Manifest
 
 __all__ = ["MANIFEST", "Bundle"]
 
-MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 
 
@@ -127,14 +126,17 @@ class Bundle:
         """
         entry = self.manifest.tensors.get(name)
         if entry is None:
-            raise BundleError(f"{self.folder}, tensor '{name}'", "is not in the bundle", "build it again")
+            raise BundleError(
+                f"{self.folder}, tensor '{name}'", "is not in the bundle", "build it again"
+            )
         if entry.file not in self._open_files:
             self._open_files[entry.file] = safe_open(self.path(entry.file), framework="pt")
         tensor: torch.Tensor = self._open_files[entry.file].get_tensor(name)
         if list(tensor.shape) != entry.shape or tensor.dtype != getattr(torch, entry.dtype):
             raise BundleError(
                 f"{self.folder}, tensor '{name}'",
-                f"is {tensor.dtype} {list(tensor.shape)}, the manifest says {entry.dtype} {entry.shape}",
+                f"is {tensor.dtype} {list(tensor.shape)}, "
+                f"the manifest says {entry.dtype} {entry.shape}",
                 "build the bundle again",
             )
         return tensor

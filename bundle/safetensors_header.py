@@ -53,8 +53,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(where, f"can't be read: {error.strerror}", fix) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(where, "has a header that is not JSON", fix) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(where, "has a header that is not a table of tensors", fix)
     header.pop("__metadata__", None)
     tensors = {n: _entry(path, n, e, 8 + length) for n, e in header.items()}
     end = max((t.offset + t.bytes for t in tensors.values()), default=8 + length)
@@ -68,9 +70,13 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> Stored
         dtype = SAFETENSORS_DTYPES[str(entry["dtype"])]
         shape = tuple(int(s) for s in entry["shape"])
         begin, end = (int(v) for v in entry["data_offsets"])
+        if min(begin, *shape, 0) < 0:
+            raise ValueError(f"negative size or offset in {shape}, {begin}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}, tensor '{name}'", f"has an unusable header entry: {error}", "fetch the file again"
+            f"{path}, tensor '{name}'",
+            f"has an unusable header entry: {error}",
+            "fetch the file again",
         ) from error
     if end - begin != prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
@@ -79,7 +85,9 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> Stored
     return StoredTensor(path, dtype, shape, data + begin, end - begin)
 
 
-def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+def encode_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, int]]:
     """Encode the header of a file to be written.
 
     Args:
