@@ -87,10 +87,12 @@ def safe_path(folder: Path, name: str) -> Path:
     """Return ``folder / name``, refusing names that leave the folder.
 
     Raises:
-        BundleError: the name is absolute, holds ``..`` or a backslash, or resolves outside.
+        BundleError: the name is absolute, holds ``..``, a backslash or a zero byte, or resolves
+            outside.
     """
     pure = PurePosixPath(name)
-    escapes = pure.is_absolute() or ".." in pure.parts or "\\" in name or not name
+    is_odd = not name or "\\" in name or "\0" in name
+    escapes = is_odd or pure.is_absolute() or ".." in pure.parts
     path = folder / pure
     if escapes or not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..configs.dtypes import Precision
+from ..configs.dtypes import ITEM_BYTES, Precision
 from ..configs.policy_spec import PolicySpec
 from ..configs.setting import CacheSetting
 
@@ -37,6 +37,7 @@ SCHEMA_VERSION = 1
 
 Size = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+StoredDtype = Annotated[str, Field(pattern=f"^({'|'.join(ITEM_BYTES)})$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -62,7 +63,7 @@ class TensorEntry(_Entry):
     """Where one weight lies: ``bytes`` bytes from ``offset`` of ``file``."""
 
     file: str
-    dtype: str
+    dtype: StoredDtype
     shape: list[Size]
     offset: Size
     bytes: Size

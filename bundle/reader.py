@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..configs.errors import BundleError, nearest
 from .files import safe_path, sha256_of_each
@@ -129,9 +129,16 @@ class Bundle:
             raise BundleError(
                 f"{self.folder}, tensor '{name}'", "is not in the bundle", "build it again"
             )
-        if entry.file not in self._open_files:
-            self._open_files[entry.file] = safe_open(self.path(entry.file), framework="pt")
-        tensor: torch.Tensor = self._open_files[entry.file].get_tensor(name)
+        try:
+            if entry.file not in self._open_files:
+                self._open_files[entry.file] = safe_open(self.path(entry.file), framework="pt")
+            tensor: torch.Tensor = self._open_files[entry.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BundleError(
+                f"{self.folder}, tensor '{name}'",
+                f"can't be read from '{entry.file}': {error}",
+                "the file was damaged; build the bundle again",
+            ) from error
         if list(tensor.shape) != entry.shape or tensor.dtype != getattr(torch, entry.dtype):
             raise BundleError(
                 f"{self.folder}, tensor '{name}'",
