@@ -140,6 +140,11 @@ class Session:
         """float32 [steps] of the current run."""
         return self._timesteps
 
+    def last_step(self, branch: str) -> int:
+        """Return the step that ``branch`` ran last in this run, or -1."""
+        known = self._branches.get(branch)
+        return -1 if known is None else known.last_step
+
     @property
     def resolved(self) -> ResolvedSetting:
         """The current run's policy, parameters and guard."""

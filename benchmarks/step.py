@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds of computed and reused steps at a real width, beside diffusers eager and torch.compile.
+
+    python benchmarks/step.py --out out/bench
+
+Wan 2.1 1.3B geometry cut to a few layers, random weights, 480x832x1 (1,560 tokens). Everything runs
+interleaved in one process, round by round; figures are medians. The body is extrapolated to 30
+layers by its measured seconds per layer, and said so in the table.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import WanTransformer3DModel
+from synthetic import GEOMETRIES, write_checkpoint
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.build import BuildRequest, build
+from freewheel.configs.setting import CacheSetting
+from freewheel.engines import backend
+from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.session import Session
+from freewheel.runtime.settings import config_entries
+
+GEOMETRY = "wan2.1-t2v-1.3b"
+FULL_LAYERS = GEOMETRIES[GEOMETRY]["num_layers"]
+LATENTS = (1, 16, 1, 60, 104)
+TOKENS = 1560
+TEXT_TOKENS = 512
+STEPS = 8
+SETTINGS: dict[str, CacheSetting] = {
+    "teacache": CacheSetting(policy="teacache", parameters={"threshold": 1e6}),
+    "teacache on modulated_input": CacheSetting(
+        policy="teacache", signal="modulated_input", parameters={"threshold": 1e6}
+    ),
+    "taylorseer order 1": CacheSetting(policy="taylorseer", parameters={"interval": STEPS}),
+    "taylorseer order 4": CacheSetting(
+        policy="taylorseer", parameters={"interval": STEPS, "order": 4}
+    ),
+    "adacache": CacheSetting(
+        policy="adacache",
+        parameters={"codebook_thresholds": [1e6], "codebook_skips": [STEPS]},
+    ),
+    "custom": CacheSetting(policy="custom", parameters={"threshold": 1e6}),
+}
+
+
+def session_for(checkpoint: Path, folder: Path, name: str, precision: str) -> Session:
+    """Build a bundle and open a session on it."""
+    out = folder / f"{name}-{precision}"
+    build(
+        BuildRequest(
+            model=str(checkpoint), out=out, backends=[backend(name)], precision=precision,  # type: ignore[arg-type]  # a name of PRECISIONS
+            configs=config_entries(["off"], typer.echo), weights="inputs",
+        )
+    )  # fmt: skip
+    return Session(LoadedModel(Bundle(out)))
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Return the seconds of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def measure_reuse(session: Session, layers: int, rounds: int) -> list[dict[str, Any]]:
+    """Measure each policy's computed and reused steps, segment by segment."""
+    latents = torch.randn(LATENTS)
+    session.set_prompt("cond", {"text_states": torch.randn(1, TEXT_TOKENS, 4096)})
+    timesteps = torch.linspace(999, 100, STEPS)
+    samples: dict[str, dict[str, list[float]]] = {n: {} for n in SETTINGS}
+    for round_ in range(rounds + 1):
+        for name, setting in SETTINGS.items():
+            session.begin(timesteps, setting)
+            session.step("cond", 0, {"latents": latents})
+            if name == "adacache":  # its first interval is one step
+                session.step("cond", 1, {"latents": latents})
+            for step in range(session.last_step("cond") + 1, STEPS):
+                session.step("cond", step, {"latents": latents})
+            if round_ == 0:
+                continue  # warm-up
+            branch, kept = session.statistics.branches["cond"], samples[name]
+            for computed, seconds in zip(branch.computed, branch.seconds, strict=True):
+                kept.setdefault("computed" if computed else "reused", []).append(seconds)
+            body = session.statistics.seconds["body"] / sum(branch.computed)
+            kept.setdefault("body", []).append(body)
+    rows = []
+    for name, kept in samples.items():
+        computed, reused, body = (statistics.median(kept[k]) for k in ("computed", "reused", "body"))
+        full = computed + body / layers * (FULL_LAYERS - layers)
+        for_steps = 50
+        ideal = 3.0  # every third step computed
+        taken = for_steps / ideal * full + (for_steps - for_steps / ideal) * reused
+        rows.append(
+            {
+                "policy": name,
+                "computed_step_seconds": computed,
+                "computed_step_seconds_30_layers": full,
+                "reused_step_seconds": reused,
+                "reused_over_computed": reused / full,
+                "efficiency_at_ideal_3": for_steps * full / taken / ideal,
+            }
+        )
+    return rows
+
+
+def measure_peers(
+    checkpoint: Path, sessions: dict[str, Session], precision: str, rounds: int, *, compiled: bool
+) -> list[dict[str, Any]]:
+    """Measure one computed step of ours and of diffusers, at one precision."""
+    dtype = getattr(torch, precision)
+    model = WanTransformer3DModel.from_pretrained(checkpoint, dtype=dtype).eval()
+    latents, text = torch.randn(LATENTS), torch.randn(1, TEXT_TOKENS, 4096)
+    timestep = torch.tensor([500.0])
+
+    def eager(transformer: Any) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad():
+                return transformer(latents.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
+
+        return call
+
+    def ours(session: Session) -> Callable[[], object]:
+        def call() -> object:
+            session.begin(timestep)
+            return session.step("cond", 0, {"latents": latents})
+
+        session.set_prompt("cond", {"text_states": text})
+        return call
+
+    calls = {"diffusers eager": eager(model)}
+    if compiled:
+        calls["torch.compile"] = eager(torch.compile(model))
+    calls |= {f"freewheel {name}": ours(session) for name, session in sessions.items()}
+    seconds: dict[str, list[float]] = {n: [] for n in calls}
+    for round_ in range(rounds + 2):
+        for name, call in calls.items():
+            taken = timed(call)
+            if round_ > 1:
+                seconds[name].append(taken)
+    base = seconds["diffusers eager"]
+    return [
+        {
+            "name": name,
+            "precision": precision,
+            "seconds": statistics.median(found),
+            "speedup_over_eager": statistics.median(b / f for b, f in zip(base, found, strict=True)),
+        }
+        for name, found in seconds.items()
+    ]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path("out/bench"),
+    layers: Annotated[int, typer.Option(help="Layers really run.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds counted.")] = 7,
+    precisions: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    compiled: Annotated[bool, typer.Option(help="Also torch.compile.")] = True,
+) -> None:
+    """Measure steps at Wan 1.3B width."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out))
+    try:
+        checkpoint = folder / "checkpoint"
+        write_checkpoint(GEOMETRY, checkpoint, layers)
+        peers: list[dict[str, Any]] = []
+        reuse: list[dict[str, Any]] = []
+        for precision in precisions.split(","):
+            names = ["openvino"] + (["onnxruntime"] if precision == "float32" else [])
+            sessions = {n: session_for(checkpoint, folder, n, precision) for n in names}
+            peers += measure_peers(checkpoint, sessions, precision, rounds, compiled=compiled)
+            if precision == "float32":
+                reuse = measure_reuse(sessions["openvino"], layers, rounds)
+    finally:
+        shutil.rmtree(folder)
+    data = {"geometry": GEOMETRY, "layers": layers, "tokens": TOKENS, "peers": peers, "reuse": reuse}
+    (out / "step.json").write_text(json.dumps(data, indent=1))
+    text = markdown(data)
+    (out / "step.md").write_text(text)
+    typer.echo(text)
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """Return both tables."""
+    lines = [
+        f"{data['geometry']} cut to {data['layers']} layers, {data['tokens']} tokens, {TEXT_TOKENS} text tokens,"
+        f" {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "",
+        "| computed step | precision | seconds | speedup over eager |",
+        "|---|---|--:|--:|",
+    ]
+    lines += [
+        f"| {p['name']} | {p['precision']} | {p['seconds']:.3f} | {p['speedup_over_eager']:.2f}× |"
+        for p in data["peers"]
+    ]
+    lines += [
+        "",
+        f"Body extrapolated to {FULL_LAYERS} layers by seconds per layer; one step in three computed.",
+        "",
+        "| policy | computed step s | reused step s | reused / computed | measured / ideal speedup |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['policy']} | {r['computed_step_seconds_30_layers']:.2f} | {r['reused_step_seconds']:.4f} "
+        f"| {100 * r['reused_over_computed']:.2f} % | {r['efficiency_at_ideal_3']:.3f} |"
+        for r in data["reuse"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
