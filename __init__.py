@@ -3,4 +3,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runtime.attach import FreewheelTransformer, attach
+
+__all__ = ["FreewheelTransformer", "__version__", "attach"]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for, so that ``--help`` stays quick."""
+    if name in ("FreewheelTransformer", "attach"):
+        from .runtime import attach as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module 'freewheel' has no attribute '{name}'")
