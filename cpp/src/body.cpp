@@ -63,34 +63,60 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, const std::string& bran
       body->buffers_.allocate(memory, manifest.graphs.at("prompt").outputs, body->dims_, context));
   FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> prompt_call, model.bind("prompt", context));
   body->prompt_calls_.push_back(std::move(prompt_call));
-  Tensor source = shared.at("hidden");
-  const Tensor even = shared.at("hidden_even"), odd = shared.at("hidden_odd");
-  for (const StageEntry& stage : manifest.stages) {
-    for (std::int64_t block = stage.first; block < stage.first + stage.count; ++block) {
-      Tensors values = shared;
-      for (const auto& [name, tensor] : context) values[name] = tensor;
-      if (stage.context) {
-        FREEWHEEL_TRY(body->buffers_.allocate(memory, manifest.graphs.at(*stage.context).outputs,
-                                              body->dims_, values));
-        FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call,
-                         model.bind(*stage.context, values, block));
-        body->prompt_calls_.push_back(std::move(call));
+  body->hidden_out_ = shared.at("hidden");
+  body->even_ = shared.at("hidden_even");
+  body->odd_ = shared.at("hidden_odd");
+  context.insert(shared.begin(), shared.end());
+  for (const StageEntry& stage : manifest.stages) FREEWHEEL_TRY(body->bind_stage(stage, context));
+  return body;
+}
+
+Status Body::bind_stage(const StageEntry& stage, const Tensors& context) {
+  // What each block alone gets from the prompt, named with its index for groups.
+  Tensors grouped = context;
+  for (std::int64_t block = stage.first; block < stage.first + stage.count; ++block) {
+    Tensors values = context;
+    if (stage.context) {
+      const auto& outputs = model_->manifest().graphs.at(*stage.context).outputs;
+      FREEWHEEL_TRY(buffers_.allocate(model_->memory(), outputs, dims_, values));
+      FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call,
+                       model_->bind(*stage.context, values, block));
+      prompt_calls_.push_back(std::move(call));
+      for (const auto& [name, io] : outputs) {
+        grouped[name + "." + std::to_string(block)] = values.at(name);
       }
-      values["hidden"] = source;
-      values["hidden_out"] = source.data == even.data ? odd : even;
-      if (block == manifest.feature_block && stage.tapped) {
-        body->tapped_graph_ = *stage.tapped;
-        body->tapped_block_ = block;
-        body->tapped_at_ = body->blocks_.size();
-        body->tapped_values_ = values;
-      }
-      FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, model.bind(stage.block, values, block));
-      body->blocks_.push_back(std::move(call));
-      source = values["hidden_out"];
+    }
+    if (stage.groups.empty()) {
+      FREEWHEEL_TRY(add_call(stage.block, block, 1, std::move(values), stage.tapped));
     }
   }
-  body->hidden_out_ = source;
-  return body;
+  for (const GroupEntry& group : stage.groups) {
+    FREEWHEEL_TRY(add_call(group.graph, group.first, group.count, grouped, group.graph));
+  }
+  return {};
+}
+
+/// Binds the next call of the body to the hidden states of the one before.
+Status Body::add_call(const std::string& graph, std::int64_t first, std::int64_t count,
+                      Tensors values, const std::optional<std::string>& tapped) {
+  values["hidden"] = hidden_out_;
+  hidden_out_ = hidden_out_.data == even_.data ? odd_ : even_;
+  values["hidden_out"] = hidden_out_;
+  const auto& outputs = model_->manifest().graphs.at(graph).outputs;
+  const auto feature = outputs.find(kFeature);
+  if (feature != outputs.end()) {  // a group writes its feature on every run, wanted or not
+    FREEWHEEL_TRY(buffers_.allocate(model_->memory(), kFeature, feature->second, dims_, values));
+  }
+  FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, model_->bind(graph, values, first));
+  const std::int64_t wanted = model_->manifest().feature_block;
+  if (tapped && wanted >= first && wanted < first + count) {
+    tapped_graph_ = *tapped;
+    tapped_block_ = first;
+    tapped_at_ = calls_.size();
+    tapped_values_ = std::move(values);
+  }
+  calls_.push_back(std::move(call));
+  return {};
 }
 
 Status Body::set_prompt(const Tensors& prompt) {
@@ -134,10 +160,10 @@ Status Body::bind_taps() {
 }
 
 Status Body::run(int tap, const Cancellation& cancellation) noexcept {
-  for (std::size_t block = 0; block < blocks_.size(); ++block) {
+  for (std::size_t block = 0; block < calls_.size(); ++block) {
     if (cancellation.is_wanted()) return cancelled();
     const bool is_tapped = tap >= 0 && block == tapped_at_;
-    FREEWHEEL_TRY((is_tapped ? tapped_[static_cast<std::size_t>(tap)] : blocks_[block])->run());
+    FREEWHEEL_TRY((is_tapped ? tapped_[static_cast<std::size_t>(tap)] : calls_[block])->run());
   }
   return {};
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,8 +28,9 @@ class BufferSet {
   std::vector<Buffer> buffers_;
 };
 
-/// Prompt context and bound block calls of one branch. Hidden states go from `hidden` (kept, for
-/// the residual) through two alternating buffers that all branches share.
+/// Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
+/// Hidden states go from `hidden` (kept, for the residual) through two alternating buffers that all
+/// branches share.
 class Body {
  public:
   /// Allocates the branch's context and binds every block; `set_prompt` fills it.
@@ -53,11 +55,16 @@ class Body {
   Status run(int tap, const Cancellation& cancellation) noexcept;
 
  private:
+  Status bind_stage(const StageEntry& stage, const Tensors& context);
+  Status add_call(const std::string& graph, std::int64_t first, std::int64_t count, Tensors values,
+                  const std::optional<std::string>& tapped);
+
   Model* model_ = nullptr;
   Dims dims_;
   BufferSet buffers_;
   Tensors prompt_;
-  std::vector<std::unique_ptr<BoundCall>> prompt_calls_, blocks_, tapped_;
+  Tensor even_, odd_;
+  std::vector<std::unique_ptr<BoundCall>> prompt_calls_, calls_, tapped_;
   std::size_t tapped_at_ = 0;
   std::string tapped_graph_;
   std::int64_t tapped_block_ = 0;

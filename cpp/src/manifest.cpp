@@ -362,8 +362,18 @@ void read_model(Reader& reader, const json& data, Manifest& manifest) {
     stage.tapped = reader.optional_text(stages[i], path, "tapped");
     stage.first = reader.integer(stages[i], path, "first", 0, kMaxBlocks);
     stage.count = reader.integer(stages[i], path, "count", 1, kMaxBlocks);
-    if (!reader.array(stages[i], path, "groups", true).empty()) {
-      reader.fault(path + ".groups", "groups of baked blocks can't be run by this version");
+    std::int64_t grouped = stage.first;
+    for (const json& entry : reader.array(stages[i], path, "groups", true)) {
+      const std::string place = path + ".groups";
+      GroupEntry group{reader.text(entry, place, "graph"),
+                       reader.integer(entry, place, "first", 0, kMaxBlocks),
+                       reader.integer(entry, place, "count", 1, kMaxBlocks)};
+      if (group.first != grouped) reader.fault(place, "are not consecutive");
+      grouped = group.first + group.count;
+      stage.groups.push_back(std::move(group));
+    }
+    if (!stage.groups.empty() && grouped != stage.first + stage.count) {
+      reader.fault(path + ".groups", "don't cover the stage's blocks");
     }
     blocks += stage.count;
     manifest.stages.push_back(std::move(stage));
@@ -456,6 +466,7 @@ void check_references(Reader& reader, const Manifest& manifest) {
     wants_graph(path + ".block", stage.block);
     if (stage.context) wants_graph(path + ".context", *stage.context);
     if (stage.tapped) wants_graph(path + ".tapped", *stage.tapped);
+    for (const GroupEntry& group : stage.groups) wants_graph(path + ".groups", group.graph);
   }
   for (const auto& [name, policy] : manifest.policies) {
     wants_graph("policies." + name + ".graph", policy.graph);

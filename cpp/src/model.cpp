@@ -63,6 +63,8 @@ Result<std::shared_ptr<Model>> Model::load(const std::string& folder, const Mode
 
 Status Model::load_all() {
   for (const auto& [name, graph] : manifest().graphs) {
+    // A baked body has no engines for its templates: nothing runs them.
+    if (set_ != nullptr && set_->files.count(name) == 0) continue;
     if (auto loaded = engine(name); !loaded.ok()) return std::move(loaded).status();
   }
   for (const auto& [name, tensor] : manifest().tensors) {

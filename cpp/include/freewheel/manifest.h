@@ -50,10 +50,17 @@ struct GraphEntry {
   std::map<std::string, std::string> weights;
 };
 
+/// Consecutive blocks compiled as one graph, with their weights inside.
+struct GroupEntry {
+  std::string graph;
+  std::int64_t first = 0, count = 0;
+};
+
 struct StageEntry {
   std::string block;
   std::optional<std::string> context, tapped;
   std::int64_t first = 0, count = 0;
+  std::vector<GroupEntry> groups;  ///< Empty where weights are inputs.
 };
 
 struct InputEntry : Io {

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "freewheel/manifest.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "tiny_bundle.h"
+
+namespace freewheel {
+namespace {
+
+using nlohmann::json;
+
+class ManifestTest : public ::testing::Test {
+ protected:
+  std::string fault(const std::function<void(json&)>& change) const {
+    json changed = manifest_;
+    change(changed);
+    return text_fault(changed.dump());
+  }
+  static std::string text_fault(const std::string& text) {
+    const auto parsed = Manifest::parse(text, "manifest.json");
+    return parsed.ok() ? "ok" : parsed.status().message();
+  }
+
+  testing::TemporaryFolder folder_;
+  json manifest_ = testing::write_tiny_bundle(folder_);
+};
+
+void expect_holds(const std::string& message, const std::string& part) {
+  EXPECT_NE(message.find(part), std::string::npos) << message;
+}
+
+TEST_F(ManifestTest, ReadsEveryField) {
+  const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  EXPECT_EQ(parsed->stages.at(0).count, 3);
+  EXPECT_EQ(parsed->policies.at("interval").spec.history.maximum, 2);
+  EXPECT_EQ(parsed->configs.at("plain").generation.guidance_scale, 2.0);
+  EXPECT_EQ(parsed->graphs.at("block").weights.at("weight"), "blocks.{block}.weight");
+  EXPECT_EQ(parsed->inputs.at("latents").text(), "[batch, 2, frames, height, width]");
+}
+
+TEST_F(ManifestTest, NewerSchemasAreRefusedWithTheVersion) {
+  expect_holds(fault([](json& m) { m["schema_version"] = 2; }),
+               "has schema_version 2; this Freewheel reads up to 1; update Freewheel");
+  expect_holds(fault([](json& m) { m["schema_version"] = 0; }), "schema_version");
+  expect_holds(fault([](json& m) { m.erase("schema_version"); }), "schema_version");
+}
+
+TEST_F(ManifestTest, UnknownKeysAreIgnored) {
+  EXPECT_EQ(fault([](json& m) { m["later"] = {1, 2}; }), "ok");
+}
+
+TEST_F(ManifestTest, TextThatIsNoManifestIsRefused) {
+  for (const char* text : {"", "{", "[]", "null", "3", "{\"a\": 1} x", "\xff\xfe"}) {
+    EXPECT_NE(text_fault(text), "ok") << text;
+  }
+  expect_holds(text_fault("{\"a\": 1, \"a\": 2}"), "key 'a' is given twice");
+  expect_holds(text_fault(std::string(100000, '[')), "nested deeper than 64");
+  expect_holds(text_fault("{\"schema_version\": 1}"), "faults: ");
+}
+
+TEST_F(ManifestTest, AllFaultsAreReportedAtOnce) {
+  const std::string message = fault([](json& m) {
+    m["feature_block"] = -1;
+    m["family"] = 3;
+    m["stages"][0]["count"] = "three";
+  });
+  for (const char* part : {"3 faults", "feature_block", "family", "stages.0.count"}) {
+    expect_holds(message, part);
+  }
+}
+
+TEST_F(ManifestTest, AbsurdCountsAreRefusedBeforeAllocation) {
+  expect_holds(fault([](json& m) { m["stages"][0]["count"] = 1'000'000'000; }), "stages.0.count");
+  expect_holds(fault([](json& m) { m["policies"]["off"]["spec"]["history"]["maximum"] = 1 << 30; }),
+               "history.maximum");
+  expect_holds(fault([](json& m) {
+                 m["tensors"].begin().value()["shape"] = {1 << 30, 1 << 30};
+               }),
+               "absurdly many");
+  expect_holds(fault([](json& m) { m["tensors"].begin().value()["offset"] = -1; }), "offset");
+  expect_holds(
+      fault([](json& m) { m["tensors"].begin().value()["bytes"] = 18446744073709551615u; }),
+      "bytes");
+  expect_holds(fault([](json& m) {
+                 m["policies"]["interval"]["spec"]["state"]["distance"]["shape"] = {1 << 20};
+               }),
+               "absurdly many");
+  expect_holds(fault([](json& m) {
+                 m["graphs"]["head"]["inputs"]["latents"]["shape"] = json(std::vector<int>(9, 1));
+               }),
+               "rank 9");
+}
+
+TEST_F(ManifestTest, DanglingNamesAreFaults) {
+  expect_holds(fault([](json& m) { m["stages"][0]["block"] = "blok"; }), "graph 'blok'");
+  expect_holds(fault([](json& m) { m["default_config"] = "none"; }), "default_config");
+  expect_holds(fault([](json& m) { m["graphs"].erase("reuse"); }), "'graphs.reuse' is missing");
+  expect_holds(fault([](json& m) { m["graphs"]["head"]["file"] = "x"; }), "not among the files");
+  expect_holds(fault([](json& m) { m["tensors"].begin().value()["offset"] = 1 << 20; }),
+               "lies outside file");
+  expect_holds(fault([](json& m) { m["engines"] = json::array(); }), "'engines' is empty");
+}
+
+TEST_F(ManifestTest, ThingsOfTheWrongTypeNeverCrash) {
+  // Every member of every object, at every depth, replaced by things it is not.
+  const json replacements[] = {nullptr,
+                               true,
+                               -1,
+                               1e300,
+                               "x",
+                               json::array({1, "a"}),
+                               json{{"dtype", 3}},
+                               18446744073709551615u};
+  std::size_t tried = 0;
+  const std::function<void(json&, json&)> visit = [&](json& root, json& node) {
+    if (!node.is_structured()) return;
+    for (auto& child : node) {
+      const json kept = child;
+      for (const json& replacement : replacements) {
+        child = replacement;
+        (void)Manifest::parse(root.dump(), "manifest.json");
+        ++tried;
+      }
+      child = kept;
+      if (tried < 20000) visit(root, child);
+    }
+  };
+  json root = manifest_;
+  for (const char* key : {"files", "engines"}) root[key] = json::object();
+  root["graphs"] = {{"head", manifest_["graphs"]["head"]}};
+  visit(root, root);
+  EXPECT_GT(tried, 500u);
+}
+
+TEST(Dims, MatchDeriveAndShape) {
+  Io io;
+  io.shape = {std::string("batch"), std::int64_t{2}, std::string("batch")};
+  const auto found = match_dims("x", io, Shape{3, 2, 3});
+  ASSERT_TRUE(found.ok());
+  EXPECT_EQ(found->at("batch"), 3);
+  EXPECT_EQ(match_dims("x", io, Shape{3, 2, 4}).status().message(),
+            "input 'x': has shape [3, 2, 4], the bundle takes [batch, 2, batch]; give latents and "
+            "embeddings of the model that the bundle was built from");
+  EXPECT_FALSE(match_dims("x", io, Shape{0, 2, 0}).ok());
+  EXPECT_FALSE(match_dims("x", io, Shape{3, 2}).ok());
+  Manifest manifest;
+  manifest.dims["tokens"] = {{"height", 2}, {"width", 2}};
+  EXPECT_EQ(derive_dims(manifest, {{"height", 6}, {"width", 4}})->at("tokens"), 6);
+  EXPECT_EQ(derive_dims(manifest, {{"height", 5}, {"width", 4}}).status().where(),
+            "dimension 'height'");
+  EXPECT_FALSE(shape_of("x", io, {}).ok());
+  EXPECT_FALSE(shape_of("x", io, {{"batch", std::int64_t{1} << 40}}).ok());
+}
+
+}  // namespace
+}  // namespace freewheel

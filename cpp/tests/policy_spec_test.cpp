@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "freewheel/policy_spec.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+namespace freewheel {
+namespace {
+
+PolicySpec sample() {
+  PolicySpec spec;
+  spec.name = "teacache";
+  ParameterSpec threshold;
+  threshold.default_value = 0.2;
+  threshold.minimum = 0.0;
+  threshold.meaning = "a distance, >= 0";
+  ParameterSpec coefficients;
+  coefficients.default_value = std::vector<double>{1.0, 0.0};
+  coefficients.shape = Shape{4};
+  coefficients.pad_front = true;
+  coefficients.meaning = "highest power first";
+  ParameterSpec skips = coefficients;
+  skips.dtype = DType::kInt64;
+  skips.pad_front = false;
+  skips.default_value = std::vector<std::int64_t>{3, 2};
+  ParameterSpec variant;
+  variant.default_value = std::string("taylor");
+  variant.choices = {"taylor", "newton"};
+  spec.parameters = {{"threshold", threshold},
+                     {"coefficients", coefficients},
+                     {"skips", skips},
+                     {"variant", variant}};
+  return spec;
+}
+
+std::string fault(const std::map<std::string, Value>& given) {
+  const auto resolved = sample().resolve(given);
+  return resolved.ok() ? "ok" : resolved.status().message();
+}
+
+TEST(PolicySpec, FillsDefaultsInAndPads) {
+  const auto resolved = sample().resolve({{"variant", std::string("newton")}});
+  ASSERT_TRUE(resolved.ok());
+  EXPECT_EQ(resolved->at("threshold"), std::vector<double>{0.2});
+  EXPECT_EQ(resolved->at("coefficients"), (std::vector<double>{0, 0, 1, 0}));
+  EXPECT_EQ(resolved->at("skips"), (std::vector<double>{3, 2, 2, 2}));
+  EXPECT_EQ(resolved->at("variant"), std::vector<double>{1});
+}
+
+TEST(PolicySpec, SpeaksAsPythonDoes) {
+  EXPECT_EQ(fault({{"treshold", 0.1}}),
+            "parameter 'treshold' of policy 'teacache': is not known; did you mean 'threshold'? "
+            "known: coefficients, skips, threshold, variant");
+  EXPECT_EQ(fault({{"threshold", -1.0}}),
+            "parameter 'threshold': -1.0 is outside [0.0, inf]; a distance, >= 0");
+  EXPECT_EQ(fault({{"threshold", true}}),
+            "parameter 'threshold': expected a number, found True; a distance, >= 0");
+  EXPECT_EQ(fault({{"threshold", std::string("x")}}),
+            "parameter 'threshold': expected a number, found 'x'; a distance, >= 0");
+  EXPECT_EQ(fault({{"skips", std::vector<double>{1, 0.5}}}),
+            "parameter 'skips'[0]: expected an integer, found 1.0; highest power first");
+  EXPECT_EQ(fault({{"coefficients", std::vector<double>(5, 1.0)}}),
+            "parameter 'coefficients': has 5 values, at most 4 fit; highest power first");
+  EXPECT_EQ(fault({{"variant", std::string("newtn")}}),
+            "parameter 'variant': unknown choice 'newtn'; did you mean 'newton'? known: newton, "
+            "taylor");
+}
+
+TEST(PolicySpec, RefusesWhatIsNotFinite) {
+  EXPECT_NE(fault({{"threshold", std::nan("")}}), "ok");
+  EXPECT_NE(fault({{"threshold", std::numeric_limits<double>::infinity()}}), "ok");
+  EXPECT_NE(fault({{"coefficients", std::vector<double>{1, std::nan("")}}}), "ok");
+}
+
+TEST(Value, IsReadFromText) {
+  EXPECT_EQ(std::get<double>(*value_from_text("0.25")), 0.25);
+  EXPECT_EQ(std::get<std::int64_t>(*value_from_text("3")), 3);
+  EXPECT_EQ(std::get<bool>(*value_from_text("true")), true);
+  EXPECT_EQ(std::get<std::string>(*value_from_text("newton")), "newton");
+  EXPECT_EQ(std::get<std::vector<std::int64_t>>(*value_from_text("[1, 2]")).size(), 2u);
+  EXPECT_FALSE(value_from_text("{\"a\": 1}").ok());
+}
+
+TEST(Overrides, ReachGuardAndSignal) {
+  CacheSetting setting;
+  ASSERT_TRUE(apply_override("guard.last_exact", std::int64_t{2}, setting).ok());
+  ASSERT_TRUE(apply_override("guard.exact_steps", std::vector<std::int64_t>{3, 5}, setting).ok());
+  ASSERT_TRUE(apply_override("signal", std::string("temb"), setting).ok());
+  EXPECT_EQ(setting.guard.last_exact, 2);
+  EXPECT_EQ(setting.guard.exact_steps.size(), 2u);
+  EXPECT_EQ(*setting.signal, "temb");
+  EXPECT_FALSE(apply_override("guard.first_exact", -1.0, setting).ok());
+  EXPECT_NE(apply_override("guard.first", std::int64_t{1}, setting).message().find("first_exact"),
+            std::string::npos);
+}
+
+TEST(Nearest, SurvivesHostileNames) {
+  EXPECT_EQ(nearest(std::string(100000, 'a'), {"a"}), "known: a");
+  EXPECT_EQ(nearest("", {}), "known: ");
+}
+
+}  // namespace
+}  // namespace freewheel
