@@ -91,7 +91,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             str(path), f"can't be read: {error.strerror}", "give a checkpoint in diffusers layout"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(str(path), f"is not JSON: {error}", "fetch the file again") from error
     if not isinstance(data, dict):
         raise CheckpointError(str(path), "is not a JSON object", "fetch the file again")
@@ -102,20 +102,30 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
     single = folder / f"{WEIGHTS_STEM}.safetensors"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
-        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        weight_map = _read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        odd = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+        if odd or not names:
+            found = f"names shards outside its folder: {odd[0]!r}" if odd else "names no shards"
+            raise CheckpointError(str(index), found, "fetch the file again")
+        shards = [folder / name for name in sorted(set(names))]
         missing = [s.name for s in shards if not s.is_file()]
         if missing:
             raise CheckpointError(
-                str(folder), f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing)}",
+                str(folder),
+                f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing)}",
                 "fetch them into the folder",
-            )  # fmt: skip
+            )
         return shards
     if single.is_file():
         return [single]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise CheckpointError(
-            str(folder), "holds pickled weights, which Freewheel never opens",
-            "convert them: load with diffusers and call save_pretrained(folder, safe_serialization=True)",
-        )  # fmt: skip
-    raise CheckpointError(str(folder), f"has no '{single.name}' and no index of shards", "fetch the weights")
+            str(folder),
+            "holds pickled weights, which Freewheel never opens",
+            "convert them: load with diffusers and call "
+            "save_pretrained(folder, safe_serialization=True)",
+        )
+    raise CheckpointError(
+        str(folder), f"has no '{single.name}' and no index of shards", "fetch the weights"
+    )
