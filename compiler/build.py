@@ -38,6 +38,7 @@ from ..bundle.manifest import (
 )
 from ..bundle.reader import MANIFEST
 from ..configs.dtypes import Precision
+from ..configs.errors import CheckpointError, OutputError
 from ..engines.base import Backend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import POLICIES
@@ -48,6 +49,7 @@ from .families import Cut, family_of
 from .families.base import StoredDtype
 from .forecast_build import forecast_build
 from .graphs import wanted_weights, write_graphs
+from .pipeline_parts import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
 from .progress import Progress, Silent
 from .reuse import cache_segments
 from .samplers import write_tables
@@ -78,6 +80,8 @@ class BuildRequest:
         replace: Whether an existing bundle may be replaced.
         target: Backend settings beside the precision, which each graph has of its own.
         dump: Folder for graphs as text after each pass, or None.
+        with_text_encoder: Whether to carry the text encoder as a graph, for programs without Python.
+        with_vae: Likewise for the VAE's decoder, at the default config's size.
     """
 
     model: str
@@ -91,6 +95,8 @@ class BuildRequest:
     replace: bool = False
     target: Target = field(default_factory=Target)
     dump: Path | None = None
+    with_text_encoder: bool = False
+    with_vae: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,10 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             policies[name] = PolicyEntry(graph=f"decide.{name}", spec=policy_class.spec)
             progress.advance(f"decide.{name}")
 
+        parts = pipeline_parts(request, checkpoint)
+        part_segments = [p.segment for p in parts]
+        graphs |= write_graphs(part_segments, {}, folder, progress, request.dump)
+
         clock.start("weights")
         blocks = [i for s in cut.stages for i in range(s.first, s.first + s.count)]
         wanted = wanted_weights(segments, graphs, blocks)
@@ -159,6 +169,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             )
             graphs |= groups
 
+        tensors |= part_tensors(parts, graphs)
+
         clock.start("engines")
         engines = []
         # Templates of a baked body are carried for reference: nothing runs them.
@@ -171,6 +183,11 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         pipeline = bring_pipeline(checkpoint, folder)
         samplers = tabulate_samplers(checkpoint, request.configs, folder)
         clock.start("digests")
+        if parts and pipeline.folder is None:
+            raise OutputError(
+                str(request.out), "can't link the pipeline's files, which the extra graphs read",
+                "choose an --out on the file system of the checkpoint",
+            )  # fmt: skip
         files = describe_files(folder)
         manifest = Manifest(
             freewheel_version=__version__,
@@ -254,6 +271,24 @@ def target_label(target: Target) -> str:
     if target.compute_capabilities:
         return "sm" + "-".join(c.replace(".", "") for c in target.compute_capabilities)
     return platform.machine().lower()
+
+
+def pipeline_parts(request: BuildRequest, checkpoint: Checkpoint) -> list[PipelinePart]:
+    """Describe the pipeline's other parts that are to be carried as graphs."""
+    if not (request.with_text_encoder or request.with_vae):
+        return []
+    if checkpoint.pipeline is None:
+        raise CheckpointError(
+            request.model, "is a bare transformer, without text encoder and VAE",
+            "give the pipeline's folder",
+        )  # fmt: skip
+    parts = []
+    if request.with_text_encoder:
+        parts.append(text_encoder_part(checkpoint.pipeline))
+    if request.with_vae:
+        size = next(iter(request.configs.values())).generation
+        parts.append(vae_decode_part(checkpoint.pipeline, size))
+    return parts
 
 
 def tabulate_samplers(

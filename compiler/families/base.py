@@ -28,7 +28,10 @@ __all__ = [
     "StoredDtype",
 ]
 
-Runs = Literal["prompt", "prompt_block", "run", "shape", "step", "signal", "block", "computed", "reused"]
+Runs = Literal[
+    "prompt", "prompt_block", "run", "shape", "step", "signal", "block", "computed", "reused",
+    "text_encoder", "vae_decode",
+]  # fmt: skip
 """When a graph runs: once per prompt, once per prompt and block, once per run, once per latent
 shape, every step, on steps whose policy wants its signal, once per block of a computed step, after
 a computed body, on a reused step."""
