@@ -96,7 +96,8 @@ def build(
     Example: freewheel build models/shapes_wan --out out/bundle
     """
     with _screen(as_json, quiet, debug) as screen:
-        from freewheel.compiler.build import BuildRequest, build as run_build, plan
+        from freewheel.compiler.build import BuildRequest, plan
+        from freewheel.compiler.build import build as run_build
         from freewheel.compiler.forecast_build import render_plan
         from freewheel.runtime.settings import config_entries
 
@@ -298,7 +299,8 @@ def replay(
         setting = apply_overrides(setting, _pairs(set_), policy(setting.policy).spec)
         data = run_replay(load_trace(trace), setting).as_dict()
         lines = [
-            f"{data['policy']}: {data['computed_steps']} of {data['steps']} steps computed, ideal speedup {data['ideal_speedup']:.2f}"
+            f"{data['policy']}: {data['computed_steps']} of {data['steps']} steps computed, "
+            f"ideal speedup {data['ideal_speedup']:.2f}"
         ]
         for name, branch in data["branches"].items():
             marks = "".join("#" if c else "." for c in branch["computed"])

@@ -97,7 +97,9 @@ def measure_reuse(session: Session, layers: int, rounds: int) -> list[dict[str, 
             kept.setdefault("body", []).append(body)
     rows = []
     for name, kept in samples.items():
-        computed, reused, body = (statistics.median(kept[k]) for k in ("computed", "reused", "body"))
+        computed, reused, body = (
+            statistics.median(kept[k]) for k in ("computed", "reused", "body")
+        )
         full = computed + body / layers * (FULL_LAYERS - layers)
         for_steps = 50
         ideal = 3.0  # every third step computed
@@ -127,7 +129,9 @@ def measure_peers(
     def eager(transformer: Any) -> Callable[[], object]:
         def call() -> object:
             with torch.no_grad():
-                return transformer(latents.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
+                return transformer(latents.to(dtype), timestep, text.to(dtype), return_dict=False)[
+                    0
+                ]
 
         return call
 
@@ -155,14 +159,18 @@ def measure_peers(
             "name": name,
             "precision": precision,
             "seconds": statistics.median(found),
-            "speedup_over_eager": statistics.median(b / f for b, f in zip(base, found, strict=True)),
+            "speedup_over_eager": statistics.median(
+                b / f for b, f in zip(base, found, strict=True)
+            ),
         }
         for name, found in seconds.items()
     ]
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path("out/bench"),
+    out: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path(
+        "out/bench"
+    ),
     layers: Annotated[int, typer.Option(help="Layers really run.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds counted.")] = 7,
     precisions: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
@@ -184,7 +192,13 @@ def main(
                 reuse = measure_reuse(sessions["openvino"], layers, rounds)
     finally:
         shutil.rmtree(folder)
-    data = {"geometry": GEOMETRY, "layers": layers, "tokens": TOKENS, "peers": peers, "reuse": reuse}
+    data = {
+        "geometry": GEOMETRY,
+        "layers": layers,
+        "tokens": TOKENS,
+        "peers": peers,
+        "reuse": reuse,
+    }
     (out / "step.json").write_text(json.dumps(data, indent=1))
     text = markdown(data)
     (out / "step.md").write_text(text)

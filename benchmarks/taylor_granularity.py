@@ -123,7 +123,9 @@ def main(
         configs = config_entries(["shapes_wan_off"], typer.echo)
         build(BuildRequest(str(MODEL), folder / "b", [backend("openvino")], configs))
         generator = Generator(Bundle(folder / "b"))
-        rows = measure(generator, WanTransformer3DModel, steps, [int(i) for i in intervals.split(",")])
+        rows = measure(
+            generator, WanTransformer3DModel, steps, [int(i) for i in intervals.split(",")]
+        )
     finally:
         shutil.rmtree(folder)
     lines = [
@@ -157,8 +159,12 @@ def measure(
     ]
     for seed, prompt in enumerate(PROMPTS):
 
-        def request(cache: CacheSetting, prompt: str = prompt, seed: int = seed) -> GenerationRequest:
-            return GenerationRequest(prompt, cache, defaults=defaults, steps=steps, seed=1000 + seed)
+        def request(
+            cache: CacheSetting, prompt: str = prompt, seed: int = seed
+        ) -> GenerationRequest:
+            return GenerationRequest(
+                prompt, cache, defaults=defaults, steps=steps, seed=1000 + seed
+            )
 
         reference = generator.generate(request(CacheSetting()))
         for row in rows:
@@ -166,7 +172,9 @@ def measure(
             whole = generator.generate(request(setting))
             row["whole"].append(compare_videos(whole.frames, reference.frames).psnr)
             tokens = reference.latents[:, :1, :, ::2, ::2].numel()
-            row["whole_bytes"] = 2 * 4 * tokens * model.config.num_attention_heads * model.config.attention_head_dim
+            row["whole_bytes"] = (
+                2 * 4 * tokens * model.config.num_attention_heads * model.config.attention_head_dim
+            )
             clock.interval = row["interval"]
             pipe.transformer = model
             try:

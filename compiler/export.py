@@ -68,7 +68,9 @@ def trace(segment: Segment, example_dims: Mapping[str, int]) -> ir.Model:
             )
     except Exception as error:
         raise ExportError(
-            f"segment '{segment.name}'", f"torch could not export it: {error}", "report this with the model's config"
+            f"segment '{segment.name}'",
+            f"torch could not export it: {error}",
+            "report this with the model's config",
         ) from error
     assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
     return program.model
@@ -105,7 +107,9 @@ def _one_operator_registry() -> Iterator[None]:
     if registry_class is None or original is None:
         yield
         return
-    registry_class.from_torchlib = classmethod(lambda cls, **options: _registry(original, **options))
+    registry_class.from_torchlib = classmethod(
+        lambda cls, **options: _registry(original, **options)
+    )
     try:
         yield
     finally:

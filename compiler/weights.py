@@ -74,7 +74,9 @@ def bring_weights(
                     progress(done, total)
         except OSError as error:
             raise OutputError(
-                str(bundle / file), f"can't be written: {error.strerror}", "free space or choose another --out"
+                str(bundle / file),
+                f"can't be written: {error.strerror}",
+                "free space or choose another --out",
             ) from error
         for name in batch:
             dtype, shape = wanted[name]

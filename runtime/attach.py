@@ -90,7 +90,7 @@ class FreewheelTransformer(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype in which the pipeline hands latents over; the engines' own."""
+        """Dtype in which the pipeline hands latents over; the engines' own."""
         return torch.float32
 
     @property

@@ -138,7 +138,7 @@ class BenchReport:
             "|---" + "|--:" * (len(self.columns) - 1) + "|",
         ]
         for row in self.rows():
-            cells = ["–" if v is None else f"{v:.2f}" if isinstance(v, float) and abs(v) >= 1 else str(round(v, 4)) if isinstance(v, float) else str(v) for v in row]  # fmt: skip
+            cells = [_markdown_cell(value) for value in row]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -148,6 +148,14 @@ class BenchReport:
             "steps": self.steps, "rounds": self.rounds, "pairs": self.pairs, "backend": self.backend,
             "precision": self.precision, "settings": self.entries,
         }  # fmt: skip
+
+
+def _markdown_cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+    return str(value)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -294,7 +302,10 @@ def _make_folder(folder: Path) -> None:
 
 def _write(folder: Path, report: BenchReport, pictures: dict[str, NDArray[np.uint8]]) -> None:
     (folder / "bench.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
-    title = f"{report.steps} steps, {report.backend}, {report.precision}, {report.pairs} prompt and seed pairs, {report.rounds} rounds"
+    title = (
+        f"{report.steps} steps, {report.backend}, {report.precision}, "
+        f"{report.pairs} prompt and seed pairs, {report.rounds} rounds"
+    )
     (folder / "bench.md").write_text(f"{title}\n\n{report.markdown()}\n", encoding="utf-8")
     for name, frames in pictures.items():
         stem = name.replace(" ", "_")

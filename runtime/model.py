@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..bundle.reader import Bundle
 from ..configs.errors import BackendUnavailable
-from ..engines import BACKENDS, backend as find_backend
+from ..engines import BACKENDS
+from ..engines import backend as find_backend
 from ..engines.base import Backend, BoundCall, Engine
 from .lora import Lora, merge_loras
 

@@ -10,7 +10,6 @@ sampled, ``token_index`` names them among all N.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -99,8 +98,7 @@ class Trace:
                 str(path), f"can't be written: {error.strerror}", "choose another file"
             ) from error
         finally:
-            if partial.exists():
-                os.unlink(partial)
+            partial.unlink(missing_ok=True)
 
 
 def load_trace(path: Path | str) -> Trace:

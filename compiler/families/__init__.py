@@ -23,5 +23,7 @@ def family_of(transformer_class: str, where: str) -> Family:
             return family
     known = [f.transformer_class for f in FAMILIES]
     raise CheckpointError(
-        where, f"'_class_name' is '{transformer_class}', which no family cuts", nearest(transformer_class, known)
+        where,
+        f"'_class_name' is '{transformer_class}', which no family cuts",
+        nearest(transformer_class, known),
     )

@@ -77,7 +77,9 @@ class Prompt(nn.Module):
         if model.condition_embedder.image_embedder is not None:
             self.condition_embedder.image_embedder = model.condition_embedder.image_embedder
 
-    def forward(self, text_states: Tensor, image_states: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, text_states: Tensor, image_states: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Return ``context`` [batch, text_tokens, channels] (and ``image_context``), float32."""
         text = self.condition_embedder.text_embedder
         hidden = linear(text.linear_1, text_states, torch.float32)
