@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The families table, and what every family's cut keeps to."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import diffusers
+import pytest
+import torch
+
+from freewheel.compiler.families import FAMILIES, Cut, Family, family_of
+from freewheel.compiler.families.base import Runs
+from freewheel.configs.errors import CheckpointError
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda f: f.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture
+def cut(family: Family) -> Cut:
+    with torch.device("meta"):
+        config = getattr(diffusers, family.transformer_class)(num_layers=2).config
+    return family.cut(config, "bfloat16", lambda name: "float32")
+
+
+def test_rows_name_classes_of_diffusers(family: Family) -> None:
+    assert hasattr(diffusers, family.transformer_class)
+    assert all(hasattr(diffusers, p) for p in family.pipelines)
+    assert family_of(family.transformer_class, "x") is family
+
+
+def test_unknown_class_is_refused_where_it_was_read() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        family_of("FluxTransformer2DModel", "some/config.json")
+    assert caught.value.where == "some/config.json"
+    assert "'FluxTransformer2DModel'" in caught.value.what
+    assert "WanTransformer3DModel" in caught.value.hint
+
+
+def test_segment_names_are_unique_and_stages_name_them(cut: Cut) -> None:
+    names = [s.name for s in cut.segments]
+    assert len(set(names)) == len(names)
+    for stage in cut.stages:
+        assert {stage.block, stage.context, stage.tapped} - {None} <= set(names)
+    assert {s.runs for s in cut.segments} <= set(get_args(Runs))
+
+
+def test_every_input_is_given_by_callers_or_by_another_segment(cut: Cut) -> None:
+    made = {n for s in cut.segments for n in s.outputs}
+    for segment in cut.segments:
+        assert set(segment.inputs) <= made | set(cut.inputs), segment.name
+    assert {value for value, _ in cut.signals.values()} <= made
+
+
+def test_every_dimension_has_a_size(cut: Cut) -> None:
+    given = {d for i in cut.inputs.values() for d in i.spec.shape if isinstance(d, str)}
+    for segment in cut.segments:
+        for spec in (*segment.inputs.values(), *segment.outputs.values()):
+            assert {d for d in spec.shape if isinstance(d, str)} <= given | set(cut.dims)
+    for factors in cut.dims.values():
+        assert {name for name, _ in factors} <= given
+
+
+def test_only_the_body_leaves_float32(cut: Cut) -> None:
+    low = {s.name for s in cut.segments if s.precision != "float32"}
+    body = {s.block for s in cut.stages} | {s.tapped for s in cut.stages} | {
+        s.context for s in cut.stages
+    }  # fmt: skip
+    assert low == body - {None}
+    for segment in cut.segments:
+        for name, spec in segment.outputs.items():
+            assert spec.dtype == "float32" or segment.runs == "prompt_block", (segment.name, name)
