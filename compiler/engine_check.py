@@ -5,7 +5,7 @@ The error of an output is its relative L1 distance ``mean|found − expected| / 
 Where a graph passes the residual stream on (``hidden`` in, ``hidden_out`` out) what it *adds* is
 compared: a large stream would hide a wrong block.
 
-Tolerances (`TOLERANCES`) are of one graph at one precision:
+Tolerances (`TOLERANCES`) go by the coarser of a graph's precision and an output's dtype:
 
 - float32, 1e-5. Its rounding is 6e-8; sums in another order bring the difference of two correct
   implementations to 1e-7 … 9e-7 (ONNX Runtime and OpenVINO on the trained demo model). TF32, or
@@ -34,8 +34,8 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 from torch.func import functional_call
 
-from ..bundle.manifest import GraphEntry, Manifest
-from ..engines.base import BoundCall, TensorSpec
+from ..bundle.manifest import GraphEntry, IoEntry, Manifest
+from ..engines.base import BoundCall, Engine, TensorSpec
 from .families import Cut, Segment
 from .sizes import derived, shape_at
 
@@ -45,6 +45,7 @@ __all__ = [
     "Reference",
     "Subject",
     "compare",
+    "interface_fault",
     "sample_dims",
     "sample_inputs",
 ]
@@ -102,7 +103,8 @@ class Subject:
         form: Backend of the engine, or ``onnx`` for the portable graph in ONNX Runtime.
         block: Block whose weights it gets (the first, of a group), or None.
         entry: Declared interface.
-        bind: Binds inputs and outputs by name to the engine.
+        engine: What ``bind`` binds to.
+        bind: Binds inputs and outputs by name to the engine, and the weights of ``block``.
         reference: What it must equal.
         device: Where its buffers live.
         synchronize: Waits for the device.
@@ -114,6 +116,7 @@ class Subject:
     form: str
     block: int | None
     entry: GraphEntry
+    engine: Engine
     bind: Bind
     reference: Reference
     device: torch.device
@@ -121,10 +124,11 @@ class Subject:
     derived: Mapping[str, Sequence[tuple[str, int]]]
     taps: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def tolerance(self) -> float:
-        """Relative L1 distance allowed."""
-        return TOLERANCES[self.entry.precision] * sqrt(max(1, len(self.reference.blocks)))
+    def tolerance(self, output: str) -> float:
+        """Return the relative L1 distance allowed to an output."""
+        dtype = self.entry.outputs[output].dtype
+        coarser = max(TOLERANCES[self.entry.precision], TOLERANCES[dtype])
+        return coarser * sqrt(max(1, len(self.reference.blocks)))
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class EngineCheck:
         output: Output name.
         error: Relative L1 distance, the worst of the cases; None where either was not finite.
         tolerance: Distance allowed.
+        fault: Why the engine was not run, empty where it was.
     """
 
     graph: str
@@ -146,6 +151,7 @@ class EngineCheck:
     output: str
     error: float | None
     tolerance: float
+    fault: str = ""
 
     @property
     def ok(self) -> bool:
@@ -200,6 +206,11 @@ def compare(subject: Subject, cases: Sequence[Tensors]) -> list[EngineCheck]:
         subject: What is compared.
         cases: Inputs by name, on the CPU.
     """
+    fault = interface_fault(subject.entry, subject.engine)
+    if fault is not None:
+        output = next(iter(subject.entry.outputs))
+        about = (subject.graph, subject.form, subject.block, output)
+        return [EngineCheck(*about, None, subject.tolerance(output), fault)]
     inputs = {n: TensorSpec(e.dtype, tuple(e.shape)) for n, e in subject.entry.inputs.items()}
     runners = [
         FunctionRunner("pytorch", inputs, _expected(subject)),
@@ -218,12 +229,39 @@ def compare(subject: Subject, cases: Sequence[Tensors]) -> list[EngineCheck]:
         errors = [r[output].error for r in rounds]
         worst = max(errors) if all(isfinite(e) for e in errors) else None
         about = (subject.graph, subject.form, subject.block, output)
-        checks.append(EngineCheck(*about, worst, subject.tolerance))
+        checks.append(EngineCheck(*about, worst, subject.tolerance(output)))
     return checks
 
 
+def interface_fault(entry: GraphEntry, engine: Engine) -> str | None:
+    """Say where an engine's interface is not what the manifest declares, or None."""
+    for kind, declared, found in (
+        ("input", {**entry.inputs, **dict.fromkeys(entry.weights)}, engine.inputs),
+        ("output", entry.outputs, engine.outputs),
+    ):
+        odd = sorted(declared.keys() ^ found.keys())
+        if odd:
+            where = "the manifest" if odd[0] in declared else "the engine"
+            return f"{kind} '{odd[0]}' is in {where} only"
+        for name, io in declared.items():
+            if io is not None and not _fits(io, found[name]):
+                spec = found[name]
+                return (
+                    f"{kind} '{name}' is {spec.dtype} {list(spec.shape)}, "
+                    f"the manifest says {io.dtype} {io.shape}"
+                )
+    return None
+
+
+def _fits(io: IoEntry, spec: TensorSpec) -> bool:
+    """Tell whether dtype, rank and fixed sizes agree; engines may name dimensions otherwise."""
+    same = len(io.shape) == len(spec.shape) and io.dtype == spec.dtype
+    pairs = zip(io.shape, spec.shape, strict=False)
+    return same and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+
+
 def relative_l1(
-    expected: Mapping[str, Any], found: Mapping[str, Any], tolerance: float
+    expected: Mapping[str, Any], found: Mapping[str, Any], tolerance: Callable[[str], float]
 ) -> OrderedDict[str, RelativeL1]:
     """Compare two iterations for Polygraphy: ``mean|found − expected| / mean|expected|``."""
     compared = OrderedDict()
@@ -234,7 +272,7 @@ def relative_l1(
         distance = float((other - reference).abs().mean())
         error = distance / scale if scale else (0.0 if distance == 0 else float("inf"))
         # NOTE: max() and JSON don't know NaN.
-        compared[name] = RelativeL1(error if isfinite(error) else float("inf"), tolerance)
+        compared[name] = RelativeL1(error if isfinite(error) else float("inf"), tolerance(name))
     return compared
 
 

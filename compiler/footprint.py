@@ -267,7 +267,7 @@ class _LiveBytes(TorchDispatchMode):
     """Follow the storages that operators allocate, until nothing refers to them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.peak = 0
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -283,7 +283,7 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and _key(tensor) not in given:
                 storage = tensor.untyped_storage()
-                alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch's own
+                alive = StorageWeakRef(storage)
                 self._storages.setdefault(_key(tensor), (alive, storage.nbytes()))
         self._storages = {k: e for k, e in self._storages.items() if not e[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._storages.values()))

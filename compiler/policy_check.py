@@ -25,7 +25,7 @@ from ..configs.setting import CacheSetting, GuardSetting
 from ..engines.base import BoundCall, Engine
 from ..policies import policy as find_policy
 from ..policies.guard import Guarded
-from ..policies.law import Law
+from ..policies.law import DecideFunction, Law
 
 __all__ = ["MIX_TOLERANCE", "CompiledDecide", "PolicyCheck", "check_policy", "random_settings"]
 
@@ -109,7 +109,7 @@ class CompiledDecide:
 class _Judge:
     """Asks both laws at every step and keeps what differs; answers as the eager one."""
 
-    def __init__(self, eager: Guarded, compiled: CompiledDecide, about: str) -> None:
+    def __init__(self, eager: Guarded, compiled: DecideFunction, about: str) -> None:
         self._eager, self._compiled, self._about = eager, compiled, about
         self.decisions = self.reused = self.ties = 0
         self.mix_error = 0.0
@@ -117,7 +117,7 @@ class _Judge:
 
     def __call__(self, inputs: dict[str, Tensor]) -> Mapping[str, Tensor]:
         expected: Mapping[str, Tensor] = self._eager(inputs)
-        found = self._compiled(inputs)
+        found = self._compiled(dict(inputs))
         self.decisions += 1
         fault = disagreement(expected, found)
         if fault is not None:
@@ -133,7 +133,7 @@ class _Judge:
 
 def check_policy(
     spec: PolicySpec,
-    compiled: CompiledDecide,
+    compiled: DecideFunction,
     settings: Sequence[CacheSetting],
     *,
     form: str,

@@ -28,6 +28,7 @@ from .engine_check import (
     Subject,
     Tensors,
     compare,
+    interface_fault,
     sample_dims,
     sample_inputs,
 )
@@ -140,10 +141,11 @@ class VerifyReport:
             worst = bad[0]
             block = "" if worst.block is None else f", block {worst.block}"
             error = "is not finite" if worst.error is None else f"differs by {worst.error:.1e}"
+            found = f"{error} relative to PyTorch, {worst.tolerance:.0e} is allowed"
             raise MismatchError(
                 f"{self.folder}, graph '{worst.graph}' ({worst.form}){block}, "
                 f"output '{worst.output}'",
-                f"{error} relative to PyTorch, {worst.tolerance:.0e} is allowed; "
+                f"{worst.fault or found}; "
                 f"{len(self.engines) - len(bad)} of {len(self.engines)} outputs agree",
                 "build the bundle again with --force; if that doesn't help, try another --backend",
             )
@@ -151,8 +153,7 @@ class VerifyReport:
         if wrong:
             raise MismatchError(
                 f"{self.folder}, graph 'decide.{wrong[0].policy}' ({wrong[0].form})",
-                f"{wrong[0].faults[0]}; "
-                f"{len(wrong[0].faults)} of {wrong[0].decisions} decisions differ",
+                f"{wrong[0].faults[0]}; {len(wrong)} of {len(self.policies)} policies fail",
                 "build the bundle again with --force, by the Freewheel that runs it",
             )
 
@@ -218,7 +219,8 @@ def check_engines(
         for block, reference, taps in _references(model.bundle, cut, segments, name):
             if name in built.files:
                 subject = Subject(
-                    name, model.backend.name, block, graph, _binder(model, name, block), reference,
+                    name, model.backend.name, block, graph, model.engine(name),
+                    _binder(model, name, block), reference,
                     model.device, model.backend.synchronize, manifest.dims, taps,
                 )  # fmt: skip
                 checks += compare(subject, cases)
@@ -233,8 +235,9 @@ def check_engines(
                 continue
             bind = _portable_binder(model.bundle, engine, name, block)
             subject = Subject(
-                name, PORTABLE, block, graph, bind, reference, CPU, _nothing, manifest.dims, taps
-            )
+                name, PORTABLE, block, graph, engine, bind, reference,
+                CPU, _nothing, manifest.dims, taps,
+            )  # fmt: skip
             checks += compare(subject, cases)
     return checks, skipped
 
@@ -249,12 +252,16 @@ def check_policies(
     for name, entry in manifest.policies.items():
         carried = [c.cache for c in manifest.configs.values() if c.cache.policy == name]
         settings = [*random_settings(entry.spec), *carried]
-        engine = model.engine(entry.graph)
-        forms = {
-            backend.name: CompiledDecide(engine, model.device, backend.synchronize),
-            PORTABLE: CompiledDecide(portable(entry.graph), CPU, _nothing),
-        }
-        checks += [check_policy(entry.spec, c, settings, form=form) for form, c in forms.items()]
+        for form, engine, device, synchronize in (
+            (backend.name, model.engine(entry.graph), model.device, backend.synchronize),
+            (PORTABLE, portable(entry.graph), CPU, _nothing),
+        ):
+            fault = interface_fault(manifest.graphs[entry.graph], engine)
+            if fault is not None:
+                checks.append(PolicyCheck(name, form, 0, 0, 0, 0, 0.0, (fault,)))
+                continue
+            compiled = CompiledDecide(engine, device, synchronize)
+            checks.append(check_policy(entry.spec, compiled, settings, form=form))
         progress.advance(name)
     return checks
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels become tokens, with the scale factors of the pipeline's VAE."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from freewheel.bundle.manifest import GenerationDefaults
+from freewheel.compiler.families import Cut
+from freewheel.compiler.families.wan import WAN
+from freewheel.compiler.sizes import IMAGE_TOKENS, dims_of, shape_at, size_of
+from freewheel.configs.errors import RequestError
+from freewheel.engines.base import TensorSpec
+
+
+@pytest.fixture(scope="module")
+def cut() -> Cut:
+    config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    return WAN.cut(config, "float32", lambda name: "float32")
+
+
+def test_what_is_asked_for_comes_before_the_config_and_that_before_defaults() -> None:
+    generation = GenerationDefaults(height=96, steps=30, guidance_scale=1.0)
+    size = size_of(generation, steps=8)
+    assert (size.height, size.width, size.steps, size.branches) == (96, 832, 8, 1)
+    assert size_of(GenerationDefaults()).branches == 2
+
+
+def test_wan_at_480p_has_the_tokens_that_its_authors_count(cut: Cut) -> None:
+    dims = dims_of(cut, size_of(GenerationDefaults()), None)
+    assert dims["tokens"] == 32_760
+    assert dims["tokens_per_frame"] == 1_560
+    assert (dims["frames"], dims["height"], dims["width"]) == (21, 60, 104)
+    assert dims["image_tokens"] == IMAGE_TOKENS
+
+
+def test_scale_factors_are_the_pipelines_own(cut: Cut, tmp_path: Path) -> None:
+    for name, content in {
+        "vae": {"scale_factor_temporal": 2, "scale_factor_spatial": 16},
+        "image_encoder": {"image_size": 64, "patch_size": 16},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    size = size_of(GenerationDefaults(), height=64, width=96, frames=5)
+    dims = dims_of(cut, size, tmp_path)
+    assert (dims["frames"], dims["height"], dims["width"]) == (3, 4, 6)
+    assert dims["tokens"] == 3 * 2 * 3
+    assert dims["image_tokens"] == 17
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"height": 100}, r"--height 100: is no multiple of 16; use 96"),
+        ({"width": 8}, r"--width 8: is no multiple of 16; use 16"),
+        ({"frames": 80}, r"--frames 80: is not 1 more than a multiple of 4; use 81"),
+        ({"frames": 0}, r"--frames 0: .*; use 1"),
+        ({"steps": 0}, r"--steps 0: is less than 1; use"),
+    ],
+)
+def test_a_size_that_does_not_divide_is_refused(cut: Cut, wanted: dict, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        dims_of(cut, size_of(GenerationDefaults(), **wanted), None)
+
+
+def test_shapes_take_named_sizes() -> None:
+    assert shape_at(TensorSpec("float32", ("batch", 6, "tokens")), {"batch": 2, "tokens": 9}) == (
+        2,
+        6,
+        9,
+    )
