@@ -16,9 +16,11 @@ from onnx.external_data_helper import ExternalDataInfo
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.manifest import Manifest
 from freewheel.bundle.reader import MANIFEST, Bundle
+from freewheel.compiler import bake
 from freewheel.compiler.bake import (
     GROUP_BYTES,
     block_bytes,
+    resolve_weights_form,
     split_blocks,
     stitch_blocks,
     write_groups,
@@ -282,6 +284,20 @@ def test_weights_inside_engines_are_not_also_held_as_tensors(baked: Bundle) -> N
 def test_lora_on_a_baked_bundle_is_refused_with_the_way_out(baked: Bundle) -> None:
     with pytest.raises(RequestError, match=r"inside its engines.*--weights inputs"):
         merge_loras(baked, [Lora("style", 1.0, {}, {})])
+
+
+def test_auto_bakes_only_where_every_backend_favours_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_weights_form("auto", ["openvino", "onnxruntime"], 1) == "inputs"
+    monkeypatch.setattr(bake, "BAKED_BELOW_BYTES", {"openvino": 100, "onnxruntime": 50})
+    assert resolve_weights_form("auto", ["openvino", "onnxruntime"], 49) == "baked"
+    assert resolve_weights_form("auto", ["openvino", "onnxruntime"], 50) == "inputs"
+    assert resolve_weights_form("auto", ["openvino", "tensorrt"], 49) == "inputs"
+    assert resolve_weights_form("auto", [], 49) == "inputs"
+
+
+def test_form_asked_for_stands() -> None:
+    assert resolve_weights_form("baked", ["openvino"], 1 << 40) == "baked"
+    assert resolve_weights_form("inputs", ["openvino"], 0) == "inputs"
 
 
 def test_groups_hold_no_more_than_the_byte_limit() -> None:
