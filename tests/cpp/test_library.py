@@ -56,7 +56,8 @@ def refused(build: Path, bundle: Path, embeddings: Path, *more: object) -> tuple
     done = run(
         build / "freewheel-run", bundle, "--out", bundle.parent / "x.npy",
         "--embeddings", embeddings, "--guidance", 1, "--steps", 4,
-        "--frames", 1, "--height", 32, "--width", 32, "--cache", "taylorseer", "--backend", "openvino", "--shift", 3, "--quiet", "--json", *more,
+        "--frames", 1, "--height", 32, "--width", 32, "--cache", "taylorseer",
+        "--backend", "openvino", "--shift", 3, "--quiet", "--json", *more,
     )  # fmt: skip
     error = json.loads(done.stdout)["error"]
     assert error["where"]
