@@ -91,7 +91,7 @@ class VaeDecode(nn.Module):
                 feat_cache=cache,
                 feat_idx=[0],
                 first_chunk=i == 0,
-            )  # fmt: skip
+            )
             for i in range(x.shape[2])
         ]
         frames = torch.cat(chunks, dim=2)
