@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from hypothesis import HealthCheck, settings
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
@@ -21,6 +22,10 @@ from freewheel.runtime.trace import Trace, TraceRecorder
 
 # The NumPy transcription of the policies serves several folders.
 sys.path.insert(0, str(Path(__file__).parent / "policies"))
+
+# A busy machine is not a failing one.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 TINY = {
     "num_attention_heads": 2,
