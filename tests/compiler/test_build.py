@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A build writes the whole bundle or nothing; tracing is taken from the tiny bundle here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx
+import pytest
+import torch
+
+from freewheel.bundle.manifest import (
+    ConfigEntry,
+    GenerationDefaults,
+    GraphEntry,
+    Manifest,
+    SamplerEntry,
+)
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler import build as building
+from freewheel.compiler.build import BuildRequest, build, compile_graph, target_label
+from freewheel.configs.errors import (
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    FreewheelError,
+    OutputError,
+)
+from freewheel.configs.setting import CacheSetting
+from freewheel.engines import Target
+from freewheel.policies import POLICIES
+
+CONFIGS = {
+    "mine": ConfigEntry(cache=CacheSetting(policy="teacache"), generation=GenerationDefaults()),
+    "off": ConfigEntry(cache=CacheSetting()),
+}
+
+
+class Recorder:
+    """A backend that compiles a graph into a file with its name, precision and operators."""
+
+    name: ClassVar[str] = "onnxruntime"
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    device = torch.device("cpu")
+
+    def __init__(self, refuses: str = "") -> None:
+        self.refuses = refuses
+
+    def compile(self, graph: Path, target: Target, out: Path) -> None:
+        if self.refuses and graph.name.startswith(self.refuses):
+            raise BuildError(f"graph '{graph.name}'", "is refused", "take another backend")
+        operators = sorted({n.op_type for n in onnx.load(graph).graph.node})
+        out.write_text(json.dumps([graph.name, target.precision, operators]))
+
+
+class OpenVinoRecorder(Recorder):
+    name: ClassVar[str] = "openvino"
+
+
+class Watcher:
+    """Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+
+    def phase(self, name: str, total: int) -> None:
+        self.phases[name] = total
+        self.done[name] = 0
+
+    def advance(self, what: str, steps: int = 1) -> None:
+        self.done[next(reversed(self.done))] += steps
+
+
+@pytest.fixture
+def traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let builds take their traced graphs from the tiny bundle, and leave samplers out."""
+    entries = tiny_bundle.manifest.graphs
+
+    def take(name: str, folder: Path) -> GraphEntry:
+        shutil.copyfile(tiny_bundle.graph_path(name), folder / entries[name].file)
+        return entries[name]
+
+    def write_graphs(
+        segments: Any, dims: Any, folder: Path, progress: Any, dump: Path | None = None
+    ) -> dict[str, GraphEntry]:
+        for segment in segments:
+            progress.advance(segment.name)
+        return {s.name: take(s.name, folder) for s in segments}
+
+    monkeypatch.setattr(building, "write_graphs", write_graphs)
+    monkeypatch.setattr(building, "write_tables", lambda folder, scheduler, shifts: [])
+    monkeypatch.setattr(
+        building, "write_decide_graph", lambda p, folder: take(f"decide.{p.spec.name}", folder)
+    )
+
+
+@pytest.fixture
+def request_for(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., BuildRequest]:
+    def make(**options: Any) -> BuildRequest:
+        given = {
+            "model": str(tiny_checkpoint),
+            "out": tmp_path / "out" / "bundle",
+            "backends": [Recorder()],
+            "configs": CONFIGS,
+            "weights": "inputs",
+        }
+        return BuildRequest(**{**given, **options})
+
+    return make
+
+
+@pytest.fixture
+def pipeline(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A diffusers pipeline around the tiny transformer, its other parts mere files."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_checkpoint, folder / "transformer")
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}
+    scheduler |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    files = {
+        "model_index.json": json.dumps({"_class_name": "WanPipeline"}),
+        "scheduler/scheduler_config.json": json.dumps(scheduler),
+        "tokenizer/tokenizer.json": "{}",
+        "text_encoder/model.safetensors": "weights",
+        "vae/deep/config.json": "{}",
+        "unrelated/notes.txt": "not for the bundle",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_build_is_a_bundle_that_opens(traced, request_for) -> None:
+    request = request_for()
+    report = build(request)
+    bundle = Bundle(request.out)
+    assert bundle.digests() == []
+    assert bundle.manifest == report.manifest
+    assert Manifest.model_validate_json(report.manifest.model_dump_json()) == report.manifest
+    assert sorted(p.name for p in request.out.parent.iterdir()) == ["bundle"]
+    files = {p.relative_to(request.out).as_posix() for p in request.out.rglob("*") if p.is_file()}
+    assert files == {*bundle.manifest.files, "manifest.json"}
+
+
+def test_the_manifest_says_what_was_asked(traced, request_for, tiny_checkpoint: Path) -> None:
+    manifest = build(request_for()).manifest
+    assert (manifest.family, manifest.weights, manifest.precision) == ("wan", "inputs", "float32")
+    assert manifest.checkpoint.source == str(tiny_checkpoint)
+    assert manifest.checkpoint.config["num_layers"] == 3
+    assert [s.count for s in manifest.stages] == [3]
+    assert list(manifest.configs) == ["mine", "off"]
+    assert manifest.default_config == "mine"
+    assert set(manifest.policies) == set(POLICIES)
+    assert manifest.pipeline.folder is None
+    (engines,) = manifest.engines
+    assert engines.backend == "onnxruntime"
+    assert set(engines.files) == set(engines.seconds) == set(manifest.graphs)
+
+
+def test_report_tells_linked_from_written_bytes(traced, request_for, tiny_checkpoint: Path) -> None:
+    report = build(request_for())
+    weights = (tiny_checkpoint / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert report.bytes - report.written_bytes == weights
+    assert {"trace", "weights", "engines", "samplers", "digests"} <= set(report.seconds)
+
+
+def test_every_phase_is_reported_and_completed(traced, request_for) -> None:
+    watcher = Watcher()
+    build(request_for(backends=[Recorder(), OpenVinoRecorder()]), watcher)
+    assert {"trace", "weights", "compile for onnxruntime", "compile for openvino"} <= set(
+        watcher.phases
+    )
+    assert watcher.done == watcher.phases
+
+
+def test_equal_weights_have_one_digest_and_others_another(
+    traced, request_for, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    path = copy / "diffusion_pytorch_model.safetensors"
+    first, again = (build(request_for(model=str(m), out=tmp_path / f"b{i}"))
+                    for i, m in enumerate((tiny_checkpoint, copy)))  # fmt: skip
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    other = build(request_for(model=str(copy), out=tmp_path / "other"))
+    digests = [r.manifest.checkpoint.sha256 for r in (first, again, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_existing_bundle_is_kept_unless_it_may_be_replaced(traced, request_for) -> None:
+    request = request_for()
+    build(request)
+    before = (request.out / "manifest.json").stat().st_ino
+    with pytest.raises(OutputError) as caught:
+        build(request)
+    assert caught.value.where == str(request.out)
+    assert caught.value.what == "already exists"
+    assert "--force" in caught.value.hint
+    assert (request.out / "manifest.json").stat().st_ino == before
+    build(replace(request, replace=True, configs={"off": CONFIGS["off"]}))
+    assert list(Bundle(request.out).manifest.configs) == ["off"]
+    assert sorted(p.name for p in request.out.parent.iterdir()) == ["bundle"]
+
+
+def test_a_place_that_cannot_be_written_is_named_before_tracing(
+    request_for, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "write_graphs", lambda *a, **k: pytest.fail("must not trace"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError) as caught:
+        build(request_for(out=tmp_path / "file" / "bundle"))
+    assert caught.value.where == str(tmp_path / "file" / "bundle")
+    assert "can't be written" in caught.value.what
+    assert "--out" in caught.value.hint
+
+
+PHASES: Mapping[str, FreewheelError | BaseException] = {
+    "write_graphs": ExportError("segment 'block'", "torch could not export it"),
+    "write_decide_graph": ExportError("graph 'decide.off'", "torch could not export it"),
+    "bring_weights": OutputError("weights", "No space left on device"),
+    "compile_graphs": KeyboardInterrupt(),
+    "bring_pipeline": OSError(28, "No space left on device"),
+    "write_tables": RuntimeError("a bug"),
+    "describe_files": OSError(5, "Input/output error"),
+    "Manifest": ValueError("a bug"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
+def test_a_failure_in_any_phase_leaves_what_was_there(
+    traced, request_for, monkeypatch: pytest.MonkeyPatch, phase: str, exists: bool
+) -> None:
+    request = request_for(replace=exists)
+    if exists:
+        build(request)
+    error = PHASES[phase]
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(building, phase, fail)
+    with pytest.raises(type(error)) as caught:
+        build(request)
+    assert caught.value is error
+    assert [p.name for p in request.out.parent.iterdir()] == (["bundle"] if exists else [])
+    if exists:
+        assert Bundle(request.out).digests() == []
+
+
+def test_a_refused_graph_is_named_and_leaves_nothing(traced, request_for) -> None:
+    request = request_for(backends=[Recorder(refuses="block")])
+    with pytest.raises(BuildError, match=r"graph 'block.onnx': is refused; take another backend"):
+        build(request)
+    assert list(request.out.parent.iterdir()) == []
+
+
+def test_faults_of_the_checkpoint_come_before_anything_is_written(
+    request_for, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        json.dumps({**config, "_class_name": "FluxTransformer2DModel"})
+    )
+    request = request_for(model=str(copy))
+    with pytest.raises(
+        CheckpointError, match=r"config.json: '_class_name' is 'Flux.*no family cuts"
+    ):
+        build(request)
+    assert not request.out.parent.exists()
+
+
+def test_a_checkpoint_of_another_size_than_its_config_is_refused(
+    traced, request_for, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_layers": 4}))
+    request = request_for(model=str(copy))
+    with pytest.raises(CheckpointError, match=r"tensors are missing: 'blocks\.3\.") as caught:
+        build(request)
+    assert "'config.json' belongs to another model" in caught.value.hint
+    assert list(request.out.parent.iterdir()) == []
+
+
+def test_groups_of_no_block_are_refused_before_anything_is_written(request_for) -> None:
+    request = request_for(group_blocks=0)
+    with pytest.raises(ConfigError):
+        build(request)
+    assert not request.out.parent.exists()
+
+
+def test_the_pipeline_is_linked_without_its_transformer_weights(
+    traced, request_for, pipeline: Path
+) -> None:
+    request = request_for(model=str(pipeline))
+    manifest = build(request).manifest
+    assert manifest.pipeline.folder == "pipeline"
+    assert manifest.pipeline.source is None
+    found = {n.removeprefix("pipeline/") for n in manifest.files if n.startswith("pipeline/")}
+    assert found == {
+        "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json", "text_encoder/model.safetensors", "vae/deep/config.json",
+    }  # fmt: skip
+    for name in ("text_encoder/model.safetensors", "vae/deep/config.json"):
+        linked = request.out / "pipeline" / name
+        assert linked.stat().st_ino == (pipeline / name).stat().st_ino
+    assert (request.out / "pipeline" / "model_index.json").stat().st_nlink == 1
+
+
+def test_samplers_are_tabulated_at_every_flow_shift_that_is_asked_for(
+    traced, request_for, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = SamplerEntry(
+        name="unipc", scheduler="UniPCMultistepScheduler", flow_shift=3.0, window=2, steps=[4],
+        file="samplers/unipc.safetensors",
+    )  # fmt: skip
+    asked: list[Any] = []
+
+    def write_tables(folder: Path, scheduler: Any, shifts: set[float]) -> list[SamplerEntry]:
+        asked.extend([scheduler["_class_name"], shifts])
+        (folder / "samplers").mkdir()
+        (folder / entry.file).write_text("table")
+        return [entry]
+
+    monkeypatch.setattr(building, "write_tables", write_tables)
+    shifted = ConfigEntry(cache=CacheSetting(), generation=GenerationDefaults(flow_shift=5.0))
+    manifest = build(request_for(model=str(pipeline), configs={"off": shifted})).manifest
+    assert asked == ["UniPCMultistepScheduler", {3.0, 5.0}]
+    assert manifest.samplers == [entry]
+    assert entry.file in manifest.files
+
+
+def test_where_links_are_impossible_small_parts_are_copied_and_large_ones_referenced(
+    traced, request_for, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    request = request_for(model=str(pipeline))
+    manifest = build(request).manifest
+    assert manifest.pipeline.folder == "pipeline"
+    copied = request.out / "pipeline" / "text_encoder" / "model.safetensors"
+    assert copied.stat().st_nlink == 1
+    assert Bundle(request.out).digests() == []
+
+    monkeypatch.setattr(building, "SMALL_FILE_BYTES", 3)
+    referenced = build(replace(request, out=tmp_path / "second")).manifest
+    assert referenced.pipeline.folder is None
+    assert referenced.pipeline.source == str(pipeline)
+    assert not [n for n in referenced.files if n.startswith("pipeline/")]
+
+
+def test_each_graph_is_compiled_in_its_own_precision_after_its_backends_passes(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    graph = tmp_path / "block.onnx"
+    for backend, name, rotary in (
+        (Recorder(), "block.onnx", True),
+        (OpenVinoRecorder(), "block.openvino.onnx", False),
+    ):
+        shutil.copyfile(tiny_bundle.graph_path("block"), graph)
+        compile_graph(backend, graph, Target(precision="bfloat16"), tmp_path / "engine")
+        compiled, precision, operators = json.loads((tmp_path / "engine").read_text())
+        assert (compiled, precision) == (name, "bfloat16")
+        assert ("RotaryEmbedding" in operators) == rotary
+        assert (tmp_path / name).is_file(), "runtimes without our passes compile it again"
+
+
+def test_graphs_that_no_pass_changes_are_compiled_as_they_are(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    graph = Path(shutil.copyfile(tiny_bundle.graph_path("head"), tmp_path / "head.onnx"))
+    compile_graph(OpenVinoRecorder(), graph, Target(), tmp_path / "engine")
+    assert json.loads((tmp_path / "engine").read_text())[0] == "head.onnx"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine", "head.onnx"]
+
+
+def test_targets_are_named_by_capability_or_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert target_label(Target(compute_capabilities=("8.9", "12.0"))) == "sm89-120"
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    assert target_label(Target()) == "amd64"

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the repository: who may import whom, and that every source file has its tests."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("bundle", "compiler", "configs", "engines", "passes", "policies", "runtime")
+
+ALLOWED = {
+    "configs": set(),
+    "bundle": {"configs"},
+    "engines": {"configs"},
+    "passes": {"configs"},
+    "policies": {"configs"},
+    "runtime": {"bundle", "configs", "engines", "policies"},
+    "compiler": {"", "bundle", "configs", "engines", "passes", "policies"},
+    "console": {"configs"},
+    "cli": {"bundle", "compiler", "configs", "console", "engines", "policies", "runtime"},
+    "": {"runtime"},
+}
+"""Package or top module → those it may import; "" is the root's `__init__`: version, `attach`."""
+
+PEERS = {
+    "compiler/sizes.py": "freewheel.runtime.generate",
+    "compiler/speedup.py": "freewheel.runtime.replay freewheel.runtime.trace",
+    "compiler/verify.py": "freewheel.runtime.model",
+}
+"""What of `compiler` looks at a finished bundle as a runtime does: `inspect` and `verify`."""
+
+ONLY_IN = {
+    "diffusers": ("cli.py", "compiler", "runtime"),
+    "huggingface_hub": ("compiler/checkpoint.py",),
+    "imageio": ("runtime/video.py",),
+    "onnx": ("compiler", "engines"),
+    "onnx_ir": ("compiler", "passes"),
+    "onnxruntime": ("engines/onnxruntime.py",),
+    "onnxscript": ("passes/optimize_graph.py",),
+    "openvino": ("engines/openvino.py",),
+    "polygraphy": ("compiler", "engines"),
+    "rich": ("compiler", "console.py"),
+    "skimage": ("runtime/quality.py",),
+    "tensorrt": ("engines/tensorrt.py",),
+    "tensorrt_rtx": ("engines/tensorrt.py",),
+    "torch": ("bundle", "compiler", "engines", "policies", "runtime"),
+    "transformers": ("cli.py", "compiler"),
+    "typer": ("cli.py",),
+}
+"""Third-party package → the files or folders where its weight stops."""
+
+UNMIRRORED = {
+    "bundle/__init__.py": "empty",
+    "compiler/__init__.py": "empty",
+    "runtime/__init__.py": "empty",
+    "compiler/families/base.py": "data classes alone; families/test_init.py checks what fills them",
+    "compiler/progress.py": "a protocol and its empty form",
+    "configs/tensor_spec.py": "one data class without behaviour",
+}
+"""Source file → why it has no test file of its name."""
+
+TESTED_THROUGH = {
+    "__init__.py": "runtime/test_attach.py",
+    "configs/__init__.py": "configs/test_caching.py",
+    "console.py": "test_cli.py",
+    "engines/__init__.py": "engines/test_backends.py",
+    "runtime/bench.py": "test_cli.py",
+    "runtime/body.py": "runtime/test_session.py",
+    "runtime/cache.py": "runtime/test_session.py",
+    "runtime/decider.py": "runtime/test_replay.py",
+    "runtime/dims.py": "runtime/test_session.py",
+    "runtime/forecast.py": "runtime/test_replay.py",
+    "runtime/generate.py": "test_cli.py",
+    "runtime/lora.py": "runtime/test_attach.py",
+    "runtime/model.py": "runtime/test_session.py",
+    "runtime/quality.py": "test_cli.py",
+    "runtime/ring.py": "runtime/test_session.py",
+    "runtime/settings.py": "test_cli.py",
+    "runtime/statistics.py": "runtime/test_session.py",
+    "runtime/video.py": "test_cli.py",
+}
+"""Source file → the test file that covers it, where none has its name."""
+
+
+def sources() -> list[Path]:
+    found = [*ROOT.glob("*.py"), *(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))]
+    return sorted(p.relative_to(ROOT) for p in found)
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield every module that a source file imports, in functions too, with the line."""
+    parts = ("freewheel", *path.parts)
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or "", node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = parts[: len(parts) - node.level]
+            yield ".".join((*base, node.module or "")).rstrip("."), node.lineno
+
+
+def package_of(path: Path) -> str:
+    name = path.parts[0] if len(path.parts) > 1 else path.stem
+    return "" if name == "__init__" else name
+
+
+def third_party(path: Path) -> set[str]:
+    return {name.split(".")[0] for name, _ in imported(path)} - {"freewheel"}
+
+
+def test_the_walk_finds_the_sources() -> None:
+    found = {str(p) for p in sources()}
+    assert {"cli.py", "compiler/families/wan.py", "engines/tensorrt.py"} <= found
+    assert {package_of(Path(p)) for p in found} == set(ALLOWED)
+    assert "freewheel.configs.errors" in {n for n, _ in imported(Path("cli.py"))}
+    assert "freewheel.engines.base" in {n for n, _ in imported(Path("compiler/families/wan.py"))}
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in sources():
+        own = package_of(path)
+        peers = PEERS.get(path.as_posix(), "").split()
+        for name, line in imported(path):
+            root, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if root == "freewheel" and target not in ALLOWED[own] | {own} and name not in peers:
+                wrong.append(f"{path}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_listed_peers_are_really_imported() -> None:
+    for path, peers in PEERS.items():
+        assert set(peers.split()) <= {n for n, _ in imported(Path(path))}, path
+
+
+def test_third_party_weight_stops_at_its_file() -> None:
+    wrong = []
+    for path in sources():
+        wrong += [
+            f"{path} imports {name}"
+            for name in sorted(third_party(path) & set(ONLY_IN))
+            if not any(path.is_relative_to(place) for place in ONLY_IN[name])
+        ]
+    assert wrong == []
+
+
+def test_torch_export_is_compiler_business() -> None:
+    for path in sources():
+        if path.parts[0] != "compiler":
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert "torch.export" not in text, path
+            assert "torch.onnx.export" not in text, path
+
+
+def test_packages_import_relatively_and_the_command_line_absolutely() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                absolute = (node.module or "").startswith("freewheel") and not node.level
+                if path.name != "cli.py":
+                    assert not absolute, f"{path}:{node.lineno}"
+                else:
+                    assert not node.level, f"{path}:{node.lineno}"
+
+
+def test_no_pickle_is_ever_opened() -> None:
+    for path in sources():
+        assert not third_party(path) & {"pickle", "dill", "joblib", "shelve", "marshal"}, path
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert "torch.load(" not in text, path
+        assert "allow_pickle=True" not in text, path
+
+
+HEAVY = (
+    "torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxscript",
+    "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "numpy",
+)  # fmt: skip
+
+LISTS_HEAVY = f"import sys; print([m for m in {HEAVY} if m in sys.modules])"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"import freewheel.cli; {LISTS_HEAVY}",
+        f"import freewheel.configs.caching; {LISTS_HEAVY}",
+        "import sys, io, contextlib\n"
+        "from freewheel.cli import main\n"
+        "sys.argv = ['freewheel', '--help']\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "assert 'build' in out.getvalue(), out.getvalue()\n"
+        f"{LISTS_HEAVY}",
+        "import sys, io, contextlib\n"
+        "from freewheel.cli import main\n"
+        "sys.argv = ['freewheel', 'build', '--help']\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "assert 'precision' in out.getvalue(), out.getvalue()\n"
+        f"{LISTS_HEAVY}",
+    ],
+    ids=["cli", "configs", "help", "build help"],
+)
+def test_help_needs_neither_torch_nor_a_backend(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        (
+            "freewheel.engines",
+            ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy"),
+        ),
+        ("freewheel.runtime.session", ("onnx", "onnx_ir", "onnxscript", "openvino", "onnxruntime")),
+        ("freewheel.policies", ("diffusers", "onnx", "onnx_ir", "openvino", "onnxruntime")),
+    ],
+)
+def test_importing_a_layer_needs_none_below_its_task(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([m for m in {absent} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def mirror(path: Path) -> Path:
+    name = path.stem.strip("_")
+    return ROOT / "tests" / path.parent / f"test_{name}.py"
+
+
+def test_every_source_file_has_its_tests() -> None:
+    missing = [
+        path.as_posix()
+        for path in sources()
+        if not mirror(path).is_file() and path.as_posix() not in {*UNMIRRORED, *TESTED_THROUGH}
+    ]
+    assert missing == []
+
+
+def test_listed_exceptions_are_needed() -> None:
+    known = {p.as_posix() for p in sources()}
+    for name, covering in TESTED_THROUGH.items():
+        assert name in known, name
+        assert (ROOT / "tests" / covering).is_file(), covering
+    for name in UNMIRRORED:
+        assert name in known, name
+        assert not mirror(Path(name)).is_file(), f"{name} has its tests: drop the exception"
+
+
+def test_every_package_is_installed() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(project["tool"]["setuptools"]["packages"])
+    folders = {p.parent for p in sources() if p.name == "__init__.py"}
+    assert listed == {".".join(("freewheel", *f.parts)) for f in folders}
+
+
+def test_source_files_name_their_licence_first() -> None:
+    for path in sources():
+        first = (ROOT / path).read_text(encoding="utf-8").split("\n", 1)[0]
+        assert first == "# SPDX-License-Identifier: Apache-2.0", path
+
+
+def test_no_file_is_called_utils() -> None:
+    assert not {p.stem for p in sources()} & {"utils", "util", "helpers", "common", "misc"}
