@@ -70,7 +70,9 @@ def run_passes(
         graph_pass.requires(model)
         result = graph_pass.run(model)
         if graph_pass.in_place != (result.model is model):
-            raise PassError(f"pass '{name}'", f"declares in_place={graph_pass.in_place} but did otherwise")
+            raise PassError(
+                f"pass '{name}'", f"declares in_place={graph_pass.in_place} but did otherwise"
+            )
         model = result.model
         graph_pass.ensures(model)
         if result.changed:

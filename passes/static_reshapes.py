@@ -35,7 +35,10 @@ class StaticReshapes(Pass):
             name = f"{node.outputs[0].name}_target"
             tensor = ir.tensor(np.array(target, dtype=np.int64), name=name)
             constant = ir.Value(
-                name=name, shape=ir.Shape([len(target)]), type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name,
+                shape=ir.Shape([len(target)]),
+                type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
             )
             model.graph.initializers.add(constant)
             node.replace_input_with(1, constant)
