@@ -14,8 +14,9 @@ from ..bundle.manifest import PolicyEntry, SignalEntry
 from ..configs.policy_spec import Value
 from ..configs.setting import CacheSetting
 from ..engines.base import BoundCall
-from .body import Body, allocate
+from .body import Body
 from .decider import Decider, Verdict
+from .dims import shape_of
 from .model import LoadedModel
 from .ring import ResidualRing
 
@@ -86,8 +87,9 @@ class BranchCache:
         depth = max(resolved.depth, 1) if record else resolved.depth
         self.ring: ResidualRing | None = None
         if depth:
-            residual = allocate(graphs["delta"].outputs, dims, model.device)["residual"]
-            self.ring = ResidualRing(depth, residual.shape, residual.dtype, model.device)
+            declared = graphs["delta"].outputs["residual"]
+            shape, dtype = shape_of(declared, dims), getattr(torch, declared.dtype)
+            self.ring = ResidualRing(depth, shape, dtype, model.device)
             before = {"hidden": hidden, "hidden_out": body.hidden_out}
             self._deltas = [
                 model.bind("delta", {**before, "residual": self.ring.slot(i)}) for i in range(depth)
@@ -95,8 +97,10 @@ class BranchCache:
             self._reuse = model.bind(
                 "reuse", {**before, "history": self.ring.history, "mix": self.ring.mix}
             )
-            self._replayed = residual
-            self._replay = model.bind("delta", {**before, "residual": residual}) if record else None
+            self._replay: BoundCall | None = None
+            if record:
+                self._replayed = torch.zeros(shape, dtype=dtype, device=model.device)
+                self._replay = model.bind("delta", {**before, "residual": self._replayed})
         self._bind_signal(model, shared)
         self._decider = Decider(
             model,

@@ -125,13 +125,8 @@ def test_a_session_allocates_what_was_forecast(tiny_bundle: Bundle, cut: Cut, po
     parts = forecast(cut, setting).parts("chosen")
     expected = sum(parts.values()) - parts["weights"] - parts["activations"]
     # What is small and not counted: the policy's state, masks and the timesteps themselves.
-    assert expected <= allocated <= expected + HIDDEN // 4 + extra_residual(policy)
+    assert expected <= allocated <= expected + HIDDEN // 4
     assert session.steps == DIMS["steps"]
-
-
-def extra_residual(policy: str) -> int:
-    """A cache holds one residual beside its ring, for recording."""
-    return 0 if policy == "off" else HIDDEN
 
 
 def run(session: Session, inputs: dict, prompt: dict, setting: CacheSetting) -> None:

@@ -178,6 +178,7 @@ def test_an_engine_with_other_weights_inside_is_found(baked: Bundle, tmp_path: P
     assert failing(report) == {("body_0_1", "openvino")}
 
 
+@pytest.mark.slow
 def test_low_precision_stays_within_its_tolerance(
     tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]
 ) -> None:
