@@ -78,7 +78,7 @@ def build(
     group_blocks: Annotated[
         int | None,
         typer.Option(
-            help="Blocks per engine of the baked form; default: as many as 4 GiB of weights."
+            help="Blocks per engine with --weights baked; default: as many as 4 GiB of weights."
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,

@@ -74,11 +74,17 @@ def block_bytes(
     return sum(tensors[name].bytes for name in names)
 
 
-def check_group_blocks(group_blocks: int | None) -> None:
-    """Raise `ConfigError` where a group would hold no block."""
-    if group_blocks is not None and group_blocks < 1:
+def check_group_blocks(group_blocks: int | None, asked: str) -> None:
+    """Raise `ConfigError` where a group would hold no block, or no group is asked for."""
+    if group_blocks is None:
+        return
+    if group_blocks < 1:
         raise ConfigError(
             "--group-blocks", f"is {group_blocks}", "give the blocks per group, 1 or more"
+        )
+    if asked != "baked":
+        raise ConfigError(
+            "--group-blocks", f"means nothing with --weights {asked}", "add --weights baked"
         )
 
 

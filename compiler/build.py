@@ -123,9 +123,9 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         CheckpointError: nothing usable at ``request.model``.
         ExportError, PassError, BuildError: a graph could not be traced, rewritten or compiled.
         OutputError: the target exists or can't be written.
-        ConfigError: groups of no block are asked for.
+        ConfigError: groups of no block are asked for, or groups in a bundle that has none.
     """
-    check_group_blocks(request.group_blocks)
+    check_group_blocks(request.group_blocks, request.weights)
     progress = progress or Silent()
     clock = _Clock()
     checkpoint = open_checkpoint(request.model, request.revision)

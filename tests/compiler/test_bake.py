@@ -20,6 +20,7 @@ from freewheel.compiler import bake
 from freewheel.compiler.bake import (
     GROUP_BYTES,
     block_bytes,
+    check_group_blocks,
     resolve_weights_form,
     split_blocks,
     stitch_blocks,
@@ -319,7 +320,16 @@ def test_block_bytes_count_what_a_block_computes_with(tiny_bundle: Bundle) -> No
 def test_group_of_no_block_is_refused_before_anything_is_written(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    request = BuildRequest(str(tiny_checkpoint), tmp_path / "bundle", [], {}, group_blocks=0)
+    request = BuildRequest(
+        str(tiny_checkpoint), tmp_path / "bundle", [], {}, weights="baked", group_blocks=0
+    )
     with pytest.raises(ConfigError, match=r"--group-blocks.*is 0.*1 or more"):
         build(request)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", ["auto", "inputs"])
+def test_group_size_without_baked_form_is_refused(asked: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--group-blocks.*--weights {asked}.*--weights baked"):
+        check_group_blocks(2, asked)
+    check_group_blocks(None, asked)
