@@ -119,8 +119,13 @@ class VerifyReport:
             f"{self.files} files unchanged; {len(self.engines) - bad} of {len(self.engines)} "
             f"outputs equal PyTorch ({self.backend}); {len(self.policies) - wrong} of "
             f"{len(self.policies)} compiled policies equal their laws "
-            f"over {decisions} decisions ({ties} ties)"
+            f"over {decisions} decisions ({ties} ties){self._left_out()}"
         )
+
+    def _left_out(self) -> str:
+        """Name the graphs that nothing was compared of: a reader must not take them for verified."""
+        left = sorted(self.skipped.keys() - {c.graph for c in self.engines})
+        return f"; NOT compared: {', '.join(left)}" if left else ""
 
     def raise_on_mismatch(self) -> None:
         """Raise where something differs.

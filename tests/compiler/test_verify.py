@@ -14,6 +14,7 @@ import pytest
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.reader import MANIFEST, Bundle
 from freewheel.compiler.decide import write_decide_graph
+from freewheel.compiler.engine_check import EngineCheck
 from freewheel.compiler.verify import VerifyReport, verify_bundle
 from freewheel.configs.errors import BackendUnavailable, MismatchError
 from freewheel.engines import Target, backend
@@ -193,6 +194,13 @@ def test_low_precision_stays_within_its_tolerance(
 def test_a_backend_without_engines_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(BackendUnavailable, match="build it again with --backend tensorrt"):
         verify_bundle(tiny_bundle, "tensorrt")
+
+
+def test_graphs_that_were_not_compared_are_named_in_the_summary() -> None:
+    check = EngineCheck("block", "openvino", 0, "hidden_out", 1e-7, 1e-5)
+    skipped = {"block": "is bfloat16", "vae_decode": "has no PyTorch module"}
+    report = VerifyReport(Path("b"), "openvino", 3, engines=(check,), skipped=skipped)
+    assert report.summary().endswith("; NOT compared: vae_decode")
 
 
 def test_a_report_of_changed_files_is_plain_data() -> None:
