@@ -52,12 +52,19 @@ def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> N
     (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
-def refused(build: Path, bundle: Path, embeddings: Path, *more: object) -> tuple[int, dict]:
+def refused(
+    build: Path,
+    bundle: Path,
+    embeddings: Path,
+    *,
+    cache: str = "taylorseer",
+    backend: str = "openvino",
+) -> tuple[int, dict]:
     done = run(
         build / "freewheel-run", bundle, "--out", bundle.parent / "x.npy",
         "--embeddings", embeddings, "--guidance", 1, "--steps", 4,
-        "--frames", 1, "--height", 32, "--width", 32, "--cache", "taylorseer",
-        "--backend", "openvino", "--shift", 3, "--quiet", "--json", *more,
+        "--frames", 1, "--height", 32, "--width", 32, "--cache", cache, "--backend", backend,
+        "--shift", 3, "--quiet", "--json",
     )  # fmt: skip
     error = json.loads(done.stdout)["error"]
     assert error["where"]
@@ -145,12 +152,12 @@ def test_engines_for_another_machine_are_compiled_anew_where_asked(
 
 
 def test_a_backend_without_engines_is_unavailable(cpp_build, damaged, embeddings) -> None:
-    code, error = refused(cpp_build, damaged, embeddings, "--backend", "tensorrt")
+    code, error = refused(cpp_build, damaged, embeddings, backend="tensorrt")
     assert (code, error["code"]) == (4, "backend")
 
 
 def test_an_unknown_policy_names_the_nearest(cpp_build, damaged, embeddings) -> None:
-    code, error = refused(cpp_build, damaged, embeddings, "--cache", "tecache")
+    code, error = refused(cpp_build, damaged, embeddings, cache="tecache")
     assert (code, error["code"]) == (3, "config")
     assert "did you mean" in error["hint"]
 
