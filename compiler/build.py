@@ -203,7 +203,9 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             precision=request.precision,
             weights=form,
             inputs={
-                n: InputEntry(argument=i.argument, runs=i.runs, dtype=i.spec.dtype, shape=list(i.spec.shape))
+                n: InputEntry(
+                    argument=i.argument, runs=i.runs, dtype=i.spec.dtype, shape=list(i.spec.shape)
+                )
                 for n, i in cut.inputs.items()
             },
             dims={n: list(f) for n, f in cut.dims.items()},
@@ -244,7 +246,9 @@ def compile_graphs(
     for name, graph in graphs.items():
         began = time.perf_counter()
         out = f"{place}/{name}"
-        compile_graph(backend, folder / graph.file, replace(target, precision=graph.precision), folder / out)
+        compile_graph(
+            backend, folder / graph.file, replace(target, precision=graph.precision), folder / out
+        )
         files[name], seconds[name] = out, round(time.perf_counter() - began, 3)
         progress.advance(name)
     return EngineSetEntry(backend=backend.name, target=label, files=files, seconds=seconds)

@@ -70,7 +70,7 @@ class TextEncoder(nn.Module):
 class VaeDecode(nn.Module):
     """Latents → frames, the causal decoder's loop unrolled over a fixed number of latent frames."""
 
-    def __init__(self, model: AutoencoderKLWan) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.post_quant_conv, self.decoder = model.post_quant_conv, model.decoder
         config = model.config

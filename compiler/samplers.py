@@ -72,7 +72,7 @@ class SamplerTable:
     @property
     def window(self) -> int:
         """Samples, and model outputs, that a step looks at."""
-        return self.rows.shape[1] // 2
+        return int(self.rows.shape[1]) // 2
 
     def advance(
         self,
