@@ -248,10 +248,12 @@ def _request(pair: tuple[str, int], entry: ConfigEntry, steps: int | None) -> Ge
 
 
 def _add(row: BenchRow, result: Generation, reference: Generation, *, is_new: bool) -> None:
+    # The plain pipeline computes every step and fills no statistics of ours.
+    statistics = reference.statistics if row.name == EAGER else result.statistics
     row.seconds.append(result.seconds["denoise"])
     row.speedup.append(reference.seconds["denoise"] / result.seconds["denoise"])
-    row.computed_steps.append(result.statistics.computed_steps)
-    row.ideal.append(result.statistics.ideal_speedup)
+    row.computed_steps.append(statistics.computed_steps)
+    row.ideal.append(statistics.ideal_speedup)
     if is_new:
         row.quality.append(compare_videos(result.frames, reference.frames))
 
