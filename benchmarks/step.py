@@ -55,16 +55,23 @@ SETTINGS: dict[str, CacheSetting] = {
 }
 
 
-def session_for(checkpoint: Path, folder: Path, name: str, precision: str) -> Session:
+def session_for(
+    checkpoint: Path, folder: Path, name: str, precision: str, weights: str = "inputs"
+) -> Session:
     """Build a bundle and open a session on it."""
-    out = folder / f"{name}-{precision}"
+    out = folder / f"{name}-{precision}-{weights}"
     build(
         BuildRequest(
             model=str(checkpoint), out=out, backends=[backend(name)], precision=precision,  # type: ignore[arg-type]  # a name of PRECISIONS
-            configs=config_entries(["off"], typer.echo), weights="inputs",
+            configs=config_entries(["off"], typer.echo), weights=weights,  # type: ignore[arg-type]  # inputs or baked
         )
     )  # fmt: skip
     return Session(LoadedModel(Bundle(out)))
+
+
+def note(line: str) -> None:
+    """Tell where the measurement stands; the tables come at the end."""
+    typer.echo(line, err=True)
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -74,13 +81,16 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure_reuse(session: Session, layers: int, rounds: int) -> list[dict[str, Any]]:
+def measure_reuse(
+    engines: str, session: Session, layers: int, rounds: int
+) -> list[dict[str, Any]]:
     """Measure each policy's computed and reused steps, segment by segment."""
     latents = torch.randn(LATENTS)
     session.set_prompt("cond", {"text_states": torch.randn(1, TEXT_TOKENS, 4096)})
     timesteps = torch.linspace(999, 100, STEPS)
     samples: dict[str, dict[str, list[float]]] = {n: {} for n in SETTINGS}
     for round_ in range(rounds + 1):
+        note(f"reuse, {engines}: round {round_} of {rounds}")
         for name, setting in SETTINGS.items():
             session.begin(timesteps, setting)
             session.step("cond", 0, {"latents": latents})
@@ -106,6 +116,7 @@ def measure_reuse(session: Session, layers: int, rounds: int) -> list[dict[str, 
         taken = for_steps / ideal * full + (for_steps - for_steps / ideal) * reused
         rows.append(
             {
+                "engines": engines,
                 "policy": name,
                 "computed_step_seconds": computed,
                 "computed_step_seconds_30_layers": full,
@@ -148,10 +159,11 @@ def measure_peers(
         calls["torch.compile"] = eager(torch.compile(model))
     calls |= {f"freewheel {name}": ours(session) for name, session in sessions.items()}
     seconds: dict[str, list[float]] = {n: [] for n in calls}
-    for round_ in range(rounds + 2):
+    for round_ in range(rounds + 1):
         for name, call in calls.items():
             taken = timed(call)
-            if round_ > 1:
+            note(f"{precision}: round {round_} of {rounds}: {name} {taken:.2f} s")
+            if round_ > 0:  # the first one warms up
                 seconds[name].append(taken)
     base = seconds["diffusers eager"]
     return [
@@ -172,8 +184,10 @@ def main(
         "out/bench"
     ),
     layers: Annotated[int, typer.Option(help="Layers really run.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds counted.")] = 7,
-    precisions: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    rounds: Annotated[int, typer.Option(help="Rounds counted.")] = 5,
+    precisions: Annotated[
+        str, typer.Option(help="Comma-separated; bfloat16 takes minutes a step without AMX.")
+    ] = "float32,bfloat16",
     compiled: Annotated[bool, typer.Option(help="Also torch.compile.")] = True,
 ) -> None:
     """Measure steps at Wan 1.3B width."""
@@ -185,11 +199,15 @@ def main(
         peers: list[dict[str, Any]] = []
         reuse: list[dict[str, Any]] = []
         for precision in precisions.split(","):
-            names = ["openvino"] + (["onnxruntime"] if precision == "float32" else [])
-            sessions = {n: session_for(checkpoint, folder, n, precision) for n in names}
+            sessions = {"openvino": session_for(checkpoint, folder, "openvino", precision)}
+            if precision == "float32":
+                for weights in ("inputs", "baked"):
+                    session = session_for(checkpoint, folder, "onnxruntime", precision, weights)
+                    sessions[f"onnxruntime, {weights}"] = session
             peers += measure_peers(checkpoint, sessions, precision, rounds, compiled=compiled)
             if precision == "float32":
-                reuse = measure_reuse(sessions["openvino"], layers, rounds)
+                for name in ("openvino", "onnxruntime, inputs"):
+                    reuse += measure_reuse(name, sessions[name], layers, rounds)
     finally:
         shutil.rmtree(folder)
     data = {
@@ -222,11 +240,11 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         f"Body extrapolated to {FULL_LAYERS} layers by seconds per layer; one step in three computed.",
         "",
-        "| policy | computed step s | reused step s | reused / computed | measured / ideal speedup |",
-        "|---|--:|--:|--:|--:|",
+        "| engines | policy | computed step s | reused step s | reused / computed | measured / ideal speedup |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r['policy']} | {r['computed_step_seconds_30_layers']:.2f} | {r['reused_step_seconds']:.4f} "
+        f"| {r['engines']} | {r['policy']} | {r['computed_step_seconds_30_layers']:.2f} | {r['reused_step_seconds']:.4f} "
         f"| {100 * r['reused_over_computed']:.2f} % | {r['efficiency_at_ideal_3']:.3f} |"
         for r in data["reuse"]
     ]

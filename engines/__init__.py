@@ -67,6 +67,8 @@ def backend(name: str, *, to_build: bool = False) -> Backend:
 def auto_backend(precision: str = "float32") -> tuple[Backend, Mapping[str, str]]:
     """Take the first backend that can compile and run ``precision`` graphs here.
 
+    One that says it yields to another is taken only where the other can't.
+
     Returns:
         The backend, and per backend name, in order, why it was taken or passed over.
 
@@ -74,13 +76,22 @@ def auto_backend(precision: str = "float32") -> tuple[Backend, Mapping[str, str]
         BackendUnavailable: none can; says why for each.
     """
     reasons: dict[str, str] = {}
+    passed_over: dict[str, str] = {}  # backend that yields → the one it yields to
     for name in BACKENDS:
         found = backend_class(name)
         state = found.probe()
         reasons[name] = state.reason
-        if state.available and precision not in found.precisions:
+        if not state.available:
+            continue
+        if precision not in found.precisions:
             reasons[name] = f"has no {precision} kernels ({state.reason})"
-        elif state.available:
+        elif state.yields_to:
+            passed_over[name] = state.yields_to
+        else:
+            for slower in [n for n, faster in passed_over.items() if faster == name]:
+                reasons[slower] = f"slower than {name} on this machine ({reasons[slower]})"
             return found(), reasons
+    for name in passed_over:
+        return backend_class(name)(), reasons
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise BackendUnavailable("backend 'auto'", f"none runs here ({why})", "pip install openvino")

@@ -30,12 +30,15 @@ class Availability:
         install: Command that would make it available; empty when it is.
         builds_elsewhere: True when graphs can be compiled here for a machine that is not this
             one (ahead of time, for a GPU), though not run.
+        yields_to: Backend that runs the same graphs faster on this machine; `auto` takes that one
+            where it can. Empty for none.
     """
 
     available: bool
     reason: str
     install: str = ""
     builds_elsewhere: bool = False
+    yields_to: str = ""
 
     @property
     def can_build(self) -> bool:

@@ -72,6 +72,16 @@ def test_auto_takes_the_first_that_runs_here(monkeypatch, available, precision, 
     assert reasons[taken] == f"because {taken}"
 
 
+def test_auto_passes_over_a_backend_that_yields_to_one_that_runs(monkeypatch):
+    pretend(monkeypatch, {"onnxruntime"})
+    slower = Availability(True, "old CPU", yields_to="onnxruntime")
+    monkeypatch.setattr(backend_class("openvino"), "probe", classmethod(lambda cls: slower))
+    found, reasons = auto_backend()
+    assert found.name == "onnxruntime"
+    assert reasons["openvino"] == "slower than onnxruntime on this machine (old CPU)"
+    assert auto_backend("bfloat16")[0].name == "openvino"  # the other has no kernels
+
+
 def test_auto_skips_a_backend_without_the_precision_and_says_so(monkeypatch):
     pretend(monkeypatch, {"onnxruntime"})
     with pytest.raises(BackendUnavailable, match="onnxruntime: has no bfloat16 kernels"):
