@@ -74,7 +74,7 @@ def build(
     precision: Annotated[
         str, typer.Option(help="Precision of the body: float32, bfloat16 or float16.")
     ] = "float32",
-    weights: Annotated[str, typer.Option(help="auto, inputs (block templates) or baked.")] = "auto",
+    weights: Annotated[str, typer.Option(help="inputs (block templates) or baked.")] = "inputs",
     group_blocks: Annotated[
         int | None,
         typer.Option(
@@ -108,7 +108,7 @@ def build(
             backends=backends,
             configs=config_entries(config or ["off"], screen.warn),
             precision=_choice("--precision", precision, ("float32", "bfloat16", "float16")),  # type: ignore[arg-type]
-            weights=_choice("--weights", weights, ("auto", "inputs", "baked")),  # type: ignore[arg-type]
+            weights=_choice("--weights", weights, ("inputs", "baked")),  # type: ignore[arg-type]
             group_blocks=group_blocks,
             revision=revision,
             replace=force,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
@@ -18,11 +17,9 @@ from ..configs.errors import ConfigError
 from ..engines.bindings import DTYPES
 
 __all__ = [
-    "BAKED_BELOW_BYTES",
     "GROUP_BYTES",
     "block_bytes",
     "check_group_blocks",
-    "resolve_weights_form",
     "split_blocks",
     "stitch_blocks",
     "write_groups",
@@ -31,39 +28,7 @@ __all__ = [
 GROUP_BYTES = 4 << 30
 """Weights in one group unless asked otherwise; building one takes about three times the memory."""
 
-BAKED_BELOW_BYTES: Mapping[str, int] = {
-    "tensorrt": 0,
-    "tensorrt-rtx": 0,
-    "openvino": 0,
-    "onnxruntime": 0,
-}
-"""Backend → bytes of a block's weights below which `auto` bakes them.
-
-Baking gives up LoRA at run and the one small engine for all blocks, so it has to be at least 10 %
-faster. What it saves is the packing of weights anew in every run: work that grows with the weights
-and not with the tokens, so its share is about 10 / tokens whatever the size of the model. Seen with
-`benchmarks/weights_form.py` on two CPU cores, onnxruntime and openvino alike: 20 % at 36 tokens,
-6 % at 180 (8 blocks of 3.7 MB), within the noise at 1,560 (2 blocks of 167 MB). The smallest
-model that we know of has 180. TensorRT is not measured.
-"""
-
 IR_TYPES = {name: ir.DataType(kind) for kind, name in DTYPES.items()}
-
-
-def resolve_weights_form(
-    asked: Literal["auto", "inputs", "baked"], backends: Sequence[str], each: int
-) -> Literal["inputs", "baked"]:
-    """Choose how blocks get their weights.
-
-    Args:
-        asked: ``auto`` bakes where every backend favours it by `BAKED_BELOW_BYTES`.
-        backends: Names of the backends that the bundle is built for.
-        each: Bytes of weights of one block.
-    """
-    if asked != "auto":
-        return asked
-    is_favoured = backends and all(each < BAKED_BELOW_BYTES.get(b, 0) for b in backends)
-    return "baked" if is_favoured else "inputs"
 
 
 def block_bytes(

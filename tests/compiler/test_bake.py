@@ -16,12 +16,10 @@ from onnx.external_data_helper import ExternalDataInfo
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.manifest import Manifest
 from freewheel.bundle.reader import MANIFEST, Bundle
-from freewheel.compiler import bake
 from freewheel.compiler.bake import (
     GROUP_BYTES,
     block_bytes,
     check_group_blocks,
-    resolve_weights_form,
     split_blocks,
     stitch_blocks,
     write_groups,
@@ -287,20 +285,6 @@ def test_lora_on_a_baked_bundle_is_refused_with_the_way_out(baked: Bundle) -> No
         merge_loras(baked, [Lora("style", 1.0, {}, {})])
 
 
-def test_auto_bakes_only_where_every_backend_favours_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_weights_form("auto", ["openvino", "onnxruntime"], 1) == "inputs"
-    monkeypatch.setattr(bake, "BAKED_BELOW_BYTES", {"openvino": 100, "onnxruntime": 50})
-    assert resolve_weights_form("auto", ["openvino", "onnxruntime"], 49) == "baked"
-    assert resolve_weights_form("auto", ["openvino", "onnxruntime"], 50) == "inputs"
-    assert resolve_weights_form("auto", ["openvino", "tensorrt"], 49) == "inputs"
-    assert resolve_weights_form("auto", [], 49) == "inputs"
-
-
-def test_form_asked_for_stands() -> None:
-    assert resolve_weights_form("baked", ["openvino"], 1 << 40) == "baked"
-    assert resolve_weights_form("inputs", ["openvino"], 0) == "inputs"
-
-
 def test_groups_hold_no_more_than_the_byte_limit() -> None:
     quarter = GROUP_BYTES // 4
     assert list(split_blocks(0, 10, quarter)) == [(0, 4), (4, 4), (8, 2)]
@@ -328,8 +312,7 @@ def test_group_of_no_block_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("asked", ["auto", "inputs"])
-def test_group_size_without_baked_form_is_refused(asked: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--group-blocks.*--weights {asked}.*--weights baked"):
-        check_group_blocks(2, asked)
-    check_group_blocks(None, asked)
+def test_group_size_without_baked_form_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--group-blocks.*--weights inputs.*--weights baked"):
+        check_group_blocks(2, "inputs")
+    check_group_blocks(None, "inputs")
