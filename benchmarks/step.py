@@ -81,9 +81,7 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure_reuse(
-    engines: str, session: Session, layers: int, rounds: int
-) -> list[dict[str, Any]]:
+def measure_reuse(engines: str, session: Session, layers: int, rounds: int) -> list[dict[str, Any]]:
     """Measure each policy's computed and reused steps, segment by segment."""
     latents = torch.randn(LATENTS)
     session.set_prompt("cond", {"text_states": torch.randn(1, TEXT_TOKENS, 4096)})
@@ -244,7 +242,8 @@ def markdown(data: dict[str, Any]) -> str:
         "|---|---|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r['engines']} | {r['policy']} | {r['computed_step_seconds_30_layers']:.2f} | {r['reused_step_seconds']:.4f} "
+        f"| {r['engines']} | {r['policy']} "
+        f"| {r['computed_step_seconds_30_layers']:.2f} | {r['reused_step_seconds']:.4f} "
         f"| {100 * r['reused_over_computed']:.2f} % | {r['efficiency_at_ideal_3']:.3f} |"
         for r in data["reuse"]
     ]

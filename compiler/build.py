@@ -43,7 +43,7 @@ from ..engines.base import Backend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import POLICIES
 from .bake import check_group_blocks, write_groups
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .decide import write_decide_graph
 from .families import Cut, family_of
 from .families.base import StoredDtype
@@ -304,8 +304,10 @@ def tabulate_samplers(
     if checkpoint.pipeline is not None:
         path = checkpoint.pipeline / "scheduler" / "scheduler_config.json"
         if path.is_file():
-            scheduler = json.loads(path.read_text(encoding="utf-8"))
+            scheduler = read_json(path)
     own = (scheduler or {}).get("flow_shift") or (scheduler or {}).get("shift") or 1.0
+    if not isinstance(own, int | float):
+        raise CheckpointError(str(path), f"the flow shift is {own!r}", "give a number")
     shifts = {float(own)} | {
         c.generation.flow_shift for c in configs.values() if c.generation.flow_shift is not None
     }

@@ -12,7 +12,7 @@ from typing import Any
 from ..bundle.safetensors_header import StoredTensor, read_header
 from ..configs.errors import CheckpointError
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "read_json"]
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 
@@ -55,7 +55,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         folder, revision = _download(model, revision)
     pipeline = folder if (folder / "model_index.json").is_file() else None
     transformer = folder / "transformer" if pipeline else folder
-    config = _read_json(transformer / "config.json")
+    config = read_json(transformer / "config.json")
     shards = _shards(transformer)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -84,7 +84,12 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     return Path(path), Path(path).name
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of a checkpoint's JSON files.
+
+    Raises:
+        CheckpointError: it can't be read, or is not a JSON object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -102,7 +107,7 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
     single = folder / f"{WEIGHTS_STEM}.safetensors"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         odd = [n for n in names if not isinstance(n, str) or Path(n).name != n]
         if odd or not names:

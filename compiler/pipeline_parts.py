@@ -7,7 +7,6 @@ them as inputs, and the manifest's tensors lie in the files that ``pipeline`` of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..bundle.manifest import GenerationDefaults, GraphEntry, TensorEntry
 from ..bundle.safetensors_header import StoredTensor, read_header
 from ..configs.errors import CheckpointError, ConfigError
 from ..engines.base import TensorSpec
+from .checkpoint import read_json
 from .families.base import Segment
 
 __all__ = ["PipelinePart", "part_tensors", "text_encoder_part", "vae_decode_part"]
@@ -200,12 +200,7 @@ def _open(
     pipeline: Path, part: str, wanted: str, key: str
 ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     folder = pipeline / part
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(folder), "has no readable config.json", "give a whole diffusers pipeline"
-        ) from error
+    config = read_json(folder / "config.json")
     named = config.get(key)
     if wanted not in (named if isinstance(named, list) else [named]):
         raise CheckpointError(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..engines.base import TensorSpec
 from ..runtime.generate import FALLBACK
+from .checkpoint import read_json
 from .families import Cut
 
 __all__ = ["Size", "bundle_pipeline", "dims_of", "read_part", "shape_at", "size_of"]
@@ -128,8 +128,7 @@ def read_part(pipeline: Path | None, name: str) -> dict[str, Any]:
     """Return a JSON file of a diffusers pipeline; empty where it is not there."""
     if pipeline is None or not (pipeline / name).is_file():
         return {}
-    content: dict[str, Any] = json.loads((pipeline / name).read_text(encoding="utf-8"))
-    return content
+    return read_json(pipeline / name)
 
 
 def bundle_pipeline(bundle: Bundle) -> Path | None:

@@ -210,4 +210,4 @@ GUARD_STATE: dict[str, StateSpec] = {
     "consecutive": StateSpec(dtype="int64"),
     "reused": StateSpec(dtype="int64"),
 }
-"""State ``guard.<name>`` of every decide graph: reuses since the last computation and in all."""
+"""State ``guard_state.<name>`` of every decide graph: reuses since the last computation and in all."""

@@ -341,6 +341,26 @@ def test_samplers_are_tabulated_at_every_flow_shift_that_is_asked_for(
     assert entry.file in manifest.files
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"flow_shift"', "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"flow_shift": "3"}', "flow shift is '3'; give a number"),
+    ],
+)
+def test_a_damaged_scheduler_config_is_named(
+    traced, request_for, pipeline: Path, text: str, message: str
+) -> None:
+    config = pipeline / "scheduler" / "scheduler_config.json"
+    config.write_text(text)
+    request = request_for(model=str(pipeline))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        build(request)
+    assert caught.value.where == str(config)
+    assert not request.out.exists()
+
+
 def test_where_links_are_impossible_small_parts_are_copied_and_large_ones_referenced(
     traced, request_for, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

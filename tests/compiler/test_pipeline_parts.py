@@ -88,5 +88,5 @@ def test_another_encoder_is_refused(pipeline, tmp_path):
     (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"architectures.*T5EncoderModel.*UMT5EncoderModel"):
         text_encoder_part(tmp_path)
-    with pytest.raises(CheckpointError, match="no readable config"):
+    with pytest.raises(CheckpointError, match=r"config\.json.*can't be read"):
         vae_decode_part(tmp_path, SIZE)
