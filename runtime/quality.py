@@ -36,7 +36,7 @@ def compare_videos(video: Frames, reference: Frames) -> Quality:
     with np.errstate(divide="ignore"):
         psnr = float(peak_signal_noise_ratio(reference, video, data_range=255))
     # SSIM's window is 7 wide; tiny frames get the largest odd one that fits.
-    window = min(7, min(reference.shape[1:3]) | 1)
+    window = min(7, (min(reference.shape[1:3]) - 1) | 1)
     ssim = [
         structural_similarity(a, b, channel_axis=-1, data_range=255, win_size=window)
         for a, b in zip(reference, video, strict=True)

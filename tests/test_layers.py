@@ -74,16 +74,9 @@ TESTED_THROUGH = {
     "runtime/body.py": "runtime/test_session.py",
     "runtime/cache.py": "runtime/test_session.py",
     "runtime/decider.py": "runtime/test_replay.py",
-    "runtime/dims.py": "runtime/test_session.py",
     "runtime/forecast.py": "runtime/test_replay.py",
     "runtime/generate.py": "test_cli.py",
-    "runtime/lora.py": "runtime/test_attach.py",
     "runtime/model.py": "runtime/test_session.py",
-    "runtime/quality.py": "test_cli.py",
-    "runtime/ring.py": "runtime/test_session.py",
-    "runtime/settings.py": "test_cli.py",
-    "runtime/statistics.py": "runtime/test_session.py",
-    "runtime/video.py": "test_cli.py",
 }
 """Source file → the test file that covers it, where none has its name."""
 

@@ -1,0 +1,32 @@
+"""Named dimensions: what fits, what follows, and what is said of the rest."""
+
+from __future__ import annotations
+
+import pytest
+
+from freewheel.bundle.manifest import IoEntry
+from freewheel.bundle.reader import Bundle
+from freewheel.configs.errors import RequestError
+from freewheel.runtime.dims import derive_dims, match_dims, shape_of
+
+ENTRY = IoEntry(dtype="float32", shape=["batch", 4, "side", "side"])
+
+
+def test_names_get_the_sizes_found() -> None:
+    assert match_dims("latents", ENTRY, (2, 4, 6, 6)) == {"batch": 2, "side": 6}
+    assert shape_of(ENTRY, {"batch": 2, "side": 6}) == (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 6), (2, 5, 6, 6), (2, 4, 6, 7), (0, 4, 6, 6), (2, 4, 6, 6, 1), ()]
+)
+def test_other_shapes_are_refused_with_what_is_taken(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match=r"input 'latents'.*takes \[batch, 4, side, side\]"):
+        match_dims("latents", ENTRY, shape)
+
+
+def test_tokens_follow_from_the_patches(tiny_bundle: Bundle) -> None:
+    sizes = {"batch": 1, "frames": 3, "height": 8, "width": 6}
+    assert derive_dims(tiny_bundle.manifest, sizes)["tokens"] == 3 * 4 * 3
+    with pytest.raises(RequestError, match=r"dimension 'width'.*is 7, which 2 does not divide"):
+        derive_dims(tiny_bundle.manifest, {**sizes, "width": 7})

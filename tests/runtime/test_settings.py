@@ -1,0 +1,62 @@
+"""What a name means: the bundle's configs first, then shipped ones, policies and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from freewheel.bundle.reader import Bundle
+from freewheel.configs.caching import parse_config
+from freewheel.configs.errors import ConfigError
+from freewheel.configs.setting import CacheSetting
+from freewheel.runtime.settings import choose_setting, config_entries, config_entry
+
+
+def unwarned(text: str) -> None:
+    pytest.fail(f"warned: {text}")
+
+
+def test_config_keys_become_generation_values() -> None:
+    data = {
+        "feature_caching": "TaylorSeer", "infer_steps": 20, "target_height": 96, "seed": 7,
+        "sample_guide_scale": 4.0, "sample_shift": 3.0, "target_video_length": 9,
+    }  # fmt: skip
+    found = config_entry(parse_config(data, where="test")).generation
+    assert (found.steps, found.height, found.width, found.frames) == (20, 96, None, 9)
+    assert (found.guidance_scale, found.flow_shift, found.seed) == (4.0, 3.0, 7)
+    without = config_entry(parse_config({**data, "enable_cfg": False}, where="test"))
+    assert without.generation.guidance_scale == 1.0
+
+
+def test_ignored_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"feature_caching": "NoCaching", "cpu_offload": True}))
+    warned: list[str] = []
+    assert list(config_entries([str(path)], warned.append)) == ["mine"]
+    assert warned == [f"'cpu_offload' in '{path}' means nothing here and is ignored"]
+
+
+def test_nothing_named_is_the_bundles_default(demo_bundle: Bundle) -> None:
+    found = choose_setting(demo_bundle, None, {}, unwarned)
+    assert found == demo_bundle.manifest.configs["shapes_wan_teacache"]
+
+
+def test_a_policy_by_name_keeps_the_bundles_generation_values(demo_bundle: Bundle) -> None:
+    found = choose_setting(demo_bundle, "taylorseer", {"interval": "4"}, unwarned)
+    assert found.cache.policy == "taylorseer"
+    assert found.cache.parameters["interval"] == 4
+    assert found.generation == demo_bundle.manifest.configs["shapes_wan_teacache"].generation
+
+
+def test_a_setting_is_taken_as_it_is(demo_bundle: Bundle) -> None:
+    setting = CacheSetting(policy="custom", parameters={"threshold": 0.5})
+    assert choose_setting(demo_bundle, setting, {}, unwarned).cache == setting
+
+
+def test_what_nothing_goes_by_gets_the_nearest(demo_bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match=r"neither a file.*teacache"):
+        choose_setting(demo_bundle, "teacahe", {}, unwarned)
+    with pytest.raises(ConfigError, match="threshold"):
+        choose_setting(demo_bundle, "teacache", {"treshold": "0.2"}, unwarned)

@@ -1,0 +1,73 @@
+"""Accounting of a run that never ran: sums, medians and warnings on made-up steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from freewheel.runtime.statistics import BranchStatistics, RunStatistics
+
+
+def run_of(
+    computed: list[bool], distances: list[float | None] | None = None, policy: str = "teacache"
+) -> RunStatistics:
+    branch = BranchStatistics()
+    for is_computed, distance in zip(computed, distances or [None] * len(computed), strict=True):
+        branch.add(is_computed, distance, [1.0, 0.5], 2.0 if is_computed else 0.5)
+    return RunStatistics(policy, False, len(computed), {"cond": branch})
+
+
+def test_speedups_of_four_computed_steps_in_ten() -> None:
+    run = run_of([True, False, True, False, False] * 2)
+    assert run.computed_steps == 4
+    assert run.ideal_speedup == 2.5
+    assert run.measured_speedup == pytest.approx(10 * 2.0 / (4 * 2.0 + 6 * 0.5))
+    assert run.step_seconds() == {"computed": 2.0, "reused": 0.5}
+
+
+def test_branches_are_averaged() -> None:
+    run = run_of([True, True, False, False])
+    run.branches["uncond"] = run_of([True, False, False, False]).branches["cond"]
+    assert run.computed_steps == 1.5
+    assert run.ideal_speedup == pytest.approx(8 / 3)
+
+
+def test_a_run_without_steps_claims_nothing() -> None:
+    run = RunStatistics("teacache", False, 0)
+    assert (run.computed_steps, run.ideal_speedup, run.measured_speedup) == (0.0, 1.0, None)
+    assert run.step_seconds() == {"computed": None, "reused": None}
+
+
+def test_mixes_are_kept_of_reused_steps_alone() -> None:
+    assert run_of([True, False]).branches["cond"].mix == [[], [1.0, 0.5]]
+
+
+def test_percentiles_are_those_of_reused_steps() -> None:
+    branch = run_of([True, False, False, False, True], [9.0, 0.1, 0.2, 0.3, 9.0]).branches["cond"]
+    found = branch.percentiles()
+    assert found is not None
+    assert found == pytest.approx({"min": 0.1, "p25": 0.15, "p50": 0.2, "p75": 0.25, "max": 0.3})
+    assert run_of([True, False]).branches["cond"].percentiles() is None
+
+
+@pytest.mark.parametrize(
+    ("run", "parameters", "expected"),
+    [
+        (run_of([True] * 20), {}, ["reused nothing in branch 'cond'"]),
+        (run_of([True] * 20, policy="off"), {}, []),
+        (run_of([True, False] * 10, [0.001] * 20), {"threshold": 0.3}, ["can't matter"]),
+        (run_of([True, False] * 10, [0.1] * 20), {"threshold": 0.3}, []),
+        (run_of([True, False] * 4), {}, ["few-step sampling"]),
+        (run_of([True] * 4), {}, ["reused nothing", "few-step sampling"]),
+    ],
+)
+def test_warnings(run: RunStatistics, parameters: dict[str, float], expected: list[str]) -> None:
+    found = run.warnings(parameters)
+    assert len(found) == len(expected)
+    assert all(part in text for part, text in zip(expected, found, strict=True))
+
+
+def test_json_holds_every_branch() -> None:
+    data = run_of([True, False], [0.0, 0.1]).as_dict()
+    assert data["branches"]["cond"]["computed"] == [True, False]
+    assert data["branches"]["cond"]["distance"] == [0.0, 0.1]
+    assert data["ideal_speedup"] == 2.0
