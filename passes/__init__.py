@@ -9,6 +9,7 @@ from ..configs.tensor_spec import TensorSpec
 from .base import Pass, PassResult, run_passes
 from .declare_interface import DeclareInterface
 from .decompose_rotary_embedding import DecomposeRotaryEmbedding
+from .multi_head_attention import MultiHeadAttention
 from .optimize_graph import OptimizeGraph
 from .remove_no_op_casts import RemoveNoOpCasts
 from .static_reshapes import StaticReshapes
@@ -25,6 +26,7 @@ PASSES: tuple[type[Pass], ...] = (
     StaticReshapes,
     DeclareInterface,
     DecomposeRotaryEmbedding,
+    MultiHeadAttention,
 )
 
 
@@ -50,5 +52,8 @@ def template_pipeline(
 
 def backend_pipeline(backend: str) -> list[Pass]:
     """Return what a portable graph goes through before ``backend`` compiles it."""
-    pipelines: dict[str, list[Pass]] = {"openvino": [DecomposeRotaryEmbedding()]}
+    pipelines: dict[str, list[Pass]] = {
+        "onnxruntime": [MultiHeadAttention()],
+        "openvino": [DecomposeRotaryEmbedding()],
+    }
     return pipelines.get(backend, [])
