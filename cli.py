@@ -286,7 +286,7 @@ def replay(
     Example: freewheel replay out/trace.npz --config teacache --set threshold=0.2
     """
     with _screen(as_json, quiet, debug) as screen:
-        from freewheel.configs.caching import load_config
+        from freewheel.configs.load import load_config
         from freewheel.configs.overrides import apply_overrides
         from freewheel.policies import policy
         from freewheel.runtime.replay import replay as run_replay

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..bundle.manifest import ConfigEntry, GenerationDefaults
 from ..bundle.reader import Bundle
-from ..configs.caching import CachingConfig, load_config
+from ..configs.caching import CachingConfig
+from ..configs.load import load_config
 from ..configs.overrides import apply_overrides
 from ..configs.setting import CacheSetting
 

@@ -67,7 +67,9 @@ UNMIRRORED = {
 
 TESTED_THROUGH = {
     "__init__.py": "runtime/test_attach.py",
-    "configs/__init__.py": "configs/test_caching.py",
+    "configs/__init__.py": "configs/test_load.py",
+    "configs/caching.py": "configs/test_load.py",
+    "configs/policy_configs.py": "configs/test_load.py",
     "console.py": "test_cli.py",
     "engines/__init__.py": "engines/test_backends.py",
     "runtime/bench.py": "test_cli.py",
@@ -184,7 +186,7 @@ LISTS_HEAVY = f"import sys; print([m for m in {HEAVY} if m in sys.modules])"
     "code",
     [
         f"import freewheel.cli; {LISTS_HEAVY}",
-        f"import freewheel.configs.caching; {LISTS_HEAVY}",
+        f"import freewheel.configs.load; {LISTS_HEAVY}",
         "import sys, io, contextlib\n"
         "from freewheel.cli import main\n"
         "sys.argv = ['freewheel', '--help']\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.configs.caching import load_config
 from freewheel.configs.errors import ConfigError
+from freewheel.configs.load import load_config
 from freewheel.configs.overrides import apply_overrides
 from freewheel.configs.setting import CacheSetting
 from freewheel.policies import POLICIES

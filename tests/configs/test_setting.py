@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from freewheel.configs.caching import load_config, shipped_configs
+from freewheel.configs.load import load_config, shipped_configs
 from freewheel.configs.setting import CacheSetting, GuardSetting
 
 

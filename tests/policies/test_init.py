@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.configs.caching import CACHING_CONFIGS
 from freewheel.configs.errors import ConfigError
+from freewheel.configs.policy_configs import CACHING_CONFIGS
 from freewheel.policies import POLICIES, policy
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import assert_equals_reference, fold, random_run
 
-from freewheel.configs.caching import load_config, shipped_configs
+from freewheel.configs.load import load_config, shipped_configs
 from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies import POLICIES
 from freewheel.policies.law import Law

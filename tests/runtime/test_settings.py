@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.caching import parse_config
 from freewheel.configs.errors import ConfigError
+from freewheel.configs.load import parse_config
 from freewheel.configs.setting import CacheSetting
 from freewheel.runtime.settings import choose_setting, config_entries, config_entry
 

@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from freewheel.configs.caching import (
-    CACHING_CONFIGS,
-    CODEBOOKS,
-    load_config,
-    parse_config,
-    shipped_configs,
-)
 from freewheel.configs.errors import ConfigError
+from freewheel.configs.load import load_config, parse_config, shipped_configs
+from freewheel.configs.policy_configs import CACHING_CONFIGS, CODEBOOKS
 from freewheel.policies import POLICIES
 
 # Transcribed from ALGORITHMS 1: [set with ret steps, plain set].

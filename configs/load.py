@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read caching configs: JSON files, those that ship, and policies by name.
+
+What only steers LightX2V's kernels and memory is accepted and named in the config's ``ignored``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError
+
+from .caching import CachingConfig
+from .errors import ConfigError, nearest
+from .policy_configs import CACHING_CONFIGS
+
+__all__ = ["load_config", "parse_config", "shipped_configs"]
+
+IGNORED_KEYS = frozenset(
+    {
+        "_comment",
+        "attention_type",
+        "attn_type",
+        "comment",
+        "cpu_offload",
+        "fps",
+        "layer_norm_type",
+        "lazy_load",
+        "mm_config",
+        "model_cls",
+        "modulate_type",
+        "num_channels_latents",
+        "offload_granularity",
+        "offload_ratio",
+        "parallel",
+        "patch_size",
+        "rope_type",
+        "target_fps",
+        "task",
+        "task_variant",
+        "tokenizer_max_length",
+        "transformer_model_name",
+        "unload_modules",
+        "use_compile",
+        "use_image_encoder",
+        "use_tiling_vae",
+        "vae_scale_factor",
+        "vae_stride",
+        "video_duration",
+    }
+)
+"""Keys of LightX2V's configs about kernels, memory and the model: settled here by `build`."""
+
+IGNORED_FAMILIES = re.compile(
+    r"(self|cross)_attn(_\d+)?_type|rms_(norm_)?type|attn_rms_norm_type|\w+_attn_setting"
+    r"|\w+_(cpu_offload|quantized|quant_scheme|quantized_ckpt|original_ckpt)"
+)
+"""Families of such keys, one per module of the model."""
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with the package: file stem → path, sorted by folder."""
+    return {p.stem: p for p in sorted(Path(__file__).parent.rglob("*.json"))}
+
+
+def load_config(path_or_name: str | Path) -> CachingConfig:
+    """Read a caching config.
+
+    Args:
+        path_or_name: A JSON file; or a shipped config's stem, with or without its folder; or a
+            policy's name, for its defaults.
+
+    Raises:
+        ConfigError: no such file or name, or a file with faults (all of them in one error).
+    """
+    text = str(path_or_name)
+    by_policy = {c.policy: c for c in CACHING_CONFIGS.values()}
+    if text in by_policy:
+        config = by_policy[text].model_validate({})
+        config._name = text
+        return config
+    shipped = shipped_configs()
+    named = shipped | {f"{p.parent.name}/{stem}": p for stem, p in shipped.items()}
+    path = Path(text)
+    if not path.exists() and text.removesuffix(".json") in named:
+        path = named[text.removesuffix(".json")]
+    is_path = isinstance(path_or_name, Path) or path.exists() or path.suffix == ".json"
+    if not is_path:
+        raise ConfigError(
+            f"caching config '{text}'",
+            "is neither a file, nor a shipped config, nor a policy",
+            nearest(text, [*by_policy, *shipped]),
+        )
+    return parse_config(_read(path), where=str(path), name=path.stem)
+
+
+def parse_config(data: Mapping[str, Any], *, where: str, name: str = "") -> CachingConfig:
+    """Check a config that was read from JSON.
+
+    Args:
+        data: Its keys and values.
+        where: The file, for messages.
+        name: What the config is to go by.
+
+    Raises:
+        ConfigError: unknown policy or key, wrong type or range; every fault of the file.
+    """
+    model, faults = _model_of(data)
+    ignored = [key for key in data if _is_ignored(key, model)]
+    kept = {key: value for key, value in data.items() if key not in ignored}
+    try:
+        config = model.model_validate(kept)
+    except ValidationError as error:
+        faults += [_fault(e, model) for e in error.errors() if e["loc"] != ("feature_caching",)]
+        raise ConfigError(where, _listed(faults), "correct these keys") from error
+    if faults:
+        raise ConfigError(where, _listed(faults), "correct these keys")
+    config._name, config._ignored = name or config.policy, tuple(ignored)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise ConfigError(
+            str(path), f"can't be read: {error.strerror}", "give an existing JSON file"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(str(path), f"is not JSON: {error}", "correct the file") from error
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), f"expected a JSON object, found {_shown(data)}")
+    return data
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"key '{twice[0]}' stands twice")
+    return dict(pairs)
+
+
+def _model_of(data: Mapping[str, Any]) -> tuple[type[CachingConfig], list[str]]:
+    """Pick the model; with an unknown policy, one that can still check the common keys."""
+    known = list(CACHING_CONFIGS)
+    if "feature_caching" not in data:
+        return _AnyPolicy, [f"'feature_caching': missing, expected one of {', '.join(known)}"]
+    kind = data["feature_caching"]
+    if isinstance(kind, str) and kind in CACHING_CONFIGS:
+        return CACHING_CONFIGS[kind], []
+    hint = nearest(kind, known) if isinstance(kind, str) else f"known: {', '.join(known)}"
+    return _AnyPolicy, [f"'feature_caching': found {_shown(kind)}, no such policy; {hint}"]
+
+
+class _AnyPolicy(CachingConfig):
+    """Stand-in for a policy that is not known: checks the common keys, lets the others pass."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+    feature_caching: Any = None
+
+
+def _is_ignored(key: str, model: type[CachingConfig]) -> bool:
+    if key in model.model_fields:
+        return False
+    return key in IGNORED_KEYS or key in model.foreign or bool(IGNORED_FAMILIES.fullmatch(key))
+
+
+def _fault(error: Mapping[str, Any], model: type[CachingConfig]) -> str:
+    """Say field path, found value and expectation of one of pydantic's errors."""
+    path = _path(error["loc"])
+    if error["type"] == "extra_forbidden":
+        owners = [kind for kind, m in CACHING_CONFIGS.items() if path in m.model_fields]
+        if owners:
+            return f"'{path}': is a key of {' and '.join(owners)}, not of {model.__name__}"
+        return f"'{path}': is not a known key; {nearest(path, list(model.model_fields))}"
+    expected = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    if error["type"] == "too_long":
+        expected = f"at most {error['ctx']['max_length']} values"
+    if not path:
+        return f"expected {expected}"
+    return f"'{path}': found {_shown(error['input'])}, expected {expected}"
+
+
+def _path(location: Iterable[int | str]) -> str:
+    """Write ``("coefficients", "list[…]", 1, 0)`` as ``coefficients[1][0]``."""
+    parts = [p for p in location if isinstance(p, int) or re.fullmatch(r"\w+", p)]
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, str | int | float | bool | None) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _listed(faults: list[str]) -> str:
+    return faults[0] if len(faults) == 1 else f"{len(faults)} faults: " + "; ".join(faults)

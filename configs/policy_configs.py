@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caching configs by policy: one typed model per value of ``feature_caching``, and their table."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from .caching import CachingConfig, Fraction, NotNegative, Positive
+from .errors import nearest
+from .policy_spec import Value
+
+__all__ = [
+    "CACHING_CONFIGS",
+    "CODEBOOKS",
+    "Ada",
+    "Custom",
+    "NoCaching",
+    "TaylorSeer",
+    "Tea",
+]
+
+Polynomial = Annotated[list[float], Field(max_length=6)]
+CodebookRow = Annotated[tuple[NotNegative, Positive], Field(strict=False)]
+Codebook = Annotated[list[CodebookRow], Field(min_length=1, max_length=8)]
+SignalKind = Literal["temb", "timestep_proj", "modulated_input"]
+
+CODEBOOKS: dict[str, list[tuple[float, int]]] = {
+    "steps_100": [(0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3)],
+    "steps_30_fast": [(0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.4, 2), (1.0, 1)],
+    "steps_30_slow": [(0.08, 3), (0.16, 2), (1.0, 1)],
+}
+"""AdaCache's published codebooks: upper bound of the feature's change → steps to the next
+computation. Kahatapitiya et al. 2024, arXiv 2411.02397."""
+
+
+class NoCaching(CachingConfig):
+    """Compute every step."""
+
+    policy: ClassVar[str] = "off"
+
+    feature_caching: Literal["NoCaching", "None"] = "NoCaching"
+
+
+class _Accumulating(CachingConfig):
+    """Keys of the policies that add up a signal's rescaled change.
+
+    Attributes:
+        teacache_thresh: Accumulated distance at which a step is computed; 0 never reuses.
+        use_ret_steps: True takes the signal ``timestep_proj`` and computes the first 5 steps; False
+            takes ``temb`` and computes the first and the last.
+        coefficients: Rescaling polynomials, highest power first, as [[set for use_ret_steps true],
+            [set for false]], or one set for both, alone or in a list.
+        signal: Overrides the signal. One set of coefficients and no ``use_ret_steps``, the form of
+            families other than Wan, takes ``modulated_input``.
+    """
+
+    foreign: ClassVar[frozenset[str]] = frozenset()
+
+    teacache_thresh: NotNegative | None = None
+    use_ret_steps: bool = False
+    coefficients: list[Polynomial] | None = None
+    signal: SignalKind | None = None
+
+    @field_validator("coefficients", mode="before")
+    @classmethod
+    def _in_sets(cls, value: Any) -> Any:
+        is_flat = isinstance(value, list) and value and not isinstance(value[0], list)
+        return [value] if is_flat else value
+
+    @field_validator("coefficients")
+    @classmethod
+    def _has_polynomial(
+        cls, sets: list[list[float]] | None, info: ValidationInfo
+    ) -> list[list[float]] | None:
+        if sets is None:
+            return None
+        if len(sets) not in (1, 2):
+            raise ValueError(f"[[set for ret steps], [plain set]] or one set, not {len(sets)}")
+        if "use_ret_steps" in info.data and not _chosen(sets, info.data["use_ret_steps"]):
+            wanted = str(info.data["use_ret_steps"]).lower()
+            raise ValueError(f"coefficients in the set for 'use_ret_steps': {wanted}")
+        return sets
+
+    def _guard(self) -> dict[str, Any]:
+        ends = (5, 0) if self.use_ret_steps else (1, 1)
+        return dict(zip(("first_exact", "last_exact"), ends, strict=True))
+
+    def _signal(self) -> str:
+        if self.signal is not None:
+            return self.signal
+        is_one_set = self.coefficients is not None and len(self.coefficients) == 1
+        if is_one_set and "use_ret_steps" not in self.model_fields_set:
+            return "modulated_input"
+        return "timestep_proj" if self.use_ret_steps else "temb"
+
+    def _parameters(self) -> dict[str, Value]:
+        sets = self.coefficients
+        polynomial = None if sets is None else _chosen(sets, self.use_ret_steps)
+        return _given(threshold=self.teacache_thresh, coefficients=polynomial)
+
+
+def _chosen(sets: list[list[float]], use_ret_steps: bool) -> list[float]:
+    return sets[0] if use_ret_steps or len(sets) == 1 else sets[1]
+
+
+class Tea(_Accumulating):
+    """TeaCache: reuse until the signal's rescaled change adds up to a threshold."""
+
+    policy: ClassVar[str] = "teacache"
+
+    feature_caching: Literal["Tea"] = "Tea"
+
+
+class Custom(_Accumulating):
+    """TeaCache's decision with a first-order forecast of the residual."""
+
+    policy: ClassVar[str] = "custom"
+
+    feature_caching: Literal["Custom"] = "Custom"
+
+
+class TaylorSeer(CachingConfig):
+    """Compute one step in ``interval``, forecast the others.
+
+    Attributes:
+        interval: Steps per computed step, the first being computed; 1 never reuses.
+        order: Highest finite difference, 1 to 4.
+        variant: ``taylor`` as published, ``newton`` for the interpolating polynomial.
+    """
+
+    policy: ClassVar[str] = "taylorseer"
+
+    feature_caching: Literal["TaylorSeer"] = "TaylorSeer"
+    interval: Positive | None = None
+    order: Annotated[int, Field(ge=1, le=4)] | None = None
+    variant: Literal["taylor", "newton"] | None = None
+
+    def _parameters(self) -> dict[str, Value]:
+        return _given(interval=self.interval, order=self.order, variant=self.variant)
+
+
+class Ada(CachingConfig):
+    """AdaCache: hold each residual for as long as a feature's rate of change allows.
+
+    Attributes:
+        codebook: Rows [upper bound of the change per step, steps to the next computation] in
+            ascending order, up to 8; or the name of a published one (`CODEBOOKS`).
+        scale_codebook: True multiplies the codebook's steps by infer_steps / 100.
+        moreg_scale: Motion between latent frames at which regularisation is neutral.
+        moreg_power: Exponent of the motion over ``moreg_scale``.
+        moreg_first: Fraction of the run before which motion is ignored.
+        moreg_last: Fraction of the run after which motion is ignored.
+        mograd: Weight of the motion's growth per step.
+    """
+
+    policy: ClassVar[str] = "adacache"
+
+    feature_caching: Literal["Ada"] = "Ada"
+    codebook: Codebook | None = None
+    scale_codebook: bool | None = None
+    moreg_scale: Annotated[float, Field(ge=1e-6)] | None = None
+    moreg_power: NotNegative | None = None
+    moreg_first: Fraction | None = None
+    moreg_last: Fraction | None = None
+    mograd: NotNegative | None = None
+
+    @field_validator("codebook", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in CODEBOOKS:
+                hint = nearest(value, list(CODEBOOKS))
+                raise ValueError(f"rows or the name of a codebook; {hint}")
+            return CODEBOOKS[value]
+        return value
+
+    @field_validator("codebook")
+    @classmethod
+    def _is_ascending(cls, rows: list[CodebookRow] | None) -> list[CodebookRow] | None:
+        bounds = [bound for bound, _ in rows or []]
+        if bounds != sorted(set(bounds)):
+            raise ValueError("rows in ascending order of their bounds")
+        return rows
+
+    def _parameters(self) -> dict[str, Value]:
+        rows = self.codebook
+        return _given(
+            codebook_thresholds=None if rows is None else [bound for bound, _ in rows],
+            codebook_skips=None if rows is None else [skip for _, skip in rows],
+            scale_codebook=self.scale_codebook,
+            moreg_scale=self.moreg_scale,
+            moreg_power=self.moreg_power,
+            moreg_first=self.moreg_first,
+            moreg_last=self.moreg_last,
+            mograd=self.mograd,
+        )
+
+
+def _given(**values: Value | None) -> dict[str, Value]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+CACHING_CONFIGS: dict[str, type[CachingConfig]] = {
+    "NoCaching": NoCaching,
+    "None": NoCaching,
+    "Tea": Tea,
+    "TaylorSeer": TaylorSeer,
+    "Ada": Ada,
+    "Custom": Custom,
+}
+"""``feature_caching`` → model of the file."""
