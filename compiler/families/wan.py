@@ -21,48 +21,19 @@ from ...configs.dtypes import Precision
 from ...configs.errors import CheckpointError
 from ...engines.base import TensorSpec
 from .base import Cut, Family, ModelInput, Segment, Stage, StoredDtype
+from .layers import (
+    layer_norm,
+    linear,
+    merge_heads,
+    rms_norm,
+    rotate,
+    set_weight_dtypes,
+    split_heads,
+)
 
 __all__ = ["WAN"]
 
 MATMUL_NAMES = ("to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj", "net")
-
-
-def linear(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply ``layer`` in ``dtype``, whatever dtype its weights are stored in."""
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
-
-
-def layer_norm(norm: Any, x: Tensor) -> Tensor:
-    """Normalise the last axis in float32; ``norm`` may be an `nn.Identity`."""
-    if isinstance(norm, nn.Identity):
-        return x
-    weight = None if norm.weight is None else norm.weight.float()
-    bias = None if norm.bias is None else norm.bias.float()
-    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """Normalise by the root mean square over all heads together, in float32."""
-    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[batch, tokens, heads * size] → [batch, heads, tokens, size]."""
-    split: Tensor = x.unflatten(2, (heads, -1))
-    return split.transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[batch, heads, tokens, size] → [batch, tokens, heads * size]."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def rotate(x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
-    """Rotate pairs of neighbouring channels of each head; x: [batch, heads, tokens, size]."""
-    batch = x.shape[0]
-    cos, sin = rope_cos.expand(batch, -1, -1), rope_sin.expand(batch, -1, -1)
-    return torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=True)
 
 
 class Prompt(nn.Module):
@@ -317,7 +288,7 @@ def cut_wan(config: Mapping[str, Any], precision: Precision, stored: StoredDtype
     with torch.device("meta"):
         model: Any = WanTransformer3DModel.from_config({**config, "num_layers": 1}).eval()
     config = {**model.config, "num_layers": config["num_layers"]}
-    set_weight_dtypes(model, precision, stored)
+    set_weight_dtypes(model, precision, stored, blocks=["blocks."], matmuls=MATMUL_NAMES)
     dtype = getattr(torch, precision)
     block = model.blocks[0]
     channels = config["num_attention_heads"] * config["attention_head_dim"]
@@ -403,21 +374,6 @@ def cut_wan(config: Mapping[str, Any], precision: Precision, stored: StoredDtype
         history_dtype=history_dtype,
         example_dims={"frames": 3 * p_t, "height": 5 * p_h, "width": 7 * p_w, "tokens": 3 * 5 * 7},
     )
-
-
-def set_weight_dtypes(model: nn.Module, precision: Precision, stored: StoredDtype) -> None:
-    """Give each parameter the dtype in which its graph takes it.
-
-    What the block loop multiplies by is converted to ``precision`` once, at build. Everything else
-    stays as stored and is cast inside its graph, so that nothing is rewritten for its sake.
-    """
-    for name, parameter in model.named_parameters():
-        is_body_matmul = name.startswith("blocks.") and any(
-            part in MATMUL_NAMES for part in name.split(".")
-        )
-        wanted = precision if is_body_matmul else stored(name)
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(getattr(torch, wanted))
 
 
 WAN = Family("wan", "WanTransformer3DModel", ("WanPipeline", "WanImageToVideoPipeline"), cut_wan)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers as every family writes them: weights of any stored dtype, statistics in float32.
+
+They take diffusers' own submodules for their parameters, whose names match the checkpoint, and
+restate what those compute so that it exports cleanly and says its dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...configs.dtypes import Precision
+from .base import StoredDtype
+
+__all__ = [
+    "layer_norm",
+    "linear",
+    "merge_heads",
+    "rms_norm",
+    "rotate",
+    "set_weight_dtypes",
+    "split_heads",
+]
+
+
+def linear(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Apply ``layer`` in ``dtype``, whatever dtype its weights are stored in."""
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
+
+
+def layer_norm(norm: Any, x: Tensor) -> Tensor:
+    """Normalise the last axis in float32; ``norm`` may be an `nn.Identity`."""
+    if isinstance(norm, nn.Identity):
+        return x
+    weight = None if norm.weight is None else norm.weight.float()
+    bias = None if norm.bias is None else norm.bias.float()
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """Normalise the last axis by its root mean square, in float32; torch's or diffusers' norm."""
+    shape = getattr(norm, "normalized_shape", None) or norm.dim
+    weight = None if norm.weight is None else norm.weight.float()
+    return F.rms_norm(x.float(), tuple(shape), weight, norm.eps)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads * size] → [batch, heads, tokens, size]."""
+    split: Tensor = x.unflatten(2, (heads, -1))
+    return split.transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, size] → [batch, tokens, heads * size]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+    """Rotate pairs of neighbouring channels of each head; x: [batch, heads, tokens, size]."""
+    batch = x.shape[0]
+    cos, sin = rope_cos.expand(batch, -1, -1), rope_sin.expand(batch, -1, -1)
+    return torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=True)
+
+
+def set_weight_dtypes(
+    model: nn.Module,
+    precision: Precision,
+    stored: StoredDtype,
+    *,
+    blocks: Collection[str],
+    matmuls: Collection[str],
+) -> None:
+    """Give each parameter the dtype in which its graph takes it.
+
+    What the block loop multiplies by is converted to ``precision`` once, at build. Everything else
+    stays as stored and is cast inside its graph, so that nothing is rewritten for its sake.
+
+    Args:
+        model: On ``meta``.
+        precision: Precision of ``body``.
+        stored: Checkpoint tensor name → stored dtype.
+        blocks: What the names of the block loop's parameters begin with.
+        matmuls: Parts of a name that mark a matrix product there.
+    """
+    for name, parameter in model.named_parameters():
+        is_body_matmul = name.startswith(tuple(blocks)) and bool(
+            set(name.split(".")) & set(matmuls)
+        )
+        wanted = precision if is_body_matmul else stored(name)
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(getattr(torch, wanted))
