@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,7 +15,7 @@ from ..engines.base import TensorSpec
 from ..passes import run_passes, template_pipeline
 from ..policies.base import Policy
 from ..policies.guard import Guarded, Shape, decide_inputs, decide_outputs
-from .export import OPSET
+from .export import OPSET, exporting
 
 __all__ = ["decide_program", "write_decide_graph"]
 
@@ -49,8 +45,7 @@ def decide_program(policy: Policy) -> ir.Model:
         for name, (_, shape) in inputs.items()
     }
     try:
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with exporting():
             program = torch.onnx.export(
                 Guarded(policy).eval(),
                 kwargs={"inputs": example},
@@ -109,15 +104,3 @@ def _specs(declared: Mapping[str, tuple[str, Shape]]) -> dict[str, TensorSpec]:
 def _example(dtype: str, shape: Shape) -> torch.Tensor:
     sizes = [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in shape]
     return torch.ones(sizes, dtype=getattr(torch, dtype))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own progress lines out of ours."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(previous)

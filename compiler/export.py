@@ -22,7 +22,7 @@ from ..configs.errors import ExportError
 from ..engines.base import TensorSpec
 from .families.base import Segment
 
-__all__ = ["OPSET", "trace"]
+__all__ = ["OPSET", "exporting", "trace"]
 
 OPSET = 23
 """First opset with `Attention`, `RotaryEmbedding` and `RMSNormalization`."""
@@ -53,8 +53,7 @@ def trace(segment: Segment, example_dims: Mapping[str, int]) -> ir.Model:
     }  # fmt: skip
     names = list(segment.inputs)
     try:
-        with warnings.catch_warnings(), _quiet(), _one_operator_registry():
-            warnings.simplefilter("ignore")
+        with exporting():
             program = torch.onnx.export(
                 segment.module.eval(),
                 kwargs=example,
@@ -79,6 +78,14 @@ def trace(segment: Segment, example_dims: Mapping[str, int]) -> ir.Model:
 def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
     shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
     return torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Let `torch.onnx.export` neither talk nor prepare again what it prepared before."""
+    with warnings.catch_warnings(), _quiet(), _one_operator_registry():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
