@@ -376,6 +376,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds for the timings.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video.")] = None,
     eager: Annotated[
         bool, typer.Option(help="Time diffusers eager on the same checkpoint too.")
     ] = False,
@@ -404,7 +405,7 @@ def bench(
         _quiet_libraries()
         request = BenchRequest(
             prompts=texts, seeds=list(range(seeds)), caches=cache or None, rounds=rounds, steps=steps,
-            eager=eager, backend=backend, out=out,
+            eager=eager, backend=backend, out=out, image=image,
         )  # fmt: skip
         with screen.progress():
             report = bench_bundle(Bundle(bundle), request, screen, screen.warn)

@@ -54,6 +54,7 @@ class BenchRequest:
         eager: Also time the plain diffusers pipeline on the bundle's checkpoint.
         backend: Name of a backend; None takes the bundle's first.
         out: Folder for tables, videos and the contact sheet, or None.
+        image: First frame of every video, for image-to-video.
     """
 
     prompts: Sequence[str]
@@ -64,6 +65,7 @@ class BenchRequest:
     eager: bool = False
     backend: str | None = None
     out: Path | None = None
+    image: Path | None = None
 
 
 @dataclass
@@ -209,12 +211,12 @@ def bench_bundle(
     pictures: dict[str, NDArray[np.uint8]] = {}
     watcher.phase("bench", rounds * len(rows) + 1)
     for entry in (uncached, *settings.values()):
-        generator.generate(_request(pairs[0], entry, WARM_UP_STEPS))
+        generator.generate(_request(pairs[0], entry, WARM_UP_STEPS, request.image))
     watcher.advance("warm-up")
     steps = 0
     for index in range(rounds):
         pair, is_new = pairs[index % len(pairs)], index < len(pairs)
-        wanted = _request(pair, uncached, request.steps)
+        wanted = _request(pair, uncached, request.steps, request.image)
         reference = generator.generate(wanted)
         steps = reference.statistics.steps
         _add(rows[UNCACHED], reference, reference, is_new=False)
@@ -222,7 +224,7 @@ def bench_bundle(
         if index == 0:
             pictures[UNCACHED] = reference.frames
         for name, entry in settings.items():
-            result = generator.generate(_request(pair, entry, request.steps))
+            result = generator.generate(_request(pair, entry, request.steps, request.image))
             _add(rows[name], result, reference, is_new=is_new)
             watcher.advance(name)
             if index == 0:
@@ -240,11 +242,14 @@ def bench_bundle(
     return report
 
 
-def _request(pair: tuple[str, int], entry: ConfigEntry, steps: int | None) -> GenerationRequest:
+def _request(
+    pair: tuple[str, int], entry: ConfigEntry, steps: int | None, image: Path | None
+) -> GenerationRequest:
     prompt, seed = pair
     return GenerationRequest(
-        prompt=prompt, cache=entry.cache, defaults=entry.generation, seed=seed, steps=steps
-    )
+        prompt=prompt, cache=entry.cache, defaults=entry.generation, seed=seed, steps=steps,
+        image=image,
+    )  # fmt: skip
 
 
 def _add(row: BenchRow, result: Generation, reference: Generation, *, is_new: bool) -> None:

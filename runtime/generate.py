@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..bundle.manifest import GenerationDefaults
 from ..bundle.reader import Bundle
@@ -47,7 +49,8 @@ class GenerationRequest:
         frames: Frames of the video.
         guidance_scale: 1 turns guidance off.
         seed: Of the initial noise.
-        image: First frame, for image-to-video.
+        image: First frame, for image-to-video. Where neither height nor width is asked for, the
+            video takes its proportions, at the area that the config names.
     """
 
     prompt: str
@@ -155,9 +158,11 @@ class Generator:
             on_step: Called after each step with steps done and steps in all.
 
         Raises:
-            RequestError: sizes that the model can't take, or no steps.
+            RequestError: sizes that the model can't take, no steps, or an image missing, unreadable
+                or given to a text-to-video model.
         """
-        values = self._checked_values(request)
+        image = self._image(request)
+        values = self._checked_values(request, image)
 
         def tell(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step + 1, values["steps"])
@@ -178,8 +183,9 @@ class Generator:
             "callback_on_step_end": tell,
         }
         arguments["max_sequence_length"] = request.value("text_tokens")
-        if request.image is not None:
-            arguments["image"] = self._image(request.image, values["height"], values["width"])
+        if image is not None:
+            # Filled and cut, as other resizing would stretch it.
+            arguments["image"] = ImageOps.fit(image, (values["width"], values["height"]))
         self._set_scheduler(request)
         began = time.perf_counter()
         latents = self.pipe(**arguments).frames
@@ -192,9 +198,9 @@ class Generator:
         """Return the timesteps that a request will run through, [steps].
 
         Raises:
-            RequestError: sizes that the model can't take, or no steps.
+            RequestError: as `generate` does.
         """
-        values = self._checked_values(request)
+        values = self._checked_values(request, self._image(request))
         self._set_scheduler(request)
         self.pipe.scheduler.set_timesteps(values["steps"])
         return torch.as_tensor(self.pipe.scheduler.timesteps)
@@ -216,11 +222,16 @@ class Generator:
         frames = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
         return (np.asarray(frames) * 255).round().clip(0, 255).astype(np.uint8)
 
-    def _checked_values(self, request: GenerationRequest) -> dict[str, Any]:
+    def _checked_values(
+        self, request: GenerationRequest, image: Image.Image | None
+    ) -> dict[str, Any]:
         names = ("steps", "height", "width", "frames", "guidance_scale", "seed")
         values = {n: request.value(n) for n in names}
         config = self.pipe.vae.config
         spatial = config.scale_factor_spatial * max(self.transformer.config["patch_size"][1:])
+        if image is not None and request.height is None and request.width is None:
+            area = values["height"] * values["width"]
+            values["height"], values["width"] = size_like(image, area, spatial)
         for name in ("height", "width"):
             if values[name] < spatial or values[name] % spatial:
                 raise RequestError(
@@ -237,13 +248,34 @@ class Generator:
             raise RequestError(f"--steps {values['steps']}", "is outside [1, 1000]", "use 20 to 50")
         return values
 
-    @staticmethod
-    def _image(path: Path, height: int, width: int) -> Any:
-        from PIL import Image, UnidentifiedImageError
-
+    def _image(self, request: GenerationRequest) -> Image.Image | None:
+        """Open the request's image, where the pipeline begins with one."""
+        takes_image = "image" in inspect.signature(self.pipe.__call__).parameters
+        if request.image is None:
+            if takes_image:
+                raise RequestError(
+                    "image", "is missing: this is an image-to-video model", "give --image FILE"
+                )
+            return None
+        path = request.image
+        if not takes_image:
+            raise RequestError(
+                f"--image '{path}'", "is given to a text-to-video model",
+                "leave it out, or build an image-to-video checkpoint",
+            )  # fmt: skip
         try:
-            return Image.open(path).convert("RGB").resize((width, height))
+            return Image.open(path).convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise RequestError(
                 f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
             ) from error
+
+
+def size_like(image: Image.Image, area: int, multiple: int) -> tuple[int, int]:
+    """Return the height and width of about ``area`` pixels in the proportions of ``image``.
+
+    Both are multiples of ``multiple``, rounded down as Wan's own scripts do.
+    """
+    ratio = image.height / image.width
+    height, width = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+    return max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple)

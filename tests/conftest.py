@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
@@ -20,8 +22,9 @@ from freewheel.runtime.generate import GenerationRequest, Generator
 from freewheel.runtime.settings import config_entries
 from freewheel.runtime.trace import Trace, TraceRecorder
 
-# The NumPy transcription of the policies serves several folders.
+# The NumPy transcription of the policies serves several folders, and so do synthetic checkpoints.
 sys.path.insert(0, str(Path(__file__).parent / "policies"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 # A busy machine is not a failing one.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -98,6 +101,39 @@ def demo_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle
     names = [f"shapes_wan_{p}" for p in ("teacache", "off", "taylorseer", "adacache", "custom")]
     configs = config_entries(names, lambda text: None)
     return build_bundle(repository / "models" / "shapes_wan", configs=configs)
+
+
+IMAGE_TO_VIDEO = {
+    **TINY, "in_channels": 36, "out_channels": 16, "image_dim": 20, "added_kv_proj_dim": 32,
+}  # fmt: skip
+"""16 latent channels, 4 of the mask and 16 of the encoded image."""
+
+
+@pytest.fixture(scope="session")
+def i2v_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole image-to-video pipeline in diffusers layout, tiny and random."""
+    from synthetic import write_pipeline
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "i2v"
+    write_pipeline(IMAGE_TO_VIDEO, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def i2v_bundle(i2v_checkpoint: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
+    """A bundle of `i2v_checkpoint` for both CPU backends, with two of the shipped configs."""
+    names = ["wan_i2v_custom_480p", "wan_i2v_ada"]
+    return build_bundle(i2v_checkpoint, configs=config_entries(names, lambda text: None))
+
+
+@pytest.fixture(scope="session")
+def first_frame(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 100 x 80 pixels with some structure."""
+    path = tmp_path_factory.mktemp("image") / "frame.png"
+    rows, columns = np.mgrid[0:80, 0:100]
+    pixels = np.stack([2 * columns, 3 * rows, rows + columns], axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
 
 
 PROMPT = "a green square moving up on a black background"

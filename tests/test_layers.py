@@ -77,7 +77,6 @@ TESTED_THROUGH = {
     "runtime/cache.py": "runtime/test_session.py",
     "runtime/decider.py": "runtime/test_replay.py",
     "runtime/forecast.py": "runtime/test_replay.py",
-    "runtime/generate.py": "test_cli.py",
     "runtime/model.py": "runtime/test_session.py",
 }
 """Source file → the test file that covers it, where none has its name."""
