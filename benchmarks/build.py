@@ -16,50 +16,13 @@ import os
 import resource
 import shutil
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from memory import MemorySampler
 from synthetic import GEOMETRIES, write_checkpoint
-
-SAMPLE_SECONDS = 0.02
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-class MemorySampler(threading.Thread):
-    """Resident memory of this process, sampled until `stop`.
-
-    Attributes:
-        samples: Seconds since the start, resident bytes, and those that no file backs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.samples: list[tuple[float, int, int]] = []
-        self._began, self._stopped = time.perf_counter(), threading.Event()
-
-    def run(self) -> None:
-        """Sample; the thread's body."""
-        while not self._stopped.wait(SAMPLE_SECONDS):
-            _, resident, shared = Path("/proc/self/statm").read_text().split()[:3]
-            sizes = int(resident) * PAGE_BYTES, (int(resident) - int(shared)) * PAGE_BYTES
-            self.samples.append((time.perf_counter() - self._began, *sizes))
-
-    def stop(self) -> None:
-        """Take no more samples."""
-        self._stopped.set()
-        self.join()
-
-    def peaks(self, seconds: dict[str, float]) -> dict[str, tuple[int, int]]:
-        """Return the peak of both sizes in each phase, given the phases' seconds in order."""
-        peaks, begin = {}, 0.0
-        for phase, duration in seconds.items():
-            inside = [s[1:] for s in self.samples if begin <= s[0] <= begin + duration]
-            peaks[phase] = (max((s[0] for s in inside), default=0), max((s[1] for s in inside), default=0))  # fmt: skip
-            begin += duration
-        return peaks
 
 
 def build_case(
@@ -83,13 +46,14 @@ def build_case(
     taken, processor = time.perf_counter() - began, time.process_time() - used
     sampler.stop()
     phases = dict(report.seconds)
+    peaks = sampler.peaks(phases)
     queue.put(
         {
             "seconds": taken,
             "processor_seconds": processor,
             "phase_seconds": phases,
-            "phase_peak_bytes": {n: p[0] for n, p in sampler.peaks(phases).items()},
-            "phase_peak_copied_bytes": {n: p[1] for n, p in sampler.peaks(phases).items()},
+            "phase_peak_bytes": {n: p.resident for n, p in peaks.items()},
+            "phase_peak_copied_bytes": {n: p.copied for n, p in peaks.items()},
             "imported_bytes": imported,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
             "bundle_bytes": report.bytes,
