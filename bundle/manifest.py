@@ -88,6 +88,12 @@ class GraphEntry(_Entry):
     outputs: dict[str, IoEntry]
     weights: dict[str, str] = {}
 
+    @property
+    def streams(self) -> list[str]:
+        """What the graph passes on: streams it takes as ``<stream>`` and gives as ``<stream>_out``."""
+        ends = [n.removesuffix("_out") for n in self.outputs if n.endswith("_out")]
+        return [stream for stream in ends if stream in self.inputs]
+
 
 class GroupEntry(_Entry):
     """Consecutive blocks compiled as one graph with their weights inside (baked form)."""
@@ -114,10 +120,12 @@ class InputEntry(IoEntry):
     Attributes:
         argument: Keyword of the diffusers transformer's ``forward``.
         runs: When it may change.
+        scale: What that argument is multiplied by.
     """
 
     argument: str
     runs: Literal["step", "run", "prompt"]
+    scale: float = 1.0
 
 
 class SignalEntry(_Entry):

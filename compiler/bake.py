@@ -92,6 +92,7 @@ def write_groups(
     """
     entries: dict[str, GraphEntry] = {}
     grouped = []
+    before = 0  # blocks of earlier stages, whose indices may begin at 0 again
     for stage in stages:
         # The tapped variant differs by one more output, which only the feature's group keeps.
         template = graphs[stage.tapped or stage.block]
@@ -101,13 +102,14 @@ def write_groups(
         size = block_bytes(stage, graphs, tensors)
         for first, count in split_blocks(stage.first, stage.count, size, group_blocks):
             blocks = range(first, first + count)
-            name = f"body_{blocks[0]}_{blocks[-1]}"
+            name = f"body_{before + first}_{before + blocks[-1]}"
             tapped = feature_block if stage.tapped is not None else None
             group = stitch_blocks(model, blocks, template, own, tensors, bundle, tapped)
             group.graph.name = name
             ir.save(group, bundle / f"{name}.onnx")
             entries[name] = _describe(group, template, own, blocks, f"{name}.onnx")
             groups.append(GroupEntry(graph=name, first=first, count=count))
+        before += stage.first + stage.count
         grouped.append(stage.model_copy(update={"groups": groups}))
     return grouped, entries
 
@@ -123,8 +125,9 @@ def stitch_blocks(
 ) -> ir.Model:
     """Chain a copy of ``template`` for every block.
 
-    ``hidden`` runs through all copies. Values inside copy *b* end in ``.b``, and so do the inputs
-    that each block has of its own; other inputs and the template's constants are shared.
+    ``hidden``, and other streams where there are, run through all copies. Values inside copy *b*
+    end in ``.b``, and so do the inputs that each block has of its own; other inputs and the
+    template's constants are shared.
 
     Args:
         template: A block's graph with weights as inputs; left as it is.
@@ -141,7 +144,7 @@ def stitch_blocks(
     inputs: dict[str, ir.Value] = {}
     initializers: dict[str, ir.Value] = {}
     nodes: list[ir.Node] = []
-    hidden: ir.Value | None = None
+    streams: dict[str, ir.Value] = {}
     feature: ir.Value | None = None
     for block in blocks:
         copy = template.clone().graph
@@ -149,8 +152,8 @@ def stitch_blocks(
         copy.outputs.clear()
         for value in copy.inputs:
             name = str(value.name)
-            if name == "hidden" and hidden is not None:
-                replacement = hidden
+            if name in streams:
+                replacement = streams[name]
             elif name in entry.weights:
                 stored = entry.weights[name].replace("{block}", str(block))
                 weight = _weight(stored, tensors[stored], bundle)
@@ -171,12 +174,13 @@ def stitch_blocks(
             for result in node.outputs:
                 result.name = f"{result.name}.{block}"
             nodes.append(node)
-        hidden = results["hidden_out"]
+        streams = {stream: results[f"{stream}_out"] for stream in entry.streams}
         if block == feature_block:
             feature = results["attention_output"]
-    assert hidden is not None, "a group holds at least one block"
-    hidden.name = "hidden_out"
-    outputs = [hidden]
+    assert streams, "a group holds at least one block"
+    for stream, value in streams.items():
+        value.name = f"{stream}_out"
+    outputs = list(streams.values())
     if feature is not None:
         feature.name = "attention_output"
         outputs.append(feature)

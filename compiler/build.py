@@ -59,6 +59,7 @@ __all__ = ["BuildReport", "BuildRequest", "build", "plan"]
 
 PIPELINE_PARTS = (
     "scheduler", "tokenizer", "text_encoder", "vae", "image_encoder", "image_processor",
+    "tokenizer_2", "text_encoder_2", "feature_extractor",
 )  # fmt: skip
 SMALL_FILE_BYTES = 64 << 20
 
@@ -150,8 +151,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         graphs |= write_graphs(part_segments, {}, folder, progress, request.dump)
 
         clock.start("weights")
-        blocks = [i for s in cut.stages for i in range(s.first, s.first + s.count)]
-        wanted = wanted_weights(segments, graphs, blocks)
+        wanted = wanted_weights(cut, graphs)
         progress.phase("weights", sum(1 for _ in wanted))
         tensors = bring_weights(wanted, checkpoint.tensors, folder)
         progress.advance("weights", len(wanted))
@@ -205,7 +205,11 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             weights=request.weights,
             inputs={
                 n: InputEntry(
-                    argument=i.argument, runs=i.runs, dtype=i.spec.dtype, shape=list(i.spec.shape)
+                    argument=i.argument,
+                    runs=i.runs,
+                    dtype=i.spec.dtype,
+                    shape=list(i.spec.shape),
+                    scale=i.scale,
                 )
                 for n, i in cut.inputs.items()
             },

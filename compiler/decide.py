@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import onnx_ir as ir
@@ -38,6 +39,13 @@ def decide_program(policy: Policy) -> ir.Model:
     Raises:
         ExportError: torch could not export the law; most often a Python branch on a tensor's value.
     """
+    return _program(type(policy)).clone()
+
+
+@cache
+def _program(policy_class: type[Policy]) -> ir.Model:
+    """Trace a law once in a process: it is a class's, and holds no weights."""
+    policy = policy_class()
     inputs, outputs = decide_inputs(policy.spec), decide_outputs(policy.spec)
     example = {name: _example(dtype, shape) for name, (dtype, shape) in inputs.items()}
     dynamic = {

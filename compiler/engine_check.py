@@ -87,10 +87,10 @@ class Reference:
             with torch.no_grad():
                 found = functional_call(self.segment.module, dict(weights), (), taken)
             results = found if isinstance(found, tuple) else (found,)
-            named = zip(self.segment.outputs, results, strict=True)
-            outputs |= {n if block is None else f"{n}.{block}": t for n, t in named}
+            named = dict(zip(self.segment.outputs, results, strict=True))
+            outputs |= {n if block is None else f"{n}.{block}": t for n, t in named.items()}
             if block is not None:
-                values["hidden"] = outputs[f"hidden_out.{block}"]
+                values |= {n.removesuffix("_out"): t for n, t in named.items()}
         return outputs
 
 
@@ -279,8 +279,7 @@ def relative_l1(
 def sample_dims(cut: Cut, case: int) -> dict[str, int]:
     """Return small sizes for one of the `PATCHES` cases; batch and text differ between them too."""
     divisors = {dim: d for factors in cut.dims.values() for dim, d in factors}
-    latent = [d for d in cut.inputs["latents"].spec.shape[2:] if isinstance(d, str)]
-    patches = dict(zip(latent, PATCHES[case], strict=True))
+    patches = dict(zip(("frames", "height", "width"), PATCHES[case], strict=True))
     dims = {dim: n * divisors.get(dim, 1) for dim, n in patches.items()}
     dims |= {"batch": 1 + case, "text_tokens": 7 + case, "image_tokens": 9 + case}
     return derived(cut, {**dims, "steps": 4 + case, "slots": 1 + case})
@@ -344,5 +343,5 @@ def _sizes(subject: Subject, inputs: Tensors) -> dict[str, int]:
 
 
 def _added(name: str, output: Tensor, inputs: Tensors) -> Tensor:
-    is_passed_on = name == "hidden_out" and "hidden" in inputs
-    return output - inputs["hidden"].float() if is_passed_on else output
+    stream = name.removesuffix("_out")
+    return output - inputs[stream].float() if name != stream and stream in inputs else output

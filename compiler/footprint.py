@@ -7,7 +7,7 @@ instead of from a bundle, so that the forecast can be had before anything is bui
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -198,13 +198,11 @@ def cache_bytes(
 
 def weights_of(cut: Cut) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return every checkpoint tensor that the model takes: name → dtype and shape."""
-    blocks = [i for s in cut.stages for i in range(s.first, s.first + s.count)]
     found = {}
     for segment in cut.segments:
         for name, parameter in segment.module.named_parameters():
             entry = (str(parameter.dtype).removeprefix("torch."), tuple(parameter.shape))
-            indices: Iterable[int] = blocks if "{block}" in segment.prefix else [0]
-            for index in indices:
+            for index in cut.blocks_of(segment.name):
                 found[segment.prefix.replace("{block}", str(index)) + name] = entry
     return found
 

@@ -12,7 +12,7 @@ from ..bundle.manifest import GraphEntry, IoEntry
 from ..engines.base import TensorSpec
 from ..passes import run_passes, template_pipeline
 from .export import trace
-from .families import Segment
+from .families import Cut, Segment
 from .progress import Progress
 
 __all__ = ["io_entries", "wanted_weights", "write_graphs"]
@@ -71,17 +71,15 @@ def io_entries(specs: Mapping[str, TensorSpec]) -> dict[str, IoEntry]:
 
 
 def wanted_weights(
-    segments: Iterable[Segment], graphs: Mapping[str, GraphEntry], blocks: Iterable[int]
+    cut: Cut, graphs: Mapping[str, GraphEntry]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """List every checkpoint tensor that the graphs take, with the dtype they take it in."""
-    blocks = list(blocks)
     wanted = {}
-    for segment in segments:
+    for segment in cut.segments:
         parameters = dict(segment.module.named_parameters())
         for name, pattern in graphs[segment.name].weights.items():
             dtype = str(parameters[name].dtype).removeprefix("torch.")
             shape = tuple(parameters[name].shape)
-            indices = blocks if "{block}" in pattern else [0]
-            for index in indices:
+            for index in cut.blocks_of(segment.name):
                 wanted[pattern.replace("{block}", str(index))] = (dtype, shape)
     return wanted

@@ -115,7 +115,8 @@ def make_scheduler(name: str, flow_shift: float, config: Mapping[str, Any] | Non
     scheduler_class = getattr(diffusers, SAMPLERS[name])
     known = inspect.signature(scheduler_class.__init__).parameters
     shift = "flow_shift" if "flow_shift" in known else "shift"
-    wanted = {**(config if config is not None else FLOW), shift: flow_shift}
+    # Shifting by the latents' size, as some pipelines do, is a shift of exp(mu): ask for that one.
+    wanted = {**(config or FLOW), shift: flow_shift, "use_dynamic_shifting": False}
     return scheduler_class(**{n: v for n, v in wanted.items() if n in known})
 
 

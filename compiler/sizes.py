@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
         RequestError: a size that VAE or patches do not divide.
     """
     vae = read_part(pipeline, "vae/config.json")
-    by_time, by_space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    by_time = vae.get("scale_factor_temporal", cut.latent_scale[0])
+    by_space = vae.get("scale_factor_spatial", cut.latent_scale[1])
     image = read_part(pipeline, "image_encoder/config.json")
     patches = (image["image_size"] // image["patch_size"]) ** 2 + 1 if image else IMAGE_TOKENS
     if size.frames < 1 or (size.frames - 1) % by_time:
@@ -113,9 +115,7 @@ def derived(cut: Cut, dims: Mapping[str, int]) -> dict[str, int]:
     """Add the family's derived dimensions, ``tokens`` among them."""
     found = dict(dims)
     for name, factors in cut.dims.items():
-        found[name] = 1
-        for dim, divisor in factors:
-            found[name] *= dims[dim] // divisor
+        found[name] = prod(found[dim] // divisor for dim, divisor in factors)
     return found
 
 

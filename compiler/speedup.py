@@ -71,7 +71,7 @@ def predict(
     """
     spec = POLICIES[setting.policy].spec
     steps = len(tables["timesteps"])
-    signal = setting.signal or next(iter(spec.signals), None)
+    signal = setting.signal or next((s for s in spec.signals if s in cut.signals), None)
     seen: str | None = spec.feature
     if seen is None and signal is not None and cut.signals[signal][1] != "run":
         seen = signal
@@ -136,5 +136,6 @@ def timestep_tables(bundle: Bundle, cut: Cut, timesteps: torch.Tensor) -> dict[s
         }
         with torch.no_grad():
             outputs = functional_call(segment.module, weights, (timesteps,))
-        tables |= {n: t.numpy() for n, t in zip(segment.outputs, outputs, strict=True)}
+        results = outputs if isinstance(outputs, tuple) else (outputs,)
+        tables |= {n: t.numpy() for n, t in zip(segment.outputs, results, strict=True)}
     return tables

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from ..bundle.manifest import GraphEntry
@@ -21,6 +22,7 @@ from ..bundle.reader import Bundle
 from ..configs.errors import BuildError, MismatchError
 from ..engines import backend as find_backend
 from ..engines.base import Backend, Engine, Target
+from ..passes import backend_pipeline, run_passes
 from ..runtime.model import LoadedModel
 from .engine_check import (
     EngineCheck,
@@ -306,7 +308,7 @@ def _group_reference(
     own = frozenset(segments[stage.context].outputs) if stage.context is not None else frozenset()
     reference = Reference(segment, [_weights(bundle, segment, b) for b in blocks], blocks, own)
     taps = {
-        "hidden_out": f"hidden_out.{blocks[-1]}",
+        **{n: f"{n}.{blocks[-1]}" for n in segment.outputs if n.endswith("_out")},
         "attention_output": f"attention_output.{bundle.manifest.feature_block}",
     }
     return group.first, reference, taps
@@ -348,8 +350,12 @@ def _portable_engines(bundle: Bundle) -> Iterator[Callable[[str], Engine]]:
 
         def load(graph: str) -> Engine:
             if graph not in loaded:
-                out = Path(folder) / graph
-                backend.compile(bundle.graph_path(graph), Target(), out)
+                out, adapted = Path(folder) / graph, Path(folder) / f"{graph}.onnx"
+                model, _ = run_passes(
+                    ir.load(bundle.graph_path(graph)), backend_pipeline(REFERENCE_BACKEND)
+                )
+                ir.save(model, adapted)
+                backend.compile(adapted, Target(), out)
                 loaded[graph] = backend.load(out)
             return loaded[graph]
 

@@ -9,6 +9,7 @@ from ..configs.tensor_spec import TensorSpec
 from .base import Pass, PassResult, run_passes
 from .declare_interface import DeclareInterface
 from .decompose_rotary_embedding import DecomposeRotaryEmbedding
+from .expand_attention_masks import ExpandAttentionMasks
 from .multi_head_attention import MultiHeadAttention
 from .optimize_graph import OptimizeGraph
 from .remove_no_op_casts import RemoveNoOpCasts
@@ -27,6 +28,7 @@ PASSES: tuple[type[Pass], ...] = (
     DeclareInterface,
     DecomposeRotaryEmbedding,
     MultiHeadAttention,
+    ExpandAttentionMasks,
 )
 
 
@@ -53,7 +55,7 @@ def template_pipeline(
 def backend_pipeline(backend: str) -> list[Pass]:
     """Return what a portable graph goes through before ``backend`` compiles it."""
     pipelines: dict[str, list[Pass]] = {
-        "onnxruntime": [MultiHeadAttention()],
+        "onnxruntime": [MultiHeadAttention(), ExpandAttentionMasks()],
         "openvino": [DecomposeRotaryEmbedding()],
     }
     return pipelines.get(backend, [])

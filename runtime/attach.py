@@ -15,6 +15,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from ..bundle.manifest import InputEntry
 from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..configs.setting import CacheSetting
@@ -85,6 +86,8 @@ class FreewheelTransformer(torch.nn.Module):
         self._context: dict[str, Any] = {}
         self._positions: dict[str, int] = {}
         self._loras: dict[str, Lora] = {}
+        inputs = model.manifest.inputs.values()
+        self._timestep_scale = next(i.scale for i in inputs if i.runs == "run")
         # Tells diffusers the device and dtype it casts latents to.
         self.register_buffer("_anchor", torch.zeros(0, device=model.device), persistent=False)
 
@@ -130,22 +133,26 @@ class FreewheelTransformer(torch.nn.Module):
         *states: Tensor,
         return_dict: bool = True,
         attention_kwargs: Mapping[str, Any] | None = None,
-        **named_states: Tensor,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        **named_states: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Run one branch of one step.
 
         Args:
-            hidden_states: [batch, channels, frames, height, width], latents.
+            hidden_states: Latents, as the bundle declares them.
             timestep: [batch], equal values.
             states: Prompt inputs in the order of the diffusers transformer.
             return_dict: As in diffusers.
             attention_kwargs: Only ``scale`` 1 of LoRA loaders is accepted.
+            joint_attention_kwargs: The same by the name that some families have for it.
             named_states: Prompt inputs by diffusers' keywords.
 
         Raises:
-            RequestError: shapes don't fit the bundle, or timesteps differ within the batch.
+            RequestError: shapes don't fit the bundle, timesteps differ within the batch, or
+                something is given that the bundle takes no account of.
         """
-        scale = (attention_kwargs or {}).get("scale", 1.0)
+        attention = {**(attention_kwargs or {}), **(joint_attention_kwargs or {})}
+        scale = attention.pop("scale", 1.0)
         if scale != 1.0:
             raise RequestError(
                 "attention_kwargs 'scale'", f"is {scale}; weights are merged once per attach",
@@ -154,10 +161,17 @@ class FreewheelTransformer(torch.nn.Module):
         inputs = self.session.manifest.inputs
         prompt_arguments = [i.argument for i in inputs.values() if i.runs == "prompt"]
         given = {**dict(zip(prompt_arguments, states, strict=False)), **named_states}
+        given = {n: value for n, value in {**given, **attention}.items() if value is not None}
+        unknown = sorted(given.keys() - set(prompt_arguments))
+        if unknown:
+            raise RequestError(
+                f"transformer argument '{unknown[0]}'", "is nothing that the bundle's model takes",
+                f"leave it out; it takes {', '.join(prompt_arguments)}",
+            )  # fmt: skip
         prompt = {
-            n: given[i.argument]
+            n: _as_tensor(given[i.argument], i)
             for n, i in inputs.items()
-            if i.runs == "prompt" and given.get(i.argument) is not None
+            if i.runs == "prompt" and i.argument in given
         }
         branch = str(self._context.get("name", "cond"))
         step_index = self._advance(branch, timestep)
@@ -169,7 +183,7 @@ class FreewheelTransformer(torch.nn.Module):
 
     def _advance(self, branch: str, timestep: Tensor) -> int:
         """Return the step that this call is, beginning a run where one begins."""
-        timestep = timestep.reshape(-1).float()
+        timestep = timestep.reshape(-1).float() * self._timestep_scale
         if not bool((timestep == timestep[0]).all()):
             raise RequestError(
                 "timestep",
@@ -189,9 +203,7 @@ class FreewheelTransformer(torch.nn.Module):
 
     def _continues(self, known: int, timestep: Tensor) -> bool:
         table = self.session.timesteps
-        return 0 <= known + 1 < len(table) and bool(
-            table[known + 1] == timestep[0].to(table.device)
-        )
+        return 0 <= known + 1 < len(table) and _is_at(table[known + 1], timestep)
 
     def _begin(self) -> None:
         self._positions.clear()
@@ -203,7 +215,7 @@ class FreewheelTransformer(torch.nn.Module):
 
     def _check_timestep(self, step_index: int, timestep: Tensor) -> None:
         table = self.session.timesteps
-        if step_index >= len(table) or table[step_index] != timestep[0].to(table.device):
+        if step_index >= len(table) or not _is_at(table[step_index], timestep):
             raise RequestError(
                 f"step {step_index}", f"is at timestep {float(timestep[0])}, the scheduler has "
                 f"{[float(t) for t in table[step_index : step_index + 1]]} there",
@@ -228,3 +240,15 @@ class FreewheelTransformer(torch.nn.Module):
         self.session = Session(LoadedModel(model.bundle, model.backend.name, list(loras.values())))
         self._loras = loras
         self._positions.clear()
+
+
+def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
+    """Turn what a pipeline gives into a tensor: a count into its indices, numbers into a row."""
+    if isinstance(value, int) and len(entry.shape) == 1:
+        return torch.arange(value)
+    return torch.as_tensor(value)
+
+
+def _is_at(wanted: Tensor, timestep: Tensor) -> bool:
+    """Tell whether the scheduler's timestep is the one given, which may have been divided before."""
+    return bool(torch.isclose(wanted, timestep[0].to(wanted.device), rtol=1e-6))

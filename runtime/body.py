@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bundle.manifest import IoEntry, StageEntry
+from ..bundle.manifest import GraphEntry, IoEntry, StageEntry
 from ..configs.errors import RequestError
 from ..engines.base import BoundCall
-from .dims import match_dims, shape_of
+from .dims import derive_dims, match_dims, shape_of
 from .model import LoadedModel
 
 __all__ = ["Body", "allocate"]
@@ -44,9 +44,12 @@ class Body:
     """Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
 
     Hidden states go from ``hidden`` (kept, for the residual) through two alternating buffers that
-    all branches share; ``hidden_out`` is the one the last call writes.
+    all branches share; ``hidden_out`` is the one the last call writes. Other streams go from what
+    ``prompt`` gave through two buffers of the branch's own.
 
     Attributes:
+        context: The prompt's inputs and what its graph made of them.
+        dims: Every named dimension, those of the prompt included.
         hidden_out: [batch, tokens, channels], where the body's result appears.
         taps: Two buffers of the feature, written in turn; empty until `bind_taps`.
     """
@@ -66,14 +69,16 @@ class Body:
         """
         self._model, self._manifest = model, model.manifest
         self._prompt = {n: t.clone() for n, t in prompt.items()}
-        dims = {**dims, **self._prompt_dims(branch, dims)}
-        self._dims = dims
-        context = allocate(self._manifest.graphs["prompt"].outputs, dims, model.device)
-        self._prompt_calls = [model.bind("prompt", {**self._prompt, **context})]
+        dims = derive_dims(self._manifest, {**dims, **self._prompt_dims(branch, dims)})
+        self.dims = dims
+        made = allocate(self._manifest.graphs["prompt"].outputs, dims, model.device)
+        self.context = context = {**self._prompt, **made}
+        self._prompt_calls = [model.bind("prompt", context)]
         self._calls: list[_Call] = []
         self._tapped: list[BoundCall] = []
         self.taps: list[Tensor] = []
-        self._hidden, self._shared = "hidden", shared
+        self._streams = {"hidden": shared["hidden"]}
+        self._buffers = {"hidden": [shared["hidden_even"], shared["hidden_odd"]]}
         for stage in self._manifest.stages:
             blocks = range(stage.first, stage.first + stage.count)
             own = {b: self._bind_context(stage, b, {**shared, **context}) for b in blocks}
@@ -84,7 +89,7 @@ class Body:
             for block in () if stage.groups else blocks:
                 values = {**shared, **context, **own[block]}
                 self._add_call(stage.block, range(block, block + 1), values, stage.tapped)
-        self.hidden_out = shared[self._hidden]
+        self.hidden_out = self._streams["hidden"]
         self.set_prompt(prompt)
 
     def _bind_context(
@@ -93,25 +98,35 @@ class Body:
         """Allocate what ``block`` alone gets from the prompt, and bind the call that fills it."""
         if stage.context is None:
             return {}
-        own = allocate(self._manifest.graphs[stage.context].outputs, self._dims, self._model.device)
+        own = allocate(self._manifest.graphs[stage.context].outputs, self.dims, self._model.device)
         self._prompt_calls.append(self._model.bind(stage.context, {**values, **own}, block))
         return own
 
     def _add_call(
         self, graph: str, blocks: range, values: Mapping[str, Tensor], tapped: str | None
     ) -> None:
-        """Bind the next call of the body to the hidden states of the one before."""
-        target = "hidden_odd" if self._hidden == "hidden_even" else "hidden_even"
-        shared = self._shared
-        values = {**values, "hidden": shared[self._hidden], "hidden_out": shared[target]}
+        """Bind the next call of the body to the streams as the one before leaves them."""
+        entry = self._manifest.graphs[graph]
+        values = {**values, **self._streams}
+        for stream in entry.streams:
+            target = self._next_buffer(stream, entry)
+            values[f"{stream}_out"] = self._streams[stream] = target
         # A group writes its feature on every run, wanted or not.
-        if FEATURE in self._manifest.graphs[graph].outputs:
+        if FEATURE in entry.outputs:
             values |= self._feature_buffer(graph)
         bound = self._model.bind(graph, values, blocks[0])
         self._calls.append(_Call(graph, blocks[0], values, bound))
         if self._manifest.feature_block in blocks and tapped is not None:
             self._feature_call, self._tapped_graph = len(self._calls) - 1, tapped
-        self._hidden = target
+
+    def _next_buffer(self, stream: str, entry: GraphEntry) -> Tensor:
+        """Return the one of a stream's two buffers that does not hold it now."""
+        if stream not in self._buffers:
+            spec = {stream: entry.outputs[f"{stream}_out"]}
+            pair = [allocate(spec, self.dims, self._model.device)[stream] for _ in range(2)]
+            self._buffers[stream] = pair
+        even, odd = self._buffers[stream]
+        return odd if self._streams.get(stream) is even else even
 
     def _prompt_dims(self, branch: str, dims: Mapping[str, int]) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -152,7 +167,7 @@ class Body:
 
     def _feature_buffer(self, graph: str) -> dict[str, Tensor]:
         spec = {FEATURE: self._manifest.graphs[graph].outputs[FEATURE]}
-        return allocate(spec, self._dims, self._model.device)
+        return allocate(spec, self.dims, self._model.device)
 
     def run(self, tap: int | None = None) -> None:
         """Run every block; ``tap`` names the buffer that gets the feature, if one is wanted."""

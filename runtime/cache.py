@@ -63,7 +63,6 @@ class BranchCache:
         resolved: ResolvedSetting,
         body: Body,
         shared: Mapping[str, Tensor],
-        dims: Mapping[str, int],
         *,
         record: bool,
     ) -> None:
@@ -74,12 +73,11 @@ class BranchCache:
             resolved: Policy and parameters.
             body: The branch's body.
             shared: Buffers that branches share.
-            dims: Sizes of the named dimensions.
             record: Whether features and residuals are wanted for a trace, whatever the policy.
         """
         self._resolved, self._body, self._record = resolved, body, record
         spec, graphs = resolved.policy.spec, model.manifest.graphs
-        hidden = shared["hidden"]
+        hidden, dims = shared["hidden"], body.dims
         self.computed_steps: list[int] = []
         self.wants_tap = spec.feature is not None or record
         if self.wants_tap:
@@ -128,7 +126,8 @@ class BranchCache:
             for n, g in model.manifest.graphs.items()
             if g.runs == "signal" and signal.value in g.outputs
         )
-        self._signal_calls = [model.bind(graph, {**shared, signal.value: b}) for b in buffers]
+        values = {**shared, **self._body.context}
+        self._signal_calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
         self._signals = [b.flatten(0, -2) for b in buffers]
 
     def _arrangements(self, dims: Mapping[str, int]) -> list[dict[str, Tensor]]:

@@ -41,11 +41,16 @@ def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int
 def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
     """Add the manifest's derived dimensions (such as ``tokens``) to the sizes known.
 
+    One that derives from a size not known yet (a prompt input's) is left out.
+
     Raises:
-        RequestError: a size is not divisible by its patch.
+        RequestError: a size is not divisible by its patch, or an input has another one than what
+            it derives from.
     """
     dims = dict(sizes)
     for name, factors in manifest.dims.items():
+        if any(dim not in dims for dim, _ in factors):
+            continue
         product = 1
         for dim, divisor in factors:
             if dims[dim] % divisor:
@@ -54,7 +59,12 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
                     "choose a size that the model's patches divide",
                 )  # fmt: skip
             product *= dims[dim] // divisor
-        dims[name] = product
+        if dims.setdefault(name, product) != product:
+            parts = " · ".join(dim for dim, _ in factors)
+            raise RequestError(
+                f"dimension '{name}'", f"is {dims[name]}, but {parts} give {product}",
+                "give sizes that belong to the latents",
+            )  # fmt: skip
     return dims
 
 

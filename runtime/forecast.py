@@ -19,10 +19,9 @@ __all__ = ["forecast", "is_folded"]
 def is_folded(model: LoadedModel, setting: CacheSetting) -> bool:
     """Tell whether a setting's decisions depend on timesteps alone."""
     spec = find_policy(setting.policy).spec
-    signal = setting.signal or next(iter(spec.signals), None)
-    return spec.feature is None and (
-        signal is None or model.manifest.signals[signal].known == "run"
-    )
+    signals = model.manifest.signals
+    signal = setting.signal or next((s for s in spec.signals if s in signals), None)
+    return spec.feature is None and (signal is None or signals[signal].known == "run")
 
 
 def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting) -> Replay | None:

@@ -247,8 +247,8 @@ class Session:
                 nearest(setting.policy, list(policies)),
             )
         policy = policies[setting.policy]
-        name = setting.signal or next(iter(policy.spec.signals), None)
         known = [s for s in policy.spec.signals if s in self.manifest.signals]
+        name = setting.signal or next(iter(known or policy.spec.signals), None)
         if name is not None and name not in known:
             raise ConfigError(
                 f"signal '{name}'", f"can't be given to policy '{setting.policy}' on this model",
@@ -333,7 +333,7 @@ class Session:
         if branch.cache is None:
             with self._timed("prepare"):
                 branch.cache = BranchCache(
-                    self.model, self._resolved, branch.body, self._shared, self._dims,
+                    self.model, self._resolved, branch.body, self._shared,
                     record=self._recorder is not None,
                 )  # fmt: skip
                 branch.cache.reset(self._tables, self.steps)
@@ -341,20 +341,22 @@ class Session:
 
     def _make_branch(self, name: str) -> _Branch:
         body = Body(self.model, name, self._shared, self._prompts[name], self._dims)
-        outputs = allocate(self.manifest.graphs["finish"].outputs, self._dims, self.model.device)
-        values = {**self._shared, "hidden_out": body.hidden_out, **outputs}
+        outputs = allocate(self.manifest.graphs["finish"].outputs, body.dims, self.model.device)
+        values = {**self._shared, **body.context, "hidden_out": body.hidden_out, **outputs}
         return _Branch(body, outputs["model_output"], self.model.bind("finish", values))
 
     def _record(
         self, branch: str, step_index: int, computed: bool, kept: tuple[Tensor, Tensor | None]
     ) -> None:
         assert self._recorder is not None, "called when recording"
+        body = self._branches[branch].body
         modulated: Tensor | None = None
         if self._recorder.wants_modulated_input:
             modulated = torch.zeros_like(self._shared["hidden"])
-            self.model.bind("modulate", {**self._shared, "modulated_input": modulated}).run()
+            values = {**self._shared, **body.context, "modulated_input": modulated}
+            self.model.bind("modulate", values).run()
         record = StepRecord(branch, step_index, computed, *kept, modulated)
-        self._recorder.on_step(record, self._dims)
+        self._recorder.on_step(record, body.dims)
 
     @contextmanager
     def _timed(self, segment: str) -> Iterator[None]:

@@ -4,7 +4,7 @@
 Format (DESIGN 9): ``timesteps`` [S], ``branches``; per branch b ``b/temb`` [S, C],
 ``b/timestep_proj`` [S, 6C], ``b/modulated_input`` [S, N, C] where recorded, ``b/feature`` and
 ``b/residual`` [S, N, C], ``b/computed`` [S]; scalars ``frames``, ``tokens_per_frame``, ``height``
-and ``width`` (of the token grid of one frame). float32, batch element 0. Where tokens were
+and ``width`` (of the token grid of one frame, where inputs tell). float32, batch element 0. Where tokens were
 sampled, ``token_index`` names them among all N.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,14 @@ class TraceRecorder:
     def trace(self) -> Trace:
         """Return what was recorded."""
         dims = self._dims
-        ratio = (dims["height"] * dims["width"] // dims["tokens_per_frame"]) ** 0.5
+        grid = {n: dims[n] for n in ("height", "width") if n in dims}
+        ratio = (prod(grid.values()) // dims["tokens_per_frame"]) ** 0.5
         arrays: dict[str, NDArray[Any]] = {
             "timesteps": self._tables["timesteps"],
             "branches": np.array(list(self._steps)),
             "frames": np.array(self._frames()),
             "tokens_per_frame": np.array(dims["tokens_per_frame"]),
-            "height": np.array(round(dims["height"] / ratio)),
-            "width": np.array(round(dims["width"] / ratio)),
+            **{n: np.array(round(size / ratio)) for n, size in grid.items()},
         }
         if self._index is not None:
             arrays["token_index"] = self._index.numpy()

@@ -72,6 +72,11 @@ class Segment:
 class Stage:
     """A run of equal blocks inside ``body``.
 
+    A block passes streams on: each output ``<stream>_out`` whose input ``<stream>`` it takes goes
+    to the next block. ``hidden``, which ``head`` begins, is the one whose residual is cached;
+    others (a text stream) begin as an output of ``prompt`` and end with the last block. A block
+    need not write every stream.
+
     Attributes:
         block: Segment name of the block template.
         context: Segment run once per prompt for each block, or None.
@@ -92,14 +97,18 @@ class ModelInput:
     """One tensor a caller hands in.
 
     Attributes:
-        argument: Keyword of the diffusers transformer's ``forward``.
-        runs: ``step``, ``run`` or ``prompt``: when it may change.
+        argument: Keyword of the diffusers transformer's ``forward``. A whole number given for a
+            spec of one dimension stands for that many indices, 0 first.
+        runs: ``step``, ``run`` or ``prompt``: when it may change. A step's inputs have every
+            dimension of ``head``'s.
         spec: dtype and named dimensions.
+        scale: What the argument is multiplied by; brings timesteps to the scheduler's values.
     """
 
     argument: str
     runs: Literal["step", "run", "prompt"]
     spec: TensorSpec
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -113,9 +122,13 @@ class Cut:
         signals: Signal kind → the value that carries it and when it is known
             (``run``: ahead of the loop, so decisions fold; ``step``: after ``head``).
         feature_block: Index of the block whose feature is tapped.
-        dims: Derived dimension → product of floor divisions of input dimensions.
+        dims: Derived dimension → product of floor divisions of others. Where an input has it too,
+            both must agree. Those over ``frames``, ``height`` and ``width`` of the latents
+            serve forecasts also where no input has these.
         history_dtype: dtype in which residuals are kept.
         example_dims: Sizes to trace with.
+        latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
+        limits: Dimension → the largest size that the model has positions for.
     """
 
     segments: tuple[Segment, ...]
@@ -126,6 +139,15 @@ class Cut:
     dims: Mapping[str, tuple[DimFactor, ...]]
     history_dtype: str
     example_dims: Mapping[str, int] = field(default_factory=dict)
+    latent_scale: tuple[int, int] = (4, 8)
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def blocks_of(self, segment: str) -> range:
+        """Return which blocks' weights a segment takes; one nominal block outside ``body``."""
+        for stage in self.stages:
+            if segment in (stage.block, stage.context, stage.tapped):
+                return range(stage.first, stage.first + stage.count)
+        return range(1)
 
 
 @dataclass(frozen=True)

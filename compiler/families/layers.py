@@ -7,7 +7,7 @@ restate what those compute so that it exports cleanly and says its dtypes.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from ...configs.dtypes import Precision
 from .base import StoredDtype
 
 __all__ = [
+    "embed",
+    "feed_forward",
+    "gelu_tanh",
     "layer_norm",
     "linear",
     "merge_heads",
@@ -48,6 +51,25 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
     shape = getattr(norm, "normalized_shape", None) or norm.dim
     weight = None if norm.weight is None else norm.weight.float()
     return F.rms_norm(x.float(), tuple(shape), weight, norm.eps)
+
+
+def embed(layers: Any, x: Tensor, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+    """Apply an embedder's two linear layers in float32."""
+    hidden = activation(linear(layers.linear_1, x, torch.float32))
+    return linear(layers.linear_2, hidden, torch.float32)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def feed_forward(
+    layers: Any, x: Tensor, dtype: torch.dtype, activation: Callable[[Tensor], Tensor] = gelu_tanh
+) -> Tensor:
+    """Apply a diffusers `FeedForward` in ``dtype``; the result is float32."""
+    hidden = activation(linear(layers.net[0].proj, x, dtype))
+    return linear(layers.net[2], hidden, dtype).float()
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from freewheel.bundle.manifest import GraphEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler import graphs
-from freewheel.compiler.families import Segment
+from freewheel.compiler.families import Cut, Segment, Stage
 from freewheel.compiler.graphs import io_entries, wanted_weights, write_graphs
 from freewheel.configs.tensor_spec import TensorSpec
 
@@ -113,14 +113,16 @@ def test_graphs_are_dumped_after_each_pass_on_request(traces: list[str], folder:
 
 
 def test_weights_are_wanted_for_every_block_in_the_graphs_dtype() -> None:
-    segments = two_segments()[:1]
+    plain = two_segments()[0]
     once = Segment("once", "step", Scale(), {}, {}, "outer.")
     entry = GraphEntry(file="f", runs="block", inputs={}, outputs={})
     entries = {
         "plain": entry.model_copy(update={"weights": {"scale": "blocks.{block}.scale"}}),
         "once": entry.model_copy(update={"weights": {"unused": "outer.unused"}}),
     }
-    assert wanted_weights([*segments, once], entries, range(2, 4)) == {
+    stages = (Stage("plain", None, None, count=2, first=2),)
+    cut = Cut((plain, once), stages, {}, {}, feature_block=2, dims={}, history_dtype="float32")
+    assert wanted_weights(cut, entries) == {
         "blocks.2.scale": ("bfloat16", (4,)),
         "blocks.3.scale": ("bfloat16", (4,)),
         "outer.unused": ("float32", (4,)),

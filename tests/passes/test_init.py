@@ -64,7 +64,7 @@ def test_cpu_backends_have_passes_of_their_own() -> None:
     found = {n: [type(p).__name__ for p in backend_pipeline(n)] for n in names}
     assert found == {
         "openvino": ["DecomposeRotaryEmbedding"],
-        "onnxruntime": ["MultiHeadAttention"],
+        "onnxruntime": ["MultiHeadAttention", "ExpandAttentionMasks"],
         "tensorrt": [],
         "tensorrt-rtx": [],
     }

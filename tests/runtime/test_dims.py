@@ -30,3 +30,16 @@ def test_tokens_follow_from_the_patches(tiny_bundle: Bundle) -> None:
     assert derive_dims(tiny_bundle.manifest, sizes)["tokens"] == 3 * 4 * 3
     with pytest.raises(RequestError, match=r"dimension 'width'.*is 7, which 2 does not divide"):
         derive_dims(tiny_bundle.manifest, {**sizes, "width": 7})
+
+
+def test_dimensions_of_inputs_still_to_come_wait_for_them(tiny_bundle: Bundle) -> None:
+    assert derive_dims(tiny_bundle.manifest, {"batch": 1, "tokens": 36}) == {
+        "batch": 1, "tokens": 36,
+    }  # fmt: skip
+
+
+def test_a_dimension_given_and_derived_has_one_size(tiny_bundle: Bundle) -> None:
+    sizes = {"batch": 1, "frames": 3, "height": 8, "width": 6, "tokens": 36}
+    assert derive_dims(tiny_bundle.manifest, sizes)["tokens"] == 36
+    with pytest.raises(RequestError, match=r"'tokens'.*is 35, but frames · height · width give 36"):
+        derive_dims(tiny_bundle.manifest, {**sizes, "tokens": 35})
