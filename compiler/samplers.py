@@ -14,8 +14,10 @@ the previous step's equation gives it as a combination of x[t], x[t−1] and the
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +212,7 @@ def write_tables(
     for name in names:
         config = scheduler_config if name == own else None
         for shift in sorted(set(shifts)):
-            window = probe(make_scheduler(name, shift, config), min(20, max(counts))).window
-            tables = {
-                str(n): probe(make_scheduler(name, shift, config), n, window).packed()
-                for n in counts
-            }
+            window, tables = _tables(name, shift, json.dumps(config), tuple(counts))
             file = f"samplers/{name}-{shift:g}.safetensors"
             save_file(tables, bundle / file)
             entries.append(
@@ -224,3 +222,15 @@ def write_tables(
                 )
             )  # fmt: skip
     return entries
+
+
+@cache
+def _tables(
+    name: str, shift: float, config: str, counts: tuple[int, ...]
+) -> tuple[int, dict[str, Matrix]]:
+    """Return the window of a sampler and its table for each step count; ``config`` is JSON."""
+    own = json.loads(config)
+    window = probe(make_scheduler(name, shift, own), min(20, max(counts))).window
+    return window, {
+        str(n): probe(make_scheduler(name, shift, own), n, window).packed() for n in counts
+    }

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from ...configs.errors import CheckpointError, nearest
 from .base import Cut, Family, ModelInput, Segment, Stage
+from .ltx import LTX
 from .wan import WAN
 
 __all__ = ["FAMILIES", "Cut", "Family", "ModelInput", "Segment", "Stage", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (WAN,)
+FAMILIES: tuple[Family, ...] = (WAN, LTX)
 
 
 def family_of(transformer_class: str, where: str) -> Family:
