@@ -81,6 +81,30 @@ def build(
             help="Blocks per engine with --weights baked; default: as many as 4 GiB of weights."
         ),
     ] = None,
+    height: Annotated[
+        str | None, typer.Option(help="Pixels that TensorRT engines serve: a size or min:opt:max.")
+    ] = None,
+    width: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="Frames that they serve; default: what the configs ask for.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Videos at once that they serve; default: 1.")
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU to compile for with TensorRT-RTX, such as 8.9; repeatable."),
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="Effort of TensorRT's builder, 0 to 5.")
+    ] = None,
+    workspace_mib: Annotated[
+        int | None, typer.Option(help="Scratch memory that TensorRT's kernels may ask for.")
+    ] = None,
+    build_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of TensorRT's timing cache; default: the bundle's with .cache."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     dump_passes: Annotated[
@@ -96,12 +120,26 @@ def build(
     Example: freewheel build models/shapes_wan --out out/bundle
     """
     with _screen(as_json, quiet, debug) as screen:
+        from freewheel.bundle.files import cache_beside
         from freewheel.compiler.build import BuildRequest, plan
         from freewheel.compiler.build import build as run_build
         from freewheel.compiler.forecast_build import render_plan
+        from freewheel.compiler.profiles import BuildSizes, parse_range
+        from freewheel.engines import Target
         from freewheel.runtime.settings import config_entries
 
-        backends = [_backend(name, precision, screen) for name in backend or ["auto"]]
+        backends = [
+            _backend(name, precision, screen, to_build=True) for name in backend or ["auto"]
+        ]
+        sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
+        options = {
+            "builder_optimization_level": optimization_level,
+            "workspace_bytes": None if workspace_mib is None else workspace_mib << 20,
+        }
+        target = Target(
+            compute_capabilities=tuple(compute_capability or ()),
+            options={n: v for n, v in options.items() if v is not None},
+        )
         request = BuildRequest(
             model=model,
             out=out,
@@ -112,6 +150,9 @@ def build(
             group_blocks=group_blocks,
             revision=revision,
             replace=force,
+            target=target,
+            sizes=BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items() if t}),
+            cache=build_cache or cache_beside(out),
             dump=dump_passes,
         )
         if dry_run:
@@ -413,6 +454,60 @@ def bench(
         screen.result(report.as_dict(), [report.markdown()])
 
 
+@app.command()
+def calibrate(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line; one run each.")],
+    out: Annotated[Path, typer.Option(help="File of configs to write (.json).")],
+    speedup: Annotated[
+        list[float] | None,
+        typer.Option(help="Ideal speedup to write configs for; repeatable. Default 1.5 2 2.5 3 4."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off.")] = None,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 1000,
+    history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 4.")] = 3,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend; default: the bundle's first.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Record uncached runs, and write a config per policy and speedup.
+
+    Example: freewheel calibrate out/bundle --prompts prompts.txt --out calibration.json
+    """
+    with _screen(as_json, quiet, debug) as screen:
+        from freewheel.bundle.reader import Bundle
+        from freewheel.runtime.bench import read_prompts
+        from freewheel.tuning.calibrate import CalibrationRequest, save_calibration
+        from freewheel.tuning.calibrate import calibrate as run_calibrate
+
+        for value in speedup or ():
+            if not value > 1:
+                raise ConfigError(f"--speedup {value:g}", "is not above 1", "try --speedup 2")
+        if not 1 <= history <= 4:
+            raise ConfigError(f"--history {history}", "is outside [1, 4]", "use 3")
+        _quiet_libraries()
+        request = CalibrationRequest(
+            prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
+            history=history, backend=backend, **({"speedups": speedup} if speedup else {}),
+        )  # fmt: skip
+        with screen.progress():
+            found = run_calibrate(Bundle(bundle), request, screen, screen.warn)
+        save_calibration(found, out)
+        for name, reason in found.left_out.items():
+            screen.warn(f"no config '{name}': {reason}")
+        screen.table(
+            "fits of TeaCache's polynomial",
+            ["signal", "R²", "used"],
+            [[n, round(f.r2, 3), not f.refusal] for n, f in found.fits.items()],
+        )
+        screen.result({"out": str(out), **found.as_dict()}, [f"{out}#{n}" for n in found.configs])
+        screen.note(f"next: freewheel run {bundle} --cache '{out}#{next(iter(found.configs), '')}'")
+
+
 def _quiet_libraries() -> None:
     """Keep other libraries' progress bars out of ours."""
     import diffusers
@@ -422,11 +517,11 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _backend(name: str, precision: str, screen: Screen) -> Any:
+def _backend(name: str, precision: str, screen: Screen, *, to_build: bool = False) -> Any:
     from freewheel.engines import auto_backend, backend
 
     if name != "auto":
-        return backend(name)
+        return backend(name, to_build=to_build)
     chosen, reasons = auto_backend(precision)
     screen.note(f"backend {chosen.name}: {reasons[chosen.name]}")
     return chosen

@@ -15,6 +15,7 @@ from ..configs.errors import BundleError, OutputError
 from .manifest import MANIFEST, FileEntry
 
 __all__ = [
+    "cache_beside",
     "describe_files",
     "disk_use",
     "link_or_none",
@@ -72,6 +73,11 @@ def disk_use(folder: Path, names: Iterable[str]) -> tuple[int, int]:
 def _inode(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def cache_beside(bundle: Path) -> Path:
+    """Return the folder beside a bundle for what saves time and may be deleted."""
+    return bundle.absolute().with_name(f"{bundle.absolute().name}.cache")
 
 
 def link_or_none(source: Path, target: Path) -> Path | None:

@@ -14,7 +14,9 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -38,8 +40,8 @@ from ..bundle.manifest import (
 )
 from ..bundle.reader import MANIFEST
 from ..configs.dtypes import Precision
-from ..configs.errors import CheckpointError, OutputError
-from ..engines.base import Backend, Target, TensorSpec
+from ..configs.errors import BuildError, CheckpointError, OutputError
+from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import POLICIES
 from .bake import check_group_blocks, write_groups
@@ -50,6 +52,7 @@ from .families.base import StoredDtype
 from .forecast_build import forecast_build
 from .graphs import wanted_weights, write_graphs
 from .pipeline_parts import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
+from .profiles import BuildSizes, Profile, Range, dim_ranges, profiles_of
 from .progress import Progress, Silent
 from .reuse import cache_segments
 from .samplers import write_tables
@@ -80,7 +83,10 @@ class BuildRequest:
         group_blocks: Blocks per group of the baked form; None takes as many as 4 GiB of weights.
         revision: Commit of a hub checkpoint.
         replace: Whether an existing bundle may be replaced.
-        target: Backend settings beside the precision, which each graph has of its own.
+        target: Devices and options of backends that are told them (`ProfiledBackend`); precision
+            and profiles are each graph's own.
+        sizes: What engines of those backends are to serve.
+        cache: Where such backends keep what saves time in the next build; None keeps nothing.
         dump: Folder for graphs as text after each pass, or None.
         with_text_encoder: Whether to carry the text encoder as a graph, for programs without Python.
         with_vae: Likewise for the VAE's decoder, at the default config's size.
@@ -96,6 +102,8 @@ class BuildRequest:
     revision: str | None = None
     replace: bool = False
     target: Target = field(default_factory=Target)
+    sizes: BuildSizes = field(default_factory=BuildSizes)
+    cache: Path | None = None
     dump: Path | None = None
     with_text_encoder: bool = False
     with_vae: bool = False
@@ -126,6 +134,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         ExportError, PassError, BuildError: a graph could not be traced, rewritten or compiled.
         OutputError: the target exists or can't be written.
         ConfigError: groups of no block are asked for, or groups in a bundle that has none.
+        RequestError: sizes that the model can't serve.
     """
     check_group_blocks(request.group_blocks, request.weights)
     progress = progress or Silent()
@@ -134,6 +143,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     where = str(checkpoint.transformer / "config.json")
     family = family_of(checkpoint.transformer_class, where)
     cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
+    targets = [complete_target(b, request.target) for b in request.backends]
+    ranges = _ranges(request, cut, checkpoint)
     with staged_folder(request.out, replace=request.replace) as folder:
         (folder / "graphs").mkdir()
         clock.start("trace")
@@ -176,9 +187,14 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         compiled = {
             n: g for n, g in graphs.items() if request.weights == "inputs" or g.runs != "block"
         }
-        for backend in request.backends:
+        profiles = profiles_of(compiled, policies, cut, ranges) if ranges else {}
+        for backend, target in zip(request.backends, targets, strict=True):
             progress.phase(f"compile for {backend.name}", len(compiled))
-            engines.append(compile_graphs(backend, compiled, folder, request.target, progress))
+            if isinstance(backend, ProfiledBackend):
+                backend.cache_folder = request.cache
+            engines.append(
+                compile_graphs(backend, compiled, folder, target, progress, profiles=profiles)
+            )
 
         clock.start("samplers")
         pipeline = bring_pipeline(checkpoint, folder)
@@ -238,8 +254,18 @@ def compile_graphs(
     folder: Path,
     target: Target,
     progress: Progress,
+    *,
+    profiles: Mapping[str, Profile] = MappingProxyType({}),
 ) -> EngineSetEntry:
     """Compile every graph for ``backend`` into ``engines/<backend>-<target>``.
+
+    Args:
+        backend: Compiles.
+        graphs: Graph name → entry.
+        folder: The bundle's folder.
+        target: Devices and options.
+        progress: Advanced once per graph; told the steps of each build where they are known.
+        profiles: Graph name → shapes of its inputs, for backends that need them.
 
     Raises:
         BuildError: the backend refuses a graph; names it.
@@ -251,9 +277,15 @@ def compile_graphs(
     for name, graph in graphs.items():
         began = time.perf_counter()
         out = f"{place}/{name}"
-        compile_graph(
-            backend, folder / graph.file, replace(target, precision=graph.precision), folder / out
-        )
+        if isinstance(backend, ProfiledBackend):
+            backend.progress = partial(_report, progress, name)
+        own = replace(target, precision=graph.precision, profiles=profiles.get(name, {}))
+        try:
+            compile_graph(backend, folder / graph.file, own, folder / out)
+        except BuildError as error:
+            # Where the graph lay while the bundle was made tells nobody anything.
+            where = error.where.removeprefix(str((folder / graph.file).parent)).lstrip("/")
+            raise BuildError(f"graph '{name}', {where}", error.what, error.hint) from error
         files[name], seconds[name] = out, round(time.perf_counter() - began, 3)
         progress.advance(name)
     return EngineSetEntry(backend=backend.name, target=label, files=files, seconds=seconds)
@@ -273,6 +305,26 @@ def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> N
     adapted = graph.with_name(f"{graph.stem}.{backend.name}.onnx")
     ir.save(model, adapted)
     backend.compile(adapted, target, out)
+
+
+def complete_target(backend: Backend, target: Target) -> Target:
+    """Return what ``backend`` compiles for: devices and options concern those that are told them.
+
+    Raises:
+        BuildError: there is no such device or option.
+    """
+    return backend.complete(target) if isinstance(backend, ProfiledBackend) else Target()
+
+
+def _ranges(request: BuildRequest, cut: Cut, checkpoint: Checkpoint) -> dict[str, Range]:
+    """Return what engines are to serve, if any backend has to be told."""
+    if not any(isinstance(b, ProfiledBackend) for b in request.backends):
+        return {}
+    return dim_ranges(cut, request.sizes, request.configs, checkpoint.pipeline)
+
+
+def _report(progress: Progress, graph: str, phase: str, done: int, total: int) -> None:
+    progress.advance(f"{graph}: {phase.lower()} {done}/{total}", 0)
 
 
 def target_label(target: Target) -> str:
@@ -373,6 +425,8 @@ def plan(request: BuildRequest) -> dict[str, Any]:
     family = family_of(checkpoint.transformer_class, where)
     cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
     stored = sum(t.bytes for t in checkpoint.tensors.values())
+    for backend in request.backends:
+        complete_target(backend, request.target)
     return {
         "family": family.name,
         "blocks": sum(s.count for s in cut.stages),
@@ -381,6 +435,7 @@ def plan(request: BuildRequest) -> dict[str, Any]:
         "checkpoint_bytes": stored,
         "backends": [b.name for b in request.backends],
         "precision": request.precision,
+        "ranges": _ranges(request, cut, checkpoint),
         "out": str(request.out),
         "forecast": forecast_build(
             checkpoint, cut, request.configs, out=request.out,

@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from importlib import import_module
 
 from ..configs.errors import BackendUnavailable, ConfigError, nearest
-from .base import Availability, Backend, BoundCall, Engine, Target, TensorSpec
+from .base import (
+    Availability,
+    Backend,
+    BoundCall,
+    Engine,
+    ProfiledBackend,
+    Target,
+    TensorSpec,
+)
 
 __all__ = [
     "BACKENDS",
@@ -18,6 +26,7 @@ __all__ = [
     "Backend",
     "BoundCall",
     "Engine",
+    "ProfiledBackend",
     "Target",
     "TensorSpec",
     "auto_backend",

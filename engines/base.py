@@ -7,17 +7,25 @@ writes outputs in place, and may be run any number of times; nothing is copied o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..configs.tensor_spec import TensorSpec
 
-__all__ = ["Availability", "Backend", "BoundCall", "Engine", "Target", "TensorSpec"]
+__all__ = [
+    "Availability",
+    "Backend",
+    "BoundCall",
+    "Engine",
+    "ProfiledBackend",
+    "Target",
+    "TensorSpec",
+]
 
 
 @dataclass(frozen=True)
@@ -118,3 +126,27 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait until every enqueued run has finished."""
+
+
+@runtime_checkable
+class ProfiledBackend(Protocol):
+    """A backend whose engines serve a range of sizes, for named devices, after a long build.
+
+    Attributes:
+        cache_folder: Where caches that save time are kept between builds and runs; None keeps
+            none. They may be deleted, and are no part of a bundle.
+        progress: Called with a phase of one engine's build, its finished steps and their number.
+    """
+
+    cache_folder: Path | None
+    progress: Callable[[str, int, int], None] | None
+
+    def complete(self, target: Target) -> Target:
+        """Return ``target`` with what it leaves open filled in, before any graph is traced.
+
+        Raises:
+            BuildError: it names a device or an option that there isn't.
+        """
+
+    def save_caches(self) -> None:
+        """Write the caches of runs so far into ``cache_folder``."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +22,8 @@ from ..configs.errors import BackendUnavailable, BuildError, BundleError
 from .base import Availability, BoundCall, Target
 from .bindings import load_graph, specs_of
 from .record import REBUILD, EngineRecord, engine_folder, write_whole
-from .target_checks import check_precision
-from .tensorrt_build import Plan, build_plan, known_capabilities
+from .target_checks import check_options, check_precision
+from .tensorrt_build import OPTIONS, Plan, build_plan, known_capabilities
 from .tensorrt_journal import Journal
 from .tensorrt_run import CapturedCalls, Scratch, TensorRTEngine
 
@@ -31,6 +31,7 @@ __all__ = ["TensorRT", "TensorRTRTX"]
 
 PLAN = "model.plan"
 NO_GPU = "no NVIDIA GPU that this PyTorch can use"
+LEVELS = range(6)  # of effort that the builder spends
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # A100, RTX 30, RTX 40 and L40S, RTX 50
 
 
@@ -71,6 +72,21 @@ class TensorRT:
             return Availability(False, f"{cls.package} {version} is installed, but {NO_GPU}")
         return Availability(True, f"{cls.package} {version}, {torch.cuda.get_device_name()}")
 
+    def complete(self, target: Target) -> Target:
+        """Fill the compute capabilities in that are compiled for where none is named.
+
+        Raises:
+            BackendUnavailable: this machine can't compile.
+            BuildError: a compute capability, an option or its value is unknown.
+        """
+        trt, where = self._compiler(), f"backend '{self.name}'"
+        check_options(target, OPTIONS, where)
+        level = target.options.get("builder_optimization_level")
+        if level is not None and level not in LEVELS:
+            what = f"is {level}, levels go from {LEVELS[0]} to {LEVELS[-1]}"
+            raise BuildError(f"{where}, option 'builder_optimization_level'", what, "3 is usual")
+        return replace(target, compute_capabilities=self._capabilities(trt, target, where))
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` as a strongly typed network.
 
@@ -83,14 +99,11 @@ class TensorRT:
             BuildError: TensorRT refuses the graph, or profiles, targets or options don't fit it.
             OutputError: ``out`` can't be written.
         """
-        found = self.probe()
-        if not found.can_build:
-            raise BackendUnavailable(f"backend '{self.name}'", found.reason, found.install)
-        trt = _import(self.module)
+        trt = self._compiler()
         check_precision(target, self.precisions, str(graph), "choose one of them with --precision")
         model = load_graph(graph)
         inputs, outputs = specs_of(model.graph, str(graph))
-        capabilities = self._capabilities(trt, graph, target)
+        capabilities = self._capabilities(trt, target, str(graph))
         plan = build_plan(
             trt, model, graph, target, inputs,
             capabilities=capabilities if self.module == "tensorrt_rtx" else (),
@@ -155,13 +168,19 @@ class TensorRT:
         if path and self._runtime_cache is not None:
             write_whole(path, bytes(self._runtime_cache.serialize()))
 
-    def _capabilities(self, trt: Any, graph: Path, target: Target) -> tuple[str, ...]:
+    def _compiler(self) -> Any:
+        found = self.probe()
+        if not found.can_build:
+            raise BackendUnavailable(f"backend '{self.name}'", found.reason, found.install)
+        return _import(self.module)
+
+    def _capabilities(self, trt: Any, target: Target, where: str) -> tuple[str, ...]:
         here = _capability_here()
         asked = target.compute_capabilities or (here,)
         if asked != (here,):
             what = f"compute capability {', '.join(asked)} asked for, but the GPU here is {here}"
             hint = "TensorRT compiles for the GPU at hand; build there or use tensorrt-rtx"
-            raise BuildError(str(graph), what, hint)
+            raise BuildError(where, what, hint)
         return asked
 
     def _runtime_config(self, trt: Any, engine: Any) -> Any:
@@ -195,14 +214,14 @@ class TensorRTRTX(TensorRT):
         name = torch.cuda.get_device_name()
         return Availability(True, f"{cls.package} {trt.__version__}, {name}")
 
-    def _capabilities(self, trt: Any, graph: Path, target: Target) -> tuple[str, ...]:
+    def _capabilities(self, trt: Any, target: Target, where: str) -> tuple[str, ...]:
         known = known_capabilities(trt)
         asked = target.compute_capabilities or DEFAULT_CAPABILITIES
         for capability in asked:
             if capability not in known:
                 what = f"compute capability '{capability}' is unknown to {self.package}"
                 hint = f"known: {', '.join(known)}; other GPUs (Hopper: 9.0) need 'tensorrt'"
-                raise BuildError(str(graph), what, hint)
+                raise BuildError(where, what, hint)
         return asked
 
     def _runtime_config(self, trt: Any, engine: Any) -> Any:

@@ -373,6 +373,10 @@ def cut_wan(config: Mapping[str, Any], precision: Precision, stored: StoredDtype
         },
         history_dtype=history_dtype,
         example_dims={"frames": 3 * p_t, "height": 5 * p_h, "width": 7 * p_w, "tokens": 3 * 5 * 7},
+        limits={
+            dim: config["rope_max_seq_len"] * patch
+            for dim, patch in (("frames", p_t), ("height", p_h), ("width", p_w))
+        },
     )
 
 

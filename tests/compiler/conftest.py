@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -12,6 +14,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.manifest import GraphEntry
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler import build as building
 from freewheel.compiler.families import Cut, family_of
 from freewheel.compiler.graphs import write_graphs
 from freewheel.compiler.progress import Silent
@@ -64,3 +68,26 @@ def bfloat16_graphs(
 @pytest.fixture(scope="session")
 def bfloat16_block(bfloat16_graphs: tuple[Path, dict[str, GraphEntry]]) -> onnx.ModelProto:
     return onnx.load(bfloat16_graphs[0] / "graphs" / "block.onnx")
+
+
+@pytest.fixture
+def traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let builds take their traced graphs from the tiny bundle, and leave samplers out."""
+    entries = tiny_bundle.manifest.graphs
+
+    def take(name: str, folder: Path) -> GraphEntry:
+        shutil.copyfile(tiny_bundle.graph_path(name), folder / entries[name].file)
+        return entries[name]
+
+    def write_graphs(
+        segments: Any, dims: Any, folder: Path, progress: Any, dump: Path | None = None
+    ) -> dict[str, GraphEntry]:
+        for segment in segments:
+            progress.advance(segment.name)
+        return {s.name: take(s.name, folder) for s in segments}
+
+    monkeypatch.setattr(building, "write_graphs", write_graphs)
+    monkeypatch.setattr(building, "write_tables", lambda folder, scheduler, shifts: [])
+    monkeypatch.setattr(
+        building, "write_decide_graph", lambda p, folder: take(f"decide.{p.spec.name}", folder)
+    )

@@ -18,7 +18,6 @@ import torch
 from freewheel.bundle.manifest import (
     ConfigEntry,
     GenerationDefaults,
-    GraphEntry,
     Manifest,
     SamplerEntry,
 )
@@ -77,29 +76,6 @@ class Watcher:
 
     def advance(self, what: str, steps: int = 1) -> None:
         self.done[next(reversed(self.done))] += steps
-
-
-@pytest.fixture
-def traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let builds take their traced graphs from the tiny bundle, and leave samplers out."""
-    entries = tiny_bundle.manifest.graphs
-
-    def take(name: str, folder: Path) -> GraphEntry:
-        shutil.copyfile(tiny_bundle.graph_path(name), folder / entries[name].file)
-        return entries[name]
-
-    def write_graphs(
-        segments: Any, dims: Any, folder: Path, progress: Any, dump: Path | None = None
-    ) -> dict[str, GraphEntry]:
-        for segment in segments:
-            progress.advance(segment.name)
-        return {s.name: take(s.name, folder) for s in segments}
-
-    monkeypatch.setattr(building, "write_graphs", write_graphs)
-    monkeypatch.setattr(building, "write_tables", lambda folder, scheduler, shifts: [])
-    monkeypatch.setattr(
-        building, "write_decide_graph", lambda p, folder: take(f"decide.{p.spec.name}", folder)
-    )
 
 
 @pytest.fixture

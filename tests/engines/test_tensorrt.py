@@ -266,5 +266,17 @@ def test_tensorrt_compiles_for_the_gpu_at_hand_only(graph, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     refused = Target("float32", MATMUL, ("8.0",))
     with pytest.raises(BuildError, match=r"the GPU here is 8\.9"):
-        TensorRT()._capabilities(None, graph("matmul"), refused)
-    assert TensorRT()._capabilities(None, graph("matmul"), Target()) == ("8.9",)
+        TensorRT()._capabilities(None, refused, str(graph("matmul")))
+    assert TensorRT()._capabilities(None, Target(), "here") == ("8.9",)
+
+
+def test_a_target_is_completed_before_anything_is_traced():
+    assert TensorRTRTX().complete(Target()).compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
+    asked = Target(compute_capabilities=("12.0",), options={"builder_optimization_level": 5})
+    assert TensorRTRTX().complete(asked) == asked
+    with pytest.raises(BuildError, match=r"backend 'tensorrt-rtx': .*'9.0' is unknown"):
+        TensorRTRTX().complete(Target(compute_capabilities=("8.9", "9.0")))
+    with pytest.raises(BuildError, match="option 'level': no such build option"):
+        TensorRTRTX().complete(Target(options={"level": 3}))
+    with pytest.raises(BuildError, match="is 6, levels go from 0 to 5"):
+        TensorRTRTX().complete(Target(options={"builder_optimization_level": 6}))
