@@ -7,7 +7,7 @@ writes outputs in place, and may be run any number of times; nothing is copied o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ __all__ = [
     "Availability",
     "Backend",
     "BoundCall",
+    "CapturingBackend",
     "Engine",
     "ProfiledBackend",
     "Target",
@@ -150,3 +151,21 @@ class ProfiledBackend(Protocol):
 
     def save_caches(self) -> None:
         """Write the caches of runs so far into ``cache_folder``."""
+
+
+@runtime_checkable
+class CapturingBackend(Protocol):
+    """A backend of a device that replays a recorded chain of calls.
+
+    Attributes:
+        captures: Whether calls will be recorded; set before the first engine is loaded.
+    """
+
+    captures: bool
+
+    def capture(self, calls: Sequence[BoundCall]) -> BoundCall:
+        """Record ``calls``, which must be idempotent, and return their replay.
+
+        Raises:
+            RequestError: one of them can't be recorded.
+        """

@@ -46,6 +46,7 @@ class TensorRT:
         cache_folder: Where timing and kernel caches are kept between builds and runs; None keeps
             none. Caches only save time: they may be deleted, and are no part of a bundle.
         progress: Called with a phase of the build, its finished steps and their number.
+        captures: Whether calls will be recorded into CUDA graphs, which must hold final kernels.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -55,6 +56,7 @@ class TensorRT:
 
     cache_folder: Path | None = None
     progress: Callable[[str, int, int], None] | None = None
+    captures: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
 
     def __post_init__(self) -> None:
@@ -150,11 +152,14 @@ class TensorRT:
             runtime=runtime, runtime_config=self._runtime_config(trt, engine),
         )  # fmt: skip
 
-    def capture(self, calls: Sequence[BoundCall]) -> BoundCall:
+    def capture(self, calls: Sequence[Any]) -> BoundCall:
         """Record ``calls`` into one CUDA graph; each runs once first, to settle its kernels.
 
-        The bound tensors and the scratch memory must not change while the capture is in use: bind
-        every engine of the session before.
+        Args:
+            calls: What `TensorRTEngine.bind` returned, of one instance of this class.
+
+        Raises:
+            RequestError: TensorRT can't run one of them inside a graph.
         """
         return CapturedCalls(calls)
 
@@ -166,7 +171,9 @@ class TensorRT:
         """Keep the kernels that TensorRT-RTX compiled while running, for the next process."""
         path = self._cache_file(f"{self.module}.runtime")
         if path and self._runtime_cache is not None:
-            write_whole(path, bytes(self._runtime_cache.serialize()))
+            content = bytes(self._runtime_cache.serialize())
+            if not path.is_file() or path.read_bytes() != content:
+                write_whole(path, content)
 
     def _compiler(self) -> Any:
         found = self.probe()
@@ -230,6 +237,9 @@ class TensorRTRTX(TensorRT):
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
+        if self.captures:  # by default a slower kernel stands in while the right one is compiled
+            strategies = trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         if self._runtime_cache is None:
             self._runtime_cache = config.create_runtime_cache()
             path = self._cache_file(f"{self.module}.runtime")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import RequestError
-from .base import BoundCall, TensorSpec
+from .base import TensorSpec
 from .bindings import check_bindings
 from .record import EngineRecord
 
@@ -43,17 +43,24 @@ class TensorRTCall:
     def __init__(self, context: Any, tensors: Mapping[str, Tensor], size: int, engine: Any) -> None:
         self._context, self._tensors, self._size = context, tensors, size
         self._engine = engine  # outlives the context
+        self.scratch: Scratch = engine.scratch
         self._memory: Tensor | None = None
 
     def run(self) -> None:
         """Enqueue on torch's current stream; outputs are ready when the stream gets there."""
-        scratch = self._engine.scratch
+        scratch = self.scratch
         if self._memory is not scratch.memory:  # it grew when another call was bound
             self._memory = scratch.memory
             self._context.set_device_memory(self._memory.data_ptr(), self._size)
         stream = torch.cuda.current_stream(scratch.device)
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise RequestError(f"engine '{self._engine.name}'", "TensorRT could not enqueue it")
+
+    def require_capturable(self, stream: int) -> None:
+        """Raise `RequestError` where TensorRT would leave ``stream`` and so break a capture of it."""
+        if not self._context.is_stream_capturable(stream):
+            what = "can't be recorded into a CUDA graph"
+            raise RequestError(f"engine '{self._engine.name}'", what, "leave --cuda-graphs out")
 
 
 class TensorRTEngine:
@@ -125,18 +132,29 @@ class TensorRTEngine:
 
 
 class CapturedCalls:
-    """Calls replayed as one CUDA graph."""
+    """Calls replayed as one CUDA graph, which is recorded anew when the scratch memory moved."""
 
-    def __init__(self, calls: Sequence[BoundCall]) -> None:
+    def __init__(self, calls: Sequence[TensorRTCall]) -> None:
         self._calls = tuple(calls)  # keeps contexts and memory alive
-        for call in self._calls:
-            call.run()
-        torch.cuda.current_stream().synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for call in self._calls:
-                call.run()
+        self._scratch = self._calls[0].scratch
+        self._record()
 
     def run(self) -> None:
         """Replay on torch's current stream."""
+        if self._memory is not self._scratch.memory:
+            self._record()
         self._graph.replay()
+
+    def _record(self) -> None:
+        for call in self._calls:
+            call.run()
+        stream = torch.cuda.current_stream(self._scratch.device)
+        stream.synchronize()
+        for call in self._calls:
+            call.require_capturable(stream.cuda_stream)
+        self._memory = self._scratch.memory
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device: RTX compiles kernels on threads of its own.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            for call in self._calls:
+                call.run()

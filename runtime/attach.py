@@ -20,7 +20,7 @@ from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..configs.setting import CacheSetting
 from .lora import Lora, lora_from_state_dict, read_lora
-from .model import LoadedModel
+from .model import DeviceOptions, LoadedModel
 from .session import Recorder, Session
 from .settings import choose_setting
 from .statistics import RunStatistics
@@ -35,6 +35,7 @@ def attach(
     *,
     backend: str | None = None,
     loras: Sequence[Lora | str] = (),
+    options: DeviceOptions | None = None,
 ) -> FreewheelTransformer:
     """Replace ``pipe.transformer`` by the engines of a bundle.
 
@@ -47,6 +48,7 @@ def attach(
             bundle's default config. Change it between runs with `FreewheelTransformer.use`.
         backend: Name of a backend the bundle has engines for; None takes its first.
         loras: ``FILE[:scale]`` or LoRAs read already.
+        options: How engines are driven: weights kept in host memory, CUDA graphs.
 
     Returns:
         The new transformer; its ``statistics`` tell what the last run did.
@@ -56,7 +58,7 @@ def attach(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     read = [read_lora(lora) if isinstance(lora, str) else lora for lora in loras]
-    transformer = FreewheelTransformer(LoadedModel(opened, backend, read), pipe)
+    transformer = FreewheelTransformer(LoadedModel(opened, backend, read, options), pipe)
     transformer.use(cache)
     pipe.transformer = transformer
     return transformer
@@ -237,7 +239,9 @@ class FreewheelTransformer(torch.nn.Module):
         name = adapter_name or f"default_{len(self._loras)}"
         loras = {**self._loras, name: lora_from_state_dict(name, state)}
         model = self.session.model
-        self.session = Session(LoadedModel(model.bundle, model.backend.name, list(loras.values())))
+        self.session = Session(
+            LoadedModel(model.bundle, model.backend.name, list(loras.values()), model.options)
+        )
         self._loras = loras
         self._positions.clear()
 

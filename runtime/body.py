@@ -76,6 +76,7 @@ class Body:
         self._prompt_calls = [model.bind("prompt", context)]
         self._calls: list[_Call] = []
         self._tapped: list[BoundCall] = []
+        self._chains: dict[int | None, BoundCall] = {}
         self.taps: list[Tensor] = []
         self._streams = {"hidden": shared["hidden"]}
         self._buffers = {"hidden": [shared["hidden_even"], shared["hidden_odd"]]}
@@ -171,8 +172,9 @@ class Body:
 
     def run(self, tap: int | None = None) -> None:
         """Run every block; ``tap`` names the buffer that gets the feature, if one is wanted."""
-        for index, call in enumerate(self._calls):
-            if tap is not None and index == self._feature_call:
-                self._tapped[tap].run()
-            else:
-                call.bound.run()
+        if tap not in self._chains:
+            calls = [call.bound for call in self._calls]
+            if tap is not None:
+                calls[self._feature_call] = self._tapped[tap]
+            self._chains[tap] = self._model.chain(calls)
+        self._chains[tap].run()

@@ -92,9 +92,8 @@ class BranchCache:
             self._deltas = [
                 model.bind("delta", {**before, "residual": self.ring.slot(i)}) for i in range(depth)
             ]
-            self._reuse = model.bind(
-                "reuse", {**before, "history": self.ring.history, "mix": self.ring.mix}
-            )
+            past = {"history": self.ring.history, "mix": self.ring.mix}
+            self._reuse = model.chain([model.bind("reuse", {**before, **past})])
             self._replay: BoundCall | None = None
             if record:
                 self._replayed = torch.zeros(shape, dtype=dtype, device=model.device)

@@ -4,29 +4,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from ..bundle.files import cache_beside
 from ..bundle.reader import Bundle
-from ..configs.errors import BackendUnavailable
+from ..configs.errors import BackendUnavailable, RequestError
 from ..engines import BACKENDS
 from ..engines import backend as find_backend
-from ..engines.base import Backend, BoundCall, Engine
+from ..engines.base import Backend, BoundCall, CapturingBackend, Engine, ProfiledBackend
 from .lora import Lora, merge_loras
+from .offload import OffloadedWeights
 
-__all__ = ["LoadedModel"]
+__all__ = ["DeviceOptions", "LoadedModel"]
+
+# The one state of this process: a weight that any session holds on a device is uploaded once.
+# Nothing stays here that no session holds.
+_UPLOADED: WeakValueDictionary[tuple[str, ...], Tensor] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """How engines are driven.
+
+    Attributes:
+        offload: Keep the weights of the block loop in pinned host memory, two blocks on the device.
+        cuda_graphs: Replay the body of a computed step, and the reuse of another, as one CUDA graph
+            each.
+    """
+
+    offload: bool = False
+    cuda_graphs: bool = False
 
 
 class LoadedModel:
     """A bundle with a backend chosen.
 
     Engines load when first used. Weights stay memory-mapped on CPU backends and are uploaded once
-    on others; LoRAs are added into private copies of the tensors they change.
+    per process on others; LoRAs are added into private copies of the tensors they change.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: str | None = None, loras: Sequence[Lora] = ()
+        self,
+        bundle: Bundle,
+        backend: str | None = None,
+        loras: Sequence[Lora] = (),
+        options: DeviceOptions | None = None,
     ) -> None:
         """Choose the backend and merge LoRAs.
 
@@ -34,11 +60,13 @@ class LoadedModel:
             bundle: An open bundle.
             backend: Name of a backend the bundle has engines for; None takes its first.
             loras: Added to the weights in order.
+            options: How engines are driven; None takes the defaults.
 
         Raises:
             BackendUnavailable: the bundle has no engines for it, or it can't run here.
-            RequestError: a LoRA does not fit the model.
+            RequestError: a LoRA or an option does not fit the model or the backend.
         """
+        self.options = options or DeviceOptions()
         self.bundle, self.manifest = bundle, bundle.manifest
         built = [e.backend for e in self.manifest.engines]
         name = backend or built[0]
@@ -52,7 +80,14 @@ class LoadedModel:
         assert engines is not None, "the name was checked against the bundle's engine sets"
         self._files = engines.files
         self._engines: dict[str, Engine] = {}
-        self._tensors: dict[str, Tensor] = dict(merge_loras(bundle, loras))
+        self._merged = merge_loras(bundle, loras)
+        self._tensors: dict[str, Tensor] = {}
+        self._offloaded: OffloadedWeights | None = None
+        self._check_options()
+        if self.options.offload:
+            self._offloaded = OffloadedWeights(self.device, self._host_tensor)
+        if isinstance(self.backend, ProfiledBackend):
+            self.backend.cache_folder = cache_beside(bundle.folder)
 
     @property
     def device(self) -> torch.device:
@@ -68,8 +103,46 @@ class LoadedModel:
     def tensor(self, name: str) -> Tensor:
         """Return a weight on the backend's device."""
         if name not in self._tensors:
-            self._tensors[name] = self.bundle.tensor(name).to(self.device)
+            if name in self._merged:
+                self._tensors[name] = self._merged[name].to(self.device)
+            else:
+                self._tensors[name] = uploaded(self.bundle, name, self.device)
         return self._tensors[name]
+
+    def chain(self, calls: Sequence[BoundCall]) -> BoundCall:
+        """Make one call of several: one CUDA graph where that was asked for.
+
+        They must be idempotent: a capture runs them once more.
+        """
+        if self.options.cuda_graphs and isinstance(self.backend, CapturingBackend):
+            return self.backend.capture(calls)
+        return _Chain(tuple(calls))
+
+    def _host_tensor(self, name: str) -> Tensor:
+        """Return a weight in host memory, pinned where there is a GPU to copy it to."""
+        tensor = self._merged.get(name)
+        if self.device.type != "cuda":
+            return self.bundle.tensor(name) if tensor is None else tensor
+        if tensor is None:
+            return uploaded(self.bundle, name, "pinned")
+        return tensor.pin_memory()
+
+    def _check_options(self) -> None:
+        if self.options.offload and self.manifest.weights == "baked":
+            raise RequestError(
+                "--offload", "can't be had: this bundle's weights are inside its engines",
+                "build the bundle with --weights inputs",
+            )  # fmt: skip
+        if self.options.cuda_graphs and not isinstance(self.backend, CapturingBackend):
+            raise RequestError(
+                "--cuda-graphs", f"mean nothing to {self.backend.name}", "leave them out"
+            )
+        if isinstance(self.backend, CapturingBackend):
+            self.backend.captures = self.options.cuda_graphs
+        if self.options.cuda_graphs and self.options.offload:
+            raise RequestError(
+                "--cuda-graphs", "can't replay copies from host memory", "leave --offload out"
+            )
 
     def bind(self, graph: str, values: Mapping[str, Tensor], block: int = 0) -> BoundCall:
         """Bind ``graph`` to buffers by name, and to its weights.
@@ -81,6 +154,39 @@ class LoadedModel:
         """
         entry = self.manifest.graphs[graph]
         bindings = {n: values[n] for n in (*entry.inputs, *entry.outputs)}
+        is_template = any("{block}" in pattern for pattern in entry.weights.values())
+        if self._offloaded is not None and is_template:
+            return self._offloaded.bind(self.engine(graph), bindings, entry.weights, block)
         for name, pattern in entry.weights.items():
             bindings[name] = self.tensor(pattern.replace("{block}", str(block)))
         return self.engine(graph).bind(bindings)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Calls that run one after another."""
+
+    calls: tuple[BoundCall, ...]
+
+    def run(self) -> None:
+        for call in self.calls:
+            call.run()
+
+
+def uploaded(bundle: Bundle, name: str, place: torch.device | str) -> Tensor:
+    """Return a weight on a device, the same tensor for all sessions of this process that hold it.
+
+    Args:
+        bundle: Where it lies; bundles of one checkpoint share their tensors.
+        name: Tensor name.
+        place: A device, or ``pinned`` for page-locked host memory.
+    """
+    tensor = bundle.tensor(name)
+    if place == torch.device("cpu"):
+        return tensor  # memory-mapped: there is nothing to share that the system does not
+    key = (bundle.manifest.checkpoint.sha256, name, str(place))
+    found = _UPLOADED.get(key)
+    if found is None:
+        found = tensor.pin_memory() if place == "pinned" else tensor.to(place)
+        _UPLOADED[key] = found
+    return found

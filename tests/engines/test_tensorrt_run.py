@@ -102,6 +102,7 @@ def make_context(**answers):
         "get_tensor_shape": lambda name: trt.Dims([6, 4]),
         "update_device_memory_size_for_shapes": 1024,
         "execute_async_v3": True,
+        "is_stream_capturable": True,
     }
     return StandIn(trt.IExecutionContext, **{**defaults, **answers})
 
@@ -198,14 +199,26 @@ def test_captured_calls_run_once_and_are_replayed(monkeypatch):
     replays = []
     graph = SimpleNamespace(replay=lambda: replays.append(1))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda found: nullcontext())
-    context = make_context()
-    engine, _ = make_engine(context)
-    captured = CapturedCalls([engine.bind(tensors())])
+    monkeypatch.setattr(torch.cuda, "graph", lambda found, capture_error_mode: nullcontext())
+    context, larger = make_context(), make_context(update_device_memory_size_for_shapes=4096)
+    scratch = Scratch(torch.device("cpu"))
+    captured = CapturedCalls([make_engine(context, scratch=scratch)[0].bind(tensors())])
     captured.run()
     captured.run()
     assert len(context.asked("execute_async_v3")) == 2  # to settle kernels, and in the capture
+    assert context.asked("is_stream_capturable") == [(77,)]
     assert len(replays) == 2
+    make_engine(larger, scratch=scratch)[0].bind(tensors())
+    captured.run()
+    assert len(context.asked("execute_async_v3")) == 4  # the scratch memory moved
+    assert context.asked("set_device_memory")[-1] == (scratch.memory.data_ptr(), 1024)
+    assert len(replays) == 3
+
+
+def test_what_cannot_be_captured_is_named():
+    engine, _ = make_engine(make_context(is_stream_capturable=False))
+    with pytest.raises(RequestError, match="engine 'block': can't be recorded"):
+        CapturedCalls([engine.bind(tensors())])
 
 
 @pytest.fixture
