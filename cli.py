@@ -210,6 +210,9 @@ def run(
         bool, typer.Option(help="Record the modulated input too.")
     ] = False,
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 8,
+    force: Annotated[
+        bool, typer.Option(help="Run even where the forecast says that memory will not do.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -220,6 +223,8 @@ def run(
     """
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
+        from freewheel.compiler.fit import check_fit
+        from freewheel.compiler.sizes import size_of
         from freewheel.runtime.forecast import forecast
         from freewheel.runtime.generate import GenerationRequest, Generator
         from freewheel.runtime.settings import choose_setting
@@ -230,6 +235,13 @@ def run(
         opened = Bundle(bundle)
         chosen = choose_setting(opened, cache, _pairs(set_), screen.warn)
         check_output(out)
+        if not force:
+            size = size_of(
+                chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
+            )  # fmt: skip
+            warning = check_fit(opened, chosen, size, backend=backend, model=model)
+            if warning is not None:
+                screen.warn(warning)
         generator = Generator(opened, backend=backend, loras=lora or (), model=model)
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
@@ -353,26 +365,64 @@ def replay(
 
 @app.command()
 def inspect(
-    bundle: BundleArgument,
+    target: Annotated[
+        Path, typer.Argument(help="Bundle, or the diffusers folder that one is to be built from.")
+    ],
     height: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames to forecast for.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to forecast for.")] = None,
+    config: Annotated[
+        str, typer.Option("--config", "--config_json", help="Before building: caching config.")
+    ] = "off",
+    backend: Annotated[str, typer.Option(help="Before building: backend.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Before building: of the body.")] = "float32",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show graphs, engines, memory, FLOPs and the speedup each policy can give.
 
+    Of a diffusers folder, before building, what a build and a run of it will need.
+
     Example: freewheel inspect out/bundle --frames 81
     """
     with _screen(as_json, False, debug) as screen:
-        from freewheel.bundle.reader import Bundle
+        from freewheel.bundle.reader import MANIFEST, Bundle
         from freewheel.compiler.inspect import inspect_bundle, render
 
+        if target.is_dir() and not (target / MANIFEST).is_file():
+            from freewheel.compiler.forecast_build import render_plan
+
+            data = _plan(target, config, backend, precision, screen, (height, width, frames, steps))
+            screen.result(data, render_plan(data))
+            return
         data = inspect_bundle(
-            Bundle(bundle), height=height, width=width, frames=frames, steps=steps
+            Bundle(target), height=height, width=width, frames=frames, steps=steps
         )
         screen.result(data, render(data))
+
+
+def _plan(
+    model: Path, config: str, backend: str, precision: str, screen: Screen, size: tuple[int | None, ...]
+) -> dict[str, Any]:  # fmt: skip
+    """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
+    from freewheel.compiler.build import BuildRequest, plan
+    from freewheel.compiler.sizes import size_of
+    from freewheel.runtime.settings import config_entries
+
+    configs = config_entries([config], screen.warn)
+    height, width, frames, steps = size
+    generation = next(iter(configs.values())).generation
+    request = BuildRequest(
+        model=str(model),
+        out=model.absolute().with_name(f"{model.name}-bundle"),
+        backends=[_backend(backend, precision, screen, to_build=True)],
+        configs=configs,
+        precision=_choice("--precision", precision, ("float32", "bfloat16", "float16")),  # type: ignore[arg-type]
+    )
+    return plan(
+        request, size_of(generation, height=height, width=width, frames=frames, steps=steps)
+    )
 
 
 @app.command()

@@ -56,6 +56,7 @@ from .profiles import BuildSizes, Profile, Range, dim_ranges, profiles_of
 from .progress import Progress, Silent
 from .reuse import cache_segments
 from .samplers import write_tables
+from .sizes import Size
 from .weights import bring_weights
 
 __all__ = ["BuildReport", "BuildRequest", "build", "plan"]
@@ -413,12 +414,16 @@ def _weights_digest(tensors: Mapping[str, TensorEntry], files: Mapping[str, File
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan(request: BuildRequest) -> dict[str, Any]:
-    """Say what a build would do and need, from config and headers alone.
+def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
+    """Say what a build and a run of it would do and need, from config and headers alone.
+
+    Args:
+        request: What would be built.
+        size: Size of the run; None takes the default config's.
 
     Raises:
         CheckpointError: nothing usable at ``request.model``.
-        RequestError: the default config's size does not fit the model.
+        RequestError: the size does not fit the model.
     """
     checkpoint = open_checkpoint(request.model, request.revision)
     where = str(checkpoint.transformer / "config.json")
@@ -438,8 +443,9 @@ def plan(request: BuildRequest) -> dict[str, Any]:
         "ranges": _ranges(request, cut, checkpoint),
         "out": str(request.out),
         "forecast": forecast_build(
-            checkpoint, cut, request.configs, out=request.out,
+            checkpoint, cut, request.configs, out=request.out, precision=request.precision,
             backends=[b.name for b in request.backends], baked=request.weights == "baked",
+            size=size,
         ),
     }  # fmt: skip
 

@@ -30,6 +30,8 @@ from .sizes import shape_at
 __all__ = [
     "CacheBytes",
     "Footprint",
+    "LiveBytes",
+    "Verdict",
     "activation_bytes",
     "cache_bytes",
     "fit_verdict",
@@ -212,7 +214,20 @@ def hidden_spec(cut: Cut) -> TensorSpec:
     return next(s for s in cut.segments if s.name == "head").outputs["hidden"]
 
 
-def fit_verdict(parts: Mapping[str, int], available: int | None, *, mapped: bool) -> str | None:
+@dataclass(frozen=True)
+class Verdict:
+    """What it means that a run needs more memory than there is.
+
+    Attributes:
+        text: Says so, with the number that decides.
+        runs: Whether it works all the same, reading mapped weights again and again.
+    """
+
+    text: str
+    runs: bool
+
+
+def fit_verdict(parts: Mapping[str, int], available: int | None, *, mapped: bool) -> Verdict | None:
     """Say whether the parts fit into what is available; None when they do or nobody knows.
 
     Args:
@@ -223,14 +238,16 @@ def fit_verdict(parts: Mapping[str, int], available: int | None, *, mapped: bool
     needed = sum(parts.values())
     if available is None or needed <= available:
         return None
-    name, largest = max(parts.items(), key=lambda p: p[1])
+    held = {n: b for n, b in parts.items() if not (mapped and n == "weights")}
+    runs = sum(held.values()) <= available
+    name, largest = max((parts if runs else held).items(), key=lambda p: p[1])
     text = (
         f"will not fit: {needed / 1e9:.2f} GB needed, {available / 1e9:.2f} GB available; "
         f"{name} decide: {largest / 1e9:.2f} GB"
     )
-    if mapped and needed - parts.get("weights", 0) <= available:
+    if runs:
         text += "; weights are memory-mapped, so it runs, reading them again at every computed step"
-    return text
+    return Verdict(text, runs)
 
 
 def activation_bytes(segment: Segment, dims: Mapping[str, int]) -> int:
@@ -240,7 +257,7 @@ def activation_bytes(segment: Segment, dims: Mapping[str, int]) -> int:
     reuse memory less tightly: what they report lies near, on either side.
     """
     example = meta_inputs(segment, dims)
-    live = _LiveBytes()
+    live = LiveBytes()
     with _FusedAttention(), live, torch.no_grad():
         segment.module(**example)
     return live.peak
@@ -261,8 +278,12 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Follow the storages that operators allocate, until nothing refers to them."""
+class LiveBytes(TorchDispatchMode):
+    """Follow the storages that operators allocate, until nothing refers to them.
+
+    Attributes:
+        peak: Most bytes that lived at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own

@@ -15,10 +15,12 @@ from ..configs.setting import CacheSetting
 from ..policies import POLICIES
 from .checkpoint import Checkpoint
 from .families import Cut
+from .fit import forecast_memory
 from .footprint import footprint_of, weights_of
 from .host import disk_free_bytes, existing_parent
-from .inspect import amount, describe_flops, forecast_memory, render_forecast
-from .sizes import dims_of, size_of
+from .host_memory import memory_beside
+from .inspect import amount, describe_flops, render_forecast
+from .sizes import Size, dims_of, size_of
 
 __all__ = ["forecast_build", "forecast_disk", "render_plan"]
 
@@ -31,9 +33,11 @@ def forecast_build(
     cut: Cut,
     configs: Mapping[str, ConfigEntry],
     *,
+    precision: str,
     backends: Sequence[str],
     baked: bool,
     out: Path,
+    size: Size | None = None,
 ) -> dict[str, Any]:
     """Forecast memory and operations of a run under the default config, and the disk for a bundle.
 
@@ -41,15 +45,17 @@ def forecast_build(
         checkpoint: Where weights and pipeline lie.
         cut: The checkpoint's model, cut.
         configs: Configs to be carried; the first is the default.
+        precision: Precision of the body.
         backends: Backends to compile for; the first runs it.
         baked: Whether engines hold weights.
         out: The bundle's folder to be.
+        size: Size of the run; None takes the default config's.
 
     Raises:
-        RequestError: the default config's size is not divided by VAE or patches.
+        RequestError: a size that VAE or patches do not divide.
     """
     default = next(iter(configs))
-    size = size_of(configs[default].generation)
+    size = size or size_of(configs[default].generation)
     dims = dims_of(cut, size, checkpoint.pipeline)
     settings = {n: CacheSetting(policy=n) for n in POLICIES}
     settings |= {n: c.cache for n, c in configs.items()}
@@ -57,11 +63,12 @@ def forecast_build(
         cut, dims, branches=size.branches, settings=settings,
         specs={n: p.spec for n, p in POLICIES.items()},
     )  # fmt: skip
+    beside = memory_beside(cut, size, checkpoint.pipeline, backend=backends[0], precision=precision)
     return {
         "size": vars(size),
         "dims": dims,
         "flops": describe_flops(cut, dims, size),
-        "memory": forecast_memory(footprint, default, device=backends[0]),
+        "memory": forecast_memory(footprint, default, device=backends[0], beside=beside),
         "disk": forecast_disk(checkpoint, cut, backends=backends, baked=baked, out=out),
     }
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -21,9 +20,10 @@ from ..configs.setting import CacheSetting
 from ..engines import backend_class
 from ..engines.record import EngineRecord
 from .families import Cut
+from .fit import forecast_memory
 from .flops import step_flops
-from .footprint import Footprint, fit_verdict, footprint_of
-from .host import gpu_free_bytes, memory_available_bytes
+from .footprint import footprint_of
+from .host_memory import memory_beside
 from .recut import cut_of
 from .sizes import Size, bundle_pipeline, dims_of, size_of
 from .speedup import predict, timestep_tables, timesteps_of
@@ -31,7 +31,6 @@ from .speedup import predict, timestep_tables, timesteps_of
 __all__ = [
     "amount",
     "describe_flops",
-    "forecast_memory",
     "inspect_bundle",
     "render",
     "render_forecast",
@@ -76,6 +75,8 @@ def inspect_bundle(
         cut, dims, branches=size.branches, settings=settings,
         specs={n: p.spec for n, p in manifest.policies.items()},
     )  # fmt: skip
+    backend, pipeline = manifest.engines[0].backend, bundle_pipeline(bundle)
+    beside = memory_beside(cut, size, pipeline, backend=backend, precision=manifest.precision)
     total, own = disk_use(bundle.folder, [*manifest.files, MANIFEST])
     return {
         "bundle": str(bundle.folder),
@@ -94,7 +95,7 @@ def inspect_bundle(
         "dims": dims,
         "flops": describe_flops(cut, dims, size),
         "memory": forecast_memory(
-            footprint, manifest.default_config, device=manifest.engines[0].backend
+            footprint, manifest.default_config, device=backend, beside=beside
         ),
         "speedup": _speedups(bundle, cut, dims, settings, steps),
     }
@@ -175,29 +176,6 @@ def describe_flops(cut: Cut, dims: Mapping[str, int], size: Size) -> dict[str, A
         "reused_step": flops.reused,
         "prompt": flops.prompt,
         "uncached_run": size.branches * (size.steps * flops.computed + flops.prompt),
-    }
-
-
-def forecast_memory(footprint: Footprint, setting: str, *, device: str) -> dict[str, Any]:
-    """Set a forecast against the memory that this machine has left.
-
-    Args:
-        footprint: The forecast.
-        setting: The cache setting that decides whether it fits.
-        device: Backend that will run it.
-    """
-    # Backends of the CPU say so as a class; the others find their GPU when made.
-    is_on_cpu = getattr(backend_class(device), "device", None) == torch.device("cpu")
-    available = memory_available_bytes() if is_on_cpu else gpu_free_bytes()
-    parts = footprint.parts(setting)
-    return {
-        **footprint.as_dict(),
-        "setting": setting,
-        "parts": parts,
-        "needed_bytes": sum(parts.values()),
-        "device": "host" if is_on_cpu else "gpu",
-        "available_bytes": available,
-        "verdict": fit_verdict(parts, available, mapped=is_on_cpu),
     }
 
 

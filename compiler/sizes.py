@@ -51,6 +51,7 @@ def size_of(
     width: int | None = None,
     frames: int | None = None,
     steps: int | None = None,
+    guidance: float | None = None,
 ) -> Size:
     """Fill a size in: what is wanted, else what the config says, else the defaults of `run`.
 
@@ -60,9 +61,10 @@ def size_of(
         width: Pixels.
         frames: Frames of the video.
         steps: Denoise steps.
+        guidance: Guidance scale.
     """
 
-    def value(name: str, wanted: int | None = None) -> Any:
+    def value(name: str, wanted: float | None = None) -> Any:
         found = (wanted, getattr(generation, name), getattr(FALLBACK, name))
         return next(v for v in found if v is not None)
 
@@ -72,7 +74,7 @@ def size_of(
         frames=value("frames", frames),
         steps=value("steps", steps),
         text_tokens=value("text_tokens"),
-        branches=2 if value("guidance_scale") > 1 else 1,
+        branches=2 if value("guidance_scale", guidance) > 1 else 1,
     )
 
 

@@ -124,6 +124,12 @@ class OpenVino:
             yields_to="" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "onnxruntime",
         )
 
+    @classmethod
+    def computed_in(cls, precision: str) -> str:
+        """Name the precision in which this CPU computes graphs of ``precision``."""
+        has_it = cls.probe().available and CAPABILITIES[precision] in _capabilities()
+        return precision if has_it else "float32"
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` for this CPU.
 

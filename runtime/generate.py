@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..bundle.manifest import GenerationDefaults
 from ..bundle.reader import Bundle
+from ..bundle.safetensors_header import read_header
 from ..configs.errors import BundleError, RequestError
 from ..configs.setting import CacheSetting
 from .attach import FreewheelTransformer, attach
@@ -25,7 +27,7 @@ from .lora import Lora
 from .session import Recorder
 from .statistics import RunStatistics
 
-__all__ = ["Generation", "GenerationRequest", "Generator"]
+__all__ = ["Generation", "GenerationRequest", "Generator", "loaded_bytes"]
 
 FALLBACK = GenerationDefaults(
     steps=50, height=480, width=832, frames=81, guidance_scale=5.0, seed=42, text_tokens=512
@@ -118,7 +120,7 @@ class Generator:
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
         pipeline_class = getattr(diffusers, index["_class_name"])
         self.pipe: Any = pipeline_class.from_pretrained(
-            folder, transformer=None, dtype=self._dtypes(folder), local_files_only=True
+            folder, transformer=None, dtype=part_dtypes(folder), local_files_only=True
         )
         self.pipe.set_progress_bar_config(disable=True)
         self.bundle = bundle
@@ -136,15 +138,6 @@ class Generator:
                 "give the checkpoint's diffusers folder with --model",
             )  # fmt: skip
         return folder
-
-    @staticmethod
-    def _dtypes(folder: Path) -> dict[str, torch.dtype]:
-        size = sum(f.stat().st_size for f in (folder / "text_encoder").glob("*.safetensors"))
-        small = size <= FLOAT32_TEXT_ENCODER_BYTES
-        return {
-            "default": torch.float32,
-            "text_encoder": torch.float32 if small else torch.bfloat16,
-        }
 
     def generate(
         self, request: GenerationRequest, *, recorder: Recorder | None = None,
@@ -269,6 +262,37 @@ class Generator:
             raise RequestError(
                 f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
             ) from error
+
+
+def part_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Choose what a pipeline's parts are loaded in: float32, but a large text encoder."""
+    size = sum(f.stat().st_size for f in (folder / "text_encoder").glob("*.safetensors"))
+    small = size <= FLOAT32_TEXT_ENCODER_BYTES
+    return {
+        "default": torch.float32,
+        "text_encoder": torch.float32 if small else torch.bfloat16,
+    }
+
+
+def loaded_bytes(folder: Path) -> dict[str, int]:
+    """Return the bytes that each part of a pipeline takes once `Generator` has loaded it.
+
+    Args:
+        folder: A pipeline in diffusers layout.
+
+    Raises:
+        CheckpointError: a weight file's header can't be read.
+    """
+    dtypes = part_dtypes(folder)
+    found: dict[str, int] = {}
+    for file in sorted(folder.glob("*/*.safetensors")):
+        part = file.parent.name
+        if part.startswith("transformer"):
+            continue
+        item_bytes = dtypes.get(part, dtypes["default"]).itemsize
+        count = sum(prod(t.shape) for t in read_header(file).values())
+        found[part] = found.get(part, 0) + item_bytes * count
+    return found
 
 
 def size_like(image: Image.Image, area: int, multiple: int) -> tuple[int, int]:

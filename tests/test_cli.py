@@ -63,6 +63,56 @@ def test_help_needs_no_backend_and_no_torch() -> None:
         assert command in result.stdout
 
 
+def test_run_makes_a_video_of_an_image_under_a_shipped_config(
+    freewheel: Run, i2v_bundle: Bundle, first_frame: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "video.mp4"
+    result = freewheel(
+        "run", i2v_bundle.folder, "--prompt", "a red circle", "--image", first_frame, "--out", out,
+        "--steps", 8, "--frames", 5, "--height", 64, "--width", 96, "--cache", "wan_i2v_ada", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["policy"] == "adacache"
+    assert 0 < data["computed_steps"] < 8
+    assert data["resolved"]["guidance_scale"] == 5
+    assert iio.imread(out).shape == (5, 64, 96, 3)
+
+
+def test_run_refuses_what_memory_cannot_hold_unless_told_otherwise(
+    freewheel: Run, i2v_bundle: Bundle, first_frame: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("freewheel.compiler.fit.memory_available_bytes", lambda: 1000)
+    out = tmp_path / "frame.png"
+    arguments = (
+        "run", i2v_bundle.folder, "--prompt", "a red circle", "--image", first_frame, "--out", out,
+        "--steps", 1, "--frames", 1, "--height", 32, "--width", 32, "--json",
+    )  # fmt: skip
+    error = failure(freewheel(*arguments), 3, "request")
+    assert "will not fit: " in error["message"]
+    assert not out.exists()
+    assert freewheel(*arguments, "--force").exit_code == 0
+    assert out.exists()
+
+
+def test_inspect_forecasts_a_checkpoint_before_it_is_built(
+    freewheel: Run, i2v_checkpoint: Path
+) -> None:
+    result = freewheel(
+        "inspect", i2v_checkpoint, "--frames", 9, "--height", 64, "--width", 96, "--backend", "openvino",
+        "--config", "wan_i2v_custom_480p", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    forecast = json.loads(result.stdout)["forecast"]
+    assert forecast["dims"]["tokens"] == 72
+    assert forecast["memory"]["caches"]["wan_i2v_custom_480p"]["slots"] == 2
+    assert forecast["memory"]["parts"]["VAE at work"] > 0
+    text = freewheel("inspect", i2v_checkpoint, "--frames", 9, "--height", 64, "--width", 96)
+    assert "residual history" in text.stdout
+    assert "disk: " in text.stdout
+
+
 def test_run_writes_a_video_and_says_what_it_did(
     freewheel: Run, demo_bundle: Bundle, tmp_path: Path
 ) -> None:

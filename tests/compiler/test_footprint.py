@@ -154,10 +154,16 @@ def test_a_verdict_names_the_number_that_decides() -> None:
     parts = {"weights": 28 * 10**9, "residual history": 10**9}
     assert fit_verdict(parts, 30 * 10**9, mapped=True) is None
     assert fit_verdict(parts, None, mapped=True) is None
-    text = fit_verdict(parts, 20 * 10**9, mapped=True)
-    assert text is not None
-    assert text.startswith("will not fit: 29.00 GB needed, 20.00 GB available")
-    assert "weights decide: 28.00 GB" in text
-    assert "memory-mapped" in text
-    assert "memory-mapped" not in str(fit_verdict(parts, 20 * 10**9, mapped=False))
-    assert "memory-mapped" not in str(fit_verdict(parts, 10**8, mapped=True))
+    mapped = fit_verdict(parts, 20 * 10**9, mapped=True)
+    assert mapped is not None
+    assert mapped.runs
+    assert mapped.text.startswith("will not fit: 29.00 GB needed, 20.00 GB available")
+    assert "weights decide: 28.00 GB; weights are memory-mapped, so it runs" in mapped.text
+    copied = fit_verdict(parts, 20 * 10**9, mapped=False)
+    assert copied is not None
+    assert not copied.runs
+    assert copied.text.endswith("weights decide: 28.00 GB")
+    without = fit_verdict(parts, 10**8, mapped=True)
+    assert without is not None
+    assert not without.runs
+    assert without.text.endswith("residual history decide: 1.00 GB")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from freewheel.bundle.manifest import GenerationDefaults
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler import forecast_build as forecaster
 from freewheel.compiler.build import BuildRequest, plan
 from freewheel.compiler.forecast_build import render_plan
 from freewheel.compiler.inspect import inspect_bundle
+from freewheel.compiler.sizes import size_of
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
 
@@ -60,6 +62,16 @@ def test_a_full_disk_is_told_before_the_build(
     assert planned["forecast"]["disk"]["verdict"].startswith("will not fit: ")
     assert "of disk needed" in render_plan(planned)[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_is_for_the_size_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    asked = request(tiny_checkpoint, tmp_path / "out")
+    size = size_of(GenerationDefaults(), height=64, width=96, frames=9, steps=7)
+    planned = plan(asked, size)["forecast"]
+    assert planned["dims"]["tokens"] == 3 * 4 * 6
+    assert planned["size"]["steps"] == 7
+    whole = plan(asked)["forecast"]["memory"]["parts"]
+    assert planned["memory"]["parts"]["hidden buffers"] < whole["hidden buffers"]
 
 
 def test_a_plan_is_plain_data_and_reads_well(tiny_checkpoint: Path, tmp_path: Path) -> None:

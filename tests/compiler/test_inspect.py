@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler import inspect as inspector
+from freewheel.compiler import fit
 from freewheel.compiler.inspect import amount, inspect_bundle, render
 from freewheel.configs.errors import RequestError
 
@@ -96,9 +96,10 @@ def test_the_text_names_everything(data: dict[str, Any]) -> None:
 def test_a_run_that_does_not_fit_is_told_with_the_number_that_decides(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspector, "memory_available_bytes", lambda: 1000)
+    monkeypatch.setattr(fit, "memory_available_bytes", lambda: 1000)
     small = inspect_bundle(tiny_bundle, **SIZE)
     assert small["memory"]["verdict"].startswith("will not fit: ")
+    assert small["memory"]["runs"] is False
     assert any("will not fit" in line and " decide: " in line for line in render(small))
 
 
