@@ -7,6 +7,15 @@ namespace freewheel {
 namespace {
 
 constexpr char kFeature[] = "attention_output";
+constexpr char kOut[] = "_out";
+
+/// The stream that a graph passes on by this output, or nothing.
+std::string stream_of(const GraphEntry& graph, const std::string& output) {
+  const std::size_t end = sizeof kOut - 1;
+  if (output.size() <= end || output.compare(output.size() - end, end, kOut) != 0) return {};
+  std::string stream = output.substr(0, output.size() - end);
+  return graph.inputs.count(stream) != 0 ? stream : std::string();
+}
 
 /// Adds the prompt's own dimensions to the latents'; they must agree.
 Status add_prompt_dims(const Manifest& manifest, const std::string& branch, const Tensors& prompt,
@@ -54,6 +63,7 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, const std::string& bran
   body->model_ = &model;
   body->dims_ = dims;
   FREEWHEEL_TRY(add_prompt_dims(manifest, branch, prompt, body->dims_));
+  FREEWHEEL_ASSIGN(body->dims_, derive_dims(manifest, body->dims_));
   for (const auto& [name, tensor] : prompt) {
     FREEWHEEL_TRY(body->buffers_.allocate(memory, name, manifest.inputs.at(name), body->dims_,
                                           body->prompt_));
@@ -63,19 +73,19 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, const std::string& bran
       body->buffers_.allocate(memory, manifest.graphs.at("prompt").outputs, body->dims_, context));
   FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> prompt_call, model.bind("prompt", context));
   body->prompt_calls_.push_back(std::move(prompt_call));
-  body->hidden_out_ = shared.at("hidden");
-  body->even_ = shared.at("hidden_even");
-  body->odd_ = shared.at("hidden_odd");
+  body->streams_["hidden"] = {shared.at("hidden"), shared.at("hidden_even"),
+                              shared.at("hidden_odd")};
   context.insert(shared.begin(), shared.end());
-  for (const StageEntry& stage : manifest.stages) FREEWHEEL_TRY(body->bind_stage(stage, context));
+  body->values_ = std::move(context);
+  for (const StageEntry& stage : manifest.stages) FREEWHEEL_TRY(body->bind_stage(stage));
   return body;
 }
 
-Status Body::bind_stage(const StageEntry& stage, const Tensors& context) {
+Status Body::bind_stage(const StageEntry& stage) {
   // What each block alone gets from the prompt, named with its index for groups.
-  Tensors grouped = context;
+  Tensors grouped = values_;
   for (std::int64_t block = stage.first; block < stage.first + stage.count; ++block) {
-    Tensors values = context;
+    Tensors values = values_;
     if (stage.context) {
       const auto& outputs = model_->manifest().graphs.at(*stage.context).outputs;
       FREEWHEEL_TRY(buffers_.allocate(model_->memory(), outputs, dims_, values));
@@ -96,13 +106,33 @@ Status Body::bind_stage(const StageEntry& stage, const Tensors& context) {
   return {};
 }
 
-/// Binds the next call of the body to the hidden states of the one before.
+/// Moves a stream on to the one of its two buffers that does not hold it now.
+Status Body::advance(const std::string& stream, const Io& io, Tensor& target) {
+  if (streams_.count(stream) == 0) {
+    Stream fresh;
+    Tensors made;
+    for (Tensor* buffer : {&fresh.even, &fresh.odd}) {
+      FREEWHEEL_TRY(buffers_.allocate(model_->memory(), stream, io, dims_, made));
+      *buffer = made.at(stream);
+    }
+    streams_[stream] = fresh;
+  }
+  Stream& known = streams_.at(stream);
+  known.now = known.now.data == known.even.data ? known.odd : known.even;
+  target = known.now;
+  return {};
+}
+
+/// Binds the next call of the body to the streams as the one before leaves them.
 Status Body::add_call(const std::string& graph, std::int64_t first, std::int64_t count,
                       Tensors values, const std::optional<std::string>& tapped) {
-  values["hidden"] = hidden_out_;
-  hidden_out_ = hidden_out_.data == even_.data ? odd_ : even_;
-  values["hidden_out"] = hidden_out_;
-  const auto& outputs = model_->manifest().graphs.at(graph).outputs;
+  for (const auto& [name, stream] : streams_) values[name] = stream.now;
+  const GraphEntry& entry = model_->manifest().graphs.at(graph);
+  const auto& outputs = entry.outputs;
+  for (const auto& [name, io] : outputs) {
+    const std::string stream = stream_of(entry, name);
+    if (!stream.empty()) FREEWHEEL_TRY(advance(stream, io, values[name]));
+  }
   const auto feature = outputs.find(kFeature);
   if (feature != outputs.end()) {  // a group writes its feature on every run, wanted or not
     FREEWHEEL_TRY(buffers_.allocate(model_->memory(), kFeature, feature->second, dims_, values));

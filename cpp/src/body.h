@@ -30,7 +30,8 @@ class BufferSet {
 
 /// Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
 /// Hidden states go from `hidden` (kept, for the residual) through two alternating buffers that all
-/// branches share.
+/// branches share. Other streams that blocks pass on (`<stream>` in, `<stream>_out` out) go from
+/// what `prompt` gave through two buffers of the branch's own.
 class Body {
  public:
   /// Allocates the branch's context and binds every block; `set_prompt` fills it.
@@ -49,28 +50,40 @@ class Body {
   const std::vector<Tensor>& taps() const noexcept { return taps_; }
 
   /// Where the last block writes.
-  const Tensor& hidden_out() const noexcept { return hidden_out_; }
+  const Tensor& hidden_out() const noexcept { return streams_.at("hidden").now; }
+
+  /// Everything that graphs of this branch may bind: what branches share, the prompt's inputs and
+  /// what its graph made of them.
+  const Tensors& values() const noexcept { return values_; }
+
+  /// Every named dimension, those of the prompt included.
+  const Dims& dims() const noexcept { return dims_; }
 
   /// Runs every block; `tap` (0 or 1) names the buffer that gets the feature, -1 none.
   Status run(int tap, const Cancellation& cancellation) noexcept;
 
  private:
-  Status bind_stage(const StageEntry& stage, const Tensors& context);
+  /// Where a stream is now, and the two buffers that it alternates between.
+  struct Stream {
+    Tensor now, even, odd;
+  };
+
+  Status bind_stage(const StageEntry& stage);
+  Status advance(const std::string& stream, const Io& io, Tensor& target);
   Status add_call(const std::string& graph, std::int64_t first, std::int64_t count, Tensors values,
                   const std::optional<std::string>& tapped);
 
   Model* model_ = nullptr;
   Dims dims_;
   BufferSet buffers_;
-  Tensors prompt_;
-  Tensor even_, odd_;
+  Tensors prompt_, values_;
+  std::map<std::string, Stream> streams_;
   std::vector<std::unique_ptr<BoundCall>> prompt_calls_, calls_, tapped_;
   std::size_t tapped_at_ = 0;
   std::string tapped_graph_;
   std::int64_t tapped_block_ = 0;
   Tensors tapped_values_;
   std::vector<Tensor> taps_;
-  Tensor hidden_out_;
 };
 
 }  // namespace freewheel

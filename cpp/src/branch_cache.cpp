@@ -36,12 +36,12 @@ Result<ResolvedSetting> ResolvedSetting::create(const Manifest& manifest,
   resolved.policy = &policy->second;
   const PolicySpec& spec = policy->second.spec;
   std::optional<std::string> name = setting.signal;
-  if (!name && !spec.signals.empty()) name = spec.signals.front();
+  std::vector<std::string> known;
+  for (const std::string& signal : spec.signals) {
+    if (manifest.signals.count(signal) != 0) known.push_back(signal);
+  }
+  if (!name && !spec.signals.empty()) name = known.empty() ? spec.signals.front() : known.front();
   if (name) {
-    std::vector<std::string> known;
-    for (const std::string& signal : spec.signals) {
-      if (manifest.signals.count(signal) != 0) known.push_back(signal);
-    }
     if (std::find(known.begin(), known.end(), *name) == known.end()) {
       return Status(Code::kConfig, "signal '" + *name + "'",
                     "can't be given to policy '" + setting.policy + "' on this model",

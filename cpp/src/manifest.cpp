@@ -550,12 +550,11 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
   Dims dims = sizes;
   for (const auto& [name, factors] : manifest.dims) {
     std::int64_t product = 1;
+    bool is_known = true;
     for (const auto& [dim, divisor] : factors) {
-      const auto found = sizes.find(dim);
-      if (found == sizes.end()) {
-        return Status(Code::kBundle, "dimension '" + name + "'",
-                      "derives from '" + dim + "', which no input has", "build the bundle again");
-      }
+      const auto found = dims.find(dim);
+      is_known = is_known && found != dims.end();  // else an input still to come tells it
+      if (!is_known) break;
       if (found->second % divisor != 0) {
         return Status(Code::kRequest, "dimension '" + dim + "'",
                       "is " + std::to_string(found->second) + ", which " + std::to_string(divisor) +
@@ -569,7 +568,13 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
       }
       product *= factor;
     }
-    dims[name] = product;
+    if (!is_known) continue;
+    if (const auto known = dims.emplace(name, product).first; known->second != product) {
+      return Status(Code::kRequest, "dimension '" + name + "'",
+                    "is " + std::to_string(known->second) + ", but what it derives from gives " +
+                        std::to_string(product),
+                    "give sizes that belong to the latents");
+    }
   }
   return dims;
 }

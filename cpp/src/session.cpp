@@ -378,11 +378,11 @@ Status Session::Impl::bind_branch(Branch& branch) {
     FREEWHEEL_ASSIGN(std::unique_ptr<Body> body,
                      Body::create(*model_, branch.name, shared_, branch.prompt, dims_));
     FREEWHEEL_TRY(body->set_prompt(branch.prompt));
-    Tensors values = shared_;
+    Tensors values = body->values();
     values["hidden_out"] = body->hidden_out();
     BufferSet outputs;
-    FREEWHEEL_TRY(
-        outputs.allocate(model_->memory(), manifest().graphs.at("finish").outputs, dims_, values));
+    FREEWHEEL_TRY(outputs.allocate(model_->memory(), manifest().graphs.at("finish").outputs,
+                                   body->dims(), values));
     FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> finish, model_->bind("finish", values));
     const auto output = values.find("model_output");
     if (output == values.end() || output->second.dtype != DType::kFloat32) {
@@ -398,7 +398,8 @@ Status Session::Impl::bind_branch(Branch& branch) {
   if (branch.cache == nullptr) {
     const Timed timed(statistics_, Segment::kPrepare);
     FREEWHEEL_ASSIGN(std::unique_ptr<BranchCache> cache,
-                     BranchCache::create(*model_, resolved_, *branch.body, shared_, dims_));
+                     BranchCache::create(*model_, resolved_, *branch.body, branch.body->values(),
+                                         branch.body->dims()));
     FREEWHEEL_TRY(cache->reset(tables_, statistics_.steps));
     branch.cache = std::move(cache);
   }
