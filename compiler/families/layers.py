@@ -7,6 +7,7 @@ restate what those compute so that it exports cleanly and says its dtypes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -18,12 +19,15 @@ from ...configs.dtypes import Precision
 from .base import StoredDtype
 
 __all__ = [
+    "Sinusoid",
     "embed",
     "feed_forward",
     "gelu_tanh",
     "layer_norm",
     "linear",
     "merge_heads",
+    "modulate",
+    "modulation",
     "rms_norm",
     "rotate",
     "set_weight_dtypes",
@@ -53,6 +57,29 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), tuple(shape), weight, norm.eps)
 
 
+class Sinusoid(nn.Module):
+    """Numbers → cosines and sines at frequencies 1 … 1/10,000, as diffusers' `Timesteps`.
+
+    The frequencies are a constant of the graph: computed there, another library's `exp` would turn
+    the angles of large numbers (timesteps, guidance · 1,000) by 1e-4.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        with torch.device("cpu"):
+            exponent = -math.log(10000) * torch.arange(width // 2, dtype=torch.float32)
+            self.register_buffer(
+                "frequencies", torch.exp(exponent / (width // 2)), persistent=False
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [numbers, width], float32."""
+        angles = x.unsqueeze(1) * self.frequencies.to(x.device)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 def embed(layers: Any, x: Tensor, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """Apply an embedder's two linear layers in float32."""
     hidden = activation(linear(layers.linear_1, x, torch.float32))
@@ -70,6 +97,29 @@ def feed_forward(
     """Apply a diffusers `FeedForward` in ``dtype``; the result is float32."""
     hidden = activation(linear(layers.net[0].proj, x, dtype))
     return linear(layers.net[2], hidden, dtype).float()
+
+
+def modulation(layer: Any, temb: Tensor, parts: int, used: int | None = None) -> list[Tensor]:
+    """Make shifts, scales and gates of a conditioning vector, in float32.
+
+    Args:
+        layer: Linear, conditioning → ``parts`` · channels.
+        temb: [batch, channels].
+        parts: Vectors that the layer makes.
+        used: How many of them are wanted, from the first; the others' weights are not read.
+
+    Returns:
+        Vectors [batch, 1, channels].
+    """
+    rows = layer.out_features // parts * (used or parts)
+    bias = None if layer.bias is None else layer.bias[:rows].float()
+    made = F.linear(F.silu(temb), layer.weight[:rows].float(), bias).unsqueeze(1)
+    return list(made.chunk(used or parts, dim=2))
+
+
+def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise, scale and shift in float32."""
+    return layer_norm(norm, x) * (1 + scale) + shift
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -22,6 +22,7 @@ from ...configs.errors import CheckpointError
 from ...engines.base import TensorSpec
 from .base import Cut, Family, ModelInput, Segment, Stage, StoredDtype
 from .layers import (
+    Sinusoid,
     embed,
     feed_forward,
     gelu_tanh,
@@ -124,11 +125,11 @@ class Timestep(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.time_embed = model.time_embed
+        self.sinusoid = Sinusoid()
 
     def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``temb`` [steps, channels] and ``timestep_proj`` [steps, 6 * channels]."""
-        wave = self.time_embed.emb.time_proj(timesteps)
-        temb = embed(self.time_embed.emb.timestep_embedder, wave)
+        temb = embed(self.time_embed.emb.timestep_embedder, self.sinusoid(timesteps))
         return temb, linear(self.time_embed.linear, F.silu(temb), torch.float32)
 
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
-from diffusers.models.normalization import RMSNorm
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    Timesteps,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+)
+from diffusers.models.normalization import AdaLayerNormZero, RMSNorm
 from torch import nn
 
 from freewheel.compiler.families.layers import (
+    Sinusoid,
+    embed,
+    feed_forward,
     layer_norm,
     linear,
     merge_heads,
+    modulate,
+    modulation,
     rms_norm,
     rotate,
     set_weight_dtypes,
@@ -53,6 +64,33 @@ def test_layer_norm_may_be_absent() -> None:
     nn.init.normal_(norm.weight)
     torch.testing.assert_close(layer_norm(norm, X), norm(X))
     assert layer_norm(nn.Identity(), X) is X
+
+
+def test_sinusoid_and_embedder_are_those_of_timesteps() -> None:
+    timesteps = torch.tensor([0.0, 1.0, 999.5])
+    wave = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(timesteps)
+    assert torch.equal(Sinusoid()(timesteps), wave)
+    embedder = TimestepEmbedding(256, 8)
+    torch.testing.assert_close(embed(embedder, wave), embedder(wave))
+
+
+def test_feed_forward_is_that_of_blocks() -> None:
+    layers = FeedForward(12, activation_fn="gelu-approximate")
+    torch.testing.assert_close(feed_forward(layers, X, torch.float32), layers(X))
+    assert feed_forward(layers, X, torch.bfloat16).dtype == torch.float32
+
+
+def test_modulation_is_made_of_the_vectors_wanted_alone() -> None:
+    norm = AdaLayerNormZero(12)
+    temb = X[:, 0]
+    expected, gate, shift_mlp, scale_mlp, gate_mlp = norm(X, emb=temb)
+    shift, scale, *others = modulation(norm.linear, temb, 6)
+    torch.testing.assert_close(modulate(norm.norm, X, shift, scale), expected)
+    for found, wanted in zip(others, (gate, shift_mlp, scale_mlp, gate_mlp), strict=True):
+        torch.testing.assert_close(found.squeeze(1), wanted)
+    few = modulation(norm.linear, temb, 6, used=2)
+    assert len(few) == 2
+    torch.testing.assert_close(few[1], scale)
 
 
 def test_heads_are_split_and_merged_again() -> None:

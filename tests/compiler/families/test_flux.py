@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLUX.1, cut: equal to diffusers' transformer in PyTorch and in engines, in a pipeline too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from bundles import TOLERANCE, check_attach, check_policies, save, session_output
+from chain import Chain, randomised, relative, taken_weights
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.families import Cut
+from freewheel.compiler.families.flux import FLUX
+from freewheel.configs.errors import CheckpointError, RequestError
+from freewheel.configs.setting import CacheSetting
+from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.session import Session
+
+TINY = {
+    "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2,
+    "attention_head_dim": 16, "joint_attention_dim": 12, "pooled_projection_dim": 10,
+    "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+GEOMETRIES = [
+    pytest.param(TINY, id="dev"),
+    pytest.param({**TINY, "guidance_embeds": False}, id="schnell"),
+    pytest.param(
+        {**TINY, "num_attention_heads": 3, "attention_head_dim": 24, "axes_dims_rope": (4, 12, 8)},
+        id="3 heads of 24",
+    ),
+    pytest.param({**TINY, "num_layers": 1, "num_single_layers": 1, "out_channels": 7}, id="1 + 1"),
+]
+SIZES = [(1, 2, 3, 5), (2, 4, 3, 7)]
+"""Batch, rows and columns of tokens, text tokens."""
+
+
+def model_of(config: Mapping[str, Any]) -> Any:
+    return randomised(FluxTransformer2DModel(**config))
+
+
+def cut_of(model: Any, precision: Any = "float32") -> Cut:
+    return FLUX.cut(model.config, precision, lambda name: "float32")
+
+
+def inputs_of(config: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+    batch, rows, columns, text = size
+    generator = torch.Generator().manual_seed(sum(size))
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] += torch.arange(rows)[:, None]
+    ids[..., 2] += torch.arange(columns)[None]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs = {
+        "latents": normal(batch, rows * columns, config["in_channels"]),
+        "timesteps": torch.tensor([731.0]) / 1000 * 1000,
+        "text_states": normal(batch, text, config["joint_attention_dim"]),
+        "pooled_states": normal(batch, config["pooled_projection_dim"]),
+        "text_ids": torch.zeros(text, 3),
+        "image_ids": ids.flatten(0, 1),
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = torch.linspace(3.5, 2.0, batch)
+    return inputs
+
+
+def eager(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(
+            hidden_states=inputs["latents"],
+            encoder_hidden_states=inputs["text_states"],
+            pooled_projections=inputs["pooled_states"],
+            timestep=inputs["timesteps"].expand(len(inputs["latents"])) / 1000,
+            img_ids=inputs["image_ids"],
+            txt_ids=inputs["text_ids"],
+            guidance=inputs.get("guidance"),
+            return_dict=False,
+        )[0]
+    return output
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return model_of(TINY)
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Any, tmp_path_factory: Any, build_bundle: Callable[..., Bundle]) -> Bundle:
+    folder = save(model, tmp_path_factory.mktemp("flux") / "model")
+    return build_bundle(folder, ("onnxruntime",))
+
+
+@pytest.mark.parametrize("config", GEOMETRIES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_chained_segments_equal_the_eager_transformer(
+    config: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    model, inputs = model_of(config), inputs_of(config, size)
+    assert relative(Chain(cut_of(model), model).run(inputs), eager(model, inputs)) < 2e-6
+
+
+def test_every_checkpoint_tensor_is_some_graphs_weight(model: Any) -> None:
+    assert taken_weights(cut_of(model)) == set(model.state_dict())
+
+
+def test_signal_and_feature_are_what_the_transformer_computes(model: Any) -> None:
+    inputs, seen = inputs_of(TINY, SIZES[1]), dict[str, Any]()
+    first, middle = model.transformer_blocks
+    hooks = [
+        first.norm1.register_forward_hook(lambda m, i, o: seen.update(modulated=o[0])),
+        middle.norm1.register_forward_hook(lambda m, i, o: seen.update(gate=o[1])),
+        middle.attn.register_forward_hook(lambda m, i, o: seen.update(attention=o[0])),
+    ]
+    eager(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    chain = Chain(cut_of(model), model)
+    chain.run(inputs)
+    assert relative(chain.values["modulated_input"], seen["modulated"]) < 2e-6
+    assert chain.cut.feature_block == 1
+    gated = seen["attention"] * seen["gate"].unsqueeze(1)
+    assert relative(chain.values["feature.1"], gated) < 2e-6
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_bodies_stay_close(model: Any, precision: str) -> None:
+    inputs = inputs_of(TINY, SIZES[1])
+    found = Chain(cut_of(model, precision), model).run(inputs)
+    bound = {"bfloat16": 3e-2, "float16": 4e-3}[precision]
+    assert 1e-6 < relative(found, eager(model, inputs)) < bound
+
+
+def test_engines_equal_the_eager_transformer_at_every_size(model: Any, bundle: Bundle) -> None:
+    session = Session(LoadedModel(bundle, "onnxruntime"))
+    for size in [*SIZES, (1, 5, 4, 9)]:
+        inputs = inputs_of(TINY, size)
+        found = session_output(session, inputs)
+        assert relative(found, eager(model, inputs)) < TOLERANCE, size
+
+
+def test_branches_keep_text_streams_of_their_own(model: Any, bundle: Bundle) -> None:
+    """Of other lengths too: only the image's buffers are shared."""
+    session = Session(LoadedModel(bundle, "onnxruntime"))
+    cond, uncond = inputs_of(TINY, (1, 2, 3, 5)), inputs_of(TINY, (1, 2, 3, 8))
+    session.begin(torch.tensor([731.0, 500.0]))
+    expected = {}
+    for step, timestep in enumerate(session.timesteps):
+        for branch, inputs in (("cond", cond), ("uncond", uncond)):
+            names = [n for n, i in bundle.manifest.inputs.items() if i.runs == "prompt"]
+            session.set_prompt(branch, {n: inputs[n] for n in names})
+            found = session.step(branch, step, {"latents": cond["latents"]})
+            given = {**inputs, "latents": cond["latents"], "timesteps": timestep.reshape(1)}
+            assert relative(found, eager(model, given)) < TOLERANCE, (branch, step)
+            expected[branch] = found.clone()
+    assert relative(expected["cond"], expected["uncond"]) > 1e-2
+
+
+def test_every_policy_runs_and_decides_by_content(bundle: Bundle) -> None:
+    check_policies(bundle, inputs_of(TINY, SIZES[1]), "modulated_input")
+
+
+def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
+    """Guidance inside the model: one branch, timesteps divided by 1,000 on their way."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, None, None, None, None, None, model)
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "prompt_embeds": torch.randn(1, 6, 12, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 10, generator=generator),
+        "height": 48, "width": 64, "guidance_scale": 3.5,
+    }  # fmt: skip
+    by_content = CacheSetting(policy="teacache", parameters={"threshold": 1e6})
+    transformer = check_attach(pipe, bundle, arguments, ["taylorseer", by_content])
+    assert set(transformer.statistics.branches) == {"cond"}
+    assert transformer.session.resolved.signal_name == "modulated_input", "the only one it has"
+    with pytest.raises(RequestError, match=r"argument 'ip_adapter_image_embeds'.*is nothing"):
+        pipe(
+            **arguments,
+            num_inference_steps=2,
+            joint_attention_kwargs={"ip_adapter_image_embeds": 1},
+        )
+
+
+def test_a_stack_without_single_blocks_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"are 2 and 0; a stack without either"):
+        FLUX.cut({**TINY, "num_single_layers": 0}, "float32", lambda name: "float32")
