@@ -202,6 +202,12 @@ def run(
     model: Annotated[
         Path | None, typer.Option(help="Diffusers folder, if the bundle lacks the pipeline.")
     ] = None,
+    offload: Annotated[
+        bool, typer.Option(help="Keep the blocks' weights in host memory, two blocks on the GPU.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="Replay steps as CUDA graphs (TensorRT).")
+    ] = False,
     record: Annotated[Path | None, typer.Option(help="Write a trace (.npz).")] = None,
     record_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each frame to record.")
@@ -227,6 +233,7 @@ def run(
         from freewheel.compiler.sizes import size_of
         from freewheel.runtime.forecast import forecast
         from freewheel.runtime.generate import GenerationRequest, Generator
+        from freewheel.runtime.model import DeviceOptions
         from freewheel.runtime.settings import choose_setting
         from freewheel.runtime.trace import TraceRecorder
         from freewheel.runtime.video import check_output, write_video
@@ -242,7 +249,10 @@ def run(
             warning = check_fit(opened, chosen, size, backend=backend, model=model)
             if warning is not None:
                 screen.warn(warning)
-        generator = Generator(opened, backend=backend, loras=lora or (), model=model)
+        generator = Generator(
+            opened, backend=backend, loras=lora or (), model=model,
+            options=DeviceOptions(offload=offload, cuda_graphs=cuda_graphs),
+        )  # fmt: skip
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
             steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,
@@ -330,6 +340,10 @@ def replay(
         ),
     ],
     set_: SetOption = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Try many values of a parameter: key=first:last:count, or key=a,b,c."),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -337,6 +351,8 @@ def replay(
     """Evaluate a policy on a recorded run, without the model.
 
     Example: freewheel replay out/trace.npz --config teacache --set threshold=0.2
+
+    Example: freewheel replay out/trace.npz --config teacache --sweep threshold=0.02:0.4:40
     """
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.configs.load import load_config
@@ -349,7 +365,15 @@ def replay(
         for key in loaded.ignored:
             screen.warn(f"'{key}' in '{config}' means nothing here and is ignored")
         setting = loaded.setting()
-        setting = apply_overrides(setting, _pairs(set_), policy(setting.policy).spec)
+        spec = policy(setting.policy).spec
+        setting = apply_overrides(setting, _pairs(set_), spec)
+        if sweep is not None:
+            from freewheel.runtime.sweep import SWEEP_COLUMNS, run_sweep
+
+            rows = run_sweep(load_trace(trace), setting, spec, sweep)
+            screen.table(f"{setting.policy}, {sweep}", SWEEP_COLUMNS, [r.cells() for r in rows])
+            screen.result({"policy": setting.policy, "sweep": [vars(r) for r in rows]}, [])
+            return
         data = run_replay(load_trace(trace), setting).as_dict()
         lines = [
             f"{data['policy']}: {data['computed_steps']} of {data['steps']} steps computed, "
@@ -556,6 +580,67 @@ def calibrate(
         )
         screen.result({"out": str(out), **found.as_dict()}, [f"{out}#{n}" for n in found.configs])
         screen.note(f"next: freewheel run {bundle} --cache '{out}#{next(iter(found.configs), '')}'")
+
+
+@app.command()
+def tune(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
+    out: Annotated[Path, typer.Option(help="Config to write (.json).")],
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Find the best quality at this measured speedup.")
+    ] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="Find the fastest of at least this mean PSNR, dB.")
+    ] = None,
+    min_ssim: Annotated[
+        float | None, typer.Option(help="Find the fastest of at least this mean SSIM.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File that `calibrate` wrote, to search as well.")
+    ] = None,
+    traces: Annotated[
+        int, typer.Option(help="Prompts to record and replay; the others confirm.")
+    ] = 2,
+    confirm: Annotated[int, typer.Option(help="Candidates to confirm by real runs.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend; default: the bundle's first.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Find the setting for a wanted speedup or quality, and write it as a config.
+
+    Example: freewheel tune out/bundle --prompts prompts.txt --target-speedup 2 --out tuned.json
+    """
+    with _screen(as_json, quiet, debug) as screen:
+        from freewheel.bundle.reader import Bundle
+        from freewheel.runtime.bench import read_prompts
+        from freewheel.tuning.tune import Goal, TuneRequest, save_config
+        from freewheel.tuning.tune import tune as run_tune
+
+        for flag, count in (("--traces", traces), ("--confirm", confirm)):
+            if count < 1:
+                raise ConfigError(f"{flag} {count}", "is below 1", f"try {flag} 2")
+        request = TuneRequest(
+            goal=Goal(target_speedup, min_psnr, min_ssim), prompts=read_prompts(prompts), traces=traces,
+            calibration=calibration, confirm=confirm, steps=steps, backend=backend,
+        )  # fmt: skip
+        _quiet_libraries()
+        with screen.progress():
+            report = run_tune(Bundle(bundle), request, screen, screen.warn)
+        screen.table(
+            "confirmed by real runs (* none is faster and better)", report.columns, report.table()
+        )
+        if report.chosen is None:
+            raise RequestError(
+                "tune", "found no setting that reaches the goal",
+                "ask for less, give --calibration, or raise --confirm",
+            )  # fmt: skip
+        save_config(report.configs[report.chosen], out)
+        screen.result({"out": str(out), **report.as_dict()}, [f"{out}: {report.chosen}"])
 
 
 def _quiet_libraries() -> None:

@@ -77,8 +77,10 @@ def predict(
         seen = signal
     if seen is not None:
         return Prediction(setting.policy, steps, reason=f"depends on content: looks at '{seen}'")
-    arrays = {n if n == "timesteps" else f"cond/{n}": t for n, t in tables.items()}
-    folded = replay(Trace({**arrays, "branches": np.array(["cond"])}), setting)
+    branches = sorted(setting.branches) or ["cond"]
+    arrays = {f"{b}/{n}": t for b in branches for n, t in tables.items() if n != "timesteps"}
+    arrays |= {"timesteps": tables["timesteps"], "branches": np.array(branches)}
+    folded = replay(Trace(arrays), setting)
     computed = round(folded.computed_steps)
     slots = max(1, spec.history.kept(spec.resolve(setting.parameters)))
     flops = step_flops(cut, dims, slots)

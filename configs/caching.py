@@ -89,6 +89,7 @@ class CachingConfig(BaseModel):
             policy=self.policy,
             signal=self._signal(),
             parameters=self._parameters(),
+            branches=self._branches(),
             guard=GuardSetting(**guard),
         )
 
@@ -100,4 +101,7 @@ class CachingConfig(BaseModel):
         return None
 
     def _parameters(self) -> dict[str, Value]:
+        return {}
+
+    def _branches(self) -> dict[str, dict[str, Value]]:
         return {}

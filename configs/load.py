@@ -18,7 +18,7 @@ from .caching import CachingConfig
 from .errors import ConfigError, nearest
 from .policy_configs import CACHING_CONFIGS
 
-__all__ = ["load_config", "parse_config", "shipped_configs"]
+__all__ = ["load_config", "parse_config", "read_configs", "shipped_configs"]
 
 IGNORED_KEYS = frozenset(
     {
@@ -71,8 +71,8 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
     """Read a caching config.
 
     Args:
-        path_or_name: A JSON file; or a shipped config's stem, with or without its folder; or a
-            policy's name, for its defaults.
+        path_or_name: A JSON file; ``FILE#NAME`` for one of a calibration's configs; a shipped
+            config's stem, with or without its folder; or a policy's name, for its defaults.
 
     Raises:
         ConfigError: no such file or name, or a file with faults (all of them in one error).
@@ -80,9 +80,18 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
     text = str(path_or_name)
     by_policy = {c.policy: c for c in CACHING_CONFIGS.values()}
     if text in by_policy:
-        config = by_policy[text].model_validate({})
+        try:
+            config = by_policy[text].model_validate({})
+        except ValidationError as error:
+            raise ConfigError(
+                f"caching config '{text}'", "needs a file: its tables come from a calibration",
+                "write one with `freewheel calibrate`",
+            ) from error  # fmt: skip
         config._name = text
         return config
+    file, _, inner = text.partition("#")
+    if inner:
+        return _load_inner(Path(file), inner)
     shipped = shipped_configs()
     named = shipped | {f"{p.parent.name}/{stem}": p for stem, p in shipped.items()}
     path = Path(text)
@@ -95,7 +104,35 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
             "is neither a file, nor a shipped config, nor a policy",
             nearest(text, [*by_policy, *shipped]),
         )
-    return parse_config(_read(path), where=str(path), name=path.stem)
+    data = _read(path)
+    if "configs" in data and "feature_caching" not in data:
+        known = ", ".join(data["configs"])
+        raise ConfigError(str(path), "holds several configs", f"name one, '{path}#NAME': {known}")
+    return parse_config(data, where=str(path), name=path.stem)
+
+
+def read_configs(path: Path) -> dict[str, CachingConfig]:
+    """Read all configs of a file that `freewheel calibrate` wrote, by name.
+
+    Raises:
+        ConfigError: the file can't be read, holds none, or one of them has faults.
+    """
+    return {n: parse_config(c, where=f"{path}#{n}", name=n) for n, c in _inner(path).items()}
+
+
+def _load_inner(path: Path, name: str) -> CachingConfig:
+    configs = _inner(path)
+    if name not in configs:
+        raise ConfigError(f"{path}, config '{name}'", "is not there", nearest(name, list(configs)))
+    return parse_config(configs[name], where=f"{path}#{name}", name=name)
+
+
+def _inner(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the configs of a calibration's file, unchecked."""
+    configs = _read(path).get("configs")
+    if not isinstance(configs, dict) or not all(isinstance(c, dict) for c in configs.values()):
+        raise ConfigError(str(path), "holds no 'configs'", "write one with `freewheel calibrate`")
+    return configs
 
 
 def parse_config(data: Mapping[str, Any], *, where: str, name: str = "") -> CachingConfig:

@@ -29,6 +29,10 @@ def apply_overrides(
         ConfigError: unknown keys or values of the wrong type or range, all of them in one error.
     """
     parameters, guard, signal = dict(setting.parameters), setting.guard.model_dump(), setting.signal
+    branches = {
+        n: {k: v for k, v in own.items() if k not in overrides}
+        for n, own in setting.branches.items()
+    }
     faults = []
     for key, text in overrides.items():
         try:
@@ -55,7 +59,13 @@ def apply_overrides(
             f"{len(faults)} faults: " + "; ".join(str(fault) for fault in faults),
         )
     return CacheSetting.model_validate(
-        {"policy": setting.policy, "signal": signal, "parameters": parameters, "guard": guard}
+        {
+            "policy": setting.policy,
+            "signal": signal,
+            "parameters": parameters,
+            "branches": branches,
+            "guard": guard,
+        }
     )
 
 

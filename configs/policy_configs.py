@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .caching import CachingConfig, Fraction, NotNegative, Positive
 from .errors import nearest
@@ -16,7 +16,9 @@ __all__ = [
     "CODEBOOKS",
     "Ada",
     "Custom",
+    "Mag",
     "NoCaching",
+    "Solved",
     "TaylorSeer",
     "Tea",
 ]
@@ -25,6 +27,9 @@ Polynomial = Annotated[list[float], Field(max_length=6)]
 CodebookRow = Annotated[tuple[NotNegative, Positive], Field(strict=False)]
 Codebook = Annotated[list[CodebookRow], Field(min_length=1, max_length=8)]
 SignalKind = Literal["temb", "timestep_proj", "modulated_input"]
+Table = Annotated[list[NotNegative], Field(min_length=1, max_length=200)]
+MixRow = Annotated[list[float], Field(max_length=4)]
+MixTable = Annotated[list[MixRow], Field(min_length=1, max_length=200)]
 
 CODEBOOKS: dict[str, list[tuple[float, int]]] = {
     "steps_100": [(0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3)],
@@ -198,6 +203,91 @@ class Ada(CachingConfig):
         )
 
 
+class Mag(CachingConfig):
+    """MagCache: reuse while the residual's magnitude, known from a calibration, stays.
+
+    Attributes:
+        magcache_thresh: Accumulated error at which a step is computed; 0 never reuses.
+        magcache_K: Reuses allowed in a row.
+        magcache_retention: Fraction of the run that is computed at its start.
+        magcache_ratios: Residual magnitude over that of the step before, one number per step of
+            the calibration run; one table per branch, or one for all.
+    """
+
+    policy: ClassVar[str] = "magcache"
+
+    feature_caching: Literal["Mag"] = "Mag"
+    magcache_thresh: NotNegative | None = None
+    magcache_K: Annotated[int, Field(ge=0)] | None = None  # noqa: N815 (LightX2V spells it so)
+    magcache_retention: Fraction | None = None
+    magcache_ratios: Table | dict[str, Table] | None = None
+
+    def _parameters(self) -> dict[str, Value]:
+        tables = self.magcache_ratios
+        shared = _ratios(tables) if isinstance(tables, list) else {}
+        return shared | _given(
+            threshold=self.magcache_thresh,
+            max_skip=self.magcache_K,
+            retention=self.magcache_retention,
+        )
+
+    def _branches(self) -> dict[str, dict[str, Value]]:
+        tables = self.magcache_ratios
+        return {n: _ratios(t) for n, t in tables.items()} if isinstance(tables, dict) else {}
+
+
+def _ratios(table: list[float]) -> dict[str, Value]:
+    return {"steps": len(table), "ratios": table}
+
+
+class Solved(CachingConfig):
+    """A schedule and mixes computed offline, as `freewheel calibrate` writes them.
+
+    Attributes:
+        infer_steps: Steps the tables were made for; needed.
+        mix: One row per step: up to 4 factors of past residuals, newest first, and an empty row for
+            a computed step. One table per branch, or one for all.
+        solved_from: What the tables were made from, for the reader: traces, guidance, error.
+    """
+
+    policy: ClassVar[str] = "solved"
+
+    feature_caching: Literal["Solved"] = "Solved"
+    mix: MixTable | dict[str, MixTable]
+    solved_from: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Solved:
+        tables = self.mix if isinstance(self.mix, dict) else {"": self.mix}
+        for name, rows in tables.items():
+            where = f"'mix.{name}'" if name else "'mix'"
+            if len(rows) != self.infer_steps:
+                raise ValueError(
+                    f"one row in {where} for each of 'infer_steps' {self.infer_steps}, "
+                    f"not {len(rows)}"
+                )
+            if rows[0]:
+                raise ValueError(f"an empty first row in {where}: nothing can be reused yet")
+        return self
+
+    def _parameters(self) -> dict[str, Value]:
+        return _solved(self.mix) if isinstance(self.mix, list) else {}
+
+    def _branches(self) -> dict[str, dict[str, Value]]:
+        return {n: _solved(t) for n, t in self.mix.items()} if isinstance(self.mix, dict) else {}
+
+
+def _solved(rows: list[list[float]]) -> dict[str, Value]:
+    """Return the policy's tables: a mix of 4 factors for every step, [1, 0, 0, 0] where computed."""
+    filled = [[*(row or [1.0]), 0.0, 0.0, 0.0][:4] for row in rows]
+    return {
+        "steps": len(rows),
+        "reuse": [int(bool(row)) for row in rows],
+        "mix": [factor for row in filled for factor in row],
+        "history": max(1, *(len(row) for row in rows)),
+    }
+
+
 def _given(**values: Value | None) -> dict[str, Value]:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -209,5 +299,7 @@ CACHING_CONFIGS: dict[str, type[CachingConfig]] = {
     "TaylorSeer": TaylorSeer,
     "Ada": Ada,
     "Custom": Custom,
+    "Mag": Mag,
+    "Solved": Solved,
 }
 """``feature_caching`` → model of the file."""

@@ -41,6 +41,7 @@ class CacheSetting(BaseModel):
         policy: Name in the policy table.
         signal: Signal kind given to the policy; None takes the policy's first.
         parameters: Overrides of the policy's parameter defaults.
+        branches: Overrides of ``parameters`` in single branches, by branch name.
         guard: Limits around the policy.
     """
 
@@ -49,4 +50,12 @@ class CacheSetting(BaseModel):
     policy: str = "off"
     signal: str | None = None
     parameters: dict[str, Value] = {}
+    branches: dict[str, dict[str, Value]] = {}
     guard: GuardSetting = GuardSetting()
+
+    def for_branch(self, name: str) -> CacheSetting:
+        """Return the setting of one branch, its overrides among the parameters."""
+        if not self.branches:
+            return self
+        own = {**self.parameters, **self.branches.get(name, {})}
+        return self.model_copy(update={"parameters": own, "branches": {}})

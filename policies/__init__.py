@@ -7,7 +7,9 @@ from ..configs.errors import ConfigError, nearest
 from .adacache import AdaCache
 from .base import Policy
 from .custom import Custom
+from .magcache import MagCache
 from .off import Off
+from .solved import Solved
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 
@@ -19,6 +21,8 @@ POLICIES: dict[str, type[Policy]] = {
     "taylorseer": TaylorSeer,
     "adacache": AdaCache,
     "custom": Custom,
+    "magcache": MagCache,
+    "solved": Solved,
 }
 
 

@@ -8,7 +8,7 @@ speed touches them alike; a speedup is the median over rounds of that round's ra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..bundle.manifest import ConfigEntry
 from ..bundle.reader import Bundle
 from ..configs.errors import OutputError, RequestError
+from ..configs.setting import CacheSetting
 from .generate import Generation, GenerationRequest, Generator
 from .quality import Quality, compare_videos
 from .settings import choose_setting
@@ -48,7 +49,8 @@ class BenchRequest:
     Attributes:
         prompts: Prompts; each with every seed.
         seeds: Seeds of the initial noise.
-        caches: Config or policy names; None takes all configs that the bundle carries.
+        caches: Config or policy names, or settings by the name they are to go by; None takes all
+            configs that the bundle carries.
         rounds: Interleaved rounds at least; more where there are more prompt and seed pairs.
         steps: Denoise steps; None takes the config's.
         eager: Also time the plain diffusers pipeline on the bundle's checkpoint.
@@ -59,7 +61,7 @@ class BenchRequest:
 
     prompts: Sequence[str]
     seeds: Sequence[int]
-    caches: Sequence[str] | None = None
+    caches: Sequence[str] | Mapping[str, CacheSetting] | None = None
     rounds: int = 3
     steps: int | None = None
     eager: bool = False
@@ -195,8 +197,9 @@ def bench_bundle(
     """
     if request.out is not None:
         _make_folder(request.out)
-    names = request.caches or list(bundle.manifest.configs)
-    settings = {n: choose_setting(bundle, n, {}, warn) for n in names}
+    wanted = request.caches or list(bundle.manifest.configs)
+    named = wanted if isinstance(wanted, Mapping) else {n: n for n in wanted}
+    settings = {n: choose_setting(bundle, c, {}, warn) for n, c in named.items()}
     settings = {n: s for n, s in settings.items() if s.cache.policy != "off"}
     base = choose_setting(bundle, None, {}, warn)
     uncached = ConfigEntry(
@@ -216,8 +219,8 @@ def bench_bundle(
     steps = 0
     for index in range(rounds):
         pair, is_new = pairs[index % len(pairs)], index < len(pairs)
-        wanted = _request(pair, uncached, request.steps, request.image)
-        reference = generator.generate(wanted)
+        plain = _request(pair, uncached, request.steps, request.image)
+        reference = generator.generate(plain)
         steps = reference.statistics.steps
         _add(rows[UNCACHED], reference, reference, is_new=False)
         watcher.advance(UNCACHED)
@@ -230,7 +233,7 @@ def bench_bundle(
             if index == 0:
                 pictures[name] = result.frames
         if eager is not None:
-            result = eager.generate(wanted)
+            result = eager.generate(plain)
             _add(rows[EAGER], result, reference, is_new=is_new)
             watcher.advance(EAGER)
     report = BenchReport(

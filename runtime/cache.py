@@ -177,6 +177,11 @@ class BranchCache:
         return verdict
 
     @property
+    def depth(self) -> int:
+        """Residuals that the policy mixes."""
+        return self._resolved.depth
+
+    @property
     def folded(self) -> list[Verdict] | None:
         """Every decision of the run where they are known ahead, else None."""
         return self._verdicts

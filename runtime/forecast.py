@@ -41,11 +41,14 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
     if not is_folded(model, setting):
         return None
     wanted = timesteps.detach().to(model.device, torch.float32)
-    arrays = {"timesteps": wanted.cpu().numpy(), "branches": np.array(["cond"])}
+    branches = sorted(setting.branches) or ["cond"]
+    arrays = {"timesteps": wanted.cpu().numpy(), "branches": np.array(branches)}
     for name, graph in model.manifest.graphs.items():
         if graph.runs == "run":
             tables = allocate(graph.outputs, {"steps": len(wanted)}, model.device)
             model.bind(name, {"timesteps": wanted, **tables}).run()
             model.backend.synchronize()
-            arrays |= {f"cond/{n}": t.float().cpu().numpy() for n, t in tables.items()}
+            arrays |= {
+                f"{b}/{n}": t.float().cpu().numpy() for b in branches for n, t in tables.items()
+            }
     return replay(Trace(arrays), setting)

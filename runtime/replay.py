@@ -100,7 +100,9 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
                 f"trace, branch '{branch}'", "was recorded with steps reused, so what was not computed "
                 "is not known", "record with --cache off",
             )  # fmt: skip
-        branches[branch] = _replay_branch(trace, branch, law(setting, trace.steps), signal)
+        branches[branch] = _replay_branch(
+            trace, branch, law(setting.for_branch(branch), trace.steps), signal
+        )
     return Replay(setting.policy, trace.steps, branches)
 
 

@@ -39,6 +39,8 @@ class StepRecord:
         residual: [batch, tokens, channels], the body's or what was reused in its place.
         feature: [batch, tokens, channels], the tapped feature; None on reused steps.
         modulated_input: [batch, tokens, channels], or None where not asked for.
+        buffers: What graphs of this step read, by name: ``hidden`` (the body's input), this step's
+            rows of the per-run tables, the prompt's context, ….
     """
 
     branch: str
@@ -47,6 +49,7 @@ class StepRecord:
     residual: Tensor
     feature: Tensor | None
     modulated_input: Tensor | None
+    buffers: Mapping[str, Tensor]
 
 
 class Recorder(Protocol):
@@ -226,7 +229,7 @@ class Session:
         self.statistics.branches.setdefault(branch, BranchStatistics()).add(
             verdict.compute,
             verdict.distance,
-            verdict.mix[: self._resolved.depth],
+            verdict.mix[: cache.depth],
             time.perf_counter() - began,
         )
         if self._recorder is not None:
@@ -255,6 +258,8 @@ class Session:
                 nearest(name, known),
             )  # fmt: skip
         signal = self.manifest.signals[name] if name is not None else None
+        for branch in setting.branches.values():
+            policy.spec.resolve({**setting.parameters, **branch})
         return ResolvedSetting(
             setting, policy, policy.spec.resolve(setting.parameters), name, signal
         )
@@ -270,7 +275,7 @@ class Session:
 
     def _compute_tables(self, timesteps: Tensor) -> None:
         wanted = timesteps.detach().to(self.model.device, torch.float32)
-        if torch.equal(wanted, self._timesteps) and self._tables:
+        if self._tables and torch.equal(wanted, self._timesteps):
             return
         with self._timed("prepare"):
             self._timesteps = wanted.clone()
@@ -332,8 +337,9 @@ class Session:
         branch = self._branches[name]
         if branch.cache is None:
             with self._timed("prepare"):
+                resolved = self.resolve(self._resolved.setting.for_branch(name))
                 branch.cache = BranchCache(
-                    self.model, self._resolved, branch.body, self._shared,
+                    self.model, resolved, branch.body, self._shared,
                     record=self._recorder is not None,
                 )  # fmt: skip
                 branch.cache.reset(self._tables, self.steps)
@@ -350,12 +356,12 @@ class Session:
     ) -> None:
         assert self._recorder is not None, "called when recording"
         body = self._branches[branch].body
+        buffers = {**self._shared, **body.context}
         modulated: Tensor | None = None
         if self._recorder.wants_modulated_input:
             modulated = torch.zeros_like(self._shared["hidden"])
-            values = {**self._shared, **body.context, "modulated_input": modulated}
-            self.model.bind("modulate", values).run()
-        record = StepRecord(branch, step_index, computed, *kept, modulated)
+            self.model.bind("modulate", {**buffers, "modulated_input": modulated}).run()
+        record = StepRecord(branch, step_index, computed, *kept, modulated, buffers)
         self._recorder.on_step(record, body.dims)
 
     @contextmanager

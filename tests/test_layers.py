@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("bundle", "compiler", "configs", "engines", "passes", "policies", "runtime")
+PACKAGES = ("bundle", "compiler", "configs", "engines", "passes", "policies", "runtime", "tuning")
 
 ALLOWED = {
     "configs": set(),
@@ -22,8 +22,9 @@ ALLOWED = {
     "policies": {"configs"},
     "runtime": {"bundle", "configs", "engines", "policies"},
     "compiler": {"", "bundle", "configs", "engines", "passes", "policies"},
+    "tuning": {"bundle", "configs", "engines", "runtime"},
     "console": {"configs"},
-    "cli": {"bundle", "compiler", "configs", "console", "engines", "policies", "runtime"},
+    "cli": {"bundle", "compiler", "configs", "console", "engines", "policies", "runtime", "tuning"},
     "": {"runtime"},
 }
 """Package or top module → those it may import; "" is the root's `__init__`: version, `attach`."""
@@ -49,7 +50,7 @@ ONLY_IN = {
     "skimage": ("runtime/quality.py",),
     "tensorrt": ("engines/tensorrt.py",),
     "tensorrt_rtx": ("engines/tensorrt.py",),
-    "torch": ("bundle", "compiler", "engines", "policies", "runtime"),
+    "torch": ("bundle", "compiler", "engines", "policies", "runtime", "tuning"),
     "transformers": ("cli.py", "compiler"),
     "typer": ("cli.py",),
 }
@@ -59,6 +60,7 @@ UNMIRRORED = {
     "bundle/__init__.py": "empty",
     "compiler/__init__.py": "empty",
     "runtime/__init__.py": "empty",
+    "tuning/__init__.py": "empty",
     "compiler/families/base.py": "data classes alone; families/test_init.py checks what fills them",
     "compiler/progress.py": "a protocol and its empty form",
     "configs/tensor_spec.py": "one data class without behaviour",

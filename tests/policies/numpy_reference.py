@@ -216,3 +216,52 @@ class AdaCache(_Law):
         if self.scale_codebook:
             skip = max(1, round(skip * step_count / 100))
         return skip
+
+
+class MagCache(_Law):
+    """ALGORITHMS 5."""
+
+    def __init__(self, threshold, max_skip, retention, steps, ratios, step_count):
+        self.threshold, self.max_skip = threshold, max_skip
+        self.first = int(np.float32(retention) * step_count)
+        picks = [round(t * (steps - 1) / max(1, step_count - 1)) for t in range(step_count)]
+        self.ratios = [ratios[min(pick, len(ratios) - 1)] for pick in picks]
+        self.distance = 0.0
+        self._reset()
+
+    def _reset(self):
+        self.product, self.skipped, self.distance = 1.0, 0, 0.0
+
+    def wants_computation(self, t, must, signals):
+        self.margin = math.inf
+        if must or t < self.first:
+            self._reset()
+            return True
+        self.product *= self.ratios[t]
+        self.skipped += 1
+        self.distance += abs(1 - self.product)
+        if self.threshold > 0:
+            self.margin = abs(self.distance - self.threshold) / self.threshold
+        if self.distance < self.threshold and self.skipped <= self.max_skip:
+            return False
+        self._reset()
+        return True
+
+
+class Solved(_Law):
+    """ALGORITHMS 7: rows of tables, stretched to the run's length."""
+
+    def __init__(self, steps, reuse, mix, step_count):
+        self.rows = [t * steps // step_count for t in range(step_count)]
+        self.reuse = [*reuse, *[reuse[-1]] * (steps - len(reuse))]
+        self.mix = [mix[4 * i : 4 * i + 4] for i in range(steps)]
+
+    def wants_computation(self, t, must, signals):
+        before = self.rows[t - 1] if t else -1
+        return any(not self.reuse[row] for row in range(before + 1, self.rows[t] + 1))
+
+    def forecast(self, t, history):
+        factors = self.mix[self.rows[t]]
+        if len(history) < 4 and any(factors[len(history) :]):
+            return history[0][1]
+        return sum(f * r for f, (_, r) in zip(factors, history, strict=False))

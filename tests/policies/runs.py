@@ -50,7 +50,9 @@ def forecasts(records: list[DecisionRecord], residual: np.ndarray) -> list[np.nd
     return mixed
 
 
-def reference_law(setting: CacheSetting, parameters: dict[str, object]) -> reference._Law:
+def reference_law(
+    setting: CacheSetting, parameters: dict[str, object], step_count: int
+) -> reference._Law:
     """Return the NumPy transcription of a setting with resolved parameters."""
     p = dict(parameters)
     if setting.policy == "off":
@@ -60,6 +62,11 @@ def reference_law(setting: CacheSetting, parameters: dict[str, object]) -> refer
         return law(p["threshold"], p["coefficients"])
     if setting.policy == "taylorseer":
         return reference.TaylorSeer(p["interval"], p["order"], p["variant"])
+    if setting.policy == "magcache":
+        return reference.MagCache(**p, step_count=step_count)
+    if setting.policy == "solved":
+        p.pop("history")
+        return reference.Solved(**p, step_count=step_count)
     codebook = list(zip(p.pop("codebook_thresholds"), p.pop("codebook_skips"), strict=True))
     return reference.AdaCache(codebook, **p)
 
@@ -71,7 +78,7 @@ def assert_equals_reference(
     guard = reference.Guard(**setting.guard.model_dump())
     looks_at_signal = setting.policy in ("teacache", "custom")
     expected = reference.run_reference(
-        reference_law(setting, parameters),
+        reference_law(setting, parameters, len(records)),
         guard,
         len(records),
         signals=run["signal"] if looks_at_signal else None,

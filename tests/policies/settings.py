@@ -12,6 +12,39 @@ FAST = {
 PLAIN_1_3B = [2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774e-1]
 NEUTRAL = {"moreg_power": 0.0, "mograd": 0.0}
 
+RATIOS = [1.0, 0.97, 1.04, 0.99, 0.95, 1.01, 0.98, 1.03, 0.96, 0.93]
+MIXES = [
+    1,
+    0,
+    0,
+    0,
+    1,
+    0,
+    0,
+    0,
+    1.5,
+    -0.5,
+    0,
+    0,
+    1,
+    0,
+    0,
+    0,
+    1.8,
+    -1.1,
+    0.3,
+    0,
+    1,
+    0,
+    0,
+    0,
+    1.9,
+    -1.2,
+    0.4,
+    -0.1,
+]
+SOLVED = {"steps": 7, "reuse": [0, 0, 1, 0, 1, 0, 1], "mix": MIXES}
+
 SETTINGS: dict[str, CacheSetting] = {
     "off": CacheSetting(policy="off"),
     "tea": CacheSetting(policy="teacache", parameters={"threshold": 0.25}),
@@ -47,5 +80,21 @@ SETTINGS: dict[str, CacheSetting] = {
         policy="adacache",
         parameters={"scale_codebook": True, **NEUTRAL},
         guard=GuardSetting(exact_steps=[6]),
+    ),
+    "mag": CacheSetting(policy="magcache", parameters={"steps": 10, "ratios": RATIOS}),
+    "mag_strict": CacheSetting(
+        policy="magcache",
+        parameters={
+            "steps": 10,
+            "ratios": RATIOS,
+            "threshold": 0.05,
+            "max_skip": 2,
+            "retention": 0,
+        },
+        guard=GuardSetting(last_exact=2, exact_steps=[5]),
+    ),
+    "solved": CacheSetting(policy="solved", parameters=SOLVED),
+    "solved_guarded": CacheSetting(
+        policy="solved", parameters=SOLVED, guard=GuardSetting(first_exact=3, max_consecutive=2)
     ),
 }

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record uncached runs once and derive a config for every policy and wanted speedup from them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..bundle.reader import Bundle
+from ..configs.caching import CachingConfig
+from ..configs.errors import OutputError, RequestError
+from ..configs.policy_configs import Custom, Mag, Solved, Tea
+from ..runtime.bench import Watcher
+from ..runtime.forecast import forecast
+from ..runtime.generate import GenerationRequest, Generator
+from ..runtime.model import LoadedModel
+from ..runtime.settings import choose_setting
+from .fit import PolynomialFit, fit_polynomial
+from .gram import GramRecorder
+from .solve import early_weights, solve
+
+__all__ = ["FEW_STEPS", "Calibration", "CalibrationRequest", "calibrate", "save_calibration"]
+
+FEW_STEPS = 8
+"""Steps up to which a checkpoint is taken for a distilled one, whose steps are too far apart."""
+
+SEARCHED_THRESHOLDS = 40
+SIGNALS = ("timestep_proj", "temb")
+"""In the order of TeaCache's sets of coefficients: with ``use_ret_steps``, without."""
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to record and to solve for.
+
+    Attributes:
+        prompts: One uncached run each.
+        first_seed: Seed of the first prompt's noise; each further prompt takes the next.
+        speedups: Ideal speedups to write configs for.
+        steps: Denoise steps; None takes the bundle's default config's.
+        guidance: Guidance scale; None takes the config's.
+        history: Residuals that solved mixes use.
+        window: Steps back that they may reach.
+        backend: Name of a backend; None takes the bundle's first.
+    """
+
+    prompts: Sequence[str]
+    first_seed: int = 1000
+    speedups: Sequence[float] = (1.5, 2.0, 2.5, 3.0, 4.0)
+    steps: int | None = None
+    guidance: float | None = None
+    history: int = 3
+    window: int = 16
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came out.
+
+    Attributes:
+        configs: Caching configs by name, ``teacache_2x`` and the like.
+        fits: TeaCache's polynomial per signal.
+        left_out: Why a config that was asked for is missing, by name.
+        about: Checkpoint, steps, guidance, size, prompts and seconds.
+    """
+
+    configs: dict[str, CachingConfig]
+    fits: dict[str, PolynomialFit]
+    left_out: dict[str, str]
+    about: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the file holds; ``--cache FILE#NAME`` reads its ``configs``."""
+        return {
+            "configs": {
+                n: c.model_dump(exclude_none=True, mode="json") for n, c in self.configs.items()
+            },
+            "calibration": {
+                **self.about,
+                "fits": {n: vars(f) for n, f in self.fits.items()},
+                "left_out": self.left_out,
+            },
+        }
+
+
+def calibrate(
+    bundle: Bundle, request: CalibrationRequest, watcher: Watcher, warn: Callable[[str], None]
+) -> Calibration:
+    """Record, fit and solve.
+
+    Args:
+        bundle: An open bundle.
+        request: What to do.
+        watcher: Shown each run.
+        warn: Told of refused fits and of step counts too low to cache.
+
+    Raises:
+        ConfigError, RequestError, BackendUnavailable: as for a run.
+    """
+    if not request.prompts:
+        raise RequestError("calibrate", "has no prompt", "give --prompts FILE")
+    began = time.perf_counter()
+    generator = Generator(bundle, backend=request.backend)
+    model = generator.transformer.session.model
+    base = choose_setting(bundle, None, {}, warn)
+    uncached = choose_setting(bundle, "off", {}, warn).cache
+    recorder = GramRecorder(model, window=request.window)
+    watcher.phase("calibrate", len(request.prompts))
+    resolved: dict[str, Any] = {}
+    for index, prompt in enumerate(request.prompts):
+        wanted = GenerationRequest(
+            prompt=prompt, cache=uncached, defaults=base.generation, steps=request.steps,
+            guidance_scale=request.guidance, seed=request.first_seed + index,
+        )  # fmt: skip
+        resolved = generator.generate(wanted, recorder=recorder).resolved
+        watcher.advance(prompt)
+    if resolved["steps"] <= FEW_STEPS:
+        warn(few_steps_advice(resolved["steps"]))
+    common = _common(resolved, base.generation.model_dump())
+    configs, left_out = _solved(recorder, request, resolved["guidance_scale"], common)
+    fits = _fits(recorder, warn)
+    found, missing = _by_threshold(model, recorder, fits, request.speedups, common)
+    about = {
+        "checkpoint": bundle.manifest.checkpoint.source,
+        "steps": resolved["steps"],
+        "guidance_scale": resolved["guidance_scale"],
+        "size": [resolved["height"], resolved["width"], resolved["frames"]],
+        "prompts": list(request.prompts),
+        "first_seed": request.first_seed,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    return Calibration({**configs, **found}, fits, {**left_out, **missing}, about)
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(_text(calibration.as_dict()), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            str(path), f"can't be written: {error.strerror}", "choose another file"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _text(data: dict[str, Any]) -> str:
+    """Write JSON with one config per line: their tables are long and read by programs."""
+    configs = [f"  {json.dumps(n)}: {json.dumps(c)}" for n, c in data["configs"].items()]
+    about = json.dumps(data["calibration"], indent=1).replace("\n", "\n ")
+    lines = ",\n".join(configs)
+    return f'{{\n "configs": {{\n{lines}\n }},\n "calibration": {about}\n}}\n'
+
+
+def few_steps_advice(steps: int) -> str:
+    """Say what caching does to a run of so few steps."""
+    return (
+        f"{steps} steps are so few that neighbours differ much: a few-step or distilled checkpoint "
+        "gains little from caching and loses quality; run it uncached, or look at every frame"
+    )
+
+
+def _common(resolved: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+    """Return the generation keys of every config."""
+    return {
+        "infer_steps": resolved["steps"],
+        "target_video_length": resolved["frames"],
+        "target_height": resolved["height"],
+        "target_width": resolved["width"],
+        "text_len": generation["text_tokens"],
+        "sample_guide_scale": float(resolved["guidance_scale"]),
+        "sample_shift": generation["flow_shift"],
+        "enable_cfg": resolved["guidance_scale"] != 1,
+        "seed": generation["seed"],
+    }
+
+
+def _solved(
+    recorder: GramRecorder, request: CalibrationRequest, guidance: float, common: dict[str, Any]
+) -> tuple[dict[str, CachingConfig], dict[str, str]]:
+    grams = recorder.grams()
+    factors = dict.fromkeys(grams.branches, 1.0)
+    if len(grams.branches) == 2:
+        factors = dict(zip(grams.branches, (guidance, 1.0 - guidance), strict=True))
+    sigmas = np.append(recorder.tables["timesteps"] / 1000.0, 0.0)
+    solutions = solve(
+        grams, factors, early_weights(sigmas), history=request.history,
+        longest_gap=min(8, request.window),
+    )  # fmt: skip
+    configs: dict[str, CachingConfig] = {}
+    left_out = {}
+    for speedup in request.speedups:
+        count = int(grams.steps // speedup)
+        if count not in solutions:
+            left_out[f"solved_{speedup:g}x"] = f"no schedule of {count} computed steps was found"
+            continue
+        solution = solutions[count]
+        configs[f"solved_{speedup:g}x"] = Solved(
+            **common,
+            mix={n: [list(row) for row in rows] for n, rows in solution.mix.items()},
+            solved_from={"runs": grams.runs, "guidance_scale": guidance, "error": solution.error},
+        )
+    return configs, left_out
+
+
+def _fits(recorder: GramRecorder, warn: Callable[[str], None]) -> dict[str, PolynomialFit]:
+    changes = [run for runs in recorder.changes.values() for run in runs]
+    fits = {}
+    for signal in (s for s in SIGNALS if s in recorder.tables):
+        fits[signal] = fit_polynomial(recorder.tables[signal], changes)
+        if fits[signal].refusal:
+            warn(f"TeaCache's polynomial for '{signal}' is refused: {fits[signal].refusal}")
+    return fits
+
+
+def _by_threshold(
+    model: LoadedModel,
+    recorder: GramRecorder,
+    fits: dict[str, PolynomialFit],
+    speedups: Sequence[float],
+    common: dict[str, Any],
+) -> tuple[dict[str, CachingConfig], dict[str, str]]:
+    """Find, for each policy with a threshold, the least one that reaches each speedup."""
+    timesteps = torch.from_numpy(recorder.tables["timesteps"])
+    ratios = {
+        n: [1.0, *(round(float(r), 5) for r in np.mean(runs, axis=0))]
+        for n, runs in recorder.ratios.items()
+    }
+    makers: dict[str, Callable[[float], CachingConfig]] = {
+        "magcache": lambda t: Mag(
+            **common,
+            magcache_thresh=t,
+            magcache_ratios=ratios,
+            magcache_K=8,
+            magcache_retention=0.1,
+        )
+    }
+    fit = fits.get("temb")
+    if fit is not None and not fit.refusal:
+        coefficients = [list(fit.coefficients)]
+        makers["teacache"] = lambda t: Tea(
+            **common, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
+        )
+        makers["custom"] = lambda t: Custom(
+            **common, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
+        )
+    configs: dict[str, CachingConfig] = {}
+    left_out = {}
+    for policy, make in makers.items():
+        reached = []
+        for threshold in np.geomspace(0.01, 4.0, SEARCHED_THRESHOLDS):
+            config = make(round(float(threshold), 4))
+            told = forecast(model, timesteps, config.setting())
+            assert told is not None, "these policies look at timesteps alone"
+            reached.append((told.ideal_speedup, config))
+        for speedup in speedups:
+            name = f"{policy}_{speedup:g}x"
+            config = next((c for ideal, c in reached if ideal >= speedup), None)
+            if config is None:
+                best = max(ideal for ideal, _ in reached)
+                left_out[name] = f"no threshold up to 4 computes so little; {best:.2f} at most"
+            else:
+                configs[name] = config
+    return configs, left_out

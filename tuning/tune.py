@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the setting for a wanted speedup or quality: candidates by replay, the best by real runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle.manifest import ConfigEntry
+from ..bundle.reader import Bundle
+from ..configs.caching import CachingConfig
+from ..configs.errors import OutputError, RequestError
+from ..configs.load import read_configs
+from ..configs.policy_configs import CODEBOOKS, Ada, Custom, Mag, Solved, TaylorSeer, Tea
+from ..runtime.bench import BenchRequest, Watcher, bench_bundle
+from ..runtime.generate import GenerationRequest, Generator
+from ..runtime.replay import Replay, replay
+from ..runtime.settings import choose_setting
+from ..runtime.trace import Trace, TraceRecorder
+
+__all__ = ["Candidate", "Goal", "TuneReport", "TuneRequest", "save_config", "tune"]
+
+THRESHOLDS = tuple(float(round(t, 4)) for t in np.geomspace(0.02, 2.0, 24))
+INTERVALS = range(2, 9)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the chosen setting has to reach; exactly one is given.
+
+    Attributes:
+        speedup: Measured, against the uncached run.
+        psnr: Mean PSNR of the frames against the uncached run's, dB.
+        ssim: Mean SSIM, 0 to 1.
+    """
+
+    speedup: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("speedup", "psnr", "ssim") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise RequestError(
+                "tune",
+                f"has {len(given)} goals",
+                "give one of --target-speedup, --min-psnr, --min-ssim",
+            )
+
+    def is_met(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether a measured row reaches the goal."""
+        if self.speedup is not None:
+            return bool(row["speedup"] >= self.speedup)
+        key, least = ("psnr_mean", self.psnr) if self.psnr is not None else ("ssim_mean", self.ssim)
+        return row[key] is not None and row[key] >= least
+
+    def rank(self, row: Mapping[str, Any]) -> float:
+        """Return what is left to maximise once the goal is met: quality, or speed."""
+        if self.speedup is not None:
+            return float(row["psnr_mean"] if row["psnr_mean"] is not None else np.inf)
+        return float(row["speedup"])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One config and what replay foretells of it.
+
+    Attributes:
+        name: Policy and parameters.
+        config: The caching config.
+        ideal_speedup: Steps / computed steps, mean over traces.
+        error: Root mean square over steps of the reuse error, mean over traces and branches.
+    """
+
+    name: str
+    config: CachingConfig
+    ideal_speedup: float
+    error: float
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """What to search and to confirm.
+
+    Attributes:
+        goal: What to reach.
+        prompts: The first ``traces`` are recorded and replayed, the others confirm.
+        traces: Prompts recorded.
+        calibration: File that `calibrate` wrote, whose configs and coefficients join the search.
+        confirm: Candidates that real runs confirm, at most.
+        steps: Denoise steps; None takes the default config's.
+        backend: Name of a backend; None takes the bundle's first.
+    """
+
+    goal: Goal
+    prompts: Sequence[str]
+    traces: int = 2
+    calibration: Path | None = None
+    confirm: int = 8
+    steps: int | None = None
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """The table, and what was chosen from it.
+
+    Attributes:
+        candidates: All, as replay ranks them.
+        rows: Measured rows of the confirmed ones, as ``bench`` has them.
+        chosen: Name of the chosen one, or None where none reaches the goal.
+        rank_correlation: Spearman's, between foretold errors and measured PSNR; None below three.
+        held_out: Whether other prompts confirmed than were replayed.
+    """
+
+    candidates: list[Candidate]
+    rows: list[dict[str, Any]]
+    chosen: str | None
+    rank_correlation: float | None
+    held_out: bool
+    configs: dict[str, CachingConfig] = field(repr=False)
+
+    columns = (
+        "policy and parameters",
+        "computed",
+        "speedup",
+        "PSNR dB",
+        "worst",
+        "SSIM",
+        "worst",
+        "",
+    )
+
+    def table(self) -> list[list[Any]]:
+        """Return the confirmed rows by speedup; `*` marks the Pareto front, `<` the choice."""
+        rows = sorted(self.rows, key=lambda r: float(r["speedup"]))
+        return [
+            [
+                r["name"], f"{r['computed_steps']:g}", round(r["speedup"], 2),
+                *(None if r[k] is None else round(r[k], 1 if "psnr" in k else 4)
+                  for k in ("psnr_mean", "psnr_worst", "ssim_mean", "ssim_worst")),
+                ("*" if _is_best(r, rows) else "") + ("<" if r["name"] == self.chosen else ""),
+            ]
+            for r in rows
+        ]  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``tune --json`` prints."""
+        return {
+            "chosen": self.chosen,
+            "held_out": self.held_out,
+            "rank_correlation": self.rank_correlation,
+            "confirmed": self.rows,
+            "candidates": [
+                {"name": c.name, "ideal_speedup": c.ideal_speedup, "reuse_error": c.error}
+                for c in self.candidates
+            ],
+        }
+
+
+def tune(
+    bundle: Bundle, request: TuneRequest, watcher: Watcher, warn: Callable[[str], None]
+) -> TuneReport:
+    """Search by replay and confirm by running.
+
+    Args:
+        bundle: An open bundle.
+        request: Goal, prompts and bounds.
+        watcher: Shown each run.
+        warn: Told where prompts are too few to hold any out, and of what a user would want to know.
+
+    Raises:
+        ConfigError, RequestError, BackendUnavailable: as for a run.
+    """
+    replayed, confirming = request.prompts[: request.traces], request.prompts[request.traces :]
+    if not confirming:
+        warn("too few prompts to hold any out: those that were replayed confirm as well")
+        confirming = replayed
+    base = choose_setting(bundle, None, {}, warn)
+    traces = _record(bundle, request, replayed, base, watcher)
+    candidates = _candidates(bundle, request, traces)
+    tried = _worth_running(candidates, request.goal, request.confirm)
+    if not tried:
+        raise RequestError(
+            "--target-speedup", f"{request.goal.speedup:g} is beyond every candidate, the fastest of which "
+            f"has an ideal speedup of {max(c.ideal_speedup for c in candidates):.2f}", "ask for less",
+        )  # fmt: skip
+    bench = BenchRequest(
+        prompts=confirming, seeds=[0], caches={c.name: c.config.setting() for c in tried}, rounds=1,
+        steps=request.steps, backend=request.backend,
+    )  # fmt: skip
+    rows = bench_bundle(bundle, bench, watcher, warn).entries[1:]
+    met = [r for r in rows if request.goal.is_met(r)]
+    chosen = max(met, key=request.goal.rank)["name"] if met else None
+    return TuneReport(
+        candidates, rows, chosen, _rank_correlation(tried, rows), len(request.prompts) > request.traces,
+        {c.name: c.config for c in tried},
+    )  # fmt: skip
+
+
+def save_config(config: CachingConfig, path: Path) -> None:
+    """Write a config as a JSON file, whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config.model_dump(exclude_none=True, mode="json"))
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            str(path), f"can't be written: {error.strerror}", "choose another file"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _record(
+    bundle: Bundle,
+    request: TuneRequest,
+    prompts: Sequence[str],
+    base: ConfigEntry,
+    watcher: Watcher,
+) -> list[Trace]:
+    """Run the replayed prompts uncached."""
+    uncached = choose_setting(bundle, "off", {}, lambda text: None).cache
+    generator = Generator(bundle, backend=request.backend)
+    watcher.phase("record", len(prompts))
+    traces = []
+    for seed, prompt in enumerate(prompts):
+        recorder = TraceRecorder()
+        generator.generate(
+            GenerationRequest(
+                prompt=prompt,
+                cache=uncached,
+                defaults=base.generation,
+                steps=request.steps,
+                seed=seed,
+            ),
+            recorder=recorder,
+        )
+        traces.append(recorder.trace())
+        watcher.advance(prompt)
+    return traces
+
+
+def _candidates(bundle: Bundle, request: TuneRequest, traces: Sequence[Trace]) -> list[Candidate]:
+    """Replay every candidate that the bundle and the traces allow, and drop equal ones."""
+    found: dict[str, Candidate] = {}
+    for name, config in _search_space(bundle, request).items():
+        setting = config.setting()
+        if setting.policy not in bundle.manifest.policies:
+            continue
+        replays = [replay(trace, setting) for trace in traces]
+        # Equal masks of one policy on these traces are one candidate.
+        key = json.dumps(
+            [setting.policy, [list(b.mix) for r in replays for b in r.branches.values()]]
+        )
+        ideal = float(np.mean([r.ideal_speedup for r in replays]))
+        if ideal > 1 and key not in found:
+            error = float(np.mean([_error(r) for r in replays]))
+            found[key] = Candidate(name, config, ideal, error)
+    return sorted(found.values(), key=lambda c: (c.ideal_speedup, c.error))
+
+
+def _search_space(bundle: Bundle, request: TuneRequest) -> dict[str, CachingConfig]:
+    """Return configs by name: sweeps of every policy, and what a calibration adds."""
+    calibrated = read_configs(request.calibration) if request.calibration else {}
+    polynomials: dict[str, Any] = {"identity": [[1.0, 0.0]]}
+    ratios: dict[str, Any] | None = None
+    space: dict[str, CachingConfig] = {}
+    for name, config in calibrated.items():
+        if isinstance(config, Tea):
+            polynomials = {"fitted": config.coefficients}
+        if isinstance(config, Mag):
+            ratios = {"magcache_ratios": config.magcache_ratios, "magcache_retention": 0.1}
+        if isinstance(config, Solved):
+            space[name] = config
+    for threshold in THRESHOLDS:
+        for kind, sets in polynomials.items():
+            keys = {"teacache_thresh": threshold, "coefficients": sets, "use_ret_steps": False}
+            space[f"teacache {kind} threshold={threshold:g}"] = Tea.model_validate(keys)
+            space[f"custom {kind} threshold={threshold:g}"] = Custom.model_validate(keys)
+        if ratios is not None:
+            keys = {"magcache_thresh": threshold, "magcache_K": 8, **ratios}
+            space[f"magcache threshold={threshold:g}"] = Mag.model_validate(keys)
+    for interval in INTERVALS:
+        for order in (1, 2):
+            name = f"taylorseer interval={interval} order={order}"
+            space[name] = TaylorSeer(interval=interval, order=order)
+    for codebook in CODEBOOKS:
+        space[f"adacache codebook={codebook}"] = Ada.model_validate({"codebook": codebook})
+    return space
+
+
+def _error(replayed: Replay) -> float:
+    """Return the root mean square of the reuse error over all steps and branches."""
+    squares = [(e or 0.0) ** 2 for branch in replayed.branches.values() for e in branch.reuse_error]
+    return float(np.sqrt(np.mean(squares)))
+
+
+def _worth_running(candidates: Sequence[Candidate], goal: Goal, most: int) -> list[Candidate]:
+    """Pick what to confirm.
+
+    For a speedup: of those at least that fast by their ideal, the least errors, every policy's best
+    first. For a quality: the front of least error over speedup, spread over its length.
+    """
+    if goal.speedup is not None:
+        fast = sorted(
+            (c for c in candidates if c.ideal_speedup >= goal.speedup), key=lambda c: c.error
+        )
+        best = {c.config.policy: c for c in reversed(fast)}
+        firsts = sorted(best.values(), key=lambda c: c.error)
+        return [*firsts, *(c for c in fast if c not in firsts)][:most]
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (-c.ideal_speedup, c.error)):
+        if not front or candidate.error < front[-1].error:
+            front.append(candidate)
+    picks = np.unique(np.linspace(0, len(front) - 1, min(most, len(front))).round().astype(int))
+    return [front[i] for i in picks]
+
+
+def _rank_correlation(
+    tried: Sequence[Candidate], rows: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """Return Spearman's correlation of foretold errors with measured PSNR, its sign turned."""
+    measured = {r["name"]: r["psnr_mean"] for r in rows}
+    pairs = [(c.error, measured[c.name]) for c in tried if measured[c.name] is not None]
+    if len(pairs) < 3:
+        return None
+    foretold, found = (np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True))
+    return float(-np.corrcoef(foretold, found)[0, 1])
+
+
+def _is_best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether no other row is both faster and better."""
+    quality = row["psnr_mean"] if row["psnr_mean"] is not None else np.inf
+    return not any(
+        other["speedup"] > row["speedup"]
+        and (other["psnr_mean"] if other["psnr_mean"] is not None else np.inf) > quality
+        for other in rows
+    )
