@@ -10,6 +10,7 @@ from .base import Pass, PassResult, run_passes
 from .declare_interface import DeclareInterface
 from .decompose_rotary_embedding import DecomposeRotaryEmbedding
 from .expand_attention_masks import ExpandAttentionMasks
+from .mix_by_reduction import MixByReduction
 from .multi_head_attention import MultiHeadAttention
 from .optimize_graph import OptimizeGraph
 from .remove_no_op_casts import RemoveNoOpCasts
@@ -29,6 +30,7 @@ PASSES: tuple[type[Pass], ...] = (
     DecomposeRotaryEmbedding,
     MultiHeadAttention,
     ExpandAttentionMasks,
+    MixByReduction,
 )
 
 
@@ -57,5 +59,7 @@ def backend_pipeline(backend: str) -> list[Pass]:
     pipelines: dict[str, list[Pass]] = {
         "onnxruntime": [MultiHeadAttention(), ExpandAttentionMasks()],
         "openvino": [DecomposeRotaryEmbedding()],
+        "tensorrt": [MixByReduction()],
+        "tensorrt-rtx": [MixByReduction()],
     }
     return pipelines.get(backend, [])
