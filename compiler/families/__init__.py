@@ -6,12 +6,13 @@ from __future__ import annotations
 from ...configs.errors import CheckpointError, nearest
 from .base import Cut, Family, ModelInput, Segment, Stage
 from .flux import FLUX
+from .hunyuan import HUNYUAN
 from .ltx import LTX
 from .wan import WAN
 
 __all__ = ["FAMILIES", "Cut", "Family", "ModelInput", "Segment", "Stage", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (WAN, LTX, FLUX)
+FAMILIES: tuple[Family, ...] = (WAN, LTX, FLUX, HUNYUAN)
 
 
 def family_of(transformer_class: str, where: str) -> Family:
