@@ -30,6 +30,7 @@ ALLOWED = {
 """Package or top module → those it may import; "" is the root's `__init__`: version, `attach`."""
 
 PEERS = {
+    "compiler/host_memory.py": "freewheel.runtime.generate",
     "compiler/sizes.py": "freewheel.runtime.generate",
     "compiler/speedup.py": "freewheel.runtime.replay freewheel.runtime.trace",
     "compiler/verify.py": "freewheel.runtime.model",
