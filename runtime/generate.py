@@ -24,6 +24,7 @@ from ..configs.errors import BundleError, RequestError
 from ..configs.setting import CacheSetting
 from .attach import FreewheelTransformer, attach
 from .lora import Lora
+from .model import DeviceOptions
 from .session import Recorder
 from .statistics import RunStatistics
 
@@ -100,7 +101,7 @@ class Generator:
 
     def __init__(
         self, bundle: Bundle, *, backend: str | None = None, loras: Sequence[Lora | str] = (),
-        model: Path | None = None,
+        model: Path | None = None, options: DeviceOptions | None = None,
     ) -> None:  # fmt: skip
         """Load text encoder, VAE and scheduler, and attach the bundle.
 
@@ -109,6 +110,7 @@ class Generator:
             backend: Name of a backend; None takes the bundle's first.
             loras: ``FILE[:scale]`` or LoRAs read already.
             model: Diffusers folder with the rest of the pipeline, where the bundle has none.
+            options: How engines are driven: weights kept in host memory, CUDA graphs.
 
         Raises:
             BundleError: the rest of the pipeline can't be found.
@@ -125,8 +127,9 @@ class Generator:
         self.pipe.set_progress_bar_config(disable=True)
         self.bundle = bundle
         self.transformer: FreewheelTransformer = attach(
-            self.pipe, bundle, "off", backend=backend, loras=loras
+            self.pipe, bundle, "off", backend=backend, loras=loras, options=options
         )
+        self.pipe.to(self.transformer.device)
 
     @staticmethod
     def _pipeline_folder(bundle: Bundle, model: Path | None) -> Path:
@@ -184,6 +187,7 @@ class Generator:
         latents = self.pipe(**arguments).frames
         denoised = time.perf_counter()
         frames = self.decode(latents)
+        self.transformer.session.model.save_caches()
         seconds = {"denoise": denoised - began, "decode": time.perf_counter() - denoised}
         return Generation(frames, latents, self.transformer.statistics, seconds, values)
 

@@ -118,6 +118,11 @@ class LoadedModel:
             return self.backend.capture(calls)
         return _Chain(tuple(calls))
 
+    def save_caches(self) -> None:
+        """Keep what the backend compiled while running, for the next process."""
+        if isinstance(self.backend, ProfiledBackend):
+            self.backend.save_caches()
+
     def _host_tensor(self, name: str) -> Tensor:
         """Return a weight in host memory, pinned where there is a GPU to copy it to."""
         tensor = self._merged.get(name)
