@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointEntry",
     "ConfigEntry",
     "EngineSetEntry",
+    "ExpertEntry",
     "FileEntry",
     "GenerationDefaults",
     "GraphEntry",
@@ -208,6 +209,20 @@ class CheckpointEntry(_Entry):
     sha256: Sha256
 
 
+class ExpertEntry(_Entry):
+    """One of several transformers of equal config, each of which denoises a range of timesteps.
+
+    Attributes:
+        part: Folder of the diffusers pipeline, and the attribute there.
+        prefix: What precedes the names of its tensors.
+        from_timestep: It denoises from here on, up to where the expert before it begins.
+    """
+
+    part: str
+    prefix: str
+    from_timestep: float
+
+
 class PipelineEntry(_Entry):
     """The rest of the diffusers pipeline: a folder of the bundle, or where it was found."""
 
@@ -229,6 +244,7 @@ class Manifest(_Entry):
     dims: dict[str, list[tuple[str, Positive]]]
     graphs: dict[str, GraphEntry]
     stages: list[StageEntry]
+    experts: list[ExpertEntry] = []
     signals: dict[str, SignalEntry]
     feature_block: Size
     history_dtype: str

@@ -26,13 +26,14 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file: ``bytes`` bytes from ``offset`` of ``file``."""
+    """One tensor of a safetensors file, there called ``name``: ``bytes`` from ``offset`` of it."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     bytes: int
+    name: str
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -82,7 +83,7 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> Stored
         raise CheckpointError(
             f"{path}, tensor '{name}'", "has a size that its shape denies", "fetch the file again"
         )
-    return StoredTensor(path, dtype, shape, data + begin, end - begin)
+    return StoredTensor(path, dtype, shape, data + begin, end - begin, name)
 
 
 def encode_header(

@@ -15,6 +15,8 @@ from ..configs.errors import CheckpointError
 __all__ = ["Checkpoint", "open_checkpoint", "read_json"]
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
+SECOND = "transformer_2"
+"""Where a pipeline has the transformer of the low noise levels, if that is another one."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Checkpoint:
         pipeline: Folder with ``model_index.json``, or None when a bare transformer was given.
         transformer: Folder with the transformer's ``config.json``.
         config: That config.
-        tensors: Tensor name → place, from the headers.
+        tensors: Tensor name → place, from the headers; an expert's names begin with its part's.
+        experts: The pipeline's transformers by falling noise level, and the fraction of the
+            training timesteps from which on each denoises; empty where there is one.
     """
 
     source: str
@@ -36,6 +40,7 @@ class Checkpoint:
     transformer: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    experts: tuple[tuple[str, float], ...] = ()
 
     @property
     def transformer_class(self) -> str:
@@ -47,8 +52,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Open ``model``: a diffusers pipeline folder, a transformer folder, or a hub id.
 
     Raises:
-        CheckpointError: nothing there, no config, a missing or truncated shard, or weights that
-            are not safetensors.
+        CheckpointError: nothing there, no config, a missing or truncated shard, weights that are
+            not safetensors, or experts that differ in more than their weights.
     """
     folder = Path(model)
     if not folder.exists():
@@ -56,11 +61,32 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     pipeline = folder if (folder / "model_index.json").is_file() else None
     transformer = folder / "transformer" if pipeline else folder
     config = read_json(transformer / "config.json")
-    shards = _shards(transformer)
+    tensors = _tensors(transformer)
+    experts: tuple[tuple[str, float], ...] = ()
+    index = read_json(pipeline / "model_index.json") if pipeline else {}
+    boundary = index.get("boundary_ratio")
+    if pipeline is not None and boundary is not None and index.get(SECOND, [None])[0] is not None:
+        other = read_json(pipeline / SECOND / "config.json")
+        if _geometry(other) != _geometry(config):
+            raise CheckpointError(
+                f"{pipeline / SECOND}/config.json", "differs from the first transformer's",
+                "build each transformer's folder by itself",
+            )  # fmt: skip
+        tensors |= {f"{SECOND}.{n}": t for n, t in _tensors(pipeline / SECOND).items()}
+        experts = (("transformer", float(boundary)), (SECOND, 0.0))
+    return Checkpoint(model, revision, pipeline, transformer, config, tensors, experts)
+
+
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
+    for shard in _shards(folder):
         tensors |= read_header(shard)
-    return Checkpoint(model, revision, pipeline, transformer, config, tensors)
+    return tensors
+
+
+def _geometry(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what diffusers notes about its origin."""
+    return {n: value for n, value in config.items() if not n.startswith("_")}
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:

@@ -50,6 +50,8 @@ def bring_weights(
     folder.mkdir(exist_ok=True)
     sources = sorted({stored[n].file for n in wanted if stored[n].dtype == wanted[n][0]})
     names = {source: f"weights/{source.name}" for source in sources}
+    if len(set(names.values())) < len(names):  # shards of several experts have the same names
+        names = {source: f"weights/{source.parent.name}-{source.name}" for source in sources}
     linked = {s for s in sources if link_or_none(s, bundle / names[s]) is not None}
     entries: dict[str, TensorEntry] = {}
     streamed = []
@@ -69,7 +71,7 @@ def bring_weights(
             with (bundle / file).open("wb") as out:
                 out.write(header)
                 for name in batch:
-                    out.write(_converted_bytes(name, stored[name], wanted[name][0]))
+                    out.write(_converted_bytes(stored[name], wanted[name][0]))
                     done += _size(*wanted[name])
                     progress(done, total)
         except OSError as error:
@@ -130,7 +132,7 @@ def _batches(
         yield batch
 
 
-def _converted_bytes(name: str, place: StoredTensor, dtype: str) -> memoryview:
+def _converted_bytes(place: StoredTensor, dtype: str) -> memoryview:
     with safe_open(place.file, framework="pt") as file:
-        tensor = file.get_tensor(name).to(getattr(torch, dtype)).contiguous()
+        tensor = file.get_tensor(place.name).to(getattr(torch, dtype)).contiguous()
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -39,7 +39,9 @@ def attach(
 ) -> FreewheelTransformer:
     """Replace ``pipe.transformer`` by the engines of a bundle.
 
-    Schedulers, callbacks, guidance, VAE and `load_lora_weights` of the pipeline keep working.
+    Schedulers, callbacks, guidance, VAE and `load_lora_weights` of the pipeline keep working. A
+    bundle with two experts replaces both transformers; each keeps a cache and statistics of its own
+    over the timesteps that it denoises.
 
     Args:
         pipe: A diffusers pipeline of the bundle's family.
@@ -51,17 +53,38 @@ def attach(
         options: How engines are driven: weights kept in host memory, CUDA graphs.
 
     Returns:
-        The new transformer; its ``statistics`` tell what the last run did.
+        The new transformer; its ``statistics`` tell what the last run did. Of two experts it is the
+        one of the high noise levels.
 
     Raises:
         BundleError, BackendUnavailable, ConfigError, RequestError: as their classes say.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     read = [read_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    _check_boundary(pipe, opened)
     transformer = FreewheelTransformer(LoadedModel(opened, backend, read, options), pipe)
     transformer.use(cache)
     pipe.transformer = transformer
+    for index, expert in enumerate(opened.manifest.experts[1:], start=1):
+        # Given LoRAs are the first expert's; the pipeline loads others for each by itself.
+        other = FreewheelTransformer(LoadedModel(opened, backend, (), options, index), pipe)
+        other.use(transformer.setting)
+        setattr(pipe, expert.part, other)
     return transformer
+
+
+def _check_boundary(pipe: Any, bundle: Bundle) -> None:
+    """Raise `RequestError` where the pipeline would switch experts elsewhere than the bundle."""
+    experts = bundle.manifest.experts
+    ratio = pipe.config.get("boundary_ratio")
+    found = None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
+    wanted = experts[0].from_timestep if experts else None
+    if found != wanted:
+        raise RequestError(
+            "pipeline, 'boundary_ratio'",
+            f"switches transformers at timestep {found}, the bundle at {wanted}",
+            "attach to the pipeline that the bundle was built from",
+        )
 
 
 class FreewheelTransformer(torch.nn.Module):
@@ -87,6 +110,7 @@ class FreewheelTransformer(torch.nn.Module):
         self._pipe = weakref.ref(pipe)
         self._context: dict[str, Any] = {}
         self._positions: dict[str, int] = {}
+        self._first = 0
         self._loras: dict[str, Lora] = {}
         inputs = model.manifest.inputs.values()
         self._timestep_scale = next(i.scale for i in inputs if i.runs == "run")
@@ -192,28 +216,32 @@ class FreewheelTransformer(torch.nn.Module):
                 "differs within the batch",
                 "this model is conditioned on one timestep per step",
             )
-        known = self._positions.get(branch, -1)
+        known = self._positions.get(branch, self._first - 1)
         said = self._context.get("step_index")
-        if said is None:
-            # A scheduler that was set anew, or a timestep not ahead of the last, starts a run.
-            said = known + 1 if self._continues(known, timestep) else 0
-        if said <= known or not self._positions:
+        # A scheduler that was set anew, or a timestep not ahead of the last, starts a run.
+        follows = self._continues(known, timestep) if said is None else said == known + 1
+        if not self._positions or not follows:
             self._begin()
-        self._positions[branch] = said
-        self._check_timestep(said, timestep)
-        return said
+            known = self._first - 1
+        self._positions[branch] = known + 1 if said is None else said
+        step_index = self._positions[branch] - self._first
+        self._check_timestep(step_index, timestep)
+        return int(step_index)
 
     def _continues(self, known: int, timestep: Tensor) -> bool:
-        table = self.session.timesteps
-        return 0 <= known + 1 < len(table) and _is_at(table[known + 1], timestep)
+        table, index = self.session.timesteps, known + 1 - self._first
+        return 0 <= index < len(table) and _is_at(table[index], timestep)
 
     def _begin(self) -> None:
+        """Begin a run over the scheduler's timesteps, or those of them that are this expert's."""
         self._positions.clear()
         pipe = self._pipe()
         assert pipe is not None, "the pipeline that calls is alive"
         timesteps = torch.as_tensor(pipe.scheduler.timesteps).float()
-        count = self._context.get("num_inference_steps")
-        self.session.begin(timesteps[:count], self.setting, self.recorder)
+        timesteps = timesteps[: self._context.get("num_inference_steps")]
+        mine = self.session.model.serves(timesteps)
+        self._first = int(mine.long().argmax())
+        self.session.begin(timesteps[mine], self.setting, self.recorder)
 
     def _check_timestep(self, step_index: int, timestep: Tensor) -> None:
         table = self.session.timesteps
@@ -240,7 +268,9 @@ class FreewheelTransformer(torch.nn.Module):
         loras = {**self._loras, name: lora_from_state_dict(name, state)}
         model = self.session.model
         self.session = Session(
-            LoadedModel(model.bundle, model.backend.name, list(loras.values()), model.options)
+            LoadedModel(
+                model.bundle, model.backend.name, list(loras.values()), model.options, model.expert
+            )
         )
         self._loras = loras
         self._positions.clear()

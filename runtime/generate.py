@@ -34,6 +34,9 @@ FALLBACK = GenerationDefaults(
     steps=50, height=480, width=832, frames=81, guidance_scale=5.0, seed=42, text_tokens=512
 )
 FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
+TRANSFORMERS = {"transformer", "transformer_2"}
+"""Parts of a pipeline that a bundle takes the place of."""
+
 OnStep = Callable[[int, int], None]
 
 
@@ -122,7 +125,8 @@ class Generator:
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
         pipeline_class = getattr(diffusers, index["_class_name"])
         self.pipe: Any = pipeline_class.from_pretrained(
-            folder, transformer=None, dtype=part_dtypes(folder), local_files_only=True
+            folder, **dict.fromkeys(TRANSFORMERS & index.keys()), dtype=part_dtypes(folder),
+            local_files_only=True,
         )
         self.pipe.set_progress_bar_config(disable=True)
         self.bundle = bundle

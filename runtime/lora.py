@@ -93,8 +93,13 @@ def lora_from_state_dict(name: str, state: Mapping[str, Tensor], scale: float = 
     return Lora(name, scale, pairs, biases)
 
 
-def merge_loras(bundle: Bundle, loras: Sequence[Lora]) -> dict[str, Tensor]:
+def merge_loras(bundle: Bundle, loras: Sequence[Lora], prefix: str = "") -> dict[str, Tensor]:
     """Return private copies of the weights that ``loras`` change, updated in float32.
+
+    Args:
+        bundle: Holds the weights.
+        loras: Added in order.
+        prefix: What precedes the names of the expert that they are for.
 
     Raises:
         RequestError: a LoRA names a module that the model lacks, or has other sizes; or the
@@ -108,7 +113,7 @@ def merge_loras(bundle: Bundle, loras: Sequence[Lora]) -> dict[str, Tensor]:
     known = bundle.manifest.tensors
     merged: dict[str, Tensor] = {}
     for lora in loras:
-        missing = [m for m in lora.pairs if f"{m}.weight" not in known]
+        missing = [m for m in lora.pairs if f"{prefix}{m}.weight" not in known]
         if missing:
             raise RequestError(
                 f"LoRA '{lora.name}'",
@@ -116,7 +121,7 @@ def merge_loras(bundle: Bundle, loras: Sequence[Lora]) -> dict[str, Tensor]:
                 "give a LoRA of this model",
             )
         for module, (down, up, ratio) in lora.pairs.items():
-            name = f"{module}.weight"
+            name = f"{prefix}{module}.weight"
             weight = merged.get(name, bundle.tensor(name))
             rows, columns = weight.flatten(1).shape
             if up.shape[0] != rows or down.flatten(1).shape[1] != columns:
@@ -128,7 +133,7 @@ def merge_loras(bundle: Bundle, loras: Sequence[Lora]) -> dict[str, Tensor]:
             update = (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
             merged[name] = (weight.float() + lora.scale * ratio * update).to(weight.dtype)
         for module, bias in lora.biases.items():
-            name = f"{module}.bias"
+            name = f"{prefix}{module}.bias"
             merged[name] = (
                 merged.get(name, bundle.tensor(name)).float() + lora.scale * bias.float()
             ).to(bundle.tensor(name).dtype)

@@ -53,6 +53,7 @@ class LoadedModel:
         backend: str | None = None,
         loras: Sequence[Lora] = (),
         options: DeviceOptions | None = None,
+        expert: int = 0,
     ) -> None:
         """Choose the backend and merge LoRAs.
 
@@ -61,6 +62,7 @@ class LoadedModel:
             backend: Name of a backend the bundle has engines for; None takes its first.
             loras: Added to the weights in order.
             options: How engines are driven; None takes the defaults.
+            expert: Whose weights, where the bundle holds several transformers of one cut.
 
         Raises:
             BackendUnavailable: the bundle has no engines for it, or it can't run here.
@@ -80,7 +82,10 @@ class LoadedModel:
         assert engines is not None, "the name was checked against the bundle's engine sets"
         self._files = engines.files
         self._engines: dict[str, Engine] = {}
-        self._merged = merge_loras(bundle, loras)
+        self.expert = expert
+        experts = self.manifest.experts
+        self._prefix = experts[expert].prefix if experts else ""
+        self._merged = merge_loras(bundle, loras, self._prefix)
         self._tensors: dict[str, Tensor] = {}
         self._offloaded: OffloadedWeights | None = None
         self._check_options()
@@ -108,6 +113,14 @@ class LoadedModel:
             else:
                 self._tensors[name] = uploaded(self.bundle, name, self.device)
         return self._tensors[name]
+
+    def serves(self, timesteps: Tensor) -> Tensor:
+        """Tell at which timesteps of a run this expert denoises, bool [steps]."""
+        experts = self.manifest.experts
+        if not experts:
+            return torch.ones_like(timesteps, dtype=torch.bool)
+        mine = timesteps >= experts[self.expert].from_timestep
+        return mine & (timesteps < experts[self.expert - 1].from_timestep) if self.expert else mine
 
     def chain(self, calls: Sequence[BoundCall]) -> BoundCall:
         """Make one call of several: one CUDA graph where that was asked for.
@@ -159,10 +172,11 @@ class LoadedModel:
         """
         entry = self.manifest.graphs[graph]
         bindings = {n: values[n] for n in (*entry.inputs, *entry.outputs)}
-        is_template = any("{block}" in pattern for pattern in entry.weights.values())
+        weights = {n: self._prefix + pattern for n, pattern in entry.weights.items()}
+        is_template = any("{block}" in pattern for pattern in weights.values())
         if self._offloaded is not None and is_template:
-            return self._offloaded.bind(self.engine(graph), bindings, entry.weights, block)
-        for name, pattern in entry.weights.items():
+            return self._offloaded.bind(self.engine(graph), bindings, weights, block)
+        for name, pattern in weights.items():
             bindings[name] = self.tensor(pattern.replace("{block}", str(block)))
         return self.engine(graph).bind(bindings)
 

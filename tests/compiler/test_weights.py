@@ -142,9 +142,9 @@ def test_one_tensor_is_in_memory_at_a_time(
     opened: list[str] = []
     original = weights._converted_bytes
 
-    def spy(name: str, place: StoredTensor, dtype: str) -> memoryview:
-        opened.append(name)
-        return original(name, place, dtype)
+    def spy(place: StoredTensor, dtype: str) -> memoryview:
+        opened.append(place.name)
+        return original(place, dtype)
 
     monkeypatch.setattr(weights, "_converted_bytes", spy)
     bring_weights(as_stored(checkpoint, a_weight="float16"), checkpoint, bundle)
@@ -185,7 +185,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(checkpoint, bundle: Path) 
 
 
 def test_a_full_disk_is_told(checkpoint, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str, place: StoredTensor, dtype: str) -> memoryview:
+    def refuse(place: StoredTensor, dtype: str) -> memoryview:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(weights, "_converted_bytes", refuse)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wan 2.2: two experts in one bundle, one set of engines, a switch by timestep, no shared cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chain import randomised, relative
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.checkpoint import open_checkpoint
+from freewheel.configs.errors import CheckpointError, ConfigError, RequestError
+from freewheel.engines import backend
+from freewheel.runtime.attach import attach
+from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.session import Session
+from freewheel.runtime.settings import config_entries
+
+TINY = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
+    "text_dim": 12, "freq_dim": 32, "ffn_dim": 24, "num_layers": 2, "rope_max_seq_len": 32,
+}  # fmt: skip
+BOUNDARY = 0.875
+
+
+@pytest.fixture(scope="module")
+def experts() -> tuple[Any, Any]:
+    return tuple(randomised(WanTransformer3DModel(**TINY), seed) for seed in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(experts: tuple[Any, Any], tmp_path_factory: Any) -> Path:
+    """A pipeline's folder with two transformers, the second in bfloat16: it is converted."""
+    folder: Path = tmp_path_factory.mktemp("wan22")
+    experts[0].save_pretrained(folder / "transformer")
+    rounded = randomised(WanTransformer3DModel(**TINY), 2).bfloat16()
+    experts[1].load_state_dict({n: t.float() for n, t in rounded.state_dict().items()})
+    rounded.save_pretrained(folder / "transformer_2")
+    index = {
+        "_class_name": "WanPipeline", "boundary_ratio": BOUNDARY,
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
+    return build_bundle(checkpoint, ("onnxruntime",))
+
+
+def pipeline(experts: tuple[Any, Any], boundary: float | None = BOUNDARY) -> Any:
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    second = experts[1] if boundary is not None else None
+    pipe = WanPipeline(None, None, None, scheduler, experts[0], second, boundary)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: Any, steps: int, guidance: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 1, 6, 12, generator=generator)
+    found: torch.Tensor = pipe(
+        prompt_embeds=states[0], negative_prompt_embeds=states[1], height=32, width=48,
+        num_frames=5, num_inference_steps=steps, guidance_scale=guidance, guidance_scale_2=2.0,
+        output_type="latent", generator=torch.Generator().manual_seed(1), return_dict=False,
+    )[0]  # fmt: skip
+    return found
+
+
+def test_one_set_of_engines_serves_both_experts_weights(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert [(e.part, e.prefix, e.from_timestep) for e in manifest.experts] == [
+        ("transformer", "", 875.0),
+        ("transformer_2", "transformer_2.", 0.0),
+    ]
+    first = {n for n in manifest.tensors if not n.startswith("transformer_2.")}
+    assert {f"transformer_2.{n}" for n in first} == manifest.tensors.keys() - first
+    assert all("transformer_2" not in g for g in manifest.graphs)
+    assert len({t.file for t in manifest.tensors.values()}) >= 2
+
+
+def test_each_expert_equals_its_transformer(bundle: Bundle, experts: tuple[Any, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    text = torch.randn(1, 7, 12, generator=generator)
+    for index, model in enumerate(experts):
+        session = Session(LoadedModel(bundle, "onnxruntime", expert=index))
+        session.begin(torch.tensor([731.0]))
+        session.set_prompt("cond", {"text_states": text})
+        found = session.step("cond", 0, {"latents": given})
+        with torch.no_grad():
+            expected = model(given, torch.tensor([731.0]), text, return_dict=False)[0]
+        assert relative(found, expected) < 1e-5, index
+
+
+def test_the_pipeline_switches_and_no_cache_crosses(
+    bundle: Bundle, experts: tuple[Any, Any]
+) -> None:
+    pipe = pipeline(experts)
+    plain = {steps: latents(pipe, steps) for steps in (8, 11)}
+    first = attach(pipe, bundle, "off", backend="onnxruntime")
+    second = pipe.transformer_2
+    for steps, expected in plain.items():
+        assert relative(latents(pipe, steps), expected) < 1e-4
+        high = int((pipe.scheduler.timesteps >= 875).sum())
+        assert 0 < high < steps
+        assert (first.statistics.steps, second.statistics.steps) == (high, steps - high)
+    for transformer in (first, second):
+        transformer.use("taylorseer")
+    cached = latents(pipe, 11)
+    for transformer in (first, second):
+        for branch in ("cond", "uncond"):
+            computed = transformer.statistics.branches[branch].computed
+            assert computed == [i % 4 == 0 for i in range(len(computed))], "begins its own history"
+    assert torch.equal(latents(pipe, 11), cached)
+
+
+def test_another_length_after_an_interrupted_run(bundle: Bundle, experts: tuple[Any, Any]) -> None:
+    """The second expert's first step of a longer run lies beyond the last of a shorter one."""
+    pipe = pipeline(experts)
+    attach(pipe, bundle, "taylorseer", backend="onnxruntime")
+    expected = latents(pipe, 40)
+    latents(pipe, 5)
+    assert torch.equal(latents(pipe, 40), expected)
+
+
+def test_pipelines_that_switch_elsewhere_are_refused(
+    bundle: Bundle, experts: tuple[Any, Any], tiny_bundle: Bundle
+) -> None:
+    with pytest.raises(
+        RequestError, match=r"'boundary_ratio'.*at timestep 900.0, the bundle at 875"
+    ):
+        attach(pipeline(experts, 0.9), bundle)
+    with pytest.raises(RequestError, match=r"at timestep None, the bundle at 875"):
+        attach(pipeline(experts, None), bundle)
+
+
+def test_experts_of_two_geometries_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for source in checkpoint.rglob("*"):
+        if source.is_file():
+            target = tmp_path / source.relative_to(checkpoint)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    config = tmp_path / "transformer_2" / "config.json"
+    config.write_text(config.read_text().replace('"ffn_dim": 24', '"ffn_dim": 32'))
+    with pytest.raises(CheckpointError, match=r"transformer_2/config.json.*differs from the first"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_engines_with_weights_inside_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    request = BuildRequest(
+        model=str(checkpoint), out=tmp_path / "b", backends=[backend("onnxruntime")],
+        configs=config_entries(["off"], print), weights="baked",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"--weights baked.*this pipeline has two"):
+        build(request)
