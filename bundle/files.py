@@ -7,8 +7,8 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from ..configs.errors import BundleError, OutputError
@@ -17,6 +17,7 @@ from .manifest import MANIFEST, FileEntry
 __all__ = [
     "cache_beside",
     "describe_files",
+    "digests_ahead",
     "disk_use",
     "link_or_none",
     "safe_path",
@@ -26,6 +27,10 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 8 << 20
+CACHE = "freewheel-cache"
+
+Inode = tuple[int, int]
+"""Device and number of a file, under whatever name."""
 
 
 def sha256_of(path: Path) -> str:
@@ -37,20 +42,50 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """Return the digest of each file; one that stands there under several names is read once."""
+@contextlib.contextmanager
+def digests_ahead(paths: Iterable[Path]) -> Iterator[Mapping[Inode, Future[str]]]:
+    """Begin the digests of files in the background, one file at a time.
+
+    Yields:
+        Digests to come, for `describe_files`. None is begun once the block has ended.
+    """
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        yield {_inode(p): pool.submit(sha256_of, p) for p in paths}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def sha256_of_each(
+    paths: Sequence[Path], ahead: Mapping[Inode, Future[str]] | None = None
+) -> list[str]:
+    """Return the digest of each file; one that stands there under several names is read once.
+
+    Args:
+        paths: Files.
+        ahead: Digests that were begun before; those still waiting are computed here.
+    """
     by_inode = {_inode(p): p for p in paths}
+    begun = {i: f for i, f in (ahead or {}).items() if i in by_inode and not f.cancel()}
     with ThreadPoolExecutor() as pool:
-        digests = dict(zip(by_inode, pool.map(sha256_of, by_inode.values()), strict=True))
+        own = {i: pool.submit(sha256_of, p) for i, p in by_inode.items() if i not in begun}
+        digests = {i: f.result() for i, f in (own | begun).items()}
     return [digests[_inode(p)] for p in paths]
 
 
-def describe_files(folder: Path) -> dict[str, FileEntry]:
-    """Return size and digest of every file below ``folder``, by its path with forward slashes."""
+def describe_files(
+    folder: Path, ahead: Mapping[Inode, Future[str]] | None = None
+) -> dict[str, FileEntry]:
+    """Return size and digest of every file below ``folder``, by its path with forward slashes.
+
+    Args:
+        folder: Folder.
+        ahead: Digests that were begun before; see `digests_ahead`.
+    """
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     return {
         p.relative_to(folder).as_posix(): FileEntry(bytes=p.stat().st_size, sha256=d)
-        for p, d in zip(paths, sha256_of_each(paths), strict=True)
+        for p, d in zip(paths, sha256_of_each(paths, ahead), strict=True)
     }
 
 
@@ -59,7 +94,7 @@ def disk_use(folder: Path, names: Iterable[str]) -> tuple[int, int]:
 
     A file that stands there under several names counts once.
     """
-    names_of: dict[tuple[int, int], list[Path]] = {}
+    names_of: dict[Inode, list[Path]] = {}
     for name in names:
         names_of.setdefault(_inode(folder / name), []).append(folder / name)
     total = own = 0
@@ -70,14 +105,14 @@ def disk_use(folder: Path, names: Iterable[str]) -> tuple[int, int]:
     return total, own
 
 
-def _inode(path: Path) -> tuple[int, int]:
+def _inode(path: Path) -> Inode:
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
 def cache_beside(bundle: Path) -> Path:
-    """Return the folder beside a bundle for what saves time and may be deleted."""
-    return bundle.absolute().with_name(f"{bundle.absolute().name}.cache")
+    """Return the folder for what saves time and may be deleted; bundles side by side share it."""
+    return bundle.absolute().parent / CACHE
 
 
 def link_or_none(source: Path, target: Path) -> Path | None:

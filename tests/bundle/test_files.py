@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from freewheel.bundle import files
 from freewheel.bundle.files import (
     describe_files,
+    digests_ahead,
     disk_use,
     link_or_none,
     safe_path,
@@ -276,3 +280,43 @@ def test_where_links_are_impossible_none_is_returned(
     (tmp_path / "a").write_bytes(b"x")
     assert link_or_none(tmp_path / "a", tmp_path / "b") is None
     assert names_in(tmp_path) == ["a"]
+
+
+def test_digests_begun_ahead_are_taken_and_the_waiting_ones_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode() * 99)
+    read: list[str] = []
+    release = threading.Event()
+
+    def slow(path: Path) -> str:
+        read.append(path.name)
+        if path.name == "a":
+            release.wait(10)
+        return sha256_of(path)
+
+    expected = describe_files(tmp_path)
+    monkeypatch.setattr(files, "sha256_of", slow)
+    with digests_ahead([tmp_path / "a", tmp_path / "b"]) as ahead:
+        while "a" not in read:
+            time.sleep(0.001)
+        threading.Timer(0.05, release.set).start()
+        assert describe_files(tmp_path, ahead) == expected
+    assert sorted(read) == ["a", "b", "c"], "each file once, 'b' without waiting for 'a'"
+
+
+def test_digests_begun_ahead_are_left_when_the_block_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    release = threading.Event()
+    monkeypatch.setattr(files, "sha256_of", lambda path: str(release.wait(10)))
+    with (
+        contextlib.suppress(RuntimeError),
+        digests_ahead([tmp_path / "a", tmp_path / "b"]) as ahead,
+    ):
+        raise RuntimeError
+    release.set()
+    assert list(ahead.values())[1].cancelled()
