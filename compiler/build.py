@@ -22,7 +22,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from .. import __version__
-from ..bundle.files import describe_files, disk_use, link_or_none, staged_folder
+from ..bundle.files import describe_files, digests_ahead, disk_use, link_or_none, staged_folder
 from ..bundle.manifest import (
     CheckpointEntry,
     ConfigEntry,
@@ -50,6 +50,8 @@ from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .decide import write_decide_graph
 from .families import Cut, family_of
 from .families.base import StoredDtype
+from .footprint import weights_of
+from .footprint import weights_of
 from .forecast_build import forecast_build
 from .graphs import wanted_weights, write_graphs
 from .pipeline_parts import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
@@ -154,7 +156,11 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             "--weights baked", "means engines of one checkpoint, and this pipeline has two",
             "build with --weights inputs: engines are the same for both",
         )  # fmt: skip
-    with staged_folder(request.out, replace=request.replace) as folder:
+    with (
+        staged_folder(request.out, replace=request.replace) as folder,
+        # Reading tens of GB takes about as long as tracing, which leaves the disk idle.
+        digests_ahead(_shards_to_link(checkpoint, cut, folder)) as ahead,
+    ):
         (folder / "graphs").mkdir()
         clock.start("trace")
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
@@ -216,7 +222,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
                 str(request.out), "can't link the pipeline's files, which the extra graphs read",
                 "choose an --out on the file system of the checkpoint",
             )  # fmt: skip
-        files = describe_files(folder)
+        files = describe_files(folder, ahead)
         manifest = Manifest(
             freewheel_version=__version__,
             family=family.name,
@@ -423,6 +429,22 @@ def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
 def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
     """Return a lookup of stored dtypes; a missing tensor is reported when weights are brought."""
     return lambda name: checkpoint.tensors[name].dtype if name in checkpoint.tensors else "float32"
+
+
+def _shards_to_link(checkpoint: Checkpoint, cut: Cut, folder: Path) -> list[Path]:
+    """List the checkpoint's files that the bundle will share, as far as headers tell."""
+    stored = checkpoint.tensors
+    names = [n for n, (d, _) in weights_of(cut).items() if n in stored and stored[n].dtype == d]
+    device = folder.stat().st_dev
+    return sorted({stored[n].file for n in names if stored[n].file.stat().st_dev == device})
+
+
+def _shards_to_link(checkpoint: Checkpoint, cut: Cut, folder: Path) -> list[Path]:
+    """List the checkpoint's files that the bundle will share, as far as headers tell."""
+    stored = checkpoint.tensors
+    names = [n for n, (d, _) in weights_of(cut).items() if n in stored and stored[n].dtype == d]
+    device = folder.stat().st_dev
+    return sorted({stored[n].file for n in names if stored[n].file.stat().st_dev == device})
 
 
 def _hidden_spec(cut: Cut) -> TensorSpec:
