@@ -51,7 +51,6 @@ from .decide import write_decide_graph
 from .families import Cut, family_of
 from .families.base import StoredDtype
 from .footprint import weights_of
-from .footprint import weights_of
 from .forecast_build import forecast_build
 from .graphs import wanted_weights, write_graphs
 from .pipeline_parts import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
@@ -429,14 +428,6 @@ def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
 def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
     """Return a lookup of stored dtypes; a missing tensor is reported when weights are brought."""
     return lambda name: checkpoint.tensors[name].dtype if name in checkpoint.tensors else "float32"
-
-
-def _shards_to_link(checkpoint: Checkpoint, cut: Cut, folder: Path) -> list[Path]:
-    """List the checkpoint's files that the bundle will share, as far as headers tell."""
-    stored = checkpoint.tensors
-    names = [n for n, (d, _) in weights_of(cut).items() if n in stored and stored[n].dtype == d]
-    device = folder.stat().st_dev
-    return sorted({stored[n].file for n in names if stored[n].file.stat().st_dev == device})
 
 
 def _shards_to_link(checkpoint: Checkpoint, cut: Cut, folder: Path) -> list[Path]:
