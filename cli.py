@@ -215,6 +215,10 @@ def run(
     record_modulated_input: Annotated[
         bool, typer.Option(help="Record the modulated input too.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write an HTML page (.html); runs the request uncached as well."),
+    ] = None,
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 8,
     force: Annotated[
         bool, typer.Option(help="Run even where the forecast says that memory will not do.")
@@ -265,27 +269,53 @@ def run(
                 f"decisions known ahead: {ahead.computed_steps:.0f} of {ahead.steps} steps computed, "
                 f"ideal speedup {ahead.ideal_speedup:.2f}"
             )
-        recorder = (
-            TraceRecorder(record_modulated_input, record_tokens) if record is not None else None
-        )
+        if record is not None and report is not None:
+            raise RequestError("--record", "can't be given with --report", "make two runs")
+        recorder: Any = None
+        if record is not None:
+            recorder = TraceRecorder(record_modulated_input, record_tokens)
+        if report is not None:
+            from freewheel.tuning.report import ChangeRecorder
+
+            recorder = ChangeRecorder()
         with screen.progress():
             screen.phase("denoise", request.value("steps"))
             result = generator.generate(
                 request, recorder=recorder, on_step=lambda done, total: screen.advance("")
             )
         write_video(result.frames, out, fps)
-        if recorder is not None and record is not None:
+        if record is not None:
             recorder.trace().save(record)
         parameters = generator.transformer.session.resolved.parameters
         data = result.statistics.as_dict(parameters)
         for warning in data["warnings"]:
             screen.warn(warning)
+        if report is not None:
+            _report(report, generator, request, result, recorder, parameters)
+            screen.note(f"report: {report}")
         _run_tables(screen, data)
         screen.result(
             {"out": str(out), "cache": chosen.cache.model_dump(), "resolved": result.resolved,
              "phase_seconds": result.seconds, **data},
             [str(out)],
         )  # fmt: skip
+
+
+def _report(
+    path: Path, generator: Any, request: Any, result: Any, recorder: Any, parameters: Any
+) -> None:
+    """Write a run's page; the request is run uncached for it, watched alike."""
+    from dataclasses import replace
+
+    from freewheel.configs.setting import CacheSetting
+    from freewheel.tuning.report import ChangeRecorder, write_run_report
+
+    uncached = replace(request, cache=CacheSetting())
+    reference = generator.generate(uncached, recorder=ChangeRecorder())
+    write_run_report(
+        path, prompt=request.prompt, result=result, reference=reference, recorder=recorder,
+        parameters=parameters,
+    )  # fmt: skip
 
 
 def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
@@ -502,6 +532,7 @@ def bench(
         Path | None,
         typer.Option(help="Folder for bench.json, bench.md, videos and the contact sheet."),
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page (.html).")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -523,9 +554,14 @@ def bench(
             eager=eager, backend=backend, out=out, image=image,
         )  # fmt: skip
         with screen.progress():
-            report = bench_bundle(Bundle(bundle), request, screen, screen.warn)
-        screen.table("bench", report.columns, report.rows())
-        screen.result(report.as_dict(), [report.markdown()])
+            measured = bench_bundle(Bundle(bundle), request, screen, screen.warn)
+        if report is not None:
+            from freewheel.tuning.report import write_bench_report
+
+            write_bench_report(report, measured)
+            screen.note(f"report: {report}")
+        screen.table("bench", measured.columns, measured.rows())
+        screen.result(measured.as_dict(), [measured.markdown()])
 
 
 @app.command()

@@ -119,11 +119,22 @@ class Tea(_Accumulating):
 
 
 class Custom(_Accumulating):
-    """TeaCache's decision with a first-order forecast of the residual."""
+    """TeaCache's decision with a first-order forecast of the residual.
+
+    Attributes:
+        trend: Share of the last trend that the forecast follows; 1, with ``trend_decay`` 1, is the
+            published form.
+        trend_decay: Factor on that share per step since the last computed one.
+    """
 
     policy: ClassVar[str] = "custom"
 
     feature_caching: Literal["Custom"] = "Custom"
+    trend: Fraction | None = None
+    trend_decay: Fraction | None = None
+
+    def _parameters(self) -> dict[str, Value]:
+        return super()._parameters() | _given(trend=self.trend, trend_decay=self.trend_decay)
 
 
 class TaylorSeer(CachingConfig):

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..configs.policy_spec import HistorySpec, PolicySpec
-from .base import Decision, Policy, Step
+from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
+from .base import Decision, Policy, Step, hold
 from .forecast import taylor_mix
 from .teacache import TEACACHE_PARAMETERS, TEACACHE_SIGNALS, TEACACHE_STATE, accumulate
 
@@ -19,6 +19,10 @@ class Custom(Policy):
     Reference: Liu et al. 2024, TeaCache, arXiv 2411.19108, eq. 4 to 6 (decision); Liu et al. 2025,
         TaylorSeer, arXiv 2503.06923, eq. 2 and 3 with m = 1 (mix).
 
+    Differs: the forecast follows the last trend in part, and less the farther it reaches: undamped
+        it falls below plain holding at long gaps. ``trend`` 1 and ``trend_decay`` 1 are the
+        published form; the defaults are the least-squares fit of the demo model, which hardly
+        depends on the gap between the two residuals (docs/explanation/caching.md).
     Differs: the forecast is of the whole residual, not of every module's output; by linearity the
         two differ only by the change of the gates between steps.
     Differs: as `TeaCache`.
@@ -31,7 +35,21 @@ class Custom(Policy):
         kept=["previous_signal"],
         history=HistorySpec(maximum=2, depth=2),
         state=TEACACHE_STATE,
-        parameters=TEACACHE_PARAMETERS,
+        parameters={
+            **TEACACHE_PARAMETERS,
+            "trend": ParameterSpec(
+                default=0.65,
+                minimum=0.0,
+                maximum=1.0,
+                meaning="share of the last trend that a forecast follows, 0 (hold) to 1 (published)",
+            ),
+            "trend_decay": ParameterSpec(
+                default=0.9,
+                minimum=0.0,
+                maximum=1.0,
+                meaning="factor on that share per step since the last computed one, 0 to 1 (published)",
+            ),
+        },
         distance="distance",
         reference="TeaCache, arXiv 2411.19108; TaylorSeer, arXiv 2503.06923",
     )
@@ -47,4 +65,7 @@ class Custom(Policy):
     ) -> Decision:
         """Decide from the accumulated distance; see `Policy.decide`."""
         compute, new_state = accumulate(step, signal, kept["previous_signal"], state, parameters)
-        return Decision(compute, taylor_mix(step, 1), new_state)
+        ahead = (step.step_index - step.computed_steps[0]).to(parameters["trend"].dtype)
+        share = parameters["trend"] * parameters["trend_decay"] ** ahead
+        held = hold(step)
+        return Decision(compute, held + share * (taylor_mix(step, 1) - held), new_state)

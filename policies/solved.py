@@ -24,7 +24,8 @@ class Solved(Policy):
     The tables are made for a number of steps, ``steps``; a run of S steps takes at step t the row
     ``⌊t · steps / S⌋`` and computes where the rows since the last step hold a computed one. A run
     of as many steps as the tables were made for follows them exactly; others stretch them, which
-    keeps the ratios of gaps that a mix depends on.
+    keeps the ratios of gaps that a mix depends on. A row of zeros, or one that asks for a residual
+    that is not there, holds the newest.
 
     Reference: ALGORITHMS 7; tables come from least squares and dynamic programming over traces
         (`freewheel.tuning.solve`).
@@ -82,7 +83,7 @@ class Solved(Policy):
         table = parameters["mix"].view(MAXIMUM_STEPS, HISTORY)
         mix = table.index_select(0, row.reshape(1)).squeeze(0)
         mix = torch.where(torch.arange(HISTORY) < parameters["history"], mix, 0.0)
-        is_missing = ((step.computed_steps < 0) & (mix != 0)).any()
+        is_missing = ((step.computed_steps < 0) & (mix != 0)).any() | (mix == 0).all()
         return Decision(step.must_compute | due, torch.where(is_missing, hold(step), mix), {})
 
 

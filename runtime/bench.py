@@ -111,7 +111,17 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """The whole table."""
+    """The whole table.
+
+    Attributes:
+        steps: Denoise steps.
+        rounds: Interleaved rounds.
+        pairs: Prompt and seed pairs.
+        backend: Name of the backend.
+        precision: Of the body.
+        entries: One row per setting, as `BenchRow.as_dict` has it.
+        pictures: Frames of the first pair by setting, the uncached run's first.
+    """
 
     steps: int
     rounds: int
@@ -119,6 +129,7 @@ class BenchReport:
     backend: str
     precision: str
     entries: list[dict[str, Any]]
+    pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
 
     columns = (
         "setting", "computed", "seconds", "speedup", "ideal", "efficiency",
@@ -238,10 +249,10 @@ def bench_bundle(
             watcher.advance(EAGER)
     report = BenchReport(
         steps, rounds, len(pairs), generator.transformer.session.model.backend.name,
-        bundle.manifest.precision, [r.as_dict() for r in rows.values()],
+        bundle.manifest.precision, [r.as_dict() for r in rows.values()], pictures,
     )  # fmt: skip
     if request.out is not None:
-        _write(request.out, report, pictures)
+        _write(request.out, report)
     return report
 
 
@@ -310,15 +321,15 @@ def _make_folder(folder: Path) -> None:
         ) from error
 
 
-def _write(folder: Path, report: BenchReport, pictures: dict[str, NDArray[np.uint8]]) -> None:
+def _write(folder: Path, report: BenchReport) -> None:
     (folder / "bench.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
     title = (
         f"{report.steps} steps, {report.backend}, {report.precision}, "
         f"{report.pairs} prompt and seed pairs, {report.rounds} rounds"
     )
     (folder / "bench.md").write_text(f"{title}\n\n{report.markdown()}\n", encoding="utf-8")
-    for name, frames in pictures.items():
+    for name, frames in report.pictures.items():
         stem = name.replace(" ", "_")
         write_video(frames, folder / f"{stem}.mp4")
         write_video(frames, folder / f"{stem}.gif")
-    write_video(contact_sheet(pictures)[None], folder / "contact_sheet.png")
+    write_video(contact_sheet(report.pictures)[None], folder / "contact_sheet.png")

@@ -15,7 +15,8 @@ import torch
 
 from ..bundle.reader import Bundle
 from ..configs.caching import CachingConfig
-from ..configs.errors import OutputError, RequestError
+from ..configs.errors import RequestError
+from ..configs.output import write_text
 from ..configs.policy_configs import Custom, Mag, Solved, Tea
 from ..runtime.bench import Watcher
 from ..runtime.forecast import forecast
@@ -146,17 +147,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     Raises:
         OutputError: it can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(_text(calibration.as_dict()), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            str(path), f"can't be written: {error.strerror}", "choose another file"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, _text(calibration.as_dict()), "choose another --out")
 
 
 def _text(data: dict[str, Any]) -> str:

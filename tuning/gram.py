@@ -122,7 +122,7 @@ class GramRecorder:
     def _add_up(self) -> None:
         for step_index, by_branch in self._vectors.items():
             vectors = torch.cat([by_branch[name] for name in self.changes])
-            gram = (vectors @ vectors.T).double().cpu().numpy() / vectors.shape[1]
+            gram = (vectors.double() @ vectors.double().T).cpu().numpy() / vectors.shape[1]
             self._sums[step_index] = self._sums.get(step_index, 0.0) + gram
         self._vectors.clear()
 

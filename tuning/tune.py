@@ -14,8 +14,9 @@ import numpy as np
 from ..bundle.manifest import ConfigEntry
 from ..bundle.reader import Bundle
 from ..configs.caching import CachingConfig
-from ..configs.errors import OutputError, RequestError
+from ..configs.errors import RequestError
 from ..configs.load import read_configs
+from ..configs.output import write_text
 from ..configs.policy_configs import CODEBOOKS, Ada, Custom, Mag, Solved, TaylorSeer, Tea
 from ..runtime.bench import BenchRequest, Watcher, bench_bundle
 from ..runtime.generate import GenerationRequest, Generator
@@ -209,18 +210,8 @@ def save_config(config: CachingConfig, path: Path) -> None:
     Raises:
         OutputError: it can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.model_dump(exclude_none=True, mode="json"))
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            str(path), f"can't be written: {error.strerror}", "choose another file"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(config.model_dump(exclude_none=True, mode="json"))
+    write_text(path, text + "\n", "choose another --out")
 
 
 def _record(

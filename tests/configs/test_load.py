@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from freewheel.configs.errors import ConfigError
-from freewheel.configs.load import load_config, parse_config, shipped_configs
+from freewheel.configs.load import load_config, parse_config, read_configs, shipped_configs
 from freewheel.configs.policy_configs import CACHING_CONFIGS, CODEBOOKS
 from freewheel.policies import POLICIES
 
@@ -100,14 +101,64 @@ def test_shipped_config_loads_by_stem_by_folder_and_by_path(name: str) -> None:
 
 def test_no_two_shipped_configs_share_a_name() -> None:
     folder = shipped_configs()["shapes_wan_off"].parents[1]
-    assert len(shipped_configs()) == len(list(folder.rglob("*.json"))) == 17
+    assert len(shipped_configs()) == len(list(folder.rglob("*.json"))) == 20
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "solved"])
 def test_policy_name_means_its_defaults(policy: str) -> None:
     config = load_config(policy)
     assert config.name == config.setting().policy == policy
     assert config.setting().parameters == {}
+
+
+def test_policy_without_defaults_says_where_its_tables_come_from() -> None:
+    with pytest.raises(ConfigError, match="freewheel calibrate"):
+        load_config("solved")
+
+
+def test_one_of_several_configs_of_a_file_is_named_after_a_hash(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    configs = {"slow": {"feature_caching": "NoCaching"}, "fast": {"feature_caching": "Tea"}}
+    path.write_text(json.dumps({"configs": configs, "calibration": {}}))
+    assert load_config(f"{path}#fast").name == "fast"
+    assert {n: c.policy for n, c in read_configs(path).items()} == {
+        "slow": "off",
+        "fast": "teacache",
+    }
+    with pytest.raises(ConfigError, match="did you mean 'fast'"):
+        load_config(f"{path}#fats")
+    with pytest.raises(ConfigError, match="several configs; name one"):
+        load_config(path)
+    (tmp_path / "plain.json").write_text('{"feature_caching": "Tea"}')
+    with pytest.raises(ConfigError, match="holds no 'configs'"):
+        load_config(f"{tmp_path / 'plain.json'}#fast")
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ([[], [1.0]], "one row in 'mix' for each of 'infer_steps' 3, not 2"),
+        ({"cond": [[1.0], [], []]}, "an empty first row in 'mix.cond'"),
+        ([[], [1, 0, 0, 0, 0], []], "at most 4 values"),
+    ],
+)
+def test_solved_tables_that_fit_no_run_are_refused(mix: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_config({"feature_caching": "Solved", "infer_steps": 3, "mix": mix}, where="x")
+
+
+def test_solved_and_magcache_tables_become_parameters_per_branch() -> None:
+    rows = {"cond": [[], [1.5, -0.5], []], "uncond": [[], [], [1.0]]}
+    solved = parse_config({"feature_caching": "Solved", "infer_steps": 3, "mix": rows}, where="x")
+    setting = solved.setting()
+    assert setting.branches["cond"]["reuse"] == [0, 1, 0]
+    assert setting.for_branch("cond").parameters["mix"] == [1, 0, 0, 0, 1.5, -0.5, 0, 0, 1, 0, 0, 0]
+    assert setting.for_branch("uncond").parameters["history"] == 1
+    mag = parse_config(
+        {"feature_caching": "Mag", "magcache_ratios": [1.0, 0.9]}, where="x"
+    ).setting()
+    assert mag.parameters == {"steps": 2, "ratios": [1.0, 0.9]}
+    assert mag.branches == {}
 
 
 def test_demo_configs_have_the_demo_models_size() -> None:

@@ -155,14 +155,18 @@ def newton(t, history):
 
 
 class Custom(TeaCache):
-    """ALGORITHMS 4."""
+    """ALGORITHMS 4, the trend damped by trend · trend_decay^(t − s)."""
+
+    def __init__(self, threshold, coefficients, trend, trend_decay):
+        super().__init__(threshold, coefficients)
+        self.trend, self.trend_decay = trend, trend_decay
 
     def forecast(self, t, history):
         if len(history) == 1:
             return history[0][1]
         (s, newest), (p, older) = history[:2]
-        g = s - p
-        return (1 + (t - s) / g) * newest - (t - s) / g * older
+        slope = (newest - older) / (s - p)
+        return newest + self.trend * self.trend_decay ** (t - s) * (t - s) * slope
 
 
 class AdaCache(_Law):
@@ -262,6 +266,6 @@ class Solved(_Law):
 
     def forecast(self, t, history):
         factors = self.mix[self.rows[t]]
-        if len(history) < 4 and any(factors[len(history) :]):
+        if not any(factors) or any(factors[len(history) :]):
             return history[0][1]
         return sum(f * r for f, (_, r) in zip(factors, history, strict=False))

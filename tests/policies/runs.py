@@ -59,7 +59,7 @@ def reference_law(
         return reference.Off()
     if setting.policy in ("teacache", "custom"):
         law = reference.TeaCache if setting.policy == "teacache" else reference.Custom
-        return law(p["threshold"], p["coefficients"])
+        return law(**p)
     if setting.policy == "taylorseer":
         return reference.TaylorSeer(p["interval"], p["order"], p["variant"])
     if setting.policy == "magcache":

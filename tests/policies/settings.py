@@ -62,6 +62,9 @@ SETTINGS: dict[str, CacheSetting] = {
         policy="teacache", parameters={"threshold": 3.0}, guard=GuardSetting(max_reused=5)
     ),
     "custom": CacheSetting(policy="custom", parameters={"threshold": 0.4}),
+    "custom_published": CacheSetting(
+        policy="custom", parameters={"threshold": 0.4, "trend": 1.0, "trend_decay": 1.0}
+    ),
     "taylor_default": CacheSetting(policy="taylorseer"),
     "taylor_3_uneven": CacheSetting(
         policy="taylorseer",

@@ -13,7 +13,7 @@ from freewheel.configs.setting import CacheSetting
 from freewheel.runtime.generate import Generator
 from freewheel.tuning.gram import GramRecorder
 
-STEPS, GUIDANCE, LAG = 8, 3.0, 2
+STEPS, GUIDANCE = 24, 3.0
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,9 @@ def recorded(generator: Generator, request_of: Any) -> tuple[GramRecorder, list[
 
 def test_changes_and_ratios_are_those_of_the_residuals(recorded: Any) -> None:
     recorder, kept = recorded
-    expected = [
-        float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(kept)
-    ]
+    expected = [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(kept)]
     assert recorder.changes["cond"][1] == pytest.approx(expected, rel=1e-5)
-    ratios = [
-        float((b.norm(dim=-1) / a.norm(dim=-1)).mean())
-        for a, b in pairwise(kept)
-    ]
+    ratios = [float((b.norm(dim=-1) / a.norm(dim=-1)).mean()) for a, b in pairwise(kept)]
     assert recorder.ratios["cond"][1] == pytest.approx(ratios, rel=1e-5)
     assert [len(r) for r in recorder.changes["uncond"]] == [STEPS - 1] * 2
 
@@ -55,7 +50,7 @@ def test_sums_are_whole_symmetric_and_zero_before_the_first_step(recorded: Any) 
     assert grams.branches == ("cond", "uncond")
     assert grams.runs == 2
     assert grams.values.shape == (STEPS, 10, 10)
-    np.testing.assert_allclose(grams.values, np.swapaxes(grams.values, 1, 2))
+    np.testing.assert_allclose(grams.values, np.swapaxes(grams.values, 1, 2), rtol=1e-9, atol=1e-12)
     assert (grams.values[0][1:5, :] == 0).all()
     assert (np.diagonal(grams.values[5]) > 0).all()
 
@@ -79,7 +74,7 @@ def test_gram_tells_the_output_error_of_a_reused_step(
         reuse = [1 - c for c in computed]
         return CacheSetting(policy="solved", parameters={"steps": STEPS, "reuse": reuse})
 
-    for t in (3, 5):
+    for t in (9, 14):
         for name, setting in (("off", CacheSetting()), ("hold", reuse_at(t))):
             seen: list[torch.Tensor] = []
 

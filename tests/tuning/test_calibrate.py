@@ -1,0 +1,77 @@
+"""One calibration of the demo model, from prompts to configs that run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.progress import Silent
+from freewheel.configs.errors import OutputError
+from freewheel.configs.load import load_config, read_configs
+from freewheel.runtime.generate import Generator
+from freewheel.runtime.settings import config_entry
+from freewheel.tuning.calibrate import (
+    Calibration,
+    CalibrationRequest,
+    calibrate,
+    few_steps_advice,
+    save_calibration,
+)
+
+PROMPTS = [
+    "a red circle moving right on a gray background",
+    "a white ring growing on a navy background",
+]
+
+
+@pytest.fixture(scope="session")
+def calibration(demo_bundle: Bundle) -> Calibration:
+    request = CalibrationRequest(PROMPTS, speedups=(2.0, 60.0), steps=16, window=6)
+    return calibrate(demo_bundle, request, Silent(), lambda text: None)
+
+
+def test_every_policy_gets_a_config_of_the_wanted_speedup(calibration: Calibration) -> None:
+    assert "solved_2x" in calibration.configs
+    assert "magcache_2x" in calibration.configs
+    solved = calibration.configs["solved_2x"].setting()
+    for branch in solved.branches.values():
+        assert branch["reuse"].count(0) == 8
+    assert set(solved.branches) == {"cond", "uncond"}
+
+
+def test_what_can_not_be_reached_is_left_out_with_a_reason(calibration: Calibration) -> None:
+    assert "solved_60x" not in calibration.configs
+    assert "0 computed steps" in calibration.left_out["solved_60x"]
+    assert "at most" in calibration.left_out["magcache_60x"]
+
+
+def test_file_is_read_back_and_its_configs_run(
+    calibration: Calibration, generator: Generator, request_of: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "calibration.json"
+    save_calibration(calibration, path)
+    assert set(read_configs(path)) == set(calibration.configs)
+    assert json.loads(path.read_text())["calibration"]["prompts"] == PROMPTS
+    setting = config_entry(load_config(f"{path}#solved_2x")).cache
+    result = generator.generate(request_of(setting, steps=16))
+    assert result.statistics.computed_steps == 8
+    assert result.statistics.folded
+    mixes = [m for m in result.statistics.branches["cond"].mix if m]
+    assert len({tuple(m) for m in mixes}) > 1, "each reused step has its own mix"
+
+
+def test_unwritable_file_is_one_error(calibration: Calibration, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="can't be written"):
+        save_calibration(calibration, tmp_path / "file" / "calibration.json")
+
+
+def test_few_steps_are_advised_against(demo_bundle: Bundle) -> None:
+    told: list[str] = []
+    request = CalibrationRequest(PROMPTS[:1], speedups=(2.0,), steps=6, window=4)
+    calibrate(demo_bundle, request, Silent(), told.append)
+    assert few_steps_advice(6) in told

@@ -1,0 +1,72 @@
+"""Tuning on the demo model: replay ranks, runs confirm, one config is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.progress import Silent
+from freewheel.configs.errors import RequestError
+from freewheel.configs.load import load_config
+from freewheel.tuning.tune import Goal, TuneReport, TuneRequest, save_config, tune
+
+PROMPTS = [
+    "a red circle moving right on a gray background",
+    "a white ring growing on a navy background",
+]
+
+
+@pytest.fixture(scope="module")
+def report(demo_bundle: Bundle) -> TuneReport:
+    request = TuneRequest(Goal(speedup=1.2), PROMPTS, traces=1, confirm=3, steps=12)
+    return tune(demo_bundle, request, Silent(), lambda text: None)
+
+
+def test_candidates_are_ranked_by_replay_without_doubles(report: TuneReport) -> None:
+    speeds = [c.ideal_speedup for c in report.candidates]
+    assert speeds == sorted(speeds)
+    assert min(speeds) > 1
+    assert len({c.config.policy for c in report.candidates}) >= 4
+    assert len({c.name for c in report.candidates}) == len(report.candidates)
+
+
+def test_only_what_is_fast_enough_is_run_and_the_best_of_it_chosen(report: TuneReport) -> None:
+    assert len(report.rows) == 3
+    assert all(r["ideal_speedup"] >= 1.2 for r in report.rows)
+    met = {r["name"]: r["psnr_mean"] for r in report.rows if r["speedup"] >= 1.2}
+    assert (report.chosen in met) if met else report.chosen is None
+    if met:
+        assert met[report.chosen] == max(met.values())
+    assert report.held_out
+    assert len(report.table()) == 3
+
+
+def test_chosen_config_is_written_and_loads(report: TuneReport, tmp_path: Path) -> None:
+    name, config = next(iter(report.configs.items()))
+    save_config(config, tmp_path / "tuned.json")
+    assert load_config(tmp_path / "tuned.json").setting() == config.setting(), name
+
+
+def test_quality_goal_takes_the_front_of_error_over_speed(demo_bundle: Bundle) -> None:
+    told: list[str] = []
+    request = TuneRequest(Goal(psnr=5.0), PROMPTS[:1], confirm=3, steps=12)
+    found = tune(demo_bundle, request, Silent(), told.append)
+    assert any("too few prompts" in text for text in told)
+    assert not found.held_out
+    fastest = max(found.rows, key=lambda r: r["speedup"])
+    assert found.chosen == fastest["name"], "5 dB is met by all"
+    assert found.rank_correlation is not None
+
+
+@pytest.mark.parametrize("goal", [{}, {"speedup": 2.0, "psnr": 30.0}])
+def test_exactly_one_goal_is_taken(goal: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match="give one of"):
+        Goal(**goal)
+
+
+def test_a_speedup_beyond_every_candidate_is_one_error(demo_bundle: Bundle) -> None:
+    request = TuneRequest(Goal(speedup=50.0), PROMPTS[:1], steps=4)
+    with pytest.raises(RequestError, match="beyond every candidate"):
+        tune(demo_bundle, request, Silent(), lambda text: None)
