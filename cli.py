@@ -103,7 +103,10 @@ def build(
     ] = None,
     build_cache: Annotated[
         Path | None,
-        typer.Option(help="Folder of TensorRT's timing cache; default: the bundle's with .cache."),
+        typer.Option(
+            help="Folder of TensorRT's timings and engines that bundles share; "
+            "default: freewheel-cache beside the bundle."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
@@ -426,6 +429,9 @@ def inspect(
     width: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames to forecast for.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to forecast for.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Graph whose layers to list, as TensorRT built them.")
+    ] = None,
     config: Annotated[
         str, typer.Option("--config", "--config_json", help="Before building: caching config.")
     ] = "off",
@@ -451,7 +457,7 @@ def inspect(
             screen.result(data, render_plan(data))
             return
         data = inspect_bundle(
-            Bundle(target), height=height, width=width, frames=frames, steps=steps
+            Bundle(target), height=height, width=width, frames=frames, steps=steps, engine=engine
         )
         screen.result(data, render(data))
 

@@ -48,6 +48,7 @@ from ..policies import POLICIES
 from .bake import check_group_blocks, write_groups
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .decide import write_decide_graph
+from .engine_store import EngineStore
 from .families import Cut, family_of
 from .families.base import StoredDtype
 from .footprint import weights_of
@@ -311,17 +312,19 @@ def compile_graphs(
 def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> None:
     """Compile one portable graph, after the passes that its backend needs."""
     passes = backend_pipeline(backend.name)
-    if not passes:
-        backend.compile(graph, target, out)
+    model, changed = run_passes(ir.load(graph), passes) if passes else (None, [])
+    if model is not None and changed:
+        # Kept: a runtime without our passes compiles it again where the engine does not fit.
+        graph = graph.with_name(f"{graph.stem}.{backend.name}.onnx")
+        ir.save(model, graph)
+    store: EngineStore | None = None
+    if isinstance(backend, ProfiledBackend) and backend.cache_folder is not None:
+        store = EngineStore(backend, backend.cache_folder)
+    if store is not None and store.take(graph, target, out):
         return
-    model, changed = run_passes(ir.load(graph), passes)
-    if not changed:
-        backend.compile(graph, target, out)
-        return
-    # Kept: a runtime without our passes compiles it again where the engine does not fit.
-    adapted = graph.with_name(f"{graph.stem}.{backend.name}.onnx")
-    ir.save(model, adapted)
-    backend.compile(adapted, target, out)
+    backend.compile(graph, target, out)
+    if store is not None:
+        store.keep(graph, target, out)
 
 
 def complete_target(backend: Backend, target: Target) -> Target:

@@ -16,9 +16,11 @@ from rich.table import Table
 from ..bundle.files import disk_use
 from ..bundle.manifest import EngineSetEntry
 from ..bundle.reader import MANIFEST, Bundle
+from ..configs.errors import RequestError, nearest
 from ..configs.setting import CacheSetting
 from ..engines import backend_class
 from ..engines.record import EngineRecord
+from .engine_layers import ENGINE_COLUMNS, LAYER_COLUMNS, attention_of, engine_rows, layer_rows
 from .families import Cut
 from .fit import forecast_memory
 from .flops import step_flops
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 WIDTH = 110
-TEXT_COLUMNS = ("runs", "precision", "operators", "policy", "computed steps")
+TEXT_COLUMNS = ("runs", "precision", "operators", "policy", "computed steps", *LAYER_COLUMNS)
 
 
 def inspect_bundle(
@@ -47,6 +49,7 @@ def inspect_bundle(
     width: int | None = None,
     frames: int | None = None,
     steps: int | None = None,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Describe a bundle and forecast a run at a size.
 
@@ -56,16 +59,20 @@ def inspect_bundle(
         width: Pixels.
         frames: Frames of the video.
         steps: Denoise steps.
+        engine: Graph whose engines' layers `render` lists one by one.
 
     Returns:
         Plain data, as ``inspect --json`` prints it. Every size is in bytes, every count of
         operations in FLOPs of one branch.
 
     Raises:
-        RequestError: a size that VAE or patches do not divide.
+        RequestError: a size that VAE or patches do not divide, or an engine that there isn't.
         BundleError: an engine's record or a graph can't be read.
     """
     manifest, cut = bundle.manifest, cut_of(bundle)
+    if engine is not None and engine not in manifest.graphs:
+        hint = nearest(engine, list(manifest.graphs))
+        raise RequestError(f"engine '{engine}'", "is not in the bundle", hint)
     generation = manifest.configs[manifest.default_config].generation
     size = size_of(generation, height=height, width=width, frames=frames, steps=steps)
     dims = dims_of(cut, size, bundle_pipeline(bundle))
@@ -90,6 +97,7 @@ def inspect_bundle(
         "graphs": {name: describe_graph(bundle, name) for name in manifest.graphs},
         "tensors": describe_tensors(bundle),
         "engines": [describe_engines(bundle, entry) for entry in manifest.engines],
+        "engine": engine,
         "disk": {"bytes": total, "own_bytes": own, "linked_bytes": total - own},
         "size": vars(size),
         "dims": dims,
@@ -151,6 +159,8 @@ def describe_engines(bundle: Bundle, entry: EngineSetEntry) -> dict[str, Any]:
             "precision": record.precision,
             "version": record.version,
             "machine": record.machine,
+            "layers": len(record.details.get("layers", ())),
+            "attention": attention_of(record.details),
             "details": dict(record.details),
         }
     available = backend_class(entry.backend).probe()
@@ -204,7 +214,19 @@ def render(data: Mapping[str, Any]) -> list[str]:
             f"engines: {engines['backend']} for {engines['target']}, {amount(engines['bytes'])}, "
             f"compiled in {engines['seconds']} s{note}"
         ]
+        lines += _render_layers(engines, data["engine"])
     return [*lines, "", *render_forecast(data), *_render_speedups(data)]
+
+
+def _render_layers(engines: Mapping[str, Any], chosen: str | None) -> list[str]:
+    """Draw what a builder made of each graph, where it tells; and the layers of one of them."""
+    graphs = engines["graphs"]
+    rows = engine_rows(graphs, amount)
+    lines = ["", *_table("what the builder made", ENGINE_COLUMNS, rows)] if rows else []
+    if chosen in graphs and graphs[chosen]["attention"] is not None:
+        title = f"layers of '{chosen}' for {engines['backend']}"
+        lines += _table(title, LAYER_COLUMNS, layer_rows(graphs[chosen]["details"]))
+    return lines
 
 
 def render_forecast(data: Mapping[str, Any]) -> list[str]:

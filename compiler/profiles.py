@@ -111,7 +111,7 @@ def profiles_of(
         cut: The model, cut.
         ranges: What `dim_ranges` returned.
     """
-    deepest = max(p.spec.history.maximum for p in policies.values())
+    deepest = max((p.spec.history.maximum for p in policies.values()), default=1)
     ranges = {**ranges, "slots": (1, min(2, deepest), deepest)}
     by_graph = {p.graph: p for p in policies.values()}
     return {

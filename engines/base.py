@@ -139,8 +139,12 @@ class ProfiledBackend(Protocol):
         progress: Called with a phase of one engine's build, its finished steps and their number.
     """
 
+    name: ClassVar[str]
     cache_folder: Path | None
     progress: Callable[[str, int, int], None] | None
+
+    def compiler_version(self) -> str:
+        """Return the compiler's version; engines of another one are other engines."""
 
     def complete(self, target: Target) -> Target:
         """Return ``target`` with what it leaves open filled in, before any graph is traced.

@@ -7,6 +7,7 @@ one is never handed to a runtime.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -129,11 +130,21 @@ def engine_folder(out: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that readers see whole or not at all, in a folder made where needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that readers see whole or not at all, in a folder made where needed.
+
+    Raises:
+        OutputError: the disk is full or the place can't be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as fault:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        what = f"can't be written ({fault.strerror or fault})"
+        raise OutputError(str(path), what, "free some space or choose another folder") from fault
 
 
 def _specs(content: dict[str, Any]) -> dict[str, TensorSpec]:

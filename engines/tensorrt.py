@@ -63,6 +63,10 @@ class TensorRT:
         self._scratch = Scratch(self.device)
         self._runtime_cache: Any = None
 
+    def compiler_version(self) -> str:
+        """Return the package's version."""
+        return str(_import(self.module).__version__)
+
     @classmethod
     def probe(cls) -> Availability:
         """Say whether the package and a GPU are there."""
@@ -282,4 +286,5 @@ def _details(plan: Plan, target: Target, inputs: Any) -> dict[str, Any]:
         "activation_bytes": plan.activation_bytes,
         "nodes": plan.nodes,
         "layers": plan.layers,
+        "shape_inputs": plan.shape_inputs,
     }

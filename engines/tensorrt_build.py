@@ -46,12 +46,14 @@ class Plan:
         activation_bytes: Scratch memory at the largest profile; None where it wasn't reported.
         nodes: ONNX operator → how many nodes the parser saw.
         layers: What runs on the GPU, in order: name, type, kernel and the ONNX nodes inside.
+        shape_inputs: Inputs that TensorRT reads in host memory, since shapes depend on them.
     """
 
     content: memoryview
     activation_bytes: int | None
     nodes: Mapping[str, int]
     layers: Sequence[Mapping[str, Any]]
+    shape_inputs: Sequence[str]
 
 
 def known_capabilities(trt: Any) -> list[str]:
@@ -131,7 +133,14 @@ def _build(
     if timing_cache:
         write_whole(timing_cache, bytes(config.get_timing_cache().serialize()))
     nodes = Counter(node.op_type for node in model.graph.node)
-    return Plan(memoryview(content), journal.activation_bytes, dict(nodes), journal.layers)
+    given = [network.get_input(index) for index in range(network.num_inputs)]
+    return Plan(
+        content=memoryview(content),
+        activation_bytes=journal.activation_bytes,
+        nodes=dict(nodes),
+        layers=journal.layers,
+        shape_inputs=[tensor.name for tensor in given if tensor.is_shape_tensor],
+    )
 
 
 def _parse(

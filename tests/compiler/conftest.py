@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,18 @@ def bfloat16_block(bfloat16_graphs: tuple[Path, dict[str, GraphEntry]]) -> onnx.
 @pytest.fixture
 def traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let builds take their traced graphs from the tiny bundle, and leave samplers out."""
+    take_traced(tiny_bundle, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def traced_module(tiny_bundle: Bundle) -> Iterator[None]:
+    """Likewise, for builds that several tests look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_traced(tiny_bundle, patch)
+        yield
+
+
+def take_traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = tiny_bundle.manifest.graphs
 
     def take(name: str, folder: Path) -> GraphEntry:

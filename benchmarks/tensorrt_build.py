@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seconds, size and peak memory of every TensorRT-RTX engine of a geometry, with no GPU needed.
+
+    python benchmarks/tensorrt_build.py wan2.1-t2v-1.3b --precision bfloat16
+    python benchmarks/tensorrt_build.py wan2.1-i2v-14b-480p --graphs block,body_0_0 --layers 1
+
+A checkpoint of random weights is written and traced, with its blocks also as one group with their
+weights inside. Each engine is then built in a process of its own, whose peak resident memory is
+read at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from synthetic import GEOMETRIES, write_checkpoint
+
+SLOW_IMPORTS = ["torch", "freewheel.compiler.build", "freewheel.engines.tensorrt", "tensorrt_rtx"]
+
+
+def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queue: Any) -> None:
+    """Write a bundle without engines, and every graph's profiles into ``queue``."""
+    from freewheel.bundle.reader import Bundle
+    from freewheel.compiler.build import BuildRequest, build
+    from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
+    from freewheel.compiler.recut import cut_of
+    from freewheel.runtime.settings import config_entries
+
+    configs = config_entries(["off"], typer.echo)
+    request = BuildRequest(
+        model=checkpoint, out=Path(out), backends=[], configs=configs, weights="baked",
+        precision=precision,  # type: ignore[arg-type]  # a name of theirs
+    )  # fmt: skip
+    began = time.perf_counter()
+    manifest = build(request).manifest
+    seconds = time.perf_counter() - began
+    cut = cut_of(Bundle(out))
+    asked = BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items()})
+    ranges = dim_ranges(cut, asked, configs, None)
+    graphs = {n: (g.file, g.precision) for n, g in manifest.graphs.items()}
+    queue.put(
+        (graphs, profiles_of(manifest.graphs, manifest.policies, cut, ranges), ranges, seconds)
+    )
+
+
+def build_engine(graph: str, target: dict[str, Any], out: str, queue: Any) -> None:
+    """Build one engine and put what it took into ``queue``."""
+    from freewheel.compiler.build import compile_graph
+    from freewheel.engines import Target, backend
+
+    # The server that this process was forked from has imported everything.
+    imported = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    began = time.perf_counter()
+    try:
+        compile_graph(
+            backend("tensorrt-rtx", to_build=True), Path(graph), Target(**target), Path(out)
+        )
+    except Exception as fault:
+        queue.put({"fault": str(fault)})
+        return
+    seconds = time.perf_counter() - began
+    details = json.loads((Path(out) / "engine.json").read_text())["details"]
+    layers = details["layers"]
+    queue.put(
+        {
+            "seconds": seconds,
+            "plan_bytes": (Path(out) / "model.plan").stat().st_size,
+            "imported_bytes": imported,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+            "activation_bytes": details["activation_bytes"],
+            "nodes": sum(details["nodes"].values()),
+            "attention_nodes": details["nodes"].get("Attention", 0),
+            "layers": len(layers),
+            "fused_attention": sum("mha" in layer["kernel"] for layer in layers),
+        }
+    )
+
+
+def call(context: Any, function: Any, *arguments: Any) -> Any:
+    """Run a function that answers through a queue in a process of its own."""
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    while process.is_alive() and queue.empty():
+        time.sleep(0.01)
+    if queue.empty():
+        raise typer.Exit(f"{function.__name__}{arguments[:1]} died with {process.exitcode}")  # type: ignore[arg-type]
+    found = queue.get()
+    process.join()
+    return found
+
+
+def main(
+    geometry: Annotated[str, typer.Argument(help=f"One of {', '.join(GEOMETRIES)}.")],
+    precision: Annotated[str, typer.Option(help="Precision of the body.")] = "bfloat16",
+    layers: Annotated[int, typer.Option(help="Blocks in the group with weights inside.")] = 2,
+    height: Annotated[str, typer.Option(help="A size or min:opt:max, as below.")] = "480",
+    width: Annotated[str, typer.Option(help="Pixels.")] = "832",
+    frames: Annotated[str, typer.Option(help="Frames.")] = "17:81:81",
+    capabilities: Annotated[str, typer.Option(help="Comma-separated.")] = "8.0,8.9,12.0",
+    graphs: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the table and its JSON.")] = Path(
+        "out/bench"
+    ),
+) -> None:
+    """Build every engine of one geometry and measure each."""
+    out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
+    sizes = {"height": height, "width": width, "frames": frames}
+    with tempfile.TemporaryDirectory(dir=out) as name:
+        folder = Path(name)
+        write_checkpoint(geometry, folder / "model", layers, precision)
+        bundle = folder / "bundle"
+        found, profiles, ranges, traced = call(
+            context, trace, str(folder / "model"), str(bundle), precision, sizes
+        )
+        rows = {}
+        for graph in graphs.split(",") if graphs else found:
+            file, own = found[graph]
+            target = {
+                "precision": own, "profiles": profiles[graph],
+                "compute_capabilities": tuple(capabilities.split(",")),
+            }  # fmt: skip
+            arguments = (str(bundle / file), target, str(folder / "engines" / graph))
+            rows[graph] = call(context, build_engine, *arguments)
+            typer.echo(f"{graph}: {json.dumps(rows[graph])}", err=True)
+    data = {
+        "geometry": geometry, "precision": precision, "layers": layers, "ranges": ranges,
+        "capabilities": capabilities, "trace_seconds": traced, "engines": rows,
+    }  # fmt: skip
+    stem = f"tensorrt_build-{geometry}-{precision}"
+    (out / f"{stem}.json").write_text(json.dumps(data, indent=1))
+    (out / f"{stem}.md").write_text(markdown(data))
+    typer.echo(markdown(data))
+    if any("fault" in row for row in rows.values()):
+        raise typer.Exit(1)
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """Return one table: a row per engine."""
+    lines = [
+        f"{data['geometry']}, body {data['precision']}, {data['layers']} blocks in the group, compute "
+        f"capabilities {data['capabilities']}, tokens {'/'.join(map(str, data['ranges']['tokens']))}",
+        "",
+        "| graph | nodes | layers | attention fused | seconds | plan MB | peak MB | activations MB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in data["engines"].items():
+        if "fault" in row:
+            lines.append(f"| `{name}` | {row['fault']} |")
+            continue
+        scratch = row["activation_bytes"]
+        fused = f"{row['fused_attention']} of {row['attention_nodes']}"
+        lines.append(
+            f"| `{name}` | {row['nodes']} | {row['layers']} | "
+            f"{fused if row['attention_nodes'] else '–'} | {row['seconds']:.2f} | "
+            f"{row['plan_bytes'] / 1e6:.2f} | {row['peak_bytes'] / 1e6:.0f} | "
+            f"{'–' if scratch is None else f'{scratch / 1e6:.0f}'} |"
+        )
+    rows = [row for row in data["engines"].values() if "fault" not in row]
+    lines.append(
+        f"| all | | | | {sum(r['seconds'] for r in rows):.1f} | "
+        f"{sum(r['plan_bytes'] for r in rows) / 1e6:.1f} | {max(r['peak_bytes'] for r in rows) / 1e6:.0f} | "
+        f"{max(r['activation_bytes'] or 0 for r in rows) / 1e6:.0f} |"
+    )
+    imported = max(r["imported_bytes"] for r in rows) / 1e6
+    lines += ["", f"{imported:.0f} MB of each peak are what the imports take."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
