@@ -11,7 +11,12 @@ import torch
 
 from freewheel.compiler.families import FAMILIES, Cut, Family, family_of
 from freewheel.compiler.families.base import Runs
+from freewheel.compiler.families.flux import FLUX
+from freewheel.compiler.families.hunyuan import HUNYUAN
+from freewheel.compiler.families.ltx import LTX
 from freewheel.configs.errors import CheckpointError
+from freewheel.configs.load import load_config
+from freewheel.runtime.settings import config_entry
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda f: f.name)
@@ -63,6 +68,30 @@ def test_every_dimension_has_a_size(cut: Cut) -> None:
     latent = {"frames", "height", "width"}
     for factors in cut.dims.values():
         assert {name for name, _ in factors} <= given | latent
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "coefficients"),
+    [
+        (FLUX, "flux_dev_tea", [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]),
+        (HUNYUAN, "hunyuan_video_tea", [733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896]),
+        (LTX, "ltx_video_tea", [21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326]),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_published_polynomials_look_at_a_signal_that_the_family_has(
+    family: Family, config: str, coefficients: list[float]
+) -> None:
+    """Values of github.com/ali-vilab/TeaCache, commit 7c10efc; first and last step exact."""
+    entry = config_entry(load_config(f"teacache/{config}"))
+    setting = entry.cache
+    assert setting.parameters["coefficients"] == coefficients
+    assert (setting.guard.first_exact, setting.guard.last_exact) == (1, 1)
+    with torch.device("meta"):
+        model = getattr(diffusers, family.transformer_class)(num_layers=1).config
+    cut = family.cut(model, "bfloat16", lambda name: "bfloat16")
+    assert cut.signals[setting.signal] == ("modulated_input", "step")
+    assert (entry.generation.guidance_scale == 1.0) == (family is not LTX), "guidance is inside"
 
 
 def test_only_the_body_leaves_float32(cut: Cut) -> None:
