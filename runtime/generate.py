@@ -125,7 +125,9 @@ class Generator:
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
         pipeline_class = getattr(diffusers, index["_class_name"])
         self.pipe: Any = pipeline_class.from_pretrained(
-            folder, **dict.fromkeys(TRANSFORMERS & index.keys()), dtype=part_dtypes(folder),
+            folder,
+            **dict.fromkeys(TRANSFORMERS & index.keys()),
+            dtype=part_dtypes(folder),
             local_files_only=True,
         )
         self.pipe.set_progress_bar_config(disable=True)

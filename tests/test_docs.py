@@ -32,9 +32,9 @@ def commands(path: Path) -> list[list[str]]:
     """Return the arguments of every whole ``freewheel`` command in fenced blocks."""
     text = "\n".join(t for language, t in blocks(path) if language in ("", "bash", "sh"))
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    found = [
-        shlex.split(line, comments=True)[1:] for line in lines if line.startswith("freewheel ")
-    ]
+    # A comment stands apart; the '#' in 'file.json#name' is part of an argument.
+    lines = [re.sub(r"\s#.*", "", line) for line in lines if line.startswith("freewheel ")]
+    found = [shlex.split(line)[1:] for line in lines]
     return [arguments for arguments in found if "…" not in "".join(arguments)]
 
 

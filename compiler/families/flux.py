@@ -29,6 +29,7 @@ from .layers import (
     merge_heads,
     modulate,
     modulation,
+    on_meta,
     rms_norm,
     rotate,
     set_weight_dtypes,
@@ -305,9 +306,8 @@ def cut_flux(config: Mapping[str, Any], precision: Precision, stored: StoredDtyp
     Raises:
         CheckpointError: a stack without one of the two kinds of blocks.
     """
-    with torch.device("meta"):
-        short = {**config, "num_layers": 1, "num_single_layers": 1}
-        model: Any = FluxTransformer2DModel.from_config(short).eval()
+    short = {"num_layers": 1, "num_single_layers": 1}
+    model = on_meta(FluxTransformer2DModel, {**config, **short})
     layers, single_layers = config.get("num_layers", 19), config.get("num_single_layers", 38)
     if not layers or not single_layers:
         raise CheckpointError(

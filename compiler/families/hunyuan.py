@@ -31,6 +31,7 @@ from .layers import (
     merge_heads,
     modulate,
     modulation,
+    on_meta,
     rms_norm,
     rotate,
     set_weight_dtypes,
@@ -393,9 +394,8 @@ def cut_hunyuan(config: Mapping[str, Any], precision: Precision, stored: StoredD
                 f"transformer/config.json, '{key}'", f"is '{config[key]}', which can't be cut yet",
                 "use a text-to-video checkpoint, or one that concatenates the image's latents",
             )  # fmt: skip
-    with torch.device("meta"):
-        short = dict.fromkeys(("num_layers", "num_single_layers", "num_refiner_layers"), 1)
-        model: Any = HunyuanVideoTransformer3DModel.from_config({**config, **short}).eval()
+    short = dict.fromkeys(("num_layers", "num_single_layers", "num_refiner_layers"), 1)
+    model = on_meta(HunyuanVideoTransformer3DModel, {**config, **short})
     layers, single_layers = config.get("num_layers", 20), config.get("num_single_layers", 40)
     refiner_layers = config.get("num_refiner_layers", 2)
     config = model.config

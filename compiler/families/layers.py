@@ -8,7 +8,7 @@ restate what those compute so that it exports cleanly and says its dtypes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...configs.dtypes import Precision
+from ...configs.errors import CheckpointError
 from .base import StoredDtype
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "merge_heads",
     "modulate",
     "modulation",
+    "on_meta",
     "rms_norm",
     "rotate",
     "set_weight_dtypes",
@@ -138,6 +140,23 @@ def rotate(x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
     batch = x.shape[0]
     cos, sin = rope_cos.expand(batch, -1, -1), rope_sin.expand(batch, -1, -1)
     return torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=True)
+
+
+def on_meta(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """Return a diffusers transformer on ``meta``, which no weight is loaded for.
+
+    Raises:
+        CheckpointError: the class can't be made of that config.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(dict(config)).eval()
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise CheckpointError(
+            "transformer/config.json",
+            f"has values that '{model_class.__name__}' can't be made of: {error}",
+            "it belongs to another model; fetch it again",
+        ) from error
 
 
 def set_weight_dtypes(

@@ -29,6 +29,7 @@ from .layers import (
     layer_norm,
     linear,
     merge_heads,
+    on_meta,
     rms_norm,
     rotate,
     set_weight_dtypes,
@@ -257,8 +258,7 @@ def cut_ltx(config: Mapping[str, Any], precision: Precision, stored: StoredDtype
     Raises:
         CheckpointError: an activation that this file does not restate.
     """
-    with torch.device("meta"):
-        model: Any = LTXVideoTransformer3DModel.from_config({**config, "num_layers": 1}).eval()
+    model = on_meta(LTXVideoTransformer3DModel, {**config, "num_layers": 1})
     config = {**model.config, "num_layers": config.get("num_layers", 28)}
     if config["activation_fn"] != "gelu-approximate":
         raise CheckpointError(

@@ -25,6 +25,7 @@ from .layers import (
     layer_norm,
     linear,
     merge_heads,
+    on_meta,
     rms_norm,
     rotate,
     set_weight_dtypes,
@@ -285,8 +286,7 @@ def cut_wan(config: Mapping[str, Any], precision: Precision, stored: StoredDtype
             "first-and-last-frame models (two images per batch element) can't be cut yet",
             "use a text-to-video or image-to-video checkpoint",
         )
-    with torch.device("meta"):
-        model: Any = WanTransformer3DModel.from_config({**config, "num_layers": 1}).eval()
+    model = on_meta(WanTransformer3DModel, {**config, "num_layers": 1})
     config = {**model.config, "num_layers": config["num_layers"]}
     set_weight_dtypes(model, precision, stored, blocks=["blocks."], matmuls=MATMUL_NAMES)
     dtype = getattr(torch, precision)

@@ -210,7 +210,7 @@ TEST_F(SessionTest, BadRequestsAreRefusedWithThreeParts) {
   (void)fault([](TinyRun& r) { r.request.prompts.clear(); });
   (void)fault([](TinyRun& r) { r.request.prompts["uncond"].clear(); });
   (void)fault([](TinyRun& r) { r.request.guidance_scale = std::nan(""); });
-  (void)fault([](TinyRun& r) { r.request.latents.shape = Shape{1, 3, 2, 4, 4}; });
+  (void)fault([](TinyRun& r) { r.request.latents.shape = Shape{1, 1, 4, 4, 4}; });
   (void)fault([](TinyRun& r) { r.request.latents.shape = Shape{2, 2, 1, 4, 4}; });
   (void)fault([](TinyRun& r) { r.request.latents.data = nullptr; });
   (void)fault([](TinyRun& r) { r.request.prompts["cond"]["text_states"].shape = Shape{1, 3, 2}; });

@@ -247,15 +247,15 @@ def test_faults_of_the_checkpoint_come_before_anything_is_written(
 ) -> None:
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(
-        json.dumps({**config, "_class_name": "FluxTransformer2DModel"})
-    )
     request = request_for(model=str(copy))
-    with pytest.raises(
-        CheckpointError, match=r"config.json: '_class_name' is 'Flux.*no family cuts"
+    for other, said in (
+        ("PixArtTransformer2DModel", r"'_class_name' is 'PixArt.*no family cuts"),
+        ("FluxTransformer2DModel", r"has values that 'FluxTransformer2DModel' can't be made of"),
     ):
-        build(request)
-    assert not request.out.parent.exists()
+        (copy / "config.json").write_text(json.dumps({**config, "_class_name": other}))
+        with pytest.raises(CheckpointError, match=rf"config.json: {said}"):
+            build(request)
+        assert not request.out.parent.exists()
 
 
 def test_a_checkpoint_of_another_size_than_its_config_is_refused(

@@ -17,6 +17,7 @@ from freewheel.compiler import graphs
 from freewheel.compiler.families import Cut, Segment, Stage
 from freewheel.compiler.graphs import io_entries, wanted_weights, write_graphs
 from freewheel.configs.tensor_spec import TensorSpec
+from freewheel.policies.solved import MAXIMUM_STEPS
 
 TRACED = """
 <ir_version: 10, opset_import: ["": 23]>
@@ -173,5 +174,6 @@ def test_no_graph_of_a_bundle_holds_a_weight(tiny_bundle: Bundle) -> None:
     for name in tiny_bundle.manifest.graphs:
         model = onnx.load(tiny_bundle.graph_path(name), load_external_data=False)
         largest = max((len(t.raw_data) for t in model.graph.initializer), default=0)
-        # Rotary tables are the one large constant: 64 positions of 8 frequencies.
-        assert largest <= (64 * 8 * 4 if name == "rotary" else 256), name
+        # The large constants: 64 positions of 8 rotary frequencies, and the rows of a schedule.
+        known = {"rotary": 64 * 8 * 4, "decide.solved": MAXIMUM_STEPS * 8}
+        assert largest <= known.get(name, 256), name
