@@ -22,8 +22,7 @@ demo: install ## Build the demo model, run every policy, write videos and a tabl
 	$(BIN)/freewheel bench $(DEMO)/bundle --prompt "a yellow star moving right on a navy background" --out $(DEMO)
 	@echo "videos, contact_sheet.png and bench.md are in $(DEMO)"
 
-test: install ## Run lint and all tests
-	$(BIN)/ruff check .
+test: lint ## Run lint and all tests
 	$(BIN)/python -m pytest
 
 lint: install ## Check style and types, as CI does

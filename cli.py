@@ -597,7 +597,7 @@ def calibrate(
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
         from freewheel.runtime.bench import read_prompts
-        from freewheel.tuning.calibrate import CalibrationRequest, save_calibration
+        from freewheel.tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from freewheel.tuning.calibrate import calibrate as run_calibrate
 
         for value in speedup or ():
@@ -608,7 +608,7 @@ def calibrate(
         _quiet_libraries()
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
-            history=history, backend=backend, **({"speedups": speedup} if speedup else {}),
+            history=history, backend=backend, speedups=speedup or SPEEDUPS,
         )  # fmt: skip
         with screen.progress():
             found = run_calibrate(Bundle(bundle), request, screen, screen.warn)

@@ -39,7 +39,7 @@ def decide_program(policy: Policy) -> ir.Model:
     Raises:
         ExportError: torch could not export the law; most often a Python branch on a tensor's value.
     """
-    return _program(type(policy)).clone()
+    return _program(type(policy)).clone()  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache

@@ -36,7 +36,7 @@ def forecast_memory(
     # Backends of the CPU say so as a class; the others find their GPU when made.
     is_on_cpu = getattr(backend_class(device), "device", None) == torch.device("cpu")
     available = memory_available_bytes() if is_on_cpu else gpu_free_bytes()
-    parts = footprint.parts(setting) | (beside if is_on_cpu else {})
+    parts = {**footprint.parts(setting), **(beside if is_on_cpu else {})}
     verdict = fit_verdict(parts, available, mapped=is_on_cpu)
     return {
         **footprint.as_dict(),

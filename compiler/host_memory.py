@@ -89,4 +89,4 @@ def vae_bytes(pipeline: Path, size: Size, *, encodes: bool) -> int:
             vae.encode(torch.empty(1, 3, frames, size.height, size.width, device="meta"))
     # Frames are appended to those before, for which both lie in memory for a moment.
     more = 2 * (latent_frames - chunks) * by_time * size.height * size.width * 3 * 4
-    return live.peak * 5 // 4 + more
+    return int(live.peak * 5 // 4 + more)

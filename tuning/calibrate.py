@@ -27,10 +27,20 @@ from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
 from .solve import early_weights, solve
 
-__all__ = ["FEW_STEPS", "Calibration", "CalibrationRequest", "calibrate", "save_calibration"]
+__all__ = [
+    "FEW_STEPS",
+    "SPEEDUPS",
+    "Calibration",
+    "CalibrationRequest",
+    "calibrate",
+    "save_calibration",
+]
 
 FEW_STEPS = 8
 """Steps up to which a checkpoint is taken for a distilled one, whose steps are too far apart."""
+
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
+"""Ideal speedups that configs are written for, unless others are asked for."""
 
 SEARCHED_THRESHOLDS = 40
 SIGNALS = ("timestep_proj", "temb")
@@ -54,7 +64,7 @@ class CalibrationRequest:
 
     prompts: Sequence[str]
     first_seed: int = 1000
-    speedups: Sequence[float] = (1.5, 2.0, 2.5, 3.0, 4.0)
+    speedups: Sequence[float] = SPEEDUPS
     steps: int | None = None
     guidance: float | None = None
     history: int = 3
@@ -194,7 +204,7 @@ def _solved(
         longest_gap=min(8, request.window),
     )  # fmt: skip
     configs: dict[str, CachingConfig] = {}
-    left_out = {}
+    left_out: dict[str, str] = {}
     for speedup in request.speedups:
         count = int(grams.steps // speedup)
         if count not in solutions:
@@ -251,7 +261,7 @@ def _by_threshold(
             **common, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
         )
     configs: dict[str, CachingConfig] = {}
-    left_out = {}
+    left_out: dict[str, str] = {}
     for policy, make in makers.items():
         reached = []
         for threshold in np.geomspace(0.01, 4.0, SEARCHED_THRESHOLDS):
@@ -261,10 +271,10 @@ def _by_threshold(
             reached.append((told.ideal_speedup, config))
         for speedup in speedups:
             name = f"{policy}_{speedup:g}x"
-            config = next((c for ideal, c in reached if ideal >= speedup), None)
-            if config is None:
+            found = next((c for ideal, c in reached if ideal >= speedup), None)
+            if found is None:
                 best = max(ideal for ideal, _ in reached)
                 left_out[name] = f"no threshold up to 4 computes so little; {best:.2f} at most"
             else:
-                configs[name] = config
+                configs[name] = found
     return configs, left_out

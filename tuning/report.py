@@ -109,7 +109,7 @@ def write_run_report(
     data = statistics.as_dict(parameters)
     quality = compare_videos(result.frames, reference.frames)
     ratio = reference.seconds["denoise"] / result.seconds["denoise"]
-    rows = [
+    rows: list[list[Any]] = [
         ["steps", statistics.steps],
         ["computed steps, mean of branches", f"{statistics.computed_steps:g}"],
         ["ideal speedup", f"{statistics.ideal_speedup:.2f}"],

@@ -173,9 +173,9 @@ class _Search:
                     total = so_far + self.cost[step, index, reused]
                     following = step + reused + 1
                     if following == self.steps:
-                        for count in np.flatnonzero(total < np.inf):
-                            if total[count] < ends.get(count, (np.inf,))[0]:
-                                ends[int(count)] = (float(total[count]), step, index)
+                        for count in map(int, np.flatnonzero(total < np.inf)):
+                            if count not in ends or total[count] < ends[count][0]:
+                                ends[count] = (float(total[count]), step, index)
                         break
                     target = self.index[((reused + 1, *gaps)[: len(gaps)])]
                     shifted = np.concatenate([[np.inf], total[:-1]])

@@ -315,34 +315,34 @@ def cut_flux(config: Mapping[str, Any], precision: Precision, stored: StoredDtyp
             f"are {layers} and {single_layers}; a stack without either can't be cut",
             "use a checkpoint of FLUX.1",
         )
-    config = model.config
+    full: Any = model.config  # with diffusers' defaults
     set_weight_dtypes(
         model, precision, stored,
         blocks=["transformer_blocks.", "single_transformer_blocks."], matmuls=MATMUL_NAMES,
     )  # fmt: skip
     dtype = getattr(torch, precision)
-    channels = config.num_attention_heads * config.attention_head_dim
+    channels = full.num_attention_heads * full.attention_head_dim
 
     def f32(*shape: int | str) -> TensorSpec:
         return TensorSpec("float32", shape)
 
-    latents = f32("batch", "tokens", config.in_channels)
+    latents = f32("batch", "tokens", full.in_channels)
     hidden, text = f32("batch", "tokens", channels), f32("batch", "text_tokens", channels)
-    rope = f32(1, "tokens", config.attention_head_dim // 2)
-    text_rope = f32(1, "text_tokens", config.attention_head_dim // 2)
+    rope = f32(1, "tokens", full.attention_head_dim // 2)
+    text_rope = f32(1, "text_tokens", full.attention_head_dim // 2)
     inputs = {
         "latents": ModelInput("hidden_states", "step", latents),
         "timesteps": ModelInput("timestep", "run", f32("steps"), scale=1000.0),
         "text_states": ModelInput(
-            "encoder_hidden_states", "prompt", f32("batch", "text_tokens", config.joint_attention_dim)
+            "encoder_hidden_states", "prompt", f32("batch", "text_tokens", full.joint_attention_dim)
         ),
         "pooled_states": ModelInput(
-            "pooled_projections", "prompt", f32("batch", config.pooled_projection_dim)
+            "pooled_projections", "prompt", f32("batch", full.pooled_projection_dim)
         ),
         "text_ids": ModelInput("txt_ids", "prompt", f32("text_tokens", 3)),
         "image_ids": ModelInput("img_ids", "prompt", f32("tokens", 3)),
     }  # fmt: skip
-    if config.guidance_embeds:
+    if full.guidance_embeds:
         inputs["guidance"] = ModelInput("guidance", "prompt", f32("batch"))
     temb = {"step_temb": f32(1, channels), "prompt_temb": f32("batch", channels)}
     tables = {
@@ -354,7 +354,7 @@ def cut_flux(config: Mapping[str, Any], precision: Precision, stored: StoredDtyp
     single = SingleBlock(model.single_transformer_blocks[0], dtype)
     tapped = {**streams, "attention_output": hidden}
     double_prefix = "transformer_blocks.{block}."
-    out_channels = config.patch_size**2 * (config.out_channels or config.in_channels)
+    out_channels = full.patch_size**2 * (full.out_channels or full.in_channels)
     segments = (
         Segment(
             "prompt", "prompt", Prompt(model),

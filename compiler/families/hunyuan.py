@@ -398,18 +398,18 @@ def cut_hunyuan(config: Mapping[str, Any], precision: Precision, stored: StoredD
     model = on_meta(HunyuanVideoTransformer3DModel, {**config, **short})
     layers, single_layers = config.get("num_layers", 20), config.get("num_single_layers", 40)
     refiner_layers = config.get("num_refiner_layers", 2)
-    config = model.config
+    full: Any = model.config  # with diffusers' defaults
     set_weight_dtypes(model, precision, stored, blocks=BLOCKS, matmuls=MATMUL_NAMES)
     dtype = getattr(torch, precision)
-    channels = config.num_attention_heads * config.attention_head_dim
-    p_t, p = config.patch_size_t, config.patch_size
+    channels = full.num_attention_heads * full.attention_head_dim
+    p_t, p = full.patch_size_t, full.patch_size
 
     def f32(*shape: int | str) -> TensorSpec:
         return TensorSpec("float32", shape)
 
-    latents = f32("batch", config.in_channels, "frames", "height", "width")
+    latents = f32("batch", full.in_channels, "frames", "height", "width")
     hidden, text = f32("batch", "tokens", channels), f32("batch", "text_tokens", channels)
-    rope = f32(1, "tokens", config.attention_head_dim // 2)
+    rope = f32(1, "tokens", full.attention_head_dim // 2)
     bias = {"text_bias": f32("batch", 1, 1, "text_tokens")}
     temb = {"step_temb": f32(1, channels), "prompt_temb": f32("batch", channels)}
     refiner_temb = {f"refiner_{n}": spec for n, spec in temb.items()}
@@ -417,14 +417,14 @@ def cut_hunyuan(config: Mapping[str, Any], precision: Precision, stored: StoredD
         "latents": ModelInput("hidden_states", "step", latents),
         "timesteps": ModelInput("timestep", "run", f32("steps")),
         "text_states": ModelInput(
-            "encoder_hidden_states", "prompt", f32("batch", "text_tokens", config.text_embed_dim)
+            "encoder_hidden_states", "prompt", f32("batch", "text_tokens", full.text_embed_dim)
         ),
         "text_mask": ModelInput("encoder_attention_mask", "prompt", f32("batch", "text_tokens")),
         "pooled_states": ModelInput(
-            "pooled_projections", "prompt", f32("batch", config.pooled_projection_dim)
+            "pooled_projections", "prompt", f32("batch", full.pooled_projection_dim)
         ),
     }
-    if config.guidance_embeds:
+    if full.guidance_embeds:
         inputs["guidance"] = ModelInput("guidance", "prompt", f32("batch"))
     tables = {"rope_cos": rope, "rope_sin": rope}
     streams = {"hidden_out": hidden, "text_out": text}
@@ -445,7 +445,7 @@ def cut_hunyuan(config: Mapping[str, Any], precision: Precision, stored: StoredD
             "timestep", "run", Timestep(model), {"timesteps": f32("steps")},
             {"step_temb": f32("steps", channels), "refiner_step_temb": f32("steps", channels)},
         ),
-        Segment("rotary", "shape", Rotary(config), {"latents": latents}, tables),
+        Segment("rotary", "shape", Rotary(full), {"latents": latents}, tables),
         Segment("head", "step", Head(model), {"latents": latents}, {"hidden": hidden}),
         Segment(
             "modulate", "signal", Modulate(model.transformer_blocks[0]), {"hidden": hidden, **temb},
@@ -469,7 +469,7 @@ def cut_hunyuan(config: Mapping[str, Any], precision: Precision, stored: StoredD
         Segment(
             "finish", "step", Finish(model), {"hidden_out": hidden, **temb, "latents": latents},
             {"model_output": f32(
-                "batch", config.out_channels or config.in_channels, "frames", "height", "width"
+                "batch", full.out_channels or full.in_channels, "frames", "height", "width"
             )},
         ),
     )  # fmt: skip
