@@ -108,6 +108,20 @@ def build(
             "default: freewheel-cache beside the bundle."
         ),
     ] = None,
+    with_text_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--with-text-encoder",
+            help="Carry Wan's text encoder as an engine, for programs without Python.",
+        ),
+    ] = False,
+    with_vae: Annotated[
+        bool,
+        typer.Option(
+            "--with-vae",
+            help="Carry Wan's VAE decoder too, at the size that the first config names.",
+        ),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     dump_passes: Annotated[
@@ -157,6 +171,8 @@ def build(
             sizes=BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items() if t}),
             cache=build_cache or cache_beside(out),
             dump=dump_passes,
+            with_text_encoder=with_text_encoder,
+            with_vae=with_vae,
         )
         if dry_run:
             planned = plan(request)

@@ -151,6 +151,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
     targets = [complete_target(b, request.target) for b in request.backends]
     ranges = _ranges(request, cut, checkpoint)
+    parts = pipeline_parts(request, checkpoint)
     if checkpoint.experts and request.weights == "baked":
         raise ConfigError(
             "--weights baked", "means engines of one checkpoint, and this pipeline has two",
@@ -172,7 +173,6 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             policies[name] = PolicyEntry(graph=f"decide.{name}", spec=policy_class.spec)
             progress.advance(f"decide.{name}")
 
-        parts = pipeline_parts(request, checkpoint)
         part_segments = [p.segment for p in parts]
         graphs |= write_graphs(part_segments, {}, folder, progress, request.dump)
 
@@ -459,7 +459,8 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         size: Size of the run; None takes the default config's.
 
     Raises:
-        CheckpointError: nothing usable at ``request.model``.
+        CheckpointError: nothing usable at ``request.model``, or nothing of what it is to carry.
+        ConfigError: the VAE's decoder is wanted and the default config leaves its size open.
         RequestError: the size does not fit the model.
     """
     checkpoint = open_checkpoint(request.model, request.revision)
@@ -472,7 +473,10 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
     return {
         "family": family.name,
         "blocks": sum(s.count for s in cut.stages),
-        "graphs": len(cut.segments) + 2 + len(POLICIES),
+        "graphs": len(cut.segments)
+        + 2
+        + len(POLICIES)
+        + len(pipeline_parts(request, checkpoint)),
         "tensors": len(checkpoint.tensors),
         "checkpoint_bytes": stored,
         "backends": [b.name for b in request.backends],

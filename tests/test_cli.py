@@ -151,6 +151,26 @@ def test_run_says_when_a_policy_reused_nothing(
     assert any("few-step" in w for w in warnings)
 
 
+def test_build_carries_the_pipelines_ends_where_asked(
+    freewheel: Run, repository: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Both flags reach the build; what it makes of them runs in `tests/cpp/test_frames.py`."""
+    base = ["build", repository / "models" / "shapes_wan", "--out", tmp_path / "b"]
+    base += ["--backend", "onnxruntime", "--config", "shapes_wan_off", "--dry-run", "--json"]
+    flags = ["--with-text-encoder", "--with-vae"]
+    counts = []
+    for given in ([], flags[:1], flags[1:], flags):
+        result = freewheel(*base, *given)
+        assert result.exit_code == 0, result.output
+        counts.append(json.loads(result.stdout)["graphs"])
+    assert [c - counts[0] for c in counts] == [0, 1, 1, 2]
+    open_size = [a if a != "shapes_wan_off" else "off" for a in base]
+    assert "target_height" in failure(freewheel(*open_size, "--with-vae"), 3, "config")["hint"]
+    bare = ["build", tiny_checkpoint, "--out", tmp_path / "b", "--backend", "onnxruntime", "--json"]
+    error = failure(freewheel(*bare, "--with-text-encoder"), 3, "checkpoint")
+    assert "bare transformer" in error["message"]
+
+
 @pytest.mark.parametrize("how", ["missing", "truncated"])
 def test_damaged_shards_are_one_error(
     freewheel: Run, damaged: Path, tmp_path: Path, how: str
