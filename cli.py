@@ -231,8 +231,8 @@ def run(
     record_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each frame to record.")
     ] = None,
-    record_modulated_input: Annotated[
-        bool, typer.Option(help="Record the modulated input too.")
+    record_signals: Annotated[
+        bool, typer.Option(help="Record the modulated input and the first block's residual too.")
     ] = False,
     report: Annotated[
         Path | None,
@@ -292,7 +292,7 @@ def run(
             raise RequestError("--record", "can't be given with --report", "make two runs")
         recorder: Any = None
         if record is not None:
-            recorder = TraceRecorder(record_modulated_input, record_tokens)
+            recorder = TraceRecorder(record_signals, record_tokens)
         if report is not None:
             from freewheel.tuning.report import ChangeRecorder
 

@@ -50,7 +50,7 @@ from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .decide import write_decide_graph
 from .engine_store import EngineStore
 from .families import Cut, family_of
-from .families.base import StoredDtype
+from .families.base import FIRST_BLOCK_RESIDUAL, StoredDtype
 from .footprint import weights_of
 from .forecast_build import forecast_build
 from .graphs import wanted_weights, write_graphs
@@ -164,7 +164,9 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     ):
         (folder / "graphs").mkdir()
         clock.start("trace")
+        signals = _signals(cut, request.weights)
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
+        segments = tuple(s for s in segments if s.runs != "probe" or s.name in signals)
         progress.phase("trace", len(segments) + len(POLICIES))
         graphs = write_graphs(segments, cut.example_dims, folder, progress, request.dump)
         policies: dict[str, PolicyEntry] = {}
@@ -250,7 +252,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             graphs=graphs,
             stages=stages,
             experts=experts,
-            signals={n: SignalEntry(value=v, known=k) for n, (v, k) in cut.signals.items()},
+            signals=signals,
             feature_block=cut.feature_block,
             history_dtype=cut.history_dtype,
             policies=policies,
@@ -475,6 +477,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         "blocks": sum(s.count for s in cut.stages),
         "graphs": len(cut.segments)
         + 2
+        + (FIRST_BLOCK_RESIDUAL in cut.signals)
         + len(POLICIES)
         + len(pipeline_parts(request, checkpoint)),
         "tensors": len(checkpoint.tensors),
@@ -489,6 +492,15 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
             size=size,
         ),
     }  # fmt: skip
+
+
+def _signals(cut: Cut, weights: str) -> dict[str, SignalEntry]:
+    """Return the signals that a bundle can give: groups of baked blocks can't be run one by one."""
+    return {
+        n: SignalEntry(value=v, known=k)
+        for n, (v, k) in cut.signals.items()
+        if n != FIRST_BLOCK_RESIDUAL or weights == "inputs"
+    }
 
 
 class _Clock:

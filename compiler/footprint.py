@@ -24,6 +24,7 @@ from ..configs.policy_spec import PolicySpec
 from ..configs.setting import CacheSetting
 from ..engines.base import TensorSpec
 from .families import Cut, Segment
+from .families.base import FIRST_BLOCK_RESIDUAL
 from .flops import meta_inputs
 from .sizes import shape_at
 
@@ -184,12 +185,18 @@ def cache_bytes(
     signal_bytes = 0
     if signal is not None:
         value, known = cut.signals[signal]
-        table = next(s.outputs[value] for s in cut.segments if value in s.outputs)
-        signal_bytes = 2 * _bytes(table, {**dims, "steps": 1} if known == "run" else dims)
+        buffers = 1 + sum(name.endswith("_signal") for name in spec.kept)
+        table = _bytes(cut.signal_spec(signal), {**dims, "steps": 1} if known == "run" else dims)
+        signal_bytes = buffers * table
+        if value == FIRST_BLOCK_RESIDUAL:
+            signal_bytes += _bytes(hidden, dims)  # the first block's output, kept
     tapped = next((_segment(cut, s.tapped) for s in cut.stages if s.tapped is not None), None)
     feature_bytes = 0
-    if spec.feature is not None and tapped is not None:
+    if spec.feature == "attention_output" and tapped is not None:
         feature_bytes = 2 * _bytes(tapped.outputs[spec.feature], dims)
+    elif spec.feature == "model_output":
+        finish = next(s for s in cut.segments if "model_output" in s.outputs)
+        feature_bytes = 2 * _bytes(finish.outputs["model_output"], dims)
     return CacheBytes(
         slots=slots,
         history_bytes=slots * _size(cut.history_dtype, shape_at(hidden, dims)),

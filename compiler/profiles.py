@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,8 @@ def _shape(shape: Sequence[int | str], ranges: Mapping[str, Range], corner: int)
 def _decide_ranges(policy: PolicyEntry, cut: Cut, ranges: Mapping[str, Range]) -> dict[str, Range]:
     """Return the ranges of a policy graph's own dimensions.
 
-    A signal is a row of a table, or hidden states with all but their channels flattened; a feature
-    is one batch element's, frame by frame.
+    A signal is a row of a table, or a tensor with all but its last dimension flattened; a feature
+    is one batch element's, frame by frame, or with all but its last two dimensions flattened.
     """
     outputs: dict[str, Any] = {n: s for g in cut.segments for n, s in g.outputs.items()}
     tokens, per_frame = ranges["tokens"], ranges["tokens_per_frame"]
@@ -158,11 +159,24 @@ def _decide_ranges(policy: PolicyEntry, cut: Cut, ranges: Mapping[str, Range]) -
         "tokens_per_frame": per_frame,
         "channels": (channels,) * 3,
     }
-    signals = [cut.signals[s] for s in policy.spec.signals if s in cut.signals]
+    if policy.spec.feature == "model_output":
+        corners = [_shape(outputs["model_output"].shape, ranges, c)[1:] for c in range(3)]
+        found["frames"] = _range(prod(c[:-2]) for c in corners)
+        found["tokens_per_frame"] = _range(c[-2] for c in corners)
+        found["channels"] = _range(c[-1] for c in corners)
+    signals = [s for s in policy.spec.signals if s in cut.signals]
     if signals:
-        widths = [int(outputs[value].shape[-1]) for value, _ in signals]
-        most = [t * b for t, b in zip(tokens, ranges["batch"], strict=True)]
-        rows = [(1, 1, 1) if known == "run" else tuple(most) for _, known in signals]
-        found["width"] = (min(widths), widths[0], max(widths))
+        rows, widths = [], []
+        for kind in signals:
+            spec, is_row = cut.signal_spec(kind), cut.signals[kind][1] == "run"
+            corners = [_shape(spec.shape, ranges, c) for c in range(3)]
+            rows.append(_range(1 if is_row else prod(c[:-1]) for c in corners))
+            widths.append(_range(c[-1] for c in corners))
+        found["width"] = (min(w[0] for w in widths), widths[0][1], max(w[2] for w in widths))
         found["rows"] = (min(r[0] for r in rows), rows[0][1], max(r[2] for r in rows))
     return found
+
+
+def _range(corners: Iterable[int]) -> Range:
+    least, usual, most = corners
+    return least, usual, most

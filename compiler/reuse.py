@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two graphs of caching itself, the same for every model and every policy."""
+"""The graphs of caching itself, the same for every model and every policy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.base import TensorSpec
-from .families.base import Segment
+from .families.base import FIRST_BLOCK_RESIDUAL, Segment
 
 __all__ = ["cache_segments"]
 
@@ -37,8 +37,8 @@ class Reuse(nn.Module):
         return hidden + torch.matmul(mix.unsqueeze(0), flat).reshape(hidden.shape)
 
 
-def cache_segments(hidden: TensorSpec, history_dtype: str) -> tuple[Segment, Segment]:
-    """Return ``delta`` and ``reuse`` for hidden states of this spec."""
+def cache_segments(hidden: TensorSpec, history_dtype: str) -> tuple[Segment, ...]:
+    """Return ``delta``, ``reuse`` and the probe's signal for hidden states of this spec."""
     residual = TensorSpec(history_dtype, hidden.shape)
     history = TensorSpec(history_dtype, ("slots", *hidden.shape))
     return (
@@ -50,5 +50,9 @@ def cache_segments(hidden: TensorSpec, history_dtype: str) -> tuple[Segment, Seg
             "reuse", "reused", Reuse(),
             {"hidden": hidden, "history": history, "mix": TensorSpec("float32", ("slots",))},
             {"hidden_out": hidden},
+        ),
+        Segment(
+            FIRST_BLOCK_RESIDUAL, "probe", Delta(torch.float32),
+            {"hidden_out": hidden, "hidden": hidden}, {FIRST_BLOCK_RESIDUAL: hidden},
         ),
     )  # fmt: skip

@@ -16,6 +16,8 @@ __all__ = [
     "CODEBOOKS",
     "Ada",
     "Custom",
+    "Easy",
+    "FirstBlock",
     "Mag",
     "NoCaching",
     "Solved",
@@ -251,6 +253,41 @@ def _ratios(table: list[float]) -> dict[str, Value]:
     return {"steps": len(table), "ratios": table}
 
 
+class Easy(CachingConfig):
+    """EasyCache: reuse while the output's change, foretold from the input's, stays small.
+
+    Attributes:
+        easycache_thresh: Accumulated relative change at which a step is computed; 0 never reuses.
+    """
+
+    policy: ClassVar[str] = "easycache"
+
+    feature_caching: Literal["Easy"] = "Easy"
+    easycache_thresh: NotNegative | None = None
+
+    def _parameters(self) -> dict[str, Value]:
+        return _given(threshold=self.easycache_thresh)
+
+    def _guard(self) -> dict[str, Any]:
+        return {"first_exact": 7, "last_exact": 2}
+
+
+class FirstBlock(CachingConfig):
+    """First-Block Cache: run the first block always, reuse the others while its residual stays.
+
+    Attributes:
+        firstblock_thresh: Relative change at which a step is computed; 0 never reuses.
+    """
+
+    policy: ClassVar[str] = "firstblock"
+
+    feature_caching: Literal["FirstBlock"] = "FirstBlock"
+    firstblock_thresh: NotNegative | None = None
+
+    def _parameters(self) -> dict[str, Value]:
+        return _given(threshold=self.firstblock_thresh)
+
+
 class Solved(CachingConfig):
     """A schedule and mixes computed offline, as `freewheel calibrate` writes them.
 
@@ -311,6 +348,8 @@ CACHING_CONFIGS: dict[str, type[CachingConfig]] = {
     "Ada": Ada,
     "Custom": Custom,
     "Mag": Mag,
+    "Easy": Easy,
+    "FirstBlock": FirstBlock,
     "Solved": Solved,
 }
 """``feature_caching`` → model of the file."""

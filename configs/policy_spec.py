@@ -149,10 +149,12 @@ class PolicySpec(_Spec):
         name: Table key, as requests spell it.
         summary: One line for ``inspect``.
         signals: Signal kinds its graph may be given, the first being the default; empty for none.
-        feature: Tensor tapped inside ``body`` that it looks at, or None.
+        feature: Tensor of the last computed step that it looks at, or None: ``attention_output``,
+            tapped inside ``body``, or ``model_output``, what ``finish`` gave.
         kept: Inputs of the past which the session keeps by rotating buffers:
-            ``previous_signal`` (of the last step), ``previous_feature`` (of the last but one
-            computed step).
+            ``previous_signal`` (of the last step), ``computed_signal`` (of the last computed
+            step), ``previous_feature`` (of the last but one computed step).
+        one_decision: Whether all branches follow the one that runs a step first.
         history: Residuals it mixes.
         state: Small tensors carried from step to step.
         parameters: Runtime inputs.
@@ -163,8 +165,9 @@ class PolicySpec(_Spec):
     name: str
     summary: str
     signals: list[str] = []
-    feature: Literal["attention_output"] | None = None
-    kept: list[Literal["previous_signal", "previous_feature"]] = []
+    feature: Literal["attention_output", "model_output"] | None = None
+    kept: list[Literal["previous_signal", "computed_signal", "previous_feature"]] = []
+    one_decision: bool = False
     history: HistorySpec
     state: dict[str, StateSpec] = {}
     parameters: dict[str, ParameterSpec] = {}

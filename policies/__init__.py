@@ -7,6 +7,8 @@ from ..configs.errors import ConfigError, nearest
 from .adacache import AdaCache
 from .base import Policy
 from .custom import Custom
+from .easycache import EasyCache
+from .firstblock import FirstBlock
 from .magcache import MagCache
 from .off import Off
 from .solved import Solved
@@ -22,6 +24,8 @@ POLICIES: dict[str, type[Policy]] = {
     "adacache": AdaCache,
     "custom": Custom,
     "magcache": MagCache,
+    "easycache": EasyCache,
+    "firstblock": FirstBlock,
     "solved": Solved,
 }
 

@@ -27,8 +27,8 @@ def decide_inputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
     """Return every input of a policy's decide graph: name → dtype and shape, dynamic sizes named.
 
     ``step_index``, ``step_count``, ``computed_steps``, ``exact``, then what the policy declares of
-    ``signal``, ``feature``, ``previous_signal``, ``previous_feature``, then ``state.<name>``,
-    ``param.<name>``, ``guard.<name>`` (the guard's parameters) and ``guard_state.<name>``.
+    ``signal``, ``feature`` and their past (``kept``), then ``state.<name>``, ``param.<name>``,
+    ``guard.<name>`` (the guard's parameters) and ``guard_state.<name>``.
     """
     inputs: dict[str, tuple[str, Shape]] = {
         "step_index": ("int64", ()),
@@ -41,7 +41,7 @@ def decide_inputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
     if spec.feature:
         inputs["feature"] = ("float32", FEATURE)
     for name in spec.kept:
-        inputs[name] = ("float32", SIGNAL if name == "previous_signal" else FEATURE)
+        inputs[name] = ("float32", FEATURE if name == "previous_feature" else SIGNAL)
     inputs |= {f"state.{n}": (s.dtype, tuple(s.shape)) for n, s in spec.state.items()}
     inputs |= {f"param.{n}": (p.dtype, tuple(p.shape)) for n, p in spec.parameters.items()}
     inputs |= {f"guard.{n}": (p.dtype, tuple(p.shape)) for n, p in GUARD_PARAMETERS.items()}

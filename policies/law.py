@@ -83,9 +83,9 @@ def initial_tensors(specs: Mapping[str, StateSpec]) -> dict[str, Tensor]:
 class Law:
     """One branch of one run: decides step after step, holding nothing but that run's state.
 
-    Before step t the decide function sees the signal of step t, that of step t − 1 (zeros at
-    t = 0), the feature of the last computed step and of the computed step before it (zeros before
-    they exist), and the indices of the residuals kept, newest first, padded by −1.
+    Before step t the decide function sees the signal of step t, those of step t − 1 and of the last
+    computed step, the feature of the last computed step and of the computed step before it (zeros
+    where there is none), and the indices of the residuals kept, newest first, padded by −1.
 
     Attributes:
         step_index: The step that the next decision is about.
@@ -164,6 +164,8 @@ class Law:
         self._state = {name: outputs[f"new_{name}"].clone() for name in self._state}
         record = self._record(outputs)
         if record.compute:
+            if "signal" in self._past:
+                self._past["computed_signal"] = self._past["signal"]
             self.last_computed = self.step_index
             self.computed_steps = [self.step_index, *self.computed_steps][: self._depth]
         self.step_index += 1
@@ -195,8 +197,8 @@ class Law:
         if is_new:
             self._past[f"previous_{name}"] = self._past.get(name, zeros)
             self._past[name] = value
-        pair = {n: self._past.get(n, zeros) for n in (name, f"previous_{name}")}
-        return {n: t for n, t in pair.items() if n == name or n in self.spec.kept}
+        roles = (name, f"previous_{name}", f"computed_{name}")
+        return {n: self._past.get(n, zeros) for n in roles if n == name or n in self.spec.kept}
 
     def _record(self, outputs: Mapping[str, Tensor]) -> DecisionRecord:
         reported = self.spec.distance

@@ -52,6 +52,8 @@ class Body:
         dims: Every named dimension, those of the prompt included.
         hidden_out: [batch, tokens, channels], where the body's result appears.
         taps: Two buffers of the feature, written in turn; empty until `bind_taps`.
+        probe_out: [batch, tokens, channels], what the first block gave, where it stays until the
+            next step; None until `bind_probe`.
     """
 
     def __init__(
@@ -76,8 +78,10 @@ class Body:
         self._prompt_calls = [model.bind("prompt", context)]
         self._calls: list[_Call] = []
         self._tapped: list[BoundCall] = []
-        self._chains: dict[int | None, BoundCall] = {}
+        self._chains: dict[tuple[int | None, int, int], BoundCall] = {}
         self.taps: list[Tensor] = []
+        self.probe_out: Tensor | None = None
+        self._probed = 0
         self._streams = {"hidden": shared["hidden"]}
         self._buffers = {"hidden": [shared["hidden_even"], shared["hidden_odd"]]}
         for stage in self._manifest.stages:
@@ -157,14 +161,45 @@ class Body:
         """Allocate the feature buffers and bind the tapped block or group to each of them."""
         if self.taps:
             return
-        call, graph = self._calls[self._feature_call], self._tapped_graph
-        if FEATURE in call.values:
-            self.taps.append(call.values[FEATURE])
-            self._tapped.append(call.bound)
+        values = self._calls[self._feature_call].values
+        if FEATURE in values:
+            self.taps.append(values[FEATURE])
         while len(self.taps) < 2:
-            tap = self._feature_buffer(graph)
-            self._tapped.append(self._model.bind(graph, {**call.values, **tap}, call.block))
-            self.taps.append(tap[FEATURE])
+            self.taps.append(self._feature_buffer(self._tapped_graph)[FEATURE])
+        self._bind_tapped()
+
+    def _bind_tapped(self) -> None:
+        call, graph = self._calls[self._feature_call], self._tapped_graph
+        self._tapped = [
+            self._model.bind(graph, {**call.values, FEATURE: tap}, call.block) for tap in self.taps
+        ]
+
+    def bind_probe(self) -> Tensor:
+        """Let the first block that passes ``hidden`` on write where no later block does.
+
+        Returns:
+            That buffer, ``probe_out``.
+        """
+        if self.probe_out is None:
+            graphs = self._manifest.graphs
+            first, second = [
+                i for i, c in enumerate(self._calls) if "hidden" in graphs[c.graph].streams
+            ][:2]
+            self.probe_out = torch.zeros_like(self._streams["hidden"])
+            self._rebind(first, {"hidden_out": self.probe_out})
+            for index in range(first + 1, second + 1):
+                self._rebind(index, {"hidden": self.probe_out})
+            self._probed = first + 1
+            if self.taps:
+                self._bind_tapped()
+            self._chains.clear()
+        return self.probe_out
+
+    def _rebind(self, index: int, values: Mapping[str, Tensor]) -> None:
+        call = self._calls[index]
+        values = {**call.values, **values}
+        bound = self._model.bind(call.graph, values, call.block)
+        self._calls[index] = _Call(call.graph, call.block, values, bound)
 
     def _feature_buffer(self, graph: str) -> dict[str, Tensor]:
         spec = {FEATURE: self._manifest.graphs[graph].outputs[FEATURE]}
@@ -172,9 +207,21 @@ class Body:
 
     def run(self, tap: int | None = None) -> None:
         """Run every block; ``tap`` names the buffer that gets the feature, if one is wanted."""
-        if tap not in self._chains:
+        self._run(tap, 0, len(self._calls))
+
+    def run_probe(self, tap: int | None = None) -> None:
+        """Run up to the first block that passes ``hidden`` on; `bind_probe` was called."""
+        self._run(tap, 0, self._probed)
+
+    def run_after_probe(self, tap: int | None = None) -> None:
+        """Run the blocks that `run_probe` left."""
+        self._run(tap, self._probed, len(self._calls))
+
+    def _run(self, tap: int | None, first: int, end: int) -> None:
+        key = (tap, first, end)
+        if key not in self._chains:
             calls = [call.bound for call in self._calls]
             if tap is not None:
                 calls[self._feature_call] = self._tapped[tap]
-            self._chains[tap] = self._model.chain(calls)
-        self._chains[tap].run()
+            self._chains[key] = self._model.chain(calls[first:end])
+        self._chains[key].run()

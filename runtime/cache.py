@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .decider import Decider, Verdict
 from .dims import shape_of
 from .model import LoadedModel
 from .ring import ResidualRing
+from .signals import ROLES, SignalBuffers
 
 __all__ = ["BranchCache", "ResolvedSetting"]
 
@@ -79,16 +79,33 @@ class BranchCache:
         spec, graphs = resolved.policy.spec, model.manifest.graphs
         hidden, dims = shared["hidden"], body.dims
         self.computed_steps: list[int] = []
-        self.wants_tap = spec.feature is not None or record
+        self._is_probed = any(
+            g.runs == "probe" and resolved.signal is not None and resolved.signal.value in g.outputs
+            for g in graphs.values()
+        )
+        # With a probe, what is reused is what the blocks after it add.
+        base = body.bind_probe() if self._is_probed else hidden
+        self.wants_tap = spec.feature == "attention_output" or record
         if self.wants_tap:
             body.bind_taps()
+        self._features: list[Tensor] = []
+        if spec.feature == "attention_output":
+            shape = (-1, dims["tokens_per_frame"], body.taps[0].shape[-1])
+            self._features = [tap[0].view(shape) for tap in body.taps]
+        elif spec.feature == "model_output":
+            declared = graphs["finish"].outputs["model_output"]
+            output = shape_of(declared, dims)
+            self._features = [
+                torch.zeros(output[1:], device=model.device).view(-1, *output[-2:])
+                for _ in range(2)
+            ]
         depth = max(resolved.depth, 1) if record else resolved.depth
         self.ring: ResidualRing | None = None
         if depth:
             declared = graphs["delta"].outputs["residual"]
             shape, dtype = shape_of(declared, dims), getattr(torch, declared.dtype)
             self.ring = ResidualRing(depth, shape, dtype, model.device)
-            before = {"hidden": hidden, "hidden_out": body.hidden_out}
+            before = {"hidden": base, "hidden_out": body.hidden_out}
             self._deltas = [
                 model.bind("delta", {**before, "residual": self.ring.slot(i)}) for i in range(depth)
             ]
@@ -97,58 +114,69 @@ class BranchCache:
             self._replay: BoundCall | None = None
             if record:
                 self._replayed = torch.zeros(shape, dtype=dtype, device=model.device)
-                self._replay = model.bind("delta", {**before, "residual": self._replayed})
-        self._bind_signal(model, shared)
+                whole = {**before, "hidden": hidden}
+                self._replay = model.bind("delta", {**whole, "residual": self._replayed})
+        self._tables: Mapping[str, Tensor] = {}
+        self._signals = self._bind_signal(model, shared)
         self._decider = Decider(
             model,
             resolved.policy,
             resolved.parameters,
             resolved.setting.guard,
-            self._arrangements(dims),
+            self._arrangements(),
         )
         self._verdicts: list[Verdict] | None = None
 
-    def _bind_signal(self, model: LoadedModel, shared: Mapping[str, Tensor]) -> None:
-        """Prepare the signal's buffers: a row of a table, or two that ``modulate`` fills in turn."""
+    def _bind_signal(
+        self, model: LoadedModel, shared: Mapping[str, Tensor]
+    ) -> SignalBuffers | None:
+        """Prepare the signal's buffers, and what fills each: copies of rows or inputs, or graphs."""
         signal = self._resolved.signal
-        self._signals: list[Tensor] = []
-        self._signal_calls: list[BoundCall] = []
         if signal is None:
-            return
-        if signal.known == "run":
-            row = shared[signal.value]
-            self._signals = [torch.zeros_like(row).view(1, -1) for _ in range(2)]
-            return
-        buffers = [torch.zeros_like(shared["hidden"]) for _ in range(2)]
+            return None
+        roles = [role for role in ROLES if role in self._resolved.policy.spec.kept]
+        spots = range(1 + len(roles))
         graph = next(
-            n
-            for n, g in model.manifest.graphs.items()
-            if g.runs == "signal" and signal.value in g.outputs
-        )
+            (n for n, g in model.manifest.graphs.items()
+             if g.runs in ("signal", "probe") and signal.value in g.outputs), None,
+        )  # fmt: skip
+        if graph is None:
+            source = shared[signal.value]
+            shape = (1, -1) if signal.known == "run" else (-1, source.shape[-1])
+            buffers = [torch.zeros_like(source).view(shape) for _ in spots]
+            read = self._table_row if signal.known == "run" else lambda step_index: source
+            return SignalBuffers(
+                roles, buffers, [lambda t, b=b: b.copy_(read(t).view(b.shape)) for b in buffers]
+            )
         values = {**shared, **self._body.context}
-        self._signal_calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
-        self._signals = [b.flatten(0, -2) for b in buffers]
+        if self._is_probed:
+            values["hidden_out"] = self._body.bind_probe()
+        buffers = [torch.zeros_like(shared["hidden"]) for _ in spots]
+        calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
+        fill = [lambda t, call=call: self._run_signal(call) for call in calls]
+        return SignalBuffers(roles, [b.flatten(0, -2) for b in buffers], fill)
 
-    def _arrangements(self, dims: Mapping[str, int]) -> list[dict[str, Tensor]]:
-        """List the ways in which rotating buffers can stand, by signal then feature parity."""
-        spec = self._resolved.policy.spec
-        features = []
-        if spec.feature is not None:
-            shape = (-1, dims["tokens_per_frame"], self._body.taps[0].shape[-1])
-            features = [t[0].view(shape) for t in self._body.taps]
-        found = []
-        for signal, feature in product(
-            range(len(self._signal_calls) or 1), range(len(features) or 1)
-        ):
-            values: dict[str, Tensor] = {}
-            if self._signals:
-                values |= {
-                    "signal": self._signals[signal],
-                    "previous_signal": self._signals[1 - signal],
-                }
-            if features:
-                values |= {"feature": features[feature], "previous_feature": features[1 - feature]}
-            found.append(values)
+    def _table_row(self, step_index: int) -> Tensor:
+        assert self._resolved.signal is not None, "called where there is one"
+        return self._tables[self._resolved.signal.value][step_index]
+
+    def _run_signal(self, call: BoundCall) -> None:
+        if self._is_probed:
+            self._body.run_probe(self._next_tap)
+        call.run()
+
+    def _arrangements(self) -> dict[Hashable, dict[str, Tensor]]:
+        """List the ways in which rotating buffers can stand: those of signals, then the feature."""
+        stands: Iterable[tuple[tuple[int, ...], dict[str, Tensor]]] = [((), {})]
+        if self._signals is not None:
+            stands = self._signals.arrangements()
+        found: dict[Hashable, dict[str, Tensor]] = {}
+        for stand, values in stands:
+            if not self._features:
+                found[stand, 0] = values
+            for turn, feature in enumerate(self._features):
+                pair = {"feature": feature, "previous_feature": self._features[1 - turn]}
+                found[stand, turn] = {**values, **pair}
         return found
 
     def reset(self, tables: Mapping[str, Tensor], step_count: int) -> None:
@@ -166,15 +194,22 @@ class BranchCache:
             self.ring.reset()
         for tap in self._body.taps if self.wants_tap else ():
             tap.zero_()
-        for signal in self._signals:
-            signal.zero_()
+        for feature in self._features:
+            feature.zero_()
+        if self._signals is not None:
+            self._signals.reset()
         self._decider.reset(self._step_count)
 
     def _decide_and_assume(self, step_index: int) -> Verdict:
         verdict = self._ask(step_index)
         if verdict.compute:
-            self.computed_steps.insert(0, step_index)
+            self._note_computed(step_index)
         return verdict
+
+    def _note_computed(self, step_index: int) -> None:
+        self.computed_steps.insert(0, step_index)
+        if self._signals is not None:
+            self._signals.mark_computed()
 
     @property
     def depth(self) -> int:
@@ -193,31 +228,39 @@ class BranchCache:
         return self._ask(step_index)
 
     def _ask(self, step_index: int) -> Verdict:
-        signal = self._resolved.signal
-        turn = 0
-        if signal is not None and signal.known == "run":
-            table = self._tables[signal.value]
-            self._signals[1].copy_(self._signals[0])
-            self._signals[0].copy_(table[step_index].reshape(1, -1))
-        elif signal is not None:
-            turn = step_index % 2
-            self._signal_calls[turn].run()
-        if self._resolved.policy.spec.feature is not None:
-            turn = 2 * turn + self._last_tap if self._signal_calls else self._last_tap
+        stand: tuple[int, ...] = ()
+        if self._signals is not None:
+            self._signals.advance(step_index)
+            stand = self._signals.stand
+        turn = self._last_tap if self._features else 0
         held = self.computed_steps[: self._resolved.depth]
-        return self._decider.decide(step_index, held, turn)
+        return self._decider.decide(step_index, held, (stand, turn))
 
     @property
     def _last_tap(self) -> int:
         return (len(self.computed_steps) - 1) % 2
 
+    @property
+    def _next_tap(self) -> int | None:
+        return len(self.computed_steps) % 2 if self.wants_tap else None
+
     def compute(self, step_index: int) -> None:
-        """Run the body and keep its residual in the next slot of the ring."""
-        self.computed_steps.insert(0, step_index)
-        self._body.run(self._last_tap if self.wants_tap else None)
+        """Run the body, what a probe left of it, and keep its residual in the ring's next slot."""
+        tap = self._next_tap
+        self._note_computed(step_index)
+        if self._is_probed:
+            self._body.run_after_probe(tap)
+        else:
+            self._body.run(tap)
         if self.ring is not None:
             self._deltas[self.ring.next_slot].run()
             self.ring.push(step_index)
+
+    def keep_output(self, model_output: Tensor) -> None:
+        """Take what ``finish`` gave after a computation, where the policy looks at it."""
+        if self._resolved.policy.spec.feature == "model_output":
+            kept = self._features[self._last_tap]
+            kept.copy_(model_output[0].view(kept.shape))
 
     def reuse(self, verdict: Verdict) -> None:
         """Write hidden states as the mix of past residuals has them."""

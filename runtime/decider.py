@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class Decider:
         policy: PolicyEntry,
         parameters: Mapping[str, Value],
         guard: GuardSetting,
-        arrangements: Sequence[Mapping[str, Tensor]],
+        arrangements: Mapping[Hashable, Mapping[str, Tensor]],
     ) -> None:
         """Allocate the state and bind the policy's graph.
 
@@ -55,9 +55,8 @@ class Decider:
             policy: Which policy.
             parameters: Every parameter, resolved.
             guard: Limits.
-            arrangements: For each way the rotating buffers can stand: ``signal``,
-                ``previous_signal``, ``feature``, ``previous_feature``, as far as the policy
-                declares them.
+            arrangements: For each way the rotating buffers can stand: ``signal``, ``feature`` and
+                those of the past, as far as the policy declares them.
         """
         self._spec, self._guard = policy.spec, guard
         graph = model.manifest.graphs[policy.graph]
@@ -65,7 +64,7 @@ class Decider:
         self._values = {
             n: torch.zeros([s for s in e.shape if isinstance(s, int)], dtype=getattr(torch, e.dtype), device=device)
             for n, e in (*graph.inputs.items(), *graph.outputs.items())
-            if n not in arrangements[0]
+            if n not in next(iter(arrangements.values()))
         }  # fmt: skip
         for name, spec in self._spec.parameters.items():
             self._set(f"param.{name}", spec.tensor_values(name, parameters[name]))
@@ -74,10 +73,10 @@ class Decider:
         self._initial = {f"state.{n}": s.initial for n, s in self._spec.state.items()} | {
             f"guard_state.{n}": s.initial for n, s in GUARD_STATE.items()
         }
-        self._calls: list[BoundCall] = [
-            model.bind(policy.graph, {**self._values, **arrangement})
-            for arrangement in arrangements
-        ]
+        self._calls: dict[Hashable, BoundCall] = {
+            key: model.bind(policy.graph, {**self._values, **arrangement})
+            for key, arrangement in arrangements.items()
+        }
         self._computed = self._values.get("computed_steps")
         self.reset(1)
 
@@ -88,14 +87,14 @@ class Decider:
         self._set("step_count", step_count)
 
     def decide(
-        self, step_index: int, computed_steps: Sequence[int], arrangement: int = 0
+        self, step_index: int, computed_steps: Sequence[int], arrangement: Hashable
     ) -> Verdict:
         """Decide about the coming step.
 
         Args:
             step_index: 0-based.
             computed_steps: Indices of the residuals held, newest first.
-            arrangement: Which bound arrangement of buffers holds now.
+            arrangement: How the buffers stand now.
         """
         values = self._values
         self._set("step_index", step_index)

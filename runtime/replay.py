@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..configs.errors import ConfigError, RequestError, nearest
 from ..configs.setting import CacheSetting
 from ..policies import policy as find_policy
-from ..policies.law import Law
+from ..policies.law import DecisionRecord, Law
 from .trace import Trace
 
 __all__ = ["BranchReplay", "Replay", "replay"]
@@ -94,33 +94,54 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
             nearest(signal, spec.signals),
         )
     branches = {}
+    leader = trace.branches[0]
     for branch in trace.branches:
         if trace.has(branch, "computed") and not trace.get(branch, "computed").all():
             raise RequestError(
                 f"trace, branch '{branch}'", "was recorded with steps reused, so what was not computed "
                 "is not known", "record with --cache off",
             )  # fmt: skip
-        branches[branch] = _replay_branch(
-            trace, branch, law(setting.for_branch(branch), trace.steps), signal
-        )
+        decided = _decide(
+            trace, leader if spec.one_decision else branch,
+            law(setting.for_branch(branch), trace.steps), signal,
+        )  # fmt: skip
+        branches[branch] = _replay_branch(trace, branch, decided)
     return Replay(setting.policy, trace.steps, branches)
 
 
-def _replay_branch(trace: Trace, branch: str, law: Law, signal: str | None) -> BranchReplay:
+@dataclass(frozen=True)
+class _Decided:
+    """One decision, and the steps whose residuals were held when it was taken."""
+
+    record: DecisionRecord
+    held: list[int]
+
+
+def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> list[_Decided]:
+    """Take every decision from what ``branch`` saw."""
     signals = trace.get(branch, signal) if signal is not None else None
     features = None
-    if law.spec.feature is not None:
+    if law.spec.feature == "attention_output":
         features = trace.get(branch, "feature")
         features = features.reshape(trace.steps, *trace.frame_shape(), features.shape[-1])
-    residuals = trace.get(branch, "residual") if trace.has(branch, "residual") else None
-    result = BranchReplay([], [], [], [])
+    elif law.spec.feature is not None:
+        features = trace.get(branch, law.spec.feature)
+    decided = []
     for step in range(trace.steps):
         held = list(law.computed_steps)
         seen = None if signals is None else signals[step].reshape(-1, signals.shape[-1])
         feature = None
         if features is not None and law.last_computed is not None:
             feature = features[law.last_computed]
-        decision = law.decide(seen, feature)
+        decided.append(_Decided(law.decide(seen, feature), held))
+    return decided
+
+
+def _replay_branch(trace: Trace, branch: str, decided: list[_Decided]) -> BranchReplay:
+    """Compare what the decisions reuse in ``branch`` with its own residuals."""
+    residuals = trace.get(branch, "residual") if trace.has(branch, "residual") else None
+    result = BranchReplay([], [], [], [])
+    for step, (decision, held) in enumerate((d.record, d.held) for d in decided):
         mix = [] if decision.compute else decision.mix[: len(held)]
         result.computed.append(decision.compute)
         result.distance.append(decision.distance)

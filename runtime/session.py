@@ -21,6 +21,7 @@ from ..configs.setting import CacheSetting
 from ..engines.base import BoundCall
 from .body import Body, allocate
 from .cache import BranchCache, ResolvedSetting
+from .decider import Verdict
 from .dims import derive_dims, match_dims
 from .model import LoadedModel
 from .statistics import BranchStatistics, RunStatistics
@@ -38,9 +39,11 @@ class StepRecord:
         computed: Whether the body ran.
         residual: [batch, tokens, channels], the body's or what was reused in its place.
         feature: [batch, tokens, channels], the tapped feature; None on reused steps.
-        modulated_input: [batch, tokens, channels], or None where not asked for.
-        buffers: What graphs of this step read, by name: ``hidden`` (the body's input), this step's
-            rows of the per-run tables, the prompt's context, ….
+        signals: Hidden-sized signals that the model has, [batch, tokens, channels] float32, by the
+            value that carries them; empty where not asked for.
+        model_output: [batch, out channels, …], float32.
+        buffers: What graphs of this step read, by name: ``latents``, ``hidden`` (the body's input),
+            this step's rows of the per-run tables, the prompt's context, ….
     """
 
     branch: str
@@ -48,14 +51,15 @@ class StepRecord:
     computed: bool
     residual: Tensor
     feature: Tensor | None
-    modulated_input: Tensor | None
+    signals: Mapping[str, Tensor]
+    model_output: Tensor
     buffers: Mapping[str, Tensor]
 
 
 class Recorder(Protocol):
     """Receives what a trace keeps."""
 
-    wants_modulated_input: bool
+    wants_signals: bool
 
     def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
         """Take the per-run tables [steps, …] when a run begins."""
@@ -86,6 +90,7 @@ class Session:
         self.statistics = RunStatistics("off", True, 0)
         self._resolved = self.resolve(CacheSetting())
         self._recorder: Recorder | None = None
+        self._shared_verdict: tuple[int, Verdict] | None = None
         self._timesteps = torch.zeros(0)
         self._tables: dict[str, Tensor] = {}
         self._rows = self._allocate_rows()
@@ -122,6 +127,7 @@ class Session:
             for branch in self._branches.values():
                 branch.cache = None
         self._resolved, self._recorder, self._row = resolved, recorder, -1
+        self._shared_verdict = None
         self._compute_tables(timesteps)
         self.statistics = RunStatistics(
             resolved.policy.spec.name, resolved.is_folded, len(timesteps)
@@ -216,7 +222,7 @@ class Session:
         with self._timed("head"):
             self._head.run()
         with self._timed("decide"):
-            verdict = cache.decide(step_index)
+            verdict = self._decide(cache, step_index)
         with self._timed("body" if verdict.compute else "reuse"):
             if verdict.compute:
                 cache.compute(step_index)
@@ -225,6 +231,8 @@ class Session:
         with self._timed("finish"):
             state.finish.run()
             self.model.backend.synchronize()
+        if verdict.compute:
+            cache.keep_output(state.model_output)
         state.last_step = step_index
         self.statistics.branches.setdefault(branch, BranchStatistics()).add(
             verdict.compute,
@@ -235,6 +243,14 @@ class Session:
         if self._recorder is not None:
             self._record(branch, step_index, verdict.compute, cache.recorded(verdict))
         return state.model_output
+
+    def _decide(self, cache: BranchCache, step_index: int) -> Verdict:
+        """Ask a branch's policy, or take what another branch decided about the step."""
+        if not self._resolved.policy.spec.one_decision:
+            return cache.decide(step_index)
+        if self._shared_verdict is None or self._shared_verdict[0] != step_index:
+            self._shared_verdict = step_index, cache.decide(step_index)
+        return self._shared_verdict[1]
 
     def resolve(self, setting: CacheSetting) -> ResolvedSetting:
         """Check a setting against the bundle and fill its defaults in.
@@ -253,10 +269,14 @@ class Session:
         known = [s for s in policy.spec.signals if s in self.manifest.signals]
         name = setting.signal or next(iter(known or policy.spec.signals), None)
         if name is not None and name not in known:
+            hint = nearest(name, known)
+            if not known:
+                hint = "use another policy; a probe of the first block needs --weights inputs"
             raise ConfigError(
-                f"signal '{name}'", f"can't be given to policy '{setting.policy}' on this model",
-                nearest(name, known),
-            )  # fmt: skip
+                f"signal '{name}'",
+                f"can't be given to policy '{setting.policy}' on this model",
+                hint,
+            )
         signal = self.manifest.signals[name] if name is not None else None
         for branch in setting.branches.values():
             policy.spec.resolve({**setting.parameters, **branch})
@@ -355,14 +375,23 @@ class Session:
         self, branch: str, step_index: int, computed: bool, kept: tuple[Tensor, Tensor | None]
     ) -> None:
         assert self._recorder is not None, "called when recording"
-        body = self._branches[branch].body
-        buffers = {**self._shared, **body.context}
-        modulated: Tensor | None = None
-        if self._recorder.wants_modulated_input:
-            modulated = torch.zeros_like(self._shared["hidden"])
-            self.model.bind("modulate", {**buffers, "modulated_input": modulated}).run()
-        record = StepRecord(branch, step_index, computed, *kept, modulated, buffers)
-        self._recorder.on_step(record, body.dims)
+        state = self._branches[branch]
+        buffers = {**self._shared, **state.body.context}
+        signals: dict[str, Tensor] = {}
+        for name, graph in self.manifest.graphs.items() if self._recorder.wants_signals else ():
+            if graph.runs not in ("signal", "probe"):
+                continue
+            values = dict(buffers)
+            if graph.runs == "probe":
+                values["hidden_out"] = state.body.bind_probe()
+                state.body.run_probe()
+            made = allocate(graph.outputs, state.body.dims, self.model.device)
+            self.model.bind(name, {**values, **made}).run()
+            signals |= made
+        record = StepRecord(
+            branch, step_index, computed, *kept, signals, state.model_output, buffers
+        )
+        self._recorder.on_step(record, state.body.dims)
 
     @contextmanager
     def _timed(self, segment: str) -> Iterator[None]:

@@ -2,10 +2,11 @@
 """Recorded runs: what a policy would have seen at every step, in one npz file.
 
 Format (DESIGN 9): ``timesteps`` [S], ``branches``; per branch b ``b/temb`` [S, C],
-``b/timestep_proj`` [S, 6C], ``b/modulated_input`` [S, N, C] where recorded, ``b/feature`` and
-``b/residual`` [S, N, C], ``b/computed`` [S]; scalars ``frames``, ``tokens_per_frame``, ``height``
-and ``width`` (of the token grid of one frame, where inputs tell). float32, batch element 0. Where tokens were
-sampled, ``token_index`` names them among all N.
+``b/timestep_proj`` [S, 6C], ``b/modulated_input`` and ``b/first_block_residual`` [S, N, C] where
+recorded, ``b/feature`` and ``b/residual`` [S, N, C], ``b/latents`` and ``b/model_output`` (the last
+two dimensions as the model has them, the others flattened), ``b/computed`` [S]; scalars ``frames``,
+``tokens_per_frame``, ``height`` and ``width`` (of the token grid of one frame, where inputs tell).
+float32, batch element 0. Where tokens were sampled, ``token_index`` names them among all N.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from .session import StepRecord
 __all__ = ["Trace", "TraceRecorder", "load_trace"]
 
 Array = NDArray[np.float32]
+
+SIGNALS = (
+    "temb", "timestep_proj", "modulated_input", "first_block_residual", "latents", "model_output",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Trace:
         if key not in self.arrays:
             raise RequestError(
                 f"trace, array '{key}'", "was not recorded",
-                "record again; 'modulated_input' needs --record-modulated-input",
+                "record again; hidden-sized signals need --record-signals",
             )  # fmt: skip
         return self.arrays[key]
 
@@ -121,7 +126,7 @@ def load_trace(path: Path | str) -> Trace:
         raise RequestError(where, f"lacks '{missing[0]}'", "record it again with `run --record`")
     trace = Trace(arrays)
     for branch in trace.branches:
-        for name in ("temb", "timestep_proj", "modulated_input", "feature", "residual", "computed"):
+        for name in (*SIGNALS, "feature", "residual", "computed"):
             if trace.has(branch, name) and len(trace.get(branch, name)) != trace.steps:
                 raise RequestError(
                     f"{where}, array '{branch}/{name}'",
@@ -136,11 +141,12 @@ class TraceRecorder:
     """Collects a trace while a session runs.
 
     Attributes:
-        wants_modulated_input: Record it too; doubles the file.
+        wants_signals: Record hidden-sized signals too: the modulated input and the first block's
+            residual. Each takes half as much again.
         tokens_per_frame: Tokens to keep of each frame, evenly spread; None keeps all.
     """
 
-    wants_modulated_input: bool = False
+    wants_signals: bool = False
     tokens_per_frame: int | None = None
     _tables: dict[str, Array] = field(default_factory=dict)
     _steps: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
@@ -162,12 +168,14 @@ class TraceRecorder:
         arrays.setdefault("computed", []).append(record.computed)
         missing = torch.full_like(record.residual[:1], float("nan"))
         feature = record.feature if record.feature is not None else missing
-        for name, tensor in (
-            ("residual", record.residual), ("feature", feature), ("modulated_input", record.modulated_input)
-        ):  # fmt: skip
-            if tensor is not None:
-                first = tensor[0] if self._index is None else tensor[0].index_select(0, self._index)
-                arrays.setdefault(name, []).append(first.float().cpu().numpy().copy())
+        hidden_sized = {"residual": record.residual, "feature": feature, **record.signals}
+        for name, tensor in hidden_sized.items():
+            first = tensor[0] if self._index is None else tensor[0].index_select(0, self._index)
+            arrays.setdefault(name, []).append(first.float().cpu().numpy().copy())
+        small = {"latents": record.buffers["latents"], "model_output": record.model_output}
+        for name, tensor in small.items():
+            flat = tensor[0].reshape(-1, *tensor.shape[-2:])
+            arrays.setdefault(name, []).append(flat.float().cpu().numpy().copy())
 
     def _sample(self) -> Tensor | None:
         per_frame, frames = self._dims["tokens_per_frame"], self._frames()

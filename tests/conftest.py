@@ -163,6 +163,6 @@ def request_of(demo_bundle: Bundle) -> Any:
 def trace(generator: Generator, request_of: Any) -> Trace:
     """An uncached run of 20 steps, everything recorded."""
     torch.manual_seed(0)
-    recorder = TraceRecorder(wants_modulated_input=True)
+    recorder = TraceRecorder(wants_signals=True)
     generator.generate(request_of(CacheSetting()), recorder=recorder)
     return recorder.trace()

@@ -62,13 +62,13 @@ class GramRecorder:
     Holds the last ``window`` residuals of each branch, and nothing else of a run.
 
     Attributes:
-        wants_modulated_input: Never.
+        wants_signals: Never.
         tables: The last run's per-run tables [steps, …], as arrays.
         changes: Per branch, mean|r_t − r_{t−1}| / mean|r_{t−1}| of each run, [runs][steps − 1].
         ratios: Per branch, the mean over tokens of ‖r_t‖₂ / ‖r_{t−1}‖₂ of each run.
     """
 
-    wants_modulated_input = False
+    wants_signals = False
 
     def __init__(self, model: LoadedModel, *, window: int = 16) -> None:
         """Prepare for runs of a model.

@@ -65,7 +65,7 @@ class ChangeRecorder:
             or what was reused in its place.
     """
 
-    wants_modulated_input: bool = False
+    wants_signals: bool = False
     changes: dict[str, list[float]] = field(default_factory=dict)
     _last: dict[str, Tensor] = field(default_factory=dict)
 

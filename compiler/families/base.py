@@ -42,6 +42,10 @@ StoredDtype = Callable[[str], str]
 DimFactor = tuple[str, int]
 
 
+FIRST_BLOCK_RESIDUAL = "first_block_residual"
+"""Signal, and the graph that gives it: what the first block that passes ``hidden`` on adds to it."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """One graph to trace.
@@ -120,7 +124,8 @@ class Cut:
         stages: The block loop.
         inputs: What callers hand in, by name.
         signals: Signal kind → the value that carries it and when it is known
-            (``run``: ahead of the loop, so decisions fold; ``step``: after ``head``).
+            (``run``: ahead of the loop, so decisions fold; ``step``: after ``head``). Every cut
+            adds ``latents``, and ``first_block_residual`` where two blocks pass ``hidden`` on.
         feature_block: Index of the block whose feature is tapped.
         dims: Derived dimension → product of floor divisions of others. Where an input has it too,
             both must agree. Those over ``frames``, ``height`` and ``width`` of the latents
@@ -141,6 +146,23 @@ class Cut:
     example_dims: Mapping[str, int] = field(default_factory=dict)
     latent_scale: tuple[int, int] = (4, 8)
     limits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Add the signals that need no segment of the family's own."""
+        passed_on = {s.name for s in self.segments if "hidden_out" in s.outputs}
+        blocks = sum(s.count for s in self.stages if s.block in passed_on)
+        added: dict[str, tuple[str, Literal["run", "step"]]] = {"latents": ("latents", "step")}
+        if blocks >= 2:
+            added[FIRST_BLOCK_RESIDUAL] = (FIRST_BLOCK_RESIDUAL, "step")
+        object.__setattr__(self, "signals", {**self.signals, **added})
+
+    def signal_spec(self, kind: str) -> TensorSpec:
+        """Return dtype and dimensions of the value that carries a signal, a table's where it is one."""
+        value, _ = self.signals[kind]
+        if value in self.inputs:
+            return self.inputs[value].spec
+        outputs = {n: spec for s in self.segments for n, spec in s.outputs.items()}
+        return outputs["hidden"] if value == FIRST_BLOCK_RESIDUAL else outputs[value]
 
     def blocks_of(self, segment: str) -> range:
         """Return which blocks' weights a segment takes; one nominal block outside ``body``."""

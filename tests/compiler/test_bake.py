@@ -96,7 +96,7 @@ def regrouped(
 class Kept:
     """A recorder that keeps every residual and feature."""
 
-    wants_modulated_input = False
+    wants_signals = False
 
     def __init__(self) -> None:
         self.residuals: list[torch.Tensor] = []

@@ -252,6 +252,52 @@ class MagCache(_Law):
         return True
 
 
+class EasyCache(_Law):
+    """ALGORITHMS 5: k between the last two computed steps, x the signal, v the feature."""
+
+    def __init__(self, threshold):
+        self.threshold, self.distance = threshold, 0.0
+        self.inputs, self.outputs = [], []
+
+    def wants_computation(self, t, must, signals):
+        self.margin = math.inf
+        wants = must or len(self.outputs) < 2
+        if not wants:
+            (v, older_v), (x, older_x) = self.outputs, self.inputs
+            k = np.abs(v - older_v).mean() / np.abs(x - older_x).mean()
+            moved = np.abs(signals[t].astype(np.float64) - signals[t - 1]).mean()
+            self.distance += k * moved / np.abs(v).mean()
+            if self.threshold > 0:
+                self.margin = abs(self.distance - self.threshold) / self.threshold
+            wants = not self.distance < self.threshold
+        if wants:
+            self.distance = 0.0
+            self.inputs = [signals[t].astype(np.float64), *self.inputs][:2]
+        return wants
+
+    def computed(self, t, step_count, feature):
+        self.outputs = [feature.astype(np.float64), *self.outputs][:2]
+
+
+class FirstBlock(_Law):
+    """ALGORITHMS 5."""
+
+    def __init__(self, threshold):
+        self.threshold, self.distance, self.kept = threshold, 0.0, None
+
+    def wants_computation(self, t, must, signals):
+        self.margin = math.inf
+        rho = signals[t].astype(np.float64)
+        if self.kept is not None:
+            self.distance = np.abs(rho - self.kept).mean() / np.abs(self.kept).mean()
+            if self.threshold > 0 and not must:
+                self.margin = abs(self.distance - self.threshold) / self.threshold
+        if must or not self.distance < self.threshold:
+            self.kept, self.distance = rho, 0.0
+            return True
+        return False
+
+
 class Solved(_Law):
     """ALGORITHMS 7: rows of tables, stretched to the run's length."""
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy_reference as reference
 
 from freewheel.configs.setting import CacheSetting
+from freewheel.policies import POLICIES
 from freewheel.policies.law import DecisionRecord, Law
 
 IDENTITY = [1.0, 0.0]
@@ -64,6 +65,9 @@ def reference_law(
         return reference.TaylorSeer(p["interval"], p["order"], p["variant"])
     if setting.policy == "magcache":
         return reference.MagCache(**p, step_count=step_count)
+    if setting.policy in ("easycache", "firstblock"):
+        law = reference.EasyCache if setting.policy == "easycache" else reference.FirstBlock
+        return law(**p)
     if setting.policy == "solved":
         p.pop("history")
         return reference.Solved(**p, step_count=step_count)
@@ -76,13 +80,13 @@ def assert_equals_reference(
 ) -> None:
     """Compare decisions, distances, reused residuals; stops at a tie, where both may be right."""
     guard = reference.Guard(**setting.guard.model_dump())
-    looks_at_signal = setting.policy in ("teacache", "custom")
+    spec = POLICIES[setting.policy].spec
     expected = reference.run_reference(
         reference_law(setting, parameters, len(records)),
         guard,
         len(records),
-        signals=run["signal"] if looks_at_signal else None,
-        features=run["feature"] if setting.policy == "adacache" else None,
+        signals=run["signal"] if spec.signals else None,
+        features=run["feature"] if spec.feature else None,
         residuals=run["residual"],
     )
     for t, (record, mixed) in enumerate(

@@ -96,6 +96,18 @@ SETTINGS: dict[str, CacheSetting] = {
         },
         guard=GuardSetting(last_exact=2, exact_steps=[5]),
     ),
+    "easy": CacheSetting(policy="easycache", parameters={"threshold": 0.4}),
+    "easy_guarded": CacheSetting(
+        policy="easycache",
+        parameters={"threshold": 0.6},
+        guard=GuardSetting(first_exact=5, last_exact=2, max_consecutive=3, exact_steps=[11]),
+    ),
+    "firstblock": CacheSetting(policy="firstblock", parameters={"threshold": 0.2}),
+    "firstblock_guarded": CacheSetting(
+        policy="firstblock",
+        parameters={"threshold": 0.4},
+        guard=GuardSetting(first_exact=2, last_exact=1, max_consecutive=4, exact_steps=[9]),
+    ),
     "solved": CacheSetting(policy="solved", parameters=SOLVED),
     "solved_guarded": CacheSetting(
         policy="solved", parameters=SOLVED, guard=GuardSetting(first_exact=3, max_consecutive=2)

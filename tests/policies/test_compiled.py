@@ -96,7 +96,7 @@ def test_compiled_policy_decides_as_the_eager_law(compiled, name: str, runtime: 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["tea", "custom", "ada_plain"])
+@pytest.mark.parametrize("name", ["tea", "custom", "ada_plain", "easy", "firstblock"])
 def test_compiled_policy_computes_on_broken_tensors(compiled, name, runtime, value) -> None:
     setting, run = SETTINGS[name], random_run(1, 24, change=0.01)
     run["signal"][7, 1, 3] = run["feature"][1, 0, 2, 1] = value

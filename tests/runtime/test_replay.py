@@ -57,7 +57,7 @@ def test_a_real_run_decides_as_the_eager_law_on_what_it_saw(
     generator: Generator, request_of: Any, setting: CacheSetting
 ) -> None:
     """Compiled, in the loop, with reuse: the same decisions and mixes, from the run's own trace."""
-    recorder = TraceRecorder(wants_modulated_input=True)
+    recorder = TraceRecorder(wants_signals=True)
     statistics = generator.generate(request_of(setting), recorder=recorder).statistics
     trace = recorder.trace()
     frames, tokens = trace.frame_shape()

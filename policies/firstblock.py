@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First-Block Cache: run one block at every step, and let its residual tell about the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
+from .base import Decision, Policy, Step, hold
+
+__all__ = ["FirstBlock"]
+
+
+class FirstBlock(Policy):
+    """Reuse the residual of all further blocks while that of the first stays near the computed one.
+
+    The signal asks the session for a probe: the first block runs before the decision, on computed
+    steps the others follow it, and what is cached is their residual alone.
+
+    Reference: ALGORITHMS 5, First-Block Cache (no paper; the ParaAttention project, as also in
+        diffusers and cache-dit): reuse while ``mean|ρ − ρ_s| / mean|ρ_s|`` is below a threshold, ρ
+        the first block's residual and ρ_s that of the last computed step.
+
+    Differs: each branch decides for itself, as the signal is its own.
+    """
+
+    spec = PolicySpec(
+        name="firstblock",
+        summary="runs the first block always, and reuses the others while its residual stays",
+        signals=["first_block_residual"],
+        kept=["computed_signal"],
+        history=HistorySpec(maximum=1),
+        state={"distance": StateSpec()},
+        parameters={
+            "threshold": ParameterSpec(
+                default=0.08,
+                minimum=0.0,
+                meaning="relative change of the first block's residual at which a step is computed,"
+                " >= 0; 0 never reuses",
+            ),
+        },
+        distance="distance",
+        reference="First-Block Cache, ParaAttention",
+    )
+
+    def decide(
+        self,
+        step: Step,
+        signal: Tensor,
+        feature: Tensor,
+        kept: dict[str, Tensor],
+        state: dict[str, Tensor],
+        parameters: dict[str, Tensor],
+    ) -> Decision:
+        """Decide from this step's probe and that of the last computed step; see `Policy.decide`."""
+        past = kept["computed_signal"]
+        distance = (signal - past).abs().mean() / past.abs().mean()
+        # A distance that is not finite is not below the threshold either.
+        compute = step.must_compute | ~(distance < parameters["threshold"])
+        return Decision(compute, hold(step), {"distance": torch.where(compute, 0.0, distance)})
