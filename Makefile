@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 DEMO = out/demo
 CONFIGS = teacache off taylorseer adacache custom
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint cpp bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,11 @@ lint: install ## Check style and types, as CI does
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
+
+cpp: install ## Build libfreewheel and freewheel-run in build/cpp, and run GoogleTest
+	cmake -S cpp -B build/cpp -G Ninja -DOpenVINO_DIR="$$($(BIN)/python -c 'from openvino.utils import get_cmake_path as p; print(p())')"
+	cmake --build build/cpp
+	ctest --test-dir build/cpp --output-on-failure
 
 bench: install ## Measure what docs/explanation/performance.md reports (half an hour)
 	$(BIN)/python benchmarks/run_all.py --out out/bench

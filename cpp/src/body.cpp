@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "body.h"
 
+#include <algorithm>
+
 #include "try.h"
 
 namespace freewheel {
@@ -54,13 +56,14 @@ Status BufferSet::allocate(Memory& memory, const std::map<std::string, Io>& entr
   return {};
 }
 
-Result<std::unique_ptr<Body>> Body::create(Model& model, const std::string& branch,
-                                           const Tensors& shared, const Tensors& prompt,
-                                           const Dims& dims) {
+Result<std::unique_ptr<Body>> Body::create(Model& model, std::size_t expert,
+                                           const std::string& branch, const Tensors& shared,
+                                           const Tensors& prompt, const Dims& dims) {
   auto body = std::make_unique<Body>();
   const Manifest& manifest = model.manifest();
   Memory& memory = model.memory();
   body->model_ = &model;
+  body->expert_ = expert;
   body->dims_ = dims;
   FREEWHEEL_TRY(add_prompt_dims(manifest, branch, prompt, body->dims_));
   FREEWHEEL_ASSIGN(body->dims_, derive_dims(manifest, body->dims_));
@@ -71,7 +74,7 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, const std::string& bran
   Tensors context = body->prompt_;
   FREEWHEEL_TRY(
       body->buffers_.allocate(memory, manifest.graphs.at("prompt").outputs, body->dims_, context));
-  FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> prompt_call, model.bind("prompt", context));
+  FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> prompt_call, body->bind("prompt", context));
   body->prompt_calls_.push_back(std::move(prompt_call));
   body->streams_["hidden"] = {shared.at("hidden"), shared.at("hidden_even"),
                               shared.at("hidden_odd")};
@@ -89,8 +92,7 @@ Status Body::bind_stage(const StageEntry& stage) {
     if (stage.context) {
       const auto& outputs = model_->manifest().graphs.at(*stage.context).outputs;
       FREEWHEEL_TRY(buffers_.allocate(model_->memory(), outputs, dims_, values));
-      FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call,
-                       model_->bind(*stage.context, values, block));
+      FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, bind(*stage.context, values, block));
       prompt_calls_.push_back(std::move(call));
       for (const auto& [name, io] : outputs) {
         grouped[name + "." + std::to_string(block)] = values.at(name);
@@ -137,13 +139,12 @@ Status Body::add_call(const std::string& graph, std::int64_t first, std::int64_t
   if (feature != outputs.end()) {  // a group writes its feature on every run, wanted or not
     FREEWHEEL_TRY(buffers_.allocate(model_->memory(), kFeature, feature->second, dims_, values));
   }
-  FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, model_->bind(graph, values, first));
+  Call call{graph, first, std::move(values), nullptr};
+  FREEWHEEL_ASSIGN(call.bound, bind(graph, call.values, first));
   const std::int64_t wanted = model_->manifest().feature_block;
   if (tapped && wanted >= first && wanted < first + count) {
     tapped_graph_ = *tapped;
-    tapped_block_ = first;
     tapped_at_ = calls_.size();
-    tapped_values_ = std::move(values);
   }
   calls_.push_back(std::move(call));
   return {};
@@ -178,22 +179,59 @@ Status Body::bind_taps() {
   }
   std::vector<Tensor> taps;
   for (int turn = 0; turn < 2; ++turn) {
-    FREEWHEEL_TRY(
-        buffers_.allocate(model_->memory(), kFeature, feature->second, dims_, tapped_values_));
-    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call,
-                     model_->bind(tapped_graph_, tapped_values_, tapped_block_));
-    tapped_.push_back(std::move(call));
-    taps.push_back(tapped_values_.at(kFeature));
+    Tensors made;
+    FREEWHEEL_TRY(buffers_.allocate(model_->memory(), kFeature, feature->second, dims_, made));
+    taps.push_back(made.at(kFeature));
   }
   taps_ = std::move(taps);
+  return bind_tapped();
+}
+
+Status Body::bind_tapped() {
+  tapped_.clear();
+  const Call& call = calls_[tapped_at_];
+  for (const Tensor& tap : taps_) {
+    Tensors values = call.values;
+    values[kFeature] = tap;
+    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> bound, bind(tapped_graph_, values, call.block));
+    tapped_.push_back(std::move(bound));
+  }
   return {};
 }
 
-Status Body::run(int tap, const Cancellation& cancellation) noexcept {
-  for (std::size_t block = 0; block < calls_.size(); ++block) {
+Status Body::bind_probe() {
+  if (probe_out_.data != nullptr) return {};
+  const auto passes_hidden = [&](const Call& call) {
+    return model_->manifest().graphs.at(call.graph).outputs.count("hidden_out") != 0;
+  };
+  const auto first = std::find_if(calls_.begin(), calls_.end(), passes_hidden);
+  const auto second =
+      first == calls_.end() ? first : std::find_if(first + 1, calls_.end(), passes_hidden);
+  if (second == calls_.end()) {
+    return Status(Code::kBundle, "stages", "have no block after the first that passes 'hidden' on",
+                  "choose a policy without a probe");
+  }
+  const Io& io = model_->manifest().graphs.at(first->graph).outputs.at("hidden_out");
+  Tensors made;
+  FREEWHEEL_TRY(buffers_.allocate(model_->memory(), "hidden_out", io, dims_, made));
+  first->values["hidden_out"] = made.at("hidden_out");
+  for (auto call = first + 1; call <= second; ++call) {
+    call->values["hidden"] = made.at("hidden_out");
+  }
+  for (auto call = first; call <= second; ++call) {
+    FREEWHEEL_ASSIGN(call->bound, bind(call->graph, call->values, call->block));
+  }
+  probed_ = static_cast<std::size_t>(first - calls_.begin()) + 1;
+  probe_out_ = made.at("hidden_out");
+  return taps_.empty() ? Status() : bind_tapped();
+}
+
+Status Body::run(int tap, const Cancellation& cancellation, std::size_t first,
+                 std::size_t end) noexcept {
+  for (std::size_t at = first; at < end; ++at) {
     if (cancellation.is_wanted()) return cancelled();
-    const bool is_tapped = tap >= 0 && block == tapped_at_;
-    FREEWHEEL_TRY((is_tapped ? tapped_[static_cast<std::size_t>(tap)] : calls_[block])->run());
+    const bool is_tapped = tap >= 0 && at == tapped_at_;
+    FREEWHEEL_TRY((is_tapped ? tapped_[static_cast<std::size_t>(tap)] : calls_[at].bound)->run());
   }
   return {};
 }

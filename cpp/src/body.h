@@ -34,10 +34,10 @@ class BufferSet {
 /// what `prompt` gave through two buffers of the branch's own.
 class Body {
  public:
-  /// Allocates the branch's context and binds every block; `set_prompt` fills it.
-  static Result<std::unique_ptr<Body>> create(Model& model, const std::string& branch,
-                                              const Tensors& shared, const Tensors& prompt,
-                                              const Dims& dims);
+  /// Allocates the branch's context and binds every block of an expert; `set_prompt` fills it.
+  static Result<std::unique_ptr<Body>> create(Model& model, std::size_t expert,
+                                              const std::string& branch, const Tensors& shared,
+                                              const Tensors& prompt, const Dims& dims);
 
   /// Computes the context of every block for this prompt (host tensors, of the declared dtypes).
   Status set_prompt(const Tensors& prompt);
@@ -48,6 +48,19 @@ class Body {
   /// Allocates the feature buffers and binds the tapped block to each of them, once.
   Status bind_taps();
   const std::vector<Tensor>& taps() const noexcept { return taps_; }
+
+  /// Binds `graph` to buffers and to the weights of a block of this body's expert.
+  Result<std::unique_ptr<BoundCall>> bind(const std::string& graph, const Tensors& values,
+                                          std::int64_t block = 0) {
+    return model_->bind(graph, values, block, expert_);
+  }
+
+  /// Lets the first block that passes `hidden` on write where no later one does, so that it can run
+  /// before the decision. Binds once; the body gives the same with it.
+  Status bind_probe();
+
+  /// What the first block gave, until the next step; no data before `bind_probe`.
+  const Tensor& probe_out() const noexcept { return probe_out_; }
 
   /// Where the last block writes.
   const Tensor& hidden_out() const noexcept { return streams_.at("hidden").now; }
@@ -60,7 +73,17 @@ class Body {
   const Dims& dims() const noexcept { return dims_; }
 
   /// Runs every block; `tap` (0 or 1) names the buffer that gets the feature, -1 none.
-  Status run(int tap, const Cancellation& cancellation) noexcept;
+  Status run(int tap, const Cancellation& cancellation) noexcept {
+    return run(tap, cancellation, 0, calls_.size());
+  }
+
+  /// Runs up to the first block that passes `hidden` on; the rest is `run_after_probe`.
+  Status run_probe(int tap, const Cancellation& cancellation) noexcept {
+    return run(tap, cancellation, 0, probed_);
+  }
+  Status run_after_probe(int tap, const Cancellation& cancellation) noexcept {
+    return run(tap, cancellation, probed_, calls_.size());
+  }
 
  private:
   /// Where a stream is now, and the two buffers that it alternates between.
@@ -68,22 +91,34 @@ class Body {
     Tensor now, even, odd;
   };
 
+  /// One call of the loop, with what it is bound to, so that it can be bound otherwise.
+  struct Call {
+    std::string graph;
+    std::int64_t block = 0;
+    Tensors values;
+    std::unique_ptr<BoundCall> bound;
+  };
+
+  Status run(int tap, const Cancellation& cancellation, std::size_t first,
+             std::size_t end) noexcept;
   Status bind_stage(const StageEntry& stage);
+  Status bind_tapped();
   Status advance(const std::string& stream, const Io& io, Tensor& target);
   Status add_call(const std::string& graph, std::int64_t first, std::int64_t count, Tensors values,
                   const std::optional<std::string>& tapped);
 
   Model* model_ = nullptr;
+  std::size_t expert_ = 0;
   Dims dims_;
   BufferSet buffers_;
   Tensors prompt_, values_;
   std::map<std::string, Stream> streams_;
-  std::vector<std::unique_ptr<BoundCall>> prompt_calls_, calls_, tapped_;
-  std::size_t tapped_at_ = 0;
+  std::vector<std::unique_ptr<BoundCall>> prompt_calls_, tapped_;
+  std::vector<Call> calls_;
+  std::size_t tapped_at_ = 0, probed_ = 0;
   std::string tapped_graph_;
-  std::int64_t tapped_block_ = 0;
-  Tensors tapped_values_;
   std::vector<Tensor> taps_;
+  Tensor probe_out_;
 };
 
 }  // namespace freewheel

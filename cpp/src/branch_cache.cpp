@@ -72,13 +72,32 @@ Result<std::unique_ptr<BranchCache>> BranchCache::create(Model& model,
   cache->is_folded_ = resolved.is_folded();
   cache->depth_ = resolved.depth();
   cache->computed_steps_.reserve(static_cast<std::size_t>(cache->depth_ + 1));
-  if (cache->spec_->wants_feature) FREEWHEEL_TRY(body.bind_taps());
+  FREEWHEEL_TRY(cache->find_signal_graph());
+  if (cache->is_probed_) FREEWHEEL_TRY(body.bind_probe());
   if (cache->depth_ > 0) FREEWHEEL_TRY(cache->bind_history(shared, dims));
   FREEWHEEL_TRY(cache->bind_signal(shared, dims));
-  FREEWHEEL_ASSIGN(const std::vector<Tensors> arrangements, cache->arrangements(dims));
+  if (cache->spec_->wants_feature) FREEWHEEL_TRY(cache->bind_feature(dims));
   FREEWHEEL_ASSIGN(cache->decider_, Decider::create(model, *resolved.policy, resolved.parameters,
-                                                    resolved.setting.guard, arrangements));
+                                                    resolved.setting.guard, cache->arrangements()));
   return cache;
+}
+
+/// Finds what computes the signal, if a graph does; one that runs as `probe` looks at the first
+/// block's result, and what is reused is then what the blocks after it add.
+Status BranchCache::find_signal_graph() {
+  if (signal_ == nullptr || signal_->is_known_per_run) return {};
+  const Manifest& manifest = model_->manifest();
+  for (const auto& [name, graph] : manifest.graphs) {
+    const bool is_probe = graph.runs == "probe";
+    if ((!is_probe && graph.runs != "signal") || graph.outputs.count(signal_->value) == 0) continue;
+    signal_graph_ = name;
+    is_probed_ = is_probe;
+    return {};
+  }
+  const auto input = manifest.inputs.find(signal_->value);
+  if (input != manifest.inputs.end() && input->second.runs == "step") return {};
+  return Status(Code::kBundle, "signal '" + signal_->value + "'", "is output by no graph",
+                "build the bundle again");
 }
 
 Status BranchCache::bind_history(const Tensors& shared, const Dims& dims) {
@@ -91,84 +110,112 @@ Status BranchCache::bind_history(const Tensors& shared, const Dims& dims) {
   FREEWHEEL_ASSIGN(const Shape shape, shape_of("residual", residual->second, dims));
   FREEWHEEL_ASSIGN(ring_,
                    ResidualRing::create(model_->memory(), depth_, residual->second.dtype, shape));
-  Tensors values = {{"hidden", shared.at("hidden")}, {"hidden_out", body_->hidden_out()}};
+  Tensors values = {{"hidden", is_probed_ ? body_->probe_out() : shared.at("hidden")},
+                    {"hidden_out", body_->hidden_out()}};
   for (std::int64_t slot = 0; slot < depth_; ++slot) {
     values["residual"] = ring_.slot(slot);
-    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, model_->bind("delta", values));
+    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body_->bind("delta", values));
     deltas_.push_back(std::move(call));
   }
   values["history"] = ring_.history();
   values["mix"] = ring_.mix();
-  FREEWHEEL_ASSIGN(reuse_, model_->bind("reuse", values));
+  FREEWHEEL_ASSIGN(reuse_, body_->bind("reuse", values));
   return {};
 }
 
 Status BranchCache::bind_signal(const Tensors& shared, const Dims& dims) {
   if (signal_ == nullptr) return {};
-  const Manifest& manifest = model_->manifest();
-  if (signal_->is_known_per_run) {
-    const auto row = shared.find(signal_->value);
-    if (row == shared.end()) {
-      return Status(Code::kBundle, "signal '" + signal_->value + "'", "is no per-run table",
-                    "build the bundle again");
+  roles_ = SignalBuffers(spec_->keeps_previous_signal, spec_->keeps_computed_signal);
+  Memory& memory = model_->memory();
+  if (signal_graph_.empty()) {
+    const auto source = shared.find(signal_->value);
+    if (source == shared.end() || source->second.dtype != DType::kFloat32) {
+      return Status(Code::kBundle, "signal '" + signal_->value + "'",
+                    "is no float32 table or input", "build the bundle again");
     }
-    const std::int64_t width = row->second.shape.elements();
-    Tensors views;
-    Io io;
-    io.dtype = row->second.dtype;
-    io.shape = {std::int64_t{1}, width};
-    for (int turn = 0; turn < 2; ++turn) {
-      FREEWHEEL_TRY(buffers_.allocate(model_->memory(), "signal", io, {}, views));
-      signals_.push_back(views.at("signal"));
-    }
-    return {};
-  }
-  for (const auto& [name, graph] : manifest.graphs) {
-    const auto output = graph.outputs.find(signal_->value);
-    if (graph.runs != "signal" || output == graph.outputs.end()) continue;
-    for (int turn = 0; turn < 2; ++turn) {
-      Tensors values = shared;
-      FREEWHEEL_TRY(
-          buffers_.allocate(model_->memory(), signal_->value, output->second, dims, values));
-      FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, model_->bind(name, values));
-      signal_calls_.push_back(std::move(call));
-      signals_.push_back(flattened(values.at(signal_->value)));
+    if (!signal_->is_known_per_run) source_ = source->second;
+    const std::int64_t elements = source->second.shape.elements();
+    Tensor flat = flattened(source->second);
+    if (signal_->is_known_per_run) flat.shape = Shape{1, elements};
+    for (std::size_t spot = 0; spot < roles_.count(); ++spot) {
+      Tensors made;
+      Io io;
+      io.shape = {flat.shape[0], flat.shape[1]};
+      FREEWHEEL_TRY(buffers_.allocate(memory, "signal", io, {}, made));
+      signals_.push_back(made.at("signal"));
     }
     return {};
   }
-  return Status(Code::kBundle, "signal '" + signal_->value + "'", "is output by no graph",
-                "build the bundle again");
+  Tensors values = shared;
+  if (is_probed_) values["hidden_out"] = body_->probe_out();
+  const Io& io = model_->manifest().graphs.at(signal_graph_).outputs.at(signal_->value);
+  for (std::size_t spot = 0; spot < roles_.count(); ++spot) {
+    FREEWHEEL_TRY(buffers_.allocate(memory, signal_->value, io, dims, values));
+    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body_->bind(signal_graph_, values));
+    signal_calls_.push_back(std::move(call));
+    signals_.push_back(flattened(values.at(signal_->value)));
+  }
+  return {};
 }
 
-Result<std::vector<Tensors>> BranchCache::arrangements(const Dims& dims) const {
-  std::vector<Tensor> features;
-  if (spec_->wants_feature) {
-    const auto frame = dims.find("tokens_per_frame");
-    for (const Tensor& tap : body_->taps()) {
-      const std::int64_t tokens = tap.shape.rank() == 3 ? tap.shape[1] : 0;
-      if (frame == dims.end() || frame->second <= 0 || tokens % frame->second != 0) {
-        return Status(Code::kBundle, "dimension 'tokens_per_frame'",
-                      "is not there, or does not divide the tokens", "build the bundle again");
-      }
-      features.push_back(
-          {tap.data, tap.dtype, Shape{tokens / frame->second, frame->second, tap.shape[2]}});
+/// Gives the policy two features in turn, of batch element 0: the tapped one frame by frame, or the
+/// model's output with all but its last two dimensions flattened.
+Status BranchCache::bind_feature(const Dims& dims) {
+  if (spec_->wants_model_output) {
+    const Io& io = model_->manifest().graphs.at("finish").outputs.at("model_output");
+    FREEWHEEL_ASSIGN(const Shape whole, shape_of("model_output", io, dims));
+    const int rank = whole.rank();
+    if (io.dtype != DType::kFloat32 || rank < 3 || whole.elements() == 0) {
+      return Status(Code::kBundle, "tensor 'model_output'",
+                    "is no float32 tensor of rank 3 or more",
+                    "choose a policy without this feature");
     }
+    const std::int64_t plane = whole[rank - 2] * whole[rank - 1];
+    Io flat;
+    flat.shape = {whole.elements() / whole[0] / plane, whole[rank - 2], whole[rank - 1]};
+    for (int turn = 0; turn < 2; ++turn) {
+      Tensors made;
+      FREEWHEEL_TRY(buffers_.allocate(model_->memory(), "feature", flat, {}, made));
+      features_.push_back(made.at("feature"));
+    }
+    return {};
   }
+  FREEWHEEL_TRY(body_->bind_taps());
+  const auto frame = dims.find("tokens_per_frame");
+  for (const Tensor& tap : body_->taps()) {
+    const std::int64_t tokens = tap.shape.rank() == 3 ? tap.shape[1] : 0;
+    if (frame == dims.end() || frame->second <= 0 || tokens % frame->second != 0) {
+      return Status(Code::kBundle, "dimension 'tokens_per_frame'",
+                    "is not there, or does not divide the tokens", "build the bundle again");
+    }
+    features_.push_back(
+        {tap.data, tap.dtype, Shape{tokens / frame->second, frame->second, tap.shape[2]}});
+  }
+  return {};
+}
+
+/// Every way in which rotating buffers can stand, features fastest; notes which stand is where.
+std::vector<Tensors> BranchCache::arrangements() {
+  std::vector<SignalBuffers::Stand> stands(1);
+  if (!signals_.empty()) stands = roles_.stands();
+  const std::size_t turns = features_.empty() ? 1 : features_.size();
+  arrangement_of_.assign(SignalBuffers::kKeys, 0);
   std::vector<Tensors> found;
-  const std::size_t signal_turns = signal_calls_.empty() ? 1 : 2;
-  const std::size_t feature_turns = features.empty() ? 1 : 2;
-  for (std::size_t signal = 0; signal < signal_turns; ++signal) {
-    for (std::size_t feature = 0; feature < feature_turns; ++feature) {
-      Tensors values;
-      if (!signals_.empty()) {
-        values["signal"] = signals_[signal];
-        values["previous_signal"] = signals_[1 - signal];
+  for (const SignalBuffers::Stand& stand : stands) {
+    arrangement_of_[SignalBuffers::key(stand)] = found.size();
+    Tensors values;
+    const std::pair<const char*, int> roles[] = {{"signal", stand.current},
+                                                 {"previous_signal", stand.previous},
+                                                 {"computed_signal", stand.computed}};
+    for (const auto& [role, buffer] : roles) {
+      if (buffer >= 0) values[role] = signals_[static_cast<std::size_t>(buffer)];
+    }
+    for (std::size_t turn = 0; turn < turns; ++turn) {
+      if (!features_.empty()) {
+        values["feature"] = features_[turn];
+        values["previous_feature"] = features_[1 - turn];
       }
-      if (!features.empty()) {
-        values["feature"] = features[feature];
-        values["previous_feature"] = features[1 - feature];
-      }
-      found.push_back(std::move(values));
+      found.push_back(values);
     }
   }
   return found;
@@ -176,17 +223,18 @@ Result<std::vector<Tensors>> BranchCache::arrangements(const Dims& dims) const {
 
 Status BranchCache::reset(const Tensors& tables, std::int64_t step_count) {
   step_count_ = step_count;
-  if (signal_ != nullptr && signal_->is_known_per_run) table_ = tables.at(signal_->value);
+  if (signal_ != nullptr && signal_->is_known_per_run) source_ = tables.at(signal_->value);
   FREEWHEEL_TRY(forget());
   folded_.clear();
   if (!is_folded_) return {};
+  const Cancellation never;
   const auto size = static_cast<std::size_t>(decider_->mix_size());
   const auto steps = static_cast<std::size_t>(step_count);
   std::vector<Verdict> verdicts(steps);
   folded_mix_.assign(steps * size, 0.0f);
   for (std::size_t step = 0; step < steps; ++step) {
     const auto index = static_cast<std::int64_t>(step);
-    FREEWHEEL_ASSIGN(verdicts[step], ask(index));
+    FREEWHEEL_ASSIGN(verdicts[step], ask(index, never));
     float* kept = folded_mix_.data() + step * size;
     std::copy(verdicts[step].mix, verdicts[step].mix + size, kept);
     verdicts[step].mix = kept;
@@ -202,51 +250,69 @@ Status BranchCache::forget() {
   computed_steps_.clear();
   computed_count_ = 0;
   if (depth_ > 0) FREEWHEEL_TRY(ring_.reset());
-  if (spec_->wants_feature) {
-    for (const Tensor& tap : body_->taps()) FREEWHEEL_TRY(memory.zero(tap.data, tap.bytes()));
+  for (const auto* tensors : {&features_, &signals_}) {
+    for (const Tensor& tensor : *tensors) FREEWHEEL_TRY(memory.zero(tensor.data, tensor.bytes()));
   }
-  for (const Tensor& signal : signals_) FREEWHEEL_TRY(memory.zero(signal.data, signal.bytes()));
+  roles_.reset();
   decider_->reset(step_count_);
   return {};
 }
 
-Result<Verdict> BranchCache::decide(std::int64_t step_index) noexcept {
+Result<Verdict> BranchCache::decide(std::int64_t step_index,
+                                    const Cancellation& cancellation) noexcept {
   if (!folded_.empty()) return folded_[static_cast<std::size_t>(step_index)];
-  return ask(step_index);
+  return ask(step_index, cancellation);
 }
 
-Result<Verdict> BranchCache::ask(std::int64_t step_index) noexcept {
-  std::size_t turn = 0;
-  if (signal_ != nullptr && signal_->is_known_per_run) {
-    Memory& memory = model_->memory();
-    const std::size_t bytes = signals_[0].bytes();
-    const std::uint8_t* row =
-        table_.as<std::uint8_t>() + static_cast<std::size_t>(step_index) * bytes;
-    FREEWHEEL_TRY(memory.copy(signals_[1].data, signals_[0].data, bytes));
-    FREEWHEEL_TRY(memory.copy(signals_[0].data, row, bytes));
-  } else if (signal_ != nullptr) {
-    turn = static_cast<std::size_t>(step_index % 2);
-    FREEWHEEL_TRY(signal_calls_[turn]->run());
+Result<Verdict> BranchCache::ask(std::int64_t step_index,
+                                 const Cancellation& cancellation) noexcept {
+  std::size_t arrangement = 0;
+  if (signal_ != nullptr) {
+    FREEWHEEL_TRY(take_signal(step_index, cancellation));
+    arrangement = arrangement_of_[SignalBuffers::key(roles_.stand())];
   }
-  if (spec_->wants_feature) turn = 2 * turn + static_cast<std::size_t>(last_tap());
+  if (!features_.empty()) arrangement += static_cast<std::size_t>(last_feature());
   return decider_->decide(step_index, computed_steps_.data(),
-                          static_cast<std::int64_t>(computed_steps_.size()), turn);
+                          static_cast<std::int64_t>(computed_steps_.size()), arrangement);
+}
+
+/// Writes this step's signal where nothing that is kept stands.
+Status BranchCache::take_signal(std::int64_t step_index,
+                                const Cancellation& cancellation) noexcept {
+  const std::size_t spot = roles_.advance();
+  if (!signal_graph_.empty()) {
+    if (is_probed_) FREEWHEEL_TRY(body_->run_probe(next_tap(), cancellation));
+    return signal_calls_[spot]->run();
+  }
+  const std::size_t bytes = signals_[spot].bytes();
+  const auto row = static_cast<std::size_t>(signal_->is_known_per_run ? step_index : 0);
+  return model_->memory().copy(signals_[spot].data, source_.as<std::uint8_t>() + row * bytes,
+                               bytes);
 }
 
 void BranchCache::note_computed(std::int64_t step_index) noexcept {
   ++computed_count_;
+  roles_.mark_computed();
   if (depth_ == 0) return;
   if (static_cast<std::int64_t>(computed_steps_.size()) == depth_) computed_steps_.pop_back();
   computed_steps_.insert(computed_steps_.begin(), step_index);  // within the reserved capacity
 }
 
 Status BranchCache::compute(std::int64_t step_index, const Cancellation& cancellation) noexcept {
+  const int tap = next_tap();
   note_computed(step_index);
-  FREEWHEEL_TRY(body_->run(spec_->wants_feature ? last_tap() : -1, cancellation));
+  FREEWHEEL_TRY(is_probed_ ? body_->run_after_probe(tap, cancellation)
+                           : body_->run(tap, cancellation));
   if (depth_ == 0) return {};
   FREEWHEEL_TRY(deltas_[static_cast<std::size_t>(ring_.next_slot())]->run());
   ring_.push();
   return {};
+}
+
+Status BranchCache::keep_output(const Tensor& model_output) noexcept {
+  if (!spec_->wants_model_output) return {};
+  const Tensor& kept = features_[static_cast<std::size_t>(last_feature())];
+  return model_->memory().copy(kept.data, model_output.data, kept.bytes());
 }
 
 Status BranchCache::reuse(const Verdict& verdict) noexcept {

@@ -14,6 +14,7 @@
 #include "decider.h"
 #include "freewheel/model.h"
 #include "ring.h"
+#include "signal_buffers.h"
 
 namespace freewheel {
 
@@ -47,11 +48,15 @@ class BranchCache {
   /// @param tables Per-run tables in the backend's memory, valid during the run.
   Status reset(const Tensors& tables, std::int64_t step_count);
 
-  /// Decides about the coming step; `hidden` holds its input already.
-  Result<Verdict> decide(std::int64_t step_index) noexcept;
+  /// Decides about the coming step; `hidden` holds its input already. A policy with a probe runs
+  /// the body's first block for it.
+  Result<Verdict> decide(std::int64_t step_index, const Cancellation& cancellation) noexcept;
 
-  /// Runs the body and keeps its residual in the next slot of the ring.
+  /// Runs the body, or what a probe left of it, and keeps its residual in the ring's next slot.
   Status compute(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+
+  /// Takes what `finish` gave after a computation, where the policy looks at it.
+  Status keep_output(const Tensor& model_output) noexcept;
 
   /// Writes hidden states as the mix of past residuals has them.
   Status reuse(const Verdict& verdict) noexcept;
@@ -59,13 +64,19 @@ class BranchCache {
   std::int64_t depth() const noexcept { return depth_; }
 
  private:
+  Status find_signal_graph();
   Status bind_history(const Tensors& shared, const Dims& dims);
   Status bind_signal(const Tensors& shared, const Dims& dims);
-  Result<std::vector<Tensors>> arrangements(const Dims& dims) const;
+  Status bind_feature(const Dims& dims);
+  std::vector<Tensors> arrangements();
   Status forget();
-  Result<Verdict> ask(std::int64_t step_index) noexcept;
+  Result<Verdict> ask(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+  Status take_signal(std::int64_t step_index, const Cancellation& cancellation) noexcept;
   void note_computed(std::int64_t step_index) noexcept;
-  int last_tap() const noexcept { return static_cast<int>((computed_count_ + 1) % 2); }
+  bool is_tapped() const noexcept { return spec_->wants_feature && !spec_->wants_model_output; }
+  /// Which of the two features is the last computed step's, and which the next one's.
+  int last_feature() const noexcept { return static_cast<int>((computed_count_ + 1) % 2); }
+  int next_tap() const noexcept { return is_tapped() ? static_cast<int>(computed_count_ % 2) : -1; }
 
   Model* model_ = nullptr;
   Body* body_ = nullptr;
@@ -77,10 +88,15 @@ class BranchCache {
   ResidualRing ring_;
   std::vector<std::unique_ptr<BoundCall>> deltas_;
   std::unique_ptr<BoundCall> reuse_;
+  std::string signal_graph_;     // empty where the signal is copied from a table or an input
+  bool is_probed_ = false;       // the graph looks at what the first block gave
   std::vector<Tensor> signals_;  // flattened to [rows, width]
+  SignalBuffers roles_;
   std::vector<std::unique_ptr<BoundCall>> signal_calls_;
+  std::vector<Tensor> features_;  // two, or none
   std::unique_ptr<Decider> decider_;
-  Tensor table_;                              // of the signal, where it is known per run
+  std::vector<std::size_t> arrangement_of_;   // by stand of the signals
+  Tensor source_;                             // of a copied signal: this step's, or the run's table
   std::vector<std::int64_t> computed_steps_;  // newest first, `depth_` of them at most
   std::int64_t computed_count_ = 0;
   std::vector<Verdict> folded_;

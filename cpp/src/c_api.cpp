@@ -123,6 +123,7 @@ Status run(freewheel::Session& session, const freewheel_run_options& options) {
   request.guidance_scale = std::isnan(options.guidance_scale)
                                ? config.generation.guidance_scale.value_or(1.0)
                                : options.guidance_scale;
+  if (options.guidance_scale_2 != 0.0) request.guidance_scale_2 = options.guidance_scale_2;
   request.sampler = text_or_empty(options.sampler);
   if (options.flow_shift != 0.0) request.flow_shift = options.flow_shift;
   if (options.progress != nullptr) {

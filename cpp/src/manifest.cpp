@@ -17,6 +17,7 @@ using nlohmann::json;
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 48;
 constexpr std::size_t kMaxEntries = 1'000'000;
 constexpr std::int64_t kMaxBlocks = 4096;
+constexpr std::size_t kMaxExperts = 16;
 constexpr std::int64_t kMaxHistory = 64;
 constexpr std::int64_t kMaxSmallElements = 65536;
 constexpr std::size_t kMaxFaultsShown = 10;
@@ -107,6 +108,13 @@ class Reader {
     const json& found = member(parent, path, key, true);
     if (found.is_null()) return std::nullopt;
     return integer(found, join(path, key), -kMaxSize, kMaxSize);
+  }
+
+  bool flag(const json& parent, const std::string& path, const char* key) {
+    const json& found = member(parent, path, key, true);
+    if (found.is_boolean()) return found.get<bool>();
+    if (!found.is_null()) fault(join(path, key), "should be true or false");
+    return false;
   }
 
   DType dtype(const json& parent, const std::string& path, const char* key,
@@ -248,19 +256,23 @@ PolicySpec read_policy_spec(Reader& reader, const json& entry, const std::string
   }
   if (const auto feature = reader.optional_text(entry, path, "feature")) {
     spec.wants_feature = true;
-    if (*feature != "attention_output") {
+    spec.wants_model_output = *feature == "model_output";
+    if (*feature != "attention_output" && !spec.wants_model_output) {
       reader.fault(path + ".feature", "is '" + *feature + "', which this version can't tap");
     }
   }
   for (const json& kept : reader.array(entry, path, "kept", true)) {
     if (kept == "previous_signal") {
       spec.keeps_previous_signal = true;
+    } else if (kept == "computed_signal") {
+      spec.keeps_computed_signal = true;
     } else if (kept == "previous_feature") {
       spec.keeps_previous_feature = true;
     } else {
       reader.fault(path + ".kept", "names " + kept.dump() + ", which this version can't keep");
     }
   }
+  spec.is_one_decision = reader.flag(entry, path, "one_decision");
   const json& history = reader.object(entry, path, "history");
   spec.history.maximum = reader.integer(history, path + ".history", "maximum", 1, kMaxHistory);
   spec.history.depth =
@@ -288,16 +300,27 @@ PolicySpec read_policy_spec(Reader& reader, const json& entry, const std::string
   return spec;
 }
 
+/// Reads parameter name → value.
+std::map<std::string, Value> read_values(Reader& reader, const json& parent,
+                                         const std::string& path, const std::string& key) {
+  std::map<std::string, Value> found;
+  for (const auto& [name, given] : reader.object(parent, path, key.c_str(), true).items()) {
+    if (const auto value = value_from_json(given)) {
+      found[name] = *value;
+    } else {
+      reader.fault(path + "." + key + "." + name, "is no parameter's value");
+    }
+  }
+  return found;
+}
+
 CacheSetting read_setting(Reader& reader, const json& entry, const std::string& path) {
   CacheSetting setting;
   setting.policy = reader.text(entry, path, "policy", "off");
   setting.signal = reader.optional_text(entry, path, "signal");
-  for (const auto& [name, given] : reader.object(entry, path, "parameters", true).items()) {
-    if (const auto value = value_from_json(given)) {
-      setting.parameters[name] = *value;
-    } else {
-      reader.fault(path + ".parameters." + name, "is no parameter's value");
-    }
+  setting.parameters = read_values(reader, entry, path, "parameters");
+  for (const auto& [branch, given] : reader.object(entry, path, "branches", true).items()) {
+    setting.branches[branch] = read_values(reader, entry["branches"], path + ".branches", branch);
   }
   const json& guard = reader.object(entry, path, "guard", true);
   const std::string place = path + ".guard";
@@ -377,6 +400,24 @@ void read_model(Reader& reader, const json& data, Manifest& manifest) {
     }
     blocks += stage.count;
     manifest.stages.push_back(std::move(stage));
+  }
+  const json& experts = reader.array(data, "", "experts", true);
+  if (experts.size() > kMaxExperts) {
+    reader.fault("experts", "are " + std::to_string(experts.size()));
+  }
+  for (std::size_t i = 0; i < std::min(experts.size(), kMaxExperts); ++i) {
+    const std::string path = "experts." + std::to_string(i);
+    ExpertEntry expert;
+    expert.part = reader.text(experts[i], path, "part");
+    expert.prefix = reader.text(experts[i], path, "prefix");
+    const auto from = reader.optional_number(experts[i], path, "from_timestep");
+    if (!from) reader.fault(path + ".from_timestep", "is missing");
+    expert.from_timestep = from.value_or(0.0);
+    if (!manifest.experts.empty() &&
+        !(expert.from_timestep < manifest.experts.back().from_timestep)) {
+      reader.fault(path + ".from_timestep", "is not below the expert's before it");
+    }
+    manifest.experts.push_back(std::move(expert));
   }
   if (blocks > kMaxBlocks) reader.fault("stages", "have " + std::to_string(blocks) + " blocks");
   for (const auto& [name, entry] : reader.object(data, "", "signals").items()) {

@@ -116,7 +116,7 @@ Result<Tensor> Model::weight(const std::string& name) {
 }
 
 Result<std::unique_ptr<BoundCall>> Model::bind(const std::string& graph, const Tensors& values,
-                                               std::int64_t block) {
+                                               std::int64_t block, std::size_t expert) {
   FREEWHEEL_ASSIGN(const std::shared_ptr<Engine> engine, this->engine(graph));
   const GraphEntry& entry = manifest().graphs.at(graph);
   Tensors bindings;
@@ -126,8 +126,10 @@ Result<std::unique_ptr<BoundCall>> Model::bind(const std::string& graph, const T
       if (found != values.end()) bindings[name] = found->second;
     }
   }
+  const auto& experts = manifest().experts;
+  const std::string prefix = expert < experts.size() ? experts[expert].prefix : std::string();
   for (const auto& [name, pattern] : entry.weights) {
-    FREEWHEEL_ASSIGN(bindings[name], weight(weight_name(pattern, block)));
+    FREEWHEEL_ASSIGN(bindings[name], weight(prefix + weight_name(pattern, block)));
   }
   return engine->bind(bindings);
 }

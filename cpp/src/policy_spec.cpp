@@ -207,6 +207,15 @@ Result<std::map<std::string, std::vector<double>>> PolicySpec::resolve(
   return resolved;
 }
 
+CacheSetting CacheSetting::for_branch(const std::string& name) const {
+  CacheSetting own = *this;
+  own.branches.clear();
+  const auto found = branches.find(name);
+  if (found == branches.end()) return own;
+  for (const auto& [key, value] : found->second) own.parameters[key] = value;
+  return own;
+}
+
 Status apply_override(const std::string& key, const Value& value, CacheSetting& setting) {
   if (key == "signal") {
     const std::string* name = std::get_if<std::string>(&value);

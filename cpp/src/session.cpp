@@ -2,38 +2,18 @@
 #include "freewheel/session.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
-#include "body.h"
 #include "branch_cache.h"
 #include "cancellation.h"
+#include "expert.h"
 #include "freewheel/sampler.h"
+#include "timed.h"
 #include "try.h"
 
 namespace freewheel {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point began) noexcept {
-  return std::chrono::duration<double>(Clock::now() - began).count();
-}
-
-/// Adds the seconds of a scope to a segment's.
-class Timed {
- public:
-  Timed(RunStatistics& statistics, Segment segment) noexcept
-      : total_(statistics.seconds[static_cast<std::size_t>(segment)]), began_(Clock::now()) {}
-  Timed(const Timed&) = delete;
-  Timed& operator=(const Timed&) = delete;
-  ~Timed() { total_ += seconds_since(began_); }
-
- private:
-  double& total_;
-  Clock::time_point began_;
-};
 
 bool is_finite(const Tensor& tensor) noexcept {
   if (tensor.dtype != DType::kFloat32) return true;
@@ -42,15 +22,18 @@ bool is_finite(const Tensor& tensor) noexcept {
                      [](float value) { return std::isfinite(value); });
 }
 
-std::string joined(const std::vector<std::string>& names) {
-  std::string text;
-  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
-  return text;
+/// Which expert denoises at a timestep; the last one serves what lies below every boundary.
+std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) noexcept {
+  const auto found = std::find_if(experts.begin(), experts.end(), [&](const ExpertEntry& expert) {
+    return static_cast<float>(timestep) >= static_cast<float>(expert.from_timestep);
+  });
+  if (found != experts.end()) return static_cast<std::size_t>(found - experts.begin());
+  return experts.empty() ? 0 : experts.size() - 1;
 }
 
 }  // namespace
 
-/// Everything behind the public face.
+/// Everything behind the public face: hands steps to the expert that denoises there.
 class Session::Impl {
  public:
   explicit Impl(std::shared_ptr<Model> model) : model_(std::move(model)) {}
@@ -59,7 +42,6 @@ class Session::Impl {
   Status run(const RunRequest& request);
   Status begin(const std::vector<double>& timesteps, const CacheSetting& setting);
   Status set_prompt(const std::string& branch, const Tensors& states);
-  Status place(const NamedTensor* inputs, std::size_t count);
   Status prepare(const NamedTensor* inputs, std::size_t count);
   Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
                       std::size_t count);
@@ -69,89 +51,35 @@ class Session::Impl {
   Cancellation cancellation_;
 
  private:
-  /// A branch's prompt, and what is bound for it once shapes are known.
-  struct Branch {
-    std::string name;
-    std::vector<Buffer> prompt_buffers;
-    Tensors prompt;  // host, of the declared dtypes
-    BufferSet outputs;
-    Tensor model_output;
-    std::unique_ptr<Body> body;
-    std::unique_ptr<BranchCache> cache;
-    std::unique_ptr<BoundCall> finish;
-    std::int64_t last_step = -1;
-    BranchStatistics* statistics = nullptr;
-
-    void unbind() {
-      cache.reset();
-      finish.reset();
-      body.reset();
-      outputs = {};
-    }
-  };
-
-  /// The current row of one per-run table.
-  struct Row {
-    std::string name;
-    Tensor row, table;
-  };
-
-  /// A per-step input and the buffer that engines read it from.
-  struct StepInput {
-    std::string name;
-    const InputEntry* entry;
-    Tensor buffer;
-  };
-
   const Manifest& manifest() const { return model_->manifest(); }
   Status start(const std::vector<double>& timesteps, const CacheSetting& setting);
-  Status compute_tables(const std::vector<double>& timesteps);
-  Status select_row(std::int64_t step_index);
-  Status allocate(const NamedTensor* inputs, std::size_t count);
-  Result<Branch*> ready_branch(std::string_view name);
-  Status bind_branch(Branch& branch);
-  void start_statistics();
-  void start_statistics(Branch& branch);
+  Status share_out(const std::vector<double>& timesteps, const CacheSetting& setting);
+  std::size_t expert_of(std::int64_t step_index) const noexcept;
+  std::int64_t last_step(std::string_view branch) const noexcept;
   Status check_request(const RunRequest& request) const;
   Status denoise(const RunRequest& request, const SamplerTable& table);
 
-  ResolvedSetting resolved_;
-  std::vector<double> timesteps_;
-  BufferSet table_buffers_, row_buffers_, shared_buffers_;
-  Tensors tables_, rows_views_, shared_;
-  std::vector<Row> rows_;
-  std::int64_t row_ = -1;
-  std::vector<StepInput> step_inputs_;
-  Dims dims_;
-  std::unique_ptr<BoundCall> head_;
-  std::vector<std::unique_ptr<Branch>> branches_;
+  std::vector<std::unique_ptr<Expert>> experts_;
+  std::vector<std::int64_t> firsts_;  // of each expert: the run's step that is its first
+  std::int64_t steps_ = 0;            // 0: no run
 };
 
 Status Session::Impl::initialise() {
-  FREEWHEEL_ASSIGN(resolved_, ResolvedSetting::create(manifest(), CacheSetting{}));
-  for (const auto& [name, entry] : manifest().inputs) {
-    if (entry.runs == "step") step_inputs_.push_back({name, &entry, {}});
+  const std::size_t count = std::max<std::size_t>(manifest().experts.size(), 1);
+  for (std::size_t index = 0; index < count; ++index) {
+    FREEWHEEL_ASSIGN(std::unique_ptr<Expert> expert,
+                     Expert::create(*model_, index, statistics_, cancellation_));
+    experts_.push_back(std::move(expert));
   }
-  // The rows of per-run tables, shaped as the graphs that read them declare.
-  for (const auto& [graph_name, graph] : manifest().graphs) {
-    if (graph.runs != "run") continue;
-    for (const auto& [name, io] : graph.outputs) {
-      for (const auto& [reader_name, reader] : manifest().graphs) {
-        const auto input = reader.inputs.find(name);
-        if (input == reader.inputs.end() || rows_views_.count(name) != 0) continue;
-        FREEWHEEL_TRY(
-            row_buffers_.allocate(model_->memory(), name, input->second, {}, rows_views_));
-        rows_.push_back({name, rows_views_.at(name), {}});
-      }
-    }
-  }
+  firsts_.assign(count, 0);
   return {};
 }
 
 Status Session::Impl::begin(const std::vector<double>& timesteps, const CacheSetting& setting) {
-  Status status = start(timesteps, setting);
-  if (!status.ok()) timesteps_.clear();  // no step may run on what is half set up
-  return status;
+  steps_ = 0;  // no step may run on what is half set up
+  FREEWHEEL_TRY(start(timesteps, setting));
+  steps_ = statistics_.steps;
+  return {};
 }
 
 Status Session::Impl::start(const std::vector<double>& timesteps, const CacheSetting& setting) {
@@ -162,336 +90,94 @@ Status Session::Impl::start(const std::vector<double>& timesteps, const CacheSet
                   "are [" + std::to_string(timesteps.size()) + "], expected [steps] finite values",
                   "take them from a sampler's table");
   }
-  FREEWHEEL_ASSIGN(ResolvedSetting resolved, ResolvedSetting::create(manifest(), setting));
-  const bool is_same = resolved.setting == resolved_.setting;
-  resolved_ = std::move(resolved);
-  row_ = -1;
+  FREEWHEEL_ASSIGN(const ResolvedSetting resolved, ResolvedSetting::create(manifest(), setting));
+  for (const auto& [branch, overrides] : setting.branches) {
+    const auto own = ResolvedSetting::create(manifest(), setting.for_branch(branch));
+    if (!own.ok()) return own.status();
+  }
   statistics_ = RunStatistics();
-  for (const auto& branch : branches_) {
-    branch->last_step = -1;
-    if (!is_same) branch->cache.reset();
+  statistics_.policy = resolved.policy->spec.name;
+  statistics_.is_folded = resolved.is_folded();
+  statistics_.steps = static_cast<std::int64_t>(timesteps.size());
+  statistics_.depth = resolved.depth();
+  statistics_.branches.reserve(8);
+  return share_out(timesteps, setting);
+}
+
+/// Begins a run of every expert over the timesteps that are its own.
+Status Session::Impl::share_out(const std::vector<double>& timesteps, const CacheSetting& setting) {
+  std::vector<std::vector<double>> shares(experts_.size());
+  std::size_t current = 0;
+  for (const double timestep : timesteps) {
+    const std::size_t wanted = expert_at(manifest().experts, timestep);
+    if (wanted < current) {
+      return Status(Code::kRequest, "timesteps",
+                    "rise over " + std::to_string(manifest().experts[wanted].from_timestep) +
+                        ", where another expert denoises",
+                    "give falling timesteps");
+    }
+    current = wanted;
+    shares[wanted].push_back(timestep);
   }
-  FREEWHEEL_TRY(compute_tables(timesteps));
-  start_statistics();
-  for (const auto& branch : branches_) {
-    if (branch->cache == nullptr) continue;
-    FREEWHEEL_TRY(branch->cache->reset(tables_, statistics_.steps));
+  std::int64_t first = 0;
+  for (std::size_t index = 0; index < experts_.size(); ++index) {
+    FREEWHEEL_TRY(experts_[index]->begin(shares[index], setting));
+    firsts_[index] = first;
+    first += experts_[index]->steps();
   }
   return {};
 }
 
-void Session::Impl::start_statistics() {
-  statistics_.policy = resolved_.policy->spec.name;
-  statistics_.is_folded = resolved_.is_folded();
-  statistics_.steps = static_cast<std::int64_t>(timesteps_.size());
-  statistics_.depth = resolved_.depth();
-  statistics_.branches.clear();
-  statistics_.branches.reserve(std::max<std::size_t>(branches_.size(), 8));
-  for (const auto& branch : branches_) branch->statistics = nullptr;
+std::size_t Session::Impl::expert_of(std::int64_t step_index) const noexcept {
+  std::size_t found = 0;
+  for (std::size_t index = 1; index < experts_.size(); ++index) {
+    if (step_index >= firsts_[index] && experts_[index]->steps() > 0) found = index;
+  }
+  return found;
 }
 
-/// Makes room for a branch's steps; branches that take no step in a run don't show.
-void Session::Impl::start_statistics(Branch& branch) {
-  const auto steps = static_cast<std::size_t>(statistics_.steps);
-  if (statistics_.branches.size() == statistics_.branches.capacity()) {
-    statistics_.branches.reserve(2 * statistics_.branches.size());
-    for (const auto& other : branches_) {
-      for (BranchStatistics& known : statistics_.branches) {
-        if (other->statistics != nullptr && known.name == other->name) other->statistics = &known;
-      }
-    }
+std::int64_t Session::Impl::last_step(std::string_view branch) const noexcept {
+  for (std::size_t index = experts_.size(); index-- > 0;) {
+    const std::int64_t last = experts_[index]->last_step(branch);
+    if (last >= 0) return firsts_[index] + last;
   }
-  BranchStatistics& fresh = statistics_.branches.emplace_back();
-  fresh.name = branch.name;
-  fresh.computed.reserve(steps);
-  fresh.distance.reserve(steps);
-  fresh.seconds.reserve(steps);
-  fresh.mix.reserve(steps * static_cast<std::size_t>(statistics_.depth));
-  branch.statistics = &fresh;
+  return -1;
 }
 
-Status Session::Impl::compute_tables(const std::vector<double>& timesteps) {
-  if (timesteps == timesteps_ && !tables_.empty()) return {};
-  const Timed timed(statistics_, Segment::kPrepare);
-  Memory& memory = model_->memory();
-  const auto steps = static_cast<std::int64_t>(timesteps.size());
-  tables_.clear();
-  BufferSet buffers;
-  Tensors values;
-  const std::vector<float> host(timesteps.begin(), timesteps.end());
-  Io io;
-  io.shape = {steps};
-  FREEWHEEL_TRY(buffers.allocate(memory, "timesteps", io, {}, values));
-  FREEWHEEL_TRY(
-      memory.upload(values.at("timesteps").data, host.data(), host.size() * sizeof(float)));
-  for (const auto& [name, graph] : manifest().graphs) {
-    if (graph.runs != "run") continue;
-    FREEWHEEL_TRY(buffers.allocate(memory, graph.outputs, {{"steps", steps}}, values));
-    FREEWHEEL_ASSIGN(const std::unique_ptr<BoundCall> call, model_->bind(name, values));
-    FREEWHEEL_TRY(call->run());
-    FREEWHEEL_TRY(memory.synchronize());
-  }
-  for (Row& row : rows_) {
-    row.table = values.at(row.name);
-    if (row.table.bytes() != row.row.bytes() * static_cast<std::size_t>(steps)) {
-      return Status(Code::kBundle, "table '" + row.name + "'",
-                    "has rows of another size than the graphs that read them",
-                    "build the bundle again");
-    }
-  }
-  table_buffers_ = std::move(buffers);
-  tables_ = std::move(values);
-  timesteps_ = timesteps;
-  return {};
-}
-
-Status Session::Impl::set_prompt(const std::string& branch_name, const Tensors& states) {
-  std::vector<Buffer> buffers;
-  Tensors given;
-  std::vector<std::string> wanted;
-  for (const auto& [name, entry] : manifest().inputs) {
-    if (entry.runs == "prompt") wanted.push_back(name);
-  }
-  for (const std::string& name : wanted) {
-    const InputEntry& entry = manifest().inputs.at(name);
-    const auto state = states.find(name);
-    if (state == states.end() || state->second.data == nullptr) {
-      return Status(Code::kRequest, "branch '" + branch_name + "', input '" + name + "'",
-                    "is missing", "give " + joined(wanted));
-    }
-    auto dims = match_dims(name, entry, state->second.shape);
-    if (!dims.ok()) return std::move(dims).status();
-    FREEWHEEL_ASSIGN(Buffer buffer,
-                     Buffer::create(host_memory(), entry.dtype, state->second.shape));
-    FREEWHEEL_TRY(convert(state->second, buffer.view()));
-    given[name] = buffer.view();
-    buffers.push_back(std::move(buffer));
-  }
-  const auto found =
-      std::find_if(branches_.begin(), branches_.end(),
-                   [&](const std::unique_ptr<Branch>& b) { return b->name == branch_name; });
-  if (found == branches_.end()) {
-    auto branch = std::make_unique<Branch>();
-    branch->name = branch_name;
-    branch->prompt = std::move(given);
-    branch->prompt_buffers = std::move(buffers);
-    branches_.push_back(std::move(branch));
-    return {};
-  }
-  Branch& branch = **found;
-  bool is_same = true, fits = true;
-  for (const auto& [name, tensor] : given) {
-    const Tensor& known = branch.prompt.at(name);
-    fits = fits && known.shape == tensor.shape;
-    is_same = is_same && fits && std::memcmp(known.data, tensor.data, tensor.bytes()) == 0;
-  }
-  if (is_same) return {};
-  branch.prompt = std::move(given);
-  branch.prompt_buffers = std::move(buffers);
-  if (branch.body == nullptr) return {};
-  if (!fits) {
-    branch.unbind();
-    return {};
-  }
-  const Timed timed(statistics_, Segment::kPrompt);
-  Status status = branch.body->set_prompt(branch.prompt);
-  if (!status.ok()) branch.unbind();
-  return status;
-}
-
-Status Session::Impl::place(const NamedTensor* inputs, std::size_t count) {
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    bool fits = head_ != nullptr;
-    for (const StepInput& wanted : step_inputs_) {
-      const NamedTensor* given = std::find_if(
-          inputs, inputs + count, [&](const NamedTensor& i) { return i.name == wanted.name; });
-      if (given == inputs + count || given->tensor.data == nullptr) {
-        return Status(Code::kRequest, "input '" + wanted.name + "'", "is missing",
-                      "give every per-step input");
-      }
-      if (given->tensor.dtype != wanted.entry->dtype) {
-        return Status(Code::kRequest, "input '" + wanted.name + "'",
-                      std::string("is ") + dtype_name(given->tensor.dtype) + ", the bundle takes " +
-                          dtype_name(wanted.entry->dtype),
-                      "convert it");
-      }
-      if (!fits || given->tensor.shape != wanted.buffer.shape) {
-        fits = false;
-        continue;
-      }
-      FREEWHEEL_TRY(
-          model_->memory().upload(wanted.buffer.data, given->tensor.data, given->tensor.bytes()));
-    }
-    if (fits) return {};
-    FREEWHEEL_TRY(allocate(inputs, count));
-  }
-  return Status(Code::kInternal, "inputs", "don't fit the buffers made for them");
-}
-
-Status Session::Impl::allocate(const NamedTensor* inputs, std::size_t count) {
-  const Timed timed(statistics_, Segment::kPrepare);
-  Dims sizes;
-  for (const StepInput& wanted : step_inputs_) {
-    const NamedTensor* given = std::find_if(
-        inputs, inputs + count, [&](const NamedTensor& i) { return i.name == wanted.name; });
-    FREEWHEEL_ASSIGN(const Dims found, match_dims(wanted.name, *wanted.entry, given->tensor.shape));
-    for (const auto& [dim, size] : found) sizes[dim] = size;
-  }
-  FREEWHEEL_ASSIGN(Dims dims, derive_dims(manifest(), sizes));
-  for (const auto& branch : branches_) branch->unbind();
-  head_.reset();
-  shared_.clear();
-  shared_buffers_ = {};
-  Memory& memory = model_->memory();
-  BufferSet buffers;
-  Tensors shared = rows_views_;
-  for (const StepInput& input : step_inputs_) {
-    FREEWHEEL_TRY(buffers.allocate(memory, input.name, *input.entry, dims, shared));
-  }
-  const auto& outputs = manifest().graphs.at("head").outputs;
-  const auto hidden = outputs.find("hidden");
-  if (hidden == outputs.end()) {
-    return Status(Code::kBundle, "graph 'head'", "does not output 'hidden'",
-                  "build the bundle again");
-  }
-  for (const char* name : {"hidden", "hidden_even", "hidden_odd"}) {
-    FREEWHEEL_TRY(buffers.allocate(memory, name, hidden->second, dims, shared));
-  }
-  for (const auto& [name, graph] : manifest().graphs) {
-    if (graph.runs != "shape") continue;
-    FREEWHEEL_TRY(buffers.allocate(memory, graph.outputs, dims, shared));
-    FREEWHEEL_ASSIGN(const std::unique_ptr<BoundCall> call, model_->bind(name, shared));
-    FREEWHEEL_TRY(call->run());
-    FREEWHEEL_TRY(memory.synchronize());
-  }
-  FREEWHEEL_ASSIGN(head_, model_->bind("head", shared));
-  for (StepInput& input : step_inputs_) input.buffer = shared.at(input.name);
-  shared_buffers_ = std::move(buffers);
-  shared_ = std::move(shared);
-  dims_ = std::move(dims);
-  return {};
-}
-
-Status Session::Impl::bind_branch(Branch& branch) {
-  if (branch.body == nullptr) {
-    const Timed timed(statistics_, Segment::kPrepare);
-    FREEWHEEL_ASSIGN(std::unique_ptr<Body> body,
-                     Body::create(*model_, branch.name, shared_, branch.prompt, dims_));
-    FREEWHEEL_TRY(body->set_prompt(branch.prompt));
-    Tensors values = body->values();
-    values["hidden_out"] = body->hidden_out();
-    BufferSet outputs;
-    FREEWHEEL_TRY(outputs.allocate(model_->memory(), manifest().graphs.at("finish").outputs,
-                                   body->dims(), values));
-    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> finish, model_->bind("finish", values));
-    const auto output = values.find("model_output");
-    if (output == values.end() || output->second.dtype != DType::kFloat32) {
-      return Status(Code::kBundle, "graph 'finish'", "does not output a float32 'model_output'",
-                    "build the bundle again");
-    }
-    branch.model_output = output->second;
-    branch.outputs = std::move(outputs);
-    branch.finish = std::move(finish);
-    branch.body = std::move(body);
-    branch.cache.reset();
-  }
-  if (branch.cache == nullptr) {
-    const Timed timed(statistics_, Segment::kPrepare);
-    FREEWHEEL_ASSIGN(std::unique_ptr<BranchCache> cache,
-                     BranchCache::create(*model_, resolved_, *branch.body, branch.body->values(),
-                                         branch.body->dims()));
-    FREEWHEEL_TRY(cache->reset(tables_, statistics_.steps));
-    branch.cache = std::move(cache);
-  }
-  return {};
-}
-
-Result<Session::Impl::Branch*> Session::Impl::ready_branch(std::string_view name) {
-  for (const auto& branch : branches_) {
-    if (branch->name != name) continue;
-    if (branch->cache == nullptr) FREEWHEEL_TRY(bind_branch(*branch));
-    if (branch->statistics == nullptr) start_statistics(*branch);
-    return branch.get();
-  }
-  return Status(Code::kRequest, "branch '" + std::string(name) + "'", "has no prompt",
-                "call set_prompt() first");
-}
-
-Status Session::Impl::select_row(std::int64_t step_index) {
-  if (step_index == row_) return {};
-  for (const Row& row : rows_) {
-    const std::size_t bytes = row.row.bytes();
-    const auto* source =
-        row.table.as<std::uint8_t>() + static_cast<std::size_t>(step_index) * bytes;
-    FREEWHEEL_TRY(model_->memory().copy(row.row.data, source, bytes));
-  }
-  row_ = step_index;
+Status Session::Impl::set_prompt(const std::string& branch, const Tensors& states) {
+  for (const auto& expert : experts_) FREEWHEEL_TRY(expert->set_prompt(branch, states));
   return {};
 }
 
 Status Session::Impl::prepare(const NamedTensor* inputs, std::size_t count) {
-  if (timesteps_.empty()) {
-    return Status(Code::kRequest, "session", "has no run", "call begin() first");
-  }
-  FREEWHEEL_TRY(place(inputs, count));
-  for (const auto& branch : branches_) {
-    if (auto ready = ready_branch(branch->name); !ready.ok()) return std::move(ready).status();
+  if (steps_ == 0) return Status(Code::kRequest, "session", "has no run", "call begin() first");
+  for (const auto& expert : experts_) {
+    if (expert->steps() > 0) FREEWHEEL_TRY(expert->prepare(inputs, count));
   }
   return {};
 }
 
-Result<Tensor> Session::Impl::step(std::string_view name, std::int64_t step_index,
+Result<Tensor> Session::Impl::step(std::string_view branch, std::int64_t step_index,
                                    const NamedTensor* inputs, std::size_t count) {
-  if (timesteps_.empty()) {
-    return Status(Code::kRequest, "session", "has no run", "call begin() first");
-  }
-  if (cancellation_.is_wanted()) return cancelled();
-  FREEWHEEL_TRY(place(inputs, count));
-  FREEWHEEL_ASSIGN(Branch * branch, ready_branch(name));
-  if (step_index != branch->last_step + 1 || step_index >= statistics_.steps) {
+  if (steps_ == 0) return Status(Code::kRequest, "session", "has no run", "call begin() first");
+  const std::int64_t last = last_step(branch);
+  if (step_index != last + 1 || step_index >= steps_) {
     return Status(Code::kRequest,
-                  "branch '" + branch->name + "', step " + std::to_string(step_index),
-                  "does not follow step " + std::to_string(branch->last_step) + " of " +
-                      std::to_string(statistics_.steps),
+                  "branch '" + std::string(branch) + "', step " + std::to_string(step_index),
+                  "does not follow step " + std::to_string(last) + " of " + std::to_string(steps_),
                   "call begin() at the start of a run, and steps in order");
   }
-  const Clock::time_point began = Clock::now();
-  Verdict verdict;
-  {
-    const Timed timed(statistics_, Segment::kHead);
-    FREEWHEEL_TRY(select_row(step_index));
-    FREEWHEEL_TRY(head_->run());
-  }
-  {
-    const Timed timed(statistics_, Segment::kDecide);
-    FREEWHEEL_ASSIGN(verdict, branch->cache->decide(step_index));
-  }
-  if (cancellation_.is_wanted()) return cancelled();
-  {
-    const Timed timed(statistics_, verdict.compute ? Segment::kBody : Segment::kReuse);
-    FREEWHEEL_TRY(verdict.compute ? branch->cache->compute(step_index, cancellation_)
-                                  : branch->cache->reuse(verdict));
-  }
-  {
-    const Timed timed(statistics_, Segment::kFinish);
-    FREEWHEEL_TRY(branch->finish->run());
-    FREEWHEEL_TRY(model_->memory().synchronize());
-  }
-  branch->last_step = step_index;
-  BranchStatistics& statistics = *branch->statistics;
-  statistics.computed.push_back(verdict.compute ? 1 : 0);
-  statistics.distance.push_back(verdict.distance);
-  statistics.seconds.push_back(seconds_since(began));
-  for (std::int64_t age = 0; age < statistics_.depth; ++age) {
-    statistics.mix.push_back(verdict.compute ? 0.0f : verdict.mix[age]);
-  }
-  return branch->model_output;
+  const std::size_t index = expert_of(step_index);
+  return experts_[index]->step(branch, step_index - firsts_[index], inputs, count);
 }
 
 Status Session::Impl::check_request(const RunRequest& request) const {
   const Tensor& latents = request.latents;
   const auto entry = manifest().inputs.find("latents");
-  if (entry == manifest().inputs.end() || step_inputs_.size() != 1) {
+  const auto step_inputs =
+      std::count_if(manifest().inputs.begin(), manifest().inputs.end(),
+                    [](const auto& input) { return input.second.runs == "step"; });
+  if (entry == manifest().inputs.end() || step_inputs != 1) {
     return Status(Code::kRequest, "bundle", "takes other per-step inputs than 'latents'",
                   "drive it with begin(), set_prompt() and step()");
   }
@@ -511,7 +197,8 @@ Status Session::Impl::check_request(const RunRequest& request) const {
       }
     }
   }
-  if (!std::isfinite(request.guidance_scale)) {
+  if (!std::isfinite(request.guidance_scale) ||
+      !std::isfinite(request.guidance_scale_2.value_or(1.0))) {
     return Status(Code::kRequest, "guidance_scale", "is not finite",
                   "give a number, usually 1 to 8");
   }
@@ -620,7 +307,7 @@ Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& tab
         found[side] = staging[side].view().as<float>();
       }
       if (request.on_branch_step) {
-        const BranchStatistics& done = *ready_branch(name).value()->statistics;
+        const BranchStatistics& done = statistics_.branches[static_cast<std::size_t>(side)];
         request.on_branch_step({name, step_index, statistics_.steps, done.computed.back() != 0,
                                 done.distance.back(), done.seconds.back()});
       }
@@ -628,8 +315,10 @@ Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& tab
     const Timed timed(statistics_, Segment::kSampler);
     const Tensor output = outputs[newest].view();
     if (has_uncond) {
-      guide(found[0], found[1], static_cast<float>(request.guidance_scale), output.as<float>(),
-            elements);
+      const double scale = expert_of(step_index) == 0
+                               ? request.guidance_scale
+                               : request.guidance_scale_2.value_or(request.guidance_scale);
+      guide(found[0], found[1], static_cast<float>(scale), output.as<float>(), elements);
     } else {
       std::memcpy(output.data, found[0], output.bytes());
     }

@@ -24,7 +24,7 @@ std::vector<double> seconds_of(const RunStatistics& run, bool computed) {
   return found;
 }
 
-nlohmann::json branch_json(const BranchStatistics& branch, std::int64_t depth) {
+nlohmann::json branch_json(const BranchStatistics& branch) {
   nlohmann::json computed = nlohmann::json::array(), distance = nlohmann::json::array();
   nlohmann::json mix = nlohmann::json::array();
   std::vector<double> reused;
@@ -32,9 +32,9 @@ nlohmann::json branch_json(const BranchStatistics& branch, std::int64_t depth) {
     const bool is_computed = branch.computed[step] != 0;
     computed.push_back(is_computed);
     distance.push_back(number_or_null(branch.distance[step]));
-    const float* factors = branch.mix.data() + step * static_cast<std::size_t>(depth);
+    const float* factors = branch.mix.data() + step * static_cast<std::size_t>(branch.depth);
     mix.push_back(is_computed ? std::vector<float>()
-                              : std::vector<float>(factors, factors + depth));
+                              : std::vector<float>(factors, factors + branch.depth));
     if (!is_computed && std::isfinite(branch.distance[step]))
       reused.push_back(branch.distance[step]);
   }
@@ -90,7 +90,7 @@ std::string RunStatistics::json() const {
   double computed = 0.0;
   nlohmann::json warnings = nlohmann::json::array();
   for (const BranchStatistics& branch : branches) {
-    found["branches"][branch.name] = branch_json(branch, depth);
+    found["branches"][branch.name] = branch_json(branch);
     computed += static_cast<double>(branch.computed_steps());
     const bool reused_nothing =
         branch.computed_steps() == static_cast<std::int64_t>(branch.computed.size());

@@ -33,7 +33,7 @@ TEST(StepLoop, AllocatesNothingAfterItsFirstStep) {
   ASSERT_TRUE(model.ok());
   auto session = Session::create(*model);
   ASSERT_TRUE(session.ok());
-  for (const char* policy : {"off", "interval", "motion", "signal"}) {
+  for (const char* policy : {"off", "interval", "motion", "signal", "probe", "follow"}) {
     testing::TinyRun run;
     run.request.cache.policy = policy;
     long before = -1, after = -1;

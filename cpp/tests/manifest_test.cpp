@@ -42,6 +42,45 @@ TEST_F(ManifestTest, ReadsEveryField) {
   EXPECT_EQ(parsed->inputs.at("latents").text(), "[batch, 2, frames, height, width]");
 }
 
+TEST_F(ManifestTest, ReadsExpertsAndBranchOverrides) {
+  json& cache = manifest_["configs"]["plain"]["cache"];
+  cache["branches"] = {{"uncond", {{"interval", 4}}}};
+  manifest_["experts"] = {{{"part", "a"}, {"prefix", ""}, {"from_timestep", 875.0}},
+                          {{"part", "b"}, {"prefix", "b."}, {"from_timestep", 0}}};
+  const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  ASSERT_EQ(parsed->experts.size(), 2u);
+  EXPECT_EQ(parsed->experts[0].from_timestep, 875.0);
+  EXPECT_EQ(parsed->experts[1].prefix, "b.");
+  const CacheSetting& setting = parsed->configs.at("plain").cache;
+  EXPECT_EQ(setting.for_branch("uncond").parameters.at("interval"), Value(std::int64_t{4}));
+  EXPECT_EQ(setting.for_branch("cond").parameters.at("interval"), Value(std::int64_t{2}));
+  expect_holds(fault([](json& m) { m["experts"][1]["from_timestep"] = 900; }),
+               "experts.1.from_timestep' is not below");
+  expect_holds(fault([](json& m) { m["experts"][0].erase("from_timestep"); }),
+               "experts.0.from_timestep' is missing");
+  expect_holds(fault([](json& m) { m["experts"] = json(std::vector<json>(17, json::object())); }),
+               "'experts' are 17");
+  expect_holds(fault([](json& m) {
+                 m["configs"]["plain"]["cache"]["branches"] = {{"uncond", {{"interval", {{}}}}}};
+               }),
+               "branches.uncond.interval' is no parameter's value");
+}
+
+TEST_F(ManifestTest, ReadsWhatAPolicyKeeps) {
+  const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  const PolicySpec& spec = parsed->policies.at("follow").spec;
+  EXPECT_TRUE(spec.wants_feature && spec.wants_model_output && spec.is_one_decision);
+  EXPECT_TRUE(spec.keeps_computed_signal && spec.keeps_previous_signal);
+  EXPECT_FALSE(parsed->policies.at("motion").spec.wants_model_output);
+  json& follow = manifest_["policies"]["follow"]["spec"];
+  follow["one_decision"] = 1;
+  expect_holds(fault([](json&) {}), "one_decision' should be true or false");
+  follow["feature"] = "thought";
+  expect_holds(fault([](json&) {}), "'thought', which this version can't tap");
+}
+
 TEST_F(ManifestTest, NewerSchemasAreRefusedWithTheVersion) {
   expect_holds(fault([](json& m) { m["schema_version"] = 2; }),
                "has schema_version 2; this Freewheel reads up to 1; update Freewheel");

@@ -112,10 +112,12 @@ TEST_F(OpenVinoTest, SoakDoesNotGrow) {
   const int runs = asked != nullptr ? std::atoi(asked) : 0;
   if (runs == 0) GTEST_SKIP() << "FREEWHEEL_SOAK_RUNS is not set";
   auto session = Session::create(model_);
-  const char* policies[] = {"off", "teacache", "taylorseer", "adacache", "custom"};
+  std::vector<std::string> policies;
+  for (const auto& [name, policy] : model_->manifest().policies) policies.push_back(name);
   std::vector<double> megabytes;
   for (int index = 0; index < runs; ++index) {
-    run(**session, policies[index % 5], 1 + index % 3, 4 + 2 * (index % 2), 5);
+    const std::string& policy = policies[static_cast<std::size_t>(index) % policies.size()];
+    run(**session, policy, 1 + index % 3, 4 + 2 * (index % 2), 5);
     megabytes.push_back(private_megabytes());
   }
   const double early = megabytes[static_cast<std::size_t>(runs * 4 / 10)], late = megabytes.back();

@@ -82,6 +82,72 @@ TEST_F(SessionTest, ASignalOfEveryStepRotatesItsBuffers) {
   EXPECT_EQ(computed()[1], 0);
 }
 
+TEST_F(SessionTest, AProbeRunsTheFirstBlockAlwaysAndReusesTheOthers) {
+  const std::vector<float> exact = run(*session_, "off");
+  const int blocks = calls_->block;
+  TinyRun never;
+  never.request.cache.policy = "probe";
+  never.request.cache.guard.first_exact = 12;
+  ASSERT_TRUE(session_->run(never.request).ok());
+  EXPECT_EQ(never.latents, exact);
+  EXPECT_EQ(calls_->block, 2 * blocks);
+  const int before = calls_->block, deltas = calls_->delta;
+  const std::vector<float> reused = run(*session_, "probe");
+  const auto& branches = session_->statistics().branches;
+  const std::int64_t done = branches[0].computed_steps() + branches[1].computed_steps();
+  EXPECT_GT(done, 2);
+  EXPECT_LT(done, 24);
+  EXPECT_EQ(calls_->block - before, 24 + 2 * done);
+  EXPECT_EQ(calls_->delta - deltas, done);
+  EXPECT_NE(reused, exact);
+  // The body gives the same whether or not its first block can run alone, tapped as well.
+  EXPECT_EQ(run(*session_, "off"), exact);
+  const std::vector<float> tapped = run(*session_, "motion");
+  EXPECT_EQ(run(*make(), "motion"), tapped);
+  EXPECT_EQ(run(*session_, "probe"), reused);
+}
+
+TEST_F(SessionTest, OneDecisionIsTakenForAllBranches) {
+  std::vector<float> outputs, features, computed_signals, signals;
+  calls_->on_decide = [&](const Tensor& signal, const Tensor& previous, const Tensor& past,
+                          const Tensor& feature) {
+    signals.push_back(signal.as<float>()[0]);
+    EXPECT_EQ(previous.as<float>()[0], signals.size() > 1 ? signals[signals.size() - 2] : 0.0f);
+    computed_signals.push_back(past.as<float>()[0]);
+    features.push_back(feature.as<float>()[0]);
+    EXPECT_EQ(feature.shape, (Shape{4, 4, 4}));
+    EXPECT_EQ(signal.shape, (Shape{16, 4}));
+  };
+  TinyRun run;
+  run.request.cache.policy = "follow";
+  run.request.on_step = [&](const SampleEvent& event) {
+    EXPECT_EQ(event.sample.as<float>()[0], signals.back());
+  };
+  ASSERT_TRUE(session_->run(run.request).ok());
+  EXPECT_EQ(signals.size(), 12u) << "the second branch follows the first";
+  EXPECT_EQ(computed(1), computed(0));
+  const std::int64_t done = session_->statistics().branches[0].computed_steps();
+  EXPECT_GT(done, 2);
+  EXPECT_LT(done, 12);
+  float past = 0.0f, feature = 0.0f;
+  for (std::size_t step = 0; step < 12; ++step) {
+    EXPECT_EQ(computed_signals[step], past) << step;
+    if (step > 0 && computed()[step - 1] != 0) {
+      EXPECT_NE(features[step], feature) << step;
+    } else {
+      EXPECT_EQ(features[step], feature) << step;
+    }
+    feature = features[step];
+    if (computed()[step] != 0) past = signals[step];
+  }
+  calls_->on_decide = nullptr;
+  const std::vector<float> first = run.latents;
+  TinyRun again;
+  again.request.cache.policy = "follow";
+  ASSERT_TRUE(session_->run(again.request).ok());
+  EXPECT_EQ(again.latents, first);
+}
+
 TEST_F(SessionTest, RunsForgetWhatRanBefore) {
   const std::vector<float> alone = run(*session_, "interval");
   for (const char* policy : {"motion", "off", "signal", "interval"}) run(*session_, policy, 3);
@@ -195,8 +261,8 @@ TEST_F(SessionTest, BadRequestsAreRefusedWithThreeParts) {
     return status;
   };
   EXPECT_EQ(fault([](TinyRun& r) { r.request.cache.policy = "intervall"; }).message(),
-            "policy 'intervall': is not in the bundle; did you mean 'interval'? known: interval, "
-            "motion, off, signal");
+            "policy 'intervall': is not in the bundle; did you mean 'interval'? known: follow, "
+            "interval, motion, off, probe, signal");
   EXPECT_EQ(fault([](TinyRun& r) {
               r.request.cache.policy = "interval";
               r.request.cache.parameters["interval"] = std::int64_t{0};
@@ -269,6 +335,126 @@ TEST_F(SessionTest, AMissingEngineIsNamed) {
   const Status status = (*session)->run(run.request);
   EXPECT_EQ(status.code(), Code::kBundle);
   EXPECT_NE(status.where().find("reuse"), std::string::npos);
+}
+
+/// Makes the tiny bundle's weights those of the first of two experts; the second has its own.
+void add_expert(const testing::TemporaryFolder& folder, double boundary, float scale) {
+  auto manifest =
+      nlohmann::json::parse(*read_text(folder.path() + "/manifest.json", 1 << 20, Code::kFailed));
+  std::vector<float> weights = {1.01f * scale, 0.99f * scale, 1.02f * scale};
+  Tensors tensors;
+  for (std::size_t block = 0; block < 3; ++block) {
+    tensors["other.blocks." + std::to_string(block) + ".weight"] = {&weights[block],
+                                                                    DType::kFloat32, Shape{1}};
+  }
+  const std::string path = folder.path() + "/weights/other.safetensors";
+  ASSERT_TRUE(write_safetensors(path, tensors).ok());
+  auto written = SafetensorsFile::open(path);
+  for (const auto& [name, tensor] : written->tensors) {
+    manifest["tensors"][name] = {{"file", "weights/other.safetensors"},
+                                 {"dtype", "float32"},
+                                 {"shape", {1}},
+                                 {"offset", tensor.as<std::uint8_t>() - written->file.data()},
+                                 {"bytes", 4}};
+  }
+  manifest["files"]["weights/other.safetensors"] = {{"bytes", std::filesystem::file_size(path)},
+                                                    {"sha256", std::string(64, '0')}};
+  manifest["experts"] = {{{"part", "transformer"}, {"prefix", ""}, {"from_timestep", boundary}},
+                         {{"part", "transformer_2"}, {"prefix", "other."}, {"from_timestep", 0.0}}};
+  testing::write_manifest(folder, manifest);
+}
+
+class ExpertTest : public SessionTest {
+ protected:
+  /// Loads the bundle again with a second expert; its sampler's 12 timesteps are 1000, 916.7, ….
+  void with_expert(double boundary, float scale) {
+    add_expert(folder_, boundary, scale);
+    auto model = testing::load_tiny(folder_, calls_);
+    ASSERT_TRUE(model.ok()) << model.status().message();
+    model_ = *model;
+    session_ = make();
+  }
+};
+
+TEST_F(ExpertTest, EqualWeightsGiveWhatOneTransformerGives) {
+  const std::vector<float> alone = run(*session_, "off");
+  with_expert(800.0, 1.0f);
+  EXPECT_EQ(run(*session_, "off"), alone);
+  EXPECT_EQ(session_->statistics().branches.at(0).computed.size(), 12u);
+}
+
+TEST_F(ExpertTest, EachDenoisesItsOwnTimesteps) {
+  TinyRun run;
+  const NamedTensor latents{"latents", run.request.latents};
+  const auto output_at = [&](double timestep) {
+    EXPECT_TRUE(session_->begin({timestep}, CacheSetting{}).ok());
+    EXPECT_TRUE(session_->set_prompt("cond", run.request.prompts["cond"]).ok());
+    const auto output = session_->step("cond", 0, &latents, 1);
+    EXPECT_TRUE(output.ok()) << output.status().message();
+    return output->as<float>()[0];
+  };
+  const float high = output_at(800.0), low = output_at(799.0);
+  with_expert(800.0, 1.5f);
+  EXPECT_EQ(output_at(800.0), high);
+  EXPECT_NE(output_at(799.0), low);
+  EXPECT_NE(output_at(-1.0), output_at(0.0));  // below every boundary: still the last expert
+}
+
+TEST_F(ExpertTest, NoCacheCrossesTheSwitch) {
+  with_expert(800.0, 1.5f);
+  run(*session_, "interval");  // 3 timesteps are above the boundary, 9 below
+  const std::vector<char> expected{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0};
+  EXPECT_EQ(computed(), expected);
+  with_expert(700.0, 1.5f);
+  const std::vector<float> fresh = run(*session_, "interval");
+  EXPECT_EQ(computed(), (std::vector<char>{1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0}));
+  run(*session_, "motion");
+  EXPECT_EQ(computed(), (std::vector<char>{1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(run(*session_, "interval"), fresh);
+}
+
+TEST_F(ExpertTest, GuidanceChangesWithTheExpert) {
+  with_expert(700.0, 1.5f);
+  TinyRun same, other;
+  same.request.guidance_scale_2 = 2.0;
+  other.request.guidance_scale_2 = 4.0;
+  const std::vector<float> plain = run(*session_, "off");
+  same.request.cache.policy = other.request.cache.policy = "off";
+  ASSERT_TRUE(session_->run(same.request).ok());
+  ASSERT_TRUE(session_->run(other.request).ok());
+  EXPECT_EQ(same.latents, plain);
+  EXPECT_NE(other.latents, plain);
+  other.request.guidance_scale_2 = std::nan("");
+  EXPECT_EQ(session_->run(other.request).code(), Code::kRequest);
+}
+
+TEST_F(ExpertTest, StepsFollowOverTheSwitch) {
+  with_expert(700.0, 1.5f);
+  TinyRun run;
+  const NamedTensor latents{"latents", run.request.latents};
+  ASSERT_TRUE(session_->begin({1000, 900, 600, 500}, CacheSetting{}).ok());
+  ASSERT_TRUE(session_->set_prompt("cond", run.request.prompts["cond"]).ok());
+  EXPECT_TRUE(session_->prepare(&latents, 1).ok());
+  EXPECT_FALSE(session_->step("cond", 2, &latents, 1).ok());
+  for (std::int64_t step = 0; step < 4; ++step) {
+    EXPECT_TRUE(session_->step("cond", step, &latents, 1).ok()) << step;
+    EXPECT_FALSE(session_->step("cond", step, &latents, 1).ok()) << step;
+  }
+  EXPECT_FALSE(session_->step("cond", 4, &latents, 1).ok());
+  const Status status = session_->begin({1000, 600, 900}, CacheSetting{});
+  EXPECT_EQ(status.code(), Code::kRequest);
+  EXPECT_NE(status.message().find("falling"), std::string::npos);
+}
+
+TEST_F(SessionTest, ABranchMayHaveParametersOfItsOwn) {
+  TinyRun run;
+  run.request.cache.policy = "interval";
+  run.request.cache.branches["uncond"]["interval"] = std::int64_t{2};
+  ASSERT_TRUE(session_->run(run.request).ok());
+  EXPECT_EQ(computed(0), (std::vector<char>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
+  EXPECT_EQ(computed(1), (std::vector<char>{1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0}));
+  run.request.cache.branches["uncond"]["interval"] = std::int64_t{0};
+  EXPECT_EQ(session_->run(run.request).code(), Code::kConfig);
 }
 
 TEST(Model, BackendsThatAreNotThereAreNamed) {

@@ -14,7 +14,7 @@ RunStatistics sample() {
   run.policy = "teacache";
   run.steps = 4;
   run.depth = 1;
-  run.branches.push_back({"cond", {1, 0, 0, 1}, {0, 0.1, 0.2, 0}, {0, 1, 1, 0}, {4, 1, 1, 4}});
+  run.branches.push_back({"cond", {1, 0, 0, 1}, {0, 0.1, 0.2, 0}, {0, 1, 1, 0}, {4, 1, 1, 4}, 1});
   return run;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tiny_bundle.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -82,6 +83,15 @@ json graphs() {
   inputs = decide_inputs(1);
   inputs["signal"] = inputs["previous_signal"] = io("float32", {"rows", "width"});
   found["decide.signal"] = graph("decide", inputs, decide_outputs(1));
+  found["first_block_residual"] = graph("probe", {{"hidden", hidden}, {"hidden_out", hidden}},
+                                        {{"first_block_residual", hidden}});
+  inputs = decide_inputs(1);
+  inputs["signal"] = inputs["computed_signal"] = io("float32", {"rows", "width"});
+  found["decide.probe"] = graph("decide", inputs, decide_outputs(1));
+  inputs["previous_signal"] = io("float32", {"rows", "width"});
+  inputs["feature"] = inputs["previous_feature"] =
+      io("float32", {"frames", "tokens_per_frame", "channels"});
+  found["decide.follow"] = graph("decide", inputs, decide_outputs(1));
   return found;
 }
 
@@ -94,10 +104,9 @@ json policy(const char* name, int history, int depth) {
 }
 
 json policies() {
-  json found = {{"off", policy("off", 1, 0)},
-                {"interval", policy("interval", 2, 2)},
-                {"motion", policy("motion", 1, 1)},
-                {"signal", policy("signal", 1, 1)}};
+  json found = {{"off", policy("off", 1, 0)},       {"interval", policy("interval", 2, 2)},
+                {"motion", policy("motion", 1, 1)}, {"signal", policy("signal", 1, 1)},
+                {"probe", policy("probe", 1, 1)},   {"follow", policy("follow", 1, 1)}};
   json& interval = found["interval"]["spec"];
   interval["state"] = {
       {"distance", {{"shape", json::array()}, {"dtype", "float32"}, {"initial", 0}}}};
@@ -111,6 +120,13 @@ json policies() {
   found["motion"]["spec"]["kept"] = {"previous_feature"};
   found["signal"]["spec"]["signals"] = {"modulated_input"};
   found["signal"]["spec"]["kept"] = {"previous_signal"};
+  found["probe"]["spec"]["signals"] = {"first_block_residual"};
+  found["probe"]["spec"]["kept"] = {"computed_signal"};
+  json& follow = found["follow"]["spec"];
+  follow["signals"] = {"latents"};
+  follow["feature"] = "model_output";
+  follow["kept"] = {"previous_signal", "computed_signal", "previous_feature"};
+  follow["one_decision"] = true;
   return found;
 }
 
@@ -131,7 +147,8 @@ class PlainCall final : public BoundCall {
     if (name_ == "block") return ++calls_->block, block();
     if (name_ == "block_tapped") return ++calls_->tapped, block();
     if (name_ == "modulate") return copy(at(kHidden), at(kModulated));
-    if (name_ == "delta") return delta();
+    if (name_ == "first_block_residual") return difference(kFirstResidual);
+    if (name_ == "delta") return ++calls_->delta, difference(kResidual);
     if (name_ == "reuse") return reuse();
     if (name_ == "finish") return finish();
     return decide();
@@ -163,6 +180,8 @@ class PlainCall final : public BoundCall {
                                            "previous_feature",
                                            "signal",
                                            "previous_signal",
+                                           "computed_signal",
+                                           "first_block_residual",
                                            "guard.first_exact",
                                            "guard_state.reused",
                                            "new_guard_state.reused",
@@ -193,6 +212,8 @@ class PlainCall final : public BoundCall {
     kPreviousFeature,
     kSignal,
     kPreviousSignal,
+    kComputedSignal,
+    kFirstResidual,
     kFirstExact,
     kReused,
     kNewReused,
@@ -225,10 +246,9 @@ class PlainCall final : public BoundCall {
     if (at(kFeatureOut).data != nullptr) return copy(at(kHiddenOut), at(kFeatureOut));
     return {};
   }
-  Status delta() {
-    ++calls_->delta;
+  Status difference(Key key) {
     for (std::int64_t i = 0; i < at(kHidden).shape.elements(); ++i) {
-      floats(kResidual)[i] = floats(kHiddenOut)[i] - floats(kHidden)[i];
+      floats(key)[i] = floats(kHiddenOut)[i] - floats(kHidden)[i];
     }
     return {};
   }
@@ -262,7 +282,15 @@ class PlainCall final : public BoundCall {
     if (at(kFeature).data != nullptr) {  // the first step has no feature, the next one no pair
       compute = compute || floats(kPreviousFeature)[0] == 0.0f;
     }
-    if (at(kSignal).data != nullptr) compute = compute || floats(kPreviousSignal)[0] == 0.0f;
+    if (at(kComputedSignal).data != nullptr) {  // far from where the last computed step was
+      const float past = floats(kComputedSignal)[0];
+      compute = compute || std::fabs(floats(kSignal)[0] - past) > 0.2f * std::fabs(past);
+    } else if (at(kSignal).data != nullptr) {
+      compute = compute || floats(kPreviousSignal)[0] == 0.0f;
+    }
+    if (calls_->on_decide) {
+      calls_->on_decide(at(kSignal), at(kPreviousSignal), at(kComputedSignal), at(kFeature));
+    }
     *at(kCompute).as<std::uint8_t>() = compute ? 1 : 0;
     for (std::int64_t k = 0; k < at(kMix).shape[0]; ++k) floats(kMix)[k] = k == 0 ? 1.0f : 0.0f;
     *at(kNewReused).as<std::int64_t>() = *at(kReused).as<std::int64_t>() + (compute ? 0 : 1);
@@ -364,7 +392,10 @@ json write_tiny_bundle(const TemporaryFolder& folder) {
          {"first", 0},
          {"count", 3},
          {"groups", json::array()}}}},
-      {"signals", {{"modulated_input", {{"value", "modulated_input"}, {"known", "step"}}}}},
+      {"signals",
+       {{"modulated_input", {{"value", "modulated_input"}, {"known", "step"}}},
+        {"latents", {{"value", "latents"}, {"known", "step"}}},
+        {"first_block_residual", {{"value", "first_block_residual"}, {"known", "step"}}}}},
       {"feature_block", 1},
       {"history_dtype", "float32"},
       {"policies", policies()},

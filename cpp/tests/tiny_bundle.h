@@ -36,11 +36,15 @@ struct Calls {
   std::atomic<bool> fail_finish{false};
   /// Called inside every engine call.
   std::function<void(const std::string&)> on_call;
+  /// Called with what a policy looks at: signal, previous and computed one, feature.
+  std::function<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)> on_decide;
 };
 
 /// The manifest of the tiny bundle; `write_tiny_bundle` puts it with its files into a folder.
 /// Policies: "off"; "interval" (computes every `interval` steps, keeps 2 residuals, reports a
-/// distance); "motion" (looks at the feature); "signal" (looks at the hidden states).
+/// distance); "motion" (looks at the feature); "signal" (looks at the hidden states); "probe" (at
+/// what the first block adds to them); "follow" (at latents and output, one decision for all
+/// branches).
 nlohmann::json write_tiny_bundle(const TemporaryFolder& folder);
 
 /// Writes a changed manifest over the bundle's.

@@ -39,7 +39,7 @@ struct Options {
   std::string token_ids, negative_token_ids;
   std::vector<std::string> settings;
   std::optional<std::int64_t> steps, seed, frames, height, width;
-  std::optional<double> guidance, shift;
+  std::optional<double> guidance, guidance_2, shift;
   int threads = 0;
   bool json = false, allow_compile = false, quiet = false;
 };
@@ -296,6 +296,7 @@ Status run(const Options& options, nlohmann::json& report) {
   request.cache = config->cache;
   request.steps = options.steps.value_or(defaults.steps.value_or(30));
   request.guidance_scale = options.guidance.value_or(defaults.guidance_scale.value_or(1.0));
+  request.guidance_scale_2 = options.guidance_2;
   request.flow_shift = options.shift ? options.shift : defaults.flow_shift;
   request.sampler = options.sampler;
   request.cancelled = &interrupted;
@@ -367,6 +368,8 @@ int main(int argc, char** argv) {
   app.add_option("--steps", options.steps, "Denoise steps");
   app.add_option("--seed", options.seed, "Seed of the start noise");
   app.add_option("--guidance", options.guidance, "Guidance scale; 1 or less runs one branch");
+  app.add_option("--guidance-2", options.guidance_2,
+                 "Guidance scale of the second expert, where the bundle has two");
   app.add_option("--sampler", options.sampler, "unipc, euler or dpmpp_2m");
   app.add_option("--shift", options.shift, "Flow shift, one that the bundle has tables for");
   app.add_option("--frames", options.frames, "Frames of the video");

@@ -1,12 +1,24 @@
-"""Build libfreewheel once for the tests that run it."""
+"""Build libfreewheel once for the tests that run it, and bundles that differ in a little."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from freewheel.bundle.reader import Bundle
+from freewheel.runtime.settings import config_entries
+
+# The models of the families' tests, and the loop that several files compare.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "compiler" / "families"))
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -52,3 +64,43 @@ def cpp_build(repository: Path, cmake_arguments: list[str]) -> Path:
     built = run("ninja", "-C", build)
     assert built.returncode == 0, built.stdout[-4000:]
     return build
+
+
+@pytest.fixture(scope="session")
+def linked_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that copies a bundle, changes its manifest and returns the folder.
+
+    Small files may be changed then; large ones are hard links.
+    """
+
+    def link_or_copy(source: str, target: str) -> None:
+        if Path(source).stat().st_size > 1 << 20:
+            os.link(source, target)
+        else:
+            shutil.copyfile(source, target)
+
+    def link(bundle: Bundle, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("linked") / "b"
+        shutil.copytree(bundle.folder, folder, copy_function=link_or_copy)
+        if change is not None:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            change(manifest)
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return link
+
+
+@pytest.fixture(scope="session")
+def whole_bundle(
+    demo_bundle: Bundle, repository: Path, build_bundle: Callable[..., Bundle]
+) -> Bundle:
+    """The demo model with its text encoder and VAE, for OpenVINO."""
+    from traced import taking_traced
+
+    configs = config_entries(["shapes_wan_teacache"], lambda text: None)
+    with taking_traced(demo_bundle, demo_bundle.manifest.graphs):
+        return build_bundle(
+            repository / "models" / "shapes_wan", ("openvino",), configs=configs,
+            with_text_encoder=True, with_vae=True,
+        )  # fmt: skip

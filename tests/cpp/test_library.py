@@ -34,16 +34,9 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def damaged(demo_bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy of the bundle whose small files may be changed; the rest are hard links."""
-
-    def link_or_copy(source: str, target: str) -> None:
-        if Path(source).stat().st_size > 1 << 20:
-            os.link(source, target)
-        else:
-            shutil.copyfile(source, target)
-
-    return Path(shutil.copytree(demo_bundle.folder, tmp_path / "b", copy_function=link_or_copy))
+def damaged(demo_bundle: Bundle, linked_bundle: Callable[..., Path]) -> Path:
+    """A copy of the bundle whose small files may be changed."""
+    return linked_bundle(demo_bundle)
 
 
 def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:

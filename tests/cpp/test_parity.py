@@ -6,24 +6,26 @@ arithmetic in one stated order, so nothing is left that could differ.
 
 from __future__ import annotations
 
-import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from loop import Loop, check_equal
+from safetensors.numpy import save_file
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.samplers import SamplerTable
 from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
+from freewheel.runtime.settings import config_entries
 
 pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 
 STEPS, GUIDANCE, SHIFT = 10, 3.0, 3.0
+BRANCHES = ("cond", "uncond")
 SETTINGS = {
     "off": CacheSetting(),
     "teacache": CacheSetting(policy="teacache", parameters={"threshold": 0.3}),
@@ -48,110 +50,98 @@ SETTINGS = {
         parameters={"codebook_thresholds": [0.08, 0.16, 1.0], "codebook_skips": [3, 2, 1]},
     ),
     "custom": CacheSetting(policy="custom", parameters={"threshold": 0.3}),
+    "easycache": CacheSetting(policy="easycache", parameters={"threshold": 0.1}),
+    "firstblock": CacheSetting(policy="firstblock", parameters={"threshold": 0.2}),
+    "magcache": CacheSetting(
+        policy="magcache", parameters={"threshold": 0.2, "steps": 10, "ratios": [1.0, 0.97, 0.95]}
+    ),
+    "solved": CacheSetting(
+        policy="solved",
+        parameters={
+            "steps": 5, "reuse": [0, 0, 1, 0, 1],
+            "mix": [1.0, 0.0, 0.0, 0.0] * 2 + [1.5, -0.5, 0.0, 0.0] * 3, "history": 2,
+        },
+    ),
 }  # fmt: skip
 
 
+CONFIGS = ("shapes_wan_magcache", "shapes_wan_solved")
+"""Of the bundle, with tables of their own for each branch."""
+
+
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+def bundle(demo_bundle: Bundle, linked_bundle: Callable[..., Path]) -> Bundle:
+    """The demo bundle with `CONFIGS` too."""
+    entries = config_entries(CONFIGS, lambda text: None)
+
+    def add(manifest: dict[str, Any]) -> None:
+        manifest["configs"] |= {n: e.model_dump(mode="json") for n, e in entries.items()}
+
+    return Bundle(linked_bundle(demo_bundle, add))
+
+
+@pytest.fixture(scope="module")
+def loops(bundle: Bundle) -> dict[str, Loop]:
+    """A loop per sampler, of one pair of sessions."""
     random = np.random.default_rng(0)
-    found = {
-        "latents": random.standard_normal((1, 16, 5, 12, 12), dtype=np.float32),
-        "cond": random.standard_normal((1, 24, 128), dtype=np.float32),
-        "uncond": random.standard_normal((1, 24, 128), dtype=np.float32),
+    latents = random.standard_normal((1, 16, 5, 12, 12), dtype=np.float32)
+    states = {b: random.standard_normal((1, 24, 128), dtype=np.float32) for b in BRANCHES}
+    prompts = {b: {"text_states": s} for b, s in states.items()}
+    sessions: list[Session] = []
+    return {
+        s: Loop(bundle, latents, prompts, STEPS, SHIFT, s, (GUIDANCE,), sessions)
+        for s in ("unipc", "euler")
     }
-    folder = tmp_path_factory.mktemp("inputs")
-    save_file(
-        {f"{b}.text_states": found[b] for b in ("cond", "uncond")}, folder / "prompts.safetensors"
-    )
-    np.save(folder / "latents.npy", found["latents"])
-    return {**found, "folder": folder}
-
-
-@pytest.fixture(scope="module")
-def session(demo_bundle: Bundle) -> Session:
-    return Session(LoadedModel(demo_bundle, "openvino"))
-
-
-def table_of(bundle: Bundle, name: str) -> SamplerTable:
-    entry = next(s for s in bundle.manifest.samplers if s.name == name and s.flow_shift == SHIFT)
-    packed = load_file(bundle.path(entry.file))[str(STEPS)]
-    return SamplerTable(packed[:, 0], packed[:, 1], packed[:, 2:])
-
-
-def run_python(session: Session, table: SamplerTable, setting: CacheSetting, inputs):
-    session.begin(torch.from_numpy(table.timesteps.astype(np.float32)), setting)
-    for branch in ("cond", "uncond"):
-        session.set_prompt(branch, {"text_states": torch.from_numpy(inputs[branch])})
-    samples, outputs = [inputs["latents"]], []
-    for step in range(STEPS):
-        given = {"latents": torch.from_numpy(samples[0])}
-        cond = session.step("cond", step, given).clone()
-        uncond = session.step("uncond", step, given).clone()
-        outputs.insert(0, (uncond + GUIDANCE * (cond - uncond)).numpy())
-        samples.insert(0, table.advance(step, samples, outputs))
-    return samples[0], session.statistics.as_dict()
-
-
-def run_cpp(build: Path, bundle: Bundle, setting: CacheSetting, sampler: str, inputs, out: Path):
-    overrides = {**setting.parameters}
-    overrides |= {f"guard.{n}": v for n, v in setting.guard.model_dump().items() if v != []}
-    if setting.signal is not None:
-        overrides["signal"] = setting.signal
-    command = [
-        build / "freewheel-run", bundle.folder, "--out", out, "--cache", setting.policy,
-        "--embeddings", inputs["folder"] / "prompts.safetensors",
-        "--latents", inputs["folder"] / "latents.npy", "--steps", STEPS, "--guidance", GUIDANCE,
-        "--shift", SHIFT, "--sampler", sampler, "--threads", torch.get_num_threads(),
-        "--backend", "openvino", "--json", "--quiet",
-        *(p for n, v in overrides.items() for p in ("--set", f"{n}={json.dumps(v)}")),
-    ]  # fmt: skip
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return load_file(out)["latents"], json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("sampler", ["unipc", "euler"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_decisions_and_latents_are_equal(
-    name, sampler, cpp_build, demo_bundle, session, inputs, tmp_path
-):
-    setting = SETTINGS[name]
-    expected, python = run_python(session, table_of(demo_bundle, sampler), setting, inputs)
-    found, cpp = run_cpp(
-        cpp_build, demo_bundle, setting, sampler, inputs, tmp_path / "out.safetensors"
-    )
-    for branch in ("cond", "uncond"):
-        for what in ("computed", "distance", "mix"):
-            assert cpp["branches"][branch][what] == python["branches"][branch][what], what
-    assert cpp["folded"] == python["folded"]
-    assert np.array_equal(found, expected)
+    name: str, sampler: str, cpp_build: Path, loops: dict[str, Loop], tmp_path: Path
+) -> None:
+    check_equal(loops[sampler], cpp_build, SETTINGS[name], tmp_path)
 
 
-def test_every_policy_of_the_bundle_is_compared(demo_bundle):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_branches_with_tables_of_their_own_are_equal(
+    name: str, cpp_build: Path, bundle: Bundle, loops: dict[str, Loop], tmp_path: Path
+) -> None:
+    setting = bundle.manifest.configs[name].cache
+    assert setting.branches.keys() == {"cond", "uncond"}
+    report = check_equal(loops["unipc"], cpp_build, setting, tmp_path, config=name)
+    assert 0 < report["computed_steps"] < STEPS
+
+
+def test_every_policy_of_the_bundle_is_compared(bundle: Bundle) -> None:
     compared = {s.policy for s in SETTINGS.values()}
-    assert compared >= {"off", "teacache", "taylorseer", "adacache", "custom"}
+    compared |= {bundle.manifest.configs[n].cache.policy for n in CONFIGS}
+    assert compared == set(bundle.manifest.policies)
 
 
-def test_cpp_draws_the_noise_that_pytorch_draws(cpp_build, demo_bundle, inputs, tmp_path):
-    """The seed's noise, read back as the latents of a run without a single model output."""
-    out = tmp_path / "noise.npy"
-    command = [
-        cpp_build / "freewheel-run", demo_bundle.folder, "--out", out, "--seed", 42, "--steps", 30,
-        "--frames", 17, "--height", 96, "--width", 96, "--cache", "off", "--shift", SHIFT,
-        "--embeddings", inputs["folder"] / "prompts.safetensors", "--json", "--quiet",
-        "--set", "guard.first_exact=0", "--sampler", "euler", "--guidance", 1,
-    ]  # fmt: skip
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    generator = torch.Generator().manual_seed(42)
-    noise = torch.randn((1, 16, 5, 12, 12), generator=generator)
-    np.save(tmp_path / "noise_in.npy", noise.numpy())
-    again = [str(c) for c in command]
-    again[again.index(str(out))] = str(tmp_path / "again.npy")
-    done = subprocess.run(
-        [*again, "--latents", str(tmp_path / "noise_in.npy")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_cpp_draws_the_noise_that_pytorch_draws(
+    cpp_build: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    """The seed's noise, seen through one step from it and one from what PyTorch draws."""
+    prompts = tmp_path / "prompts.safetensors"
+    save_file({"cond.text_states": np.full((1, 24, 128), 0.1, np.float32)}, prompts)
+    noise = torch.randn((1, 16, 5, 12, 12), generator=torch.Generator().manual_seed(42))
+    np.save(tmp_path / "noise.npy", noise.numpy())
+
+    def run(name: str, *arguments: object) -> np.ndarray:
+        command = [
+            cpp_build / "freewheel-run", bundle.folder, "--out", tmp_path / name, "--steps", 1,
+            "--frames", 17, "--height", 96, "--width", 96, "--cache", "off", "--shift", SHIFT,
+            "--embeddings", prompts, "--quiet", "--sampler", "euler", "--guidance", 1, *arguments,
+        ]  # fmt: skip
+        done = subprocess.run(
+            [str(c) for c in command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return np.load(tmp_path / name)
+
+    drawn = run("drawn.npy", "--seed", 42)
+    given = run("given.npy", "--latents", tmp_path / "noise.npy")
+    other = run("other.npy", "--seed", 43)
     # The vectorised logarithm of PyTorch rounds otherwise than the C library's.
-    np.testing.assert_allclose(np.load(out), np.load(tmp_path / "again.npy"), atol=2e-3)
+    np.testing.assert_allclose(drawn, given, atol=1e-4)
+    assert np.abs(other - given).max() > 1

@@ -127,6 +127,9 @@ typedef struct freewheel_run_options {
   void* user;
   const float* condition; /* further channels at every step, or NULL */
   int64_t condition_channels;
+  /* Of bundles with two experts: the guidance scale from the second one's first step on; 0 takes
+   * `guidance_scale`. */
+  double guidance_scale_2;
 } freewheel_run_options;
 
 /* Runs the whole denoise loop. The latents are left as they were where it fails. */

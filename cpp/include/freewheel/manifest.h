@@ -63,6 +63,13 @@ struct StageEntry {
   std::vector<GroupEntry> groups;  ///< Empty where weights are inputs.
 };
 
+/// One of several transformers of equal config, which share every graph and engine.
+struct ExpertEntry {
+  std::string part;            ///< Folder of the pipeline.
+  std::string prefix;          ///< Before the names of its tensors, where graphs say `weights`.
+  double from_timestep = 0.0;  ///< It denoises from here on, up to where the one before begins.
+};
+
 struct InputEntry : Io {
   std::string argument, runs;
 };
@@ -106,6 +113,7 @@ struct Manifest {
   std::map<std::string, std::vector<std::pair<std::string, std::int64_t>>> dims;
   std::map<std::string, GraphEntry> graphs;
   std::vector<StageEntry> stages;
+  std::vector<ExpertEntry> experts;  ///< Empty where the graphs serve one transformer.
   std::map<std::string, SignalEntry> signals;
   std::int64_t feature_block = 0;
   DType history_dtype = DType::kFloat32;

@@ -48,9 +48,10 @@ class Model {
   /// A weight in the backend's memory, valid as long as the model.
   Result<Tensor> weight(const std::string& name);
 
-  /// Binds `graph` to buffers by name (others are ignored), and to the weights of `block`.
+  /// Binds `graph` to buffers by name (others are ignored), and to the weights of `block` of the
+  /// manifest's expert number `expert`.
   Result<std::unique_ptr<BoundCall>> bind(const std::string& graph, const Tensors& values,
-                                          std::int64_t block = 0);
+                                          std::int64_t block = 0, std::size_t expert = 0);
 
  private:
   Model() = default;

@@ -58,8 +58,11 @@ struct HistorySpec {
 struct PolicySpec {
   std::string name, summary, reference;
   std::vector<std::string> signals;
-  bool wants_feature = false;
+  bool wants_feature = false;       ///< Of the last computed step.
+  bool wants_model_output = false;  ///< The feature is what `finish` gave, not one of `body`.
   bool keeps_previous_signal = false, keeps_previous_feature = false;
+  bool keeps_computed_signal = false;  ///< The signal of the last computed step.
+  bool is_one_decision = false;        ///< All branches follow the one that runs a step first.
   HistorySpec history;
   std::map<std::string, StateSpec> state;
   std::map<std::string, ParameterSpec> parameters;
@@ -91,10 +94,15 @@ struct CacheSetting {
   std::optional<std::string> signal;
   std::map<std::string, Value> parameters;
   Guard guard;
+  /// Branch → overrides of `parameters` in that branch alone.
+  std::map<std::string, std::map<std::string, Value>> branches;
+
+  /// The setting of one branch: its overrides are among the parameters.
+  CacheSetting for_branch(const std::string& name) const;
 
   friend bool operator==(const CacheSetting& a, const CacheSetting& b) {
     return a.policy == b.policy && a.signal == b.signal && a.parameters == b.parameters &&
-           a.guard == b.guard;
+           a.guard == b.guard && a.branches == b.branches;
   }
 };
 

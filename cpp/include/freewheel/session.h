@@ -52,7 +52,9 @@ struct RunRequest {
   std::map<std::string, Tensors> prompts;
   std::int64_t steps = 0;
   double guidance_scale = 1.0;  ///< 1 or less runs `cond` alone.
-  std::string sampler;          ///< Empty takes the pipeline's own.
+  /// Of bundles with two experts: the scale from the second expert's first step on; else the same.
+  std::optional<double> guidance_scale_2;
+  std::string sampler;  ///< Empty takes the pipeline's own.
   std::optional<double> flow_shift;
   CacheSetting cache;
   std::function<void(const BranchEvent&)> on_branch_step;

@@ -32,6 +32,7 @@ struct BranchStatistics {
   std::vector<double> distance;
   std::vector<float> mix;
   std::vector<double> seconds;
+  std::int64_t depth = 0;
 
   std::int64_t computed_steps() const noexcept;
 };

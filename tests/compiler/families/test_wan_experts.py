@@ -28,28 +28,36 @@ TINY = {
     "text_dim": 12, "freq_dim": 32, "ffn_dim": 24, "num_layers": 2, "rope_max_seq_len": 32,
 }  # fmt: skip
 BOUNDARY = 0.875
+SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
 
 
-@pytest.fixture(scope="module")
-def experts() -> tuple[Any, Any]:
-    return tuple(randomised(WanTransformer3DModel(**TINY), seed) for seed in (1, 2))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(experts: tuple[Any, Any], tmp_path_factory: Any) -> Path:
-    """A pipeline's folder with two transformers, the second in bfloat16: it is converted."""
-    folder: Path = tmp_path_factory.mktemp("wan22")
-    experts[0].save_pretrained(folder / "transformer")
-    rounded = randomised(WanTransformer3DModel(**TINY), 2).bfloat16()
-    experts[1].load_state_dict({n: t.float() for n, t in rounded.state_dict().items()})
-    rounded.save_pretrained(folder / "transformer_2")
+def write_checkpoint(folder: Path) -> Path:
+    """Write a pipeline's folder with two transformers, the second in bfloat16: it is converted."""
+    first, second = (randomised(WanTransformer3DModel(**TINY), seed) for seed in (1, 2))
+    first.save_pretrained(folder / "transformer")
+    second.bfloat16().save_pretrained(folder / "transformer_2")
     index = {
         "_class_name": "WanPipeline", "boundary_ratio": BOUNDARY,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": ["diffusers", "WanTransformer3DModel"],
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    scheduler = UniPCMultistepScheduler(**SCHEDULER)
+    scheduler.save_pretrained(folder / "scheduler")
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: Any) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("wan22"))
+
+
+@pytest.fixture(scope="module")
+def experts(checkpoint: Path) -> tuple[Any, Any]:
+    return tuple(
+        WanTransformer3DModel.from_pretrained(checkpoint / part).float().eval()
+        for part in ("transformer", "transformer_2")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +66,7 @@ def bundle(checkpoint: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
 
 
 def pipeline(experts: tuple[Any, Any], boundary: float | None = BOUNDARY) -> Any:
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-    )
+    scheduler = UniPCMultistepScheduler(**SCHEDULER)
     second = experts[1] if boundary is not None else None
     pipe = WanPipeline(None, None, None, scheduler, experts[0], second, boundary)
     pipe.set_progress_bar_config(disable=True)

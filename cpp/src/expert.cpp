@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "expert.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "timed.h"
+#include "try.h"
+
+namespace freewheel {
+namespace {
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Expert>> Expert::create(Model& model, std::size_t index,
+                                               RunStatistics& statistics,
+                                               const Cancellation& cancellation) {
+  std::unique_ptr<Expert> expert(new Expert(model, index, statistics, cancellation));
+  FREEWHEEL_TRY(expert->initialise());
+  return expert;
+}
+
+Status Expert::initialise() {
+  for (const auto& [name, entry] : manifest().inputs) {
+    if (entry.runs == "step") step_inputs_.push_back({name, &entry, {}});
+  }
+  // The rows of per-run tables, shaped as the graphs that read them declare.
+  for (const auto& [graph_name, graph] : manifest().graphs) {
+    if (graph.runs != "run") continue;
+    for (const auto& [name, io] : graph.outputs) {
+      for (const auto& [reader_name, reader] : manifest().graphs) {
+        const auto input = reader.inputs.find(name);
+        if (input == reader.inputs.end() || rows_views_.count(name) != 0) continue;
+        FREEWHEEL_TRY(row_buffers_.allocate(model_.memory(), name, input->second, {}, rows_views_));
+        rows_.push_back({name, rows_views_.at(name), {}});
+      }
+    }
+  }
+  return {};
+}
+
+Status Expert::begin(const std::vector<double>& timesteps, const CacheSetting& setting) {
+  const bool is_same = setting == setting_;
+  setting_ = setting;
+  steps_ = static_cast<std::int64_t>(timesteps.size());
+  row_ = -1;
+  shared_step_ = -1;
+  is_one_decision_ = manifest().policies.at(setting.policy).spec.is_one_decision;
+  for (const auto& branch : branches_) {
+    branch->last_step = -1;
+    if (!is_same) branch->cache.reset();
+  }
+  if (timesteps.empty()) return {};
+  FREEWHEEL_TRY(compute_tables(timesteps));
+  for (const auto& branch : branches_) {
+    if (branch->cache != nullptr) FREEWHEEL_TRY(branch->cache->reset(tables_, steps_));
+  }
+  return {};
+}
+
+/// The branch's record, made when it takes its first step of a run: others don't show.
+BranchStatistics& Expert::statistics_of(const Branch& branch) {
+  auto& known = statistics_.branches;
+  const auto found = std::find_if(known.begin(), known.end(), [&](const BranchStatistics& other) {
+    return other.name == branch.name;
+  });
+  if (found != known.end()) return *found;
+  const auto steps = static_cast<std::size_t>(statistics_.steps);
+  BranchStatistics& fresh = known.emplace_back();
+  fresh.name = branch.name;
+  fresh.depth = branch.cache->depth();
+  fresh.computed.reserve(steps);
+  fresh.distance.reserve(steps);
+  fresh.seconds.reserve(steps);
+  fresh.mix.reserve(steps * static_cast<std::size_t>(fresh.depth));
+  return fresh;
+}
+
+std::int64_t Expert::last_step(std::string_view name) const noexcept {
+  for (const auto& branch : branches_) {
+    if (branch->name == name) return branch->last_step;
+  }
+  return -1;
+}
+
+Status Expert::compute_tables(const std::vector<double>& timesteps) {
+  if (timesteps == timesteps_ && !tables_.empty()) return {};
+  const Timed timed(statistics_, Segment::kPrepare);
+  Memory& memory = model_.memory();
+  const auto steps = static_cast<std::int64_t>(timesteps.size());
+  tables_.clear();
+  BufferSet buffers;
+  Tensors values;
+  const std::vector<float> host(timesteps.begin(), timesteps.end());
+  Io io;
+  io.shape = {steps};
+  FREEWHEEL_TRY(buffers.allocate(memory, "timesteps", io, {}, values));
+  FREEWHEEL_TRY(
+      memory.upload(values.at("timesteps").data, host.data(), host.size() * sizeof(float)));
+  for (const auto& [name, graph] : manifest().graphs) {
+    if (graph.runs != "run") continue;
+    FREEWHEEL_TRY(buffers.allocate(memory, graph.outputs, {{"steps", steps}}, values));
+    FREEWHEEL_ASSIGN(const std::unique_ptr<BoundCall> call, bind(name, values));
+    FREEWHEEL_TRY(call->run());
+    FREEWHEEL_TRY(memory.synchronize());
+  }
+  for (Row& row : rows_) {
+    row.table = values.at(row.name);
+    if (row.table.bytes() != row.row.bytes() * static_cast<std::size_t>(steps)) {
+      return Status(Code::kBundle, "table '" + row.name + "'",
+                    "has rows of another size than the graphs that read them",
+                    "build the bundle again");
+    }
+  }
+  table_buffers_ = std::move(buffers);
+  tables_ = std::move(values);
+  timesteps_ = timesteps;
+  return {};
+}
+
+Status Expert::set_prompt(const std::string& branch_name, const Tensors& states) {
+  std::vector<Buffer> buffers;
+  Tensors given;
+  std::vector<std::string> wanted;
+  for (const auto& [name, entry] : manifest().inputs) {
+    if (entry.runs == "prompt") wanted.push_back(name);
+  }
+  for (const std::string& name : wanted) {
+    const InputEntry& entry = manifest().inputs.at(name);
+    const auto state = states.find(name);
+    if (state == states.end() || state->second.data == nullptr) {
+      return Status(Code::kRequest, "branch '" + branch_name + "', input '" + name + "'",
+                    "is missing", "give " + joined(wanted));
+    }
+    auto dims = match_dims(name, entry, state->second.shape);
+    if (!dims.ok()) return std::move(dims).status();
+    FREEWHEEL_ASSIGN(Buffer buffer,
+                     Buffer::create(host_memory(), entry.dtype, state->second.shape));
+    FREEWHEEL_TRY(convert(state->second, buffer.view()));
+    given[name] = buffer.view();
+    buffers.push_back(std::move(buffer));
+  }
+  const auto found =
+      std::find_if(branches_.begin(), branches_.end(),
+                   [&](const std::unique_ptr<Branch>& b) { return b->name == branch_name; });
+  if (found == branches_.end()) {
+    auto branch = std::make_unique<Branch>();
+    branch->name = branch_name;
+    branch->prompt = std::move(given);
+    branch->prompt_buffers = std::move(buffers);
+    branches_.push_back(std::move(branch));
+    return {};
+  }
+  Branch& branch = **found;
+  bool is_same = true, fits = true;
+  for (const auto& [name, tensor] : given) {
+    const Tensor& known = branch.prompt.at(name);
+    fits = fits && known.shape == tensor.shape;
+    is_same = is_same && fits && std::memcmp(known.data, tensor.data, tensor.bytes()) == 0;
+  }
+  if (is_same) return {};
+  branch.prompt = std::move(given);
+  branch.prompt_buffers = std::move(buffers);
+  if (branch.body == nullptr) return {};
+  if (!fits) {
+    branch.unbind();
+    return {};
+  }
+  const Timed timed(statistics_, Segment::kPrompt);
+  Status status = branch.body->set_prompt(branch.prompt);
+  if (!status.ok()) branch.unbind();
+  return status;
+}
+
+Status Expert::place(const NamedTensor* inputs, std::size_t count) {
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    bool fits = head_ != nullptr;
+    for (const StepInput& wanted : step_inputs_) {
+      const NamedTensor* given = std::find_if(
+          inputs, inputs + count, [&](const NamedTensor& i) { return i.name == wanted.name; });
+      if (given == inputs + count || given->tensor.data == nullptr) {
+        return Status(Code::kRequest, "input '" + wanted.name + "'", "is missing",
+                      "give every per-step input");
+      }
+      if (given->tensor.dtype != wanted.entry->dtype) {
+        return Status(Code::kRequest, "input '" + wanted.name + "'",
+                      std::string("is ") + dtype_name(given->tensor.dtype) + ", the bundle takes " +
+                          dtype_name(wanted.entry->dtype),
+                      "convert it");
+      }
+      if (!fits || given->tensor.shape != wanted.buffer.shape) {
+        fits = false;
+        continue;
+      }
+      FREEWHEEL_TRY(
+          model_.memory().upload(wanted.buffer.data, given->tensor.data, given->tensor.bytes()));
+    }
+    if (fits) return {};
+    FREEWHEEL_TRY(allocate(inputs, count));
+  }
+  return Status(Code::kInternal, "inputs", "don't fit the buffers made for them");
+}
+
+Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
+  const Timed timed(statistics_, Segment::kPrepare);
+  Dims sizes;
+  for (const StepInput& wanted : step_inputs_) {
+    const NamedTensor* given = std::find_if(
+        inputs, inputs + count, [&](const NamedTensor& i) { return i.name == wanted.name; });
+    FREEWHEEL_ASSIGN(const Dims found, match_dims(wanted.name, *wanted.entry, given->tensor.shape));
+    for (const auto& [dim, size] : found) sizes[dim] = size;
+  }
+  FREEWHEEL_ASSIGN(Dims dims, derive_dims(manifest(), sizes));
+  for (const auto& branch : branches_) branch->unbind();
+  head_.reset();
+  shared_.clear();
+  shared_buffers_ = {};
+  Memory& memory = model_.memory();
+  BufferSet buffers;
+  Tensors shared = rows_views_;
+  for (const StepInput& input : step_inputs_) {
+    FREEWHEEL_TRY(buffers.allocate(memory, input.name, *input.entry, dims, shared));
+  }
+  const auto& outputs = manifest().graphs.at("head").outputs;
+  const auto hidden = outputs.find("hidden");
+  if (hidden == outputs.end()) {
+    return Status(Code::kBundle, "graph 'head'", "does not output 'hidden'",
+                  "build the bundle again");
+  }
+  for (const char* name : {"hidden", "hidden_even", "hidden_odd"}) {
+    FREEWHEEL_TRY(buffers.allocate(memory, name, hidden->second, dims, shared));
+  }
+  for (const auto& [name, graph] : manifest().graphs) {
+    if (graph.runs != "shape") continue;
+    FREEWHEEL_TRY(buffers.allocate(memory, graph.outputs, dims, shared));
+    FREEWHEEL_ASSIGN(const std::unique_ptr<BoundCall> call, bind(name, shared));
+    FREEWHEEL_TRY(call->run());
+    FREEWHEEL_TRY(memory.synchronize());
+  }
+  FREEWHEEL_ASSIGN(head_, bind("head", shared));
+  for (StepInput& input : step_inputs_) input.buffer = shared.at(input.name);
+  shared_buffers_ = std::move(buffers);
+  shared_ = std::move(shared);
+  dims_ = std::move(dims);
+  return {};
+}
+
+Status Expert::bind_branch(Branch& branch) {
+  if (branch.body == nullptr) {
+    const Timed timed(statistics_, Segment::kPrepare);
+    FREEWHEEL_ASSIGN(std::unique_ptr<Body> body,
+                     Body::create(model_, index_, branch.name, shared_, branch.prompt, dims_));
+    FREEWHEEL_TRY(body->set_prompt(branch.prompt));
+    Tensors values = body->values();
+    values["hidden_out"] = body->hidden_out();
+    BufferSet outputs;
+    FREEWHEEL_TRY(outputs.allocate(model_.memory(), manifest().graphs.at("finish").outputs,
+                                   body->dims(), values));
+    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> finish, bind("finish", values));
+    const auto output = values.find("model_output");
+    if (output == values.end() || output->second.dtype != DType::kFloat32) {
+      return Status(Code::kBundle, "graph 'finish'", "does not output a float32 'model_output'",
+                    "build the bundle again");
+    }
+    branch.model_output = output->second;
+    branch.outputs = std::move(outputs);
+    branch.finish = std::move(finish);
+    branch.body = std::move(body);
+    branch.cache.reset();
+  }
+  if (branch.cache == nullptr) {
+    const Timed timed(statistics_, Segment::kPrepare);
+    FREEWHEEL_ASSIGN(const ResolvedSetting resolved,
+                     ResolvedSetting::create(manifest(), setting_.for_branch(branch.name)));
+    FREEWHEEL_ASSIGN(std::unique_ptr<BranchCache> cache,
+                     BranchCache::create(model_, resolved, *branch.body, branch.body->values(),
+                                         branch.body->dims()));
+    FREEWHEEL_TRY(cache->reset(tables_, steps_));
+    branch.cache = std::move(cache);
+  }
+  return {};
+}
+
+Result<Expert::Branch*> Expert::ready_branch(std::string_view name) {
+  for (const auto& branch : branches_) {
+    if (branch->name != name) continue;
+    if (branch->cache == nullptr) FREEWHEEL_TRY(bind_branch(*branch));
+    return branch.get();
+  }
+  return Status(Code::kRequest, "branch '" + std::string(name) + "'", "has no prompt",
+                "call set_prompt() first");
+}
+
+Status Expert::select_row(std::int64_t step_index) {
+  if (step_index == row_) return {};
+  for (const Row& row : rows_) {
+    const std::size_t bytes = row.row.bytes();
+    const auto* source =
+        row.table.as<std::uint8_t>() + static_cast<std::size_t>(step_index) * bytes;
+    FREEWHEEL_TRY(model_.memory().copy(row.row.data, source, bytes));
+  }
+  row_ = step_index;
+  return {};
+}
+
+Status Expert::prepare(const NamedTensor* inputs, std::size_t count) {
+  FREEWHEEL_TRY(place(inputs, count));
+  for (const auto& branch : branches_) {
+    if (auto ready = ready_branch(branch->name); !ready.ok()) return std::move(ready).status();
+  }
+  return {};
+}
+
+/// Asks a branch's policy, or takes what another branch decided about the step.
+Result<Verdict> Expert::decide(Branch& branch, std::int64_t step_index) noexcept {
+  if (!is_one_decision_) return branch.cache->decide(step_index, cancellation_);
+  if (shared_step_ != step_index) {
+    FREEWHEEL_ASSIGN(shared_verdict_, branch.cache->decide(step_index, cancellation_));
+    shared_step_ = step_index;
+  }
+  return shared_verdict_;
+}
+
+Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
+                            const NamedTensor* inputs, std::size_t count) {
+  if (cancellation_.is_wanted()) return cancelled();
+  FREEWHEEL_TRY(place(inputs, count));
+  FREEWHEEL_ASSIGN(Branch * branch, ready_branch(name));
+  const Clock::time_point began = Clock::now();
+  Verdict verdict;
+  {
+    const Timed timed(statistics_, Segment::kHead);
+    FREEWHEEL_TRY(select_row(step_index));
+    FREEWHEEL_TRY(head_->run());
+  }
+  {
+    const Timed timed(statistics_, Segment::kDecide);
+    FREEWHEEL_ASSIGN(verdict, decide(*branch, step_index));
+  }
+  if (cancellation_.is_wanted()) return cancelled();
+  {
+    const Timed timed(statistics_, verdict.compute ? Segment::kBody : Segment::kReuse);
+    FREEWHEEL_TRY(verdict.compute ? branch->cache->compute(step_index, cancellation_)
+                                  : branch->cache->reuse(verdict));
+  }
+  {
+    const Timed timed(statistics_, Segment::kFinish);
+    FREEWHEEL_TRY(branch->finish->run());
+    if (verdict.compute) FREEWHEEL_TRY(branch->cache->keep_output(branch->model_output));
+    FREEWHEEL_TRY(model_.memory().synchronize());
+  }
+  branch->last_step = step_index;
+  BranchStatistics& statistics = statistics_of(*branch);
+  statistics.computed.push_back(verdict.compute ? 1 : 0);
+  statistics.distance.push_back(verdict.distance);
+  statistics.seconds.push_back(seconds_since(began));
+  for (std::int64_t age = 0; age < statistics.depth; ++age) {
+    statistics.mix.push_back(verdict.compute ? 0.0f : verdict.mix[age]);
+  }
+  return branch->model_output;
+}
+
+}  // namespace freewheel

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// One transformer of a bundle with buffers and caches of its own: runs the steps of its branches.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "body.h"
+#include "branch_cache.h"
+#include "cancellation.h"
+#include "freewheel/model.h"
+#include "freewheel/session.h"
+#include "freewheel/statistics.h"
+
+namespace freewheel {
+
+/// Most bundles have one. Nothing is shared between two but the model, so no cache of one is ever
+/// used by the other.
+class Expert {
+ public:
+  /// @param index Of the manifest's experts; whose weights it runs.
+  /// @param statistics Gets what each step did; outlives the expert.
+  /// @param cancellation Asked between engine calls; outlives the expert.
+  static Result<std::unique_ptr<Expert>> create(Model& model, std::size_t index,
+                                                RunStatistics& statistics,
+                                                const Cancellation& cancellation);
+
+  /// Starts a run over those timesteps that it denoises, maybe none: forgets all state.
+  Status begin(const std::vector<double>& timesteps, const CacheSetting& setting);
+
+  Status set_prompt(const std::string& branch, const Tensors& states);
+  Status prepare(const NamedTensor* inputs, std::size_t count);
+
+  /// Runs one step of one branch.
+  /// @param step_index Of its own steps; the session has checked that it follows the last one.
+  Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
+                      std::size_t count);
+
+  /// Steps of the current run.
+  std::int64_t steps() const noexcept { return steps_; }
+
+  /// Its step that `branch` ran last in this run, or -1.
+  std::int64_t last_step(std::string_view branch) const noexcept;
+
+ private:
+  /// A branch's prompt, and what is bound for it once shapes are known.
+  struct Branch {
+    std::string name;
+    std::vector<Buffer> prompt_buffers;
+    Tensors prompt;  // host, of the declared dtypes
+    BufferSet outputs;
+    Tensor model_output;
+    std::unique_ptr<Body> body;
+    std::unique_ptr<BranchCache> cache;
+    std::unique_ptr<BoundCall> finish;
+    std::int64_t last_step = -1;
+
+    void unbind() {
+      cache.reset();
+      finish.reset();
+      body.reset();
+      outputs = {};
+    }
+  };
+
+  /// The current row of one per-run table.
+  struct Row {
+    std::string name;
+    Tensor row, table;
+  };
+
+  /// A per-step input and the buffer that engines read it from.
+  struct StepInput {
+    std::string name;
+    const InputEntry* entry;
+    Tensor buffer;
+  };
+
+  Expert(Model& model, std::size_t index, RunStatistics& statistics,
+         const Cancellation& cancellation)
+      : model_(model), index_(index), statistics_(statistics), cancellation_(cancellation) {}
+
+  const Manifest& manifest() const { return model_.manifest(); }
+  Result<std::unique_ptr<BoundCall>> bind(const std::string& graph, const Tensors& values) {
+    return model_.bind(graph, values, 0, index_);
+  }
+  Status initialise();
+  Status compute_tables(const std::vector<double>& timesteps);
+  Status select_row(std::int64_t step_index);
+  Status place(const NamedTensor* inputs, std::size_t count);
+  Status allocate(const NamedTensor* inputs, std::size_t count);
+  Result<Branch*> ready_branch(std::string_view name);
+  Status bind_branch(Branch& branch);
+  Result<Verdict> decide(Branch& branch, std::int64_t step_index) noexcept;
+  BranchStatistics& statistics_of(const Branch& branch);
+
+  Model& model_;
+  std::size_t index_;
+  RunStatistics& statistics_;
+  const Cancellation& cancellation_;
+  CacheSetting setting_;
+  std::int64_t steps_ = 0;
+  std::vector<double> timesteps_;  // that the tables are of
+  BufferSet table_buffers_, row_buffers_, shared_buffers_;
+  Tensors tables_, rows_views_, shared_;
+  std::vector<Row> rows_;
+  std::int64_t row_ = -1;
+  bool is_one_decision_ = false;
+  std::int64_t shared_step_ = -1;  // that all branches share a verdict about; its mix lies with the
+  Verdict shared_verdict_;         // branch that decided, until that one decides again
+  std::vector<StepInput> step_inputs_;
+  Dims dims_;
+  std::unique_ptr<BoundCall> head_;
+  std::vector<std::unique_ptr<Branch>> branches_;
+};
+
+}  // namespace freewheel

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// The signal of a branch's current step and those of its past: buffers stay, their roles move.
+
+#include <cstddef>
+#include <vector>
+
+namespace freewheel {
+
+/// One buffer for this step's signal and one more for each role of the past that a policy keeps. A
+/// signal is written once. At the next step its buffer becomes the previous one's, and the computed
+/// one's if the step was computed; a buffer without a role takes what comes next.
+class SignalBuffers {
+ public:
+  /// Which buffer holds this step's signal, the last step's and the last computed step's; -1 where
+  /// that is not kept.
+  struct Stand {
+    int current = -1, previous = -1, computed = -1;
+  };
+
+  static constexpr std::size_t kKeys = 64;
+
+  SignalBuffers() = default;
+  SignalBuffers(bool keeps_previous, bool keeps_computed)
+      : keeps_previous_(keeps_previous), keeps_computed_(keeps_computed) {
+    reset();
+  }
+
+  std::size_t count() const noexcept { return 1u + keeps_previous_ + keeps_computed_; }
+  const Stand& stand() const noexcept { return stand_; }
+
+  /// Forgets which was which; the caller zeroes the buffers.
+  void reset() noexcept;
+
+  /// Moves on to the next step; returns the buffer that its signal goes into.
+  std::size_t advance() noexcept;
+
+  /// Notes that this step is computed.
+  void mark_computed() noexcept {
+    if (keeps_computed_) stand_.computed = stand_.current;
+  }
+
+  /// Every way to stand at a decision.
+  std::vector<Stand> stands() const;
+
+  /// A number below `kKeys` that tells stands apart.
+  static std::size_t key(const Stand& stand) noexcept {
+    return static_cast<std::size_t>(((stand.current + 1) * 4 + stand.previous + 1) * 4 +
+                                    stand.computed + 1);
+  }
+
+ private:
+  bool keeps_previous_ = false, keeps_computed_ = false;
+  Stand stand_;
+};
+
+}  // namespace freewheel

@@ -1,0 +1,128 @@
+"""C++ runs a bundle of each family unchanged: Python's decisions and latents, bit for bit.
+
+The library knows no family: a bundle's manifest says everything. Models are the tiny random ones of
+the families' own tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_flux as flux
+import test_hunyuan as hunyuan
+import test_ltx as ltx
+import test_wan_experts as wan
+import torch
+from loop import Loop, check_equal
+from traced import taking_traced
+
+from freewheel.bundle.reader import Bundle
+from freewheel.configs.setting import CacheSetting, GuardSetting
+from freewheel.policies import POLICIES
+
+pytestmark = [pytest.mark.openvino, pytest.mark.slow]
+
+STEPS = 6
+BY_CONTENT = CacheSetting(
+    policy="teacache", signal="modulated_input", guard=GuardSetting(first_exact=1, last_exact=1),
+    parameters={"threshold": 1.0, "coefficients": [0.6]},
+)  # fmt: skip
+"""Every step that may be reused adds 0.6 of the threshold, from a signal of every step."""
+
+FAMILIES = {"flux": flux, "hunyuan": hunyuan, "ltx": ltx}
+
+
+@pytest.fixture(scope="module")
+def build_family(demo_bundle: Bundle, build_bundle: Callable[..., Bundle]) -> Callable[..., Bundle]:
+    def build(checkpoint: Path) -> Bundle:
+        with taking_traced(demo_bundle, ()):
+            return build_bundle(checkpoint, ("openvino",))
+
+    return build
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loop(
+    request: pytest.FixtureRequest,
+    build_family: Callable[..., Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Loop:
+    """A loop of one branch over a batch of two, at the family's second size."""
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    family.model_of(family.TINY).save_pretrained(folder)
+    bundle = build_family(folder)
+    inputs = family.inputs_of(family.TINY, family.SIZES[1])
+    declared = bundle.manifest.inputs
+    prompt = {n: inputs[n].numpy() for n, i in declared.items() if i.runs == "prompt"}
+    return Loop(bundle, inputs["latents"].numpy(), {"cond": prompt}, STEPS, 1.0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_bundle_of_each_family_runs_unchanged(
+    policy: str, loop: Loop, cpp_build: Path, tmp_path: Path
+) -> None:
+    setting = CacheSetting(policy=policy, guard=GuardSetting(first_exact=1, last_exact=1))
+    report = check_equal(loop, cpp_build, setting, tmp_path)
+    assert report["branches"]["cond"]["computed"][0]
+
+
+def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
+    report = check_equal(loop, cpp_build, BY_CONTENT, tmp_path)
+    assert not report["folded"]
+    assert report["branches"]["cond"]["computed"] == [True, False, True, False, True, True]
+
+
+@pytest.fixture(scope="module")
+def experts(build_family: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    """Two experts with guidance, each with a scale of its own; UniPC looks back over the switch."""
+    bundle = build_family(wan.write_checkpoint(tmp_path_factory.mktemp("wan22")))
+    random = np.random.default_rng(0)
+    latents = random.standard_normal((1, 16, 2, 4, 6), dtype=np.float32)
+    prompts = {
+        b: {"text_states": random.standard_normal((1, 7, 12), dtype=np.float32)}
+        for b in ("cond", "uncond")
+    }
+    return Loop(bundle, latents, prompts, 11, 5.0, "unipc", (3.0, 2.0))
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "by content"])
+def test_two_experts_are_switched_as_python_switches_them(
+    policy: str, experts: Loop, cpp_build: Path, tmp_path: Path
+) -> None:
+    setting = BY_CONTENT if policy == "by content" else CacheSetting(policy=policy)
+    report = check_equal(experts, cpp_build, setting, tmp_path)
+    high = int((torch.from_numpy(experts.table().timesteps) >= 875).sum())
+    assert 2 < high < experts.steps - 2
+    for branch in report["branches"].values():
+        assert len(branch["computed"]) == experts.steps
+        assert branch["computed"][0]
+        assert branch["computed"][high], "the second expert begins with a computed step"
+
+
+def test_an_expert_alone_is_what_a_bundle_of_it_is(
+    experts: Loop, cpp_build: Path, linked_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both ways round: a loop that never switches, by moving the boundary past either end."""
+    found: list[Any] = []
+    for boundary in (0.0, 2000.0):
+
+        def move(manifest: dict[str, Any], boundary: float = boundary) -> None:
+            manifest["experts"][0]["from_timestep"] = boundary
+            manifest["experts"][1]["from_timestep"] = -1.0
+
+        moved = Loop(
+            Bundle(linked_bundle(experts.bundle, move)), experts.latents, experts.prompts,
+            experts.steps, experts.shift, experts.sampler, (3.0,),
+        )  # fmt: skip
+        latents, report = moved.in_cpp(cpp_build, CacheSetting(), tmp_path)
+        assert report["steps"] == experts.steps
+        found.append(latents)
+    both, _ = experts.in_cpp(cpp_build, CacheSetting(), tmp_path)
+    assert not np.array_equal(found[0], found[1])
+    assert not np.array_equal(both, found[0])
+    assert not np.array_equal(both, found[1])
