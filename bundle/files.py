@@ -129,13 +129,17 @@ def safe_path(folder: Path, name: str) -> Path:
 
     Raises:
         BundleError: the name is absolute, holds ``..``, a backslash or a zero byte, or resolves
-            outside.
+            outside, or nowhere.
     """
     pure = PurePosixPath(name)
     is_odd = not name or "\\" in name or "\0" in name
     escapes = is_odd or pure.is_absolute() or ".." in pure.parts
     path = folder / pure
-    if escapes or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        escapes = escapes or not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, no text
+        escapes = True
+    if escapes:
         raise BundleError(
             f"manifest.json, path '{name}'",
             "leaves the bundle's folder",

@@ -13,6 +13,9 @@ from ..configs.setting import CacheSetting
 
 __all__ = [
     "MANIFEST",
+    "MAX_BLOCKS",
+    "MAX_ENTRIES",
+    "MAX_SIZE",
     "SCHEMA_VERSION",
     "CheckpointEntry",
     "ConfigEntry",
@@ -36,21 +39,29 @@ __all__ = [
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
-Size = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+MAX_SIZE = 1 << 48
+MAX_BLOCKS = 4096
+MAX_RANK = 8
+MAX_ENTRIES = 1_000_000
+"""Limits that the bundle reference names, checked before anything is allocated for what they count."""
+
+Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+Positive = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+BlockIndex = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+BlockCount = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
 StoredDtype = Annotated[str, Field(pattern=f"^({'|'.join(ITEM_BYTES)})$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class IoEntry(_Entry):
     """A graph input or output: dtype and shape, dynamic dimensions by name."""
 
-    dtype: str
-    shape: list[Size | str]
+    dtype: StoredDtype
+    shape: Annotated[list[Size | str], Field(max_length=MAX_RANK)]
 
 
 class FileEntry(_Entry):
@@ -65,7 +76,7 @@ class TensorEntry(_Entry):
 
     file: str
     dtype: StoredDtype
-    shape: list[Size]
+    shape: Annotated[list[Size], Field(max_length=MAX_RANK)]
     offset: Size
     bytes: Size
 
@@ -100,8 +111,8 @@ class GroupEntry(_Entry):
     """Consecutive blocks compiled as one graph with their weights inside (baked form)."""
 
     graph: str
-    first: Size
-    count: Positive
+    first: BlockIndex
+    count: BlockCount
 
 
 class StageEntry(_Entry):
@@ -110,8 +121,8 @@ class StageEntry(_Entry):
     block: str
     context: str | None
     tapped: str | None
-    first: Size
-    count: Positive
+    first: BlockIndex
+    count: BlockCount
     groups: list[GroupEntry] = []
 
 
@@ -194,8 +205,8 @@ class SamplerEntry(_Entry):
     name: str
     scheduler: str
     flow_shift: float
-    window: Positive
-    steps: list[Positive]
+    window: Annotated[int, Field(ge=1, le=16)]
+    steps: list[Annotated[int, Field(ge=1, le=100_000)]]
     file: str
 
 
@@ -246,8 +257,8 @@ class Manifest(_Entry):
     stages: list[StageEntry]
     experts: list[ExpertEntry] = []
     signals: dict[str, SignalEntry]
-    feature_block: Size
-    history_dtype: str
+    feature_block: BlockIndex
+    history_dtype: StoredDtype
     policies: dict[str, PolicyEntry]
     configs: dict[str, ConfigEntry]
     default_config: str

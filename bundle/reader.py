@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,53 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ..configs.errors import BundleError, nearest
-from .files import safe_path, sha256_of_each
+from ..configs.strict_json import parse_json
+from .files import safe_path, sha256_of, sha256_of_each
 from .manifest import MANIFEST, SCHEMA_VERSION, EngineSetEntry, Manifest
+from .references import reference_faults
 
-__all__ = ["MANIFEST", "Bundle"]
+__all__ = ["MANIFEST", "Bundle", "parse_manifest"]
 
 MAX_MANIFEST_BYTES = 256 << 20
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Read a manifest's text, and check everything that it says about itself.
+
+    Args:
+        content: JSON.
+        where: What to call the file in messages.
+
+    Raises:
+        BundleError: no JSON, a newer schema, or faults: all of them in one error.
+    """
+    hint = "build the bundle again"
+    try:
+        data = parse_json(content)
+    except ValueError as error:
+        raise BundleError(where, f"is not JSON: {error}", hint) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            where,
+            f"has schema_version {version}; this Freewheel reads up to {SCHEMA_VERSION}",
+            "update Freewheel, or build the bundle again with this version",
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        found = [
+            f"'{'.'.join(map(str, e['loc']))}' {e['msg'].lower()}"
+            for e in error.errors(include_input=False, include_url=False)
+        ]
+        raise BundleError(where, _listed(found), hint) from error
+    if found := reference_faults(manifest):
+        raise BundleError(where, _listed(found), hint)
+    return manifest
+
+
+def _listed(faults: list[str]) -> str:
+    return f"{len(faults)} faults: {'; '.join(faults[:10])}"
 
 
 class Bundle:
@@ -44,34 +84,20 @@ class Bundle:
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise BundleError(str(path), "is absurdly large", "build the bundle again")
-            data = json.loads(path.read_bytes())
+            content = path.read_bytes()
         except OSError as error:
             raise BundleError(
                 str(path), f"can't be read: {error.strerror}", "give the folder that `build` wrote"
             ) from error
-        except (ValueError, RecursionError) as error:
-            raise BundleError(str(path), "is not JSON", "build the bundle again") from error
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise BundleError(
-                str(path),
-                f"has schema_version {version}; this Freewheel reads up to {SCHEMA_VERSION}",
-                "update Freewheel, or build the bundle again with this version",
-            )
-        try:
-            return Manifest.model_validate(data)
-        except ValidationError as error:
-            faults = "; ".join(
-                f"'{'.'.join(map(str, e['loc']))}' {e['msg'].lower()}" for e in error.errors()[:10]
-            )
-            raise BundleError(
-                str(path), f"{error.error_count()} faults: {faults}", "build the bundle again"
-            ) from error
+        return parse_manifest(content, str(path))
 
     def _check_files(self) -> None:
         for name, entry in self.manifest.files.items():
             path = safe_path(self.folder, name)
-            size = path.stat().st_size if path.is_file() else None
+            try:
+                size = path.stat().st_size if path.is_file() else None
+            except OSError:  # a name that no file can have
+                size = None
             if size != entry.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise BundleError(
@@ -100,6 +126,21 @@ class Bundle:
         files = self.manifest.files
         found = sha256_of_each([safe_path(self.folder, name) for name in files])
         return [n for n, digest in zip(files, found, strict=True) if digest != files[n].sha256]
+
+    def damaged(self, place: str, limit: int) -> list[str]:
+        """Return the files at or below ``place`` whose bytes differ from the manifest.
+
+        Args:
+            place: A file or folder of the bundle.
+            limit: Larger files are not looked at, bytes.
+        """
+        files = self.manifest.files
+        names = [
+            n
+            for n in files
+            if (n == place or n.startswith(f"{place}/")) and files[n].bytes <= limit
+        ]
+        return [n for n in names if sha256_of(self.path(n)) != files[n].sha256]
 
     def path(self, name: str) -> Path:
         """Return where a file of the bundle lies."""

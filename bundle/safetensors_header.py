@@ -17,10 +17,12 @@ from typing import Any
 
 from ..configs.dtypes import ITEM_BYTES, SAFETENSORS_DTYPES
 from ..configs.errors import CheckpointError
+from ..configs.strict_json import parse_json
 
 __all__ = ["StoredTensor", "encode_header", "read_header"]
 
 MAX_HEADER_BYTES = 100 << 20
+MAX_RANK = 8
 ALIGNMENT_BYTES = 64
 
 
@@ -51,11 +53,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(where, f"is truncated or not safetensors ({size} bytes)", fix)
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
     except OSError as error:
         raise CheckpointError(where, f"can't be read: {error.strerror}", fix) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(where, "has a header that is not JSON", fix) from error
+    except ValueError as error:
+        raise CheckpointError(where, f"has a header that is not JSON: {error}", fix) from error
     if not isinstance(header, dict):
         raise CheckpointError(where, "has a header that is not a table of tensors", fix)
     header.pop("__metadata__", None)
@@ -69,10 +71,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
     try:
         dtype = SAFETENSORS_DTYPES[str(entry["dtype"])]
-        shape = tuple(int(s) for s in entry["shape"])
-        begin, end = (int(v) for v in entry["data_offsets"])
-        if min(begin, *shape, 0) < 0:
-            raise ValueError(f"negative size or offset in {shape}, {begin}")
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        if len(shape) > MAX_RANK or not all(
+            type(n) is int and n >= 0 for n in (*shape, begin, end)
+        ):
+            raise ValueError(f"sizes {list(shape[:MAX_RANK])}, offsets {begin}, {end}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}, tensor '{name}'",

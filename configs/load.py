@@ -17,6 +17,7 @@ from pydantic import ConfigDict, ValidationError
 from .caching import CachingConfig
 from .errors import ConfigError, nearest
 from .policy_configs import CACHING_CONFIGS
+from .strict_json import parse_json
 
 __all__ = ["load_config", "parse_config", "read_configs", "shipped_configs"]
 
@@ -162,7 +163,7 @@ def parse_config(data: Mapping[str, Any], *, where: str, name: str = "") -> Cach
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        data = parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(
             str(path), f"can't be read: {error.strerror}", "give an existing JSON file"
@@ -172,14 +173,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(str(path), f"expected a JSON object, found {_shown(data)}")
     return data
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"key '{twice[0]}' stands twice")
-    return dict(pairs)
 
 
 def _model_of(data: Mapping[str, Any]) -> tuple[type[CachingConfig], list[str]]:

@@ -7,9 +7,10 @@ A runtime needs nothing but this and the policy's compiled graph to run the poli
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .errors import ConfigError, nearest
 
@@ -26,8 +27,22 @@ __all__ = [
 Value = bool | int | float | str | list[float] | list[int]
 
 
+MAX_HISTORY = 64
+MAX_SMALL_ELEMENTS = 65_536
+"""Limits of the bundle format, so that no number in a manifest decides what is allocated."""
+
+
+def _few_elements(shape: list[int]) -> list[int]:
+    if any(size < 0 for size in shape) or prod(shape) > MAX_SMALL_ELEMENTS:
+        raise ValueError(f"should have at most {MAX_SMALL_ELEMENTS} elements")
+    return shape
+
+
+SmallShape = Annotated[list[int], Field(max_length=8), AfterValidator(_few_elements)]
+
+
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StateSpec(_Spec):
@@ -39,7 +54,7 @@ class StateSpec(_Spec):
         initial: Value of every element at the start of a run.
     """
 
-    shape: list[int] = []
+    shape: SmallShape = []
     dtype: Literal["float32", "int64", "bool"] = "float32"
     initial: float = 0.0
 
@@ -61,7 +76,7 @@ class ParameterSpec(_Spec):
 
     default: Value
     dtype: Literal["float32", "int64", "bool"] = "float32"
-    shape: list[int] = []
+    shape: SmallShape = []
     minimum: float | None = None
     maximum: float | None = None
     choices: list[str] | None = None
@@ -130,16 +145,16 @@ class HistorySpec(_Spec):
         offset: Depth is ``parameter + offset``.
     """
 
-    maximum: Annotated[int, Field(ge=1)]
-    depth: int = 1
+    maximum: Annotated[int, Field(ge=1, le=MAX_HISTORY)]
+    depth: Annotated[int, Field(ge=0, le=MAX_HISTORY)] = 1
     parameter: str | None = None
-    offset: int = 0
+    offset: Annotated[int, Field(ge=-MAX_HISTORY, le=MAX_HISTORY)] = 0
 
     def kept(self, parameters: Mapping[str, Any]) -> int:
         """Return the ring slots to allocate for these parameters."""
         if self.parameter is None:
             return self.depth
-        return min(int(parameters[self.parameter]) + self.offset, self.maximum)
+        return min(max(int(parameters[self.parameter]) + self.offset, 0), self.maximum)
 
 
 class PolicySpec(_Spec):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.errors import BundleError, OutputError
+from ..configs.strict_json import parse_json
 from .base import TensorSpec
 
 __all__ = [
@@ -74,7 +75,7 @@ class EngineRecord:
         """
         path = folder / RECORD_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_bytes())
             schema = content.pop("schema_version")
             if schema != SCHEMA_VERSION:
                 what = f"schema version is {schema}, this freewheel reads {SCHEMA_VERSION}"

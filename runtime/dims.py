@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
-from ..bundle.manifest import IoEntry, Manifest
-from ..configs.errors import RequestError
+from ..bundle.manifest import MAX_SIZE, IoEntry, Manifest
+from ..configs.errors import BundleError, RequestError
 
 __all__ = ["derive_dims", "match_dims", "shape_of"]
 
@@ -69,5 +70,21 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the shape of a declared tensor for these sizes."""
-    return tuple(dims[d] if isinstance(d, str) else d for d in entry.shape)
+    """Return the shape of a declared tensor for these sizes.
+
+    Raises:
+        BundleError: it has a dimension whose size nothing tells.
+        RequestError: it has more elements than the bundle format allows.
+    """
+    unknown = [d for d in entry.shape if isinstance(d, str) and d not in dims]
+    if unknown:
+        raise BundleError(
+            f"dimension '{unknown[0]}'", "has a size that nothing tells", "build the bundle again"
+        )
+    shape = tuple(dims[d] if isinstance(d, str) else d for d in entry.shape)
+    if prod(shape) > MAX_SIZE:
+        raise RequestError(
+            f"tensor [{', '.join(map(str, entry.shape))}]", f"is absurdly large: {list(shape)}",
+            "choose a smaller size",
+        )  # fmt: skip
+    return shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bundle.files import cache_beside
 from ..bundle.reader import Bundle
-from ..configs.errors import BackendUnavailable, RequestError
+from ..configs.errors import BackendUnavailable, BundleError, RequestError
 from ..engines import BACKENDS
 from ..engines import backend as find_backend
 from ..engines.base import Backend, BoundCall, CapturingBackend, Engine, ProfiledBackend
@@ -20,6 +20,9 @@ from .lora import Lora, merge_loras
 from .offload import OffloadedWeights
 
 __all__ = ["DeviceOptions", "LoadedModel"]
+
+CHECKED_BYTES = 64 << 20
+"""Engine files up to here are compared with their digests before a runtime reads them (50 ms)."""
 
 # The one state of this process: a weight that any session holds on a device is uploaded once.
 # Nothing stays here that no session holds.
@@ -100,8 +103,23 @@ class LoadedModel:
         return self.backend.device
 
     def engine(self, graph: str) -> Engine:
-        """Return the engine of ``graph``, loading it the first time."""
+        """Return the engine of ``graph``, loading it the first time.
+
+        Raises:
+            BundleError: there is none, it is damaged, or it was compiled for something else.
+        """
         if graph not in self._engines:
+            where = f"{self.bundle.folder}, graph '{graph}'"
+            if graph not in self._files:
+                raise BundleError(
+                    where, f"has no engine for {self.backend.name}", "build the bundle again"
+                )
+            damaged = self.bundle.damaged(self._files[graph], CHECKED_BYTES)
+            if damaged:
+                raise BundleError(
+                    where, f"the bytes of '{damaged[0]}' are not those that were built",
+                    "build the bundle again",
+                )  # fmt: skip
             self._engines[graph] = self.backend.load(self.bundle.path(self._files[graph]))
         return self._engines[graph]
 
@@ -171,6 +189,12 @@ class LoadedModel:
             block: Which block's weights a template gets.
         """
         entry = self.manifest.graphs[graph]
+        missing = [n for n in (*entry.inputs, *entry.outputs) if n not in values]
+        if missing:
+            raise BundleError(
+                f"{self.bundle.folder}, graph '{graph}', '{missing[0]}'", "is given by nothing",
+                "build the bundle again",
+            )  # fmt: skip
         bindings = {n: values[n] for n in (*entry.inputs, *entry.outputs)}
         weights = {n: self._prefix + pattern for n, pattern in entry.weights.items()}
         is_template = any("{block}" in pattern for pattern in weights.values())

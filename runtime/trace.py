@@ -12,6 +12,7 @@ float32, batch element 0. Where tokens were sampled, ``token_index`` names them 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -33,6 +34,11 @@ Array = NDArray[np.float32]
 SIGNALS = (
     "temb", "timestep_proj", "modulated_input", "first_block_residual", "latents", "model_output",
 )  # fmt: skip
+
+UNREADABLE = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What NumPy and zipfile raise at a file that is damaged (RuntimeError: encrypted, or packed oddly)."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +123,25 @@ def load_trace(path: Path | str) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except UNREADABLE as error:
         raise RequestError(
             where, f"is not a trace: {error}", "record one with `run --record`"
         ) from error
     missing = [n for n in ("timesteps", "branches") if n not in arrays]
     if missing:
         raise RequestError(where, f"lacks '{missing[0]}'", "record it again with `run --record`")
+    if arrays["timesteps"].ndim < 1 or arrays["branches"].ndim != 1:
+        raise RequestError(
+            where, "has 'timesteps' or 'branches' that are no list", "record it again"
+        )
     trace = Trace(arrays)
     for branch in trace.branches:
         for name in (*SIGNALS, "feature", "residual", "computed"):
-            if trace.has(branch, name) and len(trace.get(branch, name)) != trace.steps:
+            shape = trace.get(branch, name).shape if trace.has(branch, name) else (trace.steps,)
+            if shape[:1] != (trace.steps,):
                 raise RequestError(
                     f"{where}, array '{branch}/{name}'",
-                    f"has {len(trace.get(branch, name))} steps, 'timesteps' has {trace.steps}",
+                    f"has shape {list(shape)}, 'timesteps' has {trace.steps} steps",
                     "record it again",
                 )
     return trace

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check that names which one part of a manifest uses are there in another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from .manifest import MAX_BLOCKS, MAX_ENTRIES, Manifest, StageEntry
+
+__all__ = ["reference_faults"]
+
+REQUIRED = {"prompt": None, "head": "hidden", "delta": "residual", "reuse": "hidden_out",
+            "finish": "model_output"}  # fmt: skip
+"""Graphs that every run calls → the output that it takes from them."""
+
+
+def reference_faults(manifest: Manifest) -> list[str]:
+    """Say which names lead nowhere, and which parts contradict each other; empty when none do."""
+    return [
+        *_graph_faults(manifest),
+        *_stage_faults(manifest),
+        *_policy_faults(manifest),
+        *_file_faults(manifest),
+    ]
+
+
+def _graph_faults(manifest: Manifest) -> Iterator[str]:
+    graphs = manifest.graphs
+    for name, output in REQUIRED.items():
+        if name not in graphs:
+            yield f"'graphs.{name}' is missing"
+        elif output is not None and output not in graphs[name].outputs:
+            yield f"'graphs.{name}.outputs' lack '{output}'"
+    read = {name for graph in graphs.values() for name in graph.inputs}
+    tables = {n for graph in graphs.values() if graph.runs == "run" for n in graph.outputs}
+    for name in sorted(tables - read):
+        yield f"table '{name}' is read by no graph"
+    for kind, signal in manifest.signals.items():
+        runs = {"run": "run", "step": "signal"}[signal.known]
+        if not any(g.runs == runs and signal.value in g.outputs for g in graphs.values()):
+            yield f"'signals.{kind}.value' '{signal.value}' is output by no graph that runs '{runs}'"
+
+
+def _stage_faults(manifest: Manifest) -> Iterator[str]:
+    if not manifest.stages:
+        yield "'stages' is empty"
+    if sum(stage.count for stage in manifest.stages) > MAX_BLOCKS:
+        yield f"'stages' have more than {MAX_BLOCKS} blocks"
+    for index, stage in enumerate(manifest.stages):
+        named = [stage.block, stage.context, stage.tapped, *(g.graph for g in stage.groups)]
+        for graph in named:
+            if graph is not None and graph not in manifest.graphs:
+                yield f"'stages.{index}' names graph '{graph}', which is not there"
+        if stage.groups and not _groups_cover(stage):
+            yield f"'stages.{index}.groups' don't cover the stage's blocks in order"
+
+
+def _groups_cover(stage: StageEntry) -> bool:
+    at = stage.first
+    for group in stage.groups:
+        if group.first != at:
+            return False
+        at += group.count
+    return at == stage.first + stage.count
+
+
+def _policy_faults(manifest: Manifest) -> Iterator[str]:
+    taps = any(s.tapped is not None for s in manifest.stages)
+    for name, policy in manifest.policies.items():
+        spec = policy.spec
+        if policy.graph not in manifest.graphs:
+            yield f"'policies.{name}.graph' names '{policy.graph}', which is not there"
+        if spec.history.parameter is not None and spec.history.parameter not in spec.parameters:
+            yield f"'policies.{name}.spec.history.parameter' names no parameter"
+        if spec.distance is not None and spec.distance not in spec.state:
+            yield f"'policies.{name}.spec.distance' names no state"
+        if spec.feature is not None and not taps:
+            yield f"'policies.{name}.spec.feature' is tapped by no stage"
+    if manifest.default_config not in manifest.configs:
+        yield "'default_config' names no config"
+
+
+def _file_faults(manifest: Manifest) -> Iterator[str]:
+    for name in ("files", "tensors", "graphs"):
+        if len(getattr(manifest, name)) > MAX_ENTRIES:
+            yield f"'{name}' has more than {MAX_ENTRIES} entries"
+    if not manifest.engines:
+        yield "'engines' is empty"
+    backends = Counter(engines.backend for engines in manifest.engines)
+    for backend in sorted(n for n, count in backends.items() if count > 1):
+        yield f"'engines' has backend '{backend}' twice"
+    for index, sampler in enumerate(manifest.samplers):
+        if sampler.file not in manifest.files:
+            yield f"'samplers.{index}.file' '{sampler.file}' is not among the files"

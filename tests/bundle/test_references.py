@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A manifest whose parts contradict each other is refused before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from freewheel.bundle.reader import parse_manifest
+from freewheel.configs.errors import BundleError
+
+TABLE = {"dtype": "float32", "shape": ["steps", 3]}
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def data(repository: Path) -> dict[str, Any]:
+    return json.loads((repository / "tests/fuzz/corpus/manifest/whole").read_text())
+
+
+def group(first: int, count: int) -> dict[str, Any]:
+    return {"graph": "block", "first": first, "count": count}
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (lambda d: d["graphs"].pop("reuse"), "'graphs.reuse' is missing"),
+        (lambda d: d["graphs"]["delta"]["outputs"].pop("residual"), "lack 'residual'"),
+        (lambda d: d["graphs"]["timestep"]["outputs"].update(odd=TABLE), "table 'odd'"),
+        (lambda d: d["signals"]["temb"].update(value="nothing"), "'signals.temb.value' 'nothing'"),
+        (lambda d: d.update(stages=[]), "'stages' is empty"),
+        (lambda d: d["stages"][0].update(block="blok"), "names graph 'blok'"),
+        (lambda d: d.update(stages=d["stages"] * 2000), "more than 4096 blocks"),
+        (lambda d: d["stages"][0].update(groups=[group(0, 1), group(0, 1)]), "don't cover"),
+        (lambda d: d["stages"][0].update(groups=[group(0, 2)]), "don't cover"),
+        (lambda d: d["policies"]["off"].update(graph="decide.of"), "'policies.off.graph'"),
+        (lambda d: d["policies"]["teacache"]["spec"].update(distance="none"), "names no state"),
+        (lambda d: d["policies"]["off"]["spec"]["history"].update(parameter="x"), "names no parameter"),
+        (lambda d: d.update(default_config="none"), "'default_config' names no config"),
+        (lambda d: d.update(engines=[]), "'engines' is empty"),
+        (lambda d: d.update(engines=d["engines"] * 2), "has backend 'onnxruntime' twice"),
+        (lambda d: d["samplers"][0].update(file="weights/none"), "is not among the files"),
+    ],
+)  # fmt: skip
+def test_a_name_that_leads_nowhere_is_named(data: dict[str, Any], edit: Edit, fault: str) -> None:
+    parse_manifest(json.dumps(data).encode(), "manifest.json")
+    edit(data)
+    with pytest.raises(BundleError) as caught:
+        parse_manifest(json.dumps(data).encode(), "manifest.json")
+    assert caught.value.where == "manifest.json"
+    assert fault in caught.value.what
+    assert caught.value.hint == "build the bundle again"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d["stages"][0].update(count=10**9),
+        lambda d: d["stages"][0].update(first=2**62),
+        lambda d: d.update(feature_block=10**9),
+        lambda d: d["policies"]["off"]["spec"]["history"].update(maximum=2**30),
+        lambda d: d["policies"]["off"]["spec"]["history"].update(depth=2**30),
+        lambda d: d["policies"]["teacache"]["spec"]["state"]["distance"].update(shape=[2**20]),
+        lambda d: d["policies"]["teacache"]["spec"]["parameters"]["threshold"].update(shape=[-1]),
+        lambda d: d["policies"]["teacache"]["spec"]["parameters"]["threshold"].update(
+            shape=[1] * 9
+        ),
+        lambda d: d["graphs"]["head"]["inputs"]["latents"].update(shape=[1] * 9),
+        lambda d: d["graphs"]["head"]["inputs"]["latents"].update(shape=[2**60]),
+        lambda d: d["graphs"]["head"]["inputs"]["latents"].update(dtype="nn"),
+        lambda d: d["samplers"][0].update(window=2**40),
+        lambda d: d["samplers"][0].update(steps=[2**40]),
+        lambda d: next(iter(d["tensors"].values())).update(bytes=2**62),
+        lambda d: next(iter(d["files"].values())).update(bytes=2**64),
+    ],
+)
+def test_absurd_sizes_and_counts_are_refused(data: dict[str, Any], edit: Edit) -> None:
+    edit(data)
+    with pytest.raises(BundleError, match=r"1 faults|2 faults"):
+        parse_manifest(json.dumps(data).encode(), "manifest.json")
