@@ -1,10 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+TRITON_VENV = .venv-triton
+TRITON_BIN = $(TRITON_VENV)/bin
 DEMO = out/demo
 CONFIGS = teacache off taylorseer adacache custom
 
-.PHONY: help install demo test lint cpp bench clean
+.PHONY: help install demo test lint cpp triton test-triton bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +26,23 @@ demo: install ## Build the demo model, run every policy, write videos and a tabl
 
 test: lint ## Run lint and all tests
 	$(BIN)/python -m pytest
+	@if $(MAKE) build/cpp/build.ninja $(TRITON_BIN)/.installed; then $(MAKE) test-triton; \
+	else echo "no C++ tools or no wheel of the server here: 'make test-triton' is left out"; fi
+
+triton: install build/cpp/build.ninja ## Build the Triton backend into build/cpp/backends
+	ninja -C build/cpp triton_freewheel freewheel-run
+
+test-triton: triton $(TRITON_BIN)/.installed ## Test the Triton backend against a real server
+	$(BIN)/python tests/triton_server/prepare.py out/triton-tests
+	FREEWHEEL_PYTHON=$(BIN)/python $(TRITON_BIN)/python -m pytest tests/triton_server --confcutdir tests/triton_server
+
+build/cpp/build.ninja: $(BIN)/.installed
+	cmake -S cpp -B build/cpp -G Ninja -DOpenVINO_DIR="$$($(BIN)/python -c 'from openvino.utils import get_cmake_path as p; print(p())')"
+
+$(TRITON_BIN)/.installed: tests/triton_server/requirements.txt
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_BIN)/pip install -q -r $<
+	touch $@
 
 lint: install ## Check style and types, as CI does
 	$(BIN)/ruff check .
@@ -39,4 +58,4 @@ bench: install ## Measure what docs/explanation/performance.md reports (half an 
 	$(BIN)/python benchmarks/run_all.py --out out/bench
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) out build
+	rm -rf $(VENV) $(TRITON_VENV) out build

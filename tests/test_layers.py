@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("bundle", "compiler", "configs", "engines", "passes", "policies", "runtime", "tuning")
+PACKAGES = (
+    "bundle",
+    "compiler",
+    "configs",
+    "engines",
+    "passes",
+    "policies",
+    "runtime",
+    "serving",
+    "tuning",
+)
 
 ALLOWED = {
     "configs": set(),
@@ -22,9 +32,20 @@ ALLOWED = {
     "policies": {"configs"},
     "runtime": {"bundle", "configs", "engines", "policies"},
     "compiler": {"", "bundle", "configs", "engines", "passes", "policies"},
+    "serving": {"bundle", "configs"},
     "tuning": {"bundle", "configs", "engines", "runtime"},
     "console": {"configs"},
-    "cli": {"bundle", "compiler", "configs", "console", "engines", "policies", "runtime", "tuning"},
+    "cli": {
+        "bundle",
+        "compiler",
+        "configs",
+        "console",
+        "engines",
+        "policies",
+        "runtime",
+        "serving",
+        "tuning",
+    },
     "": {"runtime"},
 }
 """Package or top module → those it may import; "" is the root's `__init__`: version, `attach`."""
@@ -61,6 +82,7 @@ UNMIRRORED = {
     "bundle/__init__.py": "empty",
     "compiler/__init__.py": "empty",
     "runtime/__init__.py": "empty",
+    "serving/__init__.py": "empty",
     "tuning/__init__.py": "empty",
     "compiler/families/base.py": "data classes alone; families/test_init.py checks what fills them",
     "compiler/progress.py": "a protocol and its empty form",

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// How a model of the repository is served: the `parameters` of its config.pbtxt.
+
+#include <cstdint>
+#include <string>
+
+#include "freewheel/status.h"
+
+namespace freewheel::triton {
+
+struct ServedOptions {
+  std::string backend;         ///< Empty takes the first that the bundle and the library have.
+  std::int64_t threads = 0;    ///< CPU threads of one engine call; 0 takes every core.
+  std::int64_t device = 0;     ///< Index of the GPU.
+  bool allow_compile = false;  ///< Whether engines that don't fit this machine are compiled anew.
+  std::int64_t frame_stride = 4;  ///< Frames of the video to one of the latents, after the first.
+  std::int64_t pixel_stride = 8;  ///< Pixels to one latent, along height and width.
+  /// Frames · height · width that a request may ask for: memory grows with it.
+  std::int64_t max_pixels = 81LL * 720 * 1280;
+
+  /// Reads them from a model's config as the server gives it in JSON. Unknown names are faults.
+  /// @param where The model, for messages.
+  static Result<ServedOptions> parse(const std::string& config_json, const std::string& where);
+};
+
+}  // namespace freewheel::triton

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config.pbtxt of a served bundle: which tensors a request has, and how the backend runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ..bundle.manifest import IoEntry, Manifest
+from ..configs.errors import RequestError
+
+__all__ = ["ServedModel", "config_text", "served_backend", "strides_of"]
+
+BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino")
+"""What libfreewheel runs, in its order of preference."""
+
+MAX_PIXELS = 81 * 720 * 1280
+DECODER, ENCODER = "vae_decode", "text_encoder"
+STRIDES = {
+    "frame_stride": ("scale_factor_temporal", 4),
+    "pixel_stride": ("scale_factor_spatial", 8),
+}
+"""Parameter of the backend → key of the VAE's config, and what holds where it has none."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """How one model of the repository is served; see `ServeRequest`."""
+
+    name: str
+    backend: str
+    instances: int
+    threads: int
+    frame_stride: int = 4
+    pixel_stride: int = 8
+
+
+def served_backend(manifest: Manifest, wanted: str | None) -> str:
+    """Choose the backend that serves a bundle.
+
+    Raises:
+        RequestError: the bundle has no engines that C++ runs, or not the wanted ones.
+    """
+    built = [e.backend for e in manifest.engines]
+    usable = [name for name in BACKENDS if name in built]
+    if wanted is None and usable:
+        return usable[0]
+    if wanted in usable:
+        return wanted
+    raise RequestError(
+        "bundle" if wanted is None else f"--backend {wanted}",
+        f"has engines for {', '.join(built)}; the server runs {', '.join(BACKENDS)}",
+        f"use {usable[0]}" if usable else "build it with --backend openvino",
+    )
+
+
+def strides_of(bundle: Path) -> dict[str, int]:
+    """Return how many frames and pixels one latent stands for, by the VAE's config."""
+    path = bundle / "pipeline" / "vae" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {n: int(config.get(key) or usual) for n, (key, usual) in STRIDES.items()}
+
+
+def config_text(manifest: Manifest, served: ServedModel) -> str:
+    """Return the text of config.pbtxt."""
+    sizes = (prod((c.generation.frames or 0, c.generation.height or 0, c.generation.width or 0))
+             for c in manifest.configs.values())  # fmt: skip
+    parameters = {
+        "backend": served.backend,
+        "threads": served.threads,
+        "frame_stride": served.frame_stride,
+        "pixel_stride": served.pixel_stride,
+        "max_pixels": max(MAX_PIXELS, *sizes),
+    }
+    kind = "KIND_CPU" if served.backend == "openvino" else "KIND_MODEL"
+    lines = [
+        f'name: "{served.name}"',
+        'backend: "freewheel"',
+        "max_batch_size: 0",
+        "model_transaction_policy { decoupled: true }",
+        "version_policy { latest { num_versions: 1 } }",
+        f"instance_group [ {{ kind: {kind} count: {served.instances} }} ]",
+        *(f"input [ {_tensor(*t)} optional: true }} ]" for t in _inputs(manifest)),
+        *(f"output [ {_tensor(*t)} }} ]" for t in _outputs(manifest)),
+        *(f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}'
+          for name, value in parameters.items()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+Declared = tuple[str, str, list[int]]
+"""Name, type as config.pbtxt spells it, sizes (-1 for any)."""
+
+
+def _tensor(name: str, dtype: str, dims: list[int]) -> str:
+    return f'{{ name: "{name}" data_type: TYPE_{dtype} dims: {dims}'
+
+
+def _inputs(manifest: Manifest) -> Iterator[Declared]:
+    """Declare what a request may bring; the backend says which are missing."""
+    prompts = {n: e for n, e in manifest.inputs.items() if e.runs == "prompt"}
+    for prefix in ("", "negative_"):
+        if ENCODER in manifest.graphs:
+            yield f"{prefix}token_ids", "INT64", [-1]
+        for name, entry in prompts.items():
+            yield prefix + name, "FP32", _without_batch(entry)
+    yield "seed", "INT64", [1]
+    channels = _channels(manifest)
+    yield "latents", "FP32", [channels, -1, -1, -1]
+    taken = manifest.inputs["latents"].shape[1]
+    if isinstance(taken, int) and taken > channels:
+        yield "condition", "FP32", [taken - channels, -1, -1, -1]
+
+
+def _outputs(manifest: Manifest) -> Iterator[Declared]:
+    channels = _channels(manifest)
+    yield "progress", "STRING", [1]
+    yield "latents", "FP32", [channels, -1, -1, -1]
+    if DECODER in manifest.graphs:
+        yield "frames", "UINT8", [-1, -1, -1, 3]
+        yield "preview", "UINT8", [-1, -1, -1, 3]
+    else:
+        yield "preview", "FP32", [channels, -1, -1, -1]
+
+
+def _channels(manifest: Manifest) -> int:
+    size = manifest.graphs["finish"].outputs["model_output"].shape[1]
+    if not isinstance(size, int):
+        raise RequestError(
+            "graph 'finish'", f"gives any number ('{size}') of channels", "build again"
+        )
+    return size
+
+
+def _without_batch(entry: IoEntry) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in entry.shape[1:]]

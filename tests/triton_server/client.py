@@ -1,0 +1,120 @@
+"""Requests of these tests, over gRPC: send one, collect every response."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PYTHON = ROOT / os.environ.get("FREEWHEEL_PYTHON", ".venv/bin/python")
+"""Of the project's own virtual environment, which has Freewheel."""
+
+DTYPES = {
+    np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64", np.dtype(np.float64): "FP64",
+}  # fmt: skip
+
+TINY_SIZE = {"frames": 5, "height": 32, "width": 32}
+SLOW_SIZE = {"frames": 49, "height": 256, "width": 256}
+
+
+def states(seed: int, tokens: int = 8, width: int = 24) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((tokens, width), dtype=np.float32)
+
+
+COND, UNCOND = states(1), states(2)
+
+
+@dataclass
+class Answer:
+    """Responses of one request in order: progress objects, and the tensors of the last."""
+
+    progress: list[dict[str, Any]] = field(default_factory=list)
+    previews: list[np.ndarray] = field(default_factory=list)
+    latents: np.ndarray | None = None
+    frames: np.ndarray | None = None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        assert self.progress[-1]["event"] == "done"
+        return self.progress[-1]
+
+
+class Stream:
+    """One request in flight."""
+
+    def __init__(
+        self, address: str, model: str, tensors: dict[str, np.ndarray],
+        parameters: dict[str, Any], outputs: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.client = triton.InferenceServerClient(f"127.0.0.1:{address}")
+        self.answers: queue.Queue = queue.Queue()
+        inputs = []
+        for name, array in tensors.items():
+            inputs.append(triton.InferInput(name, list(array.shape), DTYPES[array.dtype]))
+            inputs[-1].set_data_from_numpy(array)
+        self.client.start_stream(lambda result, error: self.answers.put(error or result))
+        self.client.async_stream_infer(
+            model, inputs, parameters=parameters,
+            outputs=[triton.InferRequestedOutput(name) for name in outputs] or None,
+        )  # fmt: skip
+
+    def next(self, timeout: float = 120) -> triton.InferResult:
+        answer = self.answers.get(timeout=timeout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self, *, cancel: bool) -> None:
+        self.client.stop_stream(cancel_requests=cancel)
+        self.client.close()
+
+
+def progress_of(result: triton.InferResult) -> dict[str, Any]:
+    return json.loads(result.as_numpy("progress")[0])
+
+
+def ask(
+    address: str, model: str = "tiny", *, tensors: dict[str, np.ndarray] | None = None,
+    outputs: tuple[str, ...] = (), **parameters: Any,
+) -> Answer:  # fmt: skip
+    """Send a request and wait for its last response; prompts and size have defaults."""
+    if tensors is None:
+        tensors = {"text_states": COND, "negative_text_states": UNCOND}
+    if model == "tiny" and "latents" not in tensors:
+        parameters = {**TINY_SIZE, "steps": 6, "flow_shift": 1.0, "guidance_scale": 3.0, **parameters}
+    stream = Stream(address, model, tensors, parameters, outputs)
+    answer = Answer()
+    try:
+        while not answer.progress or answer.progress[-1]["event"] != "done":
+            result = stream.next()
+            answer.progress.append(progress_of(result))
+            preview = result.as_numpy("preview")
+            if preview is not None:
+                answer.previews.append(preview)
+            answer.latents, answer.frames = result.as_numpy("latents"), result.as_numpy("frames")
+    finally:
+        stream.close(cancel=True)
+    return answer
+
+
+def run_alone(bundle: Path, folder: Path, *arguments: object, threads: int = 1) -> np.ndarray:
+    """Run a tiny request with `freewheel-run`, without any server; return the latents."""
+    np.save(folder / "cond.npy", COND)
+    np.save(folder / "uncond.npy", UNCOND)
+    command = [
+        ROOT / "build" / "cpp" / "freewheel-run", bundle, "--out", folder / "latents.npy",
+        "--embeddings", folder / "cond.npy", "--negative", folder / "uncond.npy",
+        "--frames", 5, "--height", 32, "--width", 32, "--steps", 6, "--guidance", 3, "--shift", 1,
+        "--threads", threads, "--quiet", *arguments,
+    ]  # fmt: skip
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "latents.npy")[0]
