@@ -49,9 +49,8 @@ lint: install ## Check style and types, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
 
-cpp: install ## Build libfreewheel and freewheel-run in build/cpp, and run GoogleTest
-	cmake -S cpp -B build/cpp -G Ninja -DOpenVINO_DIR="$$($(BIN)/python -c 'from openvino.utils import get_cmake_path as p; print(p())')"
-	cmake --build build/cpp
+cpp: install build/cpp/build.ninja ## Build libfreewheel and freewheel-run in build/cpp, and run GoogleTest
+	ninja -C build/cpp
 	ctest --test-dir build/cpp --output-on-failure
 
 bench: install ## Measure what docs/explanation/performance.md reports (half an hour)
