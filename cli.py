@@ -227,6 +227,9 @@ def run(
     cuda_graphs: Annotated[
         bool, typer.Option(help="Replay steps as CUDA graphs (TensorRT).")
     ] = False,
+    check_finite: Annotated[
+        bool, typer.Option(help="Stop at the first step that makes values that are not finite.")
+    ] = True,
     record: Annotated[Path | None, typer.Option(help="Write a trace (.npz).")] = None,
     record_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each frame to record.")
@@ -274,7 +277,7 @@ def run(
                 screen.warn(warning)
         generator = Generator(
             opened, backend=backend, loras=lora or (), model=model,
-            options=DeviceOptions(offload=offload, cuda_graphs=cuda_graphs),
+            options=DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite),
         )  # fmt: skip
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,

@@ -15,6 +15,7 @@ __all__ = [
     "ExportError",
     "FreewheelError",
     "MismatchError",
+    "NotFiniteError",
     "OutputError",
     "PassError",
     "RequestError",
@@ -97,6 +98,12 @@ class MismatchError(FreewheelError):
     """`verify` found an output that differs from the reference."""
 
     code, exit_code = "mismatch", 5
+
+
+class NotFiniteError(FreewheelError):
+    """A run made values that are not finite; names branch, step and segment."""
+
+    code, exit_code = "not_finite", 5
 
 
 def nearest(name: str, known: list[str]) -> str:

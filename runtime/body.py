@@ -13,6 +13,7 @@ from ..bundle.manifest import GraphEntry, IoEntry, StageEntry
 from ..configs.errors import RequestError
 from ..engines.base import BoundCall
 from .dims import derive_dims, match_dims, shape_of
+from .finite import is_finite
 from .model import LoadedModel
 
 __all__ = ["Body", "allocate"]
@@ -204,6 +205,15 @@ class Body:
     def _feature_buffer(self, graph: str) -> dict[str, Tensor]:
         spec = {FEATURE: self._manifest.graphs[graph].outputs[FEATURE]}
         return allocate(spec, self.dims, self._model.device)
+
+    def first_not_finite(self) -> str | None:
+        """Run the blocks once more; name the first graph and block whose result is not finite."""
+        for call in self._calls:
+            call.bound.run()
+            self._model.backend.synchronize()
+            if not all(is_finite(t) for n, t in call.values.items() if n.endswith("_out")):
+                return f"graph '{call.graph}', block {call.block}"
+        return None
 
     def run(self, tap: int | None = None) -> None:
         """Run every block; ``tap`` names the buffer that gets the feature, if one is wanted."""

@@ -245,7 +245,7 @@ class BranchCache:
         return len(self.computed_steps) % 2 if self.wants_tap else None
 
     def compute(self, step_index: int) -> None:
-        """Run the body, what a probe left of it, and keep its residual in the ring's next slot."""
+        """Run the body, or what a probe left of it; write its residual to the next slot, for `keep`."""
         tap = self._next_tap
         self._note_computed(step_index)
         if self._is_probed:
@@ -254,6 +254,15 @@ class BranchCache:
             self._body.run(tap)
         if self.ring is not None:
             self._deltas[self.ring.next_slot].run()
+
+    @property
+    def computed_residual(self) -> Tensor | None:
+        """What `compute` wrote and `keep` has not taken yet; None where no history is kept."""
+        return None if self.ring is None else self.ring.slot(self.ring.next_slot)
+
+    def keep(self, step_index: int) -> None:
+        """Take the residual that `compute` wrote into the history."""
+        if self.ring is not None:
             self.ring.push(step_index)
 
     def keep_output(self, model_output: Tensor) -> None:

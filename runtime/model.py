@@ -37,10 +37,12 @@ class DeviceOptions:
         offload: Keep the weights of the block loop in pinned host memory, two blocks on the device.
         cuda_graphs: Replay the body of a computed step, and the reuse of another, as one CUDA graph
             each.
+        check_finite: Stop a run at the first step that makes values that are not finite.
     """
 
     offload: bool = False
     cuda_graphs: bool = False
+    check_finite: bool = True
 
 
 class LoadedModel:

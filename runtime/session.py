@@ -16,13 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..configs.errors import ConfigError, RequestError, nearest
+from ..configs.errors import ConfigError, NotFiniteError, RequestError, nearest
 from ..configs.setting import CacheSetting
 from ..engines.base import BoundCall
 from .body import Body, allocate
 from .cache import BranchCache, ResolvedSetting
 from .decider import Verdict
 from .dims import derive_dims, match_dims
+from .finite import is_finite
 from .model import LoadedModel
 from .statistics import BranchStatistics, RunStatistics
 
@@ -95,6 +96,7 @@ class Session:
         self._tables: dict[str, Tensor] = {}
         self._rows = self._allocate_rows()
         self._row = -1
+        self._has_failed = False
         self._dims: dict[str, int] = {}
         self._shared: dict[str, Tensor] = {}
         self._prompts: dict[str, dict[str, Tensor]] = {}
@@ -128,6 +130,7 @@ class Session:
                 branch.cache = None
         self._resolved, self._recorder, self._row = resolved, recorder, -1
         self._shared_verdict = None
+        self._has_failed = False
         self._compute_tables(timesteps)
         self.statistics = RunStatistics(
             resolved.policy.spec.name, resolved.is_folded, len(timesteps)
@@ -167,7 +170,7 @@ class Session:
             states: Per-prompt inputs by name (``text_states``, …), any float dtype.
 
         Raises:
-            RequestError: an input is missing or misshapen.
+            RequestError: an input is missing, misshapen or not finite.
         """
         wanted = {n: e for n, e in self.manifest.inputs.items() if e.runs == "prompt"}
         known = self._prompts.get(branch, {})
@@ -184,6 +187,8 @@ class Session:
             )
         if known and all(torch.equal(known[n], t) for n, t in given.items()):
             return
+        for name, tensor in given.items():
+            self._check_input(f"branch '{branch}'", name, tensor, "encode the prompt again")
         self._prompts[branch] = {n: t.clone() for n, t in given.items()}
         existing = self._branches.get(branch)
         if existing is not None and existing.body.fits(given):
@@ -205,9 +210,16 @@ class Session:
             that the branch's next step overwrites.
 
         Raises:
-            RequestError: shapes don't fit, no prompt was set, or steps are out of order.
+            RequestError: shapes don't fit, no prompt was set, steps are out of order, an input is
+                not finite, or a step of this run failed before.
+            NotFiniteError: the step made values that are not finite; they are not kept.
         """
-        self._place(inputs)
+        if self._has_failed:
+            raise RequestError(
+                f"branch '{branch}', step {step_index}", "follows a step that failed",
+                "call begin() to start another run",
+            )  # fmt: skip
+        self._place(inputs, f"branch '{branch}', step {step_index}")
         state = self._branch(branch)
         if step_index != state.last_step + 1 or step_index >= self.steps:
             raise RequestError(
@@ -218,6 +230,7 @@ class Session:
         cache = state.cache
         assert cache is not None, "_branch() makes one"
         began = time.perf_counter()
+        self._has_failed = True  # until the step has ended well
         self._select_row(step_index)
         with self._timed("head"):
             self._head.run()
@@ -231,8 +244,13 @@ class Session:
         with self._timed("finish"):
             state.finish.run()
             self.model.backend.synchronize()
+        if self.model.options.check_finite:
+            with self._timed("check"):
+                self._check_step(branch, step_index, computed=verdict.compute)
         if verdict.compute:
+            cache.keep(step_index)
             cache.keep_output(state.model_output)
+        self._has_failed = False
         state.last_step = step_index
         self.statistics.branches.setdefault(branch, BranchStatistics()).add(
             verdict.compute,
@@ -251,6 +269,33 @@ class Session:
         if self._shared_verdict is None or self._shared_verdict[0] != step_index:
             self._shared_verdict = step_index, cache.decide(step_index)
         return self._shared_verdict[1]
+
+    def _check_input(self, place: str, name: str, tensor: Tensor, hint: str) -> None:
+        if self.model.options.check_finite and tensor.is_floating_point() and not is_finite(tensor):
+            raise RequestError(f"{place}, input '{name}'", "holds values that are not finite", hint)
+
+    def _check_step(self, name: str, step_index: int, *, computed: bool) -> None:
+        """Raise `NotFiniteError` naming the segment that first made such values in this step."""
+        branch = self._branches[name]
+        assert branch.cache is not None, "the step has run"
+        residual = branch.cache.computed_residual if computed else None
+        if is_finite(branch.model_output) and (residual is None or is_finite(residual)):
+            return
+        # What ran before still lies in its buffers.
+        segment = "finish"
+        if not is_finite(self._shared["hidden"]):
+            segment = "head"
+        elif not is_finite(branch.body.hidden_out) or not (residual is None or is_finite(residual)):
+            segment = "body" if computed else "reuse"
+        place = branch.body.first_not_finite() if segment == "body" else None
+        hint = "compare with --cache off"
+        if segment != "reuse":
+            hint = "run `verify`; a body of lower precision may have to be built as float32"
+        raise NotFiniteError(
+            f"branch '{name}', step {step_index}, segment '{segment}'",
+            "made values that are not finite" + (f", first in {place}" if place else ""),
+            hint,
+        )
 
     def resolve(self, setting: CacheSetting) -> ResolvedSetting:
         """Check a setting against the bundle and fill its defaults in.
@@ -314,7 +359,7 @@ class Session:
                 row.copy_(self._tables[name][step_index].view(row.shape))
             self._row = step_index
 
-    def _place(self, inputs: Mapping[str, Tensor]) -> None:
+    def _place(self, inputs: Mapping[str, Tensor], place: str) -> None:
         """Put per-step inputs into their buffers; a new shape makes new buffers."""
         wanted = {n: e for n, e in self.manifest.inputs.items() if e.runs == "step"}
         sizes: dict[str, int] = {}
@@ -327,6 +372,9 @@ class Session:
                 self._allocate(derive_dims(self.manifest, sizes))
         for name in wanted:
             self._shared[name].copy_(inputs[name])
+            self._check_input(
+                place, name, self._shared[name], "look at the step before, and at callbacks"
+            )
 
     def _allocate(self, dims: dict[str, int]) -> None:
         graphs, device = self.manifest.graphs, self.model.device

@@ -57,7 +57,7 @@ class RunStatistics:
         folded: Whether all decisions were known before step 0.
         steps: Steps of the run.
         branches: By branch name.
-        seconds: Seconds by segment: head, decide, body, delta, reuse, finish, prepare.
+        seconds: Seconds by segment: head, decide, body, delta, reuse, finish, check, prepare.
     """
 
     policy: str
