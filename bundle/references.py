@@ -36,10 +36,12 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
     tables = {n for graph in graphs.values() if graph.runs == "run" for n in graph.outputs}
     for name in sorted(tables - read):
         yield f"table '{name}' is read by no graph"
+    given = {"step": {n for g in graphs.values() for n in g.outputs} | manifest.inputs.keys()}
+    given["run"] = tables
     for kind, signal in manifest.signals.items():
-        runs = {"run": "run", "step": "signal"}[signal.known]
-        if not any(g.runs == runs and signal.value in g.outputs for g in graphs.values()):
-            yield f"'signals.{kind}.value' '{signal.value}' is output by no graph that runs '{runs}'"
+        # The first block's residual is what the runtime makes of a probe.
+        if signal.value not in given[signal.known] | {"first_block_residual"}:
+            yield f"'signals.{kind}.value' '{signal.value}' is given by nothing"
 
 
 def _stage_faults(manifest: Manifest) -> Iterator[str]:
