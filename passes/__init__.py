@@ -9,6 +9,7 @@ from ..configs.tensor_spec import TensorSpec
 from .base import Pass, PassResult, run_passes
 from .declare_interface import DeclareInterface
 from .decompose_rotary_embedding import DecomposeRotaryEmbedding
+from .distinct_attention_scales import DistinctAttentionScales
 from .expand_attention_masks import ExpandAttentionMasks
 from .mix_by_reduction import MixByReduction
 from .multi_head_attention import MultiHeadAttention
@@ -31,6 +32,7 @@ PASSES: tuple[type[Pass], ...] = (
     MultiHeadAttention,
     ExpandAttentionMasks,
     MixByReduction,
+    DistinctAttentionScales,
 )
 
 
@@ -59,7 +61,7 @@ def backend_pipeline(backend: str) -> list[Pass]:
     pipelines: dict[str, list[Pass]] = {
         "onnxruntime": [MultiHeadAttention(), ExpandAttentionMasks()],
         "openvino": [DecomposeRotaryEmbedding()],
-        "tensorrt": [MixByReduction()],
-        "tensorrt-rtx": [MixByReduction()],
+        "tensorrt": [MixByReduction(), DistinctAttentionScales()],
+        "tensorrt-rtx": [MixByReduction(), DistinctAttentionScales()],
     }
     return pipelines.get(backend, [])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.parser
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -24,7 +25,7 @@ from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults, GraphEntr
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler import build as building
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import BuildRequest, build, compile_graph
 from freewheel.compiler.families import Cut
 from freewheel.compiler.graphs import write_graphs
 from freewheel.compiler.inspect import inspect_bundle, render
@@ -307,3 +308,21 @@ def test_low_precision_attention_is_fused_at_any_size(low: Any, tmp_path: Path) 
     assert details["nodes"]["Attention"] == 2
     assert sum("mha" in layer["kernel"] for layer in details["layers"]) == 2
     assert details["shape_inputs"] == []
+
+
+def test_text_and_image_attention_of_one_query_are_both_fused(tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7 ends the process on this graph, unless a pass changes it."""
+    tensors = {"q": "t", "k": "s", "v": "s", "k2": "i", "v2": "i"}
+    given = ", ".join(f"bfloat16[1, 12, {dim}, 128] {name}" for name, dim in tensors.items())
+    graph = tmp_path / "shared.onnx"
+    text = (
+        f'<ir_version: 10, opset_import: ["": 23]> g ({given}) => (bfloat16[1, 12, t, 128] o)'
+        "{ a = Attention(q, k, v)  b = Attention(q, k2, v2)  o = Add(a, b) }"
+    )
+    onnx.save(onnx.parser.parse_model(text), graph)
+    sizes = {"t": (64, 1560, 32760), "s": (1, 512, 512), "i": (257, 257, 257)}
+    shapes = {n: [(1, 12, size, 128) for size in sizes[dim]] for n, dim in tensors.items()}
+    target = Target("bfloat16", {n: (s[0], s[1], s[2]) for n, s in shapes.items()}, ("8.9",))
+    compile_graph(TensorRTRTX(), graph, target, tmp_path / "engine")
+    details = json.loads((tmp_path / "engine" / "engine.json").read_text())["details"]
+    assert sum("mha" in layer["kernel"] for layer in details["layers"]) == 2

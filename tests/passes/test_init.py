@@ -65,6 +65,6 @@ def test_backends_have_passes_of_their_own() -> None:
     assert found == {
         "openvino": ["DecomposeRotaryEmbedding"],
         "onnxruntime": ["MultiHeadAttention", "ExpandAttentionMasks"],
-        "tensorrt": ["MixByReduction"],
-        "tensorrt-rtx": ["MixByReduction"],
+        "tensorrt": ["MixByReduction", "DistinctAttentionScales"],
+        "tensorrt-rtx": ["MixByReduction", "DistinctAttentionScales"],
     }
