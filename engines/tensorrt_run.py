@@ -21,6 +21,9 @@ from .record import EngineRecord
 __all__ = ["CapturedCalls", "Scratch", "TensorRTCall", "TensorRTEngine"]
 
 
+DEFAULT_STREAM = 0
+
+
 class Scratch:
     """Device memory for the activations of whichever engine runs; grows at `bind`, never at `run`.
 
@@ -30,6 +33,14 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._stream: Any = None
+
+    @property
+    def stream(self) -> Any:
+        """The stream that work enqueued on the default stream is put on instead."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
 
     def reserve(self, size: int) -> None:
         """Make room for ``size`` bytes."""
@@ -53,7 +64,16 @@ class TensorRTCall:
             self._memory = scratch.memory
             self._context.set_device_memory(self._memory.data_ptr(), self._size)
         stream = torch.cuda.current_stream(scratch.device)
-        if not self._context.execute_async_v3(stream.cuda_stream):
+        if stream.cuda_stream != DEFAULT_STREAM:
+            self._enqueue(stream.cuda_stream)
+            return
+        # On the default stream TensorRT waits for the device at every enqueue.
+        scratch.stream.wait_stream(stream)
+        self._enqueue(scratch.stream.cuda_stream)
+        stream.wait_stream(scratch.stream)
+
+    def _enqueue(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
             raise RequestError(f"engine '{self._engine.name}'", "TensorRT could not enqueue it")
 
     def require_capturable(self, stream: int) -> None:

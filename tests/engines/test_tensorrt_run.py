@@ -5,6 +5,8 @@ Every attribute must exist on the real class, every call must fit a real signatu
 from the docstrings of the binding), and every argument must be of the documented kind.
 """
 
+import ast
+import functools
 import re
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -152,6 +154,19 @@ def test_binding_sets_every_shape_address_and_the_scratch_memory():
     assert context.asked("execute_async_v3") == [(77,)] * 3
 
 
+def test_the_default_stream_is_left_to_a_stream_of_ours_and_waits_for_it(stream, monkeypatch):
+    waits = []
+    own = SimpleNamespace(cuda_stream=99, wait_stream=lambda other: waits.append(("own", other)))
+    stream.cuda_stream, stream.wait_stream = 0, lambda other: waits.append(("default", other))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+    context = make_context(
+        execute_async_v3=lambda handle: waits.append(("enqueued", handle)) or True
+    )
+    engine, _ = make_engine(context)
+    engine.bind(tensors()).run()
+    assert waits == [("own", stream), ("enqueued", 99), ("default", own)]
+
+
 def test_engines_of_a_session_share_the_largest_scratch_memory():
     scratch = Scratch(torch.device("cpu"))
     small = make_context()
@@ -234,6 +249,25 @@ def folder(tmp_path):
         (partial / "model.plan").write_bytes(b"plan")
         RECORD.write(partial)
     return tmp_path / "engine"
+
+
+def test_every_name_that_the_sources_take_from_the_package_is_there(repository):
+    """Chains like `trt.MemoryPoolType.WORKSPACE`, wherever they stand."""
+    found = set()
+    for path in sorted((repository / "engines").glob("tensorrt*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            chain = []
+            while isinstance(node, ast.Attribute):
+                chain.insert(0, node.attr)
+                node = node.value
+            if chain and isinstance(node, ast.Name) and node.id == "trt":
+                found.add(tuple(chain))
+            elif chain[:1] == ["_trt"]:
+                found.add(tuple(chain[1:]))
+    found.discard(())
+    assert {("Runtime",), ("TensorLocation", "HOST"), ("OnnxParser",)} <= found
+    for chain in found:
+        functools.reduce(getattr, chain, trt)  # AttributeError: the package has no such thing
 
 
 def test_loading_shares_one_runtime_cache_and_keeps_it_in_a_file(gpu, folder, monkeypatch):
