@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 from memory import MemorySampler
+from own_process import call
 from synthetic import GEOMETRIES, write_checkpoint
 
 
@@ -39,7 +40,7 @@ def build_case(
     began, used = time.perf_counter(), time.process_time()
     report = build(
         BuildRequest(
-            model=checkpoint, out=Path(out), backends=[backend(b) for b in backends],
+            model=checkpoint, out=Path(out), backends=[backend(b, to_build=True) for b in backends],
             configs=config_entries(["off"], typer.echo), precision=precision, weights=weights,  # type: ignore[arg-type]  # names of theirs
         )
     )  # fmt: skip
@@ -86,14 +87,10 @@ def measure(
 ) -> dict[str, Any]:
     """Build ``checkpoint`` in a process of its own; the bundle goes again."""
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
     out = folder / "bundle"
-    process = context.Process(
-        target=build_case, args=(str(checkpoint), str(out), precision, backends, weights, queue)
+    found: dict[str, Any] = call(
+        context, build_case, str(checkpoint), str(out), precision, backends, weights
     )
-    process.start()
-    found: dict[str, Any] = queue.get()
-    process.join()
     shutil.rmtree(out)
     return found
 

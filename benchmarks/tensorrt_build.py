@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from own_process import call
 from synthetic import GEOMETRIES, write_checkpoint
 
 SLOW_IMPORTS = ["torch", "freewheel.compiler.build", "freewheel.engines.tensorrt", "tensorrt_rtx"]
@@ -84,20 +85,6 @@ def build_engine(graph: str, target: dict[str, Any], out: str, queue: Any) -> No
     )
 
 
-def call(context: Any, function: Any, *arguments: Any) -> Any:
-    """Run a function that answers through a queue in a process of its own."""
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
-    process.start()
-    while process.is_alive() and queue.empty():
-        time.sleep(0.01)
-    if queue.empty():
-        raise typer.Exit(f"{function.__name__}{arguments[:1]} died with {process.exitcode}")  # type: ignore[arg-type]
-    found = queue.get()
-    process.join()
-    return found
-
-
 def main(
     geometry: Annotated[str, typer.Argument(help=f"One of {', '.join(GEOMETRIES)}.")],
     precision: Annotated[str, typer.Option(help="Precision of the body.")] = "bfloat16",
@@ -131,7 +118,10 @@ def main(
                 "compute_capabilities": tuple(capabilities.split(",")),
             }  # fmt: skip
             arguments = (str(bundle / file), target, str(folder / "engines" / graph))
-            rows[graph] = call(context, build_engine, *arguments)
+            try:
+                rows[graph] = call(context, build_engine, *arguments)
+            except ChildProcessError as fault:
+                rows[graph] = {"fault": str(fault)}
             typer.echo(f"{graph}: {json.dumps(rows[graph])}", err=True)
     data = {
         "geometry": geometry, "precision": precision, "layers": layers, "ranges": ranges,
