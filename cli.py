@@ -739,17 +739,11 @@ def serve(
         from freewheel.serving.repository import ServeRequest, write_repository
 
         opened = Bundle(bundle)
-        written = write_repository(
-            ServeRequest(
-                bundle=opened,
-                out=out,
-                name=name,
-                version=version,
-                instances=instances,
-                backend=backend,
-                threads=threads,
-            )  # fmt: skip
-        )
+        request = ServeRequest(
+            bundle=opened, out=out, name=name, version=version, instances=instances,
+            backend=backend, threads=threads,
+        )  # fmt: skip
+        written = write_repository(request)
         library = backend_directory / "freewheel" / "libtriton_freewheel.so"
         if not library.is_file():
             screen.warn(f"{library} is not there yet; docs/how-to/serve.md says how to build it")

@@ -38,21 +38,24 @@ def stream(client: triton.InferenceServerClient, model: str, tensors: dict[str, 
         inputs.append(triton.InferInput(name, list(array.shape), DTYPES[array.dtype]))
         inputs[-1].set_data_from_numpy(array)
     answers: queue.Queue = queue.Queue()
+    is_over = False
     client.start_stream(lambda result, error: answers.put(error or result))
     try:
         client.async_stream_infer(model, inputs, parameters=parameters)
-        while True:
+        while not is_over:
             answer = answers.get()
-            if isinstance(answer, Exception):
+            is_over = isinstance(answer, Exception)
+            if is_over:
                 raise answer
+            is_over = json.loads(answer.as_numpy("progress")[0])["event"] == "done"
             yield answer
-            if json.loads(answer.as_numpy("progress")[0])["event"] == "done":
-                return
     finally:
-        client.stop_stream(cancel_requests=True)
+        # Cancelling what has just ended leaves it behind in servers before 25.04.
+        client.stop_stream(cancel_requests=not is_over)
 
 
 def show(progress: dict) -> None:
+    """Print a step or the summary."""
     if progress["event"] == "step":
         decisions = "  ".join(f"{n} {b['decision']}" for n, b in progress["branches"].items())
         print(f"step {progress['step_index'] + 1}/{progress['steps']}  {decisions}")
@@ -64,6 +67,7 @@ def show(progress: dict) -> None:
 
 
 def save(array: np.ndarray, path: Path) -> None:
+    """Write latents or frames; uint8 [frames, height, width, 3] as .gif."""
     if path.suffix != ".gif":
         np.save(path, array)
         return
@@ -74,6 +78,7 @@ def save(array: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
+    """Read the command line, send the request."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="127.0.0.1:8001")
     parser.add_argument("--model", required=True)

@@ -62,24 +62,27 @@ void Instance::execute(TRITONBACKEND_Request* request) noexcept {
 
 Status Instance::serve(TRITONBACKEND_Request* request, Responder& responder, Times& times) {
   has_stepped_ = false;
+  const auto began = Clock::now();
+  ReceivedRequest received;
+  Job job;
+  Outputs outputs;
   const Status status = [&]() -> Status {
     if (responder.is_cancelled()) return Status(Code::kCancelled, "request", "was cancelled");
-    FREEWHEEL_ASSIGN(const ReceivedRequest received, ReceivedRequest::read(request));
+    FREEWHEEL_ASSIGN(received, ReceivedRequest::read(request));
     times.compute_start = now_ns();
-    return run_job(received, responder);
+    FREEWHEEL_ASSIGN(const RequestOptions options, RequestOptions::read(received.parameters));
+    FREEWHEEL_ASSIGN(
+        job, make_job(*model_.model, model_.options, options, received.tensors, received.outputs));
+    FREEWHEEL_TRY(run(job, responder));
+    FREEWHEEL_ASSIGN(outputs, outputs_of(job));
+    return {};
   }();
   times.compute_end = std::max(now_ns(), times.compute_start);
+  // Before the client knows that its run has ended.
   count(status);
-  return status;
-}
-
-Status Instance::run_job(const ReceivedRequest& received, Responder& responder) {
-  const auto began = Clock::now();
-  FREEWHEEL_ASSIGN(const RequestOptions options, RequestOptions::read(received.parameters));
-  FREEWHEEL_ASSIGN(Job job, make_job(*model_.model, model_.options, options, received.tensors,
-                                     received.outputs));
-  FREEWHEEL_TRY(run(job, responder));
-  return send_result(job, responder, seconds_since(began));
+  FREEWHEEL_TRY(status);
+  const std::string summary = summary_json(session_->statistics(), job.seed, seconds_since(began));
+  return responder.send(summary, outputs.tensors, true);
 }
 
 void Instance::count(const Status& status) {
@@ -121,15 +124,14 @@ Status Instance::run(Job& job, Responder& responder) {
   return send_fault.ok() ? status : send_fault;
 }
 
-Status Instance::send_result(const Job& job, Responder& responder, double seconds) {
-  Tensors tensors;
-  Buffer frames;
+Result<Instance::Outputs> Instance::outputs_of(const Job& job) {
+  Outputs outputs;
   if (job.wants_frames) {
-    FREEWHEEL_ASSIGN(frames, decode_latents(*model_.model, job.run.latents));
-    tensors[kFrames] = without_batch(frames.view());
+    FREEWHEEL_ASSIGN(outputs.frames, decode_latents(*model_.model, job.run.latents));
+    outputs.tensors[kFrames] = without_batch(outputs.frames.view());
   }
-  if (job.wants_latents) tensors[kLatents] = without_batch(job.run.latents);
-  return responder.send(summary_json(session_->statistics(), job.seed, seconds), tensors, true);
+  if (job.wants_latents) outputs.tensors[kLatents] = without_batch(job.run.latents);
+  return outputs;
 }
 
 void Instance::report(TRITONBACKEND_Request* request, bool success, const Times& times) {

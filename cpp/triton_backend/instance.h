@@ -33,14 +33,19 @@ class Instance {
     std::uint64_t start = 0, compute_start = 0, compute_end = 0, end = 0;
   };
 
+  /// Tensors of the last response, and what they point into beside the job.
+  struct Outputs {
+    Buffer frames;
+    Tensors tensors;
+  };
+
   Instance(TRITONBACKEND_ModelInstance* handle, ServedModel& model,
            std::unique_ptr<Session> session)
       : handle_(handle), model_(model), session_(std::move(session)) {}
 
   Status serve(TRITONBACKEND_Request* request, Responder& responder, Times& times);
-  Status run_job(const ReceivedRequest& received, Responder& responder);
   Status run(Job& job, Responder& responder);
-  Status send_result(const Job& job, Responder& responder, double seconds);
+  Result<Outputs> outputs_of(const Job& job);
   void count(const Status& status);
   void report(TRITONBACKEND_Request* request, bool success, const Times& times);
 

@@ -6,6 +6,8 @@ import json
 import os
 import queue
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,31 +79,49 @@ class Stream:
         self.client.close()
 
 
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for what the server does in its own time."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
 def progress_of(result: triton.InferResult) -> dict[str, Any]:
     return json.loads(result.as_numpy("progress")[0])
 
 
 def ask(
     address: str, model: str = "tiny", *, tensors: dict[str, np.ndarray] | None = None,
-    outputs: tuple[str, ...] = (), **parameters: Any,
+    asked: tuple[str, ...] = (), **parameters: Any,
 ) -> Answer:  # fmt: skip
     """Send a request and wait for its last response; prompts and size have defaults."""
     if tensors is None:
         tensors = {"text_states": COND, "negative_text_states": UNCOND}
     if model == "tiny" and "latents" not in tensors:
-        parameters = {**TINY_SIZE, "steps": 6, "flow_shift": 1.0, "guidance_scale": 3.0, **parameters}
-    stream = Stream(address, model, tensors, parameters, outputs)
+        parameters = {
+            **TINY_SIZE,
+            "steps": 6,
+            "flow_shift": 1.0,
+            "guidance_scale": 3.0,
+            **parameters,
+        }
+    stream = Stream(address, model, tensors, parameters, asked)
     answer = Answer()
+    is_done = False
     try:
-        while not answer.progress or answer.progress[-1]["event"] != "done":
+        while not is_done:
             result = stream.next()
             answer.progress.append(progress_of(result))
+            is_done = answer.progress[-1]["event"] == "done"
             preview = result.as_numpy("preview")
             if preview is not None:
                 answer.previews.append(preview)
             answer.latents, answer.frames = result.as_numpy("latents"), result.as_numpy("frames")
     finally:
-        stream.close(cancel=True)
+        # NOTE: cancelling what has just ended makes this server (2.51) keep the request for ever,
+        # and with it the model: https://github.com/triton-inference-server/server/pull/8078.
+        stream.close(cancel=False)
     return answer
 
 

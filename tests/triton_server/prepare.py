@@ -24,13 +24,11 @@ from freewheel.serving.repository import ServeRequest, write_repository
 
 
 def build_bundle(checkpoint: Path, out: Path, configs: list[str], *, whole: bool) -> Bundle:
-    build(
-        BuildRequest(
-            model=str(checkpoint), out=out, backends=[backend("openvino")], replace=True,
-            configs=config_entries(configs, lambda text: None),
-            with_text_encoder=whole, with_vae=whole,
-        )  # fmt: skip
-    )
+    request = BuildRequest(
+        model=str(checkpoint), out=out, backends=[backend("openvino")], replace=True,
+        configs=config_entries(configs, lambda text: None), with_text_encoder=whole, with_vae=whole,
+    )  # fmt: skip
+    build(request)
     return Bundle(out)
 
 

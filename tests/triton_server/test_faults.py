@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 
 triton = pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 
-from client import COND, SLOW_SIZE, UNCOND, Stream, ask, progress_of
+from client import COND, SLOW_SIZE, UNCOND, Stream, ask, progress_of, until
 
 pytestmark = [pytest.mark.triton, pytest.mark.serial]
 
@@ -69,13 +68,6 @@ def test_a_bad_request_is_refused_and_the_server_stays_healthy(server, case) -> 
     assert expected in fault.value.message()
     assert server.is_ready()
     assert ask(server.grpc).latents is not None
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.02)
 
 
 def counted(server, policy: str) -> tuple[float, float]:

@@ -112,14 +112,26 @@ def test_guards_and_samplers_are_chosen(server) -> None:
 
 
 def test_outputs_that_are_not_asked_for_are_not_sent(server) -> None:
-    assert ask(server.grpc, outputs=("progress",)).latents is None
-    assert ask(server.grpc, **{"outputs": ()}).latents is not None
+    assert ask(server.grpc, asked=("progress",)).latents is None
+    assert ask(server.grpc, outputs="progress").latents is None
+    assert ask(server.grpc).latents is not None
+
+
+def test_a_policy_s_parameter_of_a_request_s_name_is_told_apart(server) -> None:
+    answer = ask(server.grpc, policy="solved", **{"policy.steps": 1, "steps": 7})
+    assert answer.summary["steps"] == 7
 
 
 def test_a_whole_pipeline_goes_from_token_ids_to_frames(server) -> None:
     ids = {"token_ids": np.array([5, 17, 1]), "negative_token_ids": np.array([1])}
     answer = ask(
-        server.grpc, "demo", tensors=ids, policy="shapes_wan_custom", steps=10, stream=5, preview=True
+        server.grpc,
+        "demo",
+        tensors=ids,
+        policy="shapes_wan_custom",
+        steps=10,
+        stream=5,
+        preview=True,
     )
     assert answer.frames.shape == (17, 96, 96, 3)
     assert answer.frames.dtype == np.uint8

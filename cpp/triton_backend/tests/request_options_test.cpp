@@ -51,12 +51,19 @@ TEST(RequestOptionsTest, ParametersOfTheProtocolSayNothing) {
 }
 
 TEST(RequestOptionsTest, RefusesValuesThatMeanNothing) {
-  const std::vector<std::pair<string, Value>> bad = {
-      {"steps", std::int64_t{0}},  {"steps", std::int64_t{-3}}, {"steps", 2.5},
-      {"steps", text("many")},     {"steps", text("1e400")},    {"steps", std::int64_t{1} << 40},
-      {"seed", std::int64_t{-1}},  {"height", std::int64_t{0}}, {"guidance_scale", text("nan")},
-      {"guidance_scale", true},    {"policy", 3.0},             {"preview", std::int64_t{1}},
-      {"stream", std::int64_t{-1}}};
+  const std::vector<std::pair<string, Value>> bad = {{"steps", std::int64_t{0}},
+                                                     {"steps", std::int64_t{-3}},
+                                                     {"steps", 2.5},
+                                                     {"steps", text("many")},
+                                                     {"steps", text("1e400")},
+                                                     {"steps", std::int64_t{1} << 40},
+                                                     {"seed", std::int64_t{-1}},
+                                                     {"height", std::int64_t{0}},
+                                                     {"guidance_scale", text("nan")},
+                                                     {"guidance_scale", true},
+                                                     {"policy", 3.0},
+                                                     {"preview", std::int64_t{1}},
+                                                     {"stream", std::int64_t{-1}}};
   for (const auto& parameter : bad) {
     const auto read = RequestOptions::read({parameter});
     ASSERT_FALSE(read.ok()) << parameter.first << " " << value_text(parameter.second);

@@ -1,0 +1,87 @@
+"""Model repositories: whole or not at all, hard links, versions that follow one another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from freewheel.bundle.reader import Bundle
+from freewheel.configs.errors import OutputError, RequestError
+from freewheel.serving import repository
+from freewheel.serving.repository import CONFIG, ServeRequest, write_repository
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_model_is_written_with_its_bundle_linked(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    written = write_repository(ServeRequest(tiny_bundle, tmp_path / "models", name="wan"))
+    model = tmp_path / "models" / "wan"
+    assert (written.version, written.folder, written.copied_bytes) == (1, model, 0)
+    assert written.bytes > 0
+    served = Bundle(model / "1" / "bundle")
+    assert files(served.folder) == {*tiny_bundle.manifest.files, "manifest.json"}
+    name = next(iter(tiny_bundle.manifest.files))
+    assert served.path(name).samefile(tiny_bundle.path(name))
+    assert 'name: "wan"' in (model / CONFIG).read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["models"]  # nothing staged is left
+
+
+def test_writing_again_adds_the_next_version(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    request = ServeRequest(tiny_bundle, tmp_path / "models", name="wan")
+    write_repository(request)
+    (tmp_path / "models" / "other").mkdir()
+    second = write_repository(ServeRequest(tiny_bundle, request.out, name="wan", instances=3))
+    assert second.version == 2
+    model = tmp_path / "models" / "wan"
+    assert {p.name for p in model.iterdir()} == {"1", "2", CONFIG}
+    assert "count: 3" in (model / CONFIG).read_text()
+    assert (tmp_path / "models" / "other").is_dir()
+    tenth = write_repository(ServeRequest(tiny_bundle, request.out, name="wan", version=10))
+    assert (tenth.version, write_repository(request).version) == (10, 11)
+
+
+def test_files_are_copied_where_links_can_t_be_made(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository, "link_or_none", lambda source, target: None)
+    written = write_repository(ServeRequest(tiny_bundle, tmp_path / "models", name="wan"))
+    assert written.copied_bytes == written.bytes
+    assert Bundle(written.folder / "1" / "bundle").digests() == []
+
+
+def test_a_failure_leaves_nothing_behind(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(repository, "link_or_none", fail)
+    with pytest.raises(OutputError, match=r"wan: can't be written: no space .*; choose"):
+        write_repository(ServeRequest(tiny_bundle, tmp_path / "models", name="wan"))
+    assert files(tmp_path) == set()
+    assert [p.name for p in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"name": "../up"}, {"name": ".hidden"}, {"instances": 0}, {"threads": 0}, {"version": 0},
+     {"backend": "tensorrt"}],
+    ids=str,
+)  # fmt: skip
+def test_what_can_t_be_served_is_refused(
+    tiny_bundle: Bundle, tmp_path: Path, options: dict[str, object]
+) -> None:
+    with pytest.raises(RequestError) as fault:
+        write_repository(ServeRequest(tiny_bundle, tmp_path, **{"name": "wan", **options}))  # type: ignore[arg-type]
+    assert fault.value.hint
+    assert files(tmp_path) == set()
+
+
+def test_a_version_is_never_overwritten(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    request = ServeRequest(tiny_bundle, tmp_path, name="wan", version=3)
+    write_repository(request)
+    with pytest.raises(OutputError, match=r"wan/3: is there already; leave --version out for 4"):
+        write_repository(request)
