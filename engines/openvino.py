@@ -4,12 +4,13 @@
 The inference precision hint is always the target's precision, never OpenVINO's own choice. What
 it does with it depends on the CPU (2026.4):
 
-- Without bfloat16 instructions (seen) the hint is accepted, reads back as float32, and everything
-  is computed in float32: bfloat16 inputs are converted on every run, outputs once at the end. That
-  last conversion is `ov::bfloat16`'s own, which cuts off instead of rounding where the kept part is
-  even (up to 1 ulp towards zero), so a bfloat16 graph is slower *and* less exact here than a
-  float32 one. float16 behaves alike but rounds correctly.
-- With them (avx512_bf16, amx; read in its source, `Graph::EnforceInferencePrecision`) a bfloat16
+- Without instructions of a precision it is given as float32, and everything is computed in float32:
+  low inputs are converted on every run, outputs once at the end. For bfloat16 that last conversion
+  is `ov::bfloat16`'s own, which cuts off instead of rounding where the kept part is even (up to 1
+  ulp towards zero), so a bfloat16 graph is slower *and* less exact there than a float32 one.
+  NOTE: a float16 hint on a CPU that has bfloat16 alone computes in bfloat16 (seen: the errors of
+  both are equal).
+- With them (avx512_bf16 seen; `Graph::EnforceInferencePrecision` in its source) a bfloat16
   hint also lowers float32 nodes, except those between the last matrix products and a float32
   output: a block's residual stream and gating stay float32, what feeds a product does not. A
   float32 hint computes everything in float32, whatever the graph says.
@@ -207,7 +208,7 @@ def _core() -> Any:
 
 def _properties(precision: str) -> dict[str, Any]:
     return {
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "INFERENCE_PRECISION_HINT": HINTS[OpenVino.computed_in(precision)],
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,  # the requests of a session run one after another
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -43,8 +43,23 @@ def test_the_precision_hint_is_the_target_and_what_it_became_is_recorded(graph, 
     OpenVino().compile(path, Target(precision=precision), path.parent / "engine")
     record = json.loads((path.parent / "engine" / "engine.json").read_text())
     assert record["precision"] == precision
-    native = precision in OpenVino.probe().reason.split("(")[0]
-    assert record["details"]["computed_in"] == (precision if native else "float32")
+    native = OpenVino.probe().reason.split("(")[0].replace(",", " ").split()
+    wanted = precision if precision in native else "float32"
+    assert record["details"]["computed_in"] == wanted
+    assert OpenVino.computed_in(precision) == wanted
+
+
+def test_float16_is_never_computed_in_bfloat16(graph):
+    path = graph("attention")
+    OpenVino().compile(path, Target(precision="float16"), path.parent / "engine")
+    engine = OpenVino().load(path.parent / "engine")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 12, 32, 128) for _ in range(3))
+    out = torch.zeros(1, 12, 32, 128)
+    engine.bind({"q": q, "k": k, "v": v, "out": out}).run()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    # float16 rounds to 11 bits, bfloat16 to 8: its error is 3e-3 here.
+    assert ((out - expected).norm() / expected.norm()).item() < 1e-3
 
 
 def test_probe_names_version_and_native_precisions():
