@@ -6,7 +6,7 @@ TRITON_BIN = $(TRITON_VENV)/bin
 DEMO = out/demo
 CONFIGS = teacache off taylorseer adacache custom
 
-.PHONY: help install demo test lint cpp triton test-triton bench clean
+.PHONY: help install demo test lint cpp triton test-triton test-gpu bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ $(TRITON_BIN)/.installed: tests/triton_server/requirements.txt
 	$(PYTHON) -m venv $(TRITON_VENV)
 	$(TRITON_BIN)/pip install -q -r $<
 	touch $@
+
+test-gpu: install ## Run what needs an NVIDIA GPU and write docs/gpu-report.md
+	$(BIN)/python -m pytest tests/gpu
 
 lint: install ## Check style and types, as CI does
 	$(BIN)/ruff check .

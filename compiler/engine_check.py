@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite, prod, sqrt
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ PATCHES = ((1, 2, 3), (2, 3, 2))
 
 Tensors = Mapping[str, Tensor]
 TensorFunction = Callable[[Tensors], Tensors]
+Ranges = Mapping[str, tuple[int, int]]
 Bind = Callable[[Tensors], BoundCall]
 
 
@@ -276,13 +278,26 @@ def relative_l1(
     return compared
 
 
-def sample_dims(cut: Cut, case: int) -> dict[str, int]:
-    """Return small sizes for one of the `PATCHES` cases; batch and text differ between them too."""
+def sample_dims(cut: Cut, case: int, ranges: Ranges = MappingProxyType({})) -> dict[str, int]:
+    """Return small sizes for one of the `PATCHES` cases; batch and text differ between them too.
+
+    Args:
+        cut: The model, cut.
+        case: Index into `PATCHES`.
+        ranges: Smallest and largest size of dimensions, where an engine does not take any.
+    """
     divisors = {dim: d for factors in cut.dims.values() for dim, d in factors}
     patches = dict(zip(("frames", "height", "width"), PATCHES[case], strict=True))
     dims = {dim: n * divisors.get(dim, 1) for dim, n in patches.items()}
     dims |= {"batch": 1 + case, "text_tokens": 7 + case, "image_tokens": 9 + case}
-    return derived(cut, {**dims, "steps": 4 + case, "slots": 1 + case})
+    dims = _inside({**dims, "steps": 4 + case, "slots": 1 + case}, ranges)
+    # A graph that takes tokens has a range for them, and none for what they derive from.
+    return _inside(derived(cut, dims), ranges)
+
+
+def _inside(dims: Mapping[str, int], ranges: Ranges) -> dict[str, int]:
+    limits = {n: ranges.get(n, (size, size)) for n, size in dims.items()}
+    return {n: min(max(size, limits[n][0]), limits[n][1]) for n, size in dims.items()}
 
 
 def sample_inputs(

@@ -27,7 +27,14 @@ from ..policies import policy as find_policy
 from ..policies.guard import Guarded
 from ..policies.law import DecideFunction, Law
 
-__all__ = ["MIX_TOLERANCE", "CompiledDecide", "PolicyCheck", "check_policy", "random_settings"]
+__all__ = [
+    "MIX_TOLERANCE",
+    "SHAPES",
+    "CompiledDecide",
+    "PolicyCheck",
+    "check_policy",
+    "random_settings",
+]
 
 TIE = 1e-5
 """Relative distance from a threshold within which both answers are right."""
@@ -42,6 +49,10 @@ STEPS = (24, 9)
 RANDOM_SETTINGS = 6
 
 Tensors = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+SHAPES: Shapes = {"signal": (3, 8), "feature": (4, 5, 6)}
+"""Of what a policy looks at, where its graph takes any size."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,7 @@ def check_policy(
     settings: Sequence[CacheSetting],
     *,
     form: str,
+    shapes: Shapes = SHAPES,
     seed: int = 0,
 ) -> PolicyCheck:
     """Compare a compiled policy with its law over random runs.
@@ -146,6 +158,7 @@ def check_policy(
         compiled: The compiled graph.
         settings: Parameters and guards to try, defaults first.
         form: What it was compiled by, for the report.
+        shapes: Of the random ``signal`` and ``feature``.
         seed: Of the runs.
     """
     eager = Guarded(find_policy(spec.name))
@@ -155,7 +168,7 @@ def check_policy(
         steps = STEPS[index % len(STEPS)]
         told = ", ".join(f"{n}={v}" for n, v in setting.parameters.items()) or "defaults"
         judge = _Judge(eager, compiled, f"policy '{spec.name}' with {told}")
-        drive(Law(spec, judge, setting, step_count=steps), rng)
+        drive(Law(spec, judge, setting, step_count=steps), rng, shapes)
         judges.append(judge)
     return PolicyCheck(
         policy=spec.name,
@@ -206,12 +219,13 @@ def random_value(spec: ParameterSpec, rng: np.random.Generator) -> Value:
     return _near(spec, spec.default, rng)
 
 
-def drive(law: Law, rng: np.random.Generator) -> None:
+def drive(law: Law, rng: np.random.Generator, shapes: Shapes = SHAPES) -> None:
     """Let a law decide about every step of a random run: smooth walks of signal and feature."""
-    signals = _walk(law.step_count, (3, 8), rng)
-    features = _walk(law.step_count, (4, 5, 6), rng)
+    signals = _walk(law.step_count, shapes["signal"], rng)
+    features = _walk(law.step_count, shapes["feature"], rng)
     for step in range(law.step_count):
-        tapped = None if law.last_computed is None else features[law.last_computed]
+        # Before the first computed step zeros stand in, of the size that a session allocates.
+        tapped = 0 * features[0] if law.last_computed is None else features[law.last_computed]
         law.decide(signals[step], tapped)
 
 

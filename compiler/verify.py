@@ -8,7 +8,7 @@ engines, through ONNX Runtime, since another machine compiles its engines from t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..bundle.reader import Bundle
 from ..configs.errors import BuildError, MismatchError
 from ..engines import backend as find_backend
 from ..engines.base import Backend, Engine, Target
+from ..engines.record import EngineRecord
 from ..passes import backend_pipeline, run_passes
 from ..runtime.model import LoadedModel
 from .engine_check import (
@@ -37,6 +38,7 @@ from .engine_check import (
 from .families import Cut, Segment
 from .policy_check import (
     MIX_TOLERANCE,
+    SHAPES,
     CompiledDecide,
     PolicyCheck,
     check_policy,
@@ -221,7 +223,9 @@ def check_engines(
         if name not in segments and graph.runs != "group":
             skipped[name] = f"has no PyTorch module in the family '{manifest.family}'"
             continue
-        dims = [sample_dims(cut, case) for case in range(CASES)]
+        profile = _profile(model.bundle, built.files[name]) if name in built.files else {}
+        ranges = _ranges(graph, profile)
+        dims = [sample_dims(cut, case, ranges) for case in range(CASES)]
         cases = [sample_inputs(graph, manifest, d, seed=case) for case, d in enumerate(dims)]
         for block, reference, taps in _references(model.bundle, cut, segments, name):
             if name in built.files:
@@ -254,23 +258,46 @@ def check_policies(
 ) -> list[PolicyCheck]:
     """Compare every compiled policy, engine and portable graph, with its Python law."""
     manifest, backend = model.manifest, model.backend
+    built = model.bundle.engines(backend.name)
+    assert built is not None, "LoadedModel found the engine set"
     progress.phase("policies", len(manifest.policies))
     checks = []
     for name, entry in manifest.policies.items():
         carried = [c.cache for c in manifest.configs.values() if c.cache.policy == name]
         settings = [*random_settings(entry.spec), *carried]
-        for form, engine, device, synchronize in (
-            (backend.name, model.engine(entry.graph), model.device, backend.synchronize),
-            (PORTABLE, portable(entry.graph), CPU, _nothing),
+        profile = _profile(model.bundle, built.files[entry.graph])
+        smallest = {n: tuple(profile[n][0]) if n in profile else s for n, s in SHAPES.items()}
+        for form, engine, device, synchronize, shapes in (
+            (backend.name, model.engine(entry.graph), model.device, backend.synchronize, smallest),
+            (PORTABLE, portable(entry.graph), CPU, _nothing, SHAPES),
         ):
             fault = interface_fault(manifest.graphs[entry.graph], engine)
             if fault is not None:
                 checks.append(PolicyCheck(name, form, 0, 0, 0, 0, 0.0, (fault,)))
                 continue
             compiled = CompiledDecide(engine, device, synchronize)
-            checks.append(check_policy(entry.spec, compiled, settings, form=form))
+            checks.append(check_policy(entry.spec, compiled, settings, form=form, shapes=shapes))
         progress.advance(name)
     return checks
+
+
+def _profile(bundle: Bundle, file: str) -> Mapping[str, Sequence[Sequence[int]]]:
+    """Return smallest, usual and largest shape of an engine's inputs; empty where it takes any."""
+    profile: Mapping[str, Sequence[Sequence[int]]]
+    profile = EngineRecord.read(bundle.path(file)).details.get("profiles", {})
+    return profile
+
+
+def _ranges(
+    graph: GraphEntry, profile: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, tuple[int, int]]:
+    """Return the smallest and largest size of the named dimensions that a profile bounds."""
+    return {
+        dim: (smallest, largest)
+        for name, shapes in profile.items()
+        for dim, smallest, _, largest in zip(graph.inputs[name].shape, *shapes, strict=True)
+        if isinstance(dim, str)
+    }
 
 
 def _references(

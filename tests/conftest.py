@@ -30,6 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rehearse", metavar="BACKEND", help="run tests/gpu on a CPU backend, as far as that goes"
+    )
+
+
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,

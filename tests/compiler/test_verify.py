@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from torch import Tensor
 
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.reader import MANIFEST, Bundle
 from freewheel.compiler.decide import write_decide_graph
 from freewheel.compiler.engine_check import EngineCheck
+from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
+from freewheel.compiler.recut import cut_of
 from freewheel.compiler.verify import VerifyReport, verify_bundle
 from freewheel.configs.errors import BackendUnavailable, MismatchError
 from freewheel.engines import Target, backend
+from freewheel.engines.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from freewheel.policies.base import Decision
 from freewheel.policies.teacache import TeaCache
+from freewheel.runtime.settings import config_entries
 
 
 @pytest.fixture
@@ -207,3 +214,37 @@ def test_a_report_of_changed_files_is_plain_data() -> None:
     report = VerifyReport(Path("b"), "openvino", 3, ("x",))
     assert report.as_dict()["changed_files"] == ["x"]
     assert report.summary() == "1 of 3 files changed; engines were not verified"
+
+
+def test_engines_of_a_range_are_given_sizes_inside_it(
+    tiny_bundle: Bundle, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle)
+    sizes = BuildSizes((96, 128, 160), (128, 128, 128), (9, 9, 17))
+    ranges = dim_ranges(cut, sizes, config_entries(["off"], lambda text: None), None)
+    profiles = profiles_of(manifest.graphs, manifest.policies, cut, ranges)
+    for path in copied.glob("engines/onnxruntime-*/*/engine.json"):
+        record = json.loads(path.read_text())
+        record["details"]["profiles"] = profiles[path.parent.name]
+        path.write_text(json.dumps(record))
+    load, bound = OnnxRuntime.load, set()
+
+    def load_bounded(backend: OnnxRuntime, compiled: Path) -> OnnxRuntimeEngine:
+        engine, name = load(backend, compiled), compiled.name
+        if not compiled.is_relative_to(copied):
+            return engine  # of a portable graph, which takes any size
+        bind = engine.bind
+
+        def bind_inside(bindings: Mapping[str, Tensor]) -> Any:
+            for key, (low, _, high) in profiles[name].items():
+                sizes = zip(low, bindings[key].shape, high, strict=True)
+                assert all(a <= size <= b for a, size, b in sizes), f"{name}, {key}"
+            bound.add(name)
+            return bind(bindings)
+
+        engine.bind = bind_inside  # type: ignore[method-assign]
+        return engine
+
+    monkeypatch.setattr(OnnxRuntime, "load", load_bounded)
+    assert verify_bundle(with_right_digests(copied), "onnxruntime").ok
+    assert bound == set(profiles)
