@@ -304,9 +304,15 @@ Status BranchCache::compute(std::int64_t step_index, const Cancellation& cancell
   FREEWHEEL_TRY(is_probed_ ? body_->run_after_probe(tap, cancellation)
                            : body_->run(tap, cancellation));
   if (depth_ == 0) return {};
-  FREEWHEEL_TRY(deltas_[static_cast<std::size_t>(ring_.next_slot())]->run());
-  ring_.push();
-  return {};
+  return deltas_[static_cast<std::size_t>(ring_.next_slot())]->run();
+}
+
+void BranchCache::keep() noexcept {
+  if (depth_ > 0) ring_.push();
+}
+
+Tensor BranchCache::computed_residual() const noexcept {
+  return depth_ > 0 ? ring_.slot(ring_.next_slot()) : Tensor{};
 }
 
 Status BranchCache::keep_output(const Tensor& model_output) noexcept {

@@ -52,8 +52,15 @@ class BranchCache {
   /// the body's first block for it.
   Result<Verdict> decide(std::int64_t step_index, const Cancellation& cancellation) noexcept;
 
-  /// Runs the body, or what a probe left of it, and keeps its residual in the ring's next slot.
+  /// Runs the body, or what a probe left of it; writes its residual to the ring's next slot, for
+  /// `keep`.
   Status compute(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+
+  /// What `compute` wrote and `keep` has not taken yet; null where no history is kept.
+  Tensor computed_residual() const noexcept;
+
+  /// Takes the residual that `compute` wrote into the history.
+  void keep() noexcept;
 
   /// Takes what `finish` gave after a computation, where the policy looks at it.
   Status keep_output(const Tensor& model_output) noexcept;

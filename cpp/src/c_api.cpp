@@ -171,6 +171,7 @@ freewheel_status freewheel_model_create(const char* folder, const freewheel_mode
     wanted.backend = text_or_empty(known.backend);
     wanted.backend_options = {known.threads, known.device};
     wanted.allow_compile = known.allow_compile != 0;
+    wanted.check_finite = known.skip_finite_check == 0;
     FREEWHEEL_ASSIGN((*model)->model, freewheel::Model::load(folder, wanted));
     return {};
   });

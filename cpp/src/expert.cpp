@@ -327,6 +327,24 @@ Result<Verdict> Expert::decide(Branch& branch, std::int64_t step_index) noexcept
   return shared_verdict_;
 }
 
+/// Says which segment of the step just run first made values that are not finite. The memory of
+/// devices is not looked into: there the session looks at the output that it downloads.
+Status Expert::check_finite(const Branch& branch, bool computed) const noexcept {
+  if (!model_.checks_finite() || !model_.memory().is_host()) return {};
+  const Tensor residual = computed ? branch.cache->computed_residual() : Tensor{};
+  const bool is_kept_well = residual.data == nullptr || is_finite(residual);
+  if (is_kept_well && is_finite(branch.model_output)) return {};
+  const char* segment = "finish";
+  if (!is_finite(shared_.at("hidden"))) {
+    segment = "head";
+  } else if (!is_kept_well || !is_finite(branch.body->hidden_out())) {
+    segment = computed ? "body" : "reuse";
+  }
+  return Status(Code::kNotFinite, std::string("segment '") + segment + "'",
+                "made values that are not finite",
+                "run 'freewheel verify'; the body may have to be built as float32");
+}
+
 Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
                             const NamedTensor* inputs, std::size_t count) {
   if (cancellation_.is_wanted()) return cancelled();
@@ -352,8 +370,13 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   {
     const Timed timed(statistics_, Segment::kFinish);
     FREEWHEEL_TRY(branch->finish->run());
-    if (verdict.compute) FREEWHEEL_TRY(branch->cache->keep_output(branch->model_output));
     FREEWHEEL_TRY(model_.memory().synchronize());
+    FREEWHEEL_TRY(check_finite(*branch, verdict.compute));
+    if (verdict.compute) {
+      branch->cache->keep();
+      FREEWHEEL_TRY(branch->cache->keep_output(branch->model_output));
+      FREEWHEEL_TRY(model_.memory().synchronize());
+    }
   }
   branch->last_step = step_index;
   BranchStatistics& statistics = statistics_of(*branch);

@@ -95,6 +95,7 @@ class Expert {
   Status allocate(const NamedTensor* inputs, std::size_t count);
   Result<Branch*> ready_branch(std::string_view name);
   Status bind_branch(Branch& branch);
+  Status check_finite(const Branch& branch, bool computed) const noexcept;
   Result<Verdict> decide(Branch& branch, std::int64_t step_index) noexcept;
   BranchStatistics& statistics_of(const Branch& branch);
 

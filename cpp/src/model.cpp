@@ -39,6 +39,7 @@ Result<std::shared_ptr<Model>> Model::load(std::shared_ptr<const Bundle> bundle,
   std::shared_ptr<Model> model(new Model());
   model->bundle_ = std::move(bundle);
   model->allow_compile_ = options.allow_compile;
+  model->check_finite_ = options.check_finite;
   const Manifest& manifest = model->manifest();
   if (options.custom_backend != nullptr) {
     model->backend_ = options.custom_backend;

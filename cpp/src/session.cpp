@@ -15,13 +15,6 @@
 namespace freewheel {
 namespace {
 
-bool is_finite(const Tensor& tensor) noexcept {
-  if (tensor.dtype != DType::kFloat32) return true;
-  const float* values = tensor.as<float>();
-  return std::all_of(values, values + tensor.shape.elements(),
-                     [](float value) { return std::isfinite(value); });
-}
-
 /// Which expert denoises at a timestep; the last one serves what lies below every boundary.
 std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) noexcept {
   const auto found = std::find_if(experts.begin(), experts.end(), [&](const ExpertEntry& expert) {
@@ -168,7 +161,14 @@ Result<Tensor> Session::Impl::step(std::string_view branch, std::int64_t step_in
                   "call begin() at the start of a run, and steps in order");
   }
   const std::size_t index = expert_of(step_index);
-  return experts_[index]->step(branch, step_index - firsts_[index], inputs, count);
+  auto output = experts_[index]->step(branch, step_index - firsts_[index], inputs, count);
+  if (output.ok() || output.status().code() != Code::kNotFinite) return output;
+  steps_ = 0;  // the run is over
+  const Status& fault = output.status();
+  return Status(Code::kNotFinite,
+                "branch '" + std::string(branch) + "', step " + std::to_string(step_index) + ", " +
+                    fault.where(),
+                fault.what(), fault.hint());
 }
 
 Status Session::Impl::check_request(const RunRequest& request) const {
@@ -305,6 +305,12 @@ Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& tab
       if (!memory.is_host()) {
         FREEWHEEL_TRY(memory.download(staging[side].view().data, output.data, output.bytes()));
         found[side] = staging[side].view().as<float>();
+        if (model_->checks_finite() && !is_finite(staging[side].view())) {
+          return Status(Code::kNotFinite,
+                        "branch '" + std::string(name) + "', step " + std::to_string(step_index),
+                        "made values that are not finite",
+                        "run 'freewheel verify'; the body may have to be built as float32");
+        }
       }
       if (request.on_branch_step) {
         const BranchStatistics& done = statistics_.branches[static_cast<std::size_t>(side)];

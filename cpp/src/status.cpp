@@ -31,6 +31,8 @@ const char* code_name(Code code) noexcept {
       return "cancelled";
     case Code::kInternal:
       return "internal";
+    case Code::kNotFinite:
+      return "not_finite";
   }
   return "unknown";
 }

@@ -213,6 +213,28 @@ std::uint16_t half_from_float(float value) noexcept {
   return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+bool is_finite(const Tensor& tensor) noexcept {
+  const std::int64_t count = tensor.shape.elements();
+  // Infinities and NaNs are the values whose exponent bits are all set.
+  const auto scan = [&](const auto* bits, auto exponent) {
+    bool found = false;
+    for (std::int64_t i = 0; i < count; ++i) found |= (bits[i] & exponent) == exponent;
+    return !found;
+  };
+  switch (tensor.dtype) {
+    case DType::kFloat32:
+      return scan(tensor.as<std::uint32_t>(), std::uint32_t{0x7f800000});
+    case DType::kFloat64:
+      return scan(tensor.as<std::uint64_t>(), std::uint64_t{0x7ff0000000000000});
+    case DType::kFloat16:
+      return scan(tensor.as<std::uint16_t>(), std::uint16_t{0x7c00});
+    case DType::kBfloat16:
+      return scan(tensor.as<std::uint16_t>(), std::uint16_t{0x7f80});
+    default:
+      return true;
+  }
+}
+
 Status convert(const Tensor& source, const Tensor& target) {
   if (source.shape.elements() != target.shape.elements()) {
     return Status(Code::kInternal, "convert",

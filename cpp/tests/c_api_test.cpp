@@ -14,6 +14,7 @@ namespace {
 
 TEST(CApi, StatusValuesAreThoseOfTheLibrary) {
   EXPECT_EQ(static_cast<int>(freewheel::Code::kInternal), FREEWHEEL_INTERNAL);
+  EXPECT_EQ(static_cast<int>(freewheel::Code::kNotFinite), FREEWHEEL_NOT_FINITE);
   EXPECT_EQ(static_cast<int>(freewheel::Code::kCancelled), FREEWHEEL_CANCELLED);
   EXPECT_STREQ(freewheel_status_name(FREEWHEEL_REQUEST), "request");
   EXPECT_STREQ(freewheel_status_name(static_cast<freewheel_status>(99)), "unknown");

@@ -250,6 +250,44 @@ TEST_F(SessionTest, EngineFailuresAreReportedAndSurvived) {
   EXPECT_TRUE(session_->run(run.request).ok());
 }
 
+TEST_F(SessionTest, ValuesThatAreNotFiniteStopTheRunWhereTheyArise) {
+  const std::vector<float> expected = run(*session_, "interval");
+  const std::pair<const char*, const char*> graphs[] = {{"head", "step 3, segment 'head'"},
+                                                        {"block", "step 3, segment 'body'"},
+                                                        {"reuse", "step 1, segment 'reuse'"},
+                                                        {"finish", "step 3, segment 'finish'"}};
+  for (const auto& [graph, where] : graphs) {
+    TinyRun bad;
+    const std::vector<float> noise = bad.latents;
+    bad.request.cache.policy = "interval";
+    const bool at_once = std::string(graph) == "reuse";
+    bad.request.on_step = [&, name = graph](const SampleEvent& event) {
+      if (event.step_index == 2) calls_->overflows = name;
+    };
+    if (at_once) calls_->overflows = graph;
+    const Status status = session_->run(bad.request);
+    calls_->overflows.clear();
+    EXPECT_EQ(status.code(), Code::kNotFinite) << graph;
+    EXPECT_EQ(status.where(), std::string("branch 'cond', ") + where);
+    EXPECT_FALSE(status.hint().empty());
+    EXPECT_EQ(bad.latents, noise) << "left as they were";
+    EXPECT_EQ(run(*session_, "interval"), expected) << "and forgotten: " << graph;
+  }
+}
+
+TEST_F(SessionTest, AStepAfterOneThatFailedIsRefused) {
+  TinyRun given;
+  const NamedTensor latents{"latents", given.request.latents};
+  ASSERT_TRUE(session_->set_prompt("cond", given.request.prompts.at("cond")).ok());
+  ASSERT_TRUE(session_->begin({900.0, 500.0, 100.0}, {}).ok());
+  ASSERT_TRUE(session_->step("cond", 0, &latents, 1).ok());
+  calls_->overflows = "finish";
+  EXPECT_EQ(session_->step("cond", 1, &latents, 1).status().code(), Code::kNotFinite);
+  calls_->overflows.clear();
+  EXPECT_NE(session_->step("cond", 1, &latents, 1).status().message().find("call begin() first"),
+            std::string::npos);
+}
+
 TEST_F(SessionTest, BadRequestsAreRefusedWithThreeParts) {
   const auto fault = [&](const std::function<void(TinyRun&)>& change) {
     TinyRun run;

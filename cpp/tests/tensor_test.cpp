@@ -5,6 +5,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <vector>
 
 namespace freewheel {
 namespace {
@@ -66,6 +68,23 @@ TEST(Convert, GoesBetweenFloatDtypesOnly) {
   std::int64_t integers[2];
   const Status status = convert(from, {integers, DType::kInt64, Shape{2}});
   EXPECT_EQ(status.code(), Code::kRequest);
+}
+
+TEST(Tensor, OneValueThatIsNotFiniteIsSeenInEveryDType) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBfloat16}) {
+    for (float bad : {1.0f, kInfinity, -kInfinity, std::nanf("")}) {
+      std::vector<float> values(37, 65000.0f);
+      values[36] = bad;
+      const Tensor source{values.data(), DType::kFloat32, Shape{37}};
+      auto buffer = Buffer::create(host_memory(), dtype, Shape{37});
+      ASSERT_TRUE(buffer.ok());
+      ASSERT_TRUE(convert(source, buffer->view()).ok());
+      EXPECT_EQ(is_finite(buffer->view()), bad == 1.0f) << dtype_name(dtype) << " " << bad;
+    }
+  }
+  std::int64_t whole = -1;
+  EXPECT_TRUE(is_finite({&whole, DType::kInt64, Shape{1}}));
 }
 
 }  // namespace

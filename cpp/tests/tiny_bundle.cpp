@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 
 #include "freewheel/files.h"
 #include "freewheel/sampler.h"
@@ -141,6 +142,18 @@ class PlainCall final : public BoundCall {
 
   Status run() noexcept override {
     if (calls_->on_call) calls_->on_call(name_);
+    Status status = execute();
+    if (status.ok() && name_ == calls_->overflows) {
+      const Tensor& output = at(name_ == "head"     ? kHidden
+                                : name_ == "finish" ? kOutput
+                                                    : kHiddenOut);
+      output.as<float>()[output.shape.elements() - 1] = std::numeric_limits<float>::infinity();
+    }
+    return status;
+  }
+
+ private:
+  Status execute() {
     if (name_ == "prompt") return prompt();
     if (name_ == "timestep") return timestep();
     if (name_ == "head") return ++calls_->head, copy(at(kLatents), at(kHidden));
@@ -154,7 +167,6 @@ class PlainCall final : public BoundCall {
     return decide();
   }
 
- private:
   static constexpr const char* kNames[] = {"latents",
                                            "hidden",
                                            "hidden_out",

@@ -34,6 +34,8 @@ struct Calls {
   std::atomic<int> head{0}, block{0}, tapped{0}, delta{0}, reuse{0}, finish{0}, decide{0},
       prompt{0};
   std::atomic<bool> fail_finish{false};
+  /// A graph whose first output becomes infinite in every call.
+  std::string overflows;
   /// Called inside every engine call.
   std::function<void(const std::string&)> on_call;
   /// Called with what a policy looks at: signal, previous and computed one, feature.

@@ -41,7 +41,7 @@ struct Options {
   std::optional<std::int64_t> steps, seed, frames, height, width;
   std::optional<double> guidance, guidance_2, shift;
   int threads = 0;
-  bool json = false, allow_compile = false, quiet = false;
+  bool json = false, allow_compile = false, check_finite = true, quiet = false;
 };
 
 /// Host tensors of one file: the mapping or the buffer that holds them, and their names.
@@ -272,6 +272,7 @@ Status run(const Options& options, nlohmann::json& report) {
   model_options.backend = options.backend;
   model_options.backend_options.threads = options.threads;
   model_options.allow_compile = options.allow_compile;
+  model_options.check_finite = options.check_finite;
   auto model = freewheel::Model::load(options.bundle, model_options);
   if (!model.ok()) return std::move(model).status();
   auto config = freewheel::find_config((*model)->manifest(), options.cache);
@@ -336,6 +337,8 @@ int exit_code(Code code) {
       return 4;
     case Code::kCancelled:
       return 130;
+    case Code::kNotFinite:
+      return 5;
     case Code::kInternal:
       return 70;
     case Code::kFailed:
@@ -379,6 +382,8 @@ int main(int argc, char** argv) {
   app.add_option("--threads", options.threads, "CPU threads; 0 takes every core");
   app.add_flag("--allow-compile", options.allow_compile,
                "Compile engines that don't fit this machine anew");
+  app.add_flag("--check-finite,!--no-check-finite", options.check_finite,
+               "Stop at the first step that makes values that are not finite (on by default)");
   app.add_flag("--json", options.json, "Print one JSON object");
   app.add_flag("-q,--quiet", options.quiet, "No progress and no summary");
   try {

@@ -31,7 +31,8 @@ typedef enum freewheel_status {
   FREEWHEEL_BACKEND = 5,   /* the wanted backend can't be used here */
   FREEWHEEL_OUTPUT = 6,    /* a file can't be written */
   FREEWHEEL_CANCELLED = 7, /* the run was cancelled */
-  FREEWHEEL_INTERNAL = 8   /* a bug of this library */
+  FREEWHEEL_INTERNAL = 8,  /* a bug of this library */
+  FREEWHEEL_NOT_FINITE = 9 /* the run made values that are not finite */
 } freewheel_status;
 
 /* "ok", "bundle", "config", ...; "unknown" for other values. */
@@ -48,10 +49,11 @@ typedef struct freewheel_session freewheel_session;
 
 typedef struct freewheel_model_options {
   size_t struct_size;
-  const char* backend;   /* NULL takes the first that the bundle and this library have */
-  int32_t threads;       /* CPU threads of one engine call; 0 takes every core */
-  int32_t device;        /* index of the GPU */
-  int32_t allow_compile; /* not 0: engines that don't fit this machine are compiled anew */
+  const char* backend;       /* NULL takes the first that the bundle and this library have */
+  int32_t threads;           /* CPU threads of one engine call; 0 takes every core */
+  int32_t device;            /* index of the GPU */
+  int32_t allow_compile;     /* not 0: engines that don't fit this machine are compiled anew */
+  int32_t skip_finite_check; /* not 0: runs go on with values that are not finite */
 } freewheel_model_options;
 
 /* Opens the bundle in `folder`. `options` may be NULL. On failure `*model` is a handle that is good

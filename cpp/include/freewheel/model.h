@@ -19,6 +19,8 @@ struct ModelOptions {
   BackendOptions backend_options;
   /// Whether engines that don't fit this machine are compiled from the bundle's graphs instead.
   bool allow_compile = false;
+  /// Whether runs stop at the first step that makes values that are not finite.
+  bool check_finite = true;
   /// Used in place of the table's, by tests and by programs with a backend of their own.
   std::shared_ptr<Backend> custom_backend;
 };
@@ -38,6 +40,8 @@ class Model {
   const Manifest& manifest() const noexcept { return bundle_->manifest(); }
   const Backend& backend() const noexcept { return *backend_; }
   Memory& memory() noexcept { return backend_->memory(); }
+
+  bool checks_finite() const noexcept { return check_finite_; }
 
   /// Loads every engine and touches every weight now, rather than in the first run.
   Status load_all();
@@ -59,7 +63,7 @@ class Model {
   std::shared_ptr<const Bundle> bundle_;
   std::shared_ptr<Backend> backend_;
   const EngineSet* set_ = nullptr;
-  bool allow_compile_ = false;
+  bool allow_compile_ = false, check_finite_ = true;
   std::mutex mutex_;
   std::map<std::string, std::shared_ptr<Engine>> engines_;
   std::map<std::string, Buffer> uploaded_;

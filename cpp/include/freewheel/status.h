@@ -21,6 +21,7 @@ enum class Code : int {
   kOutput = 6,     ///< A file can't be written.
   kCancelled = 7,  ///< The run was cancelled.
   kInternal = 8,   ///< A broken invariant: our bug.
+  kNotFinite = 9,  ///< A run made values that are not finite.
 };
 
 /// Spells a code as Python does: "bundle", "config", ….

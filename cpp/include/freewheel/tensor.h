@@ -139,6 +139,9 @@ float float_from_bfloat16(std::uint16_t bits) noexcept;
 std::uint16_t half_from_float(float value) noexcept;
 std::uint16_t bfloat16_from_float(float value) noexcept;
 
+/// Whether every element of a host tensor of a float dtype is finite; true for other dtypes.
+bool is_finite(const Tensor& tensor) noexcept;
+
 /// Copies host elements between float dtypes (float32, float64, float16, bfloat16), or equal
 /// dtypes.
 Status convert(const Tensor& source, const Tensor& target);
