@@ -6,13 +6,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from ..configs.errors import BundleError, OutputError
-from .manifest import MANIFEST, FileEntry
+from ..configs.errors import BundleError
+from .manifest import FileEntry
 
 __all__ = [
     "cache_beside",
@@ -23,7 +22,6 @@ __all__ = [
     "safe_path",
     "sha256_of",
     "sha256_of_each",
-    "staged_folder",
 ]
 
 CHUNK_BYTES = 8 << 20
@@ -146,69 +144,3 @@ def safe_path(folder: Path, name: str) -> Path:
             "the bundle is damaged or hostile; build it again",
         )
     return path
-
-
-@contextlib.contextmanager
-def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
-    """Yield a fresh folder beside ``target`` that takes its name when the block succeeds.
-
-    Args:
-        target: The folder to write.
-        replace: Whether a bundle (or an empty folder) of that name may be replaced; nothing else
-            ever is.
-
-    Raises:
-        OutputError: ``target`` exists and can't be replaced, another build of the same target is
-            under way, or the parent can't be written.
-    """
-    target = target.absolute()
-    _check_replaceable(target, replace=replace)
-    staging = target.with_name(f".{target.name}.building")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        if staging.is_dir():
-            raise OutputError(
-                str(staging),
-                "is there already: another build of this target is running, or one was killed",
-                f"wait for it, or remove '{staging}' and build again",
-            ) from error
-        raise OutputError(
-            str(target), f"can't be written: {error.strerror}", "choose another --out"
-        ) from error
-    try:
-        yield staging
-        _check_replaceable(target, replace=replace)
-        _move_into_place(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_replaceable(target: Path, *, replace: bool) -> None:
-    if not target.exists():
-        return
-    if not replace:
-        raise OutputError(str(target), "already exists", "choose another --out or pass --force")
-    is_bundle = (target / MANIFEST).is_file()
-    if not is_bundle and not (target.is_dir() and not any(target.iterdir())):
-        raise OutputError(
-            str(target), f"is no bundle (it has no '{MANIFEST}') and is not replaced",
-            "choose another --out, or remove it yourself",
-        )  # fmt: skip
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    """Give ``staging`` the name ``target``; what stood there goes once that has succeeded."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from .. import __version__
-from ..bundle.files import describe_files, digests_ahead, disk_use, link_or_none, staged_folder
+from ..bundle.files import describe_files, digests_ahead, disk_use, link_or_none
+from ..bundle.journal import finish, is_finished
 from ..bundle.manifest import (
     CheckpointEntry,
     ConfigEntry,
@@ -40,12 +41,14 @@ from ..bundle.manifest import (
     TensorEntry,
 )
 from ..bundle.reader import MANIFEST
+from ..bundle.staging import staged_folder
 from ..configs.dtypes import Precision
 from ..configs.errors import BuildError, CheckpointError, ConfigError, OutputError
 from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import POLICIES
 from .bake import check_group_blocks, write_groups
+from .build_key import build_key
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .decide import write_decide_graph
 from .engine_store import EngineStore
@@ -158,11 +161,13 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             "build with --weights inputs: engines are the same for both",
         )  # fmt: skip
     with (
-        staged_folder(request.out, replace=request.replace) as folder,
+        staged_folder(
+            request.out, replace=request.replace, key=build_key(request, checkpoint)
+        ) as folder,
         # Reading tens of GB takes about as long as tracing, which leaves the disk idle.
         digests_ahead(_shards_to_link(checkpoint, cut, folder)) as ahead,
     ):
-        (folder / "graphs").mkdir()
+        (folder / "graphs").mkdir(exist_ok=True)
         clock.start("trace")
         signals = _signals(cut, request.weights)
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
@@ -292,27 +297,32 @@ def compile_graphs(
     """
     label = target_label(target)
     place = f"engines/{backend.name}-{label}"
-    (folder / place).mkdir(parents=True)
+    (folder / place).mkdir(parents=True, exist_ok=True)
     files, seconds = {}, {}
     for name, graph in graphs.items():
         began = time.perf_counter()
         out = f"{place}/{name}"
+        if is_finished(folder, out):
+            files[name], seconds[name] = out, 0.0
+            progress.advance(name)
+            continue
         if isinstance(backend, ProfiledBackend):
             backend.progress = partial(_report, progress, name)
         own = replace(target, precision=graph.precision, profiles=profiles.get(name, {}))
         try:
-            compile_graph(backend, folder / graph.file, own, folder / out)
+            compiled = compile_graph(backend, folder / graph.file, own, folder / out)
         except BuildError as error:
             # Where the graph lay while the bundle was made tells nobody anything.
             where = error.where.removeprefix(str((folder / graph.file).parent)).lstrip("/")
             raise BuildError(f"graph '{name}', {where}", error.what, error.hint) from error
+        finish(folder, out, [compiled, folder / out])
         files[name], seconds[name] = out, round(time.perf_counter() - began, 3)
         progress.advance(name)
     return EngineSetEntry(backend=backend.name, target=label, files=files, seconds=seconds)
 
 
-def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> None:
-    """Compile one portable graph, after the passes that its backend needs."""
+def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> Path:
+    """Compile one portable graph, after the passes that its backend needs; return what it read."""
     passes = backend_pipeline(backend.name)
     model, changed = run_passes(ir.load(graph), passes) if passes else (None, [])
     if model is not None and changed:
@@ -323,10 +333,11 @@ def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> N
     if isinstance(backend, ProfiledBackend) and backend.cache_folder is not None:
         store = EngineStore(backend, backend.cache_folder)
     if store is not None and store.take(graph, target, out):
-        return
+        return graph
     backend.compile(graph, target, out)
     if store is not None:
         store.keep(graph, target, out)
+    return graph
 
 
 def complete_target(backend: Backend, target: Target) -> Target:

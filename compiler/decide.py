@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from ..bundle.journal import finish, is_finished
 from ..bundle.manifest import GraphEntry, IoEntry
 from ..configs.errors import ExportError
 from ..engines.base import TensorSpec
@@ -92,9 +93,13 @@ def write_decide_graph(policy: Policy, bundle: Path) -> GraphEntry:
     Raises:
         ExportError: torch could not export the law.
     """
-    model = decide_program(policy)
-    file = f"graphs/{model.graph.name}.onnx"
-    ir.save(model, bundle / file)
+    file = f"graphs/decide.{policy.spec.name}.onnx"
+    if is_finished(bundle, file):
+        model = ir.load(bundle / file)
+    else:
+        model = decide_program(policy)
+        ir.save(model, bundle / file)
+        finish(bundle, file, [bundle / file])
     present = {str(value.name) for value in model.graph.inputs}
     inputs, outputs = decide_inputs(policy.spec), decide_outputs(policy.spec)
     return GraphEntry(

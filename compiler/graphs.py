@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ..bundle.journal import finish, is_finished
 from ..bundle.manifest import GraphEntry, IoEntry
 from ..engines.base import TensorSpec
 from ..passes import run_passes, template_pipeline
@@ -40,18 +41,22 @@ def write_graphs(
     traced: dict[int, ir.Model] = {}
     entries = {}
     for segment in segments:
-        key = id(segment.module)
-        if key not in traced:
-            traced[key] = trace(segment, example_dims)
+        file = f"graphs/{segment.name}.onnx"
         kept = {n: s for n, s in segment.outputs.items() if n not in segment.dropped}
         weights = [name for name, _ in segment.module.named_parameters()]
-        pipeline = template_pipeline(weights, segment.inputs, kept)
-        model, _ = run_passes(
-            traced[key].clone(), pipeline, dump / segment.name if dump is not None else None
-        )
-        model.graph.name = segment.name
-        file = f"graphs/{segment.name}.onnx"
-        ir.save(model, bundle / file)
+        if is_finished(bundle, file):
+            model = ir.load(bundle / file)
+        else:
+            key = id(segment.module)
+            if key not in traced:
+                traced[key] = trace(segment, example_dims)
+            pipeline = template_pipeline(weights, segment.inputs, kept)
+            model, _ = run_passes(
+                traced[key].clone(), pipeline, dump / segment.name if dump is not None else None
+            )
+            model.graph.name = segment.name
+            ir.save(model, bundle / file)
+            finish(bundle, file, [bundle / file])
         present = [str(v.name) for v in model.graph.inputs]
         entries[segment.name] = GraphEntry(
             file=file,
