@@ -123,12 +123,22 @@ class Generator:
         folder = self._pipeline_folder(bundle, model)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
-        pipeline_class = getattr(diffusers, index["_class_name"])
+        pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+        is_pipeline = isinstance(pipeline_class, type) and issubclass(
+            pipeline_class, diffusers.DiffusionPipeline
+        )
+        if pipeline_class is None or not is_pipeline:
+            raise BundleError(
+                str(folder / "model_index.json"),
+                f"'_class_name' {index.get('_class_name')!r} is no pipeline of diffusers",
+                "build the bundle again",
+            )
         self.pipe: Any = pipeline_class.from_pretrained(
             folder,
             **dict.fromkeys(TRANSFORMERS & index.keys()),
             dtype=part_dtypes(folder),
             local_files_only=True,
+            use_safetensors=True,  # a bundle from elsewhere may hold a pickle
         )
         self.pipe.set_progress_bar_config(disable=True)
         self.bundle = bundle
