@@ -260,7 +260,7 @@ def run(
         from freewheel.runtime.forecast import forecast
         from freewheel.runtime.generate import GenerationRequest, Generator
         from freewheel.runtime.model import DeviceOptions
-        from freewheel.runtime.settings import choose_setting
+        from freewheel.runtime.settings import choose_setting, stretch_warning
         from freewheel.runtime.trace import TraceRecorder
         from freewheel.runtime.video import check_output, write_video
 
@@ -285,6 +285,9 @@ def run(
             image=image,
         )  # fmt: skip
         timesteps = generator.timesteps(request)
+        stretched = stretch_warning(chosen.cache, len(timesteps))
+        if stretched is not None:
+            screen.warn(stretched)
         ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
         if ahead is not None and chosen.cache.policy != "off":
             screen.note(
@@ -601,7 +604,10 @@ def calibrate(
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off.")] = None,
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 1000,
-    history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 4.")] = 3,
+    history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 4.")] = 4,
+    refine: Annotated[
+        int, typer.Option(help="Prompts to fit solved mixes again on, on cached runs; 0 for none.")
+    ] = 8,
     backend: Annotated[
         str | None, typer.Option(help="Backend; default: the bundle's first.")
     ] = None,
@@ -627,7 +633,7 @@ def calibrate(
         _quiet_libraries()
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
-            history=history, backend=backend, speedups=speedup or SPEEDUPS,
+            history=history, refine=refine, backend=backend, speedups=speedup or SPEEDUPS,
         )  # fmt: skip
         with screen.progress():
             found = run_calibrate(Bundle(bundle), request, screen, screen.warn)

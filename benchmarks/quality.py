@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from freewheel.bundle.reader import Bundle
@@ -23,7 +25,11 @@ from freewheel.configs.load import load_config, read_configs
 from freewheel.configs.policy_configs import Custom
 from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.console import Screen
-from freewheel.runtime.bench import BenchRequest, bench_bundle
+from freewheel.runtime.bench import BenchReport, BenchRequest, bench_bundle
+from freewheel.runtime.generate import GenerationRequest, Generator
+from freewheel.runtime.replay import replay
+from freewheel.runtime.settings import choose_setting
+from freewheel.runtime.trace import TraceRecorder
 from freewheel.tuning.calibrate import CalibrationRequest, calibrate, save_calibration
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
@@ -61,19 +67,82 @@ def settings(calibration: Path, steps: int) -> dict[str, CacheSetting]:
 
 def evenly(speedup: float, steps: int) -> CacheSetting:
     """Return TaylorSeer of order 1 that computes steps / speedup steps, as evenly as can be."""
-    count = int(steps // speedup)
-    exact = sorted({round(i * steps / count) for i in range(count)})
     return CacheSetting(
         policy="taylorseer",
         parameters={"interval": 1000, "order": 1},
-        guard=GuardSetting(exact_steps=exact),
+        guard=GuardSetting(exact_steps=even_steps(int(steps // speedup), steps)),
     )
+
+
+def even_steps(count: int, steps: int) -> list[int]:
+    """Return ``count`` steps, spread as evenly as can be from step 0 on."""
+    return sorted({round(i * steps / count) for i in range(count)})
 
 
 def _codebook(name: str) -> Any:
     from freewheel.configs.policy_configs import CODEBOOKS
 
     return CODEBOOKS[name]
+
+
+def content_settings(bundle: Bundle, steps: int, prompt: str) -> Iterator[tuple[str, CacheSetting]]:
+    """Yield easycache and firstblock at each speedup: thresholds by replay of one recorded run."""
+    recorder = TraceRecorder(wants_signals=True)
+    base = choose_setting(bundle, None, {}, lambda text: None)
+    uncached = choose_setting(bundle, "off", {}, lambda text: None).cache
+    Generator(bundle).generate(
+        GenerationRequest(prompt=prompt, cache=uncached, defaults=base.generation, steps=steps, seed=1),
+        recorder=recorder,
+    )  # fmt: skip
+    trace = recorder.trace()
+    guards = {"easycache": GuardSetting(first_exact=7, last_exact=2), "firstblock": GuardSetting()}
+    for policy, guard in guards.items():
+        tried = [
+            CacheSetting(policy=policy, parameters={"threshold": round(float(t), 4)}, guard=guard)
+            for t in np.geomspace(0.005, 2.0, 60)
+        ]
+        counts = [replay(trace, setting).computed_steps for setting in tried]
+        for speedup in SPEEDUPS:
+            wanted = steps // speedup
+            best = min(range(len(tried)), key=lambda i: abs(counts[i] - wanted))
+            yield f"{policy} {speedup:g}", tried[best]
+
+
+def merged(reports: Sequence[BenchReport]) -> dict[str, Any]:
+    """Return one table from those of single pairs."""
+    rows = []
+    for same in zip(*(r.entries for r in reports), strict=True):
+        psnr = [e["psnr_mean"] for e in same if e["psnr_mean"] is not None]
+        ssim = [e["ssim_mean"] for e in same if e["ssim_mean"] is not None]
+        rows.append(
+            {
+                "name": same[0]["name"],
+                "computed_steps": float(np.mean([e["computed_steps"] for e in same])),
+                "speedup": float(np.median([e["speedup"] for e in same])),
+                "psnr_mean": float(np.mean(psnr)) if psnr else None,
+                "psnr_worst": min(psnr, default=None),
+                "ssim_mean": float(np.mean(ssim)) if ssim else None,
+                "ssim_worst": min(ssim, default=None),
+                "psnr": psnr,
+            }
+        )
+    return {"steps": reports[0].steps, "pairs": len(reports), "rows": rows}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Return the table, one block of rows per speedup."""
+    lines = [
+        "| setting | computed | speedup | PSNR dB | worst | SSIM | worst |",
+        "|---" + "|--:" * 6 + "|",
+    ]
+    for r in found["rows"]:
+        if r["psnr_mean"] is None:
+            continue
+        lines.append(
+            f"| {r['name']} | {r['computed_steps']:.1f} | {r['speedup']:.2f} | {r['psnr_mean']:.1f} | "
+            f"{r['psnr_worst']:.1f} | {r['ssim_mean']:.4f} | {r['ssim_worst']:.4f} |"
+        )
+    return "\n".join(lines)
 
 
 def main(
@@ -83,25 +152,32 @@ def main(
     pairs: Annotated[int, typer.Option(help="Held-out captions, one seed each.")] = 16,
     prompts: Annotated[int, typer.Option(help="Captions to calibrate on.")] = 16,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 50,
+    only: Annotated[str, typer.Option(help="Policies whose name begins so, by commas.")] = "",
 ) -> None:
-    """Measure."""
+    """Measure; the tables are written after every pair."""
     screen = Screen(as_json=False, quiet=False)
     opened = Bundle(bundle)
     out.mkdir(parents=True, exist_ok=True)
+    seen = captions(max(prompts, 1), held_out=False)
     if calibration is None:
         calibration = out / "calibration.json"
-        request = CalibrationRequest(captions(prompts, held_out=False), steps=steps)
+        request = CalibrationRequest(seen, speedups=SPEEDUPS, steps=steps)
         with screen.progress():
             save_calibration(calibrate(opened, request, screen, screen.warn), calibration)
-    wanted = BenchRequest(
-        prompts=captions(pairs, held_out=True), seeds=[FIRST_SEED], steps=steps, rounds=1,
-        caches=settings(calibration, steps),
-    )  # fmt: skip
-    with screen.progress():
-        report = bench_bundle(opened, wanted, screen, screen.warn)
-    (out / "quality.json").write_text(json.dumps(report.as_dict(), indent=1))
-    (out / "quality.md").write_text(report.markdown() + "\n")
-    typer.echo(report.markdown())
+    caches = settings(calibration, steps) | dict(content_settings(opened, steps, seen[0]))
+    kept = tuple(part for part in only.split(",") if part) or ("",)
+    caches = {n: s for n, s in caches.items() if n.startswith(kept)}
+    reports: list[BenchReport] = []
+    for prompt in captions(pairs, held_out=True):
+        wanted = BenchRequest(
+            prompts=[prompt], seeds=[FIRST_SEED], steps=steps, rounds=1, caches=caches
+        )
+        with screen.progress():
+            reports.append(bench_bundle(opened, wanted, screen, screen.warn))
+        found = merged(reports)
+        (out / "quality.json").write_text(json.dumps(found, indent=1))
+        (out / "quality.md").write_text(markdown(found) + "\n")
+    typer.echo((out / "quality.md").read_text())
 
 
 if __name__ == "__main__":

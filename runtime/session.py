@@ -27,7 +27,7 @@ from .finite import is_finite
 from .model import LoadedModel
 from .statistics import BranchStatistics, RunStatistics
 
-__all__ = ["Recorder", "Session", "StepRecord"]
+__all__ = ["OpenStep", "Recorder", "Session", "StepRecord"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,31 @@ class StepRecord:
     signals: Mapping[str, Tensor]
     model_output: Tensor
     buffers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """One step of one branch taken apart, for whoever fits what is reused; see `Session.open_step`.
+
+    Attributes:
+        hidden: [batch, tokens, channels], the body's input; the next opened step overwrites it.
+    """
+
+    hidden: Tensor
+    _body: Body
+    _finish: BoundCall
+    _model_output: Tensor
+
+    def compute(self) -> Tensor:
+        """Run the body and return its residual."""
+        self._body.run()
+        return self._body.hidden_out - self.hidden
+
+    def finish(self, residual: Tensor) -> Tensor:
+        """Return the model output that a residual leads to, float32."""
+        torch.add(self.hidden, residual, out=self._body.hidden_out)
+        self._finish.run()
+        return self._model_output.clone()
 
 
 class Recorder(Protocol):
@@ -261,6 +286,23 @@ class Session:
         if self._recorder is not None:
             self._record(branch, step_index, verdict.compute, cache.recorded(verdict))
         return state.model_output
+
+    def open_step(self, branch: str, step_index: int, inputs: Mapping[str, Tensor]) -> OpenStep:
+        """Run ``head`` for any step of the run, and leave what follows to the caller.
+
+        No policy is asked, no history kept and nothing counted.
+
+        Args:
+            branch: A branch whose prompt was set.
+            step_index: 0-based, in any order.
+            inputs: As for `step`.
+        """
+        self._place(inputs)
+        state = self._branch(branch)
+        self._select_row(step_index)
+        self._head.run()
+        self.model.backend.synchronize()
+        return OpenStep(self._shared["hidden"], state.body, state.finish, state.model_output)
 
     def _decide(self, cache: BranchCache, step_index: int) -> Verdict:
         """Ask a branch's policy, or take what another branch decided about the step."""

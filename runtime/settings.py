@@ -13,9 +13,12 @@ from ..configs.load import load_config
 from ..configs.overrides import apply_overrides
 from ..configs.setting import CacheSetting
 
-__all__ = ["choose_setting", "config_entries", "config_entry"]
+__all__ = ["choose_setting", "config_entries", "config_entry", "stretch_warning"]
 
 Warn = Callable[[str], None]
+
+FAR = 1 / 3
+"""Relative distance in steps beyond which tables of another run are no longer to be trusted."""
 
 
 def config_entry(config: CachingConfig) -> ConfigEntry:
@@ -91,3 +94,22 @@ def choose_setting(
         spec = manifest.policies[setting.policy].spec
         setting = apply_overrides(setting, overrides, spec)
     return ConfigEntry(cache=setting, generation=generation)
+
+
+def stretch_warning(setting: CacheSetting, steps: int) -> str | None:
+    """Say how far a run is from the one that a setting's tables were made for, if it is at all.
+
+    Args:
+        setting: Of ``solved`` or ``magcache``, whose parameter ``steps`` tells; others have no table.
+        steps: Denoise steps of the run.
+    """
+    tables = (setting.parameters, *setting.branches.values())
+    made = next((t["steps"] for t in tables if isinstance(t.get("steps"), int)), None)
+    if made is None or made == steps:
+        return None
+    far = abs(steps - int(made)) / int(made)
+    advice = "calibrate again with --steps" if far > FAR else "expect somewhat less quality"
+    return (
+        f"the tables of '{setting.policy}' were made for {made} steps and are stretched to {steps}, "
+        f"{far:.0%} away: {advice}"
+    )

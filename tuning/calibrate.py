@@ -25,6 +25,7 @@ from ..runtime.model import LoadedModel
 from ..runtime.settings import choose_setting
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
+from .refine import SamplerRows, refine, sampler_rows
 from .solve import early_weights, solve
 
 __all__ = [
@@ -43,6 +44,9 @@ SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
 """Ideal speedups that configs are written for, unless others are asked for."""
 
 SEARCHED_THRESHOLDS = 40
+SEARCHED_HISTORY = 3
+"""Residuals that schedules are searched with: a fourth would reach behind the window at long gaps."""
+
 SIGNALS = ("timestep_proj", "temb")
 """In the order of TeaCache's sets of coefficients: with ``use_ret_steps``, without."""
 
@@ -59,6 +63,8 @@ class CalibrationRequest:
         guidance: Guidance scale; None takes the config's.
         history: Residuals that solved mixes use.
         window: Steps back that they may reach.
+        refine: Prompts on whose cached runs solved mixes are fitted again, in one batch; 0 leaves
+            them as the uncached runs have them.
         backend: Name of a backend; None takes the bundle's first.
     """
 
@@ -67,8 +73,9 @@ class CalibrationRequest:
     speedups: Sequence[float] = SPEEDUPS
     steps: int | None = None
     guidance: float | None = None
-    history: int = 3
+    history: int = 4
     window: int = 16
+    refine: int = 8
     backend: str | None = None
 
 
@@ -136,7 +143,10 @@ def calibrate(
     if resolved["steps"] <= FEW_STEPS:
         warn(few_steps_advice(resolved["steps"]))
     common = _common(resolved, base.generation.model_dump())
-    configs, left_out = _solved(recorder, request, resolved["guidance_scale"], common)
+    rows = sampler_rows(bundle, recorder.tables["timesteps"])
+    if rows is None and request.refine:
+        warn("the bundle has no sampler table for this run, so solved mixes are not refined")
+    configs, left_out = _solved(model, recorder, request, rows, resolved["guidance_scale"], common)
     fits = _fits(recorder, warn)
     found, missing = _by_threshold(model, recorder, fits, request.speedups, common)
     about = {
@@ -192,7 +202,12 @@ def _common(resolved: dict[str, Any], generation: dict[str, Any]) -> dict[str, A
 
 
 def _solved(
-    recorder: GramRecorder, request: CalibrationRequest, guidance: float, common: dict[str, Any]
+    model: LoadedModel,
+    recorder: GramRecorder,
+    request: CalibrationRequest,
+    rows: SamplerRows | None,
+    guidance: float,
+    common: dict[str, Any],
 ) -> tuple[dict[str, CachingConfig], dict[str, str]]:
     grams = recorder.grams()
     factors = dict.fromkeys(grams.branches, 1.0)
@@ -200,9 +215,17 @@ def _solved(
         factors = dict(zip(grams.branches, (guidance, 1.0 - guidance), strict=True))
     sigmas = np.append(recorder.tables["timesteps"] / 1000.0, 0.0)
     solutions = solve(
-        grams, factors, early_weights(sigmas), history=request.history,
+        grams, factors, early_weights(sigmas), history=min(request.history, SEARCHED_HISTORY),
         longest_gap=min(8, request.window),
     )  # fmt: skip
+    wanted = {int(grams.steps // speedup) for speedup in request.speedups}
+    solutions = {count: s for count, s in solutions.items() if count in wanted}
+    refined = rows is not None and request.refine > 0
+    if rows is not None and refined:
+        solutions = refine(
+            model, recorder.starts[: request.refine], rows, factors, solutions,
+            history=request.history,
+        )  # fmt: skip
     configs: dict[str, CachingConfig] = {}
     left_out: dict[str, str] = {}
     for speedup in request.speedups:
@@ -214,7 +237,12 @@ def _solved(
         configs[f"solved_{speedup:g}x"] = Solved(
             **common,
             mix={n: [list(row) for row in rows] for n, rows in solution.mix.items()},
-            solved_from={"runs": grams.runs, "guidance_scale": guidance, "error": solution.error},
+            solved_from={
+                "runs": grams.runs,
+                "guidance_scale": guidance,
+                "error": solution.error,
+                "refined_on": min(request.refine, grams.runs) if refined else 0,
+            },
         )
     return configs, left_out
 

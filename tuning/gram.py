@@ -21,7 +21,7 @@ from ..runtime.body import allocate
 from ..runtime.model import LoadedModel
 from ..runtime.session import StepRecord
 
-__all__ = ["GramRecorder", "Grams"]
+__all__ = ["GramRecorder", "Grams", "Start"]
 
 Array = NDArray[np.float64]
 
@@ -56,6 +56,20 @@ class Grams:
         return len(self.values)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run began with.
+
+    Attributes:
+        latents: The first step's input, [1, channels, …]; beyond the model output's channels it holds
+            the condition, which stays.
+        prompts: Per branch, the prompt's inputs by name.
+    """
+
+    latents: Tensor
+    prompts: Mapping[str, Mapping[str, Tensor]]
+
+
 class GramRecorder:
     """A recorder that sums up `Grams`, and the residuals' changes, over any number of runs.
 
@@ -66,6 +80,7 @@ class GramRecorder:
         tables: The last run's per-run tables [steps, …], as arrays.
         changes: Per branch, mean|r_t − r_{t−1}| / mean|r_{t−1}| of each run, [runs][steps − 1].
         ratios: Per branch, the mean over tokens of ‖r_t‖₂ / ‖r_{t−1}‖₂ of each run.
+        starts: What each run began with.
     """
 
     wants_signals = False
@@ -80,6 +95,7 @@ class GramRecorder:
         self.tables: dict[str, NDArray[np.float32]] = {}
         self.changes: dict[str, list[list[float]]] = {}
         self.ratios: dict[str, list[list[float]]] = {}
+        self.starts: list[Start] = []
         self._model, self._window = model, window
         self._calls: dict[str, tuple[BoundCall, Tensor, Tensor]] = {}
         self._past: dict[str, deque[Tensor]] = {}
@@ -99,6 +115,8 @@ class GramRecorder:
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Take one step of one branch."""
         assert record.computed, "only uncached runs tell every residual"
+        if record.step_index == 0:
+            self._note_start(record)
         past = self._past.setdefault(record.branch, deque(maxlen=self._window))
         if not past:
             self.changes.setdefault(record.branch, []).append([])
@@ -112,6 +130,13 @@ class GramRecorder:
         vectors = self._linearised(record, list(past), dims)
         self._vectors.setdefault(record.step_index, {})[record.branch] = vectors
         past.appendleft(record.residual.clone())
+
+    def _note_start(self, record: StepRecord) -> None:
+        inputs = self._model.manifest.inputs
+        prompt = {n: record.buffers[n].clone() for n, i in inputs.items() if i.runs == "prompt"}
+        known = self.starts[-1].prompts if len(self.starts) == self._runs else {}
+        start = Start(record.buffers["latents"].clone(), {**known, record.branch: prompt})
+        self.starts[self._runs - 1 :] = [start]
 
     def grams(self) -> Grams:
         """Return the sums over all runs; none may be under way."""
