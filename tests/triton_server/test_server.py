@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,15 @@ def test_a_bundle_that_can_t_be_served_is_named_and_the_server_ends_cleanly(
         assert ask(server.grpc).latents is not None
     finally:
         assert server.stop() == 0
+
+
+def test_instances_share_weights_and_engines(server) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: ask(server.grpc, seed=seed), range(8)))  # both have run
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text().splitlines()
+    # Address, permissions, offset, device, inode, path: a file that is mapped begins once.
+    parts = [line.split(maxsplit=5) for line in maps]
+    begun = [p[5] for p in parts if len(p) == 6 and "/models/tiny/" in p[5] and int(p[2], 16) == 0]
+    assert any(path.endswith(".safetensors") for path in begun)
+    assert any(path.endswith("/block/model.blob") for path in begun)
+    assert len(begun) == len(set(begun))
