@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..configs.errors import OutputError
 from .files import sha256_of
@@ -70,7 +71,8 @@ def take_over(folder: Path, key: str) -> list[str]:
     Returns:
         The pieces that were found finished.
     """
-    journal, kept = journal_of(folder), {}
+    journal = journal_of(folder)
+    kept: dict[str, dict[str, str]] = {}
     lines = _lines(journal)
     if key and lines[:1] == [{"key": key}] and folder.is_dir():
         kept = {
@@ -116,7 +118,7 @@ def finish(folder: Path, piece: str, paths: Iterable[Path]) -> None:
         stream.write(json.dumps({"piece": piece, "files": digests}) + "\n")
 
 
-def _lines(journal: Path) -> list[dict[str, object]]:
+def _lines(journal: Path) -> list[dict[str, Any]]:
     """Read a journal's whole lines; a killed build leaves the last one cut."""
     try:
         text = journal.read_text(encoding="utf-8")

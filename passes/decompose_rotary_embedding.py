@@ -51,11 +51,12 @@ def replace_rotary_embedding(graph: ir.Graph, node: ir.Node) -> None:
             "export with interleaved=True over [batch, heads, tokens, size] without position ids",
         )
     assert x is not None, "its shape was looked at"
-    name = node.outputs[0].name
+    assert x.dtype is not None, "dtypes were inferred"
+    name, float_dtype = node.outputs[0].name, x.dtype.numpy()
     tape = ir.tape.Tape()
 
     def constant(label: str, values: NDArray[Any]) -> ir.Value:
-        dtype = np.int64 if values.dtype == np.int64 else x.dtype.numpy()
+        dtype = np.int64 if values.dtype == np.int64 else float_dtype
         return tape.initializer(ir.tensor(values.astype(dtype), name=f"{name}_{label}"))
 
     first = np.arange(0, size, 2)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +90,8 @@ class BranchCache:
             body.bind_taps()
         self._features: list[Tensor] = []
         if spec.feature == "attention_output":
-            shape = (-1, dims["tokens_per_frame"], body.taps[0].shape[-1])
-            self._features = [tap[0].view(shape) for tap in body.taps]
+            frame = (dims["tokens_per_frame"], body.taps[0].shape[-1])
+            self._features = [tap[0].view(-1, *frame) for tap in body.taps]
         elif spec.feature == "model_output":
             declared = graphs["finish"].outputs["model_output"]
             output = shape_of(declared, dims)
@@ -145,16 +145,22 @@ class BranchCache:
             shape = (1, -1) if signal.known == "run" else (-1, source.shape[-1])
             buffers = [torch.zeros_like(source).view(shape) for _ in spots]
             read = self._table_row if signal.known == "run" else lambda step_index: source
-            return SignalBuffers(
-                roles, buffers, [lambda t, b=b: b.copy_(read(t).view(b.shape)) for b in buffers]
-            )
+
+            def copy_to(buffer: Tensor) -> Callable[[int], object]:
+                return lambda step_index: buffer.copy_(read(step_index).view(buffer.shape))
+
+            return SignalBuffers(roles, buffers, [copy_to(b) for b in buffers])
         values = {**shared, **self._body.context}
         if self._is_probed:
             values["hidden_out"] = self._body.bind_probe()
         buffers = [torch.zeros_like(shared["hidden"]) for _ in spots]
         calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
-        fill = [lambda t, call=call: self._run_signal(call) for call in calls]
-        return SignalBuffers(roles, [b.flatten(0, -2) for b in buffers], fill)
+
+        def run(call: BoundCall) -> Callable[[int], object]:
+            return lambda step_index: self._run_signal(call)
+
+        flat = [b.flatten(0, -2) for b in buffers]
+        return SignalBuffers(roles, flat, [run(c) for c in calls])
 
     def _table_row(self, step_index: int) -> Tensor:
         assert self._resolved.signal is not None, "called where there is one"

@@ -297,7 +297,7 @@ class Session:
             step_index: 0-based, in any order.
             inputs: As for `step`.
         """
-        self._place(inputs)
+        self._place(inputs, f"branch '{branch}', step {step_index}")
         state = self._branch(branch)
         self._select_row(step_index)
         self._head.run()

@@ -104,10 +104,10 @@ def stretch_warning(setting: CacheSetting, steps: int) -> str | None:
         steps: Denoise steps of the run.
     """
     tables = (setting.parameters, *setting.branches.values())
-    made = next((t["steps"] for t in tables if isinstance(t.get("steps"), int)), None)
+    made = next((s for s in (t.get("steps") for t in tables) if isinstance(s, int)), None)
     if made is None or made == steps:
         return None
-    far = abs(steps - int(made)) / int(made)
+    far = abs(steps - made) / made
     advice = "calibrate again with --steps" if far > FAR else "expect somewhat less quality"
     return (
         f"the tables of '{setting.policy}' were made for {made} steps and are stretched to {steps}, "

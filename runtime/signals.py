@@ -29,7 +29,7 @@ class SignalBuffers:
         self,
         kept: Sequence[str],
         buffers: Sequence[Tensor],
-        fill: Sequence[Callable[[int], None]],
+        fill: Sequence[Callable[[int], object]],
     ) -> None:
         """Take buffers and what fills them.
 

@@ -53,9 +53,10 @@ class SamplerRows:
     def advance(self, step: int, samples: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
         """Return the next sample from all samples and outputs so far, oldest first."""
         reach = range(min(self.a.shape[1], step + 1))
-        total = sum(float(self.a[step, k]) * samples[step - k].double() for k in reach)
-        total = total + sum(float(self.b[step, k]) * outputs[step - k].double() for k in reach)
-        assert isinstance(total, Tensor), "there is at least one term"
+        total = torch.zeros_like(samples[step], dtype=torch.float64)
+        for k in reach:
+            total += float(self.a[step, k]) * samples[step - k].double()
+            total += float(self.b[step, k]) * outputs[step - k].double()
         return total.float()
 
 

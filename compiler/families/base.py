@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 Runs = Literal[
-    "prompt", "prompt_block", "run", "shape", "step", "signal", "block", "computed", "reused",
-    "text_encoder", "vae_decode",
+    "prompt", "prompt_block", "run", "shape", "step", "signal", "probe", "block", "computed",
+    "reused", "text_encoder", "vae_decode",
 ]  # fmt: skip
 """When a graph runs: once per prompt, once per prompt and block, once per run, once per latent
-shape, every step, on steps whose policy wants its signal, once per block of a computed step, after
-a computed body, on a reused step."""
+shape, every step, on steps whose policy wants its signal, after a probed first block, once per
+block of a computed step, after a computed body, on a reused step, before and after the loop."""
 
 StoredDtype = Callable[[str], str]
 """Checkpoint tensor name → dtype it is stored in."""
