@@ -18,6 +18,7 @@ TRITONSERVER_Error_Code triton_code(Code code) noexcept {
       return TRITONSERVER_ERROR_CANCELLED;
     case Code::kOk:
     case Code::kFailed:
+    case Code::kNotFinite:
     case Code::kOutput:
     case Code::kInternal:
       return TRITONSERVER_ERROR_INTERNAL;
