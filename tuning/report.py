@@ -14,6 +14,7 @@ import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -202,6 +203,7 @@ def _timeline(branches: Mapping[str, Any]) -> _Picture:
     axes.set_xlim(0, max(len(b["computed"]) for b in branches.values()))
     axes.set_ylim(len(branches), 0)
     axes.set_yticks(np.arange(len(branches)) + 0.5, list(branches))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     return _svg(figure, "decisions per branch and step")
 
@@ -215,9 +217,11 @@ def _lines(
         axes.plot(np.arange(len(line)) + first_step, line, style, ms=3, lw=1, label=name)
     if bound is not None:
         axes.axhline(bound, color=ACCENT, lw=1, label="threshold")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel(label)
-    axes.legend(frameon=False)
+    # Above the axes: inside it would cover lines.
+    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
     return _svg(figure, f"{label} per step")
 
 
@@ -227,6 +231,7 @@ def _bars(values: Mapping[str, float], label: str) -> _Picture:
     names = sorted(values, key=lambda n: values[n])
     bars = axes.barh(names, [values[n] for n in names], color=COMPUTED)
     axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.margins(x=0.1)  # room for the longest bar's label
     axes.set_xlabel(label)
     return _svg(figure, label)
 

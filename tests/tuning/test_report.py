@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from freewheel.runtime.generate import Generation, Generator
 from freewheel.tuning.report import ChangeRecorder, write_bench_report, write_run_report
 
 STEPS = 10
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Pictures(HTMLParser):
@@ -82,6 +87,24 @@ def test_timeline_shows_one_cell_per_branch_and_step(page: str, runs: Any) -> No
     computed = sum(sum(b.computed) for b in runs[0].statistics.branches.values())
     assert svg.count("fill: #1f6feb") == computed
     assert svg.count("fill: #d0d7de") == 2 * STEPS - computed
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_browser_shows_the_whole_page_at_phone_and_desk_width(
+    page: str, tmp_path: Path, width: int
+) -> None:
+    source, shot = tmp_path / "page.html", tmp_path / "page.png"
+    source.write_text(page, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2600"]
+    command = [str(CHROMIUM), *options, f"--screenshot={shot}", source.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape[1] == width
+    blue = (np.abs(pixels - (31, 111, 235)).sum(axis=-1) < 12).sum()
+    assert blue > 0.001 * width * width, "the timeline's computed steps are to be seen"
+    # Nothing reaches into the right margin: no picture or table is wider than the page.
+    assert (pixels[:, -4:] == pixels[0, 0]).all() or width > 600
 
 
 def test_frames_stand_above_their_difference(page: str, runs: Any) -> None:
