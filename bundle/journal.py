@@ -25,6 +25,7 @@ __all__ = ["finish", "is_finished", "journal_of", "locked", "take_over"]
 
 def journal_of(folder: Path) -> Path:
     """Return where the journal of a staged folder lies."""
+    folder = folder.absolute()
     return folder.with_name(f"{folder.name}.journal")
 
 

@@ -16,7 +16,7 @@ from freewheel.tuning.gram import GramRecorder
 from freewheel.tuning.refine import refine, sampler_rows
 from freewheel.tuning.solve import Solution, early_weights, solve
 
-STEPS, COUNT = 12, 6
+STEPS, COUNT = 20, 10
 GUIDANCE = {"cond": 3.0, "uncond": -2.0}
 
 
