@@ -149,9 +149,11 @@ std::string machine_of(ov::Core& core) {
 
 class OpenVino final : public Backend {
  public:
-  explicit OpenVino(int threads)
-      : threads_(threads > 0 ? threads
-                             : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))),
+  explicit OpenVino(const BackendOptions& options)
+      : threads_(options.threads > 0
+                     ? options.threads
+                     : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))),
+        streams_(std::max(1, options.streams)),
         machine_(machine_of(core_)) {
     version_ = ov::get_openvino_version().buildNumber;
     version_ = version_.substr(0, version_.find('-'));
@@ -200,8 +202,8 @@ class OpenVino final : public Backend {
     return {
         ov::hint::inference_precision(precision_type(precision)),
         ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
-        ov::num_streams(1),  // the requests of a session run one after another
-        ov::inference_num_threads(threads_),
+        // Requests of one session run one after another, those of several need a stream each.
+        ov::num_streams(streams_), ov::inference_num_threads(threads_ * streams_),
         ov::hint::dynamic_quantization_group_size(0),  // never int8 behind the caller's back
     };
   }
@@ -234,7 +236,7 @@ class OpenVino final : public Backend {
   }
 
   ov::Core core_;
-  int threads_;
+  int threads_, streams_;
   std::string machine_, version_;
 };
 
@@ -242,7 +244,7 @@ class OpenVino final : public Backend {
 
 Result<std::shared_ptr<Backend>> create_openvino(const BackendOptions& options) {
   try {
-    return std::shared_ptr<Backend>(std::make_shared<OpenVino>(options.threads));
+    return std::shared_ptr<Backend>(std::make_shared<OpenVino>(options));
   } catch (const std::exception& fault) {
     return Status(Code::kBackend, "backend 'openvino'", reason(fault),
                   "install OpenVINO where this library was built for it");

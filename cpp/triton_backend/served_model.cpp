@@ -41,6 +41,7 @@ Result<std::unique_ptr<ServedModel>> ServedModel::load(TRITONBACKEND_Model* hand
   ModelOptions options;
   options.backend = served->options.backend;
   options.backend_options.threads = static_cast<int>(served->options.threads);
+  options.backend_options.streams = static_cast<int>(served->options.instances);
   options.backend_options.device = static_cast<int>(served->options.device);
   options.allow_compile = served->options.allow_compile;
   FREEWHEEL_ASSIGN(served->model, Model::load(folder, options));

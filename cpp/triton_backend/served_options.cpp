@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "served_options.h"
 
+#include <algorithm>
 #include <map>
 #include <variant>
 
@@ -58,6 +59,12 @@ Result<ServedOptions> ServedOptions::parse(const std::string& config_json,
       {"pixel_stride", Count{&options.pixel_stride, 1, 1024}},
       {"max_pixels", Count{&options.max_pixels, 1, std::int64_t{1} << 45}},
   };
+  const auto groups = config.find("instance_group");
+  if (groups != config.end() && groups->is_array()) {
+    std::int64_t instances = 0;
+    for (const nlohmann::json& group : *groups) instances += group.value("count", 1);
+    options.instances = std::clamp<std::int64_t>(instances, 1, 4096);
+  }
   const auto parameters = config.find("parameters");
   if (parameters == config.end() || !parameters->is_object()) return options;
   for (const auto& [name, parameter] : parameters->items()) {

@@ -14,6 +14,7 @@ struct ServedOptions {
   std::string backend;         ///< Empty takes the first that the bundle and the library have.
   std::int64_t threads = 0;    ///< CPU threads of one engine call; 0 takes every core.
   std::int64_t device = 0;     ///< Index of the GPU.
+  std::int64_t instances = 1;  ///< Of all instance groups: runs at the same time.
   bool allow_compile = false;  ///< Whether engines that don't fit this machine are compiled anew.
   std::int64_t frame_stride = 4;  ///< Frames of the video to one of the latents, after the first.
   std::int64_t pixel_stride = 8;  ///< Pixels to one latent, along height and width.

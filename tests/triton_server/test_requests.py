@@ -22,6 +22,8 @@ POLICIES = {
     "adacache": {"codebook_thresholds": "[0.08, 0.16, 1.0]", "codebook_skips": "[3, 2, 1]"},
     "custom": {"threshold": 0.3},
     "magcache": {"threshold": 0.5},
+    "easycache": {"threshold": 2.0},
+    "firstblock": {"threshold": 0.5},
     "solved": {},
 }
 

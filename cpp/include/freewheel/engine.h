@@ -51,6 +51,8 @@ class Engine {
 struct BackendOptions {
   int threads = 0;  ///< CPU threads of one engine call; 0 takes every core.
   int device = 0;   ///< Index of the GPU.
+  /// Calls of one engine that may run at the same time, each with `threads`; further ones wait.
+  int streams = 1;
 };
 
 /// A runtime that runs compiled graphs. Thread-safe; outlives its engines and its memory.

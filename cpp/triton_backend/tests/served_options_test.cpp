@@ -25,6 +25,14 @@ TEST(ServedOptionsTest, ReadsWhatIsSaid) {
   EXPECT_TRUE(ServedOptions::parse(config("allow_compile", "true"), "m")->allow_compile);
 }
 
+TEST(ServedOptionsTest, CountsInstancesOfAllGroups) {
+  const auto parsed =
+      ServedOptions::parse(R"({"instance_group": [{"count": 2}, {"count": 3}, {}]})", "m");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  EXPECT_EQ(parsed->instances, 6);
+  EXPECT_EQ(ServedOptions::parse("{}", "m")->instances, 1);
+}
+
 TEST(ServedOptionsTest, RefusesWhatItDoesNotKnow) {
   const auto unknown = ServedOptions::parse(config("thread", "3"), "model 'm'");
   ASSERT_FALSE(unknown.ok());
