@@ -152,7 +152,7 @@ def test_a_refused_operator_names_segment_and_node(
         build(request)
     assert caught.value.where == "graph 'head', head.onnx"
     assert "node 'peculiar' (Fourierise)" in caught.value.what
-    assert list(request.out.parent.iterdir()) == []
+    assert not request.out.exists()
 
 
 @pytest.mark.parametrize(
