@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut a model again from its bundle, for what needs its PyTorch modules: `verify` and `inspect`."""
+"""Cut a model again from its manifest, for what needs its PyTorch modules: `verify` and `inspect`."""
 
 from __future__ import annotations
 
-from ..bundle.reader import Bundle
+from ..bundle.manifest import Manifest
 from .families import Cut, family_of
 
 __all__ = ["cut_of"]
 
 
-def cut_of(bundle: Bundle) -> Cut:
+def cut_of(manifest: Manifest) -> Cut:
     """Cut the model that a bundle was built from; its modules are on ``meta``.
 
     Raises:
         CheckpointError: no family of this Freewheel cuts it.
     """
-    manifest = bundle.manifest
-    family = family_of(manifest.checkpoint.transformer_class, f"{bundle.folder}/manifest.json")
+    family = family_of(manifest.checkpoint.transformer_class, "manifest.json")
     tensors = manifest.tensors
     return family.cut(
         manifest.checkpoint.config,

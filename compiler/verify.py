@@ -209,7 +209,7 @@ def check_engines(
     Returns:
         The checks, and why portable graphs were left out.
     """
-    manifest, cut = model.manifest, cut_of(model.bundle)
+    manifest, cut = model.manifest, cut_of(model.manifest)
     hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
     segments = {s.name: s for s in (*cut.segments, *cache_segments(hidden, cut.history_dtype))}
     graphs = {n: g for n, g in manifest.graphs.items() if g.runs != "decide"}

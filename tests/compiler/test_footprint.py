@@ -35,7 +35,7 @@ HIDDEN = 420 * 32 * 4
 
 @pytest.fixture(scope="module")
 def cut(tiny_bundle: Bundle) -> Cut:
-    return cut_of(tiny_bundle)
+    return cut_of(tiny_bundle.manifest)
 
 
 def forecast(cut: Cut, setting: CacheSetting, branches: int = 1) -> Footprint:

@@ -25,7 +25,7 @@ def config(**generation: int) -> ConfigEntry:
 
 @pytest.fixture(scope="module")
 def cut(tiny_bundle: Bundle) -> Cut:
-    return cut_of(tiny_bundle)
+    return cut_of(tiny_bundle.manifest)
 
 
 @pytest.mark.parametrize(
