@@ -6,19 +6,22 @@
 
 Calibrates on training captions, then runs each policy's setting for each ideal speedup on captions
 that neither training nor calibration saw, beside the uncached run of the same seed. PSNR and SSIM of
-decoded frames, mean and worst; measured speedup as in `freewheel bench`.
+decoded frames, mean and worst; measured speedup as in `freewheel bench`. Each setting is also replayed
+on one recorded run of a training caption: the reuse error foretold there, and how its ranking
+correlates with the measured one.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from scipy.stats import spearmanr
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.load import load_config, read_configs
@@ -29,7 +32,7 @@ from freewheel.runtime.bench import BenchReport, BenchRequest, bench_bundle
 from freewheel.runtime.generate import GenerationRequest, Generator
 from freewheel.runtime.replay import replay
 from freewheel.runtime.settings import choose_setting
-from freewheel.runtime.trace import TraceRecorder
+from freewheel.runtime.trace import Trace, TraceRecorder
 from freewheel.tuning.calibrate import CalibrationRequest, calibrate, save_calibration
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
@@ -85,8 +88,8 @@ def _codebook(name: str) -> Any:
     return CODEBOOKS[name]
 
 
-def content_settings(bundle: Bundle, steps: int, prompt: str) -> Iterator[tuple[str, CacheSetting]]:
-    """Yield easycache and firstblock at each speedup: thresholds by replay of one recorded run."""
+def recorded(bundle: Bundle, steps: int, prompt: str) -> Trace:
+    """Return an uncached run with everything that policies look at."""
     recorder = TraceRecorder(wants_signals=True)
     base = choose_setting(bundle, None, {}, lambda text: None)
     uncached = choose_setting(bundle, "off", {}, lambda text: None).cache
@@ -94,7 +97,11 @@ def content_settings(bundle: Bundle, steps: int, prompt: str) -> Iterator[tuple[
         GenerationRequest(prompt=prompt, cache=uncached, defaults=base.generation, steps=steps, seed=1),
         recorder=recorder,
     )  # fmt: skip
-    trace = recorder.trace()
+    return recorder.trace()
+
+
+def content_settings(trace: Trace, steps: int) -> Iterator[tuple[str, CacheSetting]]:
+    """Yield easycache and firstblock at each speedup: thresholds by replay."""
     guards = {"easycache": GuardSetting(first_exact=7, last_exact=2), "firstblock": GuardSetting()}
     for policy, guard in guards.items():
         tried = [
@@ -108,8 +115,8 @@ def content_settings(bundle: Bundle, steps: int, prompt: str) -> Iterator[tuple[
             yield f"{policy} {speedup:g}", tried[best]
 
 
-def merged(reports: Sequence[BenchReport]) -> dict[str, Any]:
-    """Return one table from those of single pairs."""
+def merged(reports: Sequence[BenchReport], foretold: Mapping[str, float]) -> dict[str, Any]:
+    """Return one table from those of single pairs, beside the errors foretold of each setting."""
     rows = []
     for same in zip(*(r.entries for r in reports), strict=True):
         psnr = [e["psnr_mean"] for e in same if e["psnr_mean"] is not None]
@@ -124,24 +131,32 @@ def merged(reports: Sequence[BenchReport]) -> dict[str, Any]:
                 "ssim_mean": float(np.mean(ssim)) if ssim else None,
                 "ssim_worst": min(ssim, default=None),
                 "psnr": psnr,
+                "foretold_error": foretold.get(same[0]["name"]),
             }
         )
-    return {"steps": reports[0].steps, "pairs": len(reports), "rows": rows}
+    known = [(r["foretold_error"], r["psnr_mean"]) for r in rows if r["foretold_error"] is not None]
+    return {
+        "steps": reports[0].steps,
+        "pairs": len(reports),
+        "rank_correlation": -float(spearmanr(*zip(*known, strict=True)).statistic),
+        "rows": rows,
+    }
 
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the table, one block of rows per speedup."""
     lines = [
-        "| setting | computed | speedup | PSNR dB | worst | SSIM | worst |",
-        "|---" + "|--:" * 6 + "|",
+        "| setting | computed | speedup | PSNR dB | worst | SSIM | worst | foretold error |",
+        "|---" + "|--:" * 7 + "|",
     ]
     for r in found["rows"]:
         if r["psnr_mean"] is None:
             continue
         lines.append(
             f"| {r['name']} | {r['computed_steps']:.1f} | {r['speedup']:.2f} | {r['psnr_mean']:.1f} | "
-            f"{r['psnr_worst']:.1f} | {r['ssim_mean']:.4f} | {r['ssim_worst']:.4f} |"
+            f"{r['psnr_worst']:.1f} | {r['ssim_mean']:.4f} | {r['ssim_worst']:.4f} | {r['foretold_error']:.4f} |"
         )
+    lines += ["", f"Rank correlation of foretold error and PSNR: {found['rank_correlation']:.2f}."]
     return "\n".join(lines)
 
 
@@ -164,9 +179,11 @@ def main(
         request = CalibrationRequest(seen, speedups=SPEEDUPS, steps=steps)
         with screen.progress():
             save_calibration(calibrate(opened, request, screen, screen.warn), calibration)
-    caches = settings(calibration, steps) | dict(content_settings(opened, steps, seen[0]))
+    trace = recorded(opened, steps, seen[0])
+    caches = settings(calibration, steps) | dict(content_settings(trace, steps))
     kept = tuple(part for part in only.split(",") if part) or ("",)
     caches = {n: s for n, s in caches.items() if n.startswith(kept)}
+    foretold = {name: replay(trace, cache).error for name, cache in caches.items()}
     reports: list[BenchReport] = []
     for prompt in captions(pairs, held_out=True):
         wanted = BenchRequest(
@@ -174,7 +191,7 @@ def main(
         )
         with screen.progress():
             reports.append(bench_bundle(opened, wanted, screen, screen.warn))
-        found = merged(reports)
+        found = merged(reports, foretold)
         (out / "quality.json").write_text(json.dumps(found, indent=1))
         (out / "quality.md").write_text(markdown(found) + "\n")
     typer.echo((out / "quality.md").read_text())

@@ -38,6 +38,8 @@ SETTINGS: dict[str, CacheSetting] = {
         policy="adacache", parameters={"codebook_thresholds": [ALWAYS], "codebook_skips": [4]}
     ),
     "custom": CacheSetting(policy="custom", parameters={"threshold": ALWAYS}),
+    "easycache": CacheSetting(policy="easycache", parameters={"threshold": ALWAYS}),
+    "firstblock": CacheSetting(policy="firstblock", parameters={"threshold": ALWAYS}),
 }
 
 

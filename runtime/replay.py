@@ -56,6 +56,15 @@ class Replay:
         """Steps / computed steps."""
         return self.steps / self.computed_steps
 
+    @property
+    def error(self) -> float:
+        """Root mean square of ``reuse_error`` over all steps (0 where computed) and branches.
+
+        What settings are ranked by before any is run.
+        """
+        errors = [e or 0.0 for branch in self.branches.values() for e in branch.reuse_error]
+        return float(np.sqrt(np.mean(np.square(errors))))
+
     def as_dict(self) -> dict[str, Any]:
         """Return what ``replay --json`` prints."""
         count = self.computed_steps

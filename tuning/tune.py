@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from ..bundle.manifest import ConfigEntry
 from ..bundle.reader import Bundle
@@ -20,7 +21,7 @@ from ..configs.output import write_text
 from ..configs.policy_configs import CODEBOOKS, Ada, Custom, Mag, Solved, TaylorSeer, Tea
 from ..runtime.bench import BenchRequest, Watcher, bench_bundle
 from ..runtime.generate import GenerationRequest, Generator
-from ..runtime.replay import Replay, replay
+from ..runtime.replay import replay
 from ..runtime.settings import choose_setting
 from ..runtime.trace import Trace, TraceRecorder
 
@@ -257,7 +258,7 @@ def _candidates(bundle: Bundle, request: TuneRequest, traces: Sequence[Trace]) -
         )
         ideal = float(np.mean([r.ideal_speedup for r in replays]))
         if ideal > 1 and key not in found:
-            error = float(np.mean([_error(r) for r in replays]))
+            error = float(np.mean([r.error for r in replays]))
             found[key] = Candidate(name, config, ideal, error)
     return sorted(found.values(), key=lambda c: (c.ideal_speedup, c.error))
 
@@ -292,12 +293,6 @@ def _search_space(bundle: Bundle, request: TuneRequest) -> dict[str, CachingConf
     return space
 
 
-def _error(replayed: Replay) -> float:
-    """Return the root mean square of the reuse error over all steps and branches."""
-    squares = [(e or 0.0) ** 2 for branch in replayed.branches.values() for e in branch.reuse_error]
-    return float(np.sqrt(np.mean(squares)))
-
-
 def _worth_running(candidates: Sequence[Candidate], goal: Goal, most: int) -> list[Candidate]:
     """Pick what to confirm.
 
@@ -327,8 +322,7 @@ def _rank_correlation(
     pairs = [(c.error, measured[c.name]) for c in tried if measured[c.name] is not None]
     if len(pairs) < 3:
         return None
-    foretold, found = (np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True))
-    return float(-np.corrcoef(foretold, found)[0, 1])
+    return -float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 def _is_best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
