@@ -47,6 +47,7 @@ from ..configs.errors import BuildError, CheckpointError, ConfigError, OutputErr
 from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import POLICIES
+from ..policies.base import Policy
 from .bake import check_group_blocks, write_groups
 from .build_key import build_key
 from .checkpoint import Checkpoint, open_checkpoint, read_json
@@ -172,10 +173,11 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         signals = _signals(cut, request.weights)
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
         segments = tuple(s for s in segments if s.runs != "probe" or s.name in signals)
-        progress.phase("trace", len(segments) + len(POLICIES))
+        laws = _policies(cut)
+        progress.phase("trace", len(segments) + len(laws))
         graphs = write_graphs(segments, cut.example_dims, folder, progress, request.dump)
         policies: dict[str, PolicyEntry] = {}
-        for name, policy_class in POLICIES.items():
+        for name, policy_class in laws.items():
             graphs[f"decide.{name}"] = write_decide_graph(policy_class(), folder)
             policies[name] = PolicyEntry(graph=f"decide.{name}", spec=policy_class.spec)
             progress.advance(f"decide.{name}")
@@ -489,7 +491,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         "graphs": len(cut.segments)
         + 2
         + (FIRST_BLOCK_RESIDUAL in cut.signals)
-        + len(POLICIES)
+        + len(_policies(cut))
         + len(pipeline_parts(request, checkpoint)),
         "tensors": len(checkpoint.tensors),
         "checkpoint_bytes": stored,
@@ -503,6 +505,15 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
             size=size,
         ),
     }  # fmt: skip
+
+
+def _policies(cut: Cut) -> dict[str, type[Policy]]:
+    """Return the policies that find something to look at: one block alone has no block ahead of others."""
+    return {
+        n: p
+        for n, p in POLICIES.items()
+        if not p.spec.signals or any(s in cut.signals for s in p.spec.signals)
+    }
 
 
 def _signals(cut: Cut, weights: str) -> dict[str, SignalEntry]:

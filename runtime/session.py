@@ -25,6 +25,7 @@ from .decider import Verdict
 from .dims import derive_dims, match_dims
 from .finite import is_finite
 from .model import LoadedModel
+from .settings import carried_policy
 from .statistics import BranchStatistics, RunStatistics
 
 __all__ = ["OpenStep", "Recorder", "Session", "StepRecord"]
@@ -345,14 +346,7 @@ class Session:
         Raises:
             ConfigError: unknown policy, parameter or signal.
         """
-        policies = self.manifest.policies
-        if setting.policy not in policies:
-            raise ConfigError(
-                f"policy '{setting.policy}'",
-                "is not in the bundle",
-                nearest(setting.policy, list(policies)),
-            )
-        policy = policies[setting.policy]
+        policy = carried_policy(self.manifest, setting.policy)
         known = [s for s in policy.spec.signals if s in self.manifest.signals]
         name = setting.signal or next(iter(known or policy.spec.signals), None)
         if name is not None and name not in known:

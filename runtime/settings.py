@@ -6,14 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..bundle.manifest import ConfigEntry, GenerationDefaults
+from ..bundle.manifest import ConfigEntry, GenerationDefaults, Manifest, PolicyEntry
 from ..bundle.reader import Bundle
 from ..configs.caching import CachingConfig
+from ..configs.errors import ConfigError, nearest
 from ..configs.load import load_config
 from ..configs.overrides import apply_overrides
 from ..configs.setting import CacheSetting
 
-__all__ = ["choose_setting", "config_entries", "config_entry", "stretch_warning"]
+__all__ = [
+    "carried_policy",
+    "choose_setting",
+    "config_entries",
+    "config_entry",
+    "stretch_warning",
+]
 
 Warn = Callable[[str], None]
 
@@ -91,9 +98,21 @@ def choose_setting(
     generation = default.generation.model_copy(update=given)
     setting = entry.cache
     if overrides:
-        spec = manifest.policies[setting.policy].spec
+        spec = carried_policy(manifest, setting.policy).spec
         setting = apply_overrides(setting, overrides, spec)
     return ConfigEntry(cache=setting, generation=generation)
+
+
+def carried_policy(manifest: Manifest, name: str) -> PolicyEntry:
+    """Return a policy of a bundle.
+
+    Raises:
+        ConfigError: the bundle has none of that name.
+    """
+    if name not in manifest.policies:
+        hint = nearest(name, list(manifest.policies))
+        raise ConfigError(f"policy '{name}'", "is not in the bundle", hint)
+    return manifest.policies[name]
 
 
 def stretch_warning(setting: CacheSetting, steps: int) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import ConfigError
@@ -68,3 +70,14 @@ def test_what_nothing_goes_by_gets_the_nearest(demo_bundle: Bundle) -> None:
         choose_setting(demo_bundle, "teacahe", {}, unwarned)
     with pytest.raises(ConfigError, match="threshold"):
         choose_setting(demo_bundle, "teacache", {"treshold": "0.2"}, unwarned)
+
+
+def test_a_model_of_one_block_carries_no_policy_that_looks_at_the_first(
+    tmp_path: Path, tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]
+) -> None:
+    config = WanTransformer3DModel.load_config(tiny_checkpoint)
+    WanTransformer3DModel.from_config(config, num_layers=1).save_pretrained(tmp_path / "one")
+    bundle = build_bundle(tmp_path / "one", ("onnxruntime",))
+    assert "teacache" in bundle.manifest.policies
+    with pytest.raises(ConfigError, match="'firstblock': is not in the bundle"):
+        choose_setting(bundle, "firstblock", {"threshold": "0.2"}, unwarned)
