@@ -604,10 +604,13 @@ def calibrate(
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off.")] = None,
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 1000,
-    history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 4.")] = 4,
+    history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 6.")] = 6,
     refine: Annotated[
-        int, typer.Option(help="Prompts to fit solved mixes again on, on cached runs; 0 for none.")
+        int, typer.Option(help="Prompts whose cached runs solved schedules are fitted on; 0: none.")
     ] = 8,
+    search: Annotated[
+        int, typer.Option(help="Rounds of moving the steps that solved schedules compute.")
+    ] = 3,
     backend: Annotated[
         str | None, typer.Option(help="Backend; default: the bundle's first.")
     ] = None,
@@ -628,12 +631,12 @@ def calibrate(
         for value in speedup or ():
             if not value > 1:
                 raise ConfigError(f"--speedup {value:g}", "is not above 1", "try --speedup 2")
-        if not 1 <= history <= 4:
-            raise ConfigError(f"--history {history}", "is outside [1, 4]", "use 3")
+        if not 1 <= history <= 6:
+            raise ConfigError(f"--history {history}", "is outside [1, 6]", "use 3")
         _quiet_libraries()
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
-            history=history, refine=refine, backend=backend, speedups=speedup or SPEEDUPS,
+            history=history, refine=refine, search=search, backend=backend, speedups=speedup or SPEEDUPS,
         )  # fmt: skip
         with screen.progress():
             found = run_calibrate(Bundle(bundle), request, screen, screen.warn)

@@ -165,6 +165,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the tables.")],
     calibration: Annotated[Path | None, typer.Option(help="Use this one.")] = None,
     pairs: Annotated[int, typer.Option(help="Held-out captions, one seed each.")] = 16,
+    first: Annotated[int, typer.Option(help="Index of the first held-out caption.")] = 0,
     prompts: Annotated[int, typer.Option(help="Captions to calibrate on.")] = 16,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 50,
     only: Annotated[str, typer.Option(help="Policies whose name begins so, by commas.")] = "",
@@ -185,7 +186,7 @@ def main(
     caches = {n: s for n, s in caches.items() if n.startswith(kept)}
     foretold = {name: replay(trace, cache).error for name, cache in caches.items()}
     reports: list[BenchReport] = []
-    for prompt in captions(pairs, held_out=True):
+    for prompt in captions(first + pairs, held_out=True)[first:]:
         wanted = BenchRequest(
             prompts=[prompt], seeds=[FIRST_SEED], steps=steps, rounds=1, caches=caches
         )

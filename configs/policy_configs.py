@@ -30,7 +30,10 @@ CodebookRow = Annotated[tuple[NotNegative, Positive], Field(strict=False)]
 Codebook = Annotated[list[CodebookRow], Field(min_length=1, max_length=8)]
 SignalKind = Literal["temb", "timestep_proj", "modulated_input"]
 Table = Annotated[list[NotNegative], Field(min_length=1, max_length=200)]
-MixRow = Annotated[list[float], Field(max_length=4)]
+SOLVED_HISTORY = 6
+"""Residuals that a row of a solved mix may use."""
+
+MixRow = Annotated[list[float], Field(max_length=SOLVED_HISTORY)]
 MixTable = Annotated[list[MixRow], Field(min_length=1, max_length=200)]
 
 CODEBOOKS: dict[str, list[tuple[float, int]]] = {
@@ -293,7 +296,7 @@ class Solved(CachingConfig):
 
     Attributes:
         infer_steps: Steps the tables were made for; needed.
-        mix: One row per step: up to 4 factors of past residuals, newest first, and an empty row for
+        mix: One row per step: up to 6 factors of past residuals, newest first, and an empty row for
             a computed step. One table per branch, or one for all.
         solved_from: What the tables were made from, for the reader: traces, guidance, error.
     """
@@ -326,8 +329,9 @@ class Solved(CachingConfig):
 
 
 def _solved(rows: list[list[float]]) -> dict[str, Value]:
-    """Return the policy's tables: a mix of 4 factors for every step, [1, 0, 0, 0] where computed."""
-    filled = [[*(row or [1.0]), 0.0, 0.0, 0.0][:4] for row in rows]
+    """Return the policy's tables: a whole row of factors for every step, 1 and zeros where computed."""
+    rest = [0.0] * SOLVED_HISTORY
+    filled = [[*(row or [1.0]), *rest][:SOLVED_HISTORY] for row in rows]
     return {
         "steps": len(rows),
         "reuse": [int(bool(row)) for row in rows],

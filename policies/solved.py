@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..configs.policy_configs import SOLVED_HISTORY
 from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
 from .base import Decision, Policy, Step, hold
 
 __all__ = ["HISTORY", "MAXIMUM_STEPS", "Solved"]
 
-HISTORY = 4
+HISTORY = SOLVED_HISTORY
 """Residuals that a row of the mix table may use."""
 
 MAXIMUM_STEPS = 200
@@ -52,7 +53,7 @@ class Solved(Policy):
                 meaning="1 for each step that is reused, 0 for each that is computed",
             ),
             "mix": ParameterSpec(
-                default=[1.0, 0.0, 0.0, 0.0],
+                default=[1.0] + [0.0] * (HISTORY - 1),
                 shape=[MAXIMUM_STEPS * HISTORY],
                 meaning=f"factors of the last {HISTORY} residuals, newest first, step after step",
             ),

@@ -18,6 +18,7 @@ from ..configs.caching import CachingConfig
 from ..configs.errors import RequestError
 from ..configs.output import write_text
 from ..configs.policy_configs import Custom, Mag, Solved, Tea
+from ..policies.solved import HISTORY
 from ..runtime.bench import Watcher
 from ..runtime.forecast import forecast
 from ..runtime.generate import GenerationRequest, Generator
@@ -25,7 +26,8 @@ from ..runtime.model import LoadedModel
 from ..runtime.settings import choose_setting
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
-from .refine import SamplerRows, refine, sampler_rows
+from .lockstep import Lockstep, SamplerRows, sampler_rows
+from .search import candidates, search
 from .solve import early_weights, solve
 
 __all__ = [
@@ -62,9 +64,10 @@ class CalibrationRequest:
         steps: Denoise steps; None takes the bundle's default config's.
         guidance: Guidance scale; None takes the config's.
         history: Residuals that solved mixes use.
-        window: Steps back that they may reach.
-        refine: Prompts on whose cached runs solved mixes are fitted again, in one batch; 0 leaves
-            them as the uncached runs have them.
+        window: Steps back that they may reach in uncached runs.
+        refine: Prompts on whose cached runs solved schedules are chosen and their mixes fitted; 0
+            takes both from the uncached runs.
+        search: Times that every computed step of a chosen schedule is tried elsewhere, at most.
         backend: Name of a backend; None takes the bundle's first.
     """
 
@@ -73,9 +76,10 @@ class CalibrationRequest:
     speedups: Sequence[float] = SPEEDUPS
     steps: int | None = None
     guidance: float | None = None
-    history: int = 4
+    history: int = HISTORY
     window: int = 16
     refine: int = 8
+    search: int = 3
     backend: str | None = None
 
 
@@ -146,7 +150,8 @@ def calibrate(
     rows = sampler_rows(bundle, recorder.tables["timesteps"])
     if rows is None and request.refine:
         warn("the bundle has no sampler table for this run, so solved mixes are not refined")
-    configs, left_out = _solved(model, recorder, request, rows, resolved["guidance_scale"], common)
+    scale = resolved["guidance_scale"]
+    configs, left_out = _solved(model, recorder, request, rows, scale, common, watcher)
     fits = _fits(recorder, warn)
     found, missing = _by_threshold(model, recorder, fits, request.speedups, common)
     about = {
@@ -208,24 +213,27 @@ def _solved(
     rows: SamplerRows | None,
     guidance: float,
     common: dict[str, Any],
+    watcher: Watcher,
 ) -> tuple[dict[str, CachingConfig], dict[str, str]]:
     grams = recorder.grams()
     factors = dict.fromkeys(grams.branches, 1.0)
     if len(grams.branches) == 2:
         factors = dict(zip(grams.branches, (guidance, 1.0 - guidance), strict=True))
     sigmas = np.append(recorder.tables["timesteps"] / 1000.0, 0.0)
-    solutions = solve(
-        grams, factors, early_weights(sigmas), history=min(request.history, SEARCHED_HISTORY),
-        longest_gap=min(8, request.window),
-    )  # fmt: skip
     wanted = {int(grams.steps // speedup) for speedup in request.speedups}
-    solutions = {count: s for count, s in solutions.items() if count in wanted}
-    refined = rows is not None and request.refine > 0
-    if rows is not None and refined:
-        solutions = refine(
-            model, recorder.starts[: request.refine], rows, factors, solutions,
-            history=request.history,
-        )  # fmt: skip
+    starts = recorder.starts[: request.refine]
+    if rows is None or not starts:
+        solutions = solve(
+            grams, factors, early_weights(sigmas), history=min(request.history, SEARCHED_HISTORY)
+        )
+    else:
+        schedules = candidates(grams, factors, sigmas, history=request.history)
+        lockstep = Lockstep(model, starts, rows, factors, history=request.history)
+        watcher.phase("solve", len(wanted & set(schedules)))
+        solutions = {}
+        for count in sorted(wanted & set(schedules)):
+            solutions[count] = search(lockstep, schedules[count], rounds=request.search)
+            watcher.advance(f"{count} of {grams.steps} computed")
     configs: dict[str, CachingConfig] = {}
     left_out: dict[str, str] = {}
     for speedup in request.speedups:
@@ -240,8 +248,8 @@ def _solved(
             solved_from={
                 "runs": grams.runs,
                 "guidance_scale": guidance,
-                "error": solution.error,
-                "refined_on": min(request.refine, grams.runs) if refined else 0,
+                "error": round(solution.error, 6),
+                "refined_on": 0 if rows is None else len(starts),
             },
         )
     return configs, left_out

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit the mixes of a solved schedule again, on the runs that it itself makes.
+"""Cached runs of several prompts, step by step together, each beside its uncached one.
 
 What `solve` fits, it fits to residuals of uncached runs. A cached run leaves that trajectory: its past
-residuals are others, and errors of earlier steps have moved the sample. Here several prompts run
-step by step together; each reused step's mix is fitted to where the run then stands, to the model
-output that would bring the next sample back to the uncached one.
+residuals are others, and errors of earlier steps have moved the sample. Here a schedule is really
+run; each reused step's mix is fitted, over all prompts, to where their runs then stand, and to the
+model output that would bring the next sample back to the uncached one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,16 +23,16 @@ from ..configs.setting import CacheSetting
 from ..runtime.model import LoadedModel
 from ..runtime.session import OpenStep, Session
 from .gram import Start
-from .solve import Solution
 
-__all__ = ["SamplerRows", "refine", "sampler_rows"]
+__all__ = ["Lockstep", "Point", "SamplerRows", "sampler_rows"]
 
 Array = NDArray[np.float64]
+Mixes = Mapping[str, tuple[list[float], ...]]
 
 PERTURBATION = 0.1
 """Share of a difference of residuals that ``finish`` is shown to be linearised."""
 
-RIDGE = 1e-4
+RIDGE = 1e-3
 """Pull towards holding the newest residual, relative to each direction's own square."""
 
 
@@ -73,37 +73,33 @@ def sampler_rows(bundle: Bundle, timesteps: NDArray[np.floating]) -> SamplerRows
     return None
 
 
-def refine(
-    model: LoadedModel,
-    starts: Sequence[Start],
-    rows: SamplerRows,
-    guidance: Mapping[str, float],
-    solutions: Mapping[int, Solution],
-    *,
-    history: int,
-) -> dict[int, Solution]:
-    """Fit every solution's mixes again.
+@dataclass(frozen=True)
+class Point:
+    """Where all runs of a schedule stand between two steps; runs go along each tensor's first axis.
 
-    Args:
-        model: Engines.
-        starts: Runs of equal size, one batch in all.
-        rows: The sampler.
-        guidance: Factor of each branch's output in the guided one.
-        solutions: Schedules by number of computed steps.
-        history: Residuals that a mix uses at most.
-
-    Returns:
-        The same schedules with other mixes.
+    Attributes:
+        samples: One per step so far, and the next step's.
+        outputs: Guided model outputs, one per step so far.
+        residuals: Per branch, those of the last computed steps, newest first.
+        mix: Per branch, one row per step so far: factors of past residuals, empty where computed.
     """
-    loop = _Loop(model, starts, rows, guidance)
-    return {
-        count: replace(solution, mix=loop.fit(frozenset(solution.computed), history))
-        for count, solution in solutions.items()
-    }
+
+    samples: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    residuals: Mapping[str, tuple[Tensor, ...]]
+    mix: Mixes
 
 
-class _Loop:
-    """All runs in lockstep, uncached once and then cached as often as there are schedules."""
+class Lockstep:
+    """Several prompts, run uncached once, and then with any number of schedules.
+
+    Every prompt has a session of its own, so no engine meets a batch that it was not built for.
+
+    Attributes:
+        steps: Steps of a run.
+        start: Where every schedule begins.
+        uncached: Samples of the uncached runs, as in `Point`.
+    """
 
     def __init__(
         self,
@@ -111,100 +107,142 @@ class _Loop:
         starts: Sequence[Start],
         rows: SamplerRows,
         guidance: Mapping[str, float],
+        *,
+        history: int,
     ) -> None:
-        self._session, self._rows, self._guidance = Session(model), rows, guidance
-        self._session.begin(torch.tensor(rows.timesteps, dtype=torch.float32), CacheSetting())
-        for branch in guidance:
-            inputs = {
-                n: torch.cat([s.prompts[branch][n] for s in starts])
-                if model.manifest.inputs[n].shape[0] == "batch"
-                else tensor
-                for n, tensor in starts[0].prompts[branch].items()
-            }
-            self._session.set_prompt(branch, inputs)
+        """Run every prompt uncached.
+
+        Args:
+            model: Engines.
+            starts: What runs begin with, all of one size.
+            rows: The sampler.
+            guidance: Factor of each branch's output in the guided one.
+            history: Residuals that a mix uses at most.
+        """
+        self._rows, self._guidance, self._history = rows, guidance, history
+        self._sessions = [self._session(model, start) for start in starts]
+        self.steps = len(rows.timesteps)
         latents = torch.cat([s.latents for s in starts])
         channels = model.manifest.graphs["finish"].outputs["model_output"].shape[1]
         assert isinstance(channels, int), "the output's channels are the checkpoint's"
         is_packed = latents.ndim == 3
-        self._noise = latents if is_packed else latents[:, :channels]
+        noise = latents if is_packed else latents[:, :channels]
         self._condition = latents[:, :0] if is_packed else latents[:, channels:]
-        self._samples, self._outputs = self._run_uncached()
+        nothing: dict[str, tuple[()]] = dict.fromkeys(guidance, ())
+        self.start = Point((noise,), (), nothing, nothing)
+        point = self.start
+        for _ in range(self.steps):
+            point = self.advance(point, compute=True)
+        self.uncached, self._uncached_outputs = point.samples, point.outputs
 
-    def _run_uncached(self) -> tuple[list[Tensor], list[Tensor]]:
-        samples, outputs = [self._noise], list[Tensor]()
-        for step in range(len(self._rows.timesteps)):
-            output = torch.zeros_like(self._noise)
-            for branch, factor in self._guidance.items():
-                opened = self._open(branch, step, samples[-1])
-                output += factor * opened.finish(opened.compute())
-            outputs.append(output)
-            samples.append(self._rows.advance(step, samples, outputs))
-        return samples, outputs
+    def _session(self, model: LoadedModel, start: Start) -> Session:
+        session = Session(model)
+        session.begin(torch.tensor(self._rows.timesteps, dtype=torch.float32), CacheSetting())
+        for branch in self._guidance:
+            session.set_prompt(branch, dict(start.prompts[branch]))
+        return session
 
-    def _open(self, branch: str, step: int, sample: Tensor) -> OpenStep:
-        latents = torch.cat([sample, self._condition], dim=1)
-        return self._session.open_step(branch, step, {"latents": latents})
+    def run(self, computed: Collection[int], after: Sequence[Point] = ()) -> Iterator[Point]:
+        """Run a schedule, and yield the point behind each step.
 
-    def fit(self, computed: frozenset[int], history: int) -> dict[str, list[list[float]]]:
-        """Run with a schedule, fitting the mix of each reused step on the way."""
-        past: dict[str, list[Tensor]] = {branch: [] for branch in self._guidance}
-        mixes: dict[str, list[list[float]]] = {branch: [] for branch in self._guidance}
-        samples, outputs = [self._noise], list[Tensor]()
-        for step in range(len(self._rows.timesteps)):
-            if step in computed:
-                for branch in self._guidance:
-                    residual = self._open(branch, step, samples[-1]).compute()
-                    past[branch] = [residual.clone(), *past[branch]][:history]
-                    mixes[branch].append([])
-                used = {branch: residuals[0] for branch, residuals in past.items()}
-            else:
-                target = self._target(step, samples, outputs)
-                rows = self._fit_step(step, samples[-1], past, target)
-                for branch, row in rows.items():
-                    mixes[branch].append([round(f, 6) for f in row])
-                used = {
-                    branch: torch.stack(
-                        [f * r for f, r in zip(row, past[branch], strict=True)]
-                    ).sum(0)
-                    for branch, row in rows.items()
-                }
-            output = torch.zeros_like(self._noise)
-            for branch, factor in self._guidance.items():
-                output += factor * self._open(branch, step, samples[-1]).finish(used[branch])
-            outputs.append(output)
-            samples.append(self._rows.advance(step, samples, outputs))
-        return mixes
+        Args:
+            computed: Steps to compute.
+            after: Points of a schedule that is the same so far, the start first; the run goes on
+                from the last.
+        """
+        point = after[-1] if after else self.start
+        for step in range(len(point.outputs), self.steps):
+            point = self.advance(point, compute=step in computed)
+            yield point
 
-    def _target(self, step: int, samples: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    def advance(self, point: Point, *, compute: bool) -> Point:
+        """Take one step, fitting its mix where it is reused."""
+        step, sample = len(point.outputs), point.samples[-1]
+        residuals = dict(point.residuals)
+        rows: Mapping[str, list[float]] = {branch: [] for branch in self._guidance}
+        if compute:
+            for branch in self._guidance:
+                fresh = [opened.compute() for opened in self._opened(branch, step, sample)]
+                residuals[branch] = (torch.cat(fresh), *residuals[branch])[: self._history]
+            used = {branch: past[0] for branch, past in residuals.items()}
+        else:
+            rows = self._fit(point)
+            used = {branch: _mixed(row, residuals[branch]) for branch, row in rows.items()}
+        output = torch.zeros_like(sample)
+        for branch, factor in self._guidance.items():
+            output += factor * self._finish(branch, step, sample, [used[branch]])[0]
+        outputs = (*point.outputs, output)
+        following = self._rows.advance(step, point.samples, outputs)
+        mix = {branch: (*point.mix[branch], row) for branch, row in rows.items()}
+        return Point((*point.samples, following), outputs, residuals, mix)
+
+    def distance(self, point: Point) -> float:
+        """Return how far the samples are from the uncached ones, the mean of all runs in dB.
+
+        It is 10·log₁₀ of the mean square of the difference over that of the uncached sample.
+        """
+        reference = self.uncached[len(point.outputs)]
+        apart = (point.samples[-1] - reference).square().flatten(1).mean(1)
+        size = reference.square().flatten(1).mean(1)
+        tiny = torch.finfo(torch.float32).tiny
+        return float((10 * torch.log10(apart.clamp(min=tiny) / size)).mean())
+
+    def _opened(self, branch: str, step: int, sample: Tensor) -> Iterator[OpenStep]:
+        """Open one step of every run in turn; each is good until the next is asked for."""
+        for index, session in enumerate(self._sessions):
+            own = slice(index, index + 1)
+            latents = torch.cat([sample[own], self._condition[own]], dim=1)
+            yield session.open_step(branch, step, {"latents": latents})
+
+    def _finish(
+        self, branch: str, step: int, sample: Tensor, residuals: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the model output that each residual leads to."""
+        found: list[list[Tensor]] = [[] for _ in residuals]
+        for index, opened in enumerate(self._opened(branch, step, sample)):
+            for outputs, residual in zip(found, residuals, strict=True):
+                outputs.append(opened.finish(residual[index : index + 1]))
+        return [torch.cat(outputs) for outputs in found]
+
+    def _target(self, point: Point) -> Tensor:
         """Return the guided output from which the sampler would reach the uncached next sample."""
-        rows = self._rows
+        step, rows = len(point.outputs), self._rows
         reach = range(min(rows.a.shape[1], step + 1))
-        drift = torch.zeros_like(self._noise)
+        drift = torch.zeros_like(point.samples[-1])
         for k in reach:
-            drift += float(rows.a[step, k]) * (samples[step - k] - self._samples[step - k])
+            drift += float(rows.a[step, k]) * (point.samples[step - k] - self.uncached[step - k])
         for k in reach[1:]:
-            drift += float(rows.b[step, k]) * (outputs[step - k] - self._outputs[step - k])
-        return self._outputs[step] - drift / float(rows.b[step, 0])
+            apart = point.outputs[step - k] - self._uncached_outputs[step - k]
+            drift += float(rows.b[step, k]) * apart
+        return self._uncached_outputs[step] - drift / float(rows.b[step, 0])
 
-    def _fit_step(
-        self, step: int, sample: Tensor, past: Mapping[str, list[Tensor]], target: Tensor
-    ) -> dict[str, list[float]]:
+    def _fit(self, point: Point) -> dict[str, list[float]]:
         """Return each branch's mix, newest first: least squares over all runs and both branches."""
-        held = torch.zeros_like(target)
+        step, sample = len(point.outputs), point.samples[-1]
+        held = torch.zeros_like(sample)
         directions = []
         for branch, factor in self._guidance.items():
-            opened, (newest, *older) = self._open(branch, step, sample), past[branch]
-            base = opened.finish(newest)
+            newest, *older = point.residuals[branch]
+            changes = [newest, *(r - newest for r in older)]
+            moved = [newest + PERTURBATION * change for change in changes]
+            base, *outputs = self._finish(branch, step, sample, [newest, *moved])
             held += factor * base
-            for change in (newest, *(r - newest for r in older)):
-                moved = opened.finish(newest + PERTURBATION * change)
-                directions.append(factor * (moved - base) / PERTURBATION)
+            directions += [factor * (output - base) / PERTURBATION for output in outputs]
         columns = torch.stack([d.flatten().double() for d in directions])
-        gram, aim = columns @ columns.T, columns @ (target - held).flatten().double()
+        aim = columns @ (self._target(point) - held).flatten().double()
+        gram = columns @ columns.T
         gram += RIDGE * torch.diag(torch.diag(gram))
         found = torch.linalg.lstsq(gram, aim[:, None]).solution[:, 0].tolist()
         mixes = {}
-        for branch in self._guidance:
-            own, found = found[: len(past[branch])], found[len(past[branch]) :]
-            mixes[branch] = [1.0 + own[0] - sum(own[1:]), *own[1:]]
+        for branch, past in point.residuals.items():
+            own, found = found[: len(past)], found[len(past) :]
+            row = [1.0 + own[0] - sum(own[1:]), *own[1:]]
+            mixes[branch] = [round(factor, 6) for factor in row]
         return mixes
+
+
+def _mixed(row: Sequence[float], residuals: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(residuals[0])
+    for factor, residual in zip(row, residuals, strict=True):
+        total += factor * residual
+    return total

@@ -37,7 +37,8 @@ class Solution:
         computed: Indices of the computed steps, ascending.
         mix: Per branch, one row per step: factors of past residuals, newest first; empty where the
             step is computed.
-        error: Sum of the weighted mean squares of the model output's error, per run.
+        error: What was minimised: from `solve`, the sum of the weighted mean squares of the model
+            output's error, per run; from `search`, the final sample's distance in dB.
     """
 
     computed: tuple[int, ...]
@@ -45,7 +46,7 @@ class Solution:
     error: float
 
 
-def early_weights(sigmas: NDArray[np.floating]) -> Array:
+def early_weights(sigmas: NDArray[np.floating], earliness: float = EARLY) -> Array:
     """Return how much the final sample suffers from an error of each step's output, [steps].
 
     An Euler step carries an error on by its share of sigma; what follows amplifies early errors,
@@ -54,9 +55,10 @@ def early_weights(sigmas: NDArray[np.floating]) -> Array:
 
     Args:
         sigmas: Noise levels [steps + 1], descending to 0.
+        earliness: Orders of magnitude from the last step to the first.
     """
     steps = len(sigmas) - 1
-    early = 10.0 ** (EARLY * (1 - np.arange(steps) / steps))
+    early = 10.0 ** (earliness * (1 - np.arange(steps) / steps))
     return np.asarray(np.diff(sigmas) ** 2 * early, dtype=np.float64)
 
 

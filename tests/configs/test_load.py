@@ -139,7 +139,7 @@ def test_one_of_several_configs_of_a_file_is_named_after_a_hash(tmp_path: Path) 
     [
         ([[], [1.0]], "one row in 'mix' for each of 'infer_steps' 3, not 2"),
         ({"cond": [[1.0], [], []]}, "an empty first row in 'mix.cond'"),
-        ([[], [1, 0, 0, 0, 0], []], "at most 4 values"),
+        ([[], [1, 0, 0, 0, 0, 0, 0], []], "at most 6 values"),
     ],
 )
 def test_solved_tables_that_fit_no_run_are_refused(mix: object, message: str) -> None:
@@ -152,7 +152,11 @@ def test_solved_and_magcache_tables_become_parameters_per_branch() -> None:
     solved = parse_config({"feature_caching": "Solved", "infer_steps": 3, "mix": rows}, where="x")
     setting = solved.setting()
     assert setting.branches["cond"]["reuse"] == [0, 1, 0]
-    assert setting.for_branch("cond").parameters["mix"] == [1, 0, 0, 0, 1.5, -0.5, 0, 0, 1, 0, 0, 0]
+    assert setting.for_branch("cond").parameters["mix"] == [
+        *(1, 0, 0, 0, 0, 0),
+        *(1.5, -0.5, 0, 0, 0, 0),
+        *(1, 0, 0, 0, 0, 0),
+    ]
     assert setting.for_branch("uncond").parameters["history"] == 1
     mag = parse_config(
         {"feature_caching": "Mag", "magcache_ratios": [1.0, 0.9]}, where="x"

@@ -60,7 +60,7 @@ SETTINGS = {
         policy="solved",
         parameters={
             "steps": 5, "reuse": [0, 0, 1, 0, 1],
-            "mix": [1.0, 0.0, 0.0, 0.0] * 2 + [1.5, -0.5, 0.0, 0.0] * 3, "history": 2,
+            "mix": [1.0, *[0.0] * 5] * 2 + [1.5, -0.5, *[0.0] * 4] * 3, "history": 2,
         },
     ),
 }  # fmt: skip

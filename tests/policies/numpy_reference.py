@@ -304,7 +304,7 @@ class Solved(_Law):
     def __init__(self, steps, reuse, mix, step_count):
         self.rows = [t * steps // step_count for t in range(step_count)]
         self.reuse = [*reuse, *[reuse[-1]] * (steps - len(reuse))]
-        self.mix = [mix[4 * i : 4 * i + 4] for i in range(steps)]
+        self.mix = [mix[6 * i : 6 * i + 6] for i in range(steps)]
 
     def wants_computation(self, t, must, signals):
         before = self.rows[t - 1] if t else -1

@@ -7,9 +7,12 @@ import pytest
 
 from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.solved import HISTORY
 
 REUSE = [0, 0, 1, 0, 1, 1]
-MIX = [1, 0, 0, 0] * 2 + [1.5, -0.5, 0, 0] + [1, 0, 0, 0] + [1.6, -0.7, 0.1, 0] + [1.8, -0.8, 0, 0]
+ROWS = ([1], [1], [1.5, -0.5], [1], [1.6, -0.7, 0.1], [1.8, -0.8])
+MIX = [factor for row in ROWS for factor in (*row, *[0] * (HISTORY - len(row)))]
+HOLD = [1] + [0] * (HISTORY - 1)
 
 
 def run(steps: int, **guard: object) -> list[DecisionRecord]:
@@ -26,8 +29,8 @@ def marks(records: list[DecisionRecord]) -> str:
 def test_tables_are_followed_exactly() -> None:
     records = run(6)
     assert marks(records) == "##.#.."
-    assert records[2].mix == [1.5, -0.5, 0, 0]
-    assert records[4].mix == pytest.approx([1.6, -0.7, 0.1, 0])
+    assert records[2].mix == [1.5, -0.5, 0, 0, 0, 0]
+    assert records[4].mix == pytest.approx([1.6, -0.7, 0.1, 0, 0, 0])
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(12, "#.#...#....."), (3, "###"), (24, 24)])
@@ -45,10 +48,10 @@ def test_a_mix_of_residuals_that_are_not_there_holds_the_newest() -> None:
     law = Law.eager(CacheSetting(policy="solved", parameters=parameters), step_count=6)
     records = [law.decide() for _ in range(6)]
     assert marks(records) == "#....."
-    assert records[2].mix == [1, 0, 0, 0]
+    assert records[2].mix == HOLD
 
 
 def test_a_row_of_zeros_holds() -> None:
     setting = CacheSetting(policy="solved", parameters={"steps": 3, "reuse": [0, 1, 1]})
     law = Law.eager(setting, step_count=3)
-    assert [law.decide().mix for _ in range(3)][1:] == [[1, 0, 0, 0]] * 2
+    assert [law.decide().mix for _ in range(3)][1:] == [HOLD] * 2

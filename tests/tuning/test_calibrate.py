@@ -30,7 +30,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def calibration(demo_bundle: Bundle) -> Calibration:
-    request = CalibrationRequest(PROMPTS, speedups=(2.0, 60.0), steps=16, window=6)
+    request = CalibrationRequest(PROMPTS, speedups=(2.0, 60.0), steps=16, window=6, search=1)
     return calibrate(demo_bundle, request, Silent(), lambda text: None)
 
 
@@ -72,6 +72,6 @@ def test_unwritable_file_is_one_error(calibration: Calibration, tmp_path: Path) 
 
 def test_few_steps_are_advised_against(demo_bundle: Bundle) -> None:
     told: list[str] = []
-    request = CalibrationRequest(PROMPTS[:1], speedups=(2.0,), steps=6, window=4)
+    request = CalibrationRequest(PROMPTS[:1], speedups=(2.0,), steps=6, window=4, search=0)
     calibrate(demo_bundle, request, Silent(), told.append)
     assert few_steps_advice(6) in told
