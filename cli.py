@@ -624,6 +624,7 @@ def calibrate(
     """
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
+        from freewheel.configs.policy_configs import SOLVED_HISTORY
         from freewheel.runtime.bench import read_prompts
         from freewheel.tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from freewheel.tuning.calibrate import calibrate as run_calibrate
@@ -631,8 +632,8 @@ def calibrate(
         for value in speedup or ():
             if not value > 1:
                 raise ConfigError(f"--speedup {value:g}", "is not above 1", "try --speedup 2")
-        if not 1 <= history <= 6:
-            raise ConfigError(f"--history {history}", "is outside [1, 6]", "use 3")
+        if not 1 <= history <= SOLVED_HISTORY:
+            raise ConfigError(f"--history {history}", f"is outside [1, {SOLVED_HISTORY}]", "use 3")
         _quiet_libraries()
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,

@@ -17,8 +17,7 @@ from ..bundle.reader import Bundle
 from ..configs.caching import CachingConfig
 from ..configs.errors import RequestError
 from ..configs.output import write_text
-from ..configs.policy_configs import Custom, Mag, Solved, Tea
-from ..policies.solved import HISTORY
+from ..configs.policy_configs import SOLVED_HISTORY, Custom, Mag, Solved, Tea
 from ..runtime.bench import Watcher
 from ..runtime.forecast import forecast
 from ..runtime.generate import GenerationRequest, Generator
@@ -76,7 +75,7 @@ class CalibrationRequest:
     speedups: Sequence[float] = SPEEDUPS
     steps: int | None = None
     guidance: float | None = None
-    history: int = HISTORY
+    history: int = SOLVED_HISTORY
     window: int = 16
     refine: int = 8
     search: int = 3
