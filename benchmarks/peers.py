@@ -231,12 +231,15 @@ def row(name: str, steps: list[tuple[float, float]], quality: list[Quality]) -> 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for peers.json.")],
     pairs: Annotated[int, typer.Option(help="Held-out captions, one seed each.")] = 16,
+    first: Annotated[int, typer.Option(help="Index of the first held-out caption.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
     only: Annotated[str, typer.Option(help="Peers whose name holds this.")] = "",
 ) -> None:
     """Measure; the file is written after every pair."""
-    texts = captions(pairs, held_out=True)  # puts the demo model's folder on the path
+    texts = captions(first + pairs, held_out=True)[
+        first:
+    ]  # puts the demo model's folder on the path
     from generate import load_pipeline
 
     pipe = load_pipeline(MODEL)
