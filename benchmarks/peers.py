@@ -237,9 +237,8 @@ def main(
     only: Annotated[str, typer.Option(help="Peers whose name holds this.")] = "",
 ) -> None:
     """Measure; the file is written after every pair."""
-    texts = captions(first + pairs, held_out=True)[
-        first:
-    ]  # puts the demo model's folder on the path
+    # It also puts the demo model's folder on the path.
+    texts = captions(first + pairs, held_out=True)[first:]
     from generate import load_pipeline
 
     pipe = load_pipeline(MODEL)
