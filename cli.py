@@ -606,10 +606,12 @@ def calibrate(
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 1000,
     history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 6.")] = 6,
     refine: Annotated[
-        int, typer.Option(help="Prompts whose cached runs solved schedules are fitted on; 0: none.")
+        int,
+        typer.Option(min=0, help="Prompts whose cached runs solved schedules are fitted on."),
     ] = 8,
     search: Annotated[
-        int, typer.Option(help="Rounds of moving the steps that solved schedules compute.")
+        int,
+        typer.Option(min=0, help="Rounds of moving the steps that solved schedules compute."),
     ] = 3,
     backend: Annotated[
         str | None, typer.Option(help="Backend; default: the bundle's first.")

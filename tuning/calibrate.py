@@ -221,13 +221,15 @@ def _solved(
     sigmas = np.append(recorder.tables["timesteps"] / 1000.0, 0.0)
     wanted = {int(grams.steps // speedup) for speedup in request.speedups}
     starts = recorder.starts[: request.refine]
-    if rows is None or not starts:
+    lockstep = None
+    if rows is not None and starts:
+        lockstep = Lockstep(model, starts, rows, factors, history=request.history)
+    if lockstep is None:
         solutions = solve(
             grams, factors, early_weights(sigmas), history=min(request.history, SEARCHED_HISTORY)
         )
     else:
         schedules = candidates(grams, factors, sigmas, history=request.history)
-        lockstep = Lockstep(model, starts, rows, factors, history=request.history)
         watcher.phase("solve", len(wanted & set(schedules)))
         solutions = {}
         for count in sorted(wanted & set(schedules)):
@@ -247,8 +249,9 @@ def _solved(
             solved_from={
                 "runs": grams.runs,
                 "guidance_scale": guidance,
-                "error": round(solution.error, 6),
-                "refined_on": 0 if rows is None else len(starts),
+                # Of what: the weighted model output, or, once refined, the final sample in dB.
+                "distance_db" if lockstep else "error": round(solution.error, 6),
+                "refined_on": len(starts) if lockstep else 0,
             },
         )
     return configs, left_out

@@ -21,7 +21,7 @@ from ..runtime.body import allocate
 from ..runtime.model import LoadedModel
 from ..runtime.session import StepRecord
 
-__all__ = ["GramRecorder", "Grams", "Start"]
+__all__ = ["PERTURBATION", "GramRecorder", "Grams", "Start"]
 
 Array = NDArray[np.float64]
 

@@ -22,15 +22,12 @@ from ..bundle.reader import Bundle
 from ..configs.setting import CacheSetting
 from ..runtime.model import LoadedModel
 from ..runtime.session import OpenStep, Session
-from .gram import Start
+from .gram import PERTURBATION, Start
 
 __all__ = ["Lockstep", "Point", "SamplerRows", "sampler_rows"]
 
 Array = NDArray[np.float64]
 Mixes = Mapping[str, tuple[list[float], ...]]
-
-PERTURBATION = 0.1
-"""Share of a difference of residuals that ``finish`` is shown to be linearised."""
 
 RIDGE = 1e-3
 """Pull towards holding the newest residual, relative to each direction's own square."""
