@@ -38,7 +38,7 @@ class Solved(Policy):
         history=HistorySpec(maximum=HISTORY, parameter="history"),
         parameters={
             "steps": ParameterSpec(
-                default=1,
+                default=MAXIMUM_STEPS,  # without tables every step is computed
                 dtype="int64",
                 minimum=1,
                 maximum=MAXIMUM_STEPS,

@@ -55,3 +55,9 @@ def test_a_row_of_zeros_holds() -> None:
     setting = CacheSetting(policy="solved", parameters={"steps": 3, "reuse": [0, 1, 1]})
     law = Law.eager(setting, step_count=3)
     assert [law.decide().mix for _ in range(3)][1:] == [HOLD] * 2
+
+
+@pytest.mark.parametrize("steps", [1, 7, 200])
+def test_without_tables_every_step_is_computed(steps: int) -> None:
+    law = Law.eager(CacheSetting(policy="solved"), step_count=steps)
+    assert marks([law.decide() for _ in range(steps)]) == "#" * steps
