@@ -202,21 +202,18 @@ def random_settings(
 
 
 def random_value(spec: ParameterSpec, rng: np.random.Generator) -> Value:
-    """Return a value in its range: floats around the default, integers near the least."""
+    """Return a value in its range: floats around the default, integers mostly near the least."""
     if spec.choices is not None:
         return str(rng.choice(spec.choices))
     if spec.dtype == "bool":
         return bool(rng.random() < 0.5)
     if spec.shape:
         assert isinstance(spec.default, list), "a parameter with a shape has a list as default"
-        values = [_near(spec, v, rng) for v in spec.default]
-        return [int(v) for v in values] if spec.dtype == "int64" else values
+        if spec.dtype == "int64":
+            return [_integer(spec, rng) for _ in spec.default]
+        return [_near(spec, v, rng) for v in spec.default]
     assert isinstance(spec.default, int | float), "a number's default is a number"
-    if spec.dtype == "int64":
-        least = int(spec.minimum or 0)
-        most = least + 6 if spec.maximum is None else int(spec.maximum)
-        return int(rng.integers(least, most + 1))
-    return _near(spec, spec.default, rng)
+    return _integer(spec, rng) if spec.dtype == "int64" else _near(spec, spec.default, rng)
 
 
 def drive(law: Law, rng: np.random.Generator, shapes: Shapes = SHAPES) -> None:
@@ -259,12 +256,17 @@ def nudged(inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
                 yield {**inputs, name: value * factor}
 
 
+def _integer(spec: ParameterSpec, rng: np.random.Generator) -> int:
+    """Return one of the range, every order of magnitude above its least as often."""
+    least = int(spec.minimum or 0)
+    most = least + 6 if spec.maximum is None else int(spec.maximum)
+    return least - 1 + round((most - least + 1) ** float(rng.random()))
+
+
 def _near(spec: ParameterSpec, default: float, rng: np.random.Generator) -> float:
     value = 0.05 * float(rng.standard_normal())
     if default:
         value = default * float(rng.lognormal(0, 0.5))
-    if spec.dtype == "int64":
-        value = float(round(value))
     low = -np.inf if spec.minimum is None else spec.minimum
     high = np.inf if spec.maximum is None else spec.maximum
     return float(np.clip(value, low, high))
