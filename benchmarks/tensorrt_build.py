@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds, size and peak memory of every TensorRT-RTX engine of a geometry, with no GPU needed.
+"""Seconds, size and peak memory of every TensorRT-RTX engine of a model, with no GPU needed.
 
     python benchmarks/tensorrt_build.py wan2.1-t2v-1.3b --precision bfloat16
     python benchmarks/tensorrt_build.py wan2.1-i2v-14b-480p --graphs block,body_0_0 --layers 1
+    python benchmarks/tensorrt_build.py models/shapes_wan --height 64:96:128 --width 96:160:160
 
-A checkpoint of random weights is written and traced, with its blocks also as one group with their
-weights inside. Each engine is then built in a process of its own, whose peak resident memory is
+A checkpoint, of random weights where a geometry is named, is traced, with its blocks also as one
+group with their weights inside. Each engine is then built in a process of its own, whose peak resident memory is
 read at its end.
 """
 
@@ -85,9 +86,9 @@ def build_engine(graph: str, target: dict[str, Any], out: str, queue: Any) -> No
 
 
 def main(
-    geometry: Annotated[str, typer.Argument(help=f"One of {', '.join(GEOMETRIES)}.")],
+    model: Annotated[str, typer.Argument(help=f"A folder, or {', '.join(GEOMETRIES)}.")],
     precision: Annotated[str, typer.Option(help="Precision of the body.")] = "bfloat16",
-    layers: Annotated[int, typer.Option(help="Blocks in the group with weights inside.")] = 2,
+    layers: Annotated[int, typer.Option(help="Blocks of a named geometry, one baked group.")] = 2,
     height: Annotated[str, typer.Option(help="A size or min:opt:max, as below.")] = "480",
     width: Annotated[str, typer.Option(help="Pixels.")] = "832",
     frames: Annotated[str, typer.Option(help="Frames.")] = "17:81:81",
@@ -97,17 +98,19 @@ def main(
         "out/bench"
     ),
 ) -> None:
-    """Build every engine of one geometry and measure each."""
+    """Build every engine of one model and measure each."""
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW_IMPORTS)
     sizes = {"height": height, "width": width, "frames": frames}
     with tempfile.TemporaryDirectory(dir=out) as name:
         folder = Path(name)
-        write_checkpoint(geometry, folder / "model", layers, precision)
-        bundle = folder / "bundle"
+        checkpoint, bundle = Path(model), folder / "bundle"
+        if model in GEOMETRIES:
+            checkpoint = folder / "model"
+            write_checkpoint(model, checkpoint, layers, precision)
         found, profiles, ranges, traced = call(
-            context, trace, str(folder / "model"), str(bundle), precision, sizes
+            context, trace, str(checkpoint), str(bundle), precision, sizes
         )
         rows = {}
         for graph in graphs.split(",") if graphs else found:
@@ -123,10 +126,10 @@ def main(
                 rows[graph] = {"fault": str(fault)}
             typer.echo(f"{graph}: {json.dumps(rows[graph])}", err=True)
     data = {
-        "geometry": geometry, "precision": precision, "layers": layers, "ranges": ranges,
+        "model": Path(model).name, "precision": precision, "ranges": ranges,
         "capabilities": capabilities, "trace_seconds": traced, "engines": rows,
     }  # fmt: skip
-    stem = f"tensorrt_build-{geometry}-{precision}"
+    stem = f"tensorrt_build-{Path(model).name}-{precision}"
     (out / f"{stem}.json").write_text(json.dumps(data, indent=1))
     (out / f"{stem}.md").write_text(markdown(data))
     typer.echo(markdown(data))
@@ -137,8 +140,8 @@ def main(
 def markdown(data: dict[str, Any]) -> str:
     """Return one table: a row per engine."""
     lines = [
-        f"{data['geometry']}, body {data['precision']}, {data['layers']} blocks in the group, compute "
-        f"capabilities {data['capabilities']}, tokens {'/'.join(map(str, data['ranges']['tokens']))}",
+        f"{data['model']}, body {data['precision']}, compute capabilities {data['capabilities']}, "
+        f"tokens {'/'.join(map(str, data['ranges']['tokens']))}",
         "",
         "| graph | nodes | layers | attention fused | seconds | plan MB | peak MB | activations MB |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
