@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of every policy at the same numbers of computed steps, on held-out prompts.
+"""Quality of every policy at the same speedups, on held-out prompts.
 
     freewheel build models/shapes_wan --out out/demo/bundle --config shapes_wan_off
     python benchmarks/quality.py out/demo/bundle --out out/bench
+    python benchmarks/quality.py out/demo/bundle --measured --out out/bench
 
-Calibrates on training captions, then runs each policy's setting for each ideal speedup on captions
-that neither training nor calibration saw, beside the uncached run of the same seed. PSNR and SSIM of
-decoded frames, mean and worst; measured speedup as in `freewheel bench`. Each setting is also replayed
-on one recorded run of a training caption: the reuse error foretold there, and how its ranking
-correlates with the measured one.
+Calibrates on training captions, then runs each policy's setting for each speedup on captions that
+neither training nor calibration saw, beside the uncached run of the same seed. PSNR and SSIM of decoded
+frames, mean and worst; measured speedup as in `freewheel bench`. Each setting is also replayed on one
+recorded run of a training caption: the reuse error foretold there, and how its ranking correlates with
+the measured one.
+
+Speedups are ideal ones, steps over computed steps. With ``--measured`` they are those of the clock: a
+few runs ahead tell what a reused step costs, and so how few steps may be computed.
 """
 
 from __future__ import annotations
@@ -37,6 +41,11 @@ from freewheel.tuning.calibrate import CalibrationRequest, calibrate, save_calib
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0)
+PROBED = ("taylorseer", "easycache", "firstblock")
+PROBE_ROUNDS = 8
+Ideals = Mapping[float, float]
+"""Steps over computed steps, by the speedup in the heading."""
+
 FIRST_SEED = 0
 
 
@@ -49,19 +58,19 @@ def captions(count: int, *, held_out: bool) -> list[str]:
     return [str(pair.caption) for pair in pairs]
 
 
-def settings(calibration: Path, steps: int) -> dict[str, CacheSetting]:
+def settings(calibration: Path, steps: int, ideals: Ideals) -> dict[str, CacheSetting]:
     """Return one setting per policy and speedup, by ``policy speedup``."""
     configs = read_configs(calibration)
     found: dict[str, CacheSetting] = {}
-    for speedup in SPEEDUPS:
+    for speedup, ideal in ideals.items():
         for policy in ("teacache", "custom", "magcache", "solved"):
-            config = configs.get(f"{policy}_{speedup:g}x")
+            config = configs.get(f"{policy}_{ideal:g}x")
             if config is not None:
                 found[f"{policy} {speedup:g}"] = config.setting()
             if isinstance(config, Custom):
                 published = config.model_copy(update={"trend": 1.0, "trend_decay": 1.0})
                 found[f"custom published {speedup:g}"] = published.setting()
-        found[f"taylorseer {speedup:g}"] = evenly(speedup, steps)
+        found[f"taylorseer {speedup:g}"] = evenly(ideal, steps)
     for codebook in ("steps_30_slow", "steps_30_fast", "steps_100"):
         config = load_config("adacache").model_copy(update={"codebook": _codebook(codebook)})
         found[f"adacache {codebook}"] = config.setting()
@@ -100,7 +109,9 @@ def recorded(bundle: Bundle, steps: int, prompt: str) -> Trace:
     return recorder.trace()
 
 
-def content_settings(trace: Trace, steps: int) -> Iterator[tuple[str, CacheSetting]]:
+def content_settings(
+    trace: Trace, steps: int, ideals: Mapping[str, Ideals]
+) -> Iterator[tuple[str, CacheSetting]]:
     """Yield easycache and firstblock at each speedup: thresholds by replay."""
     guards = {"easycache": GuardSetting(first_exact=7, last_exact=2), "firstblock": GuardSetting()}
     for policy, guard in guards.items():
@@ -109,10 +120,35 @@ def content_settings(trace: Trace, steps: int) -> Iterator[tuple[str, CacheSetti
             for t in np.geomspace(0.005, 2.0, 60)
         ]
         counts = [replay(trace, setting).computed_steps for setting in tried]
-        for speedup in SPEEDUPS:
-            wanted = steps // speedup
+        for speedup, ideal in ideals[policy].items():
+            wanted = steps // ideal
             best = min(range(len(tried)), key=lambda i: abs(counts[i] - wanted))
             yield f"{policy} {speedup:g}", tried[best]
+
+
+def measured_ideals(bundle: Bundle, trace: Trace, steps: int, screen: Screen) -> dict[str, Ideals]:
+    """Return which ideal speedups the clock makes `SPEEDUPS` of, by policy.
+
+    A run of S steps, c of them computed, takes c + (S - c) r computed steps' time, where r is what a
+    reused step costs; `taylorseer` stands for all that decide by tables, counters or timesteps.
+    """
+    four = {4.0: 4.0}
+    caches = dict(content_settings(trace, steps, {"easycache": four, "firstblock": four}))
+    caches["taylorseer 4"] = evenly(4, steps)
+    prompt = captions(1, held_out=False)
+    wanted = BenchRequest(
+        prompts=prompt, seeds=[FIRST_SEED], steps=steps, rounds=PROBE_ROUNDS, caches=caches
+    )
+    found: dict[str, Ideals] = {}
+    for entry in bench_bundle(bundle, wanted, screen, screen.warn).entries[1:]:
+        computed, speedup = entry["computed_steps"], entry["speedup"]
+        cost = (steps / speedup - computed) / (steps - computed)
+        counts = {x: max(2, round((steps / x - steps * cost) / (1 - cost))) for x in SPEEDUPS}
+        # Rounded down, so that a division by it gives back the count.
+        ideals = {x: int(100 * steps / count) / 100 for x, count in counts.items()}
+        found[entry["name"].split()[0]] = ideals
+        typer.echo(f"{entry['name']}: a reused step costs {cost:.3f} of a computed one; {ideals}")
+    return found
 
 
 def merged(reports: Sequence[BenchReport], foretold: Mapping[str, float]) -> dict[str, Any]:
@@ -169,19 +205,24 @@ def main(
     prompts: Annotated[int, typer.Option(help="Captions to calibrate on.")] = 16,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 50,
     only: Annotated[str, typer.Option(help="Policies whose name begins so, by commas.")] = "",
+    measured: Annotated[bool, typer.Option(help="Speedups are those of the clock.")] = False,
 ) -> None:
     """Measure; the tables are written after every pair."""
     screen = Screen(as_json=False, quiet=False)
     opened = Bundle(bundle)
     out.mkdir(parents=True, exist_ok=True)
     seen = captions(max(prompts, 1), held_out=False)
+    trace = recorded(opened, steps, seen[0])
+    ideals: dict[str, Ideals] = {p: {x: x for x in SPEEDUPS} for p in PROBED}
+    if measured:
+        ideals = measured_ideals(opened, trace, steps, screen)
+    tabled = ideals["taylorseer"]
     if calibration is None:
         calibration = out / "calibration.json"
-        request = CalibrationRequest(seen, speedups=SPEEDUPS, steps=steps)
+        request = CalibrationRequest(seen, speedups=list(tabled.values()), steps=steps)
         with screen.progress():
             save_calibration(calibrate(opened, request, screen, screen.warn), calibration)
-    trace = recorded(opened, steps, seen[0])
-    caches = settings(calibration, steps) | dict(content_settings(trace, steps))
+    caches = settings(calibration, steps, tabled) | dict(content_settings(trace, steps, ideals))
     kept = tuple(part for part in only.split(",") if part) or ("",)
     caches = {n: s for n, s in caches.items() if n.startswith(kept)}
     foretold = {name: replay(trace, cache).error for name, cache in caches.items()}

@@ -12,6 +12,7 @@ Which of a policy's parameters are thresholds is its own affair; a difference is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -260,7 +261,7 @@ def _integer(spec: ParameterSpec, rng: np.random.Generator) -> int:
     """Return one of the range, every order of magnitude above its least as often."""
     least = int(spec.minimum or 0)
     most = least + 6 if spec.maximum is None else int(spec.maximum)
-    return least - 1 + round((most - least + 1) ** float(rng.random()))
+    return least - 1 + round(math.pow(most - least + 1, rng.random()))
 
 
 def _near(spec: ParameterSpec, default: float, rng: np.random.Generator) -> float:
