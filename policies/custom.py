@@ -21,8 +21,8 @@ class Custom(Policy):
 
     Differs: the forecast follows the last trend in part, and less the farther it reaches: undamped
         it falls below plain holding at long gaps. ``trend`` 1 and ``trend_decay`` 1 are the
-        published form; the defaults are the least-squares fit of the demo model, which hardly
-        depends on the gap between the two residuals (docs/explanation/caching.md).
+        published form; the defaults damp more than the least-squares fit of the demo model, so
+        that no run falls below plain holding (docs/explanation/caching.md).
     Differs: the forecast is of the whole residual, not of every module's output; by linearity the
         two differ only by the change of the gates between steps.
     Differs: as `TeaCache`.
@@ -44,7 +44,7 @@ class Custom(Policy):
                 meaning="share of the last trend that a forecast follows, 0 (hold) to 1 (published)",
             ),
             "trend_decay": ParameterSpec(
-                default=0.9,
+                default=0.8,
                 minimum=0.0,
                 maximum=1.0,
                 meaning="factor on that share per step since the last computed one, 0 to 1 (published)",
