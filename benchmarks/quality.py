@@ -3,7 +3,7 @@
 
     freewheel build models/shapes_wan --out out/demo/bundle --config shapes_wan_off
     python benchmarks/quality.py out/demo/bundle --out out/bench
-    python benchmarks/quality.py out/demo/bundle --measured --out out/bench
+    python benchmarks/quality.py out/demo/bundle --measured --out out/bench/measured
 
 Calibrates on training captions, then runs each policy's setting for each speedup on captions that
 neither training nor calibration saw, beside the uncached run of the same seed. PSNR and SSIM of decoded

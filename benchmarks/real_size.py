@@ -7,9 +7,6 @@
 
 Measured are the seconds of each computed and reused step, peak resident memory (mapped files and
 copies apart), the bytes that the disk had to read, and the measured over the ideal speedup.
-
-With ``--beside`` a bundle of the same geometry cut to few blocks runs in turn with the whole one,
-for as long, so that a block's seconds compare on a machine whose pace changes.
 """
 
 from __future__ import annotations
@@ -46,9 +43,6 @@ SETTINGS: dict[str, CacheSetting] = {
     "magcache": CacheSetting(policy="magcache", parameters={"threshold": ALWAYS}),
     "solved": CacheSetting(policy="solved", parameters={"steps": 2}),
 }
-
-ROUNDS = 6
-"""Of a whole and a cut model in turn."""
 
 
 def run_policy(session: Session, name: str, steps: int, latents: torch.Tensor) -> dict[str, Any]:
@@ -94,25 +88,6 @@ def run_policy(session: Session, name: str, steps: int, latents: torch.Tensor) -
     }
 
 
-def compare(whole: Bundle, cut: Bundle, size: tuple[int, int, int]) -> dict[str, list[float]]:
-    """Return seconds per block of every computed step, of two bundles that run in turn."""
-    sessions = [Session(LoadedModel(bundle)) for bundle in (whole, cut)]
-    for session in sessions:
-        session.set_prompt("cond", prompt_states(session))
-    blocks = [sum(s.count for s in session.manifest.stages) for session in sessions]
-    latents = latents_of(sessions[0], size)
-    taken: list[list[float]] = [[], []]
-    for turn in range(ROUNDS + 1):  # the first warms up
-        for which, steps in enumerate((1, round(blocks[0] / blocks[1]))):
-            session = sessions[which]
-            session.begin(torch.linspace(999, 100, steps), CacheSetting())
-            for step in range(steps):
-                session.step("cond", step, {"latents": latents})
-            seconds = session.statistics.branches["cond"].seconds
-            taken[which] += [s / blocks[which] for s in seconds if turn]
-    return {f"{n} blocks": seconds for n, seconds in zip(blocks, taken, strict=True)}
-
-
 def latents_of(session: Session, size: tuple[int, int, int]) -> torch.Tensor:
     """Return random latents [1, C, F, H/8, W/8] of height, width and latent frames."""
     height, width, frames = size
@@ -141,24 +116,11 @@ def main(
     width: Annotated[int, typer.Option(help="Pixels.")] = 832,
     frames: Annotated[int, typer.Option(help="Latent frames.")] = 1,
     warm_up: Annotated[bool, typer.Option(help="One computed step ahead, not counted.")] = True,
-    beside: Annotated[
-        Path | None, typer.Option(help="Bundle of fewer blocks: compare a block's seconds, alone.")
-    ] = None,
 ) -> None:
     """Measure steps and memory of a whole model under each policy."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     size = (height, width, frames)
-    if beside is not None:
-        found = compare(Bundle(bundle), Bundle(beside), size)
-        (out / "block_seconds.json").write_text(json.dumps(found, indent=1))
-        for about, seconds in found.items():
-            median, mean = statistics.median(seconds), statistics.mean(seconds)
-            typer.echo(
-                f"{about}: {median:.3f} s a block, mean {mean:.3f}, "
-                f"{min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} steps"
-            )
-        return
     data = measure(Bundle(bundle), policies.split(","), steps, size, warm_up=warm_up)
     (out / "real_size.json").write_text(json.dumps(data, indent=1))
     text = markdown(data)

@@ -6,8 +6,8 @@
     python benchmarks/tensorrt_build.py models/shapes_wan --height 64:96:128 --width 96:160:160
 
 A checkpoint, of random weights where a geometry is named, is traced, with its blocks also as one
-group with their weights inside. Each engine is then built in a process of its own, whose peak resident memory is
-read at its end.
+group with their weights inside. Each engine is then built in a process of its own, whose peak
+resident memory is read at its end.
 """
 
 from __future__ import annotations
