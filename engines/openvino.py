@@ -15,6 +15,9 @@ it does with it depends on the CPU (2026.4):
   output: a block's residual stream and gating stay float32, what feeds a product does not. A
   float32 hint computes everything in float32, whatever the graph says.
 
+`OpenVino.computed_in` decides the hint when an engine is compiled, and the engine's record keeps it
+(`details.computed_in`). Loading asks for the recorded one, in Python and in C++.
+
 An engine is the exported compiled model: it loads in a third of the time that compiling takes for
 small graphs (6 against 28 ms), holds no weights that are graph inputs, and is mapped, not read.
 OpenVINO refuses one of another version or instruction set.
@@ -36,7 +39,7 @@ from torch import Tensor
 from ..configs.errors import BackendUnavailable, BuildError, BundleError, RequestError
 from .base import Availability, Target, TensorSpec
 from .bindings import check_bindings, load_graph, specs_of
-from .record import REBUILD, EngineRecord, engine_folder
+from .record import REBUILD, RECORD_NAME, EngineRecord, engine_folder
 from .target_checks import check_options, check_precision
 
 __all__ = ["OpenVino"]
@@ -143,20 +146,15 @@ class OpenVino:
         check_precision(target, self.precisions, str(graph), "choose one of them with --precision")
         check_options(target, (), str(graph))
         inputs, outputs = specs_of(load_graph(graph).graph, str(graph))
+        computed_in = self.computed_in(target.precision)
         try:
-            model = _core().compile_model(str(graph), "CPU", _properties(target.precision))
+            model = _core().compile_model(str(graph), "CPU", _properties(computed_in))
         except RuntimeError as fault:
             hint = "rewrite that node with a pass, or use --backend onnxruntime"
             raise BuildError(str(graph), _reason(fault), hint) from fault
-        hint_in_use = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        details = {"computed_in": computed_in}
         record = EngineRecord(
-            self.name,
-            _version(),
-            _machine(),
-            target.precision,
-            inputs,
-            outputs,
-            details={"computed_in": next(p for p, h in HINTS.items() if h == hint_in_use)},
+            self.name, _version(), _machine(), target.precision, inputs, outputs, details=details
         )
         with engine_folder(out) as folder:
             (folder / BLOB).write_bytes(model.export_model().getbuffer())
@@ -172,13 +170,17 @@ class OpenVino:
         _require()
         record = EngineRecord.read(compiled)
         record.require(compiled, backend=self.name, version=_version(), machine=_machine())
+        computed_in = record.details.get("computed_in")
+        if computed_in not in HINTS:
+            what = f"is {computed_in!r}, not one of {', '.join(HINTS)}"
+            raise BundleError(f"{compiled / RECORD_NAME}, 'details.computed_in'", what, REBUILD)
         import openvino
 
         # Copy on write: ov.Tensor wants writable memory, and nothing is written to it.
         blob = np.memmap(compiled / BLOB, dtype=np.uint8, mode="c")
         try:
             model = _core().import_model(
-                openvino.Tensor(blob, shared_memory=True), "CPU", _properties(record.precision)
+                openvino.Tensor(blob, shared_memory=True), "CPU", _properties(computed_in)
             )
         except RuntimeError as fault:
             what = f"OpenVINO refuses it: {_reason(fault)}"
@@ -206,9 +208,9 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _properties(precision: str) -> dict[str, Any]:
+def _properties(computed_in: str) -> dict[str, Any]:
     return {
-        "INFERENCE_PRECISION_HINT": HINTS[OpenVino.computed_in(precision)],
+        "INFERENCE_PRECISION_HINT": HINTS[computed_in],
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,  # the requests of a session run one after another
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

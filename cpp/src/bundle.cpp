@@ -100,6 +100,13 @@ Result<EngineRecord> EngineRecord::read(const std::string& folder) {
     if (found == data.end() || !found->is_string()) return unreadable(key);
     *target = found->get<std::string>();
   }
+  const auto details = data.find("details");
+  if (details != data.end() && details->is_object()) {
+    const auto found = details->find("computed_in");
+    if (found != details->end() && found->is_string()) {
+      record.computed_in = found->get<std::string>();
+    }
+  }
   if (!data.contains("inputs") || !read_ios(data["inputs"], record.inputs)) {
     return unreadable("inputs");
   }

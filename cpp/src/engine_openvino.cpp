@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backends.h"
+#include "cpu_precision.h"
 #include "freewheel/files.h"
 #include "try.h"
 
@@ -55,10 +56,13 @@ ov::element::Type element_type(DType dtype) {
   return ov::element::dynamic;
 }
 
-ov::element::Type precision_type(const std::string& precision) {
+Result<ov::element::Type> precision_type(const std::string& precision, const std::string& where) {
+  if (precision == "float32") return ov::element::f32;
   if (precision == "bfloat16") return ov::element::bf16;
   if (precision == "float16") return ov::element::f16;
-  return ov::element::f32;
+  return Status(Code::kBundle, where,
+                "is '" + precision + "', not one of float32, bfloat16, float16",
+                "rebuild the engines on this machine with 'freewheel build'");
 }
 
 ov::Shape ov_shape(const Shape& shape) { return ov::Shape(shape.begin(), shape.end()); }
@@ -137,9 +141,7 @@ class OpenVinoEngine final : public Engine, public std::enable_shared_from_this<
 
 /// Names the precisions that decide how a model is compiled, as bundle.md says; OpenVINO checks
 /// the rest.
-std::string machine_of(ov::Core& core) {
-  auto capabilities = core.get_property(kDevice, ov::device::capabilities);
-  std::sort(capabilities.begin(), capabilities.end());
+std::string machine_of(const std::vector<std::string>& capabilities) {
   struct utsname system {};
   ::uname(&system);
   std::string machine = system.machine;
@@ -154,7 +156,9 @@ class OpenVino final : public Backend {
                      ? options.threads
                      : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))),
         streams_(std::max(1, options.streams)),
-        machine_(machine_of(core_)) {
+        capabilities_(core_.get_property(kDevice, ov::device::capabilities)) {
+    std::sort(capabilities_.begin(), capabilities_.end());
+    machine_ = machine_of(capabilities_);
     version_ = ov::get_openvino_version().buildNumber;
     version_ = version_.substr(0, version_.find('-'));
   }
@@ -165,10 +169,13 @@ class OpenVino final : public Backend {
   Result<std::shared_ptr<Engine>> load(const std::string& folder) override {
     FREEWHEEL_ASSIGN(EngineRecord record, EngineRecord::read(folder));
     FREEWHEEL_TRY(record.require(folder, name(), version_, machine_));
+    FREEWHEEL_ASSIGN(
+        const ov::element::Type hint,
+        precision_type(record.computed_in, folder + "/engine.json, 'details.computed_in'"));
     FREEWHEEL_ASSIGN(MappedFile blob, MappedFile::open(folder + kBlob));
     try {
       const ov::Tensor bytes(ov::element::u8, ov::Shape{blob.size()}, blob.data());
-      ov::CompiledModel model = core_.import_model(bytes, kDevice, properties(record.precision));
+      ov::CompiledModel model = core_.import_model(bytes, kDevice, properties(hint));
       const std::string label = folder.substr(folder.find_last_of('/') + 1);
       return std::shared_ptr<Engine>(std::make_shared<OpenVinoEngine>(
           label, std::move(record), std::move(blob), std::move(model)));
@@ -180,13 +187,16 @@ class OpenVino final : public Backend {
 
   Result<std::shared_ptr<Engine>> compile(const std::string& onnx, const std::string& graph_name,
                                           const std::string& precision) override {
+    FREEWHEEL_ASSIGN(const ov::element::Type hint,
+                     precision_type(computed_in(precision, capabilities_), onnx));
     try {
-      ov::CompiledModel model = core_.compile_model(onnx, kDevice, properties(precision));
+      ov::CompiledModel model = core_.compile_model(onnx, kDevice, properties(hint));
       EngineRecord record;
       record.backend = name();
       record.version = version_;
       record.machine = machine_;
       record.precision = precision;
+      record.computed_in = computed_in(precision, capabilities_);
       FREEWHEEL_TRY(describe(model.inputs(), graph_name, record.inputs));
       FREEWHEEL_TRY(describe(model.outputs(), graph_name, record.outputs));
       return std::shared_ptr<Engine>(std::make_shared<OpenVinoEngine>(
@@ -198,9 +208,9 @@ class OpenVino final : public Backend {
   }
 
  private:
-  ov::AnyMap properties(const std::string& precision) const {
+  ov::AnyMap properties(const ov::element::Type& hint) const {
     return {
-        ov::hint::inference_precision(precision_type(precision)),
+        ov::hint::inference_precision(hint),
         ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
         // Requests of one session run one after another, those of several need a stream each.
         ov::num_streams(streams_), ov::inference_num_threads(threads_ * streams_),
@@ -237,6 +247,7 @@ class OpenVino final : public Backend {
 
   ov::Core core_;
   int threads_, streams_;
+  std::vector<std::string> capabilities_;
   std::string machine_, version_;
 };
 

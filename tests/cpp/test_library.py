@@ -132,6 +132,15 @@ def test_an_engine_for_another_machine_is_refused(cpp_build, damaged, embeddings
     )
 
 
+def test_an_engine_is_loaded_in_the_recorded_precision(cpp_build, damaged, embeddings) -> None:
+    record = next((damaged / "engines").glob("openvino-*")) / "head" / "engine.json"
+    text = record.read_text()
+    record.write_text(text.replace('"computed_in": "float32"', '"computed_in": "float99"'))
+    code, error = refused(cpp_build, damaged, embeddings)
+    assert code == 3
+    assert "details.computed_in': is 'float99', not one of float32" in error["message"]
+
+
 def test_engines_for_another_machine_are_compiled_anew_where_asked(
     cpp_build, damaged, embeddings
 ) -> None:

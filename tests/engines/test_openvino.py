@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from freewheel.configs.errors import BuildError, BundleError
-from freewheel.engines import Target
+from freewheel.engines import Target, openvino
 from freewheel.engines.openvino import OpenVino
 
 pytestmark = pytest.mark.openvino
@@ -47,6 +47,48 @@ def test_the_precision_hint_is_the_target_and_what_it_became_is_recorded(graph, 
     wanted = precision if precision in native else "float32"
     assert record["details"]["computed_in"] == wanted
     assert OpenVino.computed_in(precision) == wanted
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "computed"),
+    # The same rows as CpuPrecisionTest of cpp/tests.
+    [
+        (["FP32", "INT8"], {"float32": "float32", "bfloat16": "float32", "float16": "float32"}),
+        (["BF16", "FP32"], {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}),
+        (
+            ["BF16", "FP16", "FP32"],
+            {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"},
+        ),
+    ],
+    ids=["neither", "bfloat16", "both"],
+)
+def test_each_kind_of_cpu_computes_in_what_it_has(graph, monkeypatch, capabilities, computed):
+    asked = []
+    properties = openvino._properties
+    monkeypatch.setattr(openvino, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(openvino, "_properties", lambda p: asked.append(p) or properties(p))
+    path = graph("matmul")
+    for precision, expected in computed.items():
+        assert OpenVino.computed_in(precision) == expected
+        folder = path.parent / precision
+        OpenVino().compile(path, Target(precision=precision), folder)
+        assert json.loads((folder / "engine.json").read_text())["details"] == {
+            "computed_in": expected
+        }
+        OpenVino().load(folder)
+        assert asked[-2:] == [expected, expected], "compiled and loaded alike"
+
+
+def test_an_engine_is_loaded_in_the_recorded_precision(graph):
+    path = graph("matmul")
+    folder = path.parent / "engine"
+    OpenVino().compile(path, Target(), folder)
+    record = json.loads((folder / "engine.json").read_text())
+    record["details"]["computed_in"] = "float8"
+    (folder / "engine.json").write_text(json.dumps(record))
+    with pytest.raises(BundleError, match="'float8', not one of float32") as caught:
+        OpenVino().load(folder)
+    assert "details.computed_in" in caught.value.where
 
 
 def test_float16_is_never_computed_in_bfloat16(graph):

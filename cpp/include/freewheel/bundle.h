@@ -19,6 +19,7 @@ namespace freewheel {
 /// What a compiled engine is and where it may run: the `engine.json` of its folder.
 struct EngineRecord {
   std::string backend, version, machine, precision;
+  std::string computed_in;  ///< `details.computed_in`; empty where the backend records none.
   std::map<std::string, Io> inputs, outputs;
   std::map<std::string, std::int64_t> files;
 
