@@ -489,12 +489,13 @@ def _plan(
 ) -> dict[str, Any]:  # fmt: skip
     """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
     from freewheel.compiler.build import BuildRequest, plan
+    from freewheel.compiler.defaults import resolve_configs
     from freewheel.compiler.sizes import size_of
     from freewheel.runtime.settings import config_entries
 
     configs = config_entries([config], screen.warn)
     height, width, frames, steps = size
-    generation = next(iter(configs.values())).generation
+    generation = next(iter(resolve_configs(configs, None).values())).generation
     request = BuildRequest(
         model=str(model),
         out=model.absolute().with_name(f"{model.name}-bundle"),

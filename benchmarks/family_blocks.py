@@ -76,6 +76,7 @@ MODELS = {
 def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
     """Write the block graphs of a model; return file, precision and profile of each."""
     from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
+    from freewheel.compiler.defaults import resolve_configs
     from freewheel.compiler.families import family_of
     from freewheel.compiler.graphs import write_graphs
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
@@ -97,7 +98,7 @@ def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
         cache=CacheSetting(), generation=GenerationDefaults(text_tokens=model.text_tokens)
     )
     sizes = BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in model.sizes.items()})
-    ranges = dim_ranges(cut, sizes, {"off": defaults}, None)
+    ranges = dim_ranges(cut, sizes, resolve_configs({"off": defaults}, None), None)
     profiles = profiles_of(graphs, {}, cut, ranges)
     return {
         n: {

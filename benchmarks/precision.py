@@ -39,8 +39,9 @@ def generations(precision: str, folder: Path, steps: int) -> list[Generation]:
     openvino = backend("openvino")
     out = folder / precision
     build(BuildRequest(str(MODEL), out, [openvino], configs, precision=precision))  # type: ignore[arg-type]  # a name of PRECISIONS
-    generator = Generator(Bundle(out))
-    defaults = configs["shapes_wan_off"].generation
+    bundle = Bundle(out)
+    generator = Generator(bundle)
+    defaults = bundle.manifest.configs["shapes_wan_off"].generation
     return [
         generator.generate(
             GenerationRequest(prompt, CacheSetting(), defaults=defaults, steps=steps, seed=seed)

@@ -45,7 +45,7 @@ def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queu
     seconds = time.perf_counter() - began
     cut = cut_of(manifest)
     asked = BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items()})
-    ranges = dim_ranges(cut, asked, configs, None)
+    ranges = dim_ranges(cut, asked, manifest.configs, None)
     graphs = {n: (g.file, g.precision) for n, g in manifest.graphs.items()}
     queue.put(
         (graphs, profiles_of(manifest.graphs, manifest.policies, cut, ranges), ranges, seconds)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..configs.caching import Seed
 from ..configs.dtypes import ITEM_BYTES, Precision
 from ..configs.policy_spec import PolicySpec
 from ..configs.setting import CacheSetting
@@ -27,9 +28,12 @@ __all__ = [
     "GroupEntry",
     "InputEntry",
     "IoEntry",
+    "LatentScale",
     "Manifest",
     "PipelineEntry",
     "PolicyEntry",
+    "ResolvedConfig",
+    "ResolvedGeneration",
     "SamplerEntry",
     "SignalEntry",
     "StageEntry",
@@ -37,7 +41,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 MAX_SIZE = 1 << 48
 MAX_BLOCKS = 4096
@@ -148,14 +152,28 @@ class SignalEntry(_Entry):
 
 
 class PolicyEntry(_Entry):
-    """A compiled policy: its graph and its declaration."""
+    """A compiled policy.
+
+    Attributes:
+        graph: Its ``decide`` graph.
+        spec: Its declaration.
+        setting: What a request gets that names the policy and no config.
+    """
 
     graph: str
     spec: PolicySpec
+    setting: CacheSetting
+
+
+class LatentScale(_Entry):
+    """What one latent stands for: frames after the first, and pixels along height and width."""
+
+    frames: Annotated[int, Field(ge=1, le=1024)]
+    pixels: Annotated[int, Field(ge=1, le=1024)]
 
 
 class GenerationDefaults(_Entry):
-    """What a config says about generation beside caching; None leaves it to the caller."""
+    """What a config says about generation beside caching; None leaves it to `build`."""
 
     steps: int | None = None
     height: int | None = None
@@ -167,11 +185,41 @@ class GenerationDefaults(_Entry):
     text_tokens: int | None = None
 
 
+class ResolvedGeneration(GenerationDefaults):
+    """What a run gets where its request says nothing: every value, as manifests carry them.
+
+    Attributes:
+        steps: Denoise steps.
+        height: Pixels.
+        width: Pixels.
+        frames: Frames of the video.
+        guidance_scale: 1 or less runs the conditional branch alone.
+        flow_shift: Of the sampler's noise levels.
+        seed: Of the initial noise.
+        text_tokens: Length to which prompts are padded.
+    """
+
+    steps: Positive
+    height: Positive
+    width: Positive
+    frames: Positive
+    guidance_scale: float
+    flow_shift: Annotated[float, Field(gt=0)]
+    seed: Seed
+    text_tokens: Positive
+
+
 class ConfigEntry(_Entry):
-    """A named caching config, resolved."""
+    """A named caching config."""
 
     cache: CacheSetting
     generation: GenerationDefaults = GenerationDefaults()
+
+
+class ResolvedConfig(ConfigEntry):
+    """A config that leaves nothing open."""
+
+    generation: ResolvedGeneration
 
 
 class EngineSetEntry(_Entry):
@@ -244,7 +292,7 @@ class PipelineEntry(_Entry):
 class Manifest(_Entry):
     """The whole manifest."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     freewheel_version: str
     family: str
     checkpoint: CheckpointEntry
@@ -253,6 +301,8 @@ class Manifest(_Entry):
     weights: Literal["inputs", "baked"]
     inputs: dict[str, InputEntry]
     dims: dict[str, list[tuple[str, Positive]]]
+    latent_scale: LatentScale
+    vocabulary_size: Positive | None = None
     graphs: dict[str, GraphEntry]
     stages: list[StageEntry]
     experts: list[ExpertEntry] = []
@@ -260,7 +310,7 @@ class Manifest(_Entry):
     feature_block: BlockIndex
     history_dtype: StoredDtype
     policies: dict[str, PolicyEntry]
-    configs: dict[str, ConfigEntry]
+    configs: dict[str, ResolvedConfig]
     default_config: str
     tensors: dict[str, TensorEntry]
     engines: list[EngineSetEntry]

@@ -43,6 +43,10 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             f"has schema_version {version}; this Freewheel reads up to {SCHEMA_VERSION}",
             "update Freewheel, or build the bundle again with this version",
         )
+    if isinstance(version, int) and version < SCHEMA_VERSION:
+        raise BundleError(
+            where, f"has schema_version {version}; this Freewheel reads {SCHEMA_VERSION}", hint
+        )
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:

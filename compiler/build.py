@@ -35,6 +35,7 @@ from ..bundle.manifest import (
     Manifest,
     PipelineEntry,
     PolicyEntry,
+    ResolvedConfig,
     SamplerEntry,
     SignalEntry,
     StageEntry,
@@ -50,8 +51,9 @@ from ..policies import POLICIES
 from ..policies.base import Policy
 from .bake import check_group_blocks, write_groups
 from .build_key import build_key
-from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .checkpoint import Checkpoint, open_checkpoint
 from .decide import write_decide_graph
+from .defaults import policy_setting, resolve_configs, scheduler_shift
 from .engine_store import EngineStore
 from .families import Cut, family_of
 from .families.base import FIRST_BLOCK_RESIDUAL, StoredDtype
@@ -63,7 +65,7 @@ from .profiles import BuildSizes, Profile, Range, dim_ranges, profiles_of
 from .progress import Progress, Silent
 from .reuse import cache_segments
 from .samplers import write_tables
-from .sizes import Size
+from .sizes import Size, latent_scale, read_part
 from .weights import bring_weights
 
 __all__ = ["BuildReport", "BuildRequest", "build", "plan"]
@@ -85,7 +87,8 @@ class BuildRequest:
         model: A diffusers folder or a hub id.
         out: The bundle's folder.
         backends: Compile the engines; the first is what runs use by default.
-        configs: Name → resolved config to carry; the first is the default.
+        configs: Name → config to carry; the first is the default. What they leave open is filled
+            in (`compiler/defaults.py`).
         precision: Precision of ``body``.
         weights: Block templates with weights as inputs, or groups of blocks with weights inside.
             ``baked`` computed 6 to 12 % faster on a CPU at 180 and 1,560 tokens
@@ -150,12 +153,13 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     progress = progress or Silent()
     clock = _Clock()
     checkpoint = open_checkpoint(request.model, request.revision)
+    configs = resolve_configs(request.configs, checkpoint.pipeline)
     where = str(checkpoint.transformer / "config.json")
     family = family_of(checkpoint.transformer_class, where)
     cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
     targets = [complete_target(b, request.target) for b in request.backends]
-    ranges = _ranges(request, cut, checkpoint)
-    parts = pipeline_parts(request, checkpoint)
+    ranges = _ranges(request, cut, checkpoint, configs)
+    parts = pipeline_parts(request, checkpoint, configs)
     if checkpoint.experts and request.weights == "baked":
         raise ConfigError(
             "--weights baked", "means engines of one checkpoint, and this pipeline has two",
@@ -179,7 +183,11 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         policies: dict[str, PolicyEntry] = {}
         for name, policy_class in laws.items():
             graphs[f"decide.{name}"] = write_decide_graph(policy_class(), folder)
-            policies[name] = PolicyEntry(graph=f"decide.{name}", spec=policy_class.spec)
+            policies[name] = PolicyEntry(
+                graph=f"decide.{name}",
+                spec=policy_class.spec,
+                setting=policy_setting(name, signals),
+            )
             progress.advance(f"decide.{name}")
 
         part_segments = [p.segment for p in parts]
@@ -224,7 +232,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
 
         clock.start("samplers")
         pipeline = bring_pipeline(checkpoint, folder)
-        samplers = tabulate_samplers(checkpoint, request.configs, folder)
+        samplers = tabulate_samplers(checkpoint, configs, folder)
         clock.start("digests")
         if parts and pipeline.folder is None:
             raise OutputError(
@@ -256,6 +264,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
                 for n, i in cut.inputs.items()
             },
             dims={n: list(f) for n, f in cut.dims.items()},
+            latent_scale=latent_scale(cut, checkpoint.pipeline),
+            vocabulary_size=next((p.vocabulary_size for p in parts if p.vocabulary_size), None),
             graphs=graphs,
             stages=stages,
             experts=experts,
@@ -263,8 +273,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             feature_block=cut.feature_block,
             history_dtype=cut.history_dtype,
             policies=policies,
-            configs=dict(request.configs),
-            default_config=next(iter(request.configs)),
+            configs=configs,
+            default_config=next(iter(configs)),
             tensors=tensors,
             engines=engines,
             samplers=samplers,
@@ -351,11 +361,13 @@ def complete_target(backend: Backend, target: Target) -> Target:
     return backend.complete(target) if isinstance(backend, ProfiledBackend) else Target()
 
 
-def _ranges(request: BuildRequest, cut: Cut, checkpoint: Checkpoint) -> dict[str, Range]:
+def _ranges(
+    request: BuildRequest, cut: Cut, checkpoint: Checkpoint, configs: Mapping[str, ResolvedConfig]
+) -> dict[str, Range]:
     """Return what engines are to serve, if any backend has to be told."""
     if not any(isinstance(b, ProfiledBackend) for b in request.backends):
         return {}
-    return dim_ranges(cut, request.sizes, request.configs, checkpoint.pipeline)
+    return dim_ranges(cut, request.sizes, configs, checkpoint.pipeline)
 
 
 def _report(progress: Progress, graph: str, phase: str, done: int, total: int) -> None:
@@ -369,7 +381,9 @@ def target_label(target: Target) -> str:
     return platform.machine().lower()
 
 
-def pipeline_parts(request: BuildRequest, checkpoint: Checkpoint) -> list[PipelinePart]:
+def pipeline_parts(
+    request: BuildRequest, checkpoint: Checkpoint, configs: Mapping[str, ResolvedConfig]
+) -> list[PipelinePart]:
     """Describe the pipeline's other parts that are to be carried as graphs."""
     if not (request.with_text_encoder or request.with_vae):
         return []
@@ -382,27 +396,19 @@ def pipeline_parts(request: BuildRequest, checkpoint: Checkpoint) -> list[Pipeli
     if request.with_text_encoder:
         parts.append(text_encoder_part(checkpoint.pipeline))
     if request.with_vae:
-        size = next(iter(request.configs.values())).generation
+        size = next(iter(configs.values())).generation
         parts.append(vae_decode_part(checkpoint.pipeline, size))
     return parts
 
 
 def tabulate_samplers(
-    checkpoint: Checkpoint, configs: Mapping[str, ConfigEntry], folder: Path
+    checkpoint: Checkpoint, configs: Mapping[str, ResolvedConfig], folder: Path
 ) -> list[SamplerEntry]:
     """Tabulate the samplers at the flow shifts of the pipeline's scheduler and of every config."""
-    scheduler: dict[str, Any] | None = None
-    if checkpoint.pipeline is not None:
-        path = checkpoint.pipeline / "scheduler" / "scheduler_config.json"
-        if path.is_file():
-            scheduler = read_json(path)
-    own = (scheduler or {}).get("flow_shift") or (scheduler or {}).get("shift") or 1.0
-    if not isinstance(own, int | float):
-        raise CheckpointError(str(path), f"the flow shift is {own!r}", "give a number")
-    shifts = {float(own)} | {
-        c.generation.flow_shift for c in configs.values() if c.generation.flow_shift is not None
-    }
-    return write_tables(folder, scheduler, shifts)
+    scheduler = read_part(checkpoint.pipeline, "scheduler/scheduler_config.json")
+    shifts = {scheduler_shift(checkpoint.pipeline)}
+    shifts |= {c.generation.flow_shift for c in configs.values()}
+    return write_tables(folder, scheduler or None, shifts)
 
 
 def bring_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineEntry:
@@ -475,10 +481,10 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
 
     Raises:
         CheckpointError: nothing usable at ``request.model``, or nothing of what it is to carry.
-        ConfigError: the VAE's decoder is wanted and the default config leaves its size open.
         RequestError: the size does not fit the model.
     """
     checkpoint = open_checkpoint(request.model, request.revision)
+    configs = resolve_configs(request.configs, checkpoint.pipeline)
     where = str(checkpoint.transformer / "config.json")
     family = family_of(checkpoint.transformer_class, where)
     cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
@@ -492,15 +498,15 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         + 2
         + (FIRST_BLOCK_RESIDUAL in cut.signals)
         + len(_policies(cut))
-        + len(pipeline_parts(request, checkpoint)),
+        + len(pipeline_parts(request, checkpoint, configs)),
         "tensors": len(checkpoint.tensors),
         "checkpoint_bytes": stored,
         "backends": [b.name for b in request.backends],
         "precision": request.precision,
-        "ranges": _ranges(request, cut, checkpoint),
+        "ranges": _ranges(request, cut, checkpoint, configs),
         "out": str(request.out),
         "forecast": forecast_build(
-            checkpoint, cut, request.configs, out=request.out, precision=request.precision,
+            checkpoint, cut, configs, out=request.out, precision=request.precision,
             backends=[b.name for b in request.backends], baked=request.weights == "baked",
             size=size,
         ),

@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..bundle.manifest import ConfigEntry
+from ..bundle.manifest import ResolvedConfig
 from ..configs.dtypes import ITEM_BYTES
-from ..configs.setting import CacheSetting
 from ..policies import POLICIES
 from .checkpoint import Checkpoint
+from .defaults import policy_setting
 from .families import Cut
 from .fit import forecast_memory
 from .footprint import footprint_of, weights_of
@@ -31,7 +31,7 @@ LINKING_BACKENDS = ("onnxruntime",)
 def forecast_build(
     checkpoint: Checkpoint,
     cut: Cut,
-    configs: Mapping[str, ConfigEntry],
+    configs: Mapping[str, ResolvedConfig],
     *,
     precision: str,
     backends: Sequence[str],
@@ -57,7 +57,7 @@ def forecast_build(
     default = next(iter(configs))
     size = size or size_of(configs[default].generation)
     dims = dims_of(cut, size, checkpoint.pipeline)
-    settings = {n: CacheSetting(policy=n) for n in POLICIES}
+    settings = {n: policy_setting(n, cut.signals) for n in POLICIES}
     settings |= {n: c.cache for n, c in configs.items()}
     footprint = footprint_of(
         cut, dims, branches=size.branches, settings=settings,

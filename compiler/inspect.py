@@ -76,7 +76,7 @@ def inspect_bundle(
     generation = manifest.configs[manifest.default_config].generation
     size = size_of(generation, height=height, width=width, frames=frames, steps=steps)
     dims = dims_of(cut, size, bundle_pipeline(bundle))
-    settings = {n: CacheSetting(policy=n) for n in manifest.policies}
+    settings = {n: p.setting for n, p in manifest.policies.items()}
     settings |= {n: c.cache for n, c in manifest.configs.items()}
     footprint = footprint_of(
         cut, dims, branches=size.branches, settings=settings,
@@ -291,12 +291,11 @@ def _speedups(
     """
     manifest = bundle.manifest
     default = manifest.configs[manifest.default_config].generation
-    tables: dict[tuple[int, float | None], dict[str, Any]] = {}
+    tables: dict[tuple[int, float], dict[str, Any]] = {}
     found = {}
     for name, setting in settings.items():
         carried = manifest.configs.get(name)
-        given = {} if carried is None else carried.generation.model_dump(exclude_none=True)
-        generation = default.model_copy(update=given)
+        generation = default if carried is None else carried.generation
         key = (size_of(generation, steps=steps).steps, generation.flow_shift)
         if key not in tables:
             tables[key] = timestep_tables(bundle, cut, timesteps_of(bundle, generation, key[0]))

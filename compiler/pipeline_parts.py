@@ -18,9 +18,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, un
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from ..bundle.manifest import GenerationDefaults, GraphEntry, TensorEntry
+from ..bundle.manifest import GraphEntry, ResolvedGeneration, TensorEntry
 from ..bundle.safetensors_header import StoredTensor, read_header
-from ..configs.errors import CheckpointError, ConfigError
+from ..configs.errors import CheckpointError
 from ..engines.base import TensorSpec
 from .checkpoint import read_json
 from .families.base import Segment
@@ -39,11 +39,13 @@ class PipelinePart:
         folder: Folder of the pipeline, as ``text_encoder``.
         segment: What to trace.
         stored: The part's tensors by their own names.
+        vocabulary_size: Of a text encoder: token ids lie below it.
     """
 
     folder: str
     segment: Segment
     stored: Mapping[str, StoredTensor]
+    vocabulary_size: int | None = None
 
 
 def in_float32(module: nn.Module, *inputs: Any, **options: Any) -> Any:
@@ -117,26 +119,18 @@ def text_encoder_part(pipeline: Path) -> PipelinePart:
         {"text_states": TensorSpec("float32", ("batch", "text_tokens", config["d_model"]))},
         "text_encoder.",
     )  # fmt: skip
-    return PipelinePart("text_encoder", segment, stored)
+    return PipelinePart("text_encoder", segment, stored, model.shared.num_embeddings)
 
 
-def vae_decode_part(pipeline: Path, generation: GenerationDefaults) -> PipelinePart:
+def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelinePart:
     """Describe the VAE's decoder for the one size that ``generation`` names.
 
     Its causal cache makes the calls depend on the number of frames, so the shape is fixed.
 
     Raises:
         CheckpointError: the pipeline has none, or it is no Wan VAE.
-        ConfigError: ``generation`` leaves the size open.
     """
     config, stored = _open(pipeline, "vae", "AutoencoderKLWan", "_class_name")
-    size = (generation.frames, generation.height, generation.width)
-    if None in size:
-        raise ConfigError(
-            "--with-vae", "the default config leaves frames, height or width open",
-            "build with a config that has 'target_video_length', 'target_height', 'target_width'",
-        )  # fmt: skip
-    frames, height, width = (int(s) for s in size if s is not None)
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(config).eval()
     _store_as(model, stored)
@@ -144,9 +138,9 @@ def vae_decode_part(pipeline: Path, generation: GenerationDefaults) -> PipelineP
     latents = (
         1,
         config["z_dim"],
-        (frames - 1) // in_time + 1,
-        height // in_space,
-        width // in_space,
+        (generation.frames - 1) // in_time + 1,
+        generation.height // in_space,
+        generation.width // in_space,
     )
     pixels = ((latents[2] - 1) * in_time + 1, latents[3] * in_space, latents[4] * in_space)
     segment = Segment(

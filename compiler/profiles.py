@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..bundle.manifest import ConfigEntry, GraphEntry, PolicyEntry
+from ..bundle.manifest import GraphEntry, PolicyEntry, ResolvedConfig
 from ..configs.errors import ConfigError, RequestError
 from .families import Cut
 from .sizes import Size, dims_of, size_of
@@ -61,7 +61,7 @@ def parse_range(flag: str, text: str) -> Range:
 
 
 def dim_ranges(
-    cut: Cut, sizes: BuildSizes, configs: Mapping[str, ConfigEntry], pipeline: Path | None
+    cut: Cut, sizes: BuildSizes, configs: Mapping[str, ResolvedConfig], pipeline: Path | None
 ) -> dict[str, Range]:
     """Return the range of every named dimension of the model's graphs.
 

@@ -9,18 +9,31 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..bundle.manifest import GenerationDefaults
+from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..engines.base import TensorSpec
-from ..runtime.generate import FALLBACK
 from .checkpoint import read_json
 from .families import Cut
 
-__all__ = ["Size", "bundle_pipeline", "dims_of", "read_part", "shape_at", "size_of"]
+__all__ = [
+    "Size",
+    "bundle_pipeline",
+    "dims_of",
+    "latent_scale",
+    "read_part",
+    "shape_at",
+    "size_of",
+]
 
 IMAGE_TOKENS = 257
 """Of the CLIP encoder that Wan's image-to-video models take, where its config is not there."""
+
+STRIDES = {
+    "frames": ("scale_factor_temporal", "temporal_compression_ratio"),
+    "pixels": ("scale_factor_spatial", "spatial_compression_ratio"),
+}
+"""Field of `LatentScale` → keys of the VAE's config, as diffusers' classes spell it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Size:
 
 
 def size_of(
-    generation: GenerationDefaults,
+    generation: ResolvedGeneration,
     *,
     height: int | None = None,
     width: int | None = None,
@@ -53,7 +66,7 @@ def size_of(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> Size:
-    """Fill a size in: what is wanted, else what the config says, else the defaults of `run`.
+    """Fill a size in: what is wanted, else what the config says.
 
     Args:
         generation: A config's values.
@@ -63,19 +76,27 @@ def size_of(
         steps: Denoise steps.
         guidance: Guidance scale.
     """
-
-    def value(name: str, wanted: float | None = None) -> Any:
-        found = (wanted, getattr(generation, name), getattr(FALLBACK, name))
-        return next(v for v in found if v is not None)
-
+    wanted = {
+        "height": height, "width": width, "frames": frames, "steps": steps,
+        "guidance_scale": guidance,
+    }  # fmt: skip
+    asked = generation.model_copy(update={n: v for n, v in wanted.items() if v is not None})
     return Size(
-        height=value("height", height),
-        width=value("width", width),
-        frames=value("frames", frames),
-        steps=value("steps", steps),
-        text_tokens=value("text_tokens"),
-        branches=2 if value("guidance_scale", guidance) > 1 else 1,
+        height=asked.height,
+        width=asked.width,
+        frames=asked.frames,
+        steps=asked.steps,
+        text_tokens=asked.text_tokens,
+        branches=2 if asked.guidance_scale > 1 else 1,
     )
+
+
+def latent_scale(cut: Cut, pipeline: Path | None) -> LatentScale:
+    """Return what one latent stands for: as the VAE's config tells, else as the family does."""
+    config = read_part(pipeline, "vae/config.json")
+    told = {field: [config[k] for k in keys if config.get(k)] for field, keys in STRIDES.items()}
+    usual = dict(zip(STRIDES, cut.latent_scale, strict=True))
+    return LatentScale(**{field: next(iter(told[field]), usual[field]) for field in STRIDES})
 
 
 def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
@@ -89,9 +110,8 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
     Raises:
         RequestError: a size that VAE or patches do not divide.
     """
-    vae = read_part(pipeline, "vae/config.json")
-    by_time = vae.get("scale_factor_temporal", cut.latent_scale[0])
-    by_space = vae.get("scale_factor_spatial", cut.latent_scale[1])
+    scale = latent_scale(cut, pipeline)
+    by_time, by_space = scale.frames, scale.pixels
     image = read_part(pipeline, "image_encoder/config.json")
     patches = (image["image_size"] // image["patch_size"]) ** 2 + 1 if image else IMAGE_TOKENS
     if size.frames < 1 or (size.frames - 1) % by_time:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from ..bundle.manifest import GenerationDefaults
+from ..bundle.manifest import ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..configs.setting import CacheSetting
 from ..policies import POLICIES
@@ -94,7 +94,7 @@ def predict(
     )
 
 
-def timesteps_of(bundle: Bundle, generation: GenerationDefaults, steps: int) -> torch.Tensor:
+def timesteps_of(bundle: Bundle, generation: ResolvedGeneration, steps: int) -> torch.Tensor:
     """Return the timesteps of a run, float32 [steps], as the pipeline's scheduler has them.
 
     Args:
@@ -104,8 +104,7 @@ def timesteps_of(bundle: Bundle, generation: GenerationDefaults, steps: int) -> 
     """
     config = read_part(bundle_pipeline(bundle), "scheduler/scheduler_config.json")
     wanted = str(config.get("_class_name", ""))
-    own = config.get("flow_shift") or config.get("shift") or 1.0
-    shift = generation.flow_shift if generation.flow_shift is not None else float(own)
+    shift = generation.flow_shift
     name = sampler_name(wanted)
     if name is None and config:
         scheduler_class = getattr(diffusers, wanted)

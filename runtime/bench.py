@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..bundle.manifest import ConfigEntry
+from ..bundle.manifest import ResolvedConfig
 from ..bundle.reader import Bundle
 from ..configs.errors import OutputError, RequestError
 from ..configs.setting import CacheSetting
@@ -213,7 +213,7 @@ def bench_bundle(
     settings = {n: choose_setting(bundle, c, {}, warn) for n, c in named.items()}
     settings = {n: s for n, s in settings.items() if s.cache.policy != "off"}
     base = choose_setting(bundle, None, {}, warn)
-    uncached = ConfigEntry(
+    uncached = ResolvedConfig(
         cache=choose_setting(bundle, "off", {}, warn).cache, generation=base.generation
     )
     generator = Generator(bundle, backend=request.backend)
@@ -257,7 +257,7 @@ def bench_bundle(
 
 
 def _request(
-    pair: tuple[str, int], entry: ConfigEntry, steps: int | None, image: Path | None
+    pair: tuple[str, int], entry: ResolvedConfig, steps: int | None, image: Path | None
 ) -> GenerationRequest:
     prompt, seed = pair
     return GenerationRequest(

@@ -7,7 +7,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..bundle.manifest import GenerationDefaults
+from ..bundle.manifest import ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..bundle.safetensors_header import read_header
 from ..configs.errors import BundleError, RequestError
@@ -30,9 +30,6 @@ from .statistics import RunStatistics
 
 __all__ = ["Generation", "GenerationRequest", "Generator", "loaded_bytes"]
 
-FALLBACK = GenerationDefaults(
-    steps=50, height=480, width=832, frames=81, guidance_scale=5.0, seed=42, text_tokens=512
-)
 FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
 TRANSFORMERS = {"transformer", "transformer_2"}
 """Parts of a pipeline that a bundle takes the place of."""
@@ -42,13 +39,13 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One run; None takes the config's value, then the default.
+    """One run; None takes the config's value.
 
     Attributes:
         prompt: What to show.
-        negative_prompt: What not to show.
         cache: Resolved cache setting.
         defaults: Generation values of the config.
+        negative_prompt: What not to show.
         steps: Denoise steps.
         height: Pixels.
         width: Pixels.
@@ -61,8 +58,8 @@ class GenerationRequest:
 
     prompt: str
     cache: CacheSetting
+    defaults: ResolvedGeneration
     negative_prompt: str = ""
-    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     steps: int | None = None
     height: int | None = None
     width: int | None = None
@@ -72,12 +69,9 @@ class GenerationRequest:
     image: Path | None = None
 
     def value(self, name: str) -> Any:
-        """Return a setting: the request's, the config's, or the default."""
-        for source in (self, self.defaults, FALLBACK):
-            found = getattr(source, name, None)
-            if found is not None:
-                return found
-        return None
+        """Return a setting: the request's, else the config's."""
+        found = getattr(self, name, None)
+        return getattr(self.defaults, name) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -221,8 +215,9 @@ class Generator:
     def _set_scheduler(self, request: GenerationRequest) -> None:
         shift = request.value("flow_shift")
         scheduler = self.pipe.scheduler
-        if shift is not None and scheduler.config.get("flow_shift", shift) != shift:
-            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, flow_shift=shift)
+        key = next((k for k in ("flow_shift", "shift") if k in scheduler.config), None)
+        if key is not None and scheduler.config[key] != shift:
+            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, **{key: shift})
 
     def decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
         """Decode latents to frames, uint8 [frames, height, width, 3]."""
@@ -240,8 +235,8 @@ class Generator:
     ) -> dict[str, Any]:
         names = ("steps", "height", "width", "frames", "guidance_scale", "seed")
         values = {n: request.value(n) for n in names}
-        config = self.pipe.vae.config
-        spatial = config.scale_factor_spatial * max(self.transformer.config["patch_size"][1:])
+        scale = self.bundle.manifest.latent_scale
+        spatial = scale.pixels * max(self.transformer.config["patch_size"][1:])
         if image is not None and request.height is None and request.width is None:
             area = values["height"] * values["width"]
             values["height"], values["width"] = size_like(image, area, spatial)
@@ -251,7 +246,7 @@ class Generator:
                     f"--{name} {values[name]}", f"is no multiple of {spatial}",
                     f"use {max(spatial, round(values[name] / spatial) * spatial)}",
                 )  # fmt: skip
-        step = config.scale_factor_temporal
+        step = scale.frames
         if values["frames"] < 1 or (values["frames"] - 1) % step:
             raise RequestError(
                 f"--frames {values['frames']}", f"is not 1 more than a multiple of {step}",

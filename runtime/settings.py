@@ -6,7 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..bundle.manifest import ConfigEntry, GenerationDefaults, Manifest, PolicyEntry
+from ..bundle.manifest import (
+    ConfigEntry,
+    GenerationDefaults,
+    Manifest,
+    PolicyEntry,
+    ResolvedConfig,
+)
 from ..bundle.reader import Bundle
 from ..configs.caching import CachingConfig
 from ..configs.errors import ConfigError, nearest
@@ -68,11 +74,11 @@ def choose_setting(
     cache: CacheSetting | str | Path | None,
     overrides: Mapping[str, str],
     warn: Warn,
-) -> ConfigEntry:
+) -> ResolvedConfig:
     """Find what ``cache`` names and apply overrides.
 
     Args:
-        bundle: Its configs come first, then shipped configs, policy names and files.
+        bundle: Its configs come first, then its policies, shipped configs and files.
         cache: A name, a file, a resolved setting, or None for the bundle's default config.
         overrides: ``--set`` pairs.
         warn: Told of ignored keys.
@@ -86,21 +92,24 @@ def choose_setting(
     """
     manifest = bundle.manifest
     default = manifest.configs[manifest.default_config]
+    entry: ConfigEntry = default
     if cache is None:
-        entry = default
+        pass
     elif isinstance(cache, CacheSetting):
         entry = ConfigEntry(cache=cache)
     elif str(cache) in manifest.configs:
         entry = manifest.configs[str(cache)]
+    elif str(cache) in manifest.policies:
+        entry = ConfigEntry(cache=manifest.policies[str(cache)].setting)
     else:
         entry = next(iter(config_entries([str(cache)], warn).values()))
-    given = {n: v for n, v in entry.generation.model_dump().items() if v is not None}
+    given = entry.generation.model_dump(exclude_none=True)
     generation = default.generation.model_copy(update=given)
     setting = entry.cache
     if overrides:
         spec = carried_policy(manifest, setting.policy).spec
         setting = apply_overrides(setting, overrides, spec)
-    return ConfigEntry(cache=setting, generation=generation)
+    return ResolvedConfig(cache=setting, generation=generation)
 
 
 def carried_policy(manifest: Manifest, name: str) -> PolicyEntry:

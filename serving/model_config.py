@@ -3,27 +3,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
 
 from ..bundle.manifest import IoEntry, Manifest
 from ..configs.errors import RequestError
 
-__all__ = ["ServedModel", "config_text", "served_backend", "strides_of"]
+__all__ = ["ServedModel", "config_text", "served_backend"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino")
 """What libfreewheel runs, in its order of preference."""
 
 MAX_PIXELS = 81 * 720 * 1280
 DECODER, ENCODER = "vae_decode", "text_encoder"
-STRIDES = {
-    "frame_stride": ("scale_factor_temporal", 4),
-    "pixel_stride": ("scale_factor_spatial", 8),
-}
-"""Parameter of the backend → key of the VAE's config, and what holds where it has none."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +26,6 @@ class ServedModel:
     backend: str
     instances: int
     threads: int
-    frame_stride: int = 4
-    pixel_stride: int = 8
 
 
 def served_backend(manifest: Manifest, wanted: str | None) -> str:
@@ -57,23 +47,13 @@ def served_backend(manifest: Manifest, wanted: str | None) -> str:
     )
 
 
-def strides_of(bundle: Path) -> dict[str, int]:
-    """Return how many frames and pixels one latent stands for, by the VAE's config."""
-    path = bundle / "pipeline" / "vae" / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {n: int(config.get(key) or usual) for n, (key, usual) in STRIDES.items()}
-
-
 def config_text(manifest: Manifest, served: ServedModel) -> str:
     """Return the text of config.pbtxt."""
-    sizes = (prod((c.generation.frames or 0, c.generation.height or 0, c.generation.width or 0))
-             for c in manifest.configs.values())  # fmt: skip
+    runs = [config.generation for config in manifest.configs.values()]
     parameters = {
         "backend": served.backend,
         "threads": served.threads,
-        "frame_stride": served.frame_stride,
-        "pixel_stride": served.pixel_stride,
-        "max_pixels": max(MAX_PIXELS, *sizes),
+        "max_pixels": max(MAX_PIXELS, *(r.frames * r.height * r.width for r in runs)),
     }
     kind = "KIND_CPU" if served.backend == "openvino" else "KIND_MODEL"
     lines = [

@@ -17,7 +17,7 @@ from ..bundle.files import link_or_none, safe_path
 from ..bundle.manifest import MANIFEST
 from ..bundle.reader import Bundle
 from ..configs.errors import OutputError, RequestError
-from .model_config import ServedModel, config_text, served_backend, strides_of
+from .model_config import ServedModel, config_text, served_backend
 
 __all__ = ["CONFIG", "ServeRequest", "Written", "write_repository"]
 
@@ -90,7 +90,6 @@ def write_repository(request: ServeRequest) -> Written:
         backend=served_backend(request.bundle.manifest, request.backend),
         instances=request.instances,
         threads=request.threads or max(1, (os.cpu_count() or 1) // request.instances),
-        **strides_of(request.bundle.folder),
     )
     text = config_text(request.bundle.manifest, served)
     try:

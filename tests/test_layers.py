@@ -52,7 +52,6 @@ ALLOWED = {
 
 PEERS = {
     "compiler/host_memory.py": "freewheel.runtime.generate",
-    "compiler/sizes.py": "freewheel.runtime.generate",
     "compiler/speedup.py": "freewheel.runtime.replay freewheel.runtime.trace",
     "compiler/verify.py": "freewheel.runtime.model",
 }

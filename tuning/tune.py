@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from ..bundle.manifest import ConfigEntry
+from ..bundle.manifest import ResolvedConfig
 from ..bundle.reader import Bundle
 from ..configs.caching import CachingConfig
 from ..configs.errors import RequestError
@@ -219,7 +219,7 @@ def _record(
     bundle: Bundle,
     request: TuneRequest,
     prompts: Sequence[str],
-    base: ConfigEntry,
+    base: ResolvedConfig,
     watcher: Watcher,
 ) -> list[Trace]:
     """Run the replayed prompts uncached."""

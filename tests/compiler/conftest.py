@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from freewheel.compiler import build as building
 from freewheel.compiler.families import Cut, family_of
 from freewheel.compiler.graphs import write_graphs
 from freewheel.compiler.progress import Silent
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from generations import generation_of
 
-from freewheel.bundle.manifest import GenerationDefaults
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler import forecast_build as forecaster
 from freewheel.compiler.build import BuildRequest, plan
@@ -66,7 +66,7 @@ def test_a_full_disk_is_told_before_the_build(
 
 def test_a_plan_is_for_the_size_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
     asked = request(tiny_checkpoint, tmp_path / "out")
-    size = size_of(GenerationDefaults(), height=64, width=96, frames=9, steps=7)
+    size = size_of(generation_of(), height=64, width=96, frames=9, steps=7)
     planned = plan(asked, size)["forecast"]
     assert planned["dims"]["tokens"] == 3 * 4 * 6
     assert planned["size"]["steps"] == 7

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from generations import generation_of
 
-from freewheel.bundle.manifest import GenerationDefaults
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.families import Cut
 from freewheel.compiler.families.wan import WAN
@@ -19,7 +19,7 @@ from freewheel.compiler.sizes import size_of
 from freewheel.engines.openvino import OpenVino
 from freewheel.runtime.generate import Generator, loaded_bytes
 
-SIZE = size_of(GenerationDefaults(height=64, width=96, frames=9))
+SIZE = size_of(generation_of(height=64, width=96, frames=9))
 
 
 @pytest.fixture(scope="module")

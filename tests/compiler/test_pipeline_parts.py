@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+from generations import generation_of
 
-from freewheel.bundle.manifest import GenerationDefaults, GraphEntry
+from freewheel.bundle.manifest import GraphEntry
 from freewheel.compiler.pipeline_parts import part_tensors, text_encoder_part, vae_decode_part
-from freewheel.configs.errors import CheckpointError, ConfigError
+from freewheel.configs.errors import CheckpointError
 
-SIZE = GenerationDefaults(frames=9, height=32, width=48)
+SIZE = generation_of(frames=9, height=32, width=48)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,10 @@ def test_weights_lie_in_the_pipelines_files(pipeline):
     )
 
 
-def test_an_open_size_is_refused(pipeline):
-    with pytest.raises(ConfigError, match=r"--with-vae.*leaves frames.*build with a config"):
-        vae_decode_part(pipeline, GenerationDefaults(height=32, width=32))
+def test_the_vocabulary_is_the_embeddings(pipeline):
+    config = json.loads((pipeline / "text_encoder" / "config.json").read_text())
+    assert text_encoder_part(pipeline).vocabulary_size == config["vocab_size"]
+    assert vae_decode_part(pipeline, SIZE).vocabulary_size is None
 
 
 def test_another_encoder_is_refused(pipeline, tmp_path):

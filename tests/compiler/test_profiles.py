@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from generations import generation_of
 
-from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
+from freewheel.bundle.manifest import ResolvedConfig
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.families import Cut
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
@@ -19,8 +20,8 @@ from freewheel.configs.setting import CacheSetting
 SIZES = BuildSizes(height=(64, 96, 96), width=(64, 96, 128), frames=(1, 9, 17), batch=(1, 1, 2))
 
 
-def config(**generation: int) -> ConfigEntry:
-    return ConfigEntry(cache=CacheSetting(), generation=GenerationDefaults(**generation))
+def config(**generation: int) -> ResolvedConfig:
+    return ResolvedConfig(cache=CacheSetting(), generation=generation_of(**generation))
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from generations import generation_of
 
-from freewheel.bundle.manifest import GenerationDefaults
 from freewheel.compiler.families import Cut
 from freewheel.compiler.families.wan import WAN
-from freewheel.compiler.sizes import IMAGE_TOKENS, dims_of, shape_at, size_of
+from freewheel.compiler.sizes import IMAGE_TOKENS, dims_of, latent_scale, shape_at, size_of
 from freewheel.configs.errors import RequestError
 from freewheel.engines.base import TensorSpec
 
@@ -22,15 +22,15 @@ def cut() -> Cut:
     return WAN.cut(config, "float32", lambda name: "float32")
 
 
-def test_what_is_asked_for_comes_before_the_config_and_that_before_defaults() -> None:
-    generation = GenerationDefaults(height=96, steps=30, guidance_scale=1.0)
+def test_what_is_asked_for_comes_before_the_config() -> None:
+    generation = generation_of(height=96, steps=30, guidance_scale=1.0)
     size = size_of(generation, steps=8)
     assert (size.height, size.width, size.steps, size.branches) == (96, 832, 8, 1)
-    assert size_of(GenerationDefaults()).branches == 2
+    assert size_of(generation_of()).branches == 2
 
 
 def test_wan_at_480p_has_the_tokens_that_its_authors_count(cut: Cut) -> None:
-    dims = dims_of(cut, size_of(GenerationDefaults()), None)
+    dims = dims_of(cut, size_of(generation_of()), None)
     assert dims["tokens"] == 32_760
     assert dims["tokens_per_frame"] == 1_560
     assert (dims["frames"], dims["height"], dims["width"]) == (21, 60, 104)
@@ -44,7 +44,7 @@ def test_scale_factors_are_the_pipelines_own(cut: Cut, tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
-    size = size_of(GenerationDefaults(), height=64, width=96, frames=5)
+    size = size_of(generation_of(), height=64, width=96, frames=5)
     dims = dims_of(cut, size, tmp_path)
     assert (dims["frames"], dims["height"], dims["width"]) == (3, 4, 6)
     assert dims["tokens"] == 3 * 2 * 3
@@ -63,7 +63,25 @@ def test_scale_factors_are_the_pipelines_own(cut: Cut, tmp_path: Path) -> None:
 )
 def test_a_size_that_does_not_divide_is_refused(cut: Cut, wanted: dict, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        dims_of(cut, size_of(GenerationDefaults(), **wanted), None)
+        dims_of(cut, size_of(generation_of(), **wanted), None)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({}, (4, 8)),
+        ({"scale_factor_spatial": 16, "scale_factor_temporal": None}, (4, 16)),
+        ({"temporal_compression_ratio": 8, "spatial_compression_ratio": 32}, (8, 32)),
+    ],
+)
+def test_a_latent_stands_for_what_the_vae_says(
+    cut: Cut, tmp_path: Path, config: dict, found: tuple[int, int]
+) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    scale = latent_scale(cut, tmp_path)
+    assert (scale.frames, scale.pixels) == found
+    assert latent_scale(cut, None) == latent_scale(cut, tmp_path / "nowhere")
 
 
 def test_shapes_take_named_sizes() -> None:

@@ -7,8 +7,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from generations import generation_of
 
-from freewheel.bundle.manifest import GenerationDefaults
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.flops import step_flops
 from freewheel.compiler.recut import cut_of
@@ -24,8 +24,8 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def known(tiny_bundle: Bundle):
     cut = cut_of(tiny_bundle.manifest)
-    dims = dims_of(cut, size_of(GenerationDefaults(height=64, width=96, frames=5)), None)
-    timesteps = timesteps_of(tiny_bundle, GenerationDefaults(flow_shift=3.0), STEPS)
+    dims = dims_of(cut, size_of(generation_of(height=64, width=96, frames=5)), None)
+    timesteps = timesteps_of(tiny_bundle, generation_of(flow_shift=3.0), STEPS)
     return cut, dims, timesteps, timestep_tables(tiny_bundle, cut, timesteps)
 
 
@@ -34,7 +34,7 @@ def test_timesteps_are_the_schedulers_with_the_configs_shift(tiny_bundle: Bundle
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=7.0
     )
     scheduler.set_timesteps(9)
-    found = timesteps_of(tiny_bundle, GenerationDefaults(flow_shift=7.0), 9)
+    found = timesteps_of(tiny_bundle, generation_of(flow_shift=7.0), 9)
     assert found.dtype == torch.float32
     assert found.tolist() == [float(t) for t in scheduler.timesteps]
 

@@ -26,6 +26,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler import build as building
 from freewheel.compiler.build import BuildRequest, build, compile_graph
+from freewheel.compiler.defaults import resolve_configs
 from freewheel.compiler.families import Cut
 from freewheel.compiler.graphs import write_graphs
 from freewheel.compiler.inspect import inspect_bundle, render
@@ -300,7 +301,7 @@ def test_islands_stay_float32_in_the_graphs(low: Any) -> None:
 
 def test_low_precision_attention_is_fused_at_any_size(low: Any, tmp_path: Path) -> None:
     precision, cut, folder, entries = low
-    ranges = dim_ranges(cut, SIZES, OFF, None)
+    ranges = dim_ranges(cut, SIZES, resolve_configs(OFF, None), None)
     profiles = profiles_of(entries, {}, cut, ranges)
     target = Target(precision, profiles["block"], ("8.0", "8.9", "12.0"))
     TensorRTRTX().compile(folder / entries["block"].file, target, tmp_path / "engine")

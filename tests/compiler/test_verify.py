@@ -17,6 +17,7 @@ from torch import Tensor
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.reader import MANIFEST, Bundle
 from freewheel.compiler.decide import write_decide_graph
+from freewheel.compiler.defaults import resolve_configs
 from freewheel.compiler.engine_check import EngineCheck
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
 from freewheel.compiler.recut import cut_of
@@ -221,7 +222,9 @@ def test_engines_of_a_range_are_given_sizes_inside_it(
 ) -> None:
     manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle.manifest)
     sizes = BuildSizes((96, 128, 160), (128, 128, 128), (9, 9, 17))
-    ranges = dim_ranges(cut, sizes, config_entries(["off"], lambda text: None), None)
+    ranges = dim_ranges(
+        cut, sizes, resolve_configs(config_entries(["off"], lambda text: None), None), None
+    )
     profiles = profiles_of(manifest.graphs, manifest.policies, cut, ranges)
     for path in copied.glob("engines/onnxruntime-*/*/engine.json"):
         record = json.loads(path.read_text())

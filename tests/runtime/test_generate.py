@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from freewheel.bundle.manifest import GenerationDefaults
 from freewheel.bundle.reader import Bundle
+from freewheel.compiler.defaults import resolve_generation
 from freewheel.configs.errors import RequestError
 from freewheel.configs.setting import CacheSetting
 from freewheel.runtime.attach import attach
@@ -27,11 +28,18 @@ def maker(i2v_bundle: Bundle) -> Generator:
     return Generator(i2v_bundle)
 
 
+DEFAULTS = resolve_generation(GenerationDefaults())
+
+
 def request(image: Path | None, cache: CacheSetting | None = None, **options: Any) -> Any:
-    return GenerationRequest(
-        prompt=PROMPT, cache=cache or CacheSetting(), image=image,
-        **{**SIZE, "steps": 8, "guidance_scale": 3.0, "seed": 5, **options},
-    )  # fmt: skip
+    given = {**SIZE, "steps": 8, "guidance_scale": 3.0, "seed": 5, "defaults": DEFAULTS, **options}
+    return GenerationRequest(prompt=PROMPT, cache=cache or CacheSetting(), image=image, **given)
+
+
+def test_a_value_is_the_requests_else_the_configs() -> None:
+    plain = GenerationRequest(PROMPT, CacheSetting(), DEFAULTS)
+    assert {n: plain.value(n) for n in DEFAULTS.model_dump()} == DEFAULTS.model_dump()
+    assert GenerationRequest(PROMPT, CacheSetting(), DEFAULTS, steps=3).value("steps") == 3
 
 
 def relative_l1(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -109,7 +117,7 @@ def test_the_image_reaches_the_model_and_another_one_is_noticed(
 
 
 def test_a_video_takes_the_proportions_of_its_image(maker: Generator, first_frame: Path) -> None:
-    area = GenerationDefaults(height=64, width=96)
+    area = resolve_generation(GenerationDefaults(height=64, width=96))
     asked = request(first_frame, height=None, width=None, frames=1, steps=1, defaults=area)
     values = maker.generate(asked).resolved
     # 100 x 80 pixels, at the area of 64 x 96.

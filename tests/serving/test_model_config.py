@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import RequestError
-from freewheel.serving.model_config import ServedModel, config_text, served_backend, strides_of
+from freewheel.serving.model_config import ServedModel, config_text, served_backend
 
 
 def tensors(text: str, kind: str) -> dict[str, tuple[str, str]]:
@@ -55,11 +53,3 @@ def test_the_backend_is_one_that_c_plus_plus_runs(tiny_bundle: Bundle) -> None:
     )
     with pytest.raises(RequestError, match="build it with --backend openvino"):
         served_backend(slow, None)
-
-
-def test_strides_are_the_vae_s(tmp_path: Path) -> None:
-    assert strides_of(tmp_path) == {"frame_stride": 4, "pixel_stride": 8}
-    config = tmp_path / "pipeline" / "vae" / "config.json"
-    config.parent.mkdir(parents=True)
-    config.write_text(json.dumps({"scale_factor_spatial": 16, "scale_factor_temporal": None}))
-    assert strides_of(tmp_path) == {"frame_stride": 4, "pixel_stride": 16}

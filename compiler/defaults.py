@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every default of a run, resolved into the manifest by `build`: no runtime holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..bundle.manifest import (
+    ConfigEntry,
+    GenerationDefaults,
+    ResolvedConfig,
+    ResolvedGeneration,
+)
+from ..configs.errors import CheckpointError, ConfigError
+from ..configs.load import load_config
+from ..configs.setting import CacheSetting
+from .sizes import read_part
+
+__all__ = ["policy_setting", "resolve_configs", "resolve_generation", "scheduler_shift"]
+
+RUN = ResolvedGeneration(
+    steps=50, height=480, width=832, frames=81, guidance_scale=5.0, flow_shift=1.0, seed=42,
+    text_tokens=512,
+)  # fmt: skip
+"""What a run gets that neither its request nor a config says."""
+
+
+def resolve_generation(
+    generation: GenerationDefaults, default: ResolvedGeneration = RUN
+) -> ResolvedGeneration:
+    """Fill in what ``generation`` leaves open.
+
+    Raises:
+        ConfigError: a value that no run can take.
+    """
+    given = generation.model_dump(exclude_none=True)
+    try:
+        return ResolvedGeneration.model_validate({**default.model_dump(), **given})
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        raise ConfigError(
+            f"config, '{found['loc'][0]}'", f"found {found['input']!r}", str(found["msg"]).lower()
+        ) from error
+
+
+def resolve_configs(
+    configs: Mapping[str, ConfigEntry], pipeline: Path | None
+) -> dict[str, ResolvedConfig]:
+    """Fill in what configs leave open: from the first one, then the scheduler, then `RUN`.
+
+    Args:
+        configs: Name → config; the first is the default.
+        pipeline: Folder of the diffusers pipeline, whose scheduler has a flow shift, or None.
+
+    Raises:
+        ConfigError: a value that no run can take.
+        CheckpointError: the scheduler's flow shift is no number.
+    """
+    default = RUN.model_copy(update={"flow_shift": scheduler_shift(pipeline)})
+    resolved = {}
+    for name, config in configs.items():
+        generation = resolve_generation(config.generation, default)
+        resolved[name] = ResolvedConfig(cache=config.cache, generation=generation)
+        default = resolved[next(iter(resolved))].generation
+    return resolved
+
+
+def policy_setting(name: str, signals: Collection[str]) -> CacheSetting:
+    """Return what a policy runs with where it is asked for by name.
+
+    Args:
+        name: Of the policy.
+        signals: Kinds that the model gives; another one is left to the policy's order.
+    """
+    try:
+        setting = load_config(name).setting()
+    except ConfigError:  # its tables come with a request, as those of `solved`
+        setting = CacheSetting(policy=name)
+    if setting.signal is None or setting.signal in signals:
+        return setting
+    return setting.model_copy(update={"signal": None})
+
+
+def scheduler_shift(pipeline: Path | None) -> float:
+    """Return the flow shift of a pipeline's scheduler; 1 where there is none.
+
+    Raises:
+        CheckpointError: it is no number above 0.
+    """
+    config = read_part(pipeline, "scheduler/scheduler_config.json")
+    own = config.get("flow_shift") or config.get("shift") or RUN.flow_shift
+    if not isinstance(own, int | float) or not own > 0:
+        where = f"{pipeline}/scheduler/scheduler_config.json"
+        raise CheckpointError(where, f"the flow shift is {own!r}", "give a number")
+    return float(own)
