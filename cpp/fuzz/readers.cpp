@@ -86,8 +86,16 @@ void read_overrides(const std::uint8_t* data, std::size_t size) {
     const std::size_t at = line.find('=');
     if (at != std::string::npos) overrides.emplace_back(line.substr(0, at), line.substr(at + 1));
   }
+  Manifest manifest;
+  PolicySpec& spec = manifest.policies["fuzzed"].spec;
+  spec.signals = {"temb"};
+  spec.parameters["threshold"].default_value = 0.5;
+  spec.parameters["coefficients"].shape = Shape{5};
   CacheSetting setting;
-  if (const Status status = apply_overrides(overrides, setting); !status.ok()) check(status);
+  setting.policy = "fuzzed";
+  if (const Status status = apply_overrides(manifest, overrides, setting); !status.ok()) {
+    check(status);
+  }
 }
 
 }  // namespace freewheel::fuzz

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "freewheel/settings.h"
 #include "try.h"
 
 namespace freewheel {
@@ -16,25 +17,14 @@ Tensor flattened(const Tensor& tensor) {
   return {tensor.data, tensor.dtype, Shape{rows, width}};
 }
 
-std::vector<std::string> keys_of(const std::map<std::string, PolicyEntry>& policies) {
-  std::vector<std::string> names;
-  for (const auto& [name, entry] : policies) names.push_back(name);
-  return names;
-}
-
 }  // namespace
 
 Result<ResolvedSetting> ResolvedSetting::create(const Manifest& manifest,
                                                 const CacheSetting& setting) {
   ResolvedSetting resolved;
   resolved.setting = setting;
-  const auto policy = manifest.policies.find(setting.policy);
-  if (policy == manifest.policies.end()) {
-    return Status(Code::kConfig, "policy '" + setting.policy + "'", "is not in the bundle",
-                  nearest(setting.policy, keys_of(manifest.policies)));
-  }
-  resolved.policy = &policy->second;
-  const PolicySpec& spec = policy->second.spec;
+  FREEWHEEL_ASSIGN(resolved.policy, carried_policy(manifest, setting.policy));
+  const PolicySpec& spec = resolved.policy->spec;
   std::optional<std::string> name = setting.signal;
   std::vector<std::string> known;
   for (const std::string& signal : spec.signals) {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -88,11 +89,13 @@ freewheel::Tensor view_of(const float* data, const freewheel::Shape& shape) {
 
 Status run(freewheel::Session& session, const freewheel_run_options& options) {
   freewheel::RunRequest request;
+  const freewheel::Manifest& manifest = session.model().manifest();
   if (options.latents == nullptr) return missing("latents");
   FREEWHEEL_ASSIGN(const freewheel::Shape shape,
                    shape_of("latents", options.latents_shape, options.latents_rank));
   request.latents = view_of(options.latents, shape);
   if (options.condition != nullptr) {
+    if (options.condition_channels < 1) return missing("condition_channels");
     freewheel::Shape whole;
     for (int axis = 0; axis < shape.rank(); ++axis) {
       whole.push_back(axis == 1 ? options.condition_channels : shape[axis]);
@@ -108,24 +111,23 @@ Status run(freewheel::Session& session, const freewheel_run_options& options) {
     FREEWHEEL_ASSIGN(const freewheel::Shape sizes, shape_of("prompt", prompt.shape, prompt.rank));
     request.prompts[prompt.branch][prompt.input] = view_of(prompt.data, sizes);
   }
-  FREEWHEEL_ASSIGN(
-      freewheel::ConfigEntry config,
-      freewheel::find_config(session.model().manifest(), text_or_empty(options.cache)));
+  FREEWHEEL_ASSIGN(freewheel::ConfigEntry config,
+                   freewheel::find_config(manifest, text_or_empty(options.cache)));
   std::vector<std::pair<std::string, std::string>> overrides;
   if (options.parameter_count > 0 && options.parameters == nullptr) return missing("parameters");
   for (int32_t i = 0; i < options.parameter_count; ++i) {
     if (options.parameters[i].name == nullptr) return missing("parameter");
     overrides.emplace_back(options.parameters[i].name, text_or_empty(options.parameters[i].value));
   }
-  FREEWHEEL_TRY(freewheel::apply_overrides(overrides, config.cache));
+  FREEWHEEL_TRY(freewheel::apply_overrides(manifest, overrides, config.cache));
+  const freewheel::GenerationDefaults& defaults = config.generation;
   request.cache = std::move(config.cache);
-  request.steps = options.steps != 0 ? options.steps : config.generation.steps.value_or(0);
-  request.guidance_scale = std::isnan(options.guidance_scale)
-                               ? config.generation.guidance_scale.value_or(1.0)
-                               : options.guidance_scale;
+  request.steps = options.steps != 0 ? options.steps : defaults.steps;
+  request.guidance_scale =
+      std::isnan(options.guidance_scale) ? defaults.guidance_scale : options.guidance_scale;
   if (options.guidance_scale_2 != 0.0) request.guidance_scale_2 = options.guidance_scale_2;
   request.sampler = text_or_empty(options.sampler);
-  if (options.flow_shift != 0.0) request.flow_shift = options.flow_shift;
+  request.flow_shift = options.flow_shift != 0.0 ? options.flow_shift : defaults.flow_shift;
   if (options.progress != nullptr) {
     request.on_branch_step = [&](const freewheel::BranchEvent& event) {
       const std::string branch(event.branch);  // short: within the string itself
@@ -135,9 +137,15 @@ Status run(freewheel::Session& session, const freewheel_run_options& options) {
       if (options.progress(&progress, options.user) != 0) session.cancel();
     };
   }
-  if (options.has_seed != 0) {
+  if (options.has_seed != 0 && options.has_config_seed != 0) {
+    return Status(Code::kRequest, "seed", "is given, and the config's is asked for",
+                  "set one of has_seed and has_config_seed");
+  }
+  if (options.has_seed != 0 || options.has_config_seed != 0) {
+    const auto seed =
+        options.has_seed != 0 ? options.seed : static_cast<std::uint64_t>(defaults.seed);
     std::vector<float> noise(static_cast<std::size_t>(shape.elements()));
-    freewheel::gaussian_noise(options.seed, noise.data(), shape.elements());
+    freewheel::gaussian_noise(seed, noise.data(), shape.elements());
     request.latents.data = noise.data();
     FREEWHEEL_TRY(session.run(request));
     std::memcpy(options.latents, noise.data(), noise.size() * sizeof(float));
@@ -189,6 +197,26 @@ freewheel_status freewheel_model_describe(freewheel_model* model, const char** j
     if (model->model == nullptr) return missing("model");
     model->text = freewheel::describe(model->model->manifest(), model->model->backend().name());
     *json = model->text.c_str();
+    return {};
+  });
+}
+
+freewheel_status freewheel_model_latents_shape(freewheel_model* model, const char* cache,
+                                               int64_t frames, int64_t height, int64_t width,
+                                               int64_t* shape, int32_t* rank) noexcept {
+  if (model == nullptr || shape == nullptr || rank == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(model->error, [&]() -> Status {
+    if (model->model == nullptr) return missing("model");
+    const freewheel::Manifest& manifest = model->model->manifest();
+    FREEWHEEL_ASSIGN(const freewheel::ConfigEntry config,
+                     freewheel::find_config(manifest, text_or_empty(cache)));
+    const freewheel::GenerationDefaults& defaults = config.generation;
+    FREEWHEEL_ASSIGN(const freewheel::Shape found,
+                     freewheel::latent_shape(manifest, frames != 0 ? frames : defaults.frames,
+                                             height != 0 ? height : defaults.height,
+                                             width != 0 ? width : defaults.width));
+    std::copy(found.begin(), found.end(), shape);
+    *rank = found.rank();
     return {};
   });
 }

@@ -51,15 +51,39 @@ Status lacks(const char* what, const char* flag) {
 bool can_encode(const Manifest& manifest) noexcept { return manifest.graphs.count(kEncoder) != 0; }
 bool can_decode(const Manifest& manifest) noexcept { return manifest.graphs.count(kDecoder) != 0; }
 
-Result<Buffer> encode_tokens(Model& model, const std::vector<std::int64_t>& ids,
-                             std::int64_t text_tokens) {
-  if (!can_encode(model.manifest())) return lacks("text encoder", "--with-text-encoder");
+Status check_token_ids(const Manifest& manifest, const std::vector<std::int64_t>& ids,
+                       std::int64_t text_tokens) {
+  if (!can_encode(manifest)) return lacks("text encoder", "--with-text-encoder");
   const auto count = static_cast<std::int64_t>(ids.size());
   if (ids.empty() || count > text_tokens || text_tokens > (1 << 20)) {
     return Status(Code::kRequest, "token ids",
                   "are " + std::to_string(count) + ", expected 1 to " + std::to_string(text_tokens),
                   "shorten the prompt, or raise the text length");
   }
+  const std::int64_t known = manifest.vocabulary_size.value_or(0);
+  const auto stray = std::find_if(ids.begin(), ids.end(),
+                                  [known](std::int64_t id) { return id < 0 || id >= known; });
+  if (stray == ids.end()) return {};
+  return Status(Code::kRequest, "token ids",
+                "hold " + std::to_string(*stray) + ", expected 0 to " + std::to_string(known - 1),
+                "take them from the pipeline's own tokenizer");
+}
+
+Status check_decodes(const Manifest& manifest, const Shape& latents) {
+  if (!can_decode(manifest)) return lacks("VAE decoder", "--with-vae");
+  const auto& inputs = manifest.graphs.at(kDecoder).inputs;
+  const auto takes = inputs.find("latents");
+  if (takes != inputs.end() && match_dims("latents", takes->second, latents).ok()) return {};
+  return Status(Code::kRequest, "VAE decoder",
+                "latents are " + latents.text() + ", it was compiled for " +
+                    (takes == inputs.end() ? "none" : takes->second.text()),
+                "ask for the size that the bundle was built for, or for latents");
+}
+
+Result<Buffer> encode_tokens(Model& model, const std::vector<std::int64_t>& ids,
+                             std::int64_t text_tokens) {
+  FREEWHEEL_TRY(check_token_ids(model.manifest(), ids, text_tokens));
+  const auto count = static_cast<std::int64_t>(ids.size());
   const Shape shape{1, text_tokens};
   FREEWHEEL_ASSIGN(const Buffer padded, Buffer::create(host_memory(), DType::kInt64, shape));
   FREEWHEEL_ASSIGN(const Buffer mask, Buffer::create(host_memory(), DType::kInt64, shape));
@@ -69,7 +93,7 @@ Result<Buffer> encode_tokens(Model& model, const std::vector<std::int64_t>& ids,
 }
 
 Result<Buffer> decode_latents(Model& model, const Tensor& latents) {
-  if (!can_decode(model.manifest())) return lacks("VAE decoder", "--with-vae");
+  FREEWHEEL_TRY(check_decodes(model.manifest(), latents.shape));
   FREEWHEEL_ASSIGN(const Buffer frames, run_once(model, kDecoder, {{"latents", latents}}));
   const Tensor& values = frames.view();
   if (values.dtype != DType::kFloat32 || values.shape.rank() != 5 || values.shape[4] != 3) {

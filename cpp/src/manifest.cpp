@@ -20,6 +20,9 @@ constexpr std::int64_t kMaxBlocks = 4096;
 constexpr std::size_t kMaxExperts = 16;
 constexpr std::int64_t kMaxHistory = 64;
 constexpr std::int64_t kMaxSmallElements = 65536;
+constexpr std::int64_t kMaxLatentScale = 1024;
+constexpr std::int64_t kMaxVideoSide = 1 << 15;
+constexpr std::int64_t kMaxSeed = std::numeric_limits<std::int64_t>::max();
 constexpr std::size_t kMaxFaultsShown = 10;
 
 /// Reads fields of JSON objects and gathers what is wrong with them, by path.
@@ -74,10 +77,9 @@ class Reader {
                        std::int64_t high) {
     if (value.is_number_integer()) {
       const bool huge = value.is_number_unsigned() &&
-                        value.get<std::uint64_t>() > static_cast<std::uint64_t>(kMaxSize);
-      const std::int64_t found =
-          huge ? std::numeric_limits<std::int64_t>::max() : value.get<std::int64_t>();
-      if (found >= low && found <= high) return found;
+                        value.get<std::uint64_t>() > static_cast<std::uint64_t>(kMaxSeed);
+      const auto found = huge ? kMaxSeed : value.get<std::int64_t>();
+      if (!huge && found >= low && found <= high) return found;
       fault(path, "is " + value.dump() + ", outside [" + std::to_string(low) + ", " +
                       std::to_string(high) + "]");
     } else if (!value.is_null()) {
@@ -103,11 +105,11 @@ class Reader {
     return std::nullopt;
   }
 
-  std::optional<std::int64_t> optional_integer(const json& parent, const std::string& path,
-                                               const char* key) {
-    const json& found = member(parent, path, key, true);
-    if (found.is_null()) return std::nullopt;
-    return integer(found, join(path, key), -kMaxSize, kMaxSize);
+  double number(const json& parent, const std::string& path, const char* key) {
+    const json& found = member(parent, path, key);
+    if (found.is_number()) return found.get<double>();
+    if (!found.is_null()) fault(join(path, key), "should be a number");
+    return 1.0;
   }
 
   bool flag(const json& parent, const std::string& path, const char* key) {
@@ -337,16 +339,18 @@ CacheSetting read_setting(Reader& reader, const json& entry, const std::string& 
 ConfigEntry read_config(Reader& reader, const json& entry, const std::string& path) {
   ConfigEntry config;
   config.cache = read_setting(reader, reader.object(entry, path, "cache"), path + ".cache");
-  const json& generation = reader.object(entry, path, "generation", true);
+  const json& generation = reader.object(entry, path, "generation");
   const std::string place = path + ".generation";
-  config.generation.steps = reader.optional_integer(generation, place, "steps");
-  config.generation.height = reader.optional_integer(generation, place, "height");
-  config.generation.width = reader.optional_integer(generation, place, "width");
-  config.generation.frames = reader.optional_integer(generation, place, "frames");
-  config.generation.seed = reader.optional_integer(generation, place, "seed");
-  config.generation.text_tokens = reader.optional_integer(generation, place, "text_tokens");
-  config.generation.guidance_scale = reader.optional_number(generation, place, "guidance_scale");
-  config.generation.flow_shift = reader.optional_number(generation, place, "flow_shift");
+  GenerationDefaults& run = config.generation;
+  run.steps = reader.integer(generation, place, "steps", 1, kMaxSize);
+  run.height = reader.integer(generation, place, "height", 1, kMaxSize);
+  run.width = reader.integer(generation, place, "width", 1, kMaxSize);
+  run.frames = reader.integer(generation, place, "frames", 1, kMaxSize);
+  run.seed = reader.integer(generation, place, "seed", 0, kMaxSeed);
+  run.text_tokens = reader.integer(generation, place, "text_tokens", 1, kMaxSize);
+  run.guidance_scale = reader.number(generation, place, "guidance_scale");
+  run.flow_shift = reader.number(generation, place, "flow_shift");
+  if (!(run.flow_shift > 0.0)) reader.fault(place + ".flow_shift", "is not above 0");
   return config;
 }
 
@@ -371,6 +375,14 @@ void read_model(Reader& reader, const json& data, Manifest& manifest) {
         reader.fault("dims." + name, "should be pairs of a dimension and a divisor");
       }
     }
+  }
+  const json& scale = reader.object(data, "", "latent_scale");
+  manifest.latent_scale.frames =
+      reader.integer(scale, "latent_scale", "frames", 1, kMaxLatentScale);
+  manifest.latent_scale.pixels =
+      reader.integer(scale, "latent_scale", "pixels", 1, kMaxLatentScale);
+  if (const json& size = reader.member(data, "", "vocabulary_size", true); !size.is_null()) {
+    manifest.vocabulary_size = reader.integer(size, "vocabulary_size", 1, kMaxSize);
   }
   for (const auto& [name, entry] : reader.object(data, "", "graphs").items()) {
     manifest.graphs[name] = read_graph(reader, entry, "graphs." + name);
@@ -436,7 +448,8 @@ void read_contents(Reader& reader, const json& data, Manifest& manifest) {
     const std::string path = "policies." + name;
     manifest.policies[name] = {
         reader.text(entry, path, "graph"),
-        read_policy_spec(reader, reader.object(entry, path, "spec"), path + ".spec")};
+        read_policy_spec(reader, reader.object(entry, path, "spec"), path + ".spec"),
+        read_setting(reader, reader.object(entry, path, "setting"), path + ".setting")};
   }
   for (const auto& [name, entry] : reader.object(data, "", "configs").items()) {
     manifest.configs[name] = read_config(reader, entry, "configs." + name);
@@ -512,6 +525,12 @@ void check_references(Reader& reader, const Manifest& manifest) {
   for (const auto& [name, policy] : manifest.policies) {
     wants_graph("policies." + name + ".graph", policy.graph);
   }
+  if (has_graph("finish") && manifest.graphs.at("finish").outputs.count("model_output") == 0) {
+    reader.fault("graphs.finish.outputs", "lack 'model_output'");
+  }
+  if (has_graph("text_encoder") && !manifest.vocabulary_size) {
+    reader.fault("vocabulary_size", "is missing, and there is a text encoder");
+  }
   if (manifest.stages.empty()) reader.fault("stages", "is empty");
   if (manifest.engines.empty()) reader.fault("engines", "is empty");
   if (manifest.configs.count(manifest.default_config) == 0) {
@@ -557,6 +576,12 @@ Result<Manifest> Manifest::parse(const std::string& text, const std::string& whe
                   "has schema_version " + version.dump() + "; this Freewheel reads up to " +
                       std::to_string(kSchemaVersion),
                   "update Freewheel, or build the bundle again with this version");
+  }
+  if (version.is_number_integer() && version.get<std::int64_t>() < kSchemaVersion) {
+    return Status(Code::kBundle, where,
+                  "has schema_version " + version.dump() + "; this Freewheel reads " +
+                      std::to_string(kSchemaVersion),
+                  "build the bundle again");
   }
   reader.integer(version, "schema_version", kSchemaVersion, kSchemaVersion);
   Manifest manifest;
@@ -644,6 +669,42 @@ Result<Shape> shape_of(const std::string& name, const Io& io, const Dims& dims) 
     shape.push_back(size);
   }
   return shape;
+}
+
+Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::int64_t height,
+                           std::int64_t width) {
+  const LatentScale& scale = manifest.latent_scale;
+  if (frames < 1 || frames > kMaxVideoSide || (frames - 1) % scale.frames != 0) {
+    return Status(Code::kRequest, "frames",
+                  "are " + std::to_string(frames) + ", expected 1 more than a multiple of " +
+                      std::to_string(scale.frames),
+                  "ask for " + std::to_string(std::clamp<std::int64_t>(
+                                   frames / scale.frames * scale.frames + 1, 1, kMaxVideoSide)));
+  }
+  const std::pair<const char*, std::int64_t> sides[] = {{"height", height}, {"width", width}};
+  for (const auto& [name, pixels] : sides) {
+    std::int64_t multiple = scale.pixels;
+    for (const auto& [dim, factors] : manifest.dims) {
+      for (const auto& [factor, divisor] : factors) {
+        if (factor == name && divisor <= kMaxLatentScale) {
+          multiple = std::max(multiple, scale.pixels * divisor);
+        }
+      }
+    }
+    if (pixels < multiple || pixels > kMaxVideoSide || pixels % multiple != 0) {
+      return Status(Code::kRequest, name,
+                    "is " + std::to_string(pixels) + ", expected a multiple of " +
+                        std::to_string(multiple) + " pixels",
+                    "ask for " + std::to_string(std::clamp(pixels / multiple * multiple, multiple,
+                                                           kMaxVideoSide)));
+    }
+  }
+  FREEWHEEL_ASSIGN(const Dims dims,
+                   derive_dims(manifest, {{"batch", 1},
+                                          {"frames", (frames - 1) / scale.frames + 1},
+                                          {"height", height / scale.pixels},
+                                          {"width", width / scale.pixels}}));
+  return shape_of("latents", manifest.graphs.at("finish").outputs.at("model_output"), dims);
 }
 
 }  // namespace freewheel

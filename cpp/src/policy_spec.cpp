@@ -112,6 +112,16 @@ std::size_t matching(std::string_view a, std::string_view b) {
          matching(a.substr(best_a + best), b.substr(best_b + best));
 }
 
+/// Lists are also written as one number, or as "1,2,3".
+Result<Value> as_list(const Value& value) {
+  if (const auto* integer = std::get_if<std::int64_t>(&value)) {
+    return Value(std::vector<std::int64_t>{*integer});
+  }
+  if (const auto* real = std::get_if<double>(&value)) return Value(std::vector<double>{*real});
+  const auto* text = std::get_if<std::string>(&value);
+  return text == nullptr ? Result<Value>(value) : value_from_text("[" + *text + "]");
+}
+
 Result<std::int64_t> count_of(const std::string& where, const Value& value) {
   const std::int64_t* count = std::get_if<std::int64_t>(&value);
   if (count == nullptr || *count < 0) {
@@ -216,43 +226,58 @@ CacheSetting CacheSetting::for_branch(const std::string& name) const {
   return own;
 }
 
-Status apply_override(const std::string& key, const Value& value, CacheSetting& setting) {
+std::vector<std::string> override_names(const PolicySpec& spec) {
+  std::vector<std::string> names = {"exact_steps",     "first_exact", "last_exact",
+                                    "max_consecutive", "max_reused",  "signal"};
+  for (const auto& [name, parameter] : spec.parameters) names.push_back(name);
+  return names;
+}
+
+Status apply_override(const std::string& key, const Value& value, const PolicySpec& spec,
+                      CacheSetting& setting) {
+  const std::string where = "parameter '" + key + "'";
+  if (const auto parameter = spec.parameters.find(key); parameter != spec.parameters.end()) {
+    const bool is_list = parameter->second.shape.rank() != 0;
+    FREEWHEEL_ASSIGN(const Value given, is_list ? as_list(value) : Result<Value>(value));
+    FREEWHEEL_ASSIGN([[maybe_unused]] const auto numbers, parameter->second.numbers(key, given));
+    setting.parameters[key] = given;
+    for (auto& [branch, own] : setting.branches) own.erase(key);
+    return {};
+  }
   if (key == "signal") {
     const std::string* name = std::get_if<std::string>(&value);
-    if (name == nullptr) {
-      return Status(Code::kConfig, "'signal'", "expected a name, found " + value_text(value));
+    if (name == nullptr ||
+        std::find(spec.signals.begin(), spec.signals.end(), *name) == spec.signals.end()) {
+      return Status(Code::kConfig, where,
+                    "policy '" + spec.name + "' takes no " + value_text(value),
+                    spec.signals.empty() ? "remove it, none is looked at"
+                                         : nearest(name == nullptr ? "" : *name, spec.signals));
     }
     setting.signal = *name;
     return {};
   }
-  const std::string prefix = "guard.";
-  if (key.compare(0, prefix.size(), prefix) != 0) {
-    setting.parameters[key] = value;
-    return {};
-  }
-  const std::string limit = key.substr(prefix.size());
   Guard& guard = setting.guard;
-  const std::map<std::string, std::int64_t*> limits = {{"first_exact", &guard.first_exact},
-                                                       {"last_exact", &guard.last_exact},
-                                                       {"max_consecutive", &guard.max_consecutive},
-                                                       {"max_reused", &guard.max_reused}};
-  const auto found = limits.find(limit);
-  if (found != limits.end()) {
-    FREEWHEEL_ASSIGN(*found->second, count_of("'" + key + "'", value));
-    return {};
-  }
-  if (limit == "exact_steps") {
+  if (key == "exact_steps") {
+    FREEWHEEL_ASSIGN(const Value given, as_list(value));
     std::vector<std::int64_t> steps;
-    for (const Value& element : elements_of(value)) {
-      FREEWHEEL_ASSIGN(const std::int64_t step, count_of("'" + key + "'", element));
+    for (const Value& element : elements_of(given)) {
+      FREEWHEEL_ASSIGN(const std::int64_t step, count_of(where, element));
       steps.push_back(step);
     }
     guard.exact_steps = std::move(steps);
     return {};
   }
-  return Status(Code::kConfig, "'" + key + "'", "is not known",
-                nearest(limit, {"first_exact", "last_exact", "max_consecutive", "max_reused",
-                                "exact_steps"}));
+  const std::map<std::string, std::int64_t*> limits = {{"first_exact", &guard.first_exact},
+                                                       {"last_exact", &guard.last_exact},
+                                                       {"max_consecutive", &guard.max_consecutive},
+                                                       {"max_reused", &guard.max_reused}};
+  const auto limit = limits.find(key);
+  if (limit == limits.end()) {
+    return Status(Code::kConfig, where, "policy '" + spec.name + "' has none",
+                  nearest(key, override_names(spec)));
+  }
+  FREEWHEEL_ASSIGN(*limit->second, count_of(where, value));
+  return {};
 }
 
 std::string nearest(const std::string& name, std::vector<std::string> known) {

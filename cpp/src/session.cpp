@@ -24,7 +24,95 @@ std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) 
   return experts.empty() ? 0 : experts.size() - 1;
 }
 
+/// Resolves a setting, and looks at what it becomes in every branch.
+Result<ResolvedSetting> resolve(const Manifest& manifest, const CacheSetting& setting) {
+  for (const auto& [branch, overrides] : setting.branches) {
+    const auto own = ResolvedSetting::create(manifest, setting.for_branch(branch));
+    if (!own.ok()) return own.status();
+  }
+  return ResolvedSetting::create(manifest, setting);
+}
+
+/// The shape of latents and condition together.
+Result<Shape> whole_shape(const RunRequest& request) {
+  const Shape& latents = request.latents.shape;
+  const Tensor& condition = request.condition;
+  if (condition.data == nullptr) return latents;
+  bool fits = condition.dtype == DType::kFloat32 && condition.shape.rank() == latents.rank();
+  Shape whole;
+  for (int axis = 0; fits && axis < latents.rank(); ++axis) {
+    fits = axis == 1 ? condition.shape[axis] > 0 : condition.shape[axis] == latents[axis];
+    whole.push_back(latents[axis] + (axis == 1 ? condition.shape[axis] : 0));
+  }
+  if (fits) return whole;
+  return Status(Code::kRequest, "input 'condition'",
+                "has shape " + condition.shape.text() + ", the latents have " + latents.text(),
+                "give float32 of the same batch, frames, height and width");
+}
+
+/// Checks that the model takes these latents and gives its output in their shape.
+Status check_shapes(const Manifest& manifest, const Io& declared, const RunRequest& request) {
+  FREEWHEEL_ASSIGN(const Shape whole, whole_shape(request));
+  FREEWHEEL_ASSIGN(const Dims found, match_dims("latents", declared, whole));
+  FREEWHEEL_ASSIGN(const Dims dims, derive_dims(manifest, found));
+  const Io& output = manifest.graphs.at("finish").outputs.at("model_output");
+  FREEWHEEL_ASSIGN(const Shape given, shape_of("model_output", output, dims));
+  if (given == request.latents.shape) return {};
+  return Status(Code::kRequest, "input 'latents'",
+                "has shape " + request.latents.shape.text() + ", the model gives " + given.text(),
+                "give noise of the output's channels, and the rest as 'condition'");
+}
+
+Status check_finite(const Tensor& tensor, const std::string& where, const char* hint) {
+  if (tensor.data == nullptr || is_finite(tensor)) return {};
+  return Status(Code::kRequest, where, "holds values that are not finite", hint);
+}
+
 }  // namespace
+
+Status check_run(const Bundle& bundle, const RunRequest& request) {
+  const Manifest& manifest = bundle.manifest();
+  const Tensor& latents = request.latents;
+  const auto entry = manifest.inputs.find("latents");
+  const auto step_inputs =
+      std::count_if(manifest.inputs.begin(), manifest.inputs.end(),
+                    [](const auto& input) { return input.second.runs == "step"; });
+  if (entry == manifest.inputs.end() || step_inputs != 1) {
+    return Status(Code::kRequest, "bundle", "takes other per-step inputs than 'latents'",
+                  "drive it with begin(), set_prompt() and step()");
+  }
+  if (!std::isfinite(request.guidance_scale) ||
+      !std::isfinite(request.guidance_scale_2.value_or(1.0))) {
+    return Status(Code::kRequest, "guidance_scale", "is not finite",
+                  "give a number, usually 1 to 8");
+  }
+  const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
+  FREEWHEEL_ASSIGN([[maybe_unused]] const auto table,
+                   bundle.sampler(request.sampler, shift, request.steps));
+  FREEWHEEL_ASSIGN([[maybe_unused]] const auto setting, resolve(manifest, request.cache));
+  const bool wants_uncond = request.guidance_scale > 1.0;
+  for (const char* branch : {"cond", "uncond"}) {
+    if (request.prompts.count(branch) == 0 && (branch[0] == 'c' || wants_uncond)) {
+      return Status(Code::kRequest, std::string("branch '") + branch + "'", "has no prompt",
+                    wants_uncond ? "give both prompts, or a guidance scale of 1"
+                                 : "give its prompt embeddings");
+    }
+  }
+  if (latents.data == nullptr || latents.dtype != DType::kFloat32 || latents.shape.rank() < 2) {
+    return Status(Code::kRequest, "input 'latents'", "is no float32 tensor",
+                  "give host float32 " + entry->second.text());
+  }
+  FREEWHEEL_TRY(check_shapes(manifest, entry->second, request));
+  FREEWHEEL_TRY(check_finite(latents, "input 'latents'", "give standard normal noise"));
+  FREEWHEEL_TRY(check_finite(request.condition, "input 'condition'", "encode the picture again"));
+  for (const auto& [branch, states] : request.prompts) {
+    for (const auto& [name, tensor] : states) {
+      FREEWHEEL_TRY(check_finite(tensor, "branch '" + branch + "', input '" + name + "'",
+                                 "encode the prompt again"));
+    }
+  }
+  return {};
+}
 
 /// Everything behind the public face: hands steps to the expert that denoises there.
 class Session::Impl {
@@ -49,7 +137,6 @@ class Session::Impl {
   Status share_out(const std::vector<double>& timesteps, const CacheSetting& setting);
   std::size_t expert_of(std::int64_t step_index) const noexcept;
   std::int64_t last_step(std::string_view branch) const noexcept;
-  Status check_request(const RunRequest& request) const;
   Status denoise(const RunRequest& request, const SamplerTable& table);
 
   std::vector<std::unique_ptr<Expert>> experts_;
@@ -83,11 +170,7 @@ Status Session::Impl::start(const std::vector<double>& timesteps, const CacheSet
                   "are [" + std::to_string(timesteps.size()) + "], expected [steps] finite values",
                   "take them from a sampler's table");
   }
-  FREEWHEEL_ASSIGN(const ResolvedSetting resolved, ResolvedSetting::create(manifest(), setting));
-  for (const auto& [branch, overrides] : setting.branches) {
-    const auto own = ResolvedSetting::create(manifest(), setting.for_branch(branch));
-    if (!own.ok()) return own.status();
-  }
+  FREEWHEEL_ASSIGN(const ResolvedSetting resolved, resolve(manifest(), setting));
   statistics_ = RunStatistics();
   statistics_.policy = resolved.policy->spec.name;
   statistics_.is_folded = resolved.is_folded();
@@ -171,50 +254,8 @@ Result<Tensor> Session::Impl::step(std::string_view branch, std::int64_t step_in
                 fault.what(), fault.hint());
 }
 
-Status Session::Impl::check_request(const RunRequest& request) const {
-  const Tensor& latents = request.latents;
-  const auto entry = manifest().inputs.find("latents");
-  const auto step_inputs =
-      std::count_if(manifest().inputs.begin(), manifest().inputs.end(),
-                    [](const auto& input) { return input.second.runs == "step"; });
-  if (entry == manifest().inputs.end() || step_inputs != 1) {
-    return Status(Code::kRequest, "bundle", "takes other per-step inputs than 'latents'",
-                  "drive it with begin(), set_prompt() and step()");
-  }
-  if (latents.data == nullptr || latents.dtype != DType::kFloat32 || latents.shape.rank() < 2) {
-    return Status(Code::kRequest, "input 'latents'", "is no float32 tensor",
-                  "give host float32 " + entry->second.text());
-  }
-  if (!is_finite(latents)) {
-    return Status(Code::kRequest, "input 'latents'", "holds values that are not finite",
-                  "give standard normal noise");
-  }
-  for (const auto& [branch, states] : request.prompts) {
-    for (const auto& [name, tensor] : states) {
-      if (tensor.data != nullptr && !is_finite(tensor)) {
-        return Status(Code::kRequest, "branch '" + branch + "', input '" + name + "'",
-                      "holds values that are not finite", "encode the prompt again");
-      }
-    }
-  }
-  if (!std::isfinite(request.guidance_scale) ||
-      !std::isfinite(request.guidance_scale_2.value_or(1.0))) {
-    return Status(Code::kRequest, "guidance_scale", "is not finite",
-                  "give a number, usually 1 to 8");
-  }
-  const bool wants_uncond = request.guidance_scale > 1.0;
-  for (const char* branch : {"cond", "uncond"}) {
-    if (request.prompts.count(branch) == 0 && (branch[0] == 'c' || wants_uncond)) {
-      return Status(Code::kRequest, std::string("branch '") + branch + "'", "has no prompt",
-                    wants_uncond ? "give both prompts, or a guidance scale of 1"
-                                 : "give its prompt embeddings");
-    }
-  }
-  return {};
-}
-
 Status Session::Impl::run(const RunRequest& request) {
-  FREEWHEEL_TRY(check_request(request));
+  FREEWHEEL_TRY(check_run(model_->bundle(), request));
   const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
   FREEWHEEL_ASSIGN(const SamplerTable table,
                    model_->bundle().sampler(request.sampler, shift, request.steps));
@@ -232,24 +273,8 @@ Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& tab
   const bool has_uncond = request.guidance_scale > 1.0;
   const Tensor& latents = request.latents;
   const std::int64_t elements = latents.shape.elements();
-  Shape input_shape = latents.shape;
+  FREEWHEEL_ASSIGN(const Shape input_shape, whole_shape(request));
   const bool has_condition = request.condition.data != nullptr;
-  if (has_condition) {
-    Shape whole;
-    bool fits = request.condition.dtype == DType::kFloat32 &&
-                request.condition.shape.rank() == latents.shape.rank();
-    for (int axis = 0; fits && axis < latents.shape.rank(); ++axis) {
-      fits = axis == 1 || request.condition.shape[axis] == latents.shape[axis];
-      whole.push_back(latents.shape[axis] + (axis == 1 ? request.condition.shape[axis] : 0));
-    }
-    if (!fits) {
-      return Status(Code::kRequest, "input 'condition'",
-                    "has shape " + request.condition.shape.text() + ", the latents have " +
-                        latents.shape.text(),
-                    "give float32 of the same batch, frames, height and width");
-    }
-    input_shape = whole;
-  }
   // Rings of samples and outputs, the input with its condition, and staging for devices.
   std::vector<Buffer> samples, outputs;
   for (std::int64_t age = 0; age < table.window; ++age) {
@@ -295,12 +320,6 @@ Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& tab
     for (int side = 0; side < (has_uncond ? 2 : 1); ++side) {
       const char* name = side == 0 ? "cond" : "uncond";
       FREEWHEEL_ASSIGN(const Tensor output, step(name, step_index, &given, 1));
-      if (output.shape != latents.shape) {
-        return Status(
-            Code::kRequest, "input 'latents'",
-            "has shape " + latents.shape.text() + ", the model gives " + output.shape.text(),
-            "give noise of the output's channels, and the rest as 'condition'");
-      }
       found[side] = output.as<float>();
       if (!memory.is_host()) {
         FREEWHEEL_TRY(memory.download(staging[side].view().data, output.data, output.bytes()));

@@ -26,14 +26,14 @@ nlohmann::json policy_json(const PolicySpec& spec) {
 }
 
 nlohmann::json generation_json(const GenerationDefaults& generation) {
-  return {{"steps", or_null(generation.steps)},
-          {"height", or_null(generation.height)},
-          {"width", or_null(generation.width)},
-          {"frames", or_null(generation.frames)},
-          {"seed", or_null(generation.seed)},
-          {"text_tokens", or_null(generation.text_tokens)},
-          {"guidance_scale", or_null(generation.guidance_scale)},
-          {"flow_shift", or_null(generation.flow_shift)}};
+  return {{"steps", generation.steps},
+          {"height", generation.height},
+          {"width", generation.width},
+          {"frames", generation.frames},
+          {"seed", generation.seed},
+          {"text_tokens", generation.text_tokens},
+          {"guidance_scale", generation.guidance_scale},
+          {"flow_shift", generation.flow_shift}};
 }
 
 }  // namespace
@@ -41,11 +41,9 @@ nlohmann::json generation_json(const GenerationDefaults& generation) {
 Result<ConfigEntry> find_config(const Manifest& manifest, const std::string& name) {
   const auto config = manifest.configs.find(name.empty() ? manifest.default_config : name);
   if (config != manifest.configs.end()) return config->second;
-  ConfigEntry made = manifest.configs.at(manifest.default_config);
-  if (manifest.policies.count(name) != 0) {
-    made.cache = CacheSetting{};
-    made.cache.policy = name;
-    return made;
+  if (const auto policy = manifest.policies.find(name); policy != manifest.policies.end()) {
+    return ConfigEntry{policy->second.setting,
+                       manifest.configs.at(manifest.default_config).generation};
   }
   std::vector<std::string> known;
   for (const auto& [key, entry] : manifest.configs) known.push_back(key);
@@ -56,25 +54,46 @@ Result<ConfigEntry> find_config(const Manifest& manifest, const std::string& nam
                 nearest(name, std::move(known)));
 }
 
-Status apply_overrides(const std::vector<std::pair<std::string, std::string>>& overrides,
+Result<const PolicyEntry*> carried_policy(const Manifest& manifest, const std::string& name) {
+  const auto found = manifest.policies.find(name);
+  if (found != manifest.policies.end()) return &found->second;
+  std::vector<std::string> known;
+  for (const auto& [key, policy] : manifest.policies) known.push_back(key);
+  return Status(Code::kConfig, "policy '" + name + "'", "is not in the bundle",
+                nearest(name, std::move(known)));
+}
+
+Status apply_overrides(const Manifest& manifest,
+                       const std::vector<std::pair<std::string, std::string>>& overrides,
                        CacheSetting& setting) {
+  FREEWHEEL_ASSIGN(const PolicyEntry* policy, carried_policy(manifest, setting.policy));
+  const PolicySpec& spec = policy->spec;
+  std::vector<Status> faults;
   for (const auto& [key, text] : overrides) {
-    FREEWHEEL_ASSIGN(const Value value, value_from_text(text));
-    FREEWHEEL_TRY(apply_override(key, value, setting));
+    const auto value = value_from_text(text);
+    Status status = value.ok() ? apply_override(key, *value, spec, setting) : value.status();
+    if (!status.ok()) faults.push_back(std::move(status));
   }
-  return {};
+  if (faults.empty()) return {};
+  if (faults.size() == 1) return faults.front();
+  std::string what = std::to_string(faults.size()) + " faults: ";
+  for (const Status& fault : faults) what += (&fault == &faults[0] ? "" : "; ") + fault.message();
+  return Status(Code::kConfig, "policy '" + spec.name + "'", what, "correct these parameters");
 }
 
 std::string describe(const Manifest& manifest, const std::string& backend) {
-  nlohmann::json found = {{"freewheel_version", manifest.freewheel_version},
-                          {"family", manifest.family},
-                          {"precision", manifest.precision},
-                          {"backend", backend},
-                          {"default_config", manifest.default_config},
-                          {"policies", nlohmann::json::object()},
-                          {"configs", nlohmann::json::object()},
-                          {"inputs", nlohmann::json::object()},
-                          {"samplers", nlohmann::json::array()}};
+  nlohmann::json found = {
+      {"freewheel_version", manifest.freewheel_version},
+      {"family", manifest.family},
+      {"precision", manifest.precision},
+      {"backend", backend},
+      {"default_config", manifest.default_config},
+      {"latent_scale",
+       {{"frames", manifest.latent_scale.frames}, {"pixels", manifest.latent_scale.pixels}}},
+      {"policies", nlohmann::json::object()},
+      {"configs", nlohmann::json::object()},
+      {"inputs", nlohmann::json::object()},
+      {"samplers", nlohmann::json::array()}};
   for (const auto& [name, policy] : manifest.policies) {
     found["policies"][name] = policy_json(policy.spec);
   }

@@ -38,6 +38,10 @@ TEST_F(ManifestTest, ReadsEveryField) {
   EXPECT_EQ(parsed->stages.at(0).count, 3);
   EXPECT_EQ(parsed->policies.at("interval").spec.history.maximum, 2);
   EXPECT_EQ(parsed->configs.at("plain").generation.guidance_scale, 2.0);
+  EXPECT_EQ(parsed->configs.at("plain").generation.seed, 9);
+  EXPECT_EQ(parsed->policies.at("interval").setting.guard.last_exact, 1);
+  EXPECT_EQ(parsed->latent_scale.frames, 4);
+  EXPECT_FALSE(parsed->vocabulary_size);
   EXPECT_EQ(parsed->graphs.at("block").weights.at("weight"), "blocks.{block}.weight");
   EXPECT_EQ(parsed->inputs.at("latents").text(), "[batch, 2, frames, height, width]");
 }
@@ -82,10 +86,53 @@ TEST_F(ManifestTest, ReadsWhatAPolicyKeeps) {
 }
 
 TEST_F(ManifestTest, NewerSchemasAreRefusedWithTheVersion) {
-  expect_holds(fault([](json& m) { m["schema_version"] = 2; }),
-               "has schema_version 2; this Freewheel reads up to 1; update Freewheel");
-  expect_holds(fault([](json& m) { m["schema_version"] = 0; }), "schema_version");
+  expect_holds(fault([](json& m) { m["schema_version"] = 3; }),
+               "has schema_version 3; this Freewheel reads up to 2; update Freewheel");
+  expect_holds(fault([](json& m) { m["schema_version"] = 1; }),
+               "has schema_version 1; this Freewheel reads 2; build the bundle again");
   expect_holds(fault([](json& m) { m.erase("schema_version"); }), "schema_version");
+}
+
+TEST_F(ManifestTest, NoDefaultIsLeftOpen) {
+  for (const auto& [name, value] : manifest_["configs"]["plain"]["generation"].items()) {
+    const std::string key = name, path = "'configs.plain.generation." + key + "'";
+    expect_holds(fault([&](json& m) { m["configs"]["plain"]["generation"].erase(key); }),
+                 path + " is missing");
+    expect_holds(fault([&](json& m) { m["configs"]["plain"]["generation"][key] = "x"; }), path);
+  }
+  expect_holds(fault([](json& m) { m.erase("latent_scale"); }), "'latent_scale' is missing");
+  expect_holds(fault([](json& m) { m["latent_scale"]["pixels"] = 0; }), "'latent_scale.pixels'");
+  expect_holds(fault([](json& m) { m["policies"]["off"].erase("setting"); }),
+               "'policies.off.setting' is missing");
+  expect_holds(fault([](json& m) { m["vocabulary_size"] = 0; }), "'vocabulary_size'");
+  expect_holds(fault([](json& m) { m["graphs"]["text_encoder"] = m["graphs"]["prompt"]; }),
+               "'vocabulary_size' is missing");
+  expect_holds(
+      fault([](json& m) { m["configs"]["plain"]["generation"]["seed"] = 9223372036854775808u; }),
+      "generation.seed' is 9223372036854775808");
+}
+
+TEST_F(ManifestTest, LatentsTakeTheShapeThatTheModelGives) {
+  const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  EXPECT_EQ(*latent_shape(*parsed, 5, 32, 48), (Shape{1, 2, 2, 4, 6}));
+  EXPECT_EQ(*latent_shape(*parsed, 1, 8, 8), (Shape{1, 2, 1, 1, 1}));
+  // Tokens in a row, as LTX-Video and FLUX have them, at a scale of their own; patches of 2.
+  manifest_["latent_scale"] = {{"frames", 8}, {"pixels", 32}};
+  manifest_["dims"]["tokens"] = json::array(
+      {json::array({"frames", 1}), json::array({"height", 2}), json::array({"width", 2})});
+  manifest_["graphs"]["finish"]["outputs"]["model_output"]["shape"] = {"batch", "tokens", 2};
+  const auto packed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(packed.ok()) << packed.status().message();
+  EXPECT_EQ(*latent_shape(*packed, 9, 64, 128), (Shape{1, 2 * 1 * 2, 2}));
+  EXPECT_EQ(latent_shape(*packed, 9, 64, 96).status().message(),
+            "width: is 96, expected a multiple of 64 pixels; ask for 64");
+  EXPECT_EQ(latent_shape(*packed, 8, 64, 64).status().message(),
+            "frames: are 8, expected 1 more than a multiple of 8; ask for 9");
+  for (const std::int64_t absurd : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1} << 40}) {
+    EXPECT_FALSE(latent_shape(*packed, absurd, 64, 64).ok());
+    EXPECT_FALSE(latent_shape(*packed, 1, absurd, 64).ok());
+  }
 }
 
 TEST_F(ManifestTest, UnknownKeysAreIgnored) {
@@ -98,7 +145,7 @@ TEST_F(ManifestTest, TextThatIsNoManifestIsRefused) {
   }
   expect_holds(text_fault("{\"a\": 1, \"a\": 2}"), "key 'a' is given twice");
   expect_holds(text_fault(std::string(100000, '[')), "nested deeper than 64");
-  expect_holds(text_fault("{\"schema_version\": 1}"), "faults: ");
+  expect_holds(text_fault("{\"schema_version\": 2}"), "faults: ");
 }
 
 TEST_F(ManifestTest, AllFaultsAreReportedAtOnce) {

@@ -83,17 +83,46 @@ TEST(Value, IsReadFromText) {
   EXPECT_FALSE(value_from_text("{\"a\": 1}").ok());
 }
 
+PolicySpec spec_with_signal() {
+  PolicySpec spec = sample();
+  spec.signals = {"temb"};
+  return spec;
+}
+
 TEST(Overrides, ReachGuardAndSignal) {
+  const PolicySpec spec = spec_with_signal();
   CacheSetting setting;
-  ASSERT_TRUE(apply_override("guard.last_exact", std::int64_t{2}, setting).ok());
-  ASSERT_TRUE(apply_override("guard.exact_steps", std::vector<std::int64_t>{3, 5}, setting).ok());
-  ASSERT_TRUE(apply_override("signal", std::string("temb"), setting).ok());
+  ASSERT_TRUE(apply_override("last_exact", std::int64_t{2}, spec, setting).ok());
+  ASSERT_TRUE(apply_override("exact_steps", std::vector<std::int64_t>{3, 5}, spec, setting).ok());
+  ASSERT_TRUE(apply_override("signal", std::string("temb"), spec, setting).ok());
   EXPECT_EQ(setting.guard.last_exact, 2);
   EXPECT_EQ(setting.guard.exact_steps.size(), 2u);
   EXPECT_EQ(*setting.signal, "temb");
-  EXPECT_FALSE(apply_override("guard.first_exact", -1.0, setting).ok());
-  EXPECT_NE(apply_override("guard.first", std::int64_t{1}, setting).message().find("first_exact"),
-            std::string::npos);
+  EXPECT_FALSE(apply_override("first_exact", -1.0, spec, setting).ok());
+  EXPECT_FALSE(apply_override("signal", std::string("latents"), spec, setting).ok());
+  for (const char* name : {"first", "guard.first_exact"}) {
+    const std::string message = apply_override(name, std::int64_t{1}, spec, setting).message();
+    EXPECT_NE(message.find("did you mean 'first_exact'"), std::string::npos) << message;
+  }
+}
+
+TEST(Overrides, SpellListsAsCommandLinesDo) {
+  const PolicySpec spec = spec_with_signal();
+  CacheSetting setting;
+  ASSERT_TRUE(apply_override("exact_steps", std::string("4,7"), spec, setting).ok());
+  EXPECT_EQ(setting.guard.exact_steps, (std::vector<std::int64_t>{4, 7}));
+  ASSERT_TRUE(apply_override("exact_steps", std::int64_t{4}, spec, setting).ok());
+  EXPECT_EQ(setting.guard.exact_steps, (std::vector<std::int64_t>{4}));
+  ASSERT_TRUE(apply_override("coefficients", std::string("0.5,1.5"), spec, setting).ok());
+  EXPECT_EQ(setting.parameters.at("coefficients"), Value(std::vector<double>{0.5, 1.5}));
+  EXPECT_FALSE(apply_override("coefficients", std::string("1,2,3,4,5"), spec, setting).ok());
+}
+
+TEST(Overrides, HoldInEveryBranch) {
+  CacheSetting setting;
+  setting.branches["uncond"]["threshold"] = 0.5;
+  ASSERT_TRUE(apply_override("threshold", 0.25, spec_with_signal(), setting).ok());
+  EXPECT_EQ(setting.for_branch("uncond").parameters.at("threshold"), Value(0.25));
 }
 
 TEST(Nearest, SurvivesHostileNames) {

@@ -321,6 +321,44 @@ TEST_F(SessionTest, BadRequestsAreRefusedWithThreeParts) {
   run(*session_, "interval");
 }
 
+TEST_F(SessionTest, WhatIsKnownBeforeTheFirstStepIsCheckedBeforeIt) {
+  const auto fault = [&](const std::function<void(RunRequest&)>& change) {
+    TinyRun run(2);
+    run.request.cache.policy = "off";
+    change(run.request);
+    const Status checked = check_run(model_->bundle(), run.request);
+    EXPECT_EQ(session_->run(run.request).message(), checked.message());
+    EXPECT_FALSE(checked.hint().empty()) << checked.message();
+    return checked.message();
+  };
+  const auto expect = [&](const std::string& part, const std::function<void(RunRequest&)>& change) {
+    const std::string message = fault(change);
+    EXPECT_NE(message.find(part), std::string::npos) << message;
+  };
+  std::vector<float> more(2 * 2 * 4 * 4, 0.5f);
+  const Tensor condition{more.data(), DType::kFloat32, Shape{1, 2, 2, 4, 4}};
+  expect("the bundle takes [batch, 2,", [&](RunRequest& run) { run.condition = condition; });
+  expect("input 'condition'", [&](RunRequest& run) {
+    run.condition = condition;
+    run.condition.shape = Shape{1, 2, 1, 4, 4};
+  });
+  expect("the bundle takes [batch, 2,", [](RunRequest& run) {
+    run.latents.shape = Shape{1, 1, 2, 4, 4};
+  });
+  expect("has no table for 0 steps", [](RunRequest& run) { run.steps = 0; });
+  expect("has no table for -3 steps", [](RunRequest& run) { run.steps = -3; });
+  expect("guidance_scale: is not finite", [](RunRequest& run) { run.guidance_scale = NAN; });
+  expect("guidance_scale: is not finite", [](RunRequest& run) { run.guidance_scale_2 = INFINITY; });
+  expect("flow shift", [](RunRequest& run) { run.flow_shift = NAN; });
+  expect("parameter 'interval'", [](RunRequest& run) {
+    run.cache.policy = "interval";
+    run.cache.branches["uncond"]["interval"] = std::int64_t{0};
+  });
+  expect("give both prompts", [](RunRequest& run) { run.prompts.erase("uncond"); });
+  EXPECT_EQ(calls_->prompt, 0);
+  EXPECT_EQ(calls_->head, 0);
+}
+
 TEST_F(SessionTest, StepsOutOfOrderAreRefused) {
   TinyRun run;
   const NamedTensor latents{"latents", run.request.latents};

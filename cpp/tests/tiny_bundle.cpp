@@ -128,6 +128,8 @@ json policies() {
   follow["feature"] = "model_output";
   follow["kept"] = {"previous_signal", "computed_signal", "previous_feature"};
   follow["one_decision"] = true;
+  for (auto& [name, entry] : found.items()) entry["setting"] = {{"policy", name}};
+  found["interval"]["setting"]["guard"] = {{"last_exact", 1}};
   return found;
 }
 
@@ -371,7 +373,7 @@ void TemporaryFolder::write(const std::string& name, const std::string& text) co
 
 json write_tiny_bundle(const TemporaryFolder& folder) {
   json manifest = {
-      {"schema_version", 1},
+      {"schema_version", 2},
       {"freewheel_version", "0"},
       {"family", "tiny"},
       {"checkpoint", json::object()},
@@ -396,6 +398,7 @@ json write_tiny_bundle(const TemporaryFolder& folder) {
                                 json::array({"width", 1})})},
         {"tokens_per_frame",
          json::array({json::array({"height", 1}), json::array({"width", 1})})}}},
+      {"latent_scale", {{"frames", 4}, {"pixels", 8}}},
       {"graphs", graphs()},
       {"stages",
        {{{"block", "block"},
@@ -414,7 +417,15 @@ json write_tiny_bundle(const TemporaryFolder& folder) {
       {"configs",
        {{"plain",
          {{"cache", {{"policy", "interval"}, {"parameters", {{"interval", 2}}}}},
-          {"generation", {{"steps", 4}, {"guidance_scale", 2.0}}}}}}},
+          {"generation",
+           {{"steps", 4},
+            {"height", 32},
+            {"width", 48},
+            {"frames", 5},
+            {"guidance_scale", 2.0},
+            {"flow_shift", 1.0},
+            {"seed", 9},
+            {"text_tokens", 2}}}}}}},
       {"default_config", "plain"},
       {"tensors", json::object()},
       {"engines", json::array()},

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
-#include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -18,6 +17,7 @@
 #include "freewheel/sampler.h"
 #include "freewheel/session.h"
 #include "freewheel/settings.h"
+#include "result_file.h"
 
 namespace {
 
@@ -111,10 +111,17 @@ Result<std::vector<std::int64_t>> ids_of(const std::string& text) {
   return ids;
 }
 
+/// A prompt that was given as token ids.
+struct Ids {
+  std::string branch;
+  std::vector<std::int64_t> ids;
+};
+
 /// Everything that prompts and latents point into.
 struct Inputs {
   std::vector<Loaded> files;
   std::vector<Buffer> buffers;
+  std::vector<Ids> waiting;  ///< To be encoded, when everything else is known to be right.
   freewheel::RunRequest request;
 };
 
@@ -125,9 +132,9 @@ std::string prompt_input(const freewheel::Manifest& manifest) {
   return "text_states";
 }
 
-Status read_prompts(const Options& options, freewheel::Model& model,
-                    const freewheel::GenerationDefaults& defaults, Inputs& inputs) {
-  const freewheel::Manifest& manifest = model.manifest();
+/// Reads embeddings and token ids. States of ids are null until `encode`.
+Status read_prompts(const Options& options, const freewheel::Manifest& manifest,
+                    std::int64_t text_tokens, Inputs& inputs) {
   const std::string name = prompt_input(manifest);
   auto& prompts = inputs.request.prompts;
   const std::pair<std::string, const char*> files[] = {{options.embeddings, "cond"},
@@ -148,10 +155,21 @@ Status read_prompts(const Options& options, freewheel::Model& model,
     if (text.empty()) continue;
     auto ids = ids_of(text);
     if (!ids.ok()) return std::move(ids).status();
-    const std::int64_t length = defaults.text_tokens.value_or(512);
-    auto states = freewheel::encode_tokens(model, *ids, length);
+    Status status = freewheel::check_token_ids(manifest, *ids, text_tokens);
+    if (!status.ok()) return status;
+    prompts[branch][name] = Tensor{};
+    inputs.waiting.push_back({branch, std::move(ids).value()});
+  }
+  return {};
+}
+
+/// Encodes the prompts that were given as token ids.
+Status encode(freewheel::Model& model, std::int64_t text_tokens, Inputs& inputs) {
+  const std::string name = prompt_input(model.manifest());
+  for (const Ids& prompt : inputs.waiting) {
+    auto states = freewheel::encode_tokens(model, prompt.ids, text_tokens);
     if (!states.ok()) return std::move(states).status();
-    prompts[branch][name] = states->view();
+    inputs.request.prompts[prompt.branch][name] = states->view();
     inputs.buffers.push_back(std::move(states).value());
   }
   return {};
@@ -175,25 +193,20 @@ Status read_latents(const Options& options, const freewheel::Manifest& manifest,
     }
     latents = std::move(buffer).value();
   } else {
-    // Wan's VAE: 4 frames and 8 by 8 pixels to a latent.
-    const std::int64_t frames = options.frames.value_or(defaults.frames.value_or(81));
-    const std::int64_t height = options.height.value_or(defaults.height.value_or(480));
-    const std::int64_t width = options.width.value_or(defaults.width.value_or(832));
-    if (frames < 1 || height < 8 || width < 8 || height > 1 << 15 || width > 1 << 15 ||
-        frames > 1 << 15) {
-      return Status(Code::kRequest, "size", "is absurd",
-                    "give --frames --height --width in pixels");
+    const auto shape = freewheel::latent_shape(manifest, options.frames.value_or(defaults.frames),
+                                               options.height.value_or(defaults.height),
+                                               options.width.value_or(defaults.width));
+    if (!shape.ok()) return shape.status();
+    const std::int64_t seed = options.seed.value_or(defaults.seed);
+    if (seed < 0) {
+      return Status(Code::kRequest, "--seed", "is " + std::to_string(seed),
+                    "give a whole number from 0 on");
     }
-    const freewheel::Io& output = manifest.graphs.at("finish").outputs.at("model_output");
-    const auto* channels = std::get_if<std::int64_t>(&output.shape.at(1));
-    const Shape shape{1, channels != nullptr ? *channels : 16, (frames - 1) / 4 + 1, height / 8,
-                      width / 8};
-    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, shape);
+    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, *shape);
     if (!buffer.ok()) return std::move(buffer).status();
     latents = std::move(buffer).value();
-    freewheel::gaussian_noise(
-        static_cast<std::uint64_t>(options.seed.value_or(defaults.seed.value_or(0))),
-        latents.view().as<float>(), shape.elements());
+    freewheel::gaussian_noise(static_cast<std::uint64_t>(seed), latents.view().as<float>(),
+                              shape->elements());
   }
   inputs.request.latents = latents.view();
   inputs.buffers.push_back(std::move(latents));
@@ -206,30 +219,11 @@ Status read_latents(const Options& options, const freewheel::Manifest& manifest,
   return {};
 }
 
-/// Writes latents, or frames where the name asks for them: a folder of PNG, or raw .rgb.
-Status write_result(const Options& options, freewheel::Model& model, const Tensor& latents) {
-  const std::string& out = options.out;
-  if (ends_with(out, ".npy")) return freewheel::write_npy(out, latents);
-  if (ends_with(out, ".safetensors"))
-    return freewheel::write_safetensors(out, {{"latents", latents}});
+/// Writes latents, or the frames that they decode to.
+Status write_result(const ResultFile& out, freewheel::Model& model, const Tensor& latents) {
+  if (out.wants_latents()) return out.write(latents);
   auto frames = freewheel::decode_latents(model, latents);
-  if (!frames.ok()) return std::move(frames).status();
-  const Tensor& pixels = frames->view();
-  if (ends_with(out, ".rgb")) return freewheel::write_bytes(out, pixels.data, pixels.bytes());
-  std::error_code fault;
-  std::filesystem::create_directories(out, fault);
-  if (fault)
-    return Status(Code::kOutput, out, "can't be made: " + fault.message(), "choose another");
-  const std::int64_t height = pixels.shape[2], width = pixels.shape[3];
-  for (std::int64_t frame = 0; frame < pixels.shape[1]; ++frame) {
-    char name[32];
-    std::snprintf(name, sizeof name, "/%05lld.png", static_cast<long long>(frame));
-    const auto* picture = pixels.as<std::uint8_t>() + frame * height * width * 3;
-    if (Status status = freewheel::write_png(out + name, picture, height, width); !status.ok()) {
-      return status;
-    }
-  }
-  return {};
+  return frames.ok() ? out.write(frames->view()) : std::move(frames).status();
 }
 
 void show_step(const freewheel::BranchEvent& event, bool is_terminal) {
@@ -267,16 +261,8 @@ void show_summary(const freewheel::RunStatistics& statistics) {
                statistics.ideal_speedup());
 }
 
-Status run(const Options& options, nlohmann::json& report) {
-  freewheel::ModelOptions model_options;
-  model_options.backend = options.backend;
-  model_options.backend_options.threads = options.threads;
-  model_options.allow_compile = options.allow_compile;
-  model_options.check_finite = options.check_finite;
-  auto model = freewheel::Model::load(options.bundle, model_options);
-  if (!model.ok()) return std::move(model).status();
-  auto config = freewheel::find_config((*model)->manifest(), options.cache);
-  if (!config.ok()) return std::move(config).status();
+/// Reads `--set key=value`, as often as it was given.
+Result<std::vector<std::pair<std::string, std::string>>> overrides_of(const Options& options) {
   std::vector<std::pair<std::string, std::string>> overrides;
   for (const std::string& setting : options.settings) {
     const std::size_t at = setting.find('=');
@@ -286,20 +272,44 @@ Status run(const Options& options, nlohmann::json& report) {
     }
     overrides.emplace_back(setting.substr(0, at), setting.substr(at + 1));
   }
-  Status status = freewheel::apply_overrides(overrides, config->cache);
+  return overrides;
+}
+
+Status run(const Options& options, nlohmann::json& report) {
+  auto out = ResultFile::create(options.out);
+  if (!out.ok()) return std::move(out).status();
+  freewheel::ModelOptions model_options;
+  model_options.backend = options.backend;
+  model_options.backend_options.threads = options.threads;
+  model_options.allow_compile = options.allow_compile;
+  model_options.check_finite = options.check_finite;
+  auto model = freewheel::Model::load(options.bundle, model_options);
+  if (!model.ok()) return std::move(model).status();
+  const freewheel::Manifest& manifest = (*model)->manifest();
+  auto config = freewheel::find_config(manifest, options.cache);
+  if (!config.ok()) return std::move(config).status();
+  const auto overrides = overrides_of(options);
+  if (!overrides.ok()) return overrides.status();
+  Status status = freewheel::apply_overrides(manifest, *overrides, config->cache);
   if (!status.ok()) return status;
   Inputs inputs;
   freewheel::RunRequest& request = inputs.request;
   const freewheel::GenerationDefaults& defaults = config->generation;
-  status = read_prompts(options, **model, defaults, inputs);
-  if (status.ok()) status = read_latents(options, (*model)->manifest(), defaults, inputs);
-  if (!status.ok()) return status;
   request.cache = config->cache;
-  request.steps = options.steps.value_or(defaults.steps.value_or(30));
-  request.guidance_scale = options.guidance.value_or(defaults.guidance_scale.value_or(1.0));
+  request.steps = options.steps.value_or(defaults.steps);
+  request.guidance_scale = options.guidance.value_or(defaults.guidance_scale);
   request.guidance_scale_2 = options.guidance_2;
-  request.flow_shift = options.shift ? options.shift : defaults.flow_shift;
+  request.flow_shift = options.shift.value_or(defaults.flow_shift);
   request.sampler = options.sampler;
+  // Whatever can be known is looked at before anything is computed.
+  status = read_prompts(options, manifest, defaults.text_tokens, inputs);
+  if (status.ok()) status = read_latents(options, manifest, defaults, inputs);
+  if (status.ok() && !out->wants_latents()) {
+    status = freewheel::check_decodes(manifest, request.latents.shape);
+  }
+  if (status.ok()) status = freewheel::check_run((*model)->bundle(), request);
+  if (status.ok()) status = encode(**model, defaults.text_tokens, inputs);
+  if (!status.ok()) return status;
   request.cancelled = &interrupted;
   const bool is_terminal = isatty(STDERR_FILENO) != 0;
   if (!options.quiet) {
@@ -315,7 +325,7 @@ Status run(const Options& options, nlohmann::json& report) {
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
   const freewheel::RunStatistics& statistics = (*session)->statistics();
   if (!options.quiet) show_summary(statistics);
-  status = write_result(options, **model, request.latents);
+  status = write_result(*out, **model, request.latents);
   if (!status.ok()) return status;
   report = nlohmann::json::parse(statistics.json());
   report["schema_version"] = 1;
@@ -355,7 +365,7 @@ int main(int argc, char** argv) {
   Options options;
   app.add_option("bundle", options.bundle, "Folder that 'freewheel build' wrote")->required();
   app.add_option("-o,--out", options.out,
-                 ".safetensors or .npy for latents, .rgb or a folder (of PNG) for frames")
+                 ".safetensors or .npy for latents, .rgb or a new folder (of PNG) for frames")
       ->required();
   app.add_option("--embeddings", options.embeddings,
                  "Prompt embeddings: .npy [tokens, width], or .safetensors with 'text_states' or "
@@ -367,7 +377,8 @@ int main(int argc, char** argv) {
   app.add_option("--latents", options.latents, "Start noise from a .npy or .safetensors file");
   app.add_option("--condition", options.condition, "Further channels of every step (from images)");
   app.add_option("--cache", options.cache, "A config or a policy of the bundle");
-  app.add_option("--set", options.settings, "key=value: a policy parameter or guard.<limit>");
+  app.add_option("--set", options.settings,
+                 "key=value: a parameter of the policy, first_exact, exact_steps, signal, ...");
   app.add_option("--steps", options.steps, "Denoise steps");
   app.add_option("--seed", options.seed, "Seed of the start noise");
   app.add_option("--guidance", options.guidance, "Guidance scale; 1 or less runs one branch");
@@ -379,7 +390,8 @@ int main(int argc, char** argv) {
   app.add_option("--height", options.height, "Height in pixels");
   app.add_option("--width", options.width, "Width in pixels");
   app.add_option("--backend", options.backend, "Backend to run on");
-  app.add_option("--threads", options.threads, "CPU threads; 0 takes every core");
+  app.add_option("--threads", options.threads, "CPU threads; 0 takes every core")
+      ->check(CLI::NonNegativeNumber);
   app.add_flag("--allow-compile", options.allow_compile,
                "Compile engines that don't fit this machine anew");
   app.add_flag("--check-finite,!--no-check-finite", options.check_finite,
@@ -390,6 +402,10 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& fault) {
     return app.exit(fault) == 0 ? 0 : 2;
+  }
+  for (std::string* path : {&options.bundle, &options.out, &options.embeddings, &options.negative,
+                            &options.latents, &options.condition}) {
+    *path = expand_home(*path);
   }
   std::signal(SIGINT, on_interrupt);
   nlohmann::json report;

@@ -112,7 +112,7 @@ Status Instance::run(Job& job, Responder& responder) {
       Tensors tensors;
       Buffer preview;
       if (job.wants_preview) {
-        FREEWHEEL_ASSIGN(preview, preview_of(*model_.model, event, model_.options.pixel_stride));
+        FREEWHEEL_ASSIGN(preview, preview_of(*model_.model, event));
         const bool is_rgb = preview.view().dtype == DType::kUint8;
         tensors[kPreview] = is_rgb ? preview.view() : without_batch(preview.view());
       }

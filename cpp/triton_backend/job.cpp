@@ -12,13 +12,6 @@
 namespace freewheel::triton {
 namespace {
 
-constexpr char kDecoder[] = "vae_decode";
-
-/// What a request gets that names nothing, and whose config names nothing either: as in Python.
-constexpr std::int64_t kSteps = 50, kHeight = 480, kWidth = 832, kVideoFrames = 81;
-constexpr std::int64_t kDefaultSeed = 42, kTextTokens = 512;
-constexpr double kGuidanceScale = 5.0;
-
 Tensor with_batch(Tensor tensor) {
   Shape shape{1};
   for (const std::int64_t size : tensor.shape) shape.push_back(size);
@@ -54,33 +47,39 @@ Status check_names(const Manifest& manifest, const Tensors& tensors) {
 /// Applies the overrides, naming every known parameter where one is not. `policy.` before a name
 /// tells a policy's parameter from a request's, such as the `steps` of a table of ratios.
 Status apply(const Manifest& manifest, const Parameters& overrides, CacheSetting& setting) {
-  const PolicySpec& spec = manifest.policies.at(setting.policy).spec;
+  FREEWHEEL_ASSIGN(const PolicyEntry* policy, carried_policy(manifest, setting.policy));
+  const PolicySpec& spec = policy->spec;
   const std::string prefix = "policy.";
+  std::vector<std::string> known = override_names(spec);
   for (const auto& [given, value] : overrides) {
     const bool has_prefix = given.rfind(prefix, 0) == 0;
     const std::string name = has_prefix ? given.substr(prefix.size()) : given;
-    const bool is_setting = !has_prefix && (name == "signal" || name.rfind("guard.", 0) == 0);
-    if (!is_setting && spec.parameters.count(name) == 0) {
-      std::vector<std::string> known = RequestOptions::names();
-      known.emplace_back("signal");
-      for (const auto& [key, parameter] : spec.parameters) known.push_back(key);
+    if (std::find(known.begin(), known.end(), name) == known.end()) {
+      for (std::string& option : RequestOptions::names()) known.push_back(std::move(option));
       return Status(Code::kConfig, "parameter '" + given + "'",
                     "is none of a request, nor of policy '" + spec.name + "'",
-                    nearest(given, std::move(known)));
+                    nearest(name, std::move(known)));
     }
-    FREEWHEEL_TRY(apply_override(name, value, setting));
+    FREEWHEEL_TRY(apply_override(name, value, spec, setting));
   }
   return {};
 }
 
-/// Gives a branch its prompt: token ids or states, and what else is computed once per prompt.
-Status take_prompt(Model& model, const std::string& branch, std::int64_t text_tokens,
-                   const Tensors& tensors, Job& job) {
+/// A prompt that came as token ids, and where its states belong.
+struct Ids {
+  std::string branch, input;
+  std::vector<std::int64_t> ids;
+};
+
+/// Gives a branch its prompt: states, and what else is computed once per prompt. Token ids are
+/// checked, and wait to be encoded: their states are null.
+Status take_prompt(const Manifest& manifest, const std::string& branch, std::int64_t text_tokens,
+                   const Tensors& tensors, Job& job, std::vector<Ids>& waiting) {
   const bool is_negative = branch == "uncond";
   const std::string prefix = is_negative ? kNegative : "";
   const Tensor* ids = find(tensors, is_negative ? kNegativeTokenIds : kTokenIds);
   Tensors states;
-  for (const auto& [name, entry] : model.manifest().inputs) {
+  for (const auto& [name, entry] : manifest.inputs) {
     if (entry.runs != "prompt") continue;
     const Tensor* given = find(tensors, prefix + name);
     // A picture belongs to both branches; text does not.
@@ -92,45 +91,31 @@ Status take_prompt(Model& model, const std::string& branch, std::int64_t text_to
                     "give one of them");
     }
     const auto* first = ids->as<std::int64_t>();
-    FREEWHEEL_ASSIGN(Buffer encoded,
-                     encode_tokens(model, {first, first + ids->shape.elements()}, text_tokens));
-    states[name] = encoded.view();
-    job.buffers.push_back(std::move(encoded));
+    waiting.push_back({branch, name, {first, first + ids->shape.elements()}});
+    FREEWHEEL_TRY(check_token_ids(manifest, waiting.back().ids, text_tokens));
+    states[name] = Tensor{};
   }
   if (!states.empty()) job.run.prompts[branch] = std::move(states);
   return {};
 }
 
-Status size_fault(const std::string& name, std::int64_t value, const std::string& expected) {
-  return Status(Code::kRequest, "parameter '" + name + "'", "is " + std::to_string(value),
-                "give " + expected);
-}
-
 /// The latents' shape for the size asked for.
-Result<Shape> latent_shape(const Manifest& manifest, const ServedOptions& served,
+Result<Shape> served_shape(const Manifest& manifest, const ServedOptions& served,
                            const RequestOptions& options, const GenerationDefaults& defaults) {
-  const std::int64_t frames = options.frames.value_or(defaults.frames.value_or(kVideoFrames));
-  const std::int64_t height = options.height.value_or(defaults.height.value_or(kHeight));
-  const std::int64_t width = options.width.value_or(defaults.width.value_or(kWidth));
-  const std::string multiple = "a multiple of " + std::to_string(served.pixel_stride);
-  if ((frames - 1) % served.frame_stride != 0) {
-    return size_fault("frames", frames,
-                      "1 more than a multiple of " + std::to_string(served.frame_stride));
-  }
-  if (height % served.pixel_stride != 0) return size_fault("height", height, multiple);
-  if (width % served.pixel_stride != 0) return size_fault("width", width, multiple);
-  // Each factor fits 32 bits, so that a product of two fits 64.
-  if (height * width > served.max_pixels || frames > served.max_pixels / (height * width)) {
+  const std::int64_t frames = options.frames.value_or(defaults.frames);
+  const std::int64_t height = options.height.value_or(defaults.height);
+  const std::int64_t width = options.width.value_or(defaults.width);
+  // Parameters fit 32 bits, so that a product of two fits 64.
+  const bool fits =
+      height <= served.max_pixels / width && frames <= served.max_pixels / (height * width);
+  if (!fits) {
     return Status(Code::kRequest, "size",
                   std::to_string(frames) + " frames of " + std::to_string(height) + " x " +
                       std::to_string(width) + " are more than the " +
                       std::to_string(served.max_pixels) + " pixels that this model serves",
                   "ask for less, or raise 'max_pixels' in its config.pbtxt");
   }
-  const Io& output = manifest.graphs.at("finish").outputs.at("model_output");
-  const auto* channels = std::get_if<std::int64_t>(&output.shape.at(1));
-  return Shape{1, channels != nullptr ? *channels : 16, (frames - 1) / served.frame_stride + 1,
-               height / served.pixel_stride, width / served.pixel_stride};
+  return latent_shape(manifest, frames, height, width);
 }
 
 /// Copies the given latents, which the run overwrites.
@@ -150,9 +135,9 @@ Status take_latents(const Tensor& given, const RequestOptions& options, Job& job
 
 Status draw_latents(const Manifest& manifest, const ServedOptions& served,
                     const RequestOptions& options, const GenerationDefaults& defaults, Job& job) {
-  FREEWHEEL_ASSIGN(const Shape shape, latent_shape(manifest, served, options, defaults));
+  FREEWHEEL_ASSIGN(const Shape shape, served_shape(manifest, served, options, defaults));
   FREEWHEEL_ASSIGN(Buffer latents, Buffer::create(host_memory(), DType::kFloat32, shape));
-  job.seed = options.seed.value_or(defaults.seed.value_or(kDefaultSeed));
+  job.seed = options.seed.value_or(defaults.seed);
   gaussian_noise(static_cast<std::uint64_t>(*job.seed), latents.view().as<float>(),
                  shape.elements());
   job.run.latents = latents.view();
@@ -198,13 +183,12 @@ Status settle_outputs(const Manifest& manifest, const RequestOptions& options,
   job.wants_frames = has_decoder && wants(kFrames);
   job.wants_preview = options.preview;
   if (!has_decoder || (!job.wants_frames && !job.wants_preview)) return {};
-  const Io& takes = manifest.graphs.at(kDecoder).inputs.at("latents");
-  if (match_dims("latents", takes, job.run.latents.shape).ok()) return {};
-  return Status(
-      Code::kRequest, job.wants_frames ? "output 'frames'" : "parameter 'preview'",
-      "latents are " + job.run.latents.shape.text() + ", the VAE was compiled for " + takes.text(),
-      job.wants_frames ? "ask for its size, or give outputs=latents"
-                       : "ask for its size, or for no preview");
+  const Status status = check_decodes(manifest, job.run.latents.shape);
+  if (status.ok()) return {};
+  return Status(Code::kRequest, job.wants_frames ? "output 'frames'" : "parameter 'preview'",
+                status.what(),
+                job.wants_frames ? "ask for its size, or give outputs=latents"
+                                 : "ask for its size, or for no preview");
 }
 
 }  // namespace
@@ -228,10 +212,9 @@ Result<Job> make_job(Model& model, const ServedOptions& served, const RequestOpt
   Job job;
   job.stream = options.stream;
   job.run.cache = config.cache;
-  job.run.steps = options.steps.value_or(defaults.steps.value_or(kSteps));
-  job.run.guidance_scale =
-      options.guidance_scale.value_or(defaults.guidance_scale.value_or(kGuidanceScale));
-  job.run.flow_shift = options.flow_shift ? options.flow_shift : defaults.flow_shift;
+  job.run.steps = options.steps.value_or(defaults.steps);
+  job.run.guidance_scale = options.guidance_scale.value_or(defaults.guidance_scale);
+  job.run.flow_shift = options.flow_shift.value_or(defaults.flow_shift);
   job.run.sampler = options.sampler;
   if (const Tensor* latents = find(tensors, kLatents)) {
     FREEWHEEL_TRY(take_latents(*latents, options, job));
@@ -242,22 +225,25 @@ Result<Job> make_job(Model& model, const ServedOptions& served, const RequestOpt
   if (const Tensor* condition = find(tensors, kCondition)) {
     job.run.condition = with_batch(*condition);
   }
-  // Cheap faults come before the text encoder runs.
-  const double* shift = job.run.flow_shift ? &*job.run.flow_shift : nullptr;
-  if (auto table = model.bundle().sampler(job.run.sampler, shift, job.run.steps); !table.ok()) {
-    return std::move(table).status();
+  std::vector<Ids> waiting;
+  for (const char* branch : {"cond", "uncond"}) {
+    if (branch[0] == 'u' && job.run.guidance_scale <= 1.0) continue;
+    FREEWHEEL_TRY(take_prompt(manifest, branch, defaults.text_tokens, tensors, job, waiting));
   }
-  const std::int64_t text_tokens = defaults.text_tokens.value_or(kTextTokens);
-  FREEWHEEL_TRY(take_prompt(model, "cond", text_tokens, tensors, job));
-  if (job.run.guidance_scale > 1.0) {
-    FREEWHEEL_TRY(take_prompt(model, "uncond", text_tokens, tensors, job));
+  // Cheap faults come before the text encoder runs.
+  FREEWHEEL_TRY(check_run(model.bundle(), job.run));
+  for (const Ids& prompt : waiting) {
+    FREEWHEEL_ASSIGN(Buffer encoded, encode_tokens(model, prompt.ids, defaults.text_tokens));
+    job.run.prompts[prompt.branch][prompt.input] = encoded.view();
+    job.buffers.push_back(std::move(encoded));
   }
   return job;
 }
 
-Result<Buffer> preview_of(Model& model, const SampleEvent& event, std::int64_t stride) {
+Result<Buffer> preview_of(Model& model, const SampleEvent& event) {
   const Shape& shape = event.sample.shape;
   const bool decodes = can_decode(model.manifest());
+  const std::int64_t stride = model.manifest().latent_scale.pixels;
   FREEWHEEL_ASSIGN(Buffer clean, Buffer::create(host_memory(), DType::kFloat32, shape));
   const auto sigma = static_cast<float>(event.sigma);
   const float* sample = event.sample.as<float>();

@@ -38,9 +38,9 @@ Result<Job> make_job(Model& model, const ServedOptions& served, const RequestOpt
                      const Tensors& tensors, const std::set<std::string>& outputs);
 
 /// Predicts the clean sample of a step, as small as the latents.
-/// @return With a VAE decoder uint8 [frames, height, width, 3], each pixel the mean of `stride` by
-///   `stride` decoded ones; else float32 [channels, frames, height, width].
-Result<Buffer> preview_of(Model& model, const SampleEvent& event, std::int64_t stride);
+/// @return With a VAE decoder uint8 [frames, height, width, 3], each pixel the mean of those that a
+///   latent stands for; else float32 [channels, frames, height, width].
+Result<Buffer> preview_of(Model& model, const SampleEvent& event);
 
 /// Returns a view without its first axis, which is 1.
 Tensor without_batch(Tensor tensor);

@@ -26,7 +26,7 @@ struct RequestOptions {
   std::int64_t stream = 0;        ///< A response every so many steps; 0 sends the result alone.
   bool preview = false;           ///< Whether those responses carry the predicted clean sample.
   std::set<std::string> outputs;  ///< Empty sends every output that the client asked for.
-  /// What is left: parameters of the policy, "signal", "guard.<limit>".
+  /// What is left: parameters of the policy, limits of its guard, "signal".
   Parameters overrides;
 
   /// Sorts parameters by what they are for. Whether the overrides are known is up to the policy.

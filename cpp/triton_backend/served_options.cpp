@@ -55,8 +55,6 @@ Result<ServedOptions> ServedOptions::parse(const std::string& config_json,
       {"threads", Count{&options.threads, 0, 4096}},
       {"device", Count{&options.device, 0, 1024}},
       {"allow_compile", &options.allow_compile},
-      {"frame_stride", Count{&options.frame_stride, 1, 1024}},
-      {"pixel_stride", Count{&options.pixel_stride, 1, 1024}},
       {"max_pixels", Count{&options.max_pixels, 1, std::int64_t{1} << 45}},
   };
   const auto groups = config.find("instance_group");

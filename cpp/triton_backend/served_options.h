@@ -16,8 +16,6 @@ struct ServedOptions {
   std::int64_t device = 0;     ///< Index of the GPU.
   std::int64_t instances = 1;  ///< Of all instance groups: runs at the same time.
   bool allow_compile = false;  ///< Whether engines that don't fit this machine are compiled anew.
-  std::int64_t frame_stride = 4;  ///< Frames of the video to one of the latents, after the first.
-  std::int64_t pixel_stride = 8;  ///< Pixels to one latent, along height and width.
   /// Frames · height · width that a request may ask for: memory grows with it.
   std::int64_t max_pixels = 81LL * 720 * 1280;
 

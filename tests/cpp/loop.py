@@ -126,7 +126,7 @@ class Loop:
 def overrides_of(setting: CacheSetting) -> dict[str, Any]:
     """Return what ``--set`` takes to make a policy's defaults this setting."""
     overrides: dict[str, Any] = {**setting.parameters}
-    overrides |= {f"guard.{n}": v for n, v in setting.guard.model_dump().items() if v != []}
+    overrides |= {n: v for n, v in setting.guard.model_dump().items() if v != []}
     if setting.signal is not None:
         overrides["signal"] = setting.signal
     return overrides

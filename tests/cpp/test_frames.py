@@ -105,9 +105,15 @@ def test_what_the_ends_can_not_do_is_said(
     long = ",".join(["5"] * 17)
     assert "are 17, expected 1 to 16" in fault(whole_bundle, "x.npy", "--token-ids", long)
     assert "'x' is no number" in fault(whole_bundle, "x.npy", "--token-ids", "5,x")
+    for flag in ("--token-ids", "--negative-token-ids"):
+        for stray in (-5, 128, 99999):
+            said = fault(whole_bundle, "x.npy", flag, f"5,{stray},1")
+            assert f"token ids: hold {stray}, expected 0 to 127" in said
     small = tmp_path / "small.npy"
     np.save(small, np.zeros((1, 16, 1, 4, 4), np.float32))
-    assert "input 'latents'" in fault(whole_bundle, "frames", "--latents", str(small))
+    said = fault(whole_bundle, "frames", "--latents", str(small))
+    assert "latents are [1, 16, 1, 4, 4], it was compiled for [1, 16, 5, 12, 12]" in said
+    assert "--with-vae" in fault(demo_bundle, "frames")
     assert not (tmp_path / "x.npy").exists()
     assert not (tmp_path / "frames").exists()
 

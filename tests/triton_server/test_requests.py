@@ -107,9 +107,7 @@ def test_one_branch_runs_without_guidance(server) -> None:
 
 
 def test_guards_and_samplers_are_chosen(server) -> None:
-    answer = ask(
-        server.grpc, policy="taylorseer", interval=6, sampler="euler", **{"guard.last_exact": 2}
-    )
+    answer = ask(server.grpc, policy="taylorseer", interval=6, sampler="euler", last_exact=2)
     assert answer.summary["branches"]["cond"]["computed"][-2:] == [True, True]
 
 

@@ -16,6 +16,13 @@ bool can_encode(const Manifest& manifest) noexcept;
 /// Whether the bundle was built with its VAE decoder.
 bool can_decode(const Manifest& manifest) noexcept;
 
+/// Checks a prompt before anything is computed: its length, and that the encoder knows every id.
+Status check_token_ids(const Manifest& manifest, const std::vector<std::int64_t>& ids,
+                       std::int64_t text_tokens);
+
+/// Checks that the decoder takes latents of this shape, before they are computed.
+Status check_decodes(const Manifest& manifest, const Shape& latents);
+
 /// Encodes a prompt.
 /// @param ids Token ids of the pipeline's tokenizer, its end token included.
 /// @param text_tokens Length to pad to; ids beyond it are refused.

@@ -71,6 +71,12 @@ const char* freewheel_model_last_error(const freewheel_model* model) FREEWHEEL_N
 freewheel_status freewheel_model_describe(freewheel_model* model,
                                           const char** json) FREEWHEEL_NOEXCEPT;
 
+/* The shape of one video's latents, for `freewheel_run_options`: 5 sizes of most models, 8 at most.
+ * `cache` as there; a size of 0 takes the config's. */
+freewheel_status freewheel_model_latents_shape(freewheel_model* model, const char* cache,
+                                               int64_t frames, int64_t height, int64_t width,
+                                               int64_t* shape, int32_t* rank) FREEWHEEL_NOEXCEPT;
+
 /* As with models, a failed creation leaves a handle that tells why. */
 freewheel_status freewheel_session_create(freewheel_model* model,
                                           freewheel_session** session) FREEWHEEL_NOEXCEPT;
@@ -89,10 +95,11 @@ typedef struct freewheel_prompt {
   int32_t rank;
 } freewheel_prompt;
 
-/* An override of the cache setting: a policy parameter, "signal", or "guard.<limit>". */
+/* An override of the cache setting: a parameter of the policy, "first_exact", "last_exact",
+ * "max_consecutive", "max_reused", "exact_steps" or "signal". */
 typedef struct freewheel_parameter {
   const char* name;
-  const char* value; /* as JSON: "0.2", "[1, 0.5]", "true"; a bare word is a string */
+  const char* value; /* as JSON: "0.2", "true", "[1, 0.5]" (also "1,0.5"); a bare word is text */
 } freewheel_parameter;
 
 /* One step of one branch, as it ends. */
@@ -118,7 +125,7 @@ typedef struct freewheel_run_options {
   const freewheel_prompt* prompts;
   int64_t steps;         /* 0 takes the config's */
   double guidance_scale; /* 1 or less runs "cond" alone; NaN takes the config's */
-  double flow_shift;     /* 0 takes the sampler's own */
+  double flow_shift;     /* 0 takes the config's */
   const char* sampler;   /* NULL takes the pipeline's own */
   const char* cache;     /* a config or policy of the bundle; NULL takes the default config */
   const freewheel_parameter* parameters;
@@ -132,6 +139,7 @@ typedef struct freewheel_run_options {
   /* Of bundles with two experts: the guidance scale from the second one's first step on; 0 takes
    * `guidance_scale`. */
   double guidance_scale_2;
+  int32_t has_config_seed; /* not 0: as `has_seed`, with the config's seed */
 } freewheel_run_options;
 
 /* Runs the whole denoise loop. The latents are left as they were where it fails. */

@@ -17,7 +17,7 @@
 
 namespace freewheel {
 
-inline constexpr int kSchemaVersion = 1;
+inline constexpr int kSchemaVersion = 2;
 
 /// Sizes of the named dimensions.
 using Dims = std::map<std::string, std::int64_t>;
@@ -82,12 +82,18 @@ struct SignalEntry {
 struct PolicyEntry {
   std::string graph;
   PolicySpec spec;
+  CacheSetting setting;  ///< What a request gets that names the policy and no config.
 };
 
-/// What a config says about generation beside caching.
+/// What one latent stands for: frames after the first, and pixels along height and width.
+struct LatentScale {
+  std::int64_t frames = 1, pixels = 1;
+};
+
+/// What a run gets where its request says nothing, beside caching.
 struct GenerationDefaults {
-  std::optional<std::int64_t> steps, height, width, frames, seed, text_tokens;
-  std::optional<double> guidance_scale, flow_shift;
+  std::int64_t steps = 0, height = 0, width = 0, frames = 0, seed = 0, text_tokens = 0;
+  double guidance_scale = 1.0, flow_shift = 1.0;
 };
 
 struct ConfigEntry {
@@ -111,6 +117,8 @@ struct Manifest {
   std::string freewheel_version, family, precision, weights;
   std::map<std::string, InputEntry> inputs;
   std::map<std::string, std::vector<std::pair<std::string, std::int64_t>>> dims;
+  LatentScale latent_scale;
+  std::optional<std::int64_t> vocabulary_size;  ///< Of the text encoder: ids lie below it.
   std::map<std::string, GraphEntry> graphs;
   std::vector<StageEntry> stages;
   std::vector<ExpertEntry> experts;  ///< Empty where the graphs serve one transformer.
@@ -138,5 +146,10 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes);
 
 /// Returns the shape of a declared tensor; fails where a dimension is unknown.
 Result<Shape> shape_of(const std::string& name, const Io& io, const Dims& dims);
+
+/// The shape of one video's latents, as the model gives its output.
+/// @param frames,height,width Of the video, in frames and pixels.
+Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::int64_t height,
+                           std::int64_t width);
 
 }  // namespace freewheel

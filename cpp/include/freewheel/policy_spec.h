@@ -106,9 +106,13 @@ struct CacheSetting {
   }
 };
 
-/// Reads `key=value` as command lines and requests give it: a parameter of the policy, or
-/// `guard.<limit>`, or `signal`.
-Status apply_override(const std::string& key, const Value& value, CacheSetting& setting);
+/// What an override may name: the policy's parameters, the guard's limits, `exact_steps`, `signal`.
+std::vector<std::string> override_names(const PolicySpec& spec);
+
+/// Replaces one of `override_names`, in every branch. The value is checked by its declaration.
+/// @param spec Of the setting's policy.
+Status apply_override(const std::string& key, const Value& value, const PolicySpec& spec,
+                      CacheSetting& setting);
 
 /// Says which names are known and which one `name` most resembles, for a message's hint.
 std::string nearest(const std::string& name, std::vector<std::string> known);

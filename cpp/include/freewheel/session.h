@@ -63,6 +63,11 @@ struct RunRequest {
   const std::atomic<bool>* cancelled = nullptr;
 };
 
+/// Checks everything about a run that is known before it: latents, condition, guidance, sampler,
+/// cache setting, and that each branch has a prompt (whose tensors may still be null: a prompt that
+/// is yet to be encoded). `Session::run` checks it too.
+Status check_run(const Bundle& bundle, const RunRequest& request);
+
 /// A per-step input by name.
 struct NamedTensor {
   std::string_view name;

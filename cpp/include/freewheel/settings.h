@@ -11,11 +11,16 @@
 
 namespace freewheel {
 
-/// Finds a config by name, or makes one of a policy's name; empty takes the default config.
+/// Finds a config by name, or what a policy runs with by its name; empty takes the default config.
 Result<ConfigEntry> find_config(const Manifest& manifest, const std::string& name);
 
-/// Applies overrides given as text, such as {"threshold", "0.2"} or {"guard.first_exact", "2"}.
-Status apply_overrides(const std::vector<std::pair<std::string, std::string>>& overrides,
+/// Finds a policy that the bundle carries.
+Result<const PolicyEntry*> carried_policy(const Manifest& manifest, const std::string& name);
+
+/// Applies overrides given as text, such as {"threshold", "0.2"} or {"first_exact", "2"}; reports
+/// all that are wrong in one status.
+Status apply_overrides(const Manifest& manifest,
+                       const std::vector<std::pair<std::string, std::string>>& overrides,
                        CacheSetting& setting);
 
 /// JSON of what a bundle offers: policies with their parameters, configs, inputs, samplers.

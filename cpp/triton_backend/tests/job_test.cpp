@@ -64,9 +64,24 @@ TEST_F(JobTest, ItRuns) {
   EXPECT_EQ((*session)->statistics().policy, "interval");
 }
 
+TEST_F(JobTest, WhatIsNotSaidIsTheBundles) {
+  options_ = RequestOptions();
+  const auto job = make();
+  ASSERT_TRUE(job.ok()) << job.status().message();
+  EXPECT_EQ(job->run.steps, 4);
+  EXPECT_EQ(job->run.guidance_scale, 2.0);
+  EXPECT_EQ(job->run.flow_shift, 1.0);
+  EXPECT_EQ(job->seed, 9);
+  EXPECT_EQ(job->run.latents.shape, (Shape{1, 2, 2, 4, 6}));
+  EXPECT_EQ(job->run.cache.policy, "interval");
+  EXPECT_EQ(job->run.cache.guard.last_exact, 0);
+  options_.policy = "interval";
+  EXPECT_EQ(make()->run.cache.guard.last_exact, 1) << "as the policy by its name";
+}
+
 TEST_F(JobTest, OverridesGoToThePolicyAndToItsGuard) {
   options_.policy = "interval";
-  options_.overrides = {{"interval", std::int64_t{2}}, {"guard.last_exact", std::int64_t{1}}};
+  options_.overrides = {{"interval", std::int64_t{2}}, {"last_exact", std::int64_t{1}}};
   EXPECT_EQ(make()->run.cache.guard.last_exact, 1);
   EXPECT_EQ(make()->run.cache.parameters.at("interval"), Value(std::int64_t{2}));
   options_.overrides = {{"policy.interval", std::int64_t{3}}};
@@ -138,7 +153,7 @@ TEST_F(JobTest, APreviewIsTheSampleLessItsNoise) {
   event.sigma = 0.5;
   event.sample = {sample.data(), DType::kFloat32, Shape{1, 2, 2, 4, 4}};
   event.model_output = {output.data(), DType::kFloat32, Shape{1, 2, 2, 4, 4}};
-  const auto preview = preview_of(*model_, event, 8);
+  const auto preview = preview_of(*model_, event);
   ASSERT_TRUE(preview.ok());
   EXPECT_EQ(preview->view().as<float>()[5], 0.75f);
   EXPECT_EQ(without_batch(preview->view()).shape, (Shape{2, 2, 4, 4}));

@@ -18,7 +18,7 @@ TEST(RequestOptionsTest, SortsParametersByWhatTheyAreFor) {
                                           {"preview", true},
                                           {"outputs", text("latents,progress")},
                                           {"threshold", 0.2},
-                                          {"guard.first_exact", std::int64_t{2}}});
+                                          {"first_exact", std::int64_t{2}}});
   ASSERT_TRUE(read.ok()) << read.status().message();
   EXPECT_EQ(read->policy, "teacache");
   EXPECT_EQ(read->steps, 20);

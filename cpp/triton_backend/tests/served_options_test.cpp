@@ -14,8 +14,7 @@ std::string config(const std::string& name, const std::string& value) {
 TEST(ServedOptionsTest, DefaultsHoldWhereNothingIsSaid) {
   const auto parsed = ServedOptions::parse(R"({"name": "m"})", "model 'm'");
   ASSERT_TRUE(parsed.ok()) << parsed.status().message();
-  EXPECT_EQ(parsed->pixel_stride, 8);
-  EXPECT_EQ(parsed->frame_stride, 4);
+  EXPECT_EQ(parsed->max_pixels, 81LL * 720 * 1280);
   EXPECT_FALSE(parsed->allow_compile);
 }
 
@@ -39,7 +38,7 @@ TEST(ServedOptionsTest, RefusesWhatItDoesNotKnow) {
   EXPECT_NE(unknown.status().hint().find("did you mean 'threads'"), std::string::npos);
   EXPECT_FALSE(ServedOptions::parse(config("threads", "-1"), "m").ok());
   EXPECT_FALSE(ServedOptions::parse(config("threads", "two"), "m").ok());
-  EXPECT_FALSE(ServedOptions::parse(config("pixel_stride", "0"), "m").ok());
+  EXPECT_FALSE(ServedOptions::parse(config("max_pixels", "0"), "m").ok());
   EXPECT_FALSE(ServedOptions::parse(config("allow_compile", "yes"), "m").ok());
   EXPECT_FALSE(ServedOptions::parse("{", "m").ok());
 }

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "result_file.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+
+#include "freewheel/files.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+using freewheel::Code;
+using freewheel::Result;
+using freewheel::Status;
+using freewheel::Tensor;
+
+Status write_pictures(const std::string& folder, const Tensor& pixels) {
+  std::error_code fault;
+  fs::create_directories(folder, fault);
+  if (fault) return Status(Code::kOutput, folder, "can't be made: " + fault.message());
+  const std::int64_t height = pixels.shape[2], width = pixels.shape[3];
+  for (std::int64_t frame = 0; frame < pixels.shape[1]; ++frame) {
+    char name[32];
+    std::snprintf(name, sizeof name, "/%05lld.png", static_cast<long long>(frame));
+    const auto* picture = pixels.as<std::uint8_t>() + frame * height * width * 3;
+    Status status = freewheel::write_png(folder + name, picture, height, width);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace
+
+std::string expand_home(const std::string& path) {
+  const char* home = std::getenv("HOME");
+  if (home == nullptr || path.empty() || path[0] != '~') return path;
+  return path.size() == 1 || path[1] == '/' ? home + path.substr(1) : path;
+}
+
+Result<ResultFile> ResultFile::create(const std::string& given) {
+  const bool has_slash = !given.empty() && given.back() == '/';
+  const std::string path = given.substr(0, given.find_last_not_of('/') + 1);
+  std::string suffix = fs::path(path).extension().string();
+  std::transform(suffix.begin(), suffix.end(), suffix.begin(),
+                 [](unsigned char letter) { return static_cast<char>(std::tolower(letter)); });
+  std::error_code ignored;
+  Kind kind = Kind::kFolder;
+  if (path.empty()) {
+    return Status(Code::kRequest, "--out '" + given + "'", "is no name", "name a file or a folder");
+  }
+  if (!has_slash && !fs::is_directory(path, ignored)) {
+    if (suffix == ".npy") {
+      kind = Kind::kNpy;
+    } else if (suffix == ".safetensors") {
+      kind = Kind::kSafetensors;
+    } else if (suffix == ".rgb") {
+      kind = Kind::kRgb;
+    } else if (!suffix.empty()) {
+      return Status(Code::kRequest, "--out '" + given + "'", "has suffix '" + suffix + "'",
+                    "name .npy or .safetensors for latents, .rgb for raw frames, or '" + path +
+                        "/' for a folder of PNG");
+    }
+  }
+  ResultFile result(path, kind);
+  if (Status status = result.check(); !status.ok()) return status;
+  return result;
+}
+
+Status ResultFile::check() const {
+  const std::string where = "--out '" + path_ + "'";
+  std::error_code fault;
+  const bool is_folder = kind_ == Kind::kFolder;
+  if (is_folder && fs::exists(path_, fault)) {
+    if (!fs::is_directory(path_, fault)) {
+      return Status(Code::kRequest, where, "is a file, not a folder", "name a new folder");
+    }
+    if (!fs::is_empty(path_, fault)) {
+      return Status(Code::kRequest, where, "holds files already", "name a new folder");
+    }
+  }
+  fs::path above = fs::absolute(path_, fault).parent_path();
+  while (!fs::exists(above, fault) && above.has_relative_path()) above = above.parent_path();
+  if (!fs::is_directory(above, fault)) {
+    return Status(Code::kRequest, where, "'" + above.string() + "' is no folder", "name another");
+  }
+  if (::access(above.c_str(), W_OK | X_OK) != 0) {
+    return Status(Code::kRequest, where, std::string("can't be written: ") + std::strerror(errno),
+                  "name another");
+  }
+  return {};
+}
+
+Status ResultFile::write(const Tensor& result) const {
+  const fs::path target = path_;
+  const fs::path partial = target.parent_path() / ("." + target.filename().string() + "." +
+                                                   std::to_string(::getpid()) + ".partial");
+  std::error_code fault;
+  if (target.has_parent_path()) fs::create_directories(target.parent_path(), fault);
+  Status status = write_to(partial.string(), result);
+  fault.clear();
+  if (status.ok()) fs::rename(partial, target, fault);
+  if (status.ok() && !fault) return {};
+  const std::string what = status.ok() ? "can't be written: " + fault.message() : status.what();
+  fs::remove_all(partial, fault);
+  return Status(Code::kOutput, path_, what, "free some space, or name another --out");
+}
+
+Status ResultFile::write_to(const std::string& place, const Tensor& result) const {
+  switch (kind_) {
+    case Kind::kNpy:
+      return freewheel::write_npy(place, result);
+    case Kind::kSafetensors:
+      return freewheel::write_safetensors(place, {{"latents", result}});
+    case Kind::kRgb:
+      return freewheel::write_bytes(place, result.data, result.bytes());
+    case Kind::kFolder:
+      return write_pictures(place, result);
+  }
+  return {};
+}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// Where a run's result goes: checked before the run, written whole or not at all.
+
+#include <string>
+
+#include "freewheel/status.h"
+#include "freewheel/tensor.h"
+
+/// Replaces a leading "~/" by the user's home folder, as a shell does where it sees one.
+std::string expand_home(const std::string& path);
+
+class ResultFile {
+ public:
+  /// Reads what a name asks for: latents (.npy, .safetensors), raw RGB frames (.rgb), or a new
+  /// folder of PNG (no suffix, or a slash at the end). Fails where that can't be written.
+  static freewheel::Result<ResultFile> create(const std::string& path);
+
+  bool wants_latents() const noexcept { return kind_ == Kind::kNpy || kind_ == Kind::kSafetensors; }
+
+  /// Writes what `wants_latents` says: latents, or frames as uint8 [1, frames, height, width, 3].
+  freewheel::Status write(const freewheel::Tensor& result) const;
+
+ private:
+  enum class Kind { kNpy, kSafetensors, kRgb, kFolder };
+
+  ResultFile(std::string path, Kind kind) : path_(std::move(path)), kind_(kind) {}
+  freewheel::Status check() const;
+  freewheel::Status write_to(const std::string& place, const freewheel::Tensor& result) const;
+
+  std::string path_;
+  Kind kind_;
+};

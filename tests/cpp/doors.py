@@ -1,0 +1,99 @@
+"""One request through every door: Python, freewheel-run, the C ABI; Triton's tests compare with these.
+
+The request says nothing but its prompt: steps, guidance, seed, size, shift and policy are the
+bundle's. Python and C++ draw noise that differs in the logarithm's last bit, so that Python starts
+from the library's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loop import Loop
+from numpy.typing import NDArray
+
+from freewheel.bundle.reader import Bundle
+from freewheel.runtime.settings import choose_setting
+
+Array = NDArray[np.float32]
+
+REQUESTS: dict[str, tuple[str | None, dict[str, str]]] = {
+    "nothing said": (None, {}),
+    "a policy by name": ("easycache", {}),
+    "a policy by name, with its signal": ("teacache", {"threshold": "5"}),
+    "overrides": ("taylorseer", {"first_exact": "3", "last_exact": "2", "exact_steps": "7,9", "order": "2"}),
+    "a config whose branches differ": ("apart", {"interval": "4"}),
+}  # fmt: skip
+"""Name → config or policy, and overrides as they are typed."""
+
+
+class Doors:
+    """A bundle, prompts, and what each door makes of a request."""
+
+    def __init__(self, bundle: Bundle, build: Path, folder: Path) -> None:
+        """Take the default config's size and a random prompt.
+
+        Args:
+            bundle: Of `tests/conftest.py`'s tiny checkpoint, on OpenVINO.
+            build: Folder with `freewheel-run` and `tests/c_run`.
+            folder: For inputs and outputs.
+        """
+        self.bundle, self.build, self.folder = bundle, build, folder
+        random = np.random.default_rng(1)
+        width = int(bundle.manifest.inputs["text_states"].shape[-1])
+        self.states = {
+            b: random.standard_normal((8, width), dtype=np.float32) for b in ("cond", "uncond")
+        }
+        for branch, states in self.states.items():
+            np.save(folder / f"{branch}.npy", states)
+            states.tofile(folder / f"{branch}.f32")
+
+    def in_c(self, cache: str | None, overrides: Mapping[str, str]) -> tuple[Array, Array]:
+        """Return noise and latents of the program around the C ABI."""
+        states = self.states["cond"]
+        self._run(
+            "tests/c_run", self.bundle.folder, torch.get_num_threads(), self.folder / "cond.f32",
+            self.folder / "uncond.f32", *states.shape, self.folder / "noise.f32", self.folder / "out.f32",
+            cache or "", *(f"{n}={v}" for n, v in overrides.items()),
+        )  # fmt: skip
+        noise, out = (np.fromfile(self.folder / f"{n}.f32", np.float32) for n in ("noise", "out"))
+        return noise, out
+
+    def in_shell(self, cache: str | None, overrides: Mapping[str, str]) -> Array:
+        """Return the latents of freewheel-run."""
+        self._run(
+            "freewheel-run", self.bundle.folder, "--embeddings", self.folder / "cond.npy",
+            "--negative", self.folder / "uncond.npy", "--out", self.folder / "out.npy",
+            "--threads", torch.get_num_threads(), "--quiet", *(("--cache", cache) if cache else ()),
+            *(part for n, v in overrides.items() for part in ("--set", f"{n}={v}")),
+        )  # fmt: skip
+        return np.load(self.folder / "out.npy")
+
+    def in_python(
+        self, cache: str | None, overrides: Mapping[str, str], noise: Array
+    ) -> tuple[Array, dict[str, Any]]:
+        """Return the latents of Python's session, and what each branch did."""
+        entry = choose_setting(self.bundle, cache, overrides, lambda text: None)
+        run, scale = entry.generation, self.bundle.manifest.latent_scale
+        frames, height, width = (
+            (run.frames - 1) // scale.frames + 1, run.height // scale.pixels, run.width // scale.pixels,
+        )  # fmt: skip
+        drawn = torch.randn(
+            (1, 4, frames, height, width), generator=torch.Generator().manual_seed(run.seed)
+        )
+        np.testing.assert_allclose(noise.reshape(drawn.shape), drawn.numpy(), atol=1e-4)
+        loop = Loop(
+            self.bundle, noise.reshape(drawn.shape), {b: {"text_states": s[None]} for b, s in self.states.items()},
+            run.steps, run.flow_shift, self.bundle.manifest.samplers[0].name, (run.guidance_scale,),
+        )  # fmt: skip
+        return loop.in_python(entry.cache)
+
+    def _run(self, program: str, *arguments: object) -> None:
+        command = [str(self.build / program), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr

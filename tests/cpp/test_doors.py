@@ -1,0 +1,151 @@
+"""One bundle, one video: a request that says little gives the same bits through every door."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from doors import REQUESTS, Doors
+
+from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
+from freewheel.bundle.reader import Bundle
+from freewheel.configs.setting import CacheSetting
+
+pytestmark = [pytest.mark.openvino, pytest.mark.slow]
+
+SIZE = GenerationDefaults(frames=5, height=32, width=48)
+CONFIGS = {
+    "off": ConfigEntry(cache=CacheSetting(), generation=SIZE),
+    "apart": ConfigEntry(
+        cache=CacheSetting(policy="taylorseer", branches={"uncond": {"interval": 2}})
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def doors(
+    tiny_bundle: Bundle, build_bundle: Callable[..., Bundle], tiny_checkpoint: Path, cpp_build: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Doors:  # fmt: skip
+    """The tiny model with two configs of which the default names a size and nothing else."""
+    from traced import taking_traced
+
+    with taking_traced(tiny_bundle, tiny_bundle.manifest.graphs):
+        bundle = build_bundle(tiny_checkpoint, ("openvino",), configs=CONFIGS)
+    return Doors(bundle, cpp_build, tmp_path_factory.mktemp("doors"))
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_gives_the_same_bits_through_every_door(doors: Doors, name: str) -> None:
+    cache, overrides = REQUESTS[name]
+    noise, in_c = doors.in_c(cache, overrides)
+    expected, branches = doors.in_python(cache, overrides, noise)
+    assert np.array_equal(in_c.reshape(expected.shape), expected)
+    assert np.array_equal(doors.in_shell(cache, overrides), expected)
+    assert {len(b["computed"]) for b in branches.values()} == {50}
+    assert all(b["computed"][0] for b in branches.values())
+    reused = [not all(b["computed"]) for b in branches.values()]
+    assert all(reused) == (name not in ("nothing said", "a policy by name")), name
+
+
+def refused(
+    build: Path, bundle: Path, out: object, *arguments: object, **environment: str
+) -> dict[str, Any]:
+    """Run freewheel-run, which must refuse before its first step; return its error."""
+    command = [build / "freewheel-run", bundle, "--out", out, "--json", *arguments]
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "step 1/" not in done.stderr
+    error: dict[str, Any] = json.loads(done.stdout)["error"]
+    assert error["where"]
+    assert error["hint"]
+    return error
+
+
+BAD = {
+    "no number of steps": (["--steps", 0], "has no table for 0 steps"),
+    "guidance that is no number": (["--guidance", "nan"], "guidance_scale: is not finite"),
+    "infinite guidance": (["--guidance", "inf"], "guidance_scale: is not finite"),
+    "shift that is no number": (["--shift", "nan"], "flow shift"),
+    "negative seed": (["--seed", -1], "--seed: is -1"),
+    "height of no patch": (["--height", 40], "height: is 40, expected a multiple of 16 pixels"),
+    "frames between two": (["--frames", 6], "frames: are 6, expected 1 more than a multiple of 4"),
+    "absurd width": (["--width", 1 << 40], "width: is 1099511627776"),
+    "old spelling": (["--set", "guard.first_exact=2"], "did you mean 'first_exact'"),
+    "several overrides": (["--set", "a=1", "--set", "first_exact=-1"], "2 faults"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_value_is_refused_before_the_first_step(
+    doors: Doors, tmp_path: Path, case: str
+) -> None:
+    arguments, said = BAD[case]
+    error = refused(
+        doors.build, doors.bundle.folder, tmp_path / "x.npy", "--embeddings", doors.folder / "cond.npy",
+        "--negative", doors.folder / "uncond.npy", *arguments,
+    )  # fmt: skip
+    assert said in f"{error['message']}; {error['hint']}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_s_own_scale_and_order_make_the_latents(
+    doors: Doors, linked_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A bundle of another VAE: the same pixels are other latents."""
+
+    def coarse(manifest: dict[str, Any]) -> None:
+        manifest["latent_scale"] = {"frames": 2, "pixels": 4}
+
+    found = Doors(Bundle(linked_bundle(doors.bundle, coarse)), doors.build, tmp_path)
+    latents = found.in_shell(None, {"first_exact": "1"})
+    assert latents.shape == (1, 4, 3, 8, 12)
+    noise, in_c = found.in_c(None, {"first_exact": "1"})
+    assert np.array_equal(in_c.reshape(latents.shape), latents)
+    assert noise.size == latents.size
+
+
+OUT = {
+    "a suffix that nothing is written in": ("x.mp4", "has suffix '.mp4'"),
+    "a folder that holds files": ("full", "holds files already"),
+    "a file's name with a slash": ("file.npy/", "is a file, not a folder"),
+    "a name below a file": ("file.npy/x.npy", "is no folder"),
+}
+
+
+@pytest.mark.parametrize("case", OUT)
+def test_an_out_that_can_t_be_written_is_refused_and_nothing_is_made(
+    doors: Doors, tmp_path: Path, case: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "00000.png").touch()
+    (tmp_path / "file.npy").touch()
+    before = sorted(tmp_path.rglob("*"))
+    name, said = OUT[case]
+    error = refused(doors.build, doors.bundle.folder, f"{tmp_path}/{name}")
+    assert said in error["message"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_folder_is_meant_by_its_sign(doors: Doors, tmp_path: Path) -> None:
+    (tmp_path / "bundle").symlink_to(doors.bundle.folder)
+    for name in ("cond", "uncond"):
+        (tmp_path / f"{name}.npy").symlink_to(doors.folder / f"{name}.npy")
+    command = [
+        doors.build / "freewheel-run", "~/bundle", "--embeddings=~/cond.npy", "--negative=~/uncond.npy",
+        "--out=~/new/x.npy", "--steps", 1, "--quiet",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False,
+        env={"HOME": str(tmp_path)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.npy"], "no partial file stays"
+    assert not (tmp_path / "~").exists()
