@@ -30,7 +30,7 @@ test: lint ## Run lint and all tests
 	else echo "no C++ tools or no wheel of the server here: 'make test-triton' is left out"; fi
 
 triton: install build/cpp/build.ninja ## Build the Triton backend into build/cpp/backends
-	ninja -C build/cpp triton_freewheel freewheel-run
+	ninja -C build/cpp triton_freewheel freewheel-run c_run
 
 test-triton: triton $(TRITON_BIN)/.installed ## Test the Triton backend against a real server
 	$(BIN)/python tests/triton_server/prepare.py out/triton-tests

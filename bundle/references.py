@@ -34,6 +34,8 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
             yield f"'graphs.{name}.outputs' lack '{output}'"
     read = {name for graph in graphs.values() for name in graph.inputs}
     tables = {n for graph in graphs.values() if graph.runs == "run" for n in graph.outputs}
+    if "text_encoder" in graphs and manifest.vocabulary_size is None:
+        yield "'vocabulary_size' is missing, and there is a text encoder"
     for name in sorted(tables - read):
         yield f"table '{name}' is read by no graph"
     given = {"step": {n for g in graphs.values() for n in g.outputs} | manifest.inputs.keys()}

@@ -157,6 +157,13 @@ def test_a_newer_schema_is_refused_with_both_versions(folder: Path, version: int
     assert "update Freewheel" in error.hint
 
 
+def test_an_older_schema_is_refused_with_both_versions(folder: Path) -> None:
+    rewrite(folder, lambda data: data.update(schema_version=1))
+    error = refusal(folder)
+    assert error.what == f"has schema_version 1; this Freewheel reads {SCHEMA_VERSION}"
+    assert error.hint == "build the bundle again"
+
+
 def test_all_faults_of_a_manifest_are_named(folder: Path) -> None:
     def edit(data: dict[str, Any]) -> None:
         data["surprise"] = 1

@@ -30,6 +30,7 @@ def group(first: int, count: int) -> dict[str, Any]:
     ("edit", "fault"),
     [
         (lambda d: d["graphs"].pop("reuse"), "'graphs.reuse' is missing"),
+        (lambda d: d["graphs"].update(text_encoder=d["graphs"]["prompt"]), "'vocabulary_size' is missing"),
         (lambda d: d["graphs"]["delta"]["outputs"].pop("residual"), "lack 'residual'"),
         (lambda d: d["graphs"]["timestep"]["outputs"].update(odd=TABLE), "table 'odd'"),
         (lambda d: d["signals"]["temb"].update(value="nothing"), "'signals.temb.value' 'nothing'"),

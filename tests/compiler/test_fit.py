@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from generations import generation_of
 
-from freewheel.bundle.manifest import ConfigEntry
+from freewheel.bundle.manifest import ResolvedConfig
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler import fit
 from freewheel.compiler.fit import check_fit
@@ -18,11 +19,11 @@ GB = 10**9
 
 
 @pytest.fixture
-def entry() -> ConfigEntry:
-    return ConfigEntry(cache=CacheSetting(policy="taylorseer"))
+def entry() -> ResolvedConfig:
+    return ResolvedConfig(cache=CacheSetting(policy="taylorseer"), generation=generation_of())
 
 
-def check(bundle: Bundle, entry: ConfigEntry, frames: int = 81) -> str | None:
+def check(bundle: Bundle, entry: ResolvedConfig, frames: int = 81) -> str | None:
     size = size_of(entry.generation, height=480, width=832, frames=frames, steps=4)
     return check_fit(bundle, entry, size, backend=None, model=None)
 
@@ -32,14 +33,14 @@ def available(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def test_what_fits_is_not_mentioned(
-    i2v_bundle: Bundle, entry: ConfigEntry, monkeypatch: pytest.MonkeyPatch
+    i2v_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     available(monkeypatch, 100 * GB)
     assert check(i2v_bundle, entry) is None
 
 
 def test_a_size_beyond_the_memory_is_refused_with_the_number_that_decides(
-    i2v_bundle: Bundle, entry: ConfigEntry, monkeypatch: pytest.MonkeyPatch
+    i2v_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     available(monkeypatch, GB)
     with pytest.raises(RequestError) as caught:
@@ -51,7 +52,7 @@ def test_a_size_beyond_the_memory_is_refused_with_the_number_that_decides(
 
 
 def test_mapped_weights_alone_are_a_warning(
-    tiny_bundle: Bundle, entry: ConfigEntry, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit, "memory_beside", lambda *args, **options: {})
     monkeypatch.setattr(
@@ -78,7 +79,10 @@ class _Parts:
 
 
 def test_the_pipeline_may_lie_elsewhere(
-    tiny_bundle: Bundle, i2v_checkpoint: Path, entry: ConfigEntry, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Bundle,
+    i2v_checkpoint: Path,
+    entry: ResolvedConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     available(monkeypatch, GB)
     assert check(tiny_bundle, entry) is None, "nothing is known of a pipeline"

@@ -17,10 +17,21 @@ import torch
 from loop import Loop
 from numpy.typing import NDArray
 
+from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
 from freewheel.bundle.reader import Bundle
+from freewheel.configs.setting import CacheSetting
 from freewheel.runtime.settings import choose_setting
 
 Array = NDArray[np.float32]
+
+SIZE = GenerationDefaults(frames=5, height=32, width=48)
+CONFIGS = {
+    "off": ConfigEntry(cache=CacheSetting(), generation=SIZE),
+    "apart": ConfigEntry(
+        cache=CacheSetting(policy="taylorseer", branches={"uncond": {"interval": 2}})
+    ),
+}
+"""Of the bundle: the default one names a size, the other none of its own, and neither anything else."""
 
 REQUESTS: dict[str, tuple[str | None, dict[str, str]]] = {
     "nothing said": (None, {}),

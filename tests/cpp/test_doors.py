@@ -10,21 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doors import REQUESTS, Doors
+from doors import CONFIGS, REQUESTS, Doors
 
-from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
 
 pytestmark = [pytest.mark.openvino, pytest.mark.slow]
-
-SIZE = GenerationDefaults(frames=5, height=32, width=48)
-CONFIGS = {
-    "off": ConfigEntry(cache=CacheSetting(), generation=SIZE),
-    "apart": ConfigEntry(
-        cache=CacheSetting(policy="taylorseer", branches={"uncond": {"interval": 2}})
-    ),
-}
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,6 @@ def test_what_the_ends_can_not_do_is_said(
     np.save(small, np.zeros((1, 16, 1, 4, 4), np.float32))
     said = fault(whole_bundle, "frames", "--latents", str(small))
     assert "latents are [1, 16, 1, 4, 4], it was compiled for [1, 16, 5, 12, 12]" in said
-    assert "--with-vae" in fault(demo_bundle, "frames")
     assert not (tmp_path / "x.npy").exists()
     assert not (tmp_path / "frames").exists()
 

@@ -7,15 +7,21 @@ The tests run in another one, with the server's wheel, which has neither torch n
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "cpp")]
 
 from conftest import random_transformer
+from doors import CONFIGS, REQUESTS, Doors
 
+from freewheel.bundle.manifest import ConfigEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
 from freewheel.engines import backend
@@ -23,13 +29,31 @@ from freewheel.runtime.settings import config_entries
 from freewheel.serving.repository import ServeRequest, write_repository
 
 
-def build_bundle(checkpoint: Path, out: Path, configs: list[str], *, whole: bool) -> Bundle:
+def build_bundle(
+    checkpoint: Path, out: Path, configs: dict[str, ConfigEntry], *, whole: bool
+) -> Bundle:
     request = BuildRequest(
         model=str(checkpoint), out=out, backends=[backend("openvino")], replace=True,
-        configs=config_entries(configs, lambda text: None), with_text_encoder=whole, with_vae=whole,
+        configs=configs, with_text_encoder=whole, with_vae=whole,
     )  # fmt: skip
     build(request)
     return Bundle(out)
+
+
+def write_doors(bundle: Bundle, out: Path) -> None:
+    """Write what Python, freewheel-run and the C ABI make of each request, on one thread."""
+    out.mkdir()
+    torch.set_num_threads(1)
+    doors = Doors(bundle, TESTS.parent / "build" / "cpp", out)
+    found = {}
+    for name, (cache, overrides) in REQUESTS.items():
+        noise, in_c = doors.in_c(cache, overrides)
+        in_python, _ = doors.in_python(cache, overrides, noise)
+        found[f"{name}/C ABI"] = in_c.reshape(in_python.shape)
+        found[f"{name}/Python"] = in_python
+        found[f"{name}/freewheel-run"] = doors.in_shell(cache, overrides)
+    np.savez(out / "latents.npz", **found)
+    (out / "requests.json").write_text(json.dumps(REQUESTS))
 
 
 def main(out: Path) -> None:
@@ -37,12 +61,17 @@ def main(out: Path) -> None:
     out.mkdir(parents=True)
     for seed, name in enumerate(("tiny", "rebuilt")):
         random_transformer(seed).save_pretrained(out / "checkpoints" / name)
-        bundle = build_bundle(out / "checkpoints" / name, out / name, ["off"], whole=False)
+        off = config_entries(["off"], lambda text: None)
+        bundle = build_bundle(out / "checkpoints" / name, out / name, off, whole=False)
         if name == "tiny":
             write_repository(
                 ServeRequest(bundle, out / "models", name="tiny", instances=2, threads=1)
             )
-    configs = [f"shapes_wan_{p}" for p in ("teacache", "off", "custom")]
+    doors = build_bundle(out / "checkpoints" / "tiny", out / "doors", CONFIGS, whole=False)
+    write_repository(ServeRequest(doors, out / "models", name="doors", threads=1))
+    write_doors(doors, out / "expected")
+    names = [f"shapes_wan_{p}" for p in ("teacache", "off", "custom")]
+    configs = config_entries(names, lambda text: None)
     demo = build_bundle(TESTS.parent / "models" / "shapes_wan", out / "demo", configs, whole=True)
     write_repository(ServeRequest(demo, out / "models", name="demo", threads=1))
 

@@ -36,7 +36,7 @@ BAD = {
     "absurd step count": ({}, {"steps": 100_000}, "has no table for 100000 steps"),
     "no steps": ({}, {"steps": 0}, "give a whole number"),
     "absurd size": ({}, {"height": 1 << 30, "width": 1 << 30}, "max_pixels"),
-    "uneven size": ({}, {"height": 33}, "a multiple of 8"),
+    "uneven size": ({}, {"height": 33}, "a multiple of 16 pixels"),
     "size that the model can't cut": ({}, {"height": 40, "width": 40}, ""),
     "unknown sampler": ({}, {"sampler": "ddim"}, "is not in the bundle"),
     "unknown output": ({}, {"outputs": "frames"}, "--with-vae"),
@@ -68,6 +68,16 @@ def test_a_bad_request_is_refused_and_the_server_stays_healthy(server, case) -> 
     assert expected in fault.value.message()
     assert server.is_ready()
     assert ask(server.grpc).latents is not None
+
+
+@pytest.mark.parametrize("name", ["token_ids", "negative_token_ids"])
+@pytest.mark.parametrize("stray", [-5, 128, 99999])
+def test_a_token_id_that_the_encoder_does_not_know_is_refused(server, name, stray) -> None:
+    ids = {"token_ids": np.array([5, 1]), "negative_token_ids": np.array([1])}
+    ids[name] = np.array([5, stray, 1])
+    with pytest.raises(triton.InferenceServerException) as fault:
+        ask(server.grpc, "demo", tensors=ids, steps=2)
+    assert f"token ids: hold {stray}, expected 0 to 127" in fault.value.message()
 
 
 def counted(server, policy: str) -> tuple[float, float]:
