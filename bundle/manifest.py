@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..configs.caching import Seed
+from ..configs.caching import LARGEST_SEED
 from ..configs.dtypes import ITEM_BYTES, Precision
 from ..configs.policy_spec import PolicySpec
 from ..configs.setting import CacheSetting
@@ -205,7 +205,7 @@ class ResolvedGeneration(GenerationDefaults):
     frames: Positive
     guidance_scale: float
     flow_shift: Annotated[float, Field(gt=0)]
-    seed: Seed
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)]
     text_tokens: Positive
 
 

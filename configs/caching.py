@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from .policy_spec import Value
 from .setting import CacheSetting, GuardSetting
 
-__all__ = ["CachingConfig", "Count", "Fraction", "NotNegative", "Positive", "Seed"]
+__all__ = ["LARGEST_SEED", "CachingConfig", "Count", "Fraction", "NotNegative", "Positive"]
+
+LARGEST_SEED = 2**63 - 1
+"""The most that every program of this project takes: an int64."""
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-"""Of the initial noise: what every door takes, signed 64-bit fields among them."""
-
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -64,7 +64,7 @@ class CachingConfig(BaseModel):
     sample_guide_scale: float | None = None
     sample_shift: Annotated[float, Field(gt=0)] | None = None
     enable_cfg: bool | None = None
-    seed: Seed | None = None
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
     first_exact: Count | None = None
     last_exact: Count | None = None
     max_consecutive: Count | None = None

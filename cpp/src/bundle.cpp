@@ -232,6 +232,9 @@ Result<SamplerTable> Bundle::sampler(const std::string& name, const double* flow
                                      std::int64_t steps) const {
   std::string wanted = name;
   if (wanted.empty() && !manifest_.samplers.empty()) wanted = manifest_.samplers.front().name;
+  const double shift = flow_shift != nullptr
+                           ? *flow_shift
+                           : manifest_.configs.at(manifest_.default_config).generation.flow_shift;
   std::vector<std::string> names, shifts;
   const SamplerEntry* chosen = nullptr;
   for (const SamplerEntry& entry : manifest_.samplers) {
@@ -240,7 +243,7 @@ Result<SamplerTable> Bundle::sampler(const std::string& name, const double* flow
     }
     if (entry.name != wanted) continue;
     shifts.push_back(shift_text(entry.flow_shift));
-    const bool fits = flow_shift == nullptr || std::fabs(*flow_shift - entry.flow_shift) < 1e-9;
+    const bool fits = std::fabs(shift - entry.flow_shift) < 1e-9;
     if (fits && chosen == nullptr) chosen = &entry;
   }
   const std::string where = "sampler '" + wanted + "'";
@@ -255,7 +258,7 @@ Result<SamplerTable> Bundle::sampler(const std::string& name, const double* flow
   if (chosen == nullptr) {
     return Status(
         Code::kRequest, where,
-        "has no table for flow shift " + shift_text(*flow_shift) + ", only for " + listed(shifts),
+        "has no table for flow shift " + shift_text(shift) + ", only for " + listed(shifts),
         "choose one of them, or build with a config that has this 'sample_shift'");
   }
   if (std::find(chosen->steps.begin(), chosen->steps.end(), steps) == chosen->steps.end()) {

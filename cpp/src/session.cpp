@@ -86,6 +86,10 @@ Status check_run(const Bundle& bundle, const RunRequest& request) {
     return Status(Code::kRequest, "guidance_scale", "is not finite",
                   "give a number, usually 1 to 8");
   }
+  if (request.guidance_scale_2 && manifest.experts.size() < 2) {
+    return Status(Code::kRequest, "guidance_scale_2", "is given, and the bundle has one expert",
+                  "leave it out");
+  }
   const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
   FREEWHEEL_ASSIGN([[maybe_unused]] const auto table,
                    bundle.sampler(request.sampler, shift, request.steps));

@@ -81,6 +81,14 @@ TEST_F(BundleTest, SamplersAreFoundByNameShiftAndSteps) {
   for (std::int64_t steps : {0, -1, 5, 1 << 30}) {
     EXPECT_EQ((*bundle)->sampler("euler", nullptr, steps).status().code(), Code::kRequest);
   }
+  json changed = manifest_;
+  changed["configs"]["plain"]["generation"]["flow_shift"] = shift;
+  testing::write_manifest(folder_, changed);
+  const auto shifted = Bundle::open(folder_.path());
+  ASSERT_TRUE(shifted.ok()) << shifted.status().message();
+  EXPECT_NE((*shifted)->sampler("euler", nullptr, 4).status().what().find("flow shift 5"),
+            std::string::npos)
+      << "the default config's shift, not the first table's";
 }
 
 TEST_F(BundleTest, EnginesForAnotherMachineAreRefused) {

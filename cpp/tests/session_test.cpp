@@ -349,6 +349,7 @@ TEST_F(SessionTest, WhatIsKnownBeforeTheFirstStepIsCheckedBeforeIt) {
   expect("has no table for -3 steps", [](RunRequest& run) { run.steps = -3; });
   expect("guidance_scale: is not finite", [](RunRequest& run) { run.guidance_scale = NAN; });
   expect("guidance_scale: is not finite", [](RunRequest& run) { run.guidance_scale_2 = INFINITY; });
+  expect("the bundle has one expert", [](RunRequest& run) { run.guidance_scale_2 = 2.0; });
   expect("flow shift", [](RunRequest& run) { run.flow_shift = NAN; });
   expect("parameter 'interval'", [](RunRequest& run) {
     run.cache.policy = "interval";

@@ -157,6 +157,10 @@ Status read_prompts(const Options& options, const freewheel::Manifest& manifest,
     if (!ids.ok()) return std::move(ids).status();
     Status status = freewheel::check_token_ids(manifest, *ids, text_tokens);
     if (!status.ok()) return status;
+    if (prompts[branch].count(name) != 0) {
+      return Status(Code::kRequest, std::string("branch '") + branch + "'",
+                    "comes with embeddings and token ids", "give one of them");
+    }
     prompts[branch][name] = Tensor{};
     inputs.waiting.push_back({branch, std::move(ids).value()});
   }
@@ -175,20 +179,28 @@ Status encode(freewheel::Model& model, std::int64_t text_tokens, Inputs& inputs)
   return {};
 }
 
+/// Loads the one tensor of a file that has this name.
+Result<Loaded> load_named(const std::string& path, const std::string& name) {
+  auto loaded = load(path, name);
+  if (!loaded.ok() || loaded->tensors.count(name) != 0) return loaded;
+  return Status(Code::kRequest, path, "holds no tensor '" + name + "'", "name it so");
+}
+
 /// Latents from a file, or noise of the seed for the size asked for.
 Status read_latents(const Options& options, const freewheel::Manifest& manifest,
                     const freewheel::GenerationDefaults& defaults, Inputs& inputs) {
   Buffer latents;
   if (!options.latents.empty()) {
-    auto loaded = load(options.latents, "latents");
-    if (!loaded.ok()) return std::move(loaded).status();
-    const auto found = loaded->tensors.find("latents");
-    if (found == loaded->tensors.end()) {
-      return Status(Code::kRequest, options.latents, "holds no tensor 'latents'", "name it so");
+    if (options.seed || options.frames || options.height || options.width) {
+      return Status(Code::kRequest, "--latents",
+                    options.seed ? "comes with a seed" : "comes with a size", "give one of them");
     }
-    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, found->second.shape);
+    auto loaded = load_named(options.latents, "latents");
+    if (!loaded.ok()) return std::move(loaded).status();
+    const Tensor& given = loaded->tensors.at("latents");
+    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, given.shape);
     if (!buffer.ok()) return std::move(buffer).status();
-    if (Status status = freewheel::convert(found->second, buffer->view()); !status.ok()) {
+    if (Status status = freewheel::convert(given, buffer->view()); !status.ok()) {
       return status;
     }
     latents = std::move(buffer).value();
@@ -211,9 +223,9 @@ Status read_latents(const Options& options, const freewheel::Manifest& manifest,
   inputs.request.latents = latents.view();
   inputs.buffers.push_back(std::move(latents));
   if (!options.condition.empty()) {
-    auto loaded = load(options.condition, "condition");
+    auto loaded = load_named(options.condition, "condition");
     if (!loaded.ok()) return std::move(loaded).status();
-    inputs.request.condition = loaded->tensors["condition"];
+    inputs.request.condition = loaded->tensors.at("condition");
     inputs.files.push_back(std::move(loaded).value());
   }
   return {};

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The smallest program around libfreewheel: one prompt through the demo bundle, step by step.
+/// The smallest program around libfreewheel: one prompt through the demo bundle, step by step, at
+/// the size, shift and seed that the bundle's default config names.
 
 #include <cstdio>
 #include <vector>
 
 #include "freewheel/sampler.h"
 #include "freewheel/session.h"
+#include "freewheel/settings.h"
 
 int main(int argc, char** argv) {
   namespace fw = freewheel;
@@ -14,13 +16,18 @@ int main(int argc, char** argv) {
   auto session = fw::Session::create(*model);
   if (!session.ok()) return std::fprintf(stderr, "%s\n", session.status().message().c_str()), 1;
 
-  std::vector<float> latents(16 * 5 * 12 * 12), text(16 * 128, 0.1f);
-  fw::gaussian_noise(42, latents.data(), static_cast<std::int64_t>(latents.size()));
+  const fw::Manifest& manifest = (*model)->manifest();
+  const fw::GenerationDefaults run = fw::find_config(manifest, "").value().generation;
+  const auto shape = fw::latent_shape(manifest, run.frames, run.height, run.width);
+  if (!shape.ok()) return std::fprintf(stderr, "%s\n", shape.status().message().c_str()), 1;
+  std::vector<float> latents(static_cast<std::size_t>(shape->elements())), text(16 * 128, 0.1f);
+  fw::gaussian_noise(static_cast<std::uint64_t>(run.seed), latents.data(), shape->elements());
 
   fw::RunRequest request;
-  request.latents = {latents.data(), fw::DType::kFloat32, {1, 16, 5, 12, 12}};
+  request.latents = {latents.data(), fw::DType::kFloat32, *shape};
   request.prompts["cond"]["text_states"] = {text.data(), fw::DType::kFloat32, {1, 16, 128}};
   request.steps = 10;
+  request.flow_shift = run.flow_shift;
   request.cache.policy = "taylorseer";
   request.cache.parameters["interval"] = std::int64_t{2};
   request.on_branch_step = [](const fw::BranchEvent& event) {

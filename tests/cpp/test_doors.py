@@ -68,6 +68,9 @@ BAD = {
     "height of no patch": (["--height", 40], "height: is 40, expected a multiple of 16 pixels"),
     "frames between two": (["--frames", 6], "frames: are 6, expected 1 more than a multiple of 4"),
     "absurd width": (["--width", 1 << 40], "width: is 1099511627776"),
+    "a seed beside latents": (["--latents", "x.npy", "--seed", 3], "comes with a seed; give one"),
+    "a size beside latents": (["--latents", "x.npy", "--frames", 5], "comes with a size"),
+    "a scale of no second expert": (["--guidance-2", 3], "the bundle has one expert"),
     "old spelling": (["--set", "guard.first_exact=2"], "did you mean 'first_exact'"),
     "several overrides": (["--set", "a=1", "--set", "first_exact=-1"], "2 faults"),
 }  # fmt: skip

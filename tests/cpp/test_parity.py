@@ -154,8 +154,8 @@ def test_cpp_draws_the_noise_that_pytorch_draws(
     def run(name: str, *arguments: object) -> np.ndarray:
         command = [
             cpp_build / "freewheel-run", bundle.folder, "--out", tmp_path / name, "--steps", 1,
-            "--frames", 17, "--height", 96, "--width", 96, "--cache", "off", "--shift", SHIFT,
-            "--embeddings", prompts, "--quiet", "--sampler", "euler", "--guidance", 1, *arguments,
+            "--cache", "off", "--shift", SHIFT, "--embeddings", prompts, "--quiet",
+            "--sampler", "euler", "--guidance", 1, *arguments,
         ]  # fmt: skip
         done = subprocess.run(
             [str(c) for c in command], capture_output=True, text=True, check=False
@@ -163,9 +163,10 @@ def test_cpp_draws_the_noise_that_pytorch_draws(
         assert done.returncode == 0, done.stdout + done.stderr
         return np.load(tmp_path / name)
 
-    drawn = run("drawn.npy", "--seed", 42)
+    size = ("--frames", 17, "--height", 96, "--width", 96)
+    drawn = run("drawn.npy", "--seed", 42, *size)
     given = run("given.npy", "--latents", tmp_path / "noise.npy")
-    other = run("other.npy", "--seed", 43)
+    other = run("other.npy", "--seed", 43, *size)
     # The vectorised logarithm of PyTorch rounds otherwise than the C library's.
     np.testing.assert_allclose(drawn, given, atol=1e-4)
     assert np.abs(other - given).max() > 1

@@ -63,7 +63,7 @@ class Bundle {
 
   /// Reads a sampler's table.
   /// @param name Sampler, or empty for the pipeline's own.
-  /// @param flow_shift Shift of the noise levels, or null for the one the table was first built at.
+  /// @param flow_shift Shift of the noise levels, or null for the default config's.
   Result<SamplerTable> sampler(const std::string& name, const double* flow_shift,
                                std::int64_t steps) const;
 

@@ -54,8 +54,8 @@ struct RunRequest {
   double guidance_scale = 1.0;  ///< 1 or less runs `cond` alone.
   /// Of bundles with two experts: the scale from the second expert's first step on; else the same.
   std::optional<double> guidance_scale_2;
-  std::string sampler;  ///< Empty takes the pipeline's own.
-  std::optional<double> flow_shift;
+  std::string sampler;               ///< Empty takes the pipeline's own.
+  std::optional<double> flow_shift;  ///< Nothing takes the default config's.
   CacheSetting cache;
   std::function<void(const BranchEvent&)> on_branch_step;
   std::function<void(const SampleEvent&)> on_step;
