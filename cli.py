@@ -357,7 +357,9 @@ def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
             ]
         )
     screen.table(
-        f"policy {data['policy']}" + (" (folded ahead of the loop)" if data["folded"] else ""),
+        f"policy {data['policy']}"
+        + (f", {data['form']}" if data["form"] else "")
+        + (" (folded ahead of the loop)" if data["folded"] else ""),
         ["branch", "computed", "reused", "distance p25", "p50", "p75", "max"],
         rows,
     )
@@ -414,11 +416,11 @@ def replay(
         from freewheel.configs.overrides import apply_overrides
         from freewheel.policies import policy
         from freewheel.runtime.replay import replay as run_replay
+        from freewheel.runtime.settings import warn_of_ignored
         from freewheel.runtime.trace import load_trace
 
         loaded = load_config(config)
-        for key in loaded.ignored:
-            screen.warn(f"'{key}' in '{config}' means nothing here and is ignored")
+        warn_of_ignored(loaded, config, screen.warn)
         setting = loaded.setting()
         spec = policy(setting.policy).spec
         setting = apply_overrides(setting, _pairs(set_), spec)
@@ -627,7 +629,7 @@ def calibrate(
     """
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
-        from freewheel.configs.policy_configs import SOLVED_HISTORY
+        from freewheel.policies.solved import HISTORY as SOLVED_HISTORY
         from freewheel.runtime.bench import read_prompts
         from freewheel.tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from freewheel.tuning.calibrate import calibrate as run_calibrate

@@ -29,9 +29,9 @@ from scipy.stats import spearmanr
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.load import load_config, read_configs
-from freewheel.configs.policy_configs import Custom
 from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.console import Screen
+from freewheel.policies.custom import CustomConfig
 from freewheel.runtime.bench import BenchReport, BenchRequest, bench_bundle
 from freewheel.runtime.generate import GenerationRequest, Generator
 from freewheel.runtime.replay import replay
@@ -67,7 +67,7 @@ def settings(calibration: Path, steps: int, ideals: Ideals) -> dict[str, CacheSe
             config = configs.get(f"{policy}_{ideal:g}x")
             if config is not None:
                 found[f"{policy} {speedup:g}"] = config.setting()
-            if isinstance(config, Custom):
+            if isinstance(config, CustomConfig):
                 published = config.model_copy(update={"trend": 1.0, "trend_decay": 1.0})
                 found[f"custom published {speedup:g}"] = published.setting()
         found[f"taylorseer {speedup:g}"] = evenly(ideal, steps)
@@ -92,7 +92,7 @@ def even_steps(count: int, steps: int) -> list[int]:
 
 
 def _codebook(name: str) -> Any:
-    from freewheel.configs.policy_configs import CODEBOOKS
+    from freewheel.policies.adacache import CODEBOOKS
 
     return CODEBOOKS[name]
 

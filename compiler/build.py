@@ -47,7 +47,7 @@ from ..configs.dtypes import Precision
 from ..configs.errors import BuildError, CheckpointError, ConfigError, OutputError
 from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
-from ..policies import POLICIES
+from ..policies import policies
 from ..policies.base import Policy
 from .bake import check_group_blocks, write_groups
 from .build_key import build_key
@@ -517,7 +517,7 @@ def _policies(cut: Cut) -> dict[str, type[Policy]]:
     """Return the policies that find something to look at: one block alone has no block ahead of others."""
     return {
         n: p
-        for n, p in POLICIES.items()
+        for n, p in policies().items()
         if not p.spec.signals or any(s in cut.signals for s in p.spec.signals)
     }
 

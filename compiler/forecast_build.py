@@ -11,7 +11,7 @@ from typing import Any
 
 from ..bundle.manifest import ResolvedConfig
 from ..configs.dtypes import ITEM_BYTES
-from ..policies import POLICIES
+from ..policies import policies
 from .checkpoint import Checkpoint
 from .defaults import policy_setting
 from .families import Cut
@@ -54,14 +54,14 @@ def forecast_build(
     Raises:
         RequestError: a size that VAE or patches do not divide.
     """
-    default = next(iter(configs))
+    default, laws = next(iter(configs)), policies()
     size = size or size_of(configs[default].generation)
     dims = dims_of(cut, size, checkpoint.pipeline)
-    settings = {n: policy_setting(n, cut.signals) for n in POLICIES}
+    settings = {n: policy_setting(n, cut.signals) for n in laws}
     settings |= {n: c.cache for n, c in configs.items()}
     footprint = footprint_of(
         cut, dims, branches=size.branches, settings=settings,
-        specs={n: p.spec for n, p in POLICIES.items()},
+        specs={n: p.spec for n, p in laws.items()},
     )  # fmt: skip
     beside = memory_beside(cut, size, checkpoint.pipeline, backend=backends[0], precision=precision)
     return {

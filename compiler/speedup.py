@@ -16,7 +16,7 @@ from torch.func import functional_call
 from ..bundle.manifest import ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..configs.setting import CacheSetting
-from ..policies import POLICIES
+from ..policies import policy_class
 from ..runtime.replay import replay
 from ..runtime.trace import Trace
 from .families import Cut
@@ -69,7 +69,7 @@ def predict(
     Raises:
         ConfigError: unknown policy, parameter or signal.
     """
-    spec = POLICIES[setting.policy].spec
+    spec = policy_class(setting.policy).spec
     steps = len(tables["timesteps"])
     signal = setting.signal or next((s for s in spec.signals if s in cut.signals), None)
     seen: str | None = spec.feature

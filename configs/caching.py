@@ -6,22 +6,44 @@ Keys are spelled as LightX2V's caching configs spell them, so that such a file w
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    create_model,
+    model_validator,
+)
 
-from .policy_spec import Value
+from .policy_spec import ParameterSpec, PolicySpec, Value
 from .setting import CacheSetting, GuardSetting
 
-__all__ = ["LARGEST_SEED", "CachingConfig", "Count", "Fraction", "NotNegative", "Positive"]
+__all__ = [
+    "ALL",
+    "BRANCHES",
+    "LARGEST_SEED",
+    "PER_BRANCH",
+    "CachingConfig",
+    "Count",
+    "Positive",
+    "config_model",
+]
 
 LARGEST_SEED = 2**63 - 1
 """The most that every program of this project takes: an int64."""
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+ALL, BRANCHES = "[all]", "[branches]"
+"""Tags of a key that takes one table for all branches, or one per branch by name."""
+
+PER_BRANCH = Discriminator(lambda value: BRANCHES if isinstance(value, dict) else ALL)
+"""Tells the two apart, so that a fault is reported of the form that was meant alone."""
 
 
 class CachingConfig(BaseModel):
@@ -50,6 +72,11 @@ class CachingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     policy: ClassVar[str]
+    """Name in the policy table."""
+
+    keys: ClassVar[Mapping[str, str]] = {}
+    """Config key → the parameter that takes its value as it stands."""
+
     foreign: ClassVar[frozenset[str]] = frozenset(
         {"coefficients", "use_ret_steps", "teacache_thresh"}
     )
@@ -84,6 +111,24 @@ class CachingConfig(BaseModel):
         """Return the keys that were accepted and mean nothing here, in the file's order."""
         return self._ignored
 
+    @classmethod
+    def of_policy(cls) -> Self:
+        """Return the config that the policy's bare name stands for: its defaults.
+
+        Raises:
+            pydantic.ValidationError: a key without default, such as a calibration's tables.
+        """
+        return cls.model_validate({})
+
+    @model_validator(mode="after")
+    def _says_it_once(self) -> Self:
+        owners: dict[str, str] = {}
+        for key in (k for k in self.keys if getattr(self, k) is not None):
+            first = owners.setdefault(self.keys[key], key)
+            if first != key:
+                raise ValueError(f"one of '{first}' and '{key}', which say the same")
+        return self
+
     def setting(self) -> CacheSetting:
         """Resolve to what a runtime is told to do."""
         given = {n: getattr(self, n) for n in GuardSetting.model_fields}
@@ -104,7 +149,34 @@ class CachingConfig(BaseModel):
         return None
 
     def _parameters(self) -> dict[str, Value]:
-        return {}
+        given = {key: getattr(self, key) for key in self.keys}
+        return {self.keys[key]: value for key, value in given.items() if value is not None}
 
     def _branches(self) -> dict[str, dict[str, Value]]:
         return {}
+
+
+def config_model(spec: PolicySpec) -> type[CachingConfig]:
+    """Make the config of a policy that declares none: its name, and its parameters by their names.
+
+    Args:
+        spec: The policy's declaration; no parameter is called as something that every config has.
+    """
+    fields = {n: (_annotation(p) | None, None) for n, p in spec.parameters.items()}
+    model = create_model(
+        f"{spec.name}_config",
+        __base__=CachingConfig,
+        __doc__=spec.summary,
+        feature_caching=(Literal[spec.name], spec.name),
+        **fields,  # type: ignore[call-overload]  # pydantic's overloads know no computed fields
+    )
+    model.policy, model.keys = spec.name, {n: n for n in spec.parameters}
+    return cast("type[CachingConfig]", model)
+
+
+def _annotation(spec: ParameterSpec) -> Any:
+    kind = {"float32": float, "int64": int, "bool": bool}[spec.dtype]
+    if spec.choices is not None:
+        return Annotated[str, spec.check]
+    element = kind if spec.dtype == "bool" else Annotated[kind, spec.check]
+    return Annotated[list[element], spec.length] if spec.shape else element  # type: ignore[valid-type]  # made here

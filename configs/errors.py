@@ -19,6 +19,7 @@ __all__ = [
     "OutputError",
     "PassError",
     "RequestError",
+    "guess",
     "nearest",
 ]
 
@@ -108,8 +109,13 @@ class NotFiniteError(FreewheelError):
 
 def nearest(name: str, known: list[str]) -> str:
     """Say which names are known and which one ``name`` most resembles, for an error's hint."""
+    match = guess(name, known).removeprefix("; ")
+    return f"{match}{' ' if match else ''}known: {', '.join(sorted(known))}"
+
+
+def guess(name: str, known: list[str]) -> str:
+    """Ask whether the name that ``name`` most resembles was meant; empty where none does."""
     from difflib import get_close_matches
 
     match = get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"did you mean '{match[0]}'? " if match else ""
-    return f"{guess}known: {', '.join(sorted(known))}"
+    return f"; did you mean '{match[0]}'?" if match else ""

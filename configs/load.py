@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read caching configs: JSON files, those that ship, and policies by name.
 
-What only steers LightX2V's kernels and memory is accepted and named in the config's ``ignored``.
+What of LightX2V's other keys is taken without effect, and what is refused, stands in `foreign.py`.
 """
 
 from __future__ import annotations
@@ -14,53 +14,13 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
+from ..policies import POLICIES, config_kinds, policy_config
 from .caching import CachingConfig
-from .errors import ConfigError, nearest
-from .policy_configs import CACHING_CONFIGS
+from .errors import ConfigError, guess, nearest
+from .foreign import ABSENT_POLICIES, is_without_effect, refusals
 from .strict_json import parse_json
 
 __all__ = ["load_config", "parse_config", "read_configs", "shipped_configs"]
-
-IGNORED_KEYS = frozenset(
-    {
-        "_comment",
-        "attention_type",
-        "attn_type",
-        "comment",
-        "cpu_offload",
-        "fps",
-        "layer_norm_type",
-        "lazy_load",
-        "mm_config",
-        "model_cls",
-        "modulate_type",
-        "num_channels_latents",
-        "offload_granularity",
-        "offload_ratio",
-        "parallel",
-        "patch_size",
-        "rope_type",
-        "target_fps",
-        "task",
-        "task_variant",
-        "tokenizer_max_length",
-        "transformer_model_name",
-        "unload_modules",
-        "use_compile",
-        "use_image_encoder",
-        "use_tiling_vae",
-        "vae_scale_factor",
-        "vae_stride",
-        "video_duration",
-    }
-)
-"""Keys of LightX2V's configs about kernels, memory and the model: settled here by `build`."""
-
-IGNORED_FAMILIES = re.compile(
-    r"(self|cross)_attn(_\d+)?_type|rms_(norm_)?type|attn_rms_norm_type|\w+_attn_setting"
-    r"|\w+_(cpu_offload|quantized|quant_scheme|quantized_ckpt|original_ckpt)"
-)
-"""Families of such keys, one per module of the model."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -79,10 +39,9 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
         ConfigError: no such file or name, or a file with faults (all of them in one error).
     """
     text = str(path_or_name)
-    by_policy = {c.policy: c for c in CACHING_CONFIGS.values()}
-    if text in by_policy:
+    if text in POLICIES:
         try:
-            config = by_policy[text].model_validate({})
+            config = policy_config(text).of_policy()
         except ValidationError as error:
             raise ConfigError(
                 f"caching config '{text}'", "needs a file: its tables come from a calibration",
@@ -103,7 +62,7 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
         raise ConfigError(
             f"caching config '{text}'",
             "is neither a file, nor a shipped config, nor a policy",
-            nearest(text, [*by_policy, *shipped]),
+            nearest(text, [*POLICIES, *shipped]),
         )
     data = _read(path)
     if "configs" in data and "feature_caching" not in data:
@@ -148,15 +107,21 @@ def parse_config(data: Mapping[str, Any], *, where: str, name: str = "") -> Cach
         ConfigError: unknown policy or key, wrong type or range; every fault of the file.
     """
     model, faults = _model_of(data)
-    ignored = [key for key in data if _is_ignored(key, model)]
-    kept = {key: value for key, value in data.items() if key not in ignored}
+    given = {k: v for k, v in data.items() if k not in model.model_fields}
+    ignored = [k for k, v in given.items() if k in model.foreign or is_without_effect(k, v)]
+    faults += [f"{_quoted(keys)}: {why}" for why, keys in refusals(given).items()]
+    left = {k for keys in refusals(given).values() for k in keys} | set(ignored)
+    hint = "correct these keys"
+    config = None
     try:
-        config = model.model_validate(kept)
+        config = model.model_validate({k: v for k, v in data.items() if k not in left})
     except ValidationError as error:
-        faults += [_fault(e, model) for e in error.errors() if e["loc"] != ("feature_caching",)]
-        raise ConfigError(where, _listed(faults), "correct these keys") from error
-    if faults:
-        raise ConfigError(where, _listed(faults), "correct these keys")
+        found = [e for e in error.errors() if e["loc"] != ("feature_caching",)]
+        faults += [_fault(e, model) for e in found]
+        if any(e["type"] == "extra_forbidden" for e in found):
+            hint += f"; known: {', '.join(sorted(model.model_fields))}"
+    if config is None or faults:
+        raise ConfigError(where, _listed(faults), hint)
     config._name, config._ignored = name or config.policy, tuple(ignored)
     return config
 
@@ -177,13 +142,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _model_of(data: Mapping[str, Any]) -> tuple[type[CachingConfig], list[str]]:
     """Pick the model; with an unknown policy, one that can still check the common keys."""
-    known = list(CACHING_CONFIGS)
+    kinds, unreadable = config_kinds()
+    known = list(kinds)
     if "feature_caching" not in data:
         return _AnyPolicy, [f"'feature_caching': missing, expected one of {', '.join(known)}"]
     kind = data["feature_caching"]
-    if isinstance(kind, str) and kind in CACHING_CONFIGS:
-        return CACHING_CONFIGS[kind], []
+    if isinstance(kind, str) and kind in kinds:
+        return kinds[kind], []
+    if kind in ABSENT_POLICIES:
+        what = f"'{kind}', which {ABSENT_POLICIES[kind]}, is no policy here"
+        near = "the nearest is 'FirstBlock', with 'firstblock_thresh'"
+        return _AnyPolicy, [f"'feature_caching': {what}; {near}"]
     hint = nearest(kind, known) if isinstance(kind, str) else f"known: {', '.join(known)}"
+    hint = "; ".join((hint, *(f"left out: {error}" for error in unreadable)))
     return _AnyPolicy, [f"'feature_caching': found {_shown(kind)}, no such policy; {hint}"]
 
 
@@ -195,20 +166,16 @@ class _AnyPolicy(CachingConfig):
     feature_caching: Any = None
 
 
-def _is_ignored(key: str, model: type[CachingConfig]) -> bool:
-    if key in model.model_fields:
-        return False
-    return key in IGNORED_KEYS or key in model.foreign or bool(IGNORED_FAMILIES.fullmatch(key))
-
-
 def _fault(error: Mapping[str, Any], model: type[CachingConfig]) -> str:
     """Say field path, found value and expectation of one of pydantic's errors."""
     path = _path(error["loc"])
     if error["type"] == "extra_forbidden":
-        owners = [kind for kind, m in CACHING_CONFIGS.items() if path in m.model_fields]
+        kinds = config_kinds()[0]
+        owners = [kind for kind, m in kinds.items() if path in m.model_fields]
         if owners:
-            return f"'{path}': is a key of {' and '.join(owners)}, not of {model.__name__}"
-        return f"'{path}': is not a known key; {nearest(path, list(model.model_fields))}"
+            own = next(kind for kind, m in kinds.items() if m is model)
+            return f"'{path}': is a key of {' and '.join(owners)}, not of {own}"
+        return f"'{path}': is not a known key{guess(path, list(model.model_fields))}"
     expected = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     if error["type"] == "too_long":
         expected = f"at most {error['ctx']['max_length']} values"
@@ -221,6 +188,10 @@ def _path(location: Iterable[int | str]) -> str:
     """Write ``("coefficients", "list[…]", 1, 0)`` as ``coefficients[1][0]``."""
     parts = [p for p in location if isinstance(p, int) or re.fullmatch(r"\w+", p)]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
+
+
+def _quoted(keys: Iterable[str]) -> str:
+    return ", ".join(f"'{key}'" for key in keys)
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,8 @@ A runtime needs nothing but this and the policy's compiled graph to run the poli
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ __all__ = [
     "PolicySpec",
     "StateSpec",
     "Value",
+    "one_of",
 ]
 
 Value = bool | int | float | str | list[float] | list[int]
@@ -39,6 +41,13 @@ def _few_elements(shape: list[int]) -> list[int]:
 
 
 SmallShape = Annotated[list[int], Field(max_length=8), AfterValidator(_few_elements)]
+
+
+def one_of(names: Sequence[str], value: str) -> str:
+    """Return ``value`` if it is one of ``names``; else raise what pydantic takes for a fault."""
+    if value not in names:
+        raise ValueError(f"one of {', '.join(names)}")
+    return value
 
 
 class _Spec(BaseModel):
@@ -82,6 +91,18 @@ class ParameterSpec(_Spec):
     choices: list[str] | None = None
     pad: Literal["front", "edge"] = "edge"
     meaning: str
+
+    @property
+    def check(self) -> Any:
+        """Return what a config key's type is annotated with, so that the range stands here alone."""
+        if self.choices is not None:
+            return AfterValidator(partial(one_of, self.choices))
+        return Field(ge=self.minimum, le=self.maximum)
+
+    @property
+    def length(self) -> Any:
+        """Return the annotation of a config key's list: not empty, and no longer than the vector."""
+        return Field(min_length=1, max_length=self.shape[0])
 
     def tensor_values(self, name: str, value: Any) -> list[float] | float:
         """Check ``value`` and turn it into what the graph input holds.

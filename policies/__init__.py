@@ -1,41 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache policies: the table of all there are, in the order in which they are listed."""
+"""Cache policies: the table of all there are, in the order in which they are listed.
+
+A policy's file is imported when something asks for it, so that a faulty one stops nobody else.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, get_args
+
+from ..configs.caching import CachingConfig, config_model
 from ..configs.errors import ConfigError, nearest
-from .adacache import AdaCache
-from .base import Policy
-from .custom import Custom
-from .easycache import EasyCache
-from .firstblock import FirstBlock
-from .magcache import MagCache
-from .off import Off
-from .solved import Solved
-from .taylorseer import TaylorSeer
-from .teacache import TeaCache
+from ..configs.policy_spec import PolicySpec
 
-__all__ = ["POLICIES", "policy"]
+if TYPE_CHECKING:
+    from .base import Policy
 
-POLICIES: dict[str, type[Policy]] = {
-    "off": Off,
-    "teacache": TeaCache,
-    "taylorseer": TaylorSeer,
-    "adacache": AdaCache,
-    "custom": Custom,
-    "magcache": MagCache,
-    "easycache": EasyCache,
-    "firstblock": FirstBlock,
-    "solved": Solved,
+__all__ = [
+    "POLICIES",
+    "config_kinds",
+    "form_of",
+    "policies",
+    "policy",
+    "policy_class",
+    "policy_config",
+]
+
+POLICIES: dict[str, str] = {
+    "off": "off:Off",
+    "teacache": "teacache:TeaCache",
+    "taylorseer": "taylorseer:TaylorSeer",
+    "adacache": "adacache:AdaCache",
+    "custom": "custom:Custom",
+    "magcache": "magcache:MagCache",
+    "easycache": "easycache:EasyCache",
+    "firstblock": "firstblock:FirstBlock",
+    "solved": "solved:Solved",
 }
+"""Name → ``module:Class`` in this folder."""
 
 
 def policy(name: str) -> Policy:
     """Return the policy called ``name``.
 
     Raises:
-        ConfigError: there is none; says which is nearest.
+        ConfigError: there is none, saying which is nearest; or its declaration is faulty.
+    """
+    return policy_class(name)()
+
+
+def policies() -> dict[str, type[Policy]]:
+    """Return every policy of the table.
+
+    Raises:
+        ConfigError: a declaration is faulty.
+    """
+    return {name: policy_class(name) for name in POLICIES}
+
+
+@cache
+def policy_class(name: str) -> type[Policy]:
+    """Import a policy and check what it declares.
+
+    Raises:
+        ConfigError: no such policy, its file can't be imported, or its declaration is faulty: all
+            faults in one error.
     """
     if name not in POLICIES:
         raise ConfigError(f"policy '{name}'", "is not known", nearest(name, list(POLICIES)))
-    return POLICIES[name]()
+    module, _, class_name = POLICIES[name].partition(":")
+    where = f"policy '{name}', policies/{module}.py"
+    hint = "correct the file, or take its row out of policies/__init__.py"
+    try:
+        found = getattr(import_module(f".{module}", __name__), class_name)
+    except Exception as error:
+        text = "; ".join(line.strip() for line in str(error).splitlines())
+        raise ConfigError(
+            where, f"can't be imported: {type(error).__name__}: {text}", hint
+        ) from error
+    faults = _faults(name, found)
+    if faults:
+        raise ConfigError(where, "; ".join(faults), hint)
+    checked: type[Policy] = found
+    return checked
+
+
+def policy_config(name: str) -> type[CachingConfig]:
+    """Return the model of a policy's configs: the one it declares, or its parameters as they are.
+
+    Raises:
+        ConfigError: no such policy, or its declaration is faulty.
+    """
+    return _config_of(policy_class(name))
+
+
+@cache
+def _config_of(found: type[Policy]) -> type[CachingConfig]:
+    return found.config or config_model(found.spec)
+
+
+def config_kinds() -> tuple[dict[str, type[CachingConfig]], list[ConfigError]]:
+    """Return ``feature_caching`` → model of the config, and the faults of policies left out."""
+    kinds: dict[str, type[CachingConfig]] = {}
+    faults = []
+    for name in POLICIES:
+        try:
+            model = policy_config(name)
+        except ConfigError as error:
+            faults.append(error)
+            continue
+        kinds |= dict.fromkeys(get_args(model.model_fields["feature_caching"].annotation), model)
+    return kinds, faults
+
+
+def form_of(name: str, parameters: Mapping[str, Any]) -> str:
+    """Return which form of a policy's law some parameters are, for a run's summary.
+
+    Args:
+        name: Of a bundle's policy, which this install need not have.
+        parameters: Resolved.
+
+    Returns:
+        ``published forecast`` or the like; empty where the law has one form, or is not known here.
+    """
+    try:
+        return policy_class(name).form(parameters)
+    except ConfigError:
+        return ""
+
+
+def _faults(name: str, found: object) -> list[str]:
+    """Say what is wrong with a policy's declaration, all of it."""
+    from .base import Policy
+
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        return [f"{found!r} is no subclass of Policy"]
+    spec = getattr(found, "spec", None)
+    if not isinstance(spec, PolicySpec):
+        return ["declares no 'spec', expected a PolicySpec"]
+    faults = []
+    if spec.name != name:
+        faults.append(f"spec.name is '{spec.name}', its row says '{name}'")
+    if found.decide is Policy.decide:
+        faults.append("has no 'decide'")
+    for parameter, declared in spec.parameters.items():
+        try:
+            declared.tensor_values(parameter, declared.default)
+        except ConfigError as error:
+            faults.append(f"default of {error.where} {error.what}")
+    if spec.history.parameter not in {None, *spec.parameters}:
+        faults.append(f"history.parameter '{spec.history.parameter}' is not one of its parameters")
+    if spec.distance not in {None, *spec.state}:
+        faults.append(f"distance '{spec.distance}' is not part of its state")
+    needs = {"signals": ("previous_signal", "computed_signal"), "feature": ("previous_feature",)}
+    for source, roles in needs.items():
+        kept = [role for role in roles if role in spec.kept]
+        if kept and not getattr(spec, source):
+            faults.append(f"keeps '{kept[0]}' and declares no {source}")
+    return faults + _config_faults(found.config, spec)
+
+
+def _config_faults(config: type[CachingConfig] | None, spec: PolicySpec) -> list[str]:
+    if config is None:
+        taken = [n for n in spec.parameters if hasattr(CachingConfig, n)]
+        taken += [n for n in spec.parameters if n in CachingConfig.model_fields]
+        return [f"parameter '{n}' is called as something of every config" for n in taken]
+    faults = []
+    if config.policy != spec.name:
+        faults.append(f"its config {config.__name__} is of policy '{config.policy}'")
+    for key, parameter in config.keys.items():
+        if key not in config.model_fields:
+            faults.append(f"key '{key}' is no field of its config {config.__name__}")
+        if parameter not in spec.parameters:
+            faults.append(f"key '{key}' sets '{parameter}', which is not one of its parameters")
+    return faults

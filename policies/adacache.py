@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
+from ..configs.caching import CachingConfig
+from ..configs.errors import nearest
+from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
 from .base import Decision, Policy, Step, hold
 
-__all__ = ["AdaCache", "motion", "skip_from_codebook"]
+__all__ = ["CODEBOOKS", "AdaCache", "AdaCacheConfig", "motion", "skip_from_codebook"]
 
 SLOTS = 8
 """Codebook entries a graph holds; shorter tables repeat their last entry."""
@@ -53,6 +59,120 @@ def skip_from_codebook(
     return torch.where(parameters["scale_codebook"], scaled.clamp(min=1), skip)
 
 
+PARAMETERS = {
+    "codebook_thresholds": ParameterSpec(
+        default=[0.03, 0.05, 0.07, 0.09, 0.11, 1.00],
+        shape=[SLOTS],
+        minimum=0.0,
+        meaning="upper bounds of the feature's change per step, ascending, up to 8",
+    ),
+    "codebook_skips": ParameterSpec(
+        default=[12, 10, 8, 6, 4, 3],
+        dtype="int64",
+        shape=[SLOTS],
+        minimum=1,
+        meaning="steps from one computed step to the next, one per threshold, >= 1",
+    ),
+    "scale_codebook": ParameterSpec(
+        default=False,
+        dtype="bool",
+        meaning="multiply the skips by step_count / 100, rounded, at least 1",
+    ),
+    "moreg_scale": ParameterSpec(
+        default=0.385,
+        minimum=1e-6,
+        meaning="motion at which regularisation is neutral, > 0",
+    ),
+    "moreg_power": ParameterSpec(
+        default=8.0, minimum=0.0, meaning="exponent of the motion over moreg_scale, >= 0"
+    ),
+    "moreg_first": ParameterSpec(
+        default=0.1,
+        minimum=0.0,
+        maximum=1.0,
+        meaning="fraction of the run before which motion is ignored, 0 to 1",
+    ),
+    "moreg_last": ParameterSpec(
+        default=0.9,
+        minimum=0.0,
+        maximum=1.0,
+        meaning="fraction of the run after which motion is ignored, 0 to 1",
+    ),
+    "mograd": ParameterSpec(
+        default=10.0, minimum=0.0, meaning="weight of the motion's growth per step, >= 0"
+    ),
+}
+
+
+CODEBOOKS: dict[str, list[tuple[float, int]]] = {
+    "steps_100": [(0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3)],
+    "steps_30_fast": [(0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.4, 2), (1.0, 1)],
+    "steps_30_slow": [(0.08, 3), (0.16, 2), (1.0, 1)],
+}
+"""AdaCache's published codebooks: upper bound of the feature's change → steps to the next
+computation. Kahatapitiya et al. 2024, arXiv 2411.02397."""
+
+CodebookRow = Annotated[
+    tuple[
+        Annotated[float, PARAMETERS["codebook_thresholds"].check],
+        Annotated[int, PARAMETERS["codebook_skips"].check],
+    ],
+    Field(strict=False),
+]
+
+
+class AdaCacheConfig(CachingConfig):
+    """Keys of AdaCache's configs.
+
+    Attributes:
+        codebook: Rows [upper bound of the change per step, steps to the next computation] in
+            ascending order, up to 8; or the name of a published one (`CODEBOOKS`).
+        scale_codebook: True multiplies the codebook's steps by infer_steps / 100.
+        moreg_scale: Motion between latent frames at which regularisation is neutral.
+        moreg_power: Exponent of the motion over ``moreg_scale``.
+        moreg_first: Fraction of the run before which motion is ignored.
+        moreg_last: Fraction of the run after which motion is ignored.
+        mograd: Weight of the motion's growth per step.
+    """
+
+    policy: ClassVar[str] = "adacache"
+    keys: ClassVar[Mapping[str, str]] = {n: n for n in PARAMETERS if not n.startswith("codebook_")}
+
+    feature_caching: Literal["Ada"] = "Ada"
+    codebook: Annotated[list[CodebookRow], PARAMETERS["codebook_skips"].length] | None = None
+    scale_codebook: bool | None = None
+    moreg_scale: Annotated[float, PARAMETERS["moreg_scale"].check] | None = None
+    moreg_power: Annotated[float, PARAMETERS["moreg_power"].check] | None = None
+    moreg_first: Annotated[float, PARAMETERS["moreg_first"].check] | None = None
+    moreg_last: Annotated[float, PARAMETERS["moreg_last"].check] | None = None
+    mograd: Annotated[float, PARAMETERS["mograd"].check] | None = None
+
+    @field_validator("codebook", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in CODEBOOKS:
+                hint = nearest(value, list(CODEBOOKS))
+                raise ValueError(f"rows or the name of a codebook; {hint}")
+            return CODEBOOKS[value]
+        return value
+
+    @field_validator("codebook")
+    @classmethod
+    def _is_ascending(cls, rows: list[CodebookRow] | None) -> list[CodebookRow] | None:
+        bounds = [bound for bound, _ in rows or []]
+        if bounds != sorted(set(bounds)):
+            raise ValueError("rows in ascending order of their bounds")
+        return rows
+
+    def _parameters(self) -> dict[str, Value]:
+        if self.codebook is None:
+            return super()._parameters()
+        bounds, skips = zip(*self.codebook, strict=True)
+        table = {"codebook_thresholds": list(bounds), "codebook_skips": list(skips)}
+        return super()._parameters() | table
+
+
 class AdaCache(Policy):
     """Hold a residual for as many steps as a codebook grants to the feature's rate of change.
 
@@ -71,6 +191,7 @@ class AdaCache(Policy):
     Differs: ``scale_codebook`` stretches the codebook, made for 100 steps, to the run's length.
     """
 
+    config = AdaCacheConfig
     spec = PolicySpec(
         name="adacache",
         summary="holds each residual for as long as a feature's rate of change allows",
@@ -82,49 +203,7 @@ class AdaCache(Policy):
             "moreg": StateSpec(initial=1),
             "has_feature": StateSpec(dtype="bool"),
         },
-        parameters={
-            "codebook_thresholds": ParameterSpec(
-                default=[0.03, 0.05, 0.07, 0.09, 0.11, 1.00],
-                shape=[SLOTS],
-                minimum=0.0,
-                meaning="upper bounds of the feature's change per step, ascending, up to 8",
-            ),
-            "codebook_skips": ParameterSpec(
-                default=[12, 10, 8, 6, 4, 3],
-                dtype="int64",
-                shape=[SLOTS],
-                minimum=1,
-                meaning="steps from one computed step to the next, one per threshold, >= 1",
-            ),
-            "scale_codebook": ParameterSpec(
-                default=False,
-                dtype="bool",
-                meaning="multiply the skips by step_count / 100, rounded, at least 1",
-            ),
-            "moreg_scale": ParameterSpec(
-                default=0.385,
-                minimum=1e-6,
-                meaning="motion at which regularisation is neutral, > 0",
-            ),
-            "moreg_power": ParameterSpec(
-                default=8.0, minimum=0.0, meaning="exponent of the motion over moreg_scale, >= 0"
-            ),
-            "moreg_first": ParameterSpec(
-                default=0.1,
-                minimum=0.0,
-                maximum=1.0,
-                meaning="fraction of the run before which motion is ignored, 0 to 1",
-            ),
-            "moreg_last": ParameterSpec(
-                default=0.9,
-                minimum=0.0,
-                maximum=1.0,
-                meaning="fraction of the run after which motion is ignored, 0 to 1",
-            ),
-            "mograd": ParameterSpec(
-                default=10.0, minimum=0.0, meaning="weight of the motion's growth per step, >= 0"
-            ),
-        },
+        parameters=PARAMETERS,
         reference="Kahatapitiya et al. 2024, AdaCache, arXiv 2411.02397",
     )
 

@@ -9,11 +9,13 @@ step, step count, parameter value and signal shape.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..configs.caching import CachingConfig
 from ..configs.policy_spec import PolicySpec
 
 __all__ = ["Decision", "Policy", "Step", "hold"]
@@ -56,9 +58,24 @@ class Policy(torch.nn.Module):
 
     Subclasses set ``spec`` and write `decide`. State is passed in and returned, never held, so
     branches and requests can't leak into each other.
+
+    Attributes:
+        spec: What runtimes need to know to run the policy.
+        config: The keys of its JSON configs; None takes the policy's name as ``feature_caching``
+            and every parameter by its own name.
     """
 
     spec: ClassVar[PolicySpec]
+    config: ClassVar[type[CachingConfig] | None] = None
+
+    @classmethod
+    def form(cls, parameters: Mapping[str, Any]) -> str:
+        """Return which form of the law these parameters are; empty where there is one form.
+
+        Args:
+            parameters: Resolved, by name.
+        """
+        return ""
 
     @abstractmethod
     def decide(

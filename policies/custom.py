@@ -3,14 +3,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
 from torch import Tensor
 
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
+from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, Value
 from .base import Decision, Policy, Step, hold
 from .forecast import taylor_mix
-from .teacache import TEACACHE_PARAMETERS, TEACACHE_SIGNALS, TEACACHE_STATE, accumulate
+from .teacache import (
+    TEACACHE_PARAMETERS,
+    TEACACHE_SIGNALS,
+    TEACACHE_STATE,
+    AccumulatingConfig,
+    accumulate,
+)
 
-__all__ = ["Custom"]
+__all__ = ["DAMPED", "Custom", "CustomConfig"]
+
+
+PARAMETERS = {
+    **TEACACHE_PARAMETERS,
+    "trend": ParameterSpec(
+        default=0.65,
+        minimum=0.0,
+        maximum=1.0,
+        meaning="share of the last trend that a forecast follows, 0 (hold) to 1 (published)",
+    ),
+    "trend_decay": ParameterSpec(
+        default=0.8,
+        minimum=0.0,
+        maximum=1.0,
+        meaning="factor on that share per step since the last computed one, 0 to 1 (published)",
+    ),
+}
+
+
+DAMPED = {name: float(PARAMETERS[name].default) for name in ("trend", "trend_decay")}
+PUBLISHED = {"trend": 1.0, "trend_decay": 1.0}
+"""Parameters of the published forecast, which a config runs that says nothing of them."""
+
+
+class CustomConfig(AccumulatingConfig):
+    """Keys of Custom's configs, TeaCache's among them.
+
+    A config without ``trend`` and ``trend_decay`` is LightX2V's, and gets its law: the published
+    forecast. The policy's bare name stands for the damped one.
+
+    Attributes:
+        trend: Share of the last trend that the forecast follows.
+        trend_decay: Factor on that share per step since the last computed one.
+    """
+
+    policy: ClassVar[str] = "custom"
+    keys: ClassVar[Mapping[str, str]] = {**AccumulatingConfig.keys, **{n: n for n in PUBLISHED}}
+
+    feature_caching: Literal["Custom"] = "Custom"
+    trend: Annotated[float, PARAMETERS["trend"].check] | None = None
+    trend_decay: Annotated[float, PARAMETERS["trend_decay"].check] | None = None
+
+    @classmethod
+    def of_policy(cls) -> Self:
+        """Return the damped form, the policy's default."""
+        return cls.model_validate(DAMPED)
+
+    def _parameters(self) -> dict[str, Value]:
+        return PUBLISHED | super()._parameters()
 
 
 class Custom(Policy):
@@ -28,6 +86,7 @@ class Custom(Policy):
     Differs: as `TeaCache`.
     """
 
+    config = CustomConfig
     spec = PolicySpec(
         name="custom",
         summary="decides as teacache, extrapolates as taylorseer of order 1",
@@ -35,24 +94,20 @@ class Custom(Policy):
         kept=["previous_signal"],
         history=HistorySpec(maximum=2, depth=2),
         state=TEACACHE_STATE,
-        parameters={
-            **TEACACHE_PARAMETERS,
-            "trend": ParameterSpec(
-                default=0.65,
-                minimum=0.0,
-                maximum=1.0,
-                meaning="share of the last trend that a forecast follows, 0 (hold) to 1 (published)",
-            ),
-            "trend_decay": ParameterSpec(
-                default=0.8,
-                minimum=0.0,
-                maximum=1.0,
-                meaning="factor on that share per step since the last computed one, 0 to 1 (published)",
-            ),
-        },
+        parameters=PARAMETERS,
         distance="distance",
         reference="TeaCache, arXiv 2411.19108; TaylorSeer, arXiv 2503.06923",
     )
+
+    @classmethod
+    def form(cls, parameters: Mapping[str, Any]) -> str:
+        """Say whether the forecast is the published one, a damped one, or none."""
+        trend, decay = (float(parameters[name]) for name in PUBLISHED)
+        if {"trend": trend, "trend_decay": decay} == PUBLISHED:
+            return "published forecast"
+        if trend == 0 or decay == 0:
+            return "no forecast, holds"
+        return f"damped forecast, trend {trend:g}, trend_decay {decay:g}"
 
     def decide(
         self,

@@ -3,13 +3,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
 import torch
 from torch import Tensor
 
+from ..configs.caching import CachingConfig
 from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 from .base import Decision, Policy, Step, hold
 
-__all__ = ["EasyCache"]
+__all__ = ["EasyCache", "EasyCacheConfig"]
+
+
+PARAMETERS = {
+    "threshold": ParameterSpec(
+        default=0.05,
+        minimum=0.0,
+        meaning="accumulated relative change of the output at which a step is computed, "
+        ">= 0; 0 never reuses",
+    ),
+}
+
+
+class EasyCacheConfig(CachingConfig):
+    """Keys of EasyCache's configs.
+
+    Attributes:
+        easycache_thresh: Accumulated relative change at which a step is computed; 0 never reuses.
+    """
+
+    policy: ClassVar[str] = "easycache"
+    keys: ClassVar[Mapping[str, str]] = {"easycache_thresh": "threshold"}
+
+    feature_caching: Literal["Easy"] = "Easy"
+    easycache_thresh: Annotated[float, PARAMETERS["threshold"].check] | None = None
+
+    def _guard(self) -> dict[str, Any]:
+        return {"first_exact": 7, "last_exact": 2}
 
 
 class EasyCache(Policy):
@@ -26,6 +57,7 @@ class EasyCache(Policy):
     Differs: threshold 0 never reuses; a rate that is not known or not finite computes.
     """
 
+    config = EasyCacheConfig
     spec = PolicySpec(
         name="easycache",
         summary="reuses while the output's change, foretold from the input's, stays small",
@@ -39,14 +71,7 @@ class EasyCache(Policy):
             "input_change": StateSpec(),
             "has_rate": StateSpec(dtype="bool"),
         },
-        parameters={
-            "threshold": ParameterSpec(
-                default=0.05,
-                minimum=0.0,
-                meaning="accumulated relative change of the output at which a step is computed, "
-                ">= 0; 0 never reuses",
-            ),
-        },
+        parameters=PARAMETERS,
         distance="distance",
         reference="Zhou et al. 2025, EasyCache, arXiv 2507.02860",
     )

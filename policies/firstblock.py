@@ -3,13 +3,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
+from ..configs.caching import CachingConfig
 from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 from .base import Decision, Policy, Step, hold
 
-__all__ = ["FirstBlock"]
+__all__ = ["FirstBlock", "FirstBlockConfig"]
+
+
+PARAMETERS = {
+    "threshold": ParameterSpec(
+        default=0.08,
+        minimum=0.0,
+        meaning="relative change of the first block's residual at which a step is computed,"
+        " >= 0; 0 never reuses",
+    ),
+}
+
+
+class FirstBlockConfig(CachingConfig):
+    """Keys of First-Block Cache's configs.
+
+    Attributes:
+        firstblock_thresh: Relative change at which a step is computed; 0 never reuses.
+        residual_diff_threshold: The same, as LightX2V calls it; its class compares with the last
+            step, this policy with the last computed one.
+        downsample_factor: LightX2V compares every n-th channel; here all count.
+    """
+
+    policy: ClassVar[str] = "firstblock"
+    keys: ClassVar[Mapping[str, str]] = {
+        "firstblock_thresh": "threshold",
+        "residual_diff_threshold": "threshold",
+    }
+
+    feature_caching: Literal["FirstBlock"] = "FirstBlock"
+    firstblock_thresh: Annotated[float, PARAMETERS["threshold"].check] | None = None
+    residual_diff_threshold: Annotated[float, PARAMETERS["threshold"].check] | None = None
+    downsample_factor: int | None = None
+
+    @field_validator("downsample_factor")
+    @classmethod
+    def _keeps_every_channel(cls, value: int | None) -> int | None:
+        if value not in (None, 1):
+            raise ValueError("1: every channel of the residual is compared here; remove the key")
+        return value
 
 
 class FirstBlock(Policy):
@@ -25,6 +69,7 @@ class FirstBlock(Policy):
     Differs: each branch decides for itself, as the signal is its own.
     """
 
+    config = FirstBlockConfig
     spec = PolicySpec(
         name="firstblock",
         summary="runs the first block always, and reuses the others while its residual stays",
@@ -32,14 +77,7 @@ class FirstBlock(Policy):
         kept=["computed_signal"],
         history=HistorySpec(maximum=1),
         state={"distance": StateSpec()},
-        parameters={
-            "threshold": ParameterSpec(
-                default=0.08,
-                minimum=0.0,
-                meaning="relative change of the first block's residual at which a step is computed,"
-                " >= 0; 0 never reuses",
-            ),
-        },
+        parameters=PARAMETERS,
         distance="distance",
         reference="First-Block Cache, ParaAttention",
     )

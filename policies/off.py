@@ -3,17 +3,30 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 
+from ..configs.caching import CachingConfig
 from ..configs.policy_spec import HistorySpec, PolicySpec
 from .base import Decision, Policy, Step, hold
 
-__all__ = ["Off"]
+__all__ = ["Off", "OffConfig"]
+
+
+class OffConfig(CachingConfig):
+    """Compute every step."""
+
+    policy: ClassVar[str] = "off"
+
+    feature_caching: Literal["NoCaching", "None"] = "NoCaching"
 
 
 class Off(Policy):
     """Compute every step."""
+
+    config = OffConfig
 
     spec = PolicySpec(
         name="off",

@@ -3,20 +3,109 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar, Literal, Self
+
 import torch
+from pydantic import Field, Tag, model_validator
 from torch import Tensor
 
-from ..configs.policy_configs import SOLVED_HISTORY
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
+from ..configs.caching import ALL, BRANCHES, PER_BRANCH, CachingConfig
+from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, Value
 from .base import Decision, Policy, Step, hold
 
-__all__ = ["HISTORY", "MAXIMUM_STEPS", "Solved"]
+__all__ = ["HISTORY", "MAXIMUM_STEPS", "Solved", "SolvedConfig"]
 
-HISTORY = SOLVED_HISTORY
+HISTORY = 6
 """Residuals that a row of the mix table may use."""
 
 MAXIMUM_STEPS = 200
 """Steps that the tables hold."""
+
+
+PARAMETERS = {
+    "steps": ParameterSpec(
+        default=MAXIMUM_STEPS,  # without tables every step is computed
+        dtype="int64",
+        minimum=1,
+        maximum=MAXIMUM_STEPS,
+        meaning=f"steps the tables were made for, 1 to {MAXIMUM_STEPS}",
+    ),
+    "reuse": ParameterSpec(
+        default=[0],
+        dtype="int64",
+        shape=[MAXIMUM_STEPS],
+        minimum=0,
+        maximum=1,
+        meaning="1 for each step that is reused, 0 for each that is computed",
+    ),
+    "mix": ParameterSpec(
+        default=[1.0] + [0.0] * (HISTORY - 1),
+        shape=[MAXIMUM_STEPS * HISTORY],
+        meaning=f"factors of the last {HISTORY} residuals, newest first, step after step",
+    ),
+    "history": ParameterSpec(
+        default=HISTORY,
+        dtype="int64",
+        minimum=1,
+        maximum=HISTORY,
+        meaning=f"residuals that the mixes use, 1 to {HISTORY}",
+    ),
+}
+
+
+MixRow = Annotated[list[float], Field(max_length=HISTORY)]
+MixTable = Annotated[list[MixRow], PARAMETERS["reuse"].length]
+
+
+class SolvedConfig(CachingConfig):
+    """Keys of solved configs, as `freewheel calibrate` writes them.
+
+    Attributes:
+        infer_steps: Steps the tables were made for; needed.
+        mix: One row per step: up to 6 factors of past residuals, newest first, and an empty row for
+            a computed step. One table per branch, or one for all.
+        solved_from: What the tables were made from, for the reader: traces, guidance, error.
+    """
+
+    policy: ClassVar[str] = "solved"
+
+    feature_caching: Literal["Solved"] = "Solved"
+    mix: Annotated[
+        Annotated[MixTable, Tag(ALL)] | Annotated[dict[str, MixTable], Tag(BRANCHES)], PER_BRANCH
+    ]
+    solved_from: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        tables = self.mix if isinstance(self.mix, dict) else {"": self.mix}
+        for name, rows in tables.items():
+            where = f"'mix.{name}'" if name else "'mix'"
+            if len(rows) != self.infer_steps:
+                raise ValueError(
+                    f"one row in {where} for each of 'infer_steps' {self.infer_steps}, "
+                    f"not {len(rows)}"
+                )
+            if rows[0]:
+                raise ValueError(f"an empty first row in {where}: nothing can be reused yet")
+        return self
+
+    def _parameters(self) -> dict[str, Value]:
+        return _solved(self.mix) if isinstance(self.mix, list) else {}
+
+    def _branches(self) -> dict[str, dict[str, Value]]:
+        return {n: _solved(t) for n, t in self.mix.items()} if isinstance(self.mix, dict) else {}
+
+
+def _solved(rows: list[list[float]]) -> dict[str, Value]:
+    """Return the policy's tables: a whole row of factors for every step, 1 and zeros where computed."""
+    rest = [0.0] * HISTORY
+    filled = [[*(row or [1.0]), *rest][:HISTORY] for row in rows]
+    return {
+        "steps": len(rows),
+        "reuse": [int(bool(row)) for row in rows],
+        "mix": [factor for row in filled for factor in row],
+        "history": max(1, *(len(row) for row in rows)),
+    }
 
 
 class Solved(Policy):
@@ -32,39 +121,12 @@ class Solved(Policy):
         (`freewheel.tuning.solve`).
     """
 
+    config = SolvedConfig
     spec = PolicySpec(
         name="solved",
         summary="follows a schedule and mixes computed offline from recorded runs",
         history=HistorySpec(maximum=HISTORY, parameter="history"),
-        parameters={
-            "steps": ParameterSpec(
-                default=MAXIMUM_STEPS,  # without tables every step is computed
-                dtype="int64",
-                minimum=1,
-                maximum=MAXIMUM_STEPS,
-                meaning=f"steps the tables were made for, 1 to {MAXIMUM_STEPS}",
-            ),
-            "reuse": ParameterSpec(
-                default=[0],
-                dtype="int64",
-                shape=[MAXIMUM_STEPS],
-                minimum=0,
-                maximum=1,
-                meaning="1 for each step that is reused, 0 for each that is computed",
-            ),
-            "mix": ParameterSpec(
-                default=[1.0] + [0.0] * (HISTORY - 1),
-                shape=[MAXIMUM_STEPS * HISTORY],
-                meaning=f"factors of the last {HISTORY} residuals, newest first, step after step",
-            ),
-            "history": ParameterSpec(
-                default=HISTORY,
-                dtype="int64",
-                minimum=1,
-                maximum=HISTORY,
-                meaning=f"residuals that the mixes use, 1 to {HISTORY}",
-            ),
-        },
+        parameters=PARAMETERS,
     )
 
     def decide(

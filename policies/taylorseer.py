@@ -3,16 +3,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
 import torch
 from torch import Tensor
 
+from ..configs.caching import CachingConfig
 from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
 from .base import Decision, Policy, Step
 from .forecast import newton_mix, taylor_mix
 
-__all__ = ["TaylorSeer"]
+__all__ = ["TaylorSeer", "TaylorSeerConfig"]
 
 VARIANTS = ["taylor", "newton"]
+
+
+PARAMETERS = {
+    "interval": ParameterSpec(
+        default=4,
+        dtype="int64",
+        minimum=1,
+        meaning="steps per computed step, the first being computed, >= 1; 1 never reuses",
+    ),
+    "order": ParameterSpec(
+        default=1,
+        dtype="int64",
+        minimum=1,
+        maximum=4,
+        meaning="highest finite difference used, 1 to 4",
+    ),
+    "variant": ParameterSpec(
+        default="taylor",
+        dtype="int64",
+        choices=VARIANTS,
+        meaning="'taylor' as in the paper, 'newton' for the interpolating polynomial",
+    ),
+}
+
+
+class TaylorSeerConfig(CachingConfig):
+    """Keys of TaylorSeer's configs: the policy's parameters by their names."""
+
+    policy: ClassVar[str] = "taylorseer"
+    keys: ClassVar[Mapping[str, str]] = {n: n for n in PARAMETERS}
+
+    feature_caching: Literal["TaylorSeer"] = "TaylorSeer"
+    interval: Annotated[int, PARAMETERS["interval"].check] | None = None
+    order: Annotated[int, PARAMETERS["order"].check] | None = None
+    variant: Annotated[str, PARAMETERS["variant"].check] | None = None
 
 
 class TaylorSeer(Policy):
@@ -28,31 +67,12 @@ class TaylorSeer(Policy):
         paper's form divides every order by the gap of the two newest steps.
     """
 
+    config = TaylorSeerConfig
     spec = PolicySpec(
         name="taylorseer",
         summary="computes one step in N, forecasts the others by finite differences",
         history=HistorySpec(maximum=5, parameter="order", offset=1),
-        parameters={
-            "interval": ParameterSpec(
-                default=4,
-                dtype="int64",
-                minimum=1,
-                meaning="steps per computed step, the first being computed, >= 1; 1 never reuses",
-            ),
-            "order": ParameterSpec(
-                default=1,
-                dtype="int64",
-                minimum=1,
-                maximum=4,
-                meaning="highest finite difference used, 1 to 4",
-            ),
-            "variant": ParameterSpec(
-                default="taylor",
-                dtype="int64",
-                choices=VARIANTS,
-                meaning="'taylor' as in the paper, 'newton' for the interpolating polynomial",
-            ),
-        },
+        parameters=PARAMETERS,
         reference="Liu et al. 2025, TaylorSeer, arXiv 2503.06923",
     )
 

@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
 import torch
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
+from ..configs.caching import CachingConfig
+from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value, one_of
 from .base import Decision, Policy, Step, hold
 
-__all__ = ["TEACACHE_PARAMETERS", "TEACACHE_SIGNALS", "TEACACHE_STATE", "TeaCache", "accumulate"]
+__all__ = [
+    "TEACACHE_PARAMETERS",
+    "TEACACHE_SIGNALS",
+    "TEACACHE_STATE",
+    "AccumulatingConfig",
+    "TeaCache",
+    "TeaCacheConfig",
+    "accumulate",
+]
 
 TEACACHE_SIGNALS = ["temb", "timestep_proj", "modulated_input"]
 
@@ -30,6 +44,83 @@ TEACACHE_PARAMETERS = {
         meaning="rescaling polynomial of the relative L1 change, highest power first",
     ),
 }
+
+# An unused set may be empty; the parameter's front padding takes fewer numbers than it holds.
+Polynomial = Annotated[list[float], Field(max_length=TEACACHE_PARAMETERS["coefficients"].shape[0])]
+
+
+class AccumulatingConfig(CachingConfig):
+    """Keys of the policies that add up a signal's rescaled change.
+
+    Attributes:
+        teacache_thresh: Accumulated distance at which a step is computed; 0 never reuses.
+        use_ret_steps: True takes the signal ``timestep_proj`` and computes the first 5 steps; False
+            takes ``temb`` and computes the first and the last.
+        coefficients: Rescaling polynomials, highest power first, as [[set for use_ret_steps true],
+            [set for false]], or one set for both, alone or in a list.
+        signal: Overrides the signal. One set of coefficients and no ``use_ret_steps``, the form of
+            families other than Wan, takes ``modulated_input``.
+    """
+
+    foreign: ClassVar[frozenset[str]] = frozenset()
+
+    keys: ClassVar[Mapping[str, str]] = {"teacache_thresh": "threshold"}
+
+    teacache_thresh: Annotated[float, TEACACHE_PARAMETERS["threshold"].check] | None = None
+    use_ret_steps: bool = False
+    coefficients: list[Polynomial] | None = None
+    signal: Annotated[str, AfterValidator(partial(one_of, TEACACHE_SIGNALS))] | None = None
+
+    @field_validator("coefficients", mode="before")
+    @classmethod
+    def _in_sets(cls, value: Any) -> Any:
+        is_flat = isinstance(value, list) and value and not isinstance(value[0], list)
+        return [value] if is_flat else value
+
+    @field_validator("coefficients")
+    @classmethod
+    def _has_polynomial(
+        cls, sets: list[list[float]] | None, info: ValidationInfo
+    ) -> list[list[float]] | None:
+        if sets is None:
+            return None
+        if len(sets) not in (1, 2):
+            raise ValueError(f"[[set for ret steps], [plain set]] or one set, not {len(sets)}")
+        if "use_ret_steps" in info.data and not _chosen(sets, info.data["use_ret_steps"]):
+            wanted = str(info.data["use_ret_steps"]).lower()
+            raise ValueError(f"coefficients in the set for 'use_ret_steps': {wanted}")
+        return sets
+
+    def _guard(self) -> dict[str, Any]:
+        ends = (5, 0) if self.use_ret_steps else (1, 1)
+        return dict(zip(("first_exact", "last_exact"), ends, strict=True))
+
+    def _signal(self) -> str:
+        if self.signal is not None:
+            return self.signal
+        is_one_set = self.coefficients is not None and len(self.coefficients) == 1
+        if is_one_set and "use_ret_steps" not in self.model_fields_set:
+            return "modulated_input"
+        return "timestep_proj" if self.use_ret_steps else "temb"
+
+    def _parameters(self) -> dict[str, Value]:
+        sets = self.coefficients
+        given = super()._parameters()
+        if sets is not None:
+            given["coefficients"] = _chosen(sets, self.use_ret_steps)
+        return given
+
+
+def _chosen(sets: list[list[float]], use_ret_steps: bool) -> list[float]:
+    return sets[0] if use_ret_steps or len(sets) == 1 else sets[1]
+
+
+class TeaCacheConfig(AccumulatingConfig):
+    """Keys of TeaCache's configs."""
+
+    policy: ClassVar[str] = "teacache"
+
+    feature_caching: Literal["Tea"] = "Tea"
 
 
 def accumulate(
@@ -81,6 +172,7 @@ class TeaCache(Policy):
         the distance between neighbouring timesteps.
     """
 
+    config = TeaCacheConfig
     spec = PolicySpec(
         name="teacache",
         summary="reuses until the signal's rescaled change adds up to a threshold",

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..configs.errors import ConfigError, NotFiniteError, RequestError, nearest
 from ..configs.setting import CacheSetting
 from ..engines.base import BoundCall
+from ..policies import form_of
 from .body import Body, allocate
 from .cache import BranchCache, ResolvedSetting
 from .decider import Verdict
@@ -159,8 +160,9 @@ class Session:
         self._has_failed = False
         self._compute_tables(timesteps)
         self.statistics = RunStatistics(
-            resolved.policy.spec.name, resolved.is_folded, len(timesteps)
-        )
+            resolved.policy.spec.name, resolved.is_folded, len(timesteps),
+            form=form_of(resolved.policy.spec.name, resolved.parameters),
+        )  # fmt: skip
         for branch in self._branches.values():
             branch.last_step = -1
             if branch.cache is not None:

@@ -26,6 +26,7 @@ __all__ = [
     "config_entries",
     "config_entry",
     "stretch_warning",
+    "warn_of_ignored",
 ]
 
 Warn = Callable[[str], None]
@@ -63,10 +64,16 @@ def config_entries(names: Sequence[str], warn: Warn) -> dict[str, ConfigEntry]:
     entries = {}
     for name in names:
         config = load_config(name)
-        for key in config.ignored:
-            warn(f"'{key}' in '{name}' means nothing here and is ignored")
+        warn_of_ignored(config, name, warn)
         entries[config.name] = config_entry(config)
     return entries
+
+
+def warn_of_ignored(config: CachingConfig, name: str, warn: Warn) -> None:
+    """Name the keys of a config that change nothing here, all in one warning."""
+    if config.ignored:
+        keys = ", ".join(f"'{key}'" for key in config.ignored)
+        warn(f"no effect here of {keys} in '{name}'")
 
 
 def choose_setting(

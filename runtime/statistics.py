@@ -58,6 +58,7 @@ class RunStatistics:
         steps: Steps of the run.
         branches: By branch name.
         seconds: Seconds by segment: head, decide, body, delta, reuse, finish, check, prepare.
+        form: Which form of the policy's law ran, where it has several: published or damped.
     """
 
     policy: str
@@ -65,6 +66,7 @@ class RunStatistics:
     steps: int
     branches: dict[str, BranchStatistics] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    form: str = ""
 
     @property
     def computed_steps(self) -> float:
@@ -130,6 +132,7 @@ class RunStatistics:
         """Return what ``run --json`` prints."""
         return {
             "policy": self.policy,
+            "form": self.form,
             "folded": self.folded,
             "steps": self.steps,
             "computed_steps": self.computed_steps,

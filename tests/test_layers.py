@@ -33,7 +33,7 @@ ALLOWED = {
     "runtime": {"bundle", "configs", "engines", "policies"},
     "compiler": {"", "bundle", "configs", "engines", "passes", "policies"},
     "serving": {"bundle", "configs"},
-    "tuning": {"bundle", "configs", "engines", "runtime"},
+    "tuning": {"bundle", "configs", "engines", "policies", "runtime"},
     "console": {"configs"},
     "cli": {
         "bundle",
@@ -51,11 +51,13 @@ ALLOWED = {
 """Package or top module → those it may import; "" is the root's `__init__`: version, `attach`."""
 
 PEERS = {
+    "configs/load.py": "freewheel.policies",
     "compiler/host_memory.py": "freewheel.runtime.generate",
     "compiler/speedup.py": "freewheel.runtime.replay freewheel.runtime.trace",
     "compiler/verify.py": "freewheel.runtime.model",
 }
-"""What of `compiler` looks at a finished bundle as a runtime does: `inspect` and `verify`."""
+"""`compiler`: what looks at a finished bundle as a runtime does, `inspect` and `verify`. `configs`: what
+reads files asks each policy for its keys."""
 
 ONLY_IN = {
     "diffusers": ("cli.py", "compiler", "runtime"),
@@ -94,7 +96,6 @@ TESTED_THROUGH = {
     "bundle/journal.py": "bundle/test_staging.py",
     "configs/__init__.py": "configs/test_load.py",
     "configs/caching.py": "configs/test_load.py",
-    "configs/policy_configs.py": "configs/test_load.py",
     "console.py": "test_cli.py",
     "engines/__init__.py": "engines/test_backends.py",
     "runtime/bench.py": "test_cli.py",

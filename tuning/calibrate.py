@@ -17,7 +17,10 @@ from ..bundle.reader import Bundle
 from ..configs.caching import CachingConfig
 from ..configs.errors import RequestError
 from ..configs.output import write_text
-from ..configs.policy_configs import SOLVED_HISTORY, Custom, Mag, Solved, Tea
+from ..policies.custom import DAMPED, CustomConfig
+from ..policies.magcache import MagCacheConfig
+from ..policies.solved import HISTORY, SolvedConfig
+from ..policies.teacache import TeaCacheConfig
 from ..runtime.bench import Watcher
 from ..runtime.forecast import forecast
 from ..runtime.generate import GenerationRequest, Generator
@@ -75,7 +78,7 @@ class CalibrationRequest:
     speedups: Sequence[float] = SPEEDUPS
     steps: int | None = None
     guidance: float | None = None
-    history: int = SOLVED_HISTORY
+    history: int = HISTORY
     window: int = 16
     refine: int = 8
     search: int = 3
@@ -243,7 +246,7 @@ def _solved(
             left_out[f"solved_{speedup:g}x"] = f"no schedule of {count} computed steps was found"
             continue
         solution = solutions[count]
-        configs[f"solved_{speedup:g}x"] = Solved(
+        configs[f"solved_{speedup:g}x"] = SolvedConfig(
             **common,
             mix={n: [list(row) for row in rows] for n, rows in solution.mix.items()},
             solved_from={
@@ -281,7 +284,7 @@ def _by_threshold(
         for n, runs in recorder.ratios.items()
     }
     makers: dict[str, Callable[[float], CachingConfig]] = {
-        "magcache": lambda t: Mag(
+        "magcache": lambda t: MagCacheConfig(
             **common,
             magcache_thresh=t,
             magcache_ratios=ratios,
@@ -292,11 +295,11 @@ def _by_threshold(
     fit = fits.get("temb")
     if fit is not None and not fit.refusal:
         coefficients = [list(fit.coefficients)]
-        makers["teacache"] = lambda t: Tea(
+        makers["teacache"] = lambda t: TeaCacheConfig(
             **common, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
         )
-        makers["custom"] = lambda t: Custom(
-            **common, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
+        makers["custom"] = lambda t: CustomConfig(
+            **common, **DAMPED, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
         )
     configs: dict[str, CachingConfig] = {}
     left_out: dict[str, str] = {}

@@ -18,7 +18,12 @@ from ..configs.caching import CachingConfig
 from ..configs.errors import RequestError
 from ..configs.load import read_configs
 from ..configs.output import write_text
-from ..configs.policy_configs import CODEBOOKS, Ada, Custom, Mag, Solved, TaylorSeer, Tea
+from ..policies.adacache import CODEBOOKS, AdaCacheConfig
+from ..policies.custom import DAMPED, CustomConfig
+from ..policies.magcache import MagCacheConfig
+from ..policies.solved import SolvedConfig
+from ..policies.taylorseer import TaylorSeerConfig
+from ..policies.teacache import TeaCacheConfig
 from ..runtime.bench import BenchRequest, Watcher, bench_bundle
 from ..runtime.generate import GenerationRequest, Generator
 from ..runtime.replay import replay
@@ -270,26 +275,30 @@ def _search_space(bundle: Bundle, request: TuneRequest) -> dict[str, CachingConf
     ratios: dict[str, Any] | None = None
     space: dict[str, CachingConfig] = {}
     for name, config in calibrated.items():
-        if isinstance(config, Tea):
+        if isinstance(config, TeaCacheConfig):
             polynomials = {"fitted": config.coefficients}
-        if isinstance(config, Mag):
+        if isinstance(config, MagCacheConfig):
             ratios = {"magcache_ratios": config.magcache_ratios, "magcache_retention": 0.1}
-        if isinstance(config, Solved):
+        if isinstance(config, SolvedConfig):
             space[name] = config
     for threshold in THRESHOLDS:
         for kind, sets in polynomials.items():
             keys = {"teacache_thresh": threshold, "coefficients": sets, "use_ret_steps": False}
-            space[f"teacache {kind} threshold={threshold:g}"] = Tea.model_validate(keys)
-            space[f"custom {kind} threshold={threshold:g}"] = Custom.model_validate(keys)
+            space[f"teacache {kind} threshold={threshold:g}"] = TeaCacheConfig.model_validate(keys)
+            space[f"custom {kind} threshold={threshold:g}"] = CustomConfig.model_validate(
+                keys | DAMPED
+            )
         if ratios is not None:
             keys = {"magcache_thresh": threshold, "magcache_K": 8, **ratios}
-            space[f"magcache threshold={threshold:g}"] = Mag.model_validate(keys)
+            space[f"magcache threshold={threshold:g}"] = MagCacheConfig.model_validate(keys)
     for interval in INTERVALS:
         for order in (1, 2):
             name = f"taylorseer interval={interval} order={order}"
-            space[name] = TaylorSeer(interval=interval, order=order)
+            space[name] = TaylorSeerConfig(interval=interval, order=order)
     for codebook in CODEBOOKS:
-        space[f"adacache codebook={codebook}"] = Ada.model_validate({"codebook": codebook})
+        space[f"adacache codebook={codebook}"] = AdaCacheConfig.model_validate(
+            {"codebook": codebook}
+        )
     return space
 
 

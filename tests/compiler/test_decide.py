@@ -15,7 +15,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.decide import decide_program, write_decide_graph
 from freewheel.configs.errors import ExportError
 from freewheel.configs.policy_spec import HistorySpec, PolicySpec
-from freewheel.policies import POLICIES
+from freewheel.policies import POLICIES, policy_class
 from freewheel.policies.base import Decision, Policy, Step, hold
 from freewheel.policies.guard import decide_inputs, decide_outputs
 
@@ -49,12 +49,12 @@ def test_names_in_the_manifest_are_the_graphs(tiny_bundle: Bundle, name: str) ->
     graph = onnx.load(tiny_bundle.graph_path(entry.graph)).graph
     assert [v.name for v in graph.input] == list(listed.inputs)
     assert [v.name for v in graph.output] == list(listed.outputs)
-    declared = decide_inputs(POLICIES[name].spec)
+    declared = decide_inputs(policy_class(name).spec)
     assert {n: (i.dtype, tuple(i.shape)) for n, i in listed.inputs.items()} == {
         n: s for n, s in declared.items() if n in listed.inputs
     }
-    assert list(listed.outputs) == list(decide_outputs(POLICIES[name].spec))
-    assert entry.spec == POLICIES[name].spec
+    assert list(listed.outputs) == list(decide_outputs(policy_class(name).spec))
+    assert entry.spec == policy_class(name).spec
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -62,7 +62,7 @@ def test_every_input_of_a_graph_is_read(tiny_bundle: Bundle, name: str) -> None:
     graph = onnx.load(tiny_bundle.graph_path(f"decide.{name}")).graph
     read = {n for node in graph.node for n in node.input} | {v.name for v in graph.output}
     assert {v.name for v in graph.input} <= read
-    dropped = set(decide_inputs(POLICIES[name].spec)) - {v.name for v in graph.input}
+    dropped = set(decide_inputs(policy_class(name).spec)) - {v.name for v in graph.input}
     assert not dropped & {"step_index", "computed_steps", "exact", "signal"}, dropped
 
 
@@ -83,7 +83,7 @@ def test_no_example_size_is_left_in_a_graph(tiny_bundle: Bundle, name: str) -> N
 
 def test_a_written_graph_is_the_program(tmp_path: Path) -> None:
     (tmp_path / "graphs").mkdir()
-    entry = write_decide_graph(POLICIES["off"](), tmp_path)
+    entry = write_decide_graph(policy_class("off")(), tmp_path)
     assert entry.file == "graphs/decide.off.onnx"
     assert entry.runs == "decide"
     model = onnx.load(tmp_path / entry.file)

@@ -21,11 +21,11 @@ from freewheel.compiler.footprint import (
 )
 from freewheel.compiler.recut import cut_of
 from freewheel.configs.setting import CacheSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policies
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
-SPECS = {n: p.spec for n, p in POLICIES.items()}
+SPECS = {n: p.spec for n, p in policies().items()}
 DIMS = {
     "batch": 1, "frames": 3, "height": 20, "width": 28, "tokens": 420, "tokens_per_frame": 140,
     "text_tokens": 17, "image_tokens": 9, "steps": 6,

@@ -15,7 +15,7 @@ from freewheel.compiler.policy_check import (
 )
 from freewheel.configs.policy_spec import GUARD_PARAMETERS, GUARD_STATE
 from freewheel.configs.setting import CacheSetting
-from freewheel.policies import POLICIES, policy
+from freewheel.policies import POLICIES, policy, policy_class
 from freewheel.policies.guard import Guarded
 
 
@@ -33,7 +33,7 @@ def compiled(name: str, **changes):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_random_settings_lie_in_range_and_start_with_the_defaults(name: str) -> None:
-    spec = POLICIES[name].spec
+    spec = policy_class(name).spec
     settings = random_settings(spec)
     assert settings[0] == CacheSetting(policy=name)
     assert settings == random_settings(spec)
@@ -43,7 +43,7 @@ def test_random_settings_lie_in_range_and_start_with_the_defaults(name: str) -> 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_law_agrees_with_itself_and_is_seen_to_reuse(name: str) -> None:
-    spec = POLICIES[name].spec
+    spec = policy_class(name).spec
     check = check_policy(spec, compiled(name), random_settings(spec), form="law")
     assert check.ok
     assert check.mix_error == 0
@@ -63,7 +63,7 @@ def test_a_law_agrees_with_itself_and_is_seen_to_reuse(name: str) -> None:
     ],
 )
 def test_each_kind_of_difference_is_told(name, changes, said) -> None:
-    spec = POLICIES[name].spec
+    spec = policy_class(name).spec
     check = check_policy(spec, compiled(name, **changes), random_settings(spec), form="law")
     assert not check.ok
     assert any(said in fault and f"policy '{name}' with" in fault for fault in check.faults)

@@ -11,8 +11,8 @@ import pytest
 
 from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import load_config, parse_config, read_configs, shipped_configs
-from freewheel.configs.policy_configs import CACHING_CONFIGS, CODEBOOKS
-from freewheel.policies import POLICIES
+from freewheel.policies import POLICIES, config_kinds, policy_class
+from freewheel.policies.adacache import CODEBOOKS
 
 # Transcribed from ALGORITHMS 1: [set with ret steps, plain set].
 COEFFICIENTS = {
@@ -95,8 +95,8 @@ def test_shipped_config_loads_by_stem_by_folder_and_by_path(name: str) -> None:
     assert config.name == name
     assert config == load_config(f"{path.parent.name}/{name}") == load_config(path)
     setting = config.setting()
-    POLICIES[setting.policy].spec.resolve(setting.parameters)
-    assert setting.signal is None or setting.signal in POLICIES[setting.policy].spec.signals
+    policy_class(setting.policy).spec.resolve(setting.parameters)
+    assert setting.signal is None or setting.signal in policy_class(setting.policy).spec.signals
 
 
 def test_no_two_shipped_configs_share_a_name() -> None:
@@ -108,7 +108,8 @@ def test_no_two_shipped_configs_share_a_name() -> None:
 def test_policy_name_means_its_defaults(policy: str) -> None:
     config = load_config(policy)
     assert config.name == config.setting().policy == policy
-    assert config.setting().parameters == {}
+    spec = policy_class(policy).spec
+    assert spec.resolve(config.setting().parameters) == spec.resolve({})
 
 
 def test_policy_without_defaults_says_where_its_tables_come_from() -> None:
@@ -229,7 +230,7 @@ def test_taylorseer_and_ada_keys_become_parameters() -> None:
 
 
 def test_default_codebook_of_the_policy_is_the_published_one() -> None:
-    parameters = POLICIES["adacache"].spec.resolve({})
+    parameters = policy_class("adacache").spec.resolve({})
     rows = zip(parameters["codebook_thresholds"], parameters["codebook_skips"], strict=True)
     assert list(rows) == CODEBOOKS["steps_100"]
     fast = [(0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.4, 2), (1.0, 1)]
@@ -344,21 +345,21 @@ def test_unknown_name_and_missing_file_are_told_apart(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def test_bounds_of_configs_are_those_of_the_policies() -> None:
-    names = {"teacache_thresh": "threshold"}
-    for model in set(CACHING_CONFIGS.values()):
-        specs = POLICIES[model.policy].spec.parameters
-        kind = next(k for k, m in CACHING_CONFIGS.items() if m is model)
-        for key in model.model_fields:
-            spec = specs.get(names.get(key, key))
-            if spec is None or spec.shape or spec.choices:
-                continue
+def test_bounds_of_config_keys_are_those_of_the_parameters_they_set() -> None:
+    kinds, _ = config_kinds()
+    checked = set()
+    for kind, model in kinds.items():
+        specs = policy_class(model.policy).spec.parameters
+        for key, parameter in model.keys.items():
+            spec = specs[parameter]
             for bound, beyond in ((spec.minimum, -1), (spec.maximum, 1)):
                 if bound is not None:
                     parse_config({"feature_caching": kind, key: _typed(bound, spec)}, where="x")
                     outside = {"feature_caching": kind, key: _typed(bound + beyond, spec)}
-                    with pytest.raises(ConfigError):
+                    with pytest.raises(ConfigError, match=f"'{key}': found"):
                         parse_config(outside, where="x")
+                    checked.add(key)
+    assert {"teacache_thresh", "trend", "order", "moreg_scale", "magcache_K"} <= checked
 
 
 def _typed(value: float, spec) -> float | int:

@@ -9,11 +9,11 @@ from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import load_config
 from freewheel.configs.overrides import apply_overrides
 from freewheel.configs.setting import CacheSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 
 
 def override(policy: str, **texts: str) -> CacheSetting:
-    return apply_overrides(load_config(policy).setting(), texts, POLICIES[policy].spec)
+    return apply_overrides(load_config(policy).setting(), texts, policy_class(policy).spec)
 
 
 def test_texts_are_typed_by_the_parameter() -> None:
@@ -42,7 +42,7 @@ def test_guard_and_signal_may_be_set() -> None:
 
 def test_setting_given_is_left_as_it_was() -> None:
     before = load_config("shapes_wan_teacache").setting()
-    after = apply_overrides(before, {"threshold": "0.5"}, POLICIES["teacache"].spec)
+    after = apply_overrides(before, {"threshold": "0.5"}, policy_class("teacache").spec)
     assert before.parameters["threshold"] == 0.25
     assert after.parameters == {**before.parameters, "threshold": 0.5}
     assert after.guard == before.guard

@@ -169,6 +169,41 @@ class Custom(TeaCache):
         return newest + self.trend * self.trend_decay ** (t - s) * (t - s) * slope
 
 
+class PublishedCustom(_Law):
+    """LightX2V's Custom, written down from its description: TeaCache's polynomial of the signal's
+    relative change, added up in float64 between ``use_ret_steps``' exact ends, and the first-order
+    Taylor forecast, undamped: value plus difference quotient times the distance."""
+
+    def __init__(self, threshold, coefficients, use_ret_steps, step_count):
+        self.threshold, self.distance = threshold, 0.0
+        self.polynomial = np.poly1d(coefficients[0 if use_ret_steps else 1])
+        self.first, self.last = (5, step_count) if use_ret_steps else (1, step_count - 1)
+
+    def wants_computation(self, t, must, signals):
+        self.margin, self.noise = math.inf, 0.0
+        if must or t < self.first or t >= self.last:
+            self.distance = 0.0
+            return True
+        now, before = signals[t].astype(np.float64), signals[t - 1].astype(np.float64)
+        change = np.abs(now - before).mean() / np.abs(before).mean()
+        self.distance += self.polynomial(change)
+        terms = np.polyval(np.abs(self.polynomial.coeffs), change)
+        self.noise = 4 * 1.2e-7 * float(terms) * (t + 1)
+        away = abs(self.distance - self.threshold)
+        self.margin = max(0.0, away - self.noise) / self.threshold
+        if self.distance < self.threshold:
+            return False
+        self.distance = 0.0
+        return True
+
+    def forecast(self, t, history):
+        (s, newest), *older = history
+        if not older:
+            return newest
+        p, previous = older[0]
+        return newest + (newest - previous) / (s - p) * (t - s)
+
+
 class AdaCache(_Law):
     """ALGORITHMS 3."""
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import numpy as np
 import numpy_reference as reference
 
+from freewheel.configs.policy_spec import PolicySpec
 from freewheel.configs.setting import CacheSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 from freewheel.policies.law import DecisionRecord, Law
 
 IDENTITY = [1.0, 0.0]
@@ -78,11 +79,22 @@ def reference_law(
 def assert_equals_reference(
     records: list[DecisionRecord], setting: CacheSetting, parameters: dict[str, object], run: dict
 ) -> None:
-    """Compare decisions, distances, reused residuals; stops at a tie, where both may be right."""
+    """Compare with the setting's transcription."""
     guard = reference.Guard(**setting.guard.model_dump())
-    spec = POLICIES[setting.policy].spec
+    law = reference_law(setting, parameters, len(records))
+    assert_equals_law(records, policy_class(setting.policy).spec, law, guard, run)
+
+
+def assert_equals_law(
+    records: list[DecisionRecord],
+    spec: PolicySpec,
+    law: reference._Law,
+    guard: reference.Guard,
+    run: dict,
+) -> None:
+    """Compare decisions, distances, reused residuals; stops at a tie, where both may be right."""
     expected = reference.run_reference(
-        reference_law(setting, parameters, len(records)),
+        law,
         guard,
         len(records),
         signals=run["signal"] if spec.signals else None,
@@ -93,7 +105,7 @@ def assert_equals_reference(
         zip(records, forecasts(records, run["residual"]), strict=True)
     ):
         if record.compute != expected.computed[t]:
-            assert min(expected.margin[: t + 1]) < TIE, f"step {t} of {setting}"
+            assert min(expected.margin[: t + 1]) < TIE, f"step {t} of {law}"
             return
         if record.distance is not None:
             tolerance = 1e-6 + 2e-5 * abs(expected.distance[t]) + expected.noise[t]

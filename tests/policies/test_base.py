@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freewheel.policies import POLICIES
+from freewheel.policies import POLICIES, policy_class
 from freewheel.policies.base import Step, hold
 
 
@@ -17,7 +17,7 @@ def test_hold_repeats_the_newest_residual() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_declarations_agree_with_themselves(name: str) -> None:
-    spec = POLICIES[name].spec
+    spec = policy_class(name).spec
     assert spec.name == name
     assert spec.history.kept(spec.resolve({})) <= spec.history.maximum
     assert spec.distance is None or spec.distance in spec.state

@@ -17,7 +17,7 @@ from settings import SETTINGS
 
 from freewheel.compiler.decide import write_decide_graph
 from freewheel.configs.errors import ExportError
-from freewheel.policies import POLICIES
+from freewheel.policies import POLICIES, policies, policy_class
 from freewheel.policies.base import Decision, Policy, hold
 from freewheel.policies.guard import decide_inputs, decide_outputs
 from freewheel.policies.law import Law
@@ -34,7 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def entries(bundle: Path) -> dict:
-    return {name: write_decide_graph(policy(), bundle) for name, policy in POLICIES.items()}
+    return {name: write_decide_graph(policy(), bundle) for name, policy in policies().items()}
 
 
 def with_onnxruntime(graph: Path) -> Callable[[Tensors], Tensors]:
@@ -110,7 +110,7 @@ def test_compiled_policy_computes_on_broken_tensors(compiled, name, runtime, val
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_manifest_entry_names_exactly_the_graphs_interface(bundle, entries, name: str) -> None:
-    entry, spec = entries[name], POLICIES[name].spec
+    entry, spec = entries[name], policy_class(name).spec
     graph = ir.load(bundle / entry.file).graph
     for values, described in ((graph.inputs, entry.inputs), (graph.outputs, entry.outputs)):
         assert {v.name: [str(d) for d in v.shape] for v in values} == {
@@ -132,7 +132,7 @@ def test_graphs_are_small_and_name_no_path(bundle: Path, entries: dict) -> None:
 
 def test_policy_that_branches_on_a_value_is_refused_with_what_to_do() -> None:
     class Branching(Policy):
-        spec = POLICIES["off"].spec
+        spec = policy_class("off").spec
 
         def decide(self, step, signal, feature, kept, state, parameters) -> Decision:
             compute = step.must_compute if step.step_index > 3 else ~step.must_compute

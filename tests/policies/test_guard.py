@@ -16,7 +16,7 @@ from settings import SETTINGS
 
 from freewheel.configs.policy_spec import HistorySpec, PolicySpec, StateSpec
 from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import POLICIES, policy_class
 from freewheel.policies.base import Decision, Policy, hold
 from freewheel.policies.guard import Guarded, decide_inputs, decide_outputs
 from freewheel.policies.law import Law
@@ -150,7 +150,7 @@ def test_every_policy_keeps_the_limits(
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_guarded_takes_and_returns_what_is_declared(name: str) -> None:
-    guarded = Guarded(POLICIES[name]())
+    guarded = Guarded(policy_class(name)())
     sizes = {"rows": 2, "width": 4, "frames": 2, "tokens_per_frame": 3, "channels": 5}
     inputs = {
         n: torch.ones([sizes.get(d, d) for d in shape], dtype=getattr(torch, dtype))

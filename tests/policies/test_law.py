@@ -11,7 +11,7 @@ from settings import SETTINGS
 
 from freewheel.configs.errors import ConfigError
 from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 from freewheel.policies.guard import decide_inputs
 from freewheel.policies.law import Law, initial_tensors, parameter_tensors
 
@@ -20,7 +20,7 @@ class Recorder:
     """A decide function that answers from a list and remembers what it was given."""
 
     def __init__(self, name: str, computes: list[bool]) -> None:
-        self.spec, self.computes, self.seen = POLICIES[name].spec, computes, []
+        self.spec, self.computes, self.seen = policy_class(name).spec, computes, []
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self.seen.append({n: t.clone() for n, t in inputs.items()})
@@ -115,13 +115,15 @@ def test_wrong_parameters_are_refused() -> None:
 
 
 def test_tensors_have_the_declared_dtype_shape_and_padding() -> None:
-    tensors = parameter_tensors(POLICIES["teacache"].spec.parameters, {"coefficients": [2.0, 3.0]})
+    tensors = parameter_tensors(
+        policy_class("teacache").spec.parameters, {"coefficients": [2.0, 3.0]}
+    )
     assert tensors["coefficients"].tolist() == [0, 0, 0, 0, 2, 3]
     assert tensors["threshold"].shape == ()
-    skips = parameter_tensors(POLICIES["adacache"].spec.parameters, {})["codebook_skips"]
+    skips = parameter_tensors(policy_class("adacache").spec.parameters, {})["codebook_skips"]
     assert skips.tolist() == [12, 10, 8, 6, 4, 3, 3, 3]
     assert skips.dtype == torch.int64
-    state = initial_tensors(POLICIES["adacache"].spec.state)
+    state = initial_tensors(policy_class("adacache").spec.state)
     assert {n: t.item() for n, t in state.items()} == {
         "skip": 1,
         "moreg": 1.0,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from freewheel.configs.setting import CacheSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 from freewheel.policies.law import Law
 
 
@@ -12,4 +12,4 @@ def test_off_computes_every_step_and_keeps_nothing() -> None:
     law = Law.eager(CacheSetting(), step_count=9)
     records = [law.decide() for _ in range(9)]
     assert all(r.compute for r in records)
-    assert POLICIES["off"].spec.history.kept({}) == 0
+    assert policy_class("off").spec.history.kept({}) == 0

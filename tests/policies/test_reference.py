@@ -7,7 +7,7 @@ import pytest
 from runs import assert_equals_reference, fold, random_run
 from settings import SETTINGS
 
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 from freewheel.policies.law import Law
 
 
@@ -18,7 +18,7 @@ def test_law_equals_its_transcription_on_random_runs(name: str, seed: int) -> No
     steps = [7, 20, 30, 50, 30, 30][seed]
     run = random_run(seed, steps, frames=1 + seed % 4, change=[0.02, 0.05, 0.1][seed % 3])
     records = fold(Law.eager(setting, step_count=steps), run)
-    parameters = POLICIES[setting.policy].spec.resolve(setting.parameters)
+    parameters = policy_class(setting.policy).spec.resolve(setting.parameters)
     assert_equals_reference(records, setting, parameters, run)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 from freewheel.policies.law import Law
 
 
@@ -43,5 +43,5 @@ def test_variants_differ_on_uneven_gaps_only_above_order_1() -> None:
 
 
 def test_history_depth_follows_the_order() -> None:
-    history = POLICIES["taylorseer"].spec.history
+    history = policy_class("taylorseer").spec.history
     assert [history.kept({"order": order}) for order in (1, 2, 3, 4)] == [2, 3, 4, 5]

@@ -13,7 +13,7 @@ from runs import assert_equals_reference, fold, random_run
 
 from freewheel.configs.load import load_config, shipped_configs
 from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 from freewheel.policies.law import Law
 
 TRACE = Path(__file__).parents[1] / "traces" / "shapes_wan_timesteps_30.npz"
@@ -107,7 +107,7 @@ def test_shipped_configs_decide_as_the_transcription_on_a_recorded_signal(name: 
     law = Law.eager(setting, step_count=len(signals))
     records = [law.decide(signal) for signal in signals]
     run = {"signal": signals, "residual": random_run(0, len(signals))["residual"]}
-    parameters = POLICIES[setting.policy].spec.resolve(setting.parameters)
+    parameters = policy_class(setting.policy).spec.resolve(setting.parameters)
     assert_equals_reference(records, setting, parameters, run)
 
 

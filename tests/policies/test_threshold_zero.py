@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.setting import CacheSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policies, policy_class
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
-WITH_THRESHOLD = sorted(n for n, p in POLICIES.items() if "threshold" in p.spec.parameters)
+WITH_THRESHOLD = sorted(n for n, p in policies().items() if "threshold" in p.spec.parameters)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_threshold_zero_equals_uncached(
 ) -> None:
     steps, seed = draw.draw(st.integers(2, 8)), draw.draw(st.integers(0, 50))
     known = sessions[0].manifest.signals.keys()
-    signals = [s for s in POLICIES[policy].spec.signals if s in known]
+    signals = [s for s in policy_class(policy).spec.signals if s in known]
     signal = draw.draw(st.sampled_from(signals)) if signals else None
     setting = CacheSetting(policy=policy, signal=signal, parameters={"threshold": 0.0})
     uncached = run(sessions[1], CacheSetting(), steps, seed)
@@ -73,7 +73,7 @@ def test_a_run_forgets_and_branches_never_read_each_other(
 ) -> None:
     """A branch alone in a session gives what it gives beside another, after any run before."""
     policy = draw.draw(st.sampled_from([*WITH_THRESHOLD, "taylorseer", "adacache"]))
-    if POLICIES[policy].spec.one_decision:
+    if policy_class(policy).spec.one_decision:
         return  # both branches follow one decision, by its law
     parameters = {"threshold": 3.0} if policy in WITH_THRESHOLD else {}
     setting = CacheSetting(policy=policy, parameters=parameters)

@@ -11,7 +11,7 @@ from runs import assert_equals_reference
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import ConfigError, RequestError
 from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.policies import POLICIES
+from freewheel.policies import policy_class
 from freewheel.policies.law import DecisionRecord, Law
 from freewheel.runtime.forecast import forecast, is_folded
 from freewheel.runtime.generate import Generator
@@ -34,7 +34,7 @@ names = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.policy}-
 
 @names
 def test_replay_equals_the_numpy_transcription(trace: Trace, setting: CacheSetting) -> None:
-    parameters = POLICIES[setting.policy].spec.resolve(setting.parameters)
+    parameters = policy_class(setting.policy).spec.resolve(setting.parameters)
     result = replay(trace, setting)
     assert 0 < result.computed_steps < trace.steps
     for branch, found in result.branches.items():

@@ -32,12 +32,14 @@ def test_config_keys_become_generation_values() -> None:
     assert without.generation.guidance_scale == 1.0
 
 
-def test_ignored_keys_are_named(tmp_path: Path) -> None:
+def test_keys_without_effect_are_named_in_one_warning(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"feature_caching": "NoCaching", "cpu_offload": True}))
+    path.write_text(
+        json.dumps({"feature_caching": "NoCaching", "cpu_offload": True, "parallel": {}})
+    )
     warned: list[str] = []
     assert list(config_entries([str(path)], warned.append)) == ["mine"]
-    assert warned == [f"'cpu_offload' in '{path}' means nothing here and is ignored"]
+    assert warned == [f"no effect here of 'cpu_offload', 'parallel' in '{path}'"]
 
 
 def test_nothing_named_is_the_bundles_default(demo_bundle: Bundle) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.policy_configs import Solved
 from freewheel.configs.setting import CacheSetting
+from freewheel.policies.solved import SolvedConfig
 from freewheel.runtime.generate import Generator
 from freewheel.tuning.lockstep import Lockstep, sampler_rows
 from freewheel.tuning.solve import early_weights, solve
@@ -22,7 +22,7 @@ GUIDANCE = {"cond": 3.0, "uncond": -2.0}
 
 
 def setting(mix: dict[str, list[list[float]]]) -> CacheSetting:
-    return Solved(feature_caching="Solved", infer_steps=STEPS, mix=mix).setting()
+    return SolvedConfig(feature_caching="Solved", infer_steps=STEPS, mix=mix).setting()
 
 
 def distance(latents: Tensor, uncached: Tensor) -> float:
