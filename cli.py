@@ -256,6 +256,7 @@ def run(
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
         from freewheel.compiler.fit import check_fit
+        from freewheel.compiler.geometry import check_geometry
         from freewheel.compiler.sizes import size_of
         from freewheel.runtime.forecast import forecast
         from freewheel.runtime.generate import GenerationRequest, Generator
@@ -268,10 +269,13 @@ def run(
         opened = Bundle(bundle)
         chosen = choose_setting(opened, cache, _pairs(set_), screen.warn)
         check_output(out)
+        size = size_of(
+            chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
+        )  # fmt: skip
+        warning = check_geometry(opened, str(cache), chosen, size, force=force)
+        if warning is not None:
+            screen.warn(warning)
         if not force:
-            size = size_of(
-                chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
-            )  # fmt: skip
             warning = check_fit(opened, chosen, size, backend=backend, model=model)
             if warning is not None:
                 screen.warn(warning)
@@ -433,7 +437,9 @@ def replay(
             return
         data = run_replay(load_trace(trace), setting).as_dict()
         lines = [
-            f"{data['policy']}: {data['computed_steps']} of {data['steps']} steps computed, "
+            data["policy"]
+            + (f" ({data['form']})" if data["form"] else "")
+            + f": {data['computed_steps']} of {data['steps']} steps computed, "
             f"ideal speedup {data['ideal_speedup']:.2f}"
         ]
         for name, branch in data["branches"].items():
@@ -564,6 +570,9 @@ def bench(
         typer.Option(help="Folder for bench.json, bench.md, videos and the contact sheet."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page (.html).")] = None,
+    force: Annotated[
+        bool, typer.Option(help="Run even configs made for a far greater size than the bundle's.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -574,18 +583,28 @@ def bench(
     """
     with _screen(as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
+        from freewheel.compiler.geometry import check_geometry
+        from freewheel.compiler.sizes import size_of
         from freewheel.runtime.bench import BenchRequest, bench_bundle, read_prompts
+        from freewheel.runtime.settings import choose_setting
 
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
         if not texts:
             raise RequestError("bench", "has no prompt", "give --prompt or --prompts FILE")
         _quiet_libraries()
+        opened = Bundle(bundle)
+        for name in cache or opened.manifest.configs:
+            chosen = choose_setting(opened, name, {}, lambda _: None)
+            size = size_of(chosen.generation, steps=steps)
+            warning = check_geometry(opened, name, chosen, size, force=force)
+            if warning is not None:
+                screen.warn(warning)
         request = BenchRequest(
             prompts=texts, seeds=list(range(seeds)), caches=cache or None, rounds=rounds, steps=steps,
             eager=eager, backend=backend, out=out, image=image,
         )  # fmt: skip
         with screen.progress():
-            measured = bench_bundle(Bundle(bundle), request, screen, screen.warn)
+            measured = bench_bundle(opened, request, screen, screen.warn)
         if report is not None:
             from freewheel.tuning.report import write_bench_report
 

@@ -34,6 +34,7 @@ __all__ = [
     "amount",
     "describe_flops",
     "inspect_bundle",
+    "operations",
     "render",
     "render_forecast",
 ]
@@ -237,14 +238,14 @@ def render_forecast(data: Mapping[str, Any]) -> list[str]:
         f"{size['steps']} steps, {size['branches']} branches"
     )
     per_step = [
-        [name, flops["blocks"].get(name, 1), _flops(count)]
+        [name, flops["blocks"].get(name, 1), operations(count)]
         for name, count in flops["segments"].items()
         if count
     ]
     per_step += [
-        ["computed step", "", _flops(flops["computed_step"])],
-        ["reused step", "", _flops(flops["reused_step"])],
-        ["uncached run", "", _flops(flops["uncached_run"])],
+        ["computed step", "", operations(flops["computed_step"])],
+        ["reused step", "", operations(flops["reused_step"])],
+        ["uncached run", "", operations(flops["uncached_run"])],
     ]
     caches = [
         [name, c["slots"], amount(c["history_bytes"]), amount(c["signal_bytes"]),
@@ -330,7 +331,8 @@ def amount(count: int) -> str:
     return f"{count} B"
 
 
-def _flops(count: int) -> str:
+def operations(count: int) -> str:
+    """Spell a count of operations with its unit."""
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

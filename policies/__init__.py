@@ -87,17 +87,14 @@ def policy_class(name: str) -> type[Policy]:
     return checked
 
 
+@cache
 def policy_config(name: str) -> type[CachingConfig]:
     """Return the model of a policy's configs: the one it declares, or its parameters as they are.
 
     Raises:
         ConfigError: no such policy, or its declaration is faulty.
     """
-    return _config_of(policy_class(name))
-
-
-@cache
-def _config_of(found: type[Policy]) -> type[CachingConfig]:
+    found = policy_class(name)
     return found.config or config_model(found.spec)
 
 

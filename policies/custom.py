@@ -22,26 +22,27 @@ from .teacache import (
 __all__ = ["DAMPED", "Custom", "CustomConfig"]
 
 
+DAMPED = {"trend": 0.65, "trend_decay": 0.8}
+"""Parameters of the damped forecast, the policy's default."""
+
+PUBLISHED = {"trend": 1.0, "trend_decay": 1.0}
+"""Parameters of the published forecast, which a config runs that says nothing of them."""
+
 PARAMETERS = {
     **TEACACHE_PARAMETERS,
     "trend": ParameterSpec(
-        default=0.65,
+        default=DAMPED["trend"],
         minimum=0.0,
         maximum=1.0,
         meaning="share of the last trend that a forecast follows, 0 (hold) to 1 (published)",
     ),
     "trend_decay": ParameterSpec(
-        default=0.8,
+        default=DAMPED["trend_decay"],
         minimum=0.0,
         maximum=1.0,
         meaning="factor on that share per step since the last computed one, 0 to 1 (published)",
     ),
 }
-
-
-DAMPED = {name: float(PARAMETERS[name].default) for name in ("trend", "trend_decay")}
-PUBLISHED = {"trend": 1.0, "trend_decay": 1.0}
-"""Parameters of the published forecast, which a config runs that says nothing of them."""
 
 
 class CustomConfig(AccumulatingConfig):

@@ -22,7 +22,7 @@ from ..configs.setting import CacheSetting
 from .lora import Lora, lora_from_state_dict, read_lora
 from .model import DeviceOptions, LoadedModel
 from .session import Recorder, Session
-from .settings import choose_setting
+from .settings import choose_setting, other_size
 from .statistics import RunStatistics
 
 __all__ = ["FreewheelTransformer", "attach"]
@@ -139,7 +139,14 @@ class FreewheelTransformer(torch.nn.Module):
             ConfigError: no such config or policy, or a bad parameter.
         """
         bundle = self.session.model.bundle
-        self.setting = choose_setting(bundle, cache, {}, warnings.warn).cache
+        chosen = choose_setting(bundle, cache, {}, warnings.warn)
+        found = other_size(bundle.manifest, chosen.generation)
+        if found is not None:
+            warnings.warn(
+                f"config '{cache}' {found}: its thresholds and tables are untried there",
+                stacklevel=2,
+            )
+        self.setting = chosen.cache
         self.session.resolve(self.setting)
         return self.setting
 

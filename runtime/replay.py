@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..configs.errors import ConfigError, RequestError, nearest
 from ..configs.setting import CacheSetting
+from ..policies import form_of
 from ..policies import policy as find_policy
 from ..policies.law import DecisionRecord, Law
 from .trace import Trace
@@ -40,11 +41,12 @@ class BranchReplay:
 
 @dataclass(frozen=True)
 class Replay:
-    """A whole replay."""
+    """A whole replay; ``form`` is that of the law, where it has several."""
 
     policy: str
     steps: int
     branches: dict[str, BranchReplay]
+    form: str = ""
 
     @property
     def computed_steps(self) -> float:
@@ -70,6 +72,7 @@ class Replay:
         count = self.computed_steps
         return {
             "policy": self.policy,
+            "form": self.form,
             "steps": self.steps,
             "computed_steps": int(count) if count == int(count) else count,
             "ideal_speedup": self.ideal_speedup,
@@ -115,7 +118,8 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
             law(setting.for_branch(branch), trace.steps), signal,
         )  # fmt: skip
         branches[branch] = _replay_branch(trace, branch, decided)
-    return Replay(setting.policy, trace.steps, branches)
+    form = form_of(setting.policy, spec.resolve(setting.parameters))
+    return Replay(setting.policy, trace.steps, branches, form)
 
 
 @dataclass(frozen=True)

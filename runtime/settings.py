@@ -25,6 +25,7 @@ __all__ = [
     "choose_setting",
     "config_entries",
     "config_entry",
+    "other_size",
     "stretch_warning",
     "warn_of_ignored",
 ]
@@ -129,6 +130,27 @@ def carried_policy(manifest: Manifest, name: str) -> PolicyEntry:
         hint = nearest(name, list(manifest.policies))
         raise ConfigError(f"policy '{name}'", "is not in the bundle", hint)
     return manifest.policies[name]
+
+
+def other_size(manifest: Manifest, generation: GenerationDefaults) -> str | None:
+    """Say for which size a config was made, where that is not the bundle's own.
+
+    Args:
+        manifest: The bundle's; its own size is that of its default config.
+        generation: The config's values.
+    """
+    own = manifest.configs[manifest.default_config].generation
+    names = ("width", "height", "frames")
+    pairs = [(getattr(generation, n), getattr(own, n)) for n in names]
+    if all(None in pair or pair[0] == pair[1] for pair in pairs):
+        return None
+    made, usual = (_size_text(generation, own), _size_text(own, own))
+    return f"was made for {made}, and the bundle's own size is {usual}"
+
+
+def _size_text(generation: GenerationDefaults, own: GenerationDefaults) -> str:
+    values = own.model_copy(update=generation.model_dump(exclude_none=True))
+    return f"{values.width}x{values.height}, {values.frames} frames"
 
 
 def stretch_warning(setting: CacheSetting, steps: int) -> str | None:

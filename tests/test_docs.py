@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -83,3 +89,87 @@ def test_commands_and_programs_run(
     for language, text in blocks(ROOT / name):
         if language == "python" and "pipe = " in text:  # the others are fragments of it
             exec(compile(text, name, "exec"), {})
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+SOURCES = ("bundle", "compiler", "configs", "engines", "passes", "policies", "runtime", "tuning")
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package to follow a page in, with a trace as `run --record` writes them."""
+    folder = tmp_path_factory.mktemp("copy") / "freewheel"
+    for name in (*SOURCES, "tests/policies"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(path, folder)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "timesteps": np.linspace(1000, 20, 12, dtype=np.float32),
+        "branches": np.array(["cond"]),
+        "cond/temb": rng.standard_normal((12, 8)).astype(np.float32),
+        "cond/residual": rng.standard_normal((12, 5, 3)).astype(np.float32),
+    }
+    np.savez(folder / "trace.npz", **arrays)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_copy(copied: Path) -> Command:
+    """Return a function that runs a Python module in the copy."""
+    environment = {**os.environ, "PYTHONPATH": str(copied.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=copied, env=environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_policy_is_added_by_following_its_page_to_the_letter(
+    copied: Path, in_copy: Command
+) -> None:
+    page = ROOT / "docs" / "how-to" / "add-a-policy.md"
+    shown: dict[str, list[str]] = {}
+    for language, text in blocks(page):
+        shown.setdefault(language, []).append(text)
+    files = [text.partition("\n") for text in shown["python"] if text.startswith("# ")]
+    for head, _, text in files:
+        (copied / head.removeprefix("# ")).write_text(text, encoding="utf-8")
+    assert [head for head, _, _ in files] == ["# policies/pace.py", "# tests/policies/test_pace.py"]
+    (row,) = (text for text in shown["python"] if not text.startswith("# "))
+    table = copied / "policies" / "__init__.py"
+    before = table.read_text(encoding="utf-8")
+    last = '    "solved": "solved:Solved",\n'
+    assert before.count(last) == 1
+    table.write_text(before.replace(last, last + row), encoding="utf-8")
+    config = json.loads(shown["json"][0])
+    (copied / "pace.json").write_text(shown["json"][0], encoding="utf-8")
+
+    (replay,) = commands(page)
+    told = in_copy("freewheel.cli", *replay)
+    assert told.returncode == 0, told.stderr
+    # 4 dense steps of 12, then every second: steps 4, 6, 8 and 10.
+    assert "pace: 8 of 12 steps computed" in told.stdout
+    told = in_copy("freewheel.cli", "replay", "trace.npz", "--config", "pace.json")
+    assert told.returncode == 0, told.stderr
+    assert config == {"feature_caching": "pace", "infer_steps": 30, "dense": 6, "every": 2}
+    assert "pace: 9 of 12 steps computed" in told.stdout
+    (tested,) = [t for t in shown[""] if t.startswith("pytest ")]
+    told = in_copy(*shlex.split(tested), "-q", "-p", "no:cacheprovider")
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "3 passed" in told.stdout
+
+    # A fault in it is one error, and no other policy's.
+    law = copied / "policies" / "pace.py"
+    law.write_text(law.read_text(encoding="utf-8").replace("default=4", "default=0"), "utf-8")
+    told = in_copy("freewheel.cli", "replay", "trace.npz", "--config", "pace")
+    assert told.returncode == 3
+    assert "Traceback" not in told.stderr
+    text = " ".join(told.stderr.split())
+    assert "policy 'pace', policies/pace.py: default of parameter 'dense' 0 is outside" in text
+    told = in_copy("freewheel.cli", "replay", "trace.npz", "--config", "taylorseer")
+    assert told.returncode == 0, told.stderr

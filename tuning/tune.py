@@ -27,7 +27,7 @@ from ..policies.teacache import TeaCacheConfig
 from ..runtime.bench import BenchRequest, Watcher, bench_bundle
 from ..runtime.generate import GenerationRequest, Generator
 from ..runtime.replay import replay
-from ..runtime.settings import choose_setting
+from ..runtime.settings import choose_setting, config_entry, other_size
 from ..runtime.trace import Trace, TraceRecorder
 
 __all__ = ["Candidate", "Goal", "TuneReport", "TuneRequest", "save_config", "tune"]
@@ -190,7 +190,7 @@ def tune(
         confirming = replayed
     base = choose_setting(bundle, None, {}, warn)
     traces = _record(bundle, request, replayed, base, watcher)
-    candidates = _candidates(bundle, request, traces)
+    candidates = _candidates(bundle, request, traces, warn)
     tried = _worth_running(candidates, request.goal, request.confirm)
     if not tried:
         raise RequestError(
@@ -249,10 +249,12 @@ def _record(
     return traces
 
 
-def _candidates(bundle: Bundle, request: TuneRequest, traces: Sequence[Trace]) -> list[Candidate]:
+def _candidates(
+    bundle: Bundle, request: TuneRequest, traces: Sequence[Trace], warn: Callable[[str], None]
+) -> list[Candidate]:
     """Replay every candidate that the bundle and the traces allow, and drop equal ones."""
     found: dict[str, Candidate] = {}
-    for name, config in _search_space(bundle, request).items():
+    for name, config in _search_space(bundle, request, warn).items():
         setting = config.setting()
         if setting.policy not in bundle.manifest.policies:
             continue
@@ -268,9 +270,11 @@ def _candidates(bundle: Bundle, request: TuneRequest, traces: Sequence[Trace]) -
     return sorted(found.values(), key=lambda c: (c.ideal_speedup, c.error))
 
 
-def _search_space(bundle: Bundle, request: TuneRequest) -> dict[str, CachingConfig]:
+def _search_space(
+    bundle: Bundle, request: TuneRequest, warn: Callable[[str], None]
+) -> dict[str, CachingConfig]:
     """Return configs by name: sweeps of every policy, and what a calibration adds."""
-    calibrated = read_configs(request.calibration) if request.calibration else {}
+    calibrated = _calibrated(bundle, request, warn)
     polynomials: dict[str, Any] = {"identity": [[1.0, 0.0]]}
     ratios: dict[str, Any] | None = None
     space: dict[str, CachingConfig] = {}
@@ -300,6 +304,20 @@ def _search_space(bundle: Bundle, request: TuneRequest) -> dict[str, CachingConf
             {"codebook": codebook}
         )
     return space
+
+
+def _calibrated(
+    bundle: Bundle, request: TuneRequest, warn: Callable[[str], None]
+) -> dict[str, CachingConfig]:
+    """Read the calibration, and warn once where it was made at another size than the bundle's."""
+    if request.calibration is None:
+        return {}
+    configs = read_configs(request.calibration)
+    sizes = [other_size(bundle.manifest, config_entry(c).generation) for c in configs.values()]
+    found = next((s for s in sizes if s is not None), None)
+    if found is not None:
+        warn(f"calibration '{request.calibration}' {found}: calibrate at the size that is to run")
+    return configs
 
 
 def _worth_running(candidates: Sequence[Candidate], goal: Goal, most: int) -> list[Candidate]:

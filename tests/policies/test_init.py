@@ -15,7 +15,15 @@ from freewheel.configs.caching import CachingConfig
 from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import load_config, parse_config
 from freewheel.configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
-from freewheel.policies import POLICIES, config_kinds, form_of, policies, policy, policy_class
+from freewheel.policies import (
+    POLICIES,
+    config_kinds,
+    form_of,
+    policies,
+    policy,
+    policy_class,
+    policy_config,
+)
 from freewheel.policies.base import Decision, Policy
 
 PACE = PolicySpec(
@@ -48,9 +56,12 @@ def with_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], Non
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(POLICIES, "pace", "pace:Pace")
 
-    policy_class.cache_clear()
+    cached = (policy_class, policy_config)
+    for function in cached:
+        function.cache_clear()
     yield put
-    policy_class.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def test_every_row_gives_a_policy_of_its_name() -> None:
