@@ -56,8 +56,9 @@ def check_geometry(
     backend = manifest.engines[0].backend
     beside = memory_beside(cut, size, pipeline, backend=backend, precision=manifest.precision)
     memory = forecast_memory(footprint, name, device=backend, beside=beside)["needed_bytes"]
+    times = f"{run / usual:.1f}" if run < 10 * usual else f"{run / usual:,.0f}"
     what = (
-        f"{found}: {run / usual:.3g} times the operations ({operations(run)} FLOPs uncached, "
+        f"{found}: {times} times the operations ({operations(run)} FLOPs uncached, "
         f"{operations(usual)} at the bundle's size) and {amount(memory)} of memory"
     )
     if run >= FAR_BEYOND * usual and not force:

@@ -161,7 +161,7 @@ def test_a_policy_is_added_by_following_its_page_to_the_letter(
     (tested,) = [t for t in shown[""] if t.startswith("pytest ")]
     told = in_copy(*shlex.split(tested), "-q", "-p", "no:cacheprovider")
     assert told.returncode == 0, told.stdout + told.stderr
-    assert "3 passed" in told.stdout
+    assert told.stdout.startswith("... "), "three cases ran"
 
     # A fault in it is one error, and no other policy's.
     law = copied / "policies" / "pace.py"

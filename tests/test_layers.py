@@ -52,6 +52,7 @@ ALLOWED = {
 
 PEERS = {
     "configs/load.py": "freewheel.policies",
+    "compiler/geometry.py": "freewheel.runtime.settings",
     "compiler/host_memory.py": "freewheel.runtime.generate",
     "compiler/speedup.py": "freewheel.runtime.replay freewheel.runtime.trace",
     "compiler/verify.py": "freewheel.runtime.model",

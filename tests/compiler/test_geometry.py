@@ -14,8 +14,9 @@ from freewheel.bundle.manifest import ConfigEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler.geometry import FAR_BEYOND, check_geometry
-from freewheel.compiler.inspect import inspect_bundle, operations
-from freewheel.compiler.sizes import size_of
+from freewheel.compiler.inspect import describe_flops, inspect_bundle, operations
+from freewheel.compiler.recut import cut_of
+from freewheel.compiler.sizes import bundle_pipeline, dims_of, size_of
 from freewheel.configs.errors import RequestError
 from freewheel.configs.load import parse_config
 from freewheel.runtime.attach import FreewheelTransformer
@@ -51,13 +52,15 @@ def test_one_of_a_far_greater_size_is_refused_with_inspects_forecast(demo_bundle
     with pytest.raises(RequestError) as caught:
         check(demo_bundle, entry)
     own = inspect_bundle(demo_bundle)["flops"]["uncached_run"]
-    told = inspect_bundle(demo_bundle, height=480, width=832, frames=81, steps=50)
-    run = told["flops"]["uncached_run"]
+    cut, size = cut_of(demo_bundle.manifest), size_of(entry.generation)
+    dims = dims_of(cut, size, bundle_pipeline(demo_bundle))
+    run = describe_flops(cut, dims, size)["uncached_run"]
+    assert (size.width, size.height, size.frames, size.steps) == (832, 480, 81, 50)
     assert run / own > FAR_BEYOND
     assert caught.value.where == "config 'mine'"
     assert caught.value.what.startswith(
         "was made for 832x480, 81 frames, and the bundle's own size is 96x96, 17 frames: "
-        f"{run / own:.3g} times the operations ({operations(run)} FLOPs uncached"
+        f"{run / own:,.0f} times the operations ({operations(run)} FLOPs uncached"
     )
     assert "of memory" in caught.value.what
     assert "--height 96 --width 96 --frames 17" in caught.value.hint
