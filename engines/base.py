@@ -8,6 +8,7 @@ writes outputs in place, and may be run any number of times; nothing is copied o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -18,15 +19,21 @@ from torch import Tensor
 from ..configs.tensor_spec import TensorSpec
 
 __all__ = [
+    "ALIGNMENT",
     "Availability",
     "Backend",
     "BoundCall",
     "CapturingBackend",
     "Engine",
     "ProfiledBackend",
+    "StreamedBackend",
     "Target",
     "TensorSpec",
 ]
+
+
+ALIGNMENT = 256
+"""Bytes that some engines want the address of every bound tensor to be a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,20 @@ class ProfiledBackend(Protocol):
 
     def save_caches(self) -> None:
         """Write the caches of runs so far into ``cache_folder``."""
+
+
+@runtime_checkable
+class StreamedBackend(Protocol):
+    """A backend of a CUDA device, whose engines run on a stream of their own.
+
+    Attributes:
+        device: A CUDA device; set before the first engine is loaded.
+    """
+
+    device: torch.device
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Put all work enqueued inside on that stream; join the caller's once at each end."""
 
 
 @runtime_checkable

@@ -2,15 +2,16 @@
 """TensorRT and TensorRT-RTX: one backend over two packages with one API.
 
 TensorRT-RTX compiles ahead of time for GPUs that aren't there; TensorRT compiles on the GPU that
-will run. Polygraphy binds itself to one of the packages when it is first used, so a process may
-compile with one of the two only; it may load and run engines of both.
+will run.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,30 +24,35 @@ from .base import Availability, BoundCall, Target
 from .bindings import load_graph, specs_of
 from .record import REBUILD, EngineRecord, engine_folder, write_whole
 from .target_checks import check_options, check_precision
-from .tensorrt_build import OPTIONS, Plan, build_plan, known_capabilities
-from .tensorrt_journal import Journal
-from .tensorrt_run import CapturedCalls, Scratch, TensorRTEngine
+from .tensorrt_build import OPTIONS, Plan, build_plan, check_choices, known_capabilities
+from .tensorrt_journal import fault_recorder
+from .tensorrt_run import CapturedCalls, EngineStream, TensorRTEngine
 
 __all__ = ["TensorRT", "TensorRTRTX"]
 
 PLAN = "model.plan"
 NO_GPU = "no NVIDIA GPU that this PyTorch can use"
 LEVELS = range(6)  # of effort that the builder spends
-DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")  # A100, RTX 30, RTX 40 and L40S, RTX 50
+DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")  # RTX 30, RTX 40 and L40S, RTX 50
+OLDEST = (10, 15)
+OLDER_LACK = "attention came with 10.14, rotary embedding and RMS normalization with 10.15"
 
 
 @dataclass
 class TensorRT:
     """Compile on and run on the NVIDIA GPU of this machine.
 
-    Engines loaded by one instance share one scratch memory for activations, so their runs belong
-    on one stream: whichever is torch's current one when `BoundCall.run` is called.
+    Engines loaded by one instance share one stream and one scratch memory for activations. A call
+    takes its place after what the caller's current stream holds; inside `on_stream` calls follow
+    each other with nothing between them.
 
     Attributes:
         cache_folder: Where timing and kernel caches are kept between builds and runs; None keeps
             none. Caches only save time: they may be deleted, and are no part of a bundle.
         progress: Called with a phase of the build, its finished steps and their number.
         captures: Whether calls will be recorded into CUDA graphs, which must hold final kernels.
+        device: The GPU; one without an index is the process's current one. Set before the first
+            engine is loaded.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -60,8 +66,21 @@ class TensorRT:
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
 
     def __post_init__(self) -> None:
-        self._scratch = Scratch(self.device)
+        self._lane: EngineStream | None = None
         self._runtime_cache: Any = None
+        self._runtime: Any = None
+        self._faults: Any = None
+
+    @property
+    def lane(self) -> EngineStream:
+        """The stream and scratch memory of every engine that this instance loads."""
+        if self._lane is None:
+            self._lane = EngineStream(self.device)
+        return self._lane
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Put what is enqueued inside on the engines' stream; join the caller's once at each end."""
+        return self.lane.joined()
 
     def compiler_version(self) -> str:
         """Return the package's version."""
@@ -74,6 +93,10 @@ class TensorRT:
         if missing:
             return missing
         version = _import(cls.module).__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            wanted = ".".join(map(str, OLDEST))
+            what = f"{cls.package} {version} is older than {wanted}: {OLDER_LACK}"
+            return Availability(False, what, f"pip install '{cls.package}>={wanted}'")
         if not torch.cuda.is_available():
             return Availability(False, f"{cls.package} {version} is installed, but {NO_GPU}")
         return Availability(True, f"{cls.package} {version}, {torch.cuda.get_device_name()}")
@@ -91,14 +114,17 @@ class TensorRT:
         if level is not None and level not in LEVELS:
             what = f"is {level}, levels go from {LEVELS[0]} to {LEVELS[-1]}"
             raise BuildError(f"{where}, option 'builder_optimization_level'", what, "3 is usual")
+        check_choices(trt, target.options, where)
         return replace(target, compute_capabilities=self._capabilities(trt, target, where))
 
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` as a strongly typed network.
 
         `Target.options` may hold ``builder_optimization_level`` (0-5), ``workspace_bytes``,
-        ``max_aux_streams``, ``weight_streaming`` and ``decomposable_attention``: let attention
-        that has no fused kernel be split. `Target.profiles` may name inputs of other graphs.
+        ``max_aux_streams``, ``hardware_compatibility_level``, ``tiling_optimization_level`` and
+        ``preview_features`` by TensorRT's names, and ``decomposable_attention``: let attention
+        that has no fused kernel be split. `Target.profiles` may name inputs of other graphs; a range
+        becomes two optimization profiles of regular TensorRT, itself and its usual size.
 
         Raises:
             BackendUnavailable: this machine can't compile.
@@ -109,11 +135,12 @@ class TensorRT:
         check_precision(target, self.precisions, str(graph), "choose one of them with --precision")
         model = load_graph(graph)
         inputs, outputs = specs_of(model.graph, str(graph))
+        check_choices(trt, target.options, str(graph))
         capabilities = self._capabilities(trt, target, str(graph))
         plan = build_plan(
             trt, model, graph, target, inputs,
             capabilities=capabilities if self.module == "tensorrt_rtx" else (),
-            timing_cache=self._cache_file(f"{self.module}-{trt.__version__}.timing"),
+            timing_cache=self._cache_file("timing", self._timed_on(capabilities)),
             progress=self.progress,
         )  # fmt: skip
         record = EngineRecord(
@@ -142,19 +169,35 @@ class TensorRT:
             raise BackendUnavailable(f"backend '{self.name}'", found.reason, found.install)
         trt = _import(self.module)
         record.require(compiled, backend=self.name, version=trt.__version__, machine=record.machine)
-        here = _machine((_capability_here(),))
-        if here not in record.machine.split(" "):
-            what = f"compiled for {record.machine}, but the GPU here is {here}"
-            raise BundleError(str(compiled), what, f"rebuild it for {here}")
-        journal = Journal.of(trt)
-        runtime = trt.Runtime(journal)
-        engine = runtime.deserialize_cuda_engine(np.memmap(compiled / PLAN, np.uint8, mode="r"))
-        if engine is None:
-            raise BundleError(str(compiled / PLAN), journal.fault(), REBUILD)
-        return TensorRTEngine(
-            trt, engine, record, name=compiled.name, scratch=self._scratch,
-            runtime=runtime, runtime_config=self._runtime_config(trt, engine),
-        )  # fmt: skip
+        here = _capability_here(self.device)
+        if not _is_for(record, here):
+            what = f"compiled for {record.machine}, but the GPU here is {_machine((here,))}"
+            raise BundleError(str(compiled), what, f"rebuild it for {_machine((here,))}")
+        with torch.cuda.device(self.device):
+            runtime, faults = self._open_runtime(trt)
+            plan = np.memmap(compiled / PLAN, np.uint8, mode="r")
+            engine = runtime.deserialize_cuda_engine(plan)
+            if engine is None:
+                raise BundleError(str(compiled / PLAN), faults.take(), REBUILD)
+            return TensorRTEngine(
+                trt, engine, record, name=compiled.name, lane=self.lane, runtime=runtime,
+                faults=faults, runtime_config=self._runtime_config(trt, engine),
+            )  # fmt: skip
+
+    def _open_runtime(self, trt: Any) -> tuple[Any, Any]:
+        """Return the one runtime of this backend and what keeps its complaints."""
+        if self._runtime is None:
+            try:
+                self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+            except TypeError as fault:  # the binding's word for a null pointer
+                what = f"{self.package} {trt.__version__} makes no runtime ({fault})"
+                hint = (
+                    "check the driver with nvidia-smi, and that the package fits its CUDA version"
+                )
+                raise BackendUnavailable(f"backend '{self.name}'", what, hint) from fault
+            self._faults = fault_recorder(trt)
+            self._runtime.error_recorder = self._faults
+        return self._runtime, self._faults
 
     def capture(self, calls: Sequence[Any]) -> BoundCall:
         """Record ``calls`` into one CUDA graph; each runs once first, to settle its kernels.
@@ -173,8 +216,10 @@ class TensorRT:
 
     def save_caches(self) -> None:
         """Keep the kernels that TensorRT-RTX compiled while running, for the next process."""
-        path = self._cache_file(f"{self.module}.runtime")
-        if path and self._runtime_cache is not None:
+        if self._runtime_cache is None:
+            return
+        path = self._cache_file("runtime", self._gpu())
+        if path is not None:
             content = bytes(self._runtime_cache.serialize())
             if not path.is_file() or path.read_bytes() != content:
                 write_whole(path, content)
@@ -186,7 +231,7 @@ class TensorRT:
         return _import(self.module)
 
     def _capabilities(self, trt: Any, target: Target, where: str) -> tuple[str, ...]:
-        here = _capability_here()
+        here = _capability_here(self.device)
         asked = target.compute_capabilities or (here,)
         if asked != (here,):
             what = f"compute capability {', '.join(asked)} asked for, but the GPU here is {here}"
@@ -197,8 +242,19 @@ class TensorRT:
     def _runtime_config(self, trt: Any, engine: Any) -> Any:
         return None
 
-    def _cache_file(self, name: str) -> Path | None:
-        return self.cache_folder / name if self.cache_folder else None
+    def _timed_on(self, capabilities: Sequence[str]) -> str:
+        """Name what kernels are timed on: another GPU's timings are refused."""
+        return self._gpu()
+
+    def _gpu(self) -> str:
+        return re.sub(r"[^A-Za-z0-9.]+", "-", torch.cuda.get_device_name(self.device))
+
+    def _cache_file(self, kind: str, about: str) -> Path | None:
+        """Name a cache by all that makes TensorRT refuse it: package, version and GPU."""
+        if self.cache_folder is None:
+            return None
+        version = _import(self.module).__version__
+        return self.cache_folder / f"{self.module}-{version}-{about}.{kind}"
 
 
 @dataclass
@@ -235,6 +291,9 @@ class TensorRTRTX(TensorRT):
                 raise BuildError(where, what, hint)
         return asked
 
+    def _timed_on(self, capabilities: Sequence[str]) -> str:
+        return _machine(capabilities).replace(" ", "-")
+
     def _runtime_config(self, trt: Any, engine: Any) -> Any:
         """Share compiled kernels between all engines and contexts of this backend."""
         config = engine.create_runtime_config()
@@ -246,7 +305,7 @@ class TensorRTRTX(TensorRT):
             config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         if self._runtime_cache is None:
             self._runtime_cache = config.create_runtime_cache()
-            path = self._cache_file(f"{self.module}.runtime")
+            path = self._cache_file("runtime", self._gpu())
             if path and path.is_file():
                 self._runtime_cache.deserialize(path.read_bytes())  # False: of another GPU
         config.set_runtime_cache(self._runtime_cache)
@@ -254,10 +313,9 @@ class TensorRTRTX(TensorRT):
 
 
 def _missing(module: str, package: str) -> Availability | None:
-    for name, install in ((module, package), ("polygraphy", "polygraphy")):
-        if importlib.util.find_spec(name) is None:
-            what = f"the package '{install}' is not installed"
-            return Availability(False, what, f"pip install {install}")
+    if importlib.util.find_spec(module) is None:
+        what = f"the package '{package}' is not installed"
+        return Availability(False, what, f"pip install {package}")
     try:
         _import(module)
     except (ImportError, OSError) as fault:
@@ -270,9 +328,17 @@ def _import(module: str) -> Any:
     return importlib.import_module(module)
 
 
-def _capability_here() -> str:
-    major, minor = torch.cuda.get_device_capability()
+def _capability_here(device: torch.device | None = None) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
+
+
+def _is_for(record: EngineRecord, here: str) -> bool:
+    """Tell whether an engine runs on a compute capability, by what it was compiled for."""
+    if _machine((here,)) in record.machine.split(" "):
+        return True
+    level = str(record.details.get("options", {}).get("hardware_compatibility_level", ""))
+    return level.lower() == "ampere_plus" and int(here.split(".")[0]) >= 8
 
 
 def _machine(capabilities: Sequence[str]) -> str:

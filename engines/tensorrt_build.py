@@ -6,7 +6,7 @@ The TensorRT module is an argument throughout: `tensorrt` and `tensorrt_rtx` hav
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,23 +18,33 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
-from ..configs.errors import BuildError
+from ..configs.errors import BuildError, nearest
 from .base import Target, TensorSpec
 from .record import write_whole
 from .target_checks import check_options, check_profile
 from .tensorrt_journal import Journal
 
-__all__ = ["OPTIONS", "Plan", "build_plan", "known_capabilities"]
+__all__ = ["OPTIONS", "Plan", "build_plan", "check_choices", "known_capabilities"]
+
+CHOICES = {
+    "hardware_compatibility_level": "HardwareCompatibilityLevel",
+    "tiling_optimization_level": "TilingOptimizationLevel",
+}
+"""Option → the enumeration that names its values."""
 
 OPTIONS = (
     "builder_optimization_level",
     "decomposable_attention",
+    "hardware_compatibility_level",
     "max_aux_streams",
-    "weight_streaming",
+    "preview_features",
+    "tiling_optimization_level",
     "workspace_bytes",
 )
 
 ProgressCallback = Callable[[str, int, int], None]
+Profile = Mapping[str, Sequence[tuple[int, ...]]]
+"""Input name → its smallest, usual and largest shape."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ def _build(
     model: onnx.ModelProto,
     path: Path,
     options: Mapping[str, Any],
-    profile: Mapping[str, Sequence[tuple[int, ...]]],
+    profile: Profile,
     *,
     capabilities: Sequence[str],
     timing_cache: Path | None,
@@ -122,7 +132,7 @@ def _build(
     _allow_decomposition(trt, network, everywhere=bool(options.get("decomposable_attention")))
     monitor = _monitor(trt, progress) if progress else None
     config = _create_config(
-        trt, builder, network, profile, options,
+        trt, builder, _profiles(profile, chooses_kernels=not capabilities), options,
         capabilities=capabilities, timing_cache=timing_cache, monitor=monitor,
     )  # fmt: skip
     content = builder.build_serialized_network(network, config)
@@ -130,8 +140,9 @@ def _build(
         raise monitor.fault
     if content is None:
         raise BuildError(str(path), journal.fault(), _hint(journal.fault()))
-    if timing_cache:
-        write_whole(timing_cache, bytes(config.get_timing_cache().serialize()))
+    timings = config.get_timing_cache() if timing_cache else None
+    if timing_cache and timings is not None:
+        write_whole(timing_cache, bytes(timings.serialize()))
     nodes = Counter(node.op_type for node in model.graph.node)
     given = [network.get_input(index) for index in range(network.num_inputs)]
     return Plan(
@@ -141,6 +152,35 @@ def _build(
         layers=journal.layers,
         shape_inputs=[tensor.name for tensor in given if tensor.is_shape_tensor],
     )
+
+
+def _profiles(profile: Profile, *, chooses_kernels: bool) -> list[Profile]:
+    """Return the range asked for and, where it is one, its usual size alone.
+
+    A run of the usual size takes the second, whose kernels were chosen for nothing else. TensorRT-RTX
+    chooses kernels on the GPU, for the shapes that it meets there; it needs the range alone.
+    """
+    usual = {name: (shapes[1],) * 3 for name, shapes in profile.items()}
+    is_range = usual != {name: tuple(shapes) for name, shapes in profile.items()}
+    if is_range and chooses_kernels:
+        return [profile, usual]
+    return [profile] if profile else []
+
+
+def check_choices(trt: Any, options: Mapping[str, Any], where: str) -> None:
+    """Refuse a value that an option of names does not have.
+
+    Raises:
+        BuildError: names the option, its value and the known ones.
+    """
+    given = {(n, str(options[n]), kind) for n, kind in CHOICES.items() if n in options}
+    for feature in filter(None, str(options.get("preview_features", "")).split(",")):
+        given.add(("preview_features", feature.strip(), "PreviewFeature"))
+    for name, value, kind in sorted(given):
+        known = [member.lower() for member in getattr(trt, kind).__members__]
+        if value.lower() not in known:
+            what = f"'{value}' is not among {trt.__name__}'s {', '.join(known)}"
+            raise BuildError(f"{where}, option '{name}'", what, nearest(value.lower(), known))
 
 
 def _parse(
@@ -194,45 +234,55 @@ def _allow_decomposition(trt: Any, network: Any, *, everywhere: bool) -> None:
 def _create_config(
     trt: Any,
     builder: Any,
-    network: Any,
-    profile: Mapping[str, Sequence[tuple[int, ...]]],
+    profiles: Sequence[Profile],
     options: Mapping[str, Any],
     *,
     capabilities: Sequence[str],
     timing_cache: Path | None,
     monitor: Any,
 ) -> Any:
-    import polygraphy.config as switch
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # Else a context takes the scratch memory of the largest size, whatever size is run.
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    if capabilities:
+        # Else the runtime may allocate inside a step, and no step can be captured.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            name = f"SM{capability.replace('.', '')}"
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    for profile in profiles:
+        shapes = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in profile.items():
+            shapes.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(shapes)
+    if "workspace_bytes" in options:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace_bytes"])
+    for name in ("builder_optimization_level", "max_aux_streams"):
+        if name in options:
+            setattr(config, name, options[name])
+    for name, kind in CHOICES.items():
+        if name in options:
+            setattr(config, name, getattr(trt, kind).__members__[str(options[name]).upper()])
+    for feature in filter(None, str(options.get("preview_features", "")).split(",")):
+        config.set_preview_feature(trt.PreviewFeature.__members__[feature.strip().upper()], True)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    if timing_cache:
+        _set_timing_cache(config, timing_cache)
+    return config
 
-    rtx = trt.__name__ == "tensorrt_rtx"
-    if "polygraphy.backend.trt" in sys.modules and rtx != switch.USE_TENSORRT_RTX:
-        what = f"this process has compiled with {'tensorrt' if rtx else 'tensorrt-rtx'} before"
-        raise BuildError(f"backend '{trt.__name__}'", what, "compile in a process of its own")
-    switch.USE_TENSORRT_RTX = rtx
-    from polygraphy.backend.trt import CreateConfig, Profile
-    from polygraphy.logger import G_LOGGER
 
-    shapes = Profile()
-    for name, (smallest, usual, largest) in profile.items():
-        shapes.add(name, min=smallest, opt=usual, max=largest)
-    workspace = options.get("workspace_bytes")
-    common = {
-        "profiles": [shapes] if profile else None,
-        "load_timing_cache": str(timing_cache) if timing_cache and timing_cache.exists() else None,
-        "memory_pool_limits": workspace and {trt.MemoryPoolType.WORKSPACE: workspace},
-        "builder_optimization_level": options.get("builder_optimization_level"),
-        "max_aux_streams": options.get("max_aux_streams"),
-        "weight_streaming": options.get("weight_streaming"),
-        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
-        "progress_monitor": monitor,
-    }
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it writes to stdout
-        if not rtx:
-            return CreateConfig(**common)(builder, network)
-        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-
-        targets = [tuple(int(part) for part in text.split(".")) for text in capabilities]
-        return CreateConfigRTX(compute_capabilities=targets, **common)(builder, network)
+def _set_timing_cache(config: Any, path: Path) -> None:
+    """Start from the timings of builds before; from none where TensorRT refuses those."""
+    content = b""
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+    for serialized in (content, b""):
+        cache = config.create_timing_cache(serialized)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
 
 
 def _monitor(trt: Any, progress: ProgressCallback) -> Any:

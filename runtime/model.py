@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -15,9 +16,16 @@ from ..bundle.reader import Bundle
 from ..configs.errors import BackendUnavailable, BundleError, RequestError
 from ..engines import BACKENDS
 from ..engines import backend as find_backend
-from ..engines.base import Backend, BoundCall, CapturingBackend, Engine, ProfiledBackend
+from ..engines.base import (
+    Backend,
+    BoundCall,
+    CapturingBackend,
+    Engine,
+    ProfiledBackend,
+    StreamedBackend,
+)
 from .lora import Lora, merge_loras
-from .offload import OffloadedWeights
+from .offload import HostBlock, OffloadedCall, OffloadedWeights
 
 __all__ = ["DeviceOptions", "LoadedModel"]
 
@@ -27,6 +35,7 @@ CHECKED_BYTES = 64 << 20
 # The one state of this process: a weight that any session holds on a device is uploaded once.
 # Nothing stays here that no session holds.
 _UPLOADED: WeakValueDictionary[tuple[str, ...], Tensor] = WeakValueDictionary()
+_PINNED: WeakValueDictionary[tuple[str, ...], HostBlock] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,15 @@ class DeviceOptions:
     Attributes:
         offload: Keep the weights of the block loop in pinned host memory, two blocks on the device.
         cuda_graphs: Replay the body of a computed step, and the reuse of another, as one CUDA graph
-            each.
+            each; with `offload` one graph per block, between the copies.
         check_finite: Stop a run at the first step that makes values that are not finite.
+        device: Index of the GPU; None takes the process's current one.
     """
 
     offload: bool = False
     cuda_graphs: bool = False
     check_finite: bool = True
+    device: int | None = None
 
 
 class LoadedModel:
@@ -95,7 +106,11 @@ class LoadedModel:
         self._offloaded: OffloadedWeights | None = None
         self._check_options()
         if self.options.offload:
-            self._offloaded = OffloadedWeights(self.device, self._host_tensor)
+            self._offloaded = OffloadedWeights(
+                self.device, self._host_block,
+                streamed=isinstance(self.backend, StreamedBackend),
+                capture=self.chain if self.options.cuda_graphs else None,
+            )  # fmt: skip
         if isinstance(self.backend, ProfiledBackend):
             self.backend.cache_folder = cache_beside(bundle.folder)
 
@@ -129,7 +144,7 @@ class LoadedModel:
         """Return a weight on the backend's device."""
         if name not in self._tensors:
             if name in self._merged:
-                self._tensors[name] = self._merged[name].to(self.device)
+                self._tensors[name] = self._merged[name].to(self.device, copy=True)
             else:
                 self._tensors[name] = uploaded(self.bundle, name, self.device)
         return self._tensors[name]
@@ -145,25 +160,44 @@ class LoadedModel:
     def chain(self, calls: Sequence[BoundCall]) -> BoundCall:
         """Make one call of several: one CUDA graph where that was asked for.
 
-        They must be idempotent: a capture runs them once more.
+        They must be idempotent: a capture runs them once more. Offloaded blocks stay apart, each
+        with a graph of its own: the copies between them are not in any graph.
         """
-        if self.options.cuda_graphs and isinstance(self.backend, CapturingBackend):
+        if (
+            self.options.cuda_graphs
+            and isinstance(self.backend, CapturingBackend)
+            and not any(isinstance(call, OffloadedCall) for call in calls)
+        ):
             return self.backend.capture(calls)
         return _Chain(tuple(calls))
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Put what is enqueued inside on the engines' stream, where the backend has one."""
+        if isinstance(self.backend, StreamedBackend):
+            return self.backend.on_stream()
+        return nullcontext()
 
     def save_caches(self) -> None:
         """Keep what the backend compiled while running, for the next process."""
         if isinstance(self.backend, ProfiledBackend):
             self.backend.save_caches()
 
-    def _host_tensor(self, name: str) -> Tensor:
-        """Return a weight in host memory, pinned where there is a GPU to copy it to."""
-        tensor = self._merged.get(name)
-        if self.device.type != "cuda":
-            return self.bundle.tensor(name) if tensor is None else tensor
-        if tensor is None:
-            return uploaded(self.bundle, name, "pinned")
-        return tensor.pin_memory()
+    def _host_block(self, names: Sequence[str]) -> HostBlock:
+        """Return one block's weights in host memory, page-locked where a GPU copies them.
+
+        Sessions of one checkpoint share a block that no LoRA changes.
+        """
+        pinned = isinstance(self.backend, StreamedBackend)
+        key = (self.bundle.manifest.checkpoint.sha256, str(pinned), *names)
+        is_shared = not any(name in self._merged for name in names)
+        found = _PINNED.get(key) if is_shared else None
+        if found is None:
+            merged = {n: self._merged[n] for n in names if n in self._merged}
+            stored = {n: self.bundle.tensor(n) for n in names if n not in merged}
+            found = HostBlock({n: {**stored, **merged}[n] for n in names}, pinned=pinned)
+            if is_shared:
+                _PINNED[key] = found
+        return found
 
     def _check_options(self) -> None:
         if self.options.offload and self.manifest.weights == "baked":
@@ -177,10 +211,17 @@ class LoadedModel:
             )
         if isinstance(self.backend, CapturingBackend):
             self.backend.captures = self.options.cuda_graphs
-        if self.options.cuda_graphs and self.options.offload:
+        if self.options.device is None:
+            return
+        if not isinstance(self.backend, StreamedBackend):
+            raise RequestError("--device", f"means nothing to {self.backend.name}", "leave it out")
+        count = torch.cuda.device_count()
+        if not 0 <= self.options.device < count:
             raise RequestError(
-                "--cuda-graphs", "can't replay copies from host memory", "leave --offload out"
-            )
+                "--device", f"is {self.options.device}, and there are {count} GPUs",
+                f"give 0 to {count - 1}; nvidia-smi lists them",
+            )  # fmt: skip
+        self.backend.device = torch.device("cuda", self.options.device)
 
     def bind(self, graph: str, values: Mapping[str, Tensor], block: int = 0) -> BoundCall:
         """Bind ``graph`` to buffers by name, and to its weights.
@@ -218,13 +259,13 @@ class _Chain:
             call.run()
 
 
-def uploaded(bundle: Bundle, name: str, place: torch.device | str) -> Tensor:
+def uploaded(bundle: Bundle, name: str, place: torch.device) -> Tensor:
     """Return a weight on a device, the same tensor for all sessions of this process that hold it.
 
     Args:
         bundle: Where it lies; bundles of one checkpoint share their tensors.
         name: Tensor name.
-        place: A device, or ``pinned`` for page-locked host memory.
+        place: Where to.
     """
     tensor = bundle.tensor(name)
     if place == torch.device("cpu"):
@@ -232,6 +273,6 @@ def uploaded(bundle: Bundle, name: str, place: torch.device | str) -> Tensor:
     key = (bundle.manifest.checkpoint.sha256, name, str(place))
     found = _UPLOADED.get(key)
     if found is None:
-        found = tensor.pin_memory() if place == "pinned" else tensor.to(place)
+        found = tensor.to(place, copy=True)  # done when this returns, for every stream
         _UPLOADED[key] = found
     return found

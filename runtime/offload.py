@@ -1,26 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep the weights of the block loop in host memory, and bring each block's in time.
 
-Two sets of buffers on the device hold the weights of two blocks. While block i computes from one,
-block i + 1 is copied into the other on a stream of its own: from pinned memory, where there is a
-GPU. Bindings are made once, since a block always uses the same set. On a CPU the copies are plain
-ones, which serves tests alone.
+Two slabs on the device hold the weights of two blocks. While block i computes from one, block i + 1
+is copied into the other, in one piece and on a stream of its own: from page-locked memory, where
+there is a GPU. Bindings are made once, since a block always uses the same slab. On a CPU the copies
+are plain ones, which serves tests alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import mmap
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engines.base import BoundCall, Engine
+from ..configs.errors import RequestError
+from ..engines.base import ALIGNMENT, BoundCall, Engine
 
-__all__ = ["OffloadedWeights"]
+__all__ = ["HostBlock", "OffloadedCall", "OffloadedWeights"]
 
-SETS = 2
+SLABS = 2
+
+
+class HostBlock:
+    """The weights of one block, side by side in one piece of host memory.
+
+    Attributes:
+        memory: uint8 [bytes].
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, pinned: bool) -> None:
+        """Copy ``tensors`` in.
+
+        Args:
+            tensors: Weights in host memory, by name.
+            pinned: Lock the memory's pages, so that a GPU copies from it by itself.
+
+        Raises:
+            RequestError: the system does not let that much memory be locked.
+        """
+        self._places: dict[str, tuple[int, Tensor]] = {}
+        size = 0
+        for name, tensor in tensors.items():
+            self._places[name] = size, torch.empty_like(tensor, device="meta")
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        # PyTorch's allocator of pinned memory would round the size up to a power of two.
+        self.memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        for name, view in self.views(self.memory).items():
+            view.copy_(tensors[name])
+        if pinned:
+            self._lock(size)
+
+    def _lock(self, size: int) -> None:
+        address, cuda = self.memory.data_ptr(), torch.cuda.cudart()
+        status = int(cuda.cudaHostRegister(address, size, 0))
+        if status:
+            raise RequestError(
+                "--offload", f"{size} bytes of host memory can't be page-locked (CUDA error {status})",
+                "raise 'ulimit -l', free memory, or leave --offload out",
+            )  # fmt: skip
+        unlock = weakref.finalize(self, _unlock, address, cuda, torch.cuda.synchronize)
+        unlock.atexit = False
+
+    def views(self, slab: Tensor) -> dict[str, Tensor]:
+        """Return the weights as they lie in a slab that ``memory`` was or will be copied to."""
+        return {
+            name: slab[start : start + like.nbytes].view(like.dtype).view(like.shape)
+            for name, (start, like) in self._places.items()
+        }
+
+
+def _unlock(address: int, cuda: Any, synchronize: Callable[[], None]) -> None:
+    synchronize()  # a copy may still be under way
+    cuda.cudaHostUnregister(address)
 
 
 class OffloadedWeights:
@@ -28,12 +84,21 @@ class OffloadedWeights:
 
     Args:
         device: Where engines run.
-        read: Tensor name → weight in host memory.
+        read: Tensor names of a block → its weights in host memory.
+        streamed: Whether the device is one of CUDA, whose copies run beside its kernels.
+        capture: Makes a CUDA graph of a block's call; None where none is asked for.
     """
 
-    def __init__(self, device: torch.device, read: Callable[[str], Tensor]) -> None:
-        self._device, self._read = device, read
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(
+        self,
+        device: torch.device,
+        read: Callable[[Sequence[str]], HostBlock],
+        *,
+        streamed: bool,
+        capture: Callable[[Sequence[BoundCall]], BoundCall] | None = None,
+    ) -> None:
+        self._device, self._read, self._capture = device, read, capture
+        self._copies = torch.cuda.Stream(device) if streamed else None
         self._lanes: dict[frozenset[str], _Lane] = {}
 
     def bind(
@@ -50,89 +115,102 @@ class OffloadedWeights:
         """
         key = frozenset(weights.values())
         lane = self._lanes.setdefault(key, _Lane(self._device, self._copies))
+        names = {p: p.replace("{block}", str(block)) for p in sorted(key)}
         if not lane.has(block):
-            lane.add(block, {p: self._read(p.replace("{block}", str(block))) for p in key})
+            lane.add(block, self._read(list(names.values())))
         buffers = lane.buffers(block)
-        given = {name: buffers[pattern] for name, pattern in weights.items()}
-        return _OffloadedCall(lane, block, engine.bind({**bindings, **given}))
+        given = {name: buffers[names[pattern]] for name, pattern in weights.items()}
+        return OffloadedCall(lane, block, engine.bind({**bindings, **given}), self._capture)
 
     def resident_bytes(self) -> int:
-        """Return the bytes of all buffers on the device."""
+        """Return the bytes of all slabs on the device."""
         return sum(lane.resident_bytes() for lane in self._lanes.values())
 
 
-class _OffloadedCall:
+class OffloadedCall:
     """A bound block whose weights arrive before it runs."""
 
-    def __init__(self, lane: _Lane, block: int, bound: BoundCall) -> None:
-        self._lane, self._block, self._bound = lane, block, bound
+    def __init__(
+        self,
+        lane: _Lane,
+        block: int,
+        bound: BoundCall,
+        capture: Callable[[Sequence[BoundCall]], BoundCall] | None,
+    ) -> None:
+        self._lane, self._block, self._bound, self._capture = lane, block, bound, capture
 
     def run(self) -> None:
+        """Wait for the weights, run, and have the next block's fetched."""
         self._lane.take(self._block)
+        if self._capture is not None:  # its weights are here now, and a capture runs it once
+            self._bound, self._capture = self._capture([self._bound]), None
         self._bound.run()
         self._lane.release(self._block)
 
 
-class _Set:
-    """One set of buffers: whose weights it holds, when they are there, and when it is free."""
+class _Slab:
+    """Device memory of one block: whose weights it holds, when they are there, when it is free."""
 
-    def __init__(self, like: Mapping[str, Tensor], device: torch.device) -> None:
-        self.tensors = {n: torch.empty_like(t, device=device) for n, t in like.items()}
+    def __init__(self, size: int, device: torch.device, copies: Any) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: int | None = None
-        is_cuda = device.type == "cuda"
-        self.arrived: Any = torch.cuda.Event() if is_cuda else None
-        self.free: Any = torch.cuda.Event() if is_cuda else None
+        self.arrived: Any = None
+        self.free: Any = None
+        if copies is not None:
+            self.arrived, self.free = torch.cuda.Event(), torch.cuda.Event()
+            # The memory may be another's whose last work is still enqueued, before and after.
+            self.free.record(torch.cuda.current_stream(device))
+            self.memory.record_stream(copies)
 
 
 class _Lane:
-    """Blocks of equal weights in the order they run, and the sets that they take in turn."""
+    """Blocks of equal weights in the order they run, and the slabs that they take in turn."""
 
     def __init__(self, device: torch.device, copies: Any) -> None:
         self._device, self._copies = device, copies
-        self._stored: dict[int, Mapping[str, Tensor]] = {}
-        self._sets: list[_Set] = []
+        self._stored: dict[int, HostBlock] = {}
+        self._slabs: list[_Slab] = []
 
     def has(self, block: int) -> bool:
         return block in self._stored
 
-    def add(self, block: int, stored: Mapping[str, Tensor]) -> None:
+    def add(self, block: int, stored: HostBlock) -> None:
         """Take the weights of the next block, in host memory."""
         self._stored[block] = stored
-        if len(self._sets) < SETS:
-            self._sets.append(_Set(stored, self._device))
+        if len(self._slabs) < SLABS:
+            self._slabs.append(_Slab(stored.memory.numel(), self._device, self._copies))
 
     def buffers(self, block: int) -> Mapping[str, Tensor]:
-        """Return what the block computes from, by the names its weights were added under."""
-        return self._set_of(block).tensors
+        """Return what the block computes from, by the names of its weights."""
+        return self._stored[block].views(self._slab_of(block).memory)
 
     def take(self, block: int) -> None:
         """Have a block's weights in place before what is enqueued next."""
         self._fetch(block)
         if self._copies is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._set_of(block).arrived)
+            torch.cuda.current_stream(self._device).wait_event(self._slab_of(block).arrived)
 
     def release(self, block: int) -> None:
         """Note that the block is enqueued; fetch the one after it meanwhile, the last's is the first."""
         if self._copies is not None:
-            self._set_of(block).free.record(torch.cuda.current_stream(self._device))
+            self._slab_of(block).free.record(torch.cuda.current_stream(self._device))
         blocks = list(self._stored)
         self._fetch(blocks[(blocks.index(block) + 1) % len(blocks)])
 
     def resident_bytes(self) -> int:
-        return sum(t.nbytes for s in self._sets for t in s.tensors.values())
+        return sum(slab.memory.numel() for slab in self._slabs)
 
-    def _set_of(self, block: int) -> _Set:
-        return self._sets[list(self._stored).index(block) % SETS]
+    def _slab_of(self, block: int) -> _Slab:
+        return self._slabs[list(self._stored).index(block) % SLABS]
 
     def _fetch(self, block: int) -> None:
-        target = self._set_of(block)
+        target = self._slab_of(block)
         if target.holds == block:
             return
         target.holds = block
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             if self._copies is not None:
                 self._copies.wait_event(target.free)
-            for name, tensor in target.tensors.items():
-                tensor.copy_(self._stored[block][name], non_blocking=True)
+            target.memory.copy_(self._stored[block].memory, non_blocking=True)
             if self._copies is not None:
                 target.arrived.record(self._copies)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..engines.base import ALIGNMENT
+
 __all__ = ["ResidualRing"]
 
 
@@ -17,6 +19,10 @@ class ResidualRing:
     ``delta`` writes the next residual straight into the oldest slot, by binding that slot's
     address; what moves is the index of the newest slot. ``history`` is bound whole to ``reuse``,
     and ``mix`` is permuted to follow the slots.
+
+    Slots lie side by side, since ``history`` is one tensor. Where a residual's bytes are no multiple
+    of `ALIGNMENT`, which no model of real width has, ``delta`` writes beside the ring and `push`
+    copies.
 
     Attributes:
         history: [slots, batch, tokens, channels], on the engines' device.
@@ -33,6 +39,8 @@ class ResidualRing:
         self._host_mix = torch.zeros(slots, dtype=torch.float32)
         self.computed_steps: list[int] = []
         self._newest = -1
+        is_aligned = slots == 1 or self.history[0].nbytes % ALIGNMENT == 0
+        self._beside = None if is_aligned else torch.zeros_like(self.history[0])
 
     def reset(self) -> None:
         """Forget everything; zeros, since 0 · NaN of an old run would be NaN."""
@@ -46,12 +54,14 @@ class ResidualRing:
         return (self._newest + 1) % self.slots
 
     def slot(self, index: int) -> Tensor:
-        """Return a view of one slot, [batch, tokens, channels]."""
-        return self.history[index]
+        """Return where the residual of a slot is written, [batch, tokens, channels]."""
+        return self.history[index] if self._beside is None else self._beside
 
     def push(self, step_index: int) -> None:
         """Record that the residual of ``step_index`` was written to ``next_slot``."""
         self._newest = self.next_slot
+        if self._beside is not None:
+            self.history[self._newest].copy_(self._beside)
         self.computed_steps.insert(0, step_index)
         del self.computed_steps[self.slots :]
 

@@ -8,10 +8,11 @@ is then a handful of engine calls; nothing hidden-sized is copied or allocated b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ from .settings import carried_policy
 from .statistics import BranchStatistics, RunStatistics
 
 __all__ = ["OpenStep", "Recorder", "Session", "StepRecord"]
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def _on_stream(
+    method: Callable[Concatenate[Any, Given], Answer],
+) -> Callable[Concatenate[Any, Given], Answer]:
+    """Run a method on the engines' stream: the caller's is joined once before and once after."""
+
+    @wraps(method)
+    def run(self: Any, *given: Given.args, **named: Given.kwargs) -> Answer:
+        with self.model.on_stream():
+            return method(self, *given, **named)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,7 @@ class Session:
         self._prompts: dict[str, dict[str, Tensor]] = {}
         self._branches: dict[str, _Branch] = {}
 
+    @_on_stream
     def begin(
         self,
         timesteps: Tensor,
@@ -190,6 +208,7 @@ class Session:
         """The current run's policy, parameters and guard."""
         return self._resolved
 
+    @_on_stream
     def set_prompt(self, branch: str, states: Mapping[str, Tensor]) -> None:
         """Give a branch its prompt; its context is computed unless the prompt is the same.
 
@@ -225,6 +244,7 @@ class Session:
         else:
             self._branches.pop(branch, None)
 
+    @_on_stream
     def step(self, branch: str, step_index: int, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run one step of one branch.
 
@@ -290,6 +310,7 @@ class Session:
             self._record(branch, step_index, verdict.compute, cache.recorded(verdict))
         return state.model_output
 
+    @_on_stream
     def open_step(self, branch: str, step_index: int, inputs: Mapping[str, Tensor]) -> OpenStep:
         """Run ``head`` for any step of the run, and leave what follows to the caller.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from freewheel.runtime.generate import GenerationRequest, Generator
 from freewheel.runtime.settings import config_entries
 from freewheel.runtime.trace import Trace, TraceRecorder
 
-# The NumPy transcription of the policies serves several folders, and so do synthetic checkpoints.
-sys.path.insert(0, str(Path(__file__).parent / "policies"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+# The NumPy transcription of the policies serves several folders, and so do synthetic checkpoints
+# and the stand-in for TensorRT.
+for folder in ("policies", "../benchmarks", "rig"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 # A busy machine is not a failing one.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,6 +62,43 @@ def random_transformer(seed: int = 0, **config: object) -> WanTransformer3DModel
             scale = 0.1 if is_norm or parameter.ndim == 1 else parameter[0].numel() ** -0.5
             parameter.copy_(spread * scale + (1.0 if is_norm else 0.0))
     return model
+
+
+@pytest.fixture(scope="session")
+def real_trt(request: pytest.FixtureRequest) -> Any:
+    """The real Python bindings of a TensorRT package, over a stub of its libraries or installed."""
+    import real_bindings
+
+    name = getattr(request, "param", "tensorrt newest")
+    if name == "tensorrt-rtx":
+        return pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    newest = name == "tensorrt newest"
+    try:
+        return real_bindings.bindings(real_bindings.NEWEST if newest else real_bindings.OLDEST)
+    except real_bindings.BindingsUnavailable as fault:
+        pytest.skip(str(fault))
+
+
+@pytest.fixture
+def host_device() -> Iterator[Any]:
+    """A GPU feigned in host memory, which sees every operation of torch during the test."""
+    from host_device import HostDevice
+
+    with HostDevice() as device:
+        yield device
+
+
+@pytest.fixture
+def feigned(real_trt: Any, host_device: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Install a stand-in for `real_trt` on `host_device`; returns its `Installation`."""
+    from host_device import feign_cuda
+    from stand_in import StandInModule
+
+    name = "tensorrt_rtx" if "rtx" in real_trt.__name__ else "tensorrt"
+    module = StandInModule(name, real_trt, host_device)
+    monkeypatch.setitem(sys.modules, name, module)
+    feign_cuda(monkeypatch, host_device)
+    return module.stand_in
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ ONLY_IN = {
     "onnxruntime": ("engines/onnxruntime.py",),
     "onnxscript": ("passes/optimize_graph.py",),
     "openvino": ("engines/openvino.py",),
-    "polygraphy": ("compiler", "engines"),
+    "polygraphy": ("compiler",),
     "rich": ("compiler", "console.py"),
     "skimage": ("runtime/quality.py",),
     "tensorrt": ("engines/tensorrt.py",),

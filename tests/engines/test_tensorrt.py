@@ -79,7 +79,7 @@ def test_several_targets_share_one_plan(build):
 
 def test_without_targets_the_usual_ones_are_taken_and_recorded(build):
     _, record = build("matmul_bf16", Target("bfloat16", MATMUL))
-    assert record["machine"] == "sm8.0 sm8.6 sm8.9 sm12.0"
+    assert record["machine"] == "sm8.6 sm8.9 sm12.0"
 
 
 def test_equal_graphs_give_equal_plans(build):
@@ -119,7 +119,7 @@ def test_options_reach_the_builder_and_the_record(build):
         "builder_optimization_level": 1,
         "workspace_bytes": 2**28,
         "max_aux_streams": 0,
-        "weight_streaming": True,
+        "tiling_optimization_level": "fast",
     }
     _, record = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",), options))
     assert record["details"]["options"] == options
@@ -215,12 +215,12 @@ def test_probe_tells_building_here_from_running_here():
 
 def test_probe_refuses_a_gpu_that_the_package_does_not_know(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Hopper")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Hopper")
     found = TensorRTRTX.probe()
     assert not found.available
     assert "compute capability 9.0 is none of 7.5, 8.0" in found.reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     assert TensorRTRTX.probe().available
 
 
@@ -254,8 +254,8 @@ def test_an_engine_for_something_else_is_refused(build, monkeypatch, changes, wh
     folder, record = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
     (folder / "engine.json").write_text(json.dumps({**record, **changes}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "RTX")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "RTX")
     with pytest.raises(BundleError) as caught:
         TensorRTRTX().load(folder)
     assert what in caught.value.what
@@ -263,15 +263,26 @@ def test_an_engine_for_something_else_is_refused(build, monkeypatch, changes, wh
 
 
 def test_tensorrt_compiles_for_the_gpu_at_hand_only(graph, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     refused = Target("float32", MATMUL, ("8.0",))
     with pytest.raises(BuildError, match=r"the GPU here is 8\.9"):
         TensorRT()._capabilities(None, refused, str(graph("matmul")))
     assert TensorRT()._capabilities(None, Target(), "here") == ("8.9",)
 
 
+@pytest.mark.parametrize("option", ["hardware_compatibility_level", "preview_features"])
+def test_an_unknown_name_of_an_option_is_refused_with_the_known_ones(option):
+    with pytest.raises(BuildError, match=rf"option '{option}': 'ampere' is not among .*_"):
+        TensorRTRTX().complete(Target(options={option: "ampere"}))
+
+
+def test_weight_streaming_is_no_option_since_weights_are_inputs():
+    with pytest.raises(BuildError, match="no such build option"):
+        TensorRTRTX().complete(Target(options={"weight_streaming": True}))
+
+
 def test_a_target_is_completed_before_anything_is_traced():
-    assert TensorRTRTX().complete(Target()).compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
+    assert TensorRTRTX().complete(Target()).compute_capabilities == ("8.6", "8.9", "12.0")
     asked = Target(compute_capabilities=("12.0",), options={"builder_optimization_level": 5})
     assert TensorRTRTX().complete(asked) == asked
     with pytest.raises(BuildError, match=r"backend 'tensorrt-rtx': .*'9.0' is unknown"):

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
-import pytest
-
-from freewheel.engines.tensorrt_build import known_capabilities
+from freewheel.engines.tensorrt_build import _profiles, known_capabilities
 
 
 def test_capabilities_are_spelled_with_a_dot_in_rising_order():
@@ -15,22 +11,10 @@ def test_capabilities_are_spelled_with_a_dot_in_rising_order():
     assert known_capabilities(trt) == ["7.5", "8.9", "12.0"]
 
 
-@pytest.mark.tensorrt
-def test_a_process_that_compiled_with_the_other_package_is_refused():
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    code = """
-import polygraphy.config
-polygraphy.config.USE_TENSORRT_RTX = False
-import polygraphy.backend.trt
-import tensorrt_rtx
-from freewheel.engines.tensorrt_build import _create_config
-from freewheel.configs.errors import BuildError
-try:
-    _create_config(tensorrt_rtx, None, None, {}, {}, capabilities=(), timing_cache=None,
-                   monitor=None)
-except BuildError as fault:
-    assert "has compiled with tensorrt before" in str(fault), fault
-else:
-    raise AssertionError
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_range_becomes_two_profiles_and_one_size_one():
+    wide = {"x": ((1, 4), (2, 4), (3, 4)), "y": ((4,), (4,), (4,))}
+    usual = {"x": ((2, 4),) * 3, "y": ((4,),) * 3}
+    assert _profiles(wide, chooses_kernels=True) == [wide, usual]
+    assert _profiles(wide, chooses_kernels=False) == [wide]
+    assert _profiles(usual, chooses_kernels=True) == [usual]
+    assert _profiles({}, chooses_kernels=True) == []

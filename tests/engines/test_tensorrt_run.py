@@ -1,257 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run path against stand-ins that accept only what the installed package offers.
+"""The run path over real signatures of every TensorRT admitted, executed by the stand-in."""
 
-Every attribute must exist on the real class, every call must fit a real signature (they are read
-from the docstrings of the binding), and every argument must be of the documented kind.
-"""
+from __future__ import annotations
 
 import ast
 import functools
-import re
-from contextlib import nullcontext
-from types import SimpleNamespace
+import importlib.util
+import json
+import sys
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from host_device import PLACE, RaceError
+from real_bindings import FOLDER
+from stand_in import plan_of
 
-from freewheel.configs.errors import RequestError
-from freewheel.engines import TensorSpec
-from freewheel.engines.record import EngineRecord, engine_folder
-from freewheel.engines.tensorrt import TensorRTRTX
-from freewheel.engines.tensorrt_run import CapturedCalls, Scratch, TensorRTEngine
+from freewheel.configs.errors import BackendUnavailable, BundleError, RequestError
+from freewheel.engines import Target
+from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
 
-trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytestmark = pytest.mark.tensorrt
-
-
-class StandIn:
-    """Answers like an object of a binding's class, and notes what it was asked."""
-
-    def __init__(self, real, **answers):
-        self.__dict__.update(real=real, answers=answers, calls=[])
-
-    def __getattr__(self, name):
-        member = getattr(self.real, name)  # AttributeError: the package has no such thing
-        answer = self.answers.get(name)
-        if isinstance(member, property):
-            return answer
-
-        def call(*arguments):
-            check_call(member, arguments)
-            self.calls.append((name, *arguments))
-            return answer(*arguments) if callable(answer) else answer
-
-        return call
-
-    def __setattr__(self, name, value):
-        assert isinstance(getattr(self.real, name), property), f"'{name}' can't be set"
-        self.calls.append((name, value))
-
-    def asked(self, name):
-        return [call[1:] for call in self.calls if call[0] == name]
-
-
-def check_call(member, arguments):
-    signatures = re.findall(
-        r"\(self: [^,)]+((?:, [^()]*(?:\([^()]*\))?[^()]*)?)\) ->", member.__doc__
-    )
-    assert signatures, f"no signature in the docstring of {member}"
-    assert any(fits(text, arguments) for text in signatures), (
-        f"{member.__name__}{arguments} fits none of {signatures}"
-    )
-
-
-def fits(signature, arguments):
-    parameters = [p for p in re.split(r", (?=\w+: )", signature) if p]
-    required = [p for p in parameters if " = " not in p]
-    if not len(required) <= len(arguments) <= len(parameters):
-        return False
-    kinds = (p.split(": ", 1)[1].split(" = ")[0] for p in parameters)
-    return all(is_kind(a, kind) for kind, a in zip(kinds, arguments, strict=False))
-
-
-def is_kind(argument, kind):
-    if kind.endswith("SupportsInt"):
-        return isinstance(argument, int)
-    if kind.endswith("Buffer"):
-        return memoryview(argument) is not None
-    real = argument.real if isinstance(argument, StandIn) else type(argument)
-    return real.__name__ == re.split(r"[.:]", kind)[-1]
-
-
-RECORD = EngineRecord(
-    "tensorrt-rtx",
-    trt.__version__,
-    "sm8.9",
-    "float32",
-    {"x": TensorSpec("float32", ("tokens", 4)), "w": TensorSpec("float32", (4, 4))},
-    {"out": TensorSpec("float32", ("tokens", 4))},
+every_tensorrt = pytest.mark.parametrize(
+    "real_trt", ["tensorrt newest", "tensorrt oldest", "tensorrt-rtx"], indirect=True
 )
+PROFILE = {"x": ((1, 1, 64), (1, 4, 64), (2, 9, 64))}
 
 
-@pytest.fixture(autouse=True)
-def stream(monkeypatch):
-    found = SimpleNamespace(cuda_stream=77, synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: found)
-    return found
-
-
-def make_context(**answers):
-    defaults = {
-        "set_input_shape": True,
-        "set_tensor_address": True,
-        "infer_shapes": [],
-        "get_tensor_shape": lambda name: trt.Dims([6, 4]),
-        "update_device_memory_size_for_shapes": 1024,
-        "execute_async_v3": True,
-        "is_stream_capturable": True,
-    }
-    return StandIn(trt.IExecutionContext, **{**defaults, **answers})
-
-
-def make_plan(contexts, **answers):
-    queue = iter(contexts)
-    defaults = {
-        "get_tensor_location": trt.TensorLocation.DEVICE,
-        "create_execution_context": lambda *_: next(queue),
-        "get_tensor_profile_shape": [trt.Dims([1, 4]), trt.Dims([2, 4]), trt.Dims([5, 4])],
-    }
-    return StandIn(trt.ICudaEngine, **{**defaults, **answers})
-
-
-def make_engine(*contexts, config=None, scratch=None, **answers):
-    plan = make_plan(contexts, **answers)
-    return TensorRTEngine(
-        trt,
-        plan,
-        RECORD,
-        name="block",
-        scratch=scratch or Scratch(torch.device("cpu")),
-        runtime=None,
-        runtime_config=config,
-    ), plan
-
-
-def tensors():
-    return {"x": torch.zeros(6, 4), "w": torch.zeros(4, 4), "out": torch.zeros(6, 4)}
-
-
-def test_binding_sets_every_shape_address_and_the_scratch_memory():
-    context = make_context()
-    engine, plan = make_engine(context)
-    bindings = tensors()
-    call = engine.bind(bindings)
-    assert plan.asked("create_execution_context") == [
-        (trt.ExecutionContextAllocationStrategy.USER_MANAGED,)
-    ]
-    assert context.asked("set_input_shape") == [("x", (6, 4)), ("w", (4, 4))]
-    assert dict(context.asked("set_tensor_address")) == {
-        name: tensor.data_ptr() for name, tensor in bindings.items()
-    }
-    for _ in range(3):
-        call.run()
-    assert context.asked("set_device_memory") == [(engine.scratch.memory.data_ptr(), 1024)]
-    assert context.asked("execute_async_v3") == [(77,)] * 3
-
-
-def test_the_default_stream_is_left_to_a_stream_of_ours_and_waits_for_it(stream, monkeypatch):
-    waits = []
-    own = SimpleNamespace(cuda_stream=99, wait_stream=lambda other: waits.append(("own", other)))
-    stream.cuda_stream, stream.wait_stream = 0, lambda other: waits.append(("default", other))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
-    context = make_context(
-        execute_async_v3=lambda handle: waits.append(("enqueued", handle)) or True
-    )
-    engine, _ = make_engine(context)
-    engine.bind(tensors()).run()
-    assert waits == [("own", stream), ("enqueued", 99), ("default", own)]
-
-
-def test_engines_of_a_session_share_the_largest_scratch_memory():
-    scratch = Scratch(torch.device("cpu"))
-    small = make_context()
-    large = make_context(update_device_memory_size_for_shapes=4096)
-    first, _ = make_engine(small, scratch=scratch)
-    second, _ = make_engine(large, scratch=scratch)
-    call = first.bind(tensors())
-    call.run()
-    second.bind(tensors()).run()
-    call.run()  # with the grown memory
-    assert scratch.memory.numel() == 4096
-    address = scratch.memory.data_ptr()
-    assert small.asked("set_device_memory")[-1] == (address, 1024)
-    assert large.asked("set_device_memory") == [(address, 4096)]
-
-
-def test_a_shape_outside_the_profile_is_named():
-    engine, _ = make_engine(make_context(set_input_shape=lambda name, shape: name != "x"))
-    with pytest.raises(RequestError) as caught:
-        engine.bind(tensors())
-    assert "'x'" in caught.value.where
-    assert "[6, 4] is outside the engine's profile [1, 4] to [5, 4]" in caught.value.what
-    assert "rebuild" in caught.value.hint
-
-
-def test_an_output_of_another_shape_is_named():
-    engine, _ = make_engine(make_context(get_tensor_shape=lambda name: trt.Dims([9, 4])))
-    with pytest.raises(RequestError, match=r"\[6, 4\] but the graph gives \[9, 4\]"):
-        engine.bind(tensors())
-
-
-def test_a_failed_enqueue_is_an_error():
-    engine, _ = make_engine(make_context(execute_async_v3=False))
-    with pytest.raises(RequestError, match="could not enqueue"):
-        engine.bind(tensors()).run()
-
-
-def test_shape_tensors_stay_on_the_host():
-    host = trt.TensorLocation.HOST
-    engine, _ = make_engine(get_tensor_location=lambda name: host if name == "w" else None)
-    assert engine.host_tensors == {"w"}
-
-
-def test_captured_calls_run_once_and_are_replayed(monkeypatch):
-    replays = []
-    graph = SimpleNamespace(replay=lambda: replays.append(1))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda found, capture_error_mode: nullcontext())
-    context, larger = make_context(), make_context(update_device_memory_size_for_shapes=4096)
-    scratch = Scratch(torch.device("cpu"))
-    captured = CapturedCalls([make_engine(context, scratch=scratch)[0].bind(tensors())])
-    captured.run()
-    captured.run()
-    assert len(context.asked("execute_async_v3")) == 2  # to settle kernels, and in the capture
-    assert context.asked("is_stream_capturable") == [(77,)]
-    assert len(replays) == 2
-    make_engine(larger, scratch=scratch)[0].bind(tensors())
-    captured.run()
-    assert len(context.asked("execute_async_v3")) == 4  # the scratch memory moved
-    assert context.asked("set_device_memory")[-1] == (scratch.memory.data_ptr(), 1024)
-    assert len(replays) == 3
-
-
-def test_what_cannot_be_captured_is_named():
-    engine, _ = make_engine(make_context(is_stream_capturable=False))
-    with pytest.raises(RequestError, match="engine 'block': can't be recorded"):
-        CapturedCalls([engine.bind(tensors())])
+def backend_of(real_trt, **settings):
+    kind = TensorRTRTX if "rtx" in real_trt.__name__ else TensorRT
+    return kind(device=PLACE, **settings)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "RTX")
+def backend(feigned, real_trt):
+    return backend_of(real_trt)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    with engine_folder(tmp_path / "engine") as partial:
-        (partial / "model.plan").write_bytes(b"plan")
-        RECORD.write(partial)
-    return tmp_path / "engine"
+def compiled(backend, graph, feigned):
+    """A folder with a compiled matmul."""
+    path = graph("matmul")
+    target = Target("float32", PROFILE, ("8.9",))
+    backend.compile(path, target, path.parent / "engine")
+    return path.parent / "engine"
 
 
-def test_every_name_that_the_sources_take_from_the_package_is_there(repository):
+@pytest.fixture
+def engine(backend, compiled):
+    return backend.load(compiled)
+
+
+def tensors(tokens=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(1, tokens, 64, generator=generator),
+        "w": torch.randn(64, 64, generator=generator),
+        "out": torch.zeros(1, tokens, 64),
+    }
+
+
+@every_tensorrt
+def test_a_compiled_graph_runs_and_gives_what_onnxruntime_gives(engine, feigned):
+    bound = tensors()
+    engine.bind(bound).run()
+    torch.testing.assert_close(bound["out"], bound["x"] @ bound["w"])
+    (context,) = feigned.contexts
+    assert context._memory is not None
+    assert feigned.counts["enqueues on the default stream"] == 0
+
+
+def test_the_wheel_disturbs_nothing(real_trt):
+    found = importlib.util.find_spec("tensorrt")
+    assert found is None or not Path(str(found.origin)).is_relative_to(FOLDER)
+    assert "tensorrt_bindings" not in sys.modules
+    assert not hasattr(real_trt.IExecutionContext, "is_stream_capturable")
+
+
+@every_tensorrt
+def test_every_name_that_the_sources_take_from_the_package_is_there(repository, real_trt):
     """Chains like `trt.MemoryPoolType.WORKSPACE`, wherever they stand."""
     found = set()
     for path in sorted((repository / "engines").glob("tensorrt*.py")):
@@ -266,52 +94,304 @@ def test_every_name_that_the_sources_take_from_the_package_is_there(repository):
                 found.add(tuple(chain[1:]))
     found.discard(())
     assert {("Runtime",), ("TensorLocation", "HOST"), ("OnnxParser",)} <= found
+    rtx_alone = {"ComputeCapability", "DynamicShapesKernelSpecializationStrategy"}
     for chain in found:
-        functools.reduce(getattr, chain, trt)  # AttributeError: the package has no such thing
+        if "rtx" in real_trt.__name__ or not (
+            chain[0] in rtx_alone or chain[-1] == "REQUIRE_USER_ALLOCATION"
+        ):
+            functools.reduce(getattr, chain, real_trt)  # AttributeError: no such thing
 
 
-def test_loading_shares_one_runtime_cache_and_keeps_it_in_a_file(gpu, folder, monkeypatch):
-    cache = StandIn(trt.IRuntimeCache, serialize=b"kernels", deserialize=True)
-    configs = [
-        StandIn(trt.IRuntimeConfig, create_runtime_cache=cache, set_runtime_cache=True)
-        for _ in range(3)
-    ]
-    queue = iter(configs)
-    plan = make_plan([make_context()], create_runtime_config=lambda: next(queue))
-    runtime = StandIn(trt.Runtime, deserialize_cuda_engine=plan)
-    monkeypatch.setattr(trt, "Runtime", lambda journal: runtime)
-
-    backend = TensorRTRTX(cache_folder=folder.parent / "cache", device=torch.device("cpu"))
-    engines = [backend.load(folder) for _ in range(2)]
-    engines[0].bind(tensors()).run()
-    assert plan.asked("create_execution_context") == [(configs[0],)]
-    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    for config in configs[:2]:
-        assert config.asked("set_execution_context_allocation_strategy") == [(strategy,)]
-        assert config.asked("set_runtime_cache") == [(cache,)]
-    assert len(configs[1].asked("create_runtime_cache")) == 0
-    backend.synchronize()
-    backend.save_caches()
-    assert (folder.parent / "cache" / "tensorrt_rtx.runtime").read_bytes() == b"kernels"
-
-    TensorRTRTX(cache_folder=folder.parent / "cache", device=torch.device("cpu")).load(folder)
-    assert cache.asked("deserialize") == [(b"kernels",)]
+@every_tensorrt
+def test_scratch_memory_is_that_of_the_shapes_and_shared(backend, compiled, feigned):
+    first = backend.load(compiled)
+    small, large = tensors(2), tensors(9)
+    call = first.bind(small)
+    size = backend.lane.memory.numel()
+    call.run()
+    other = backend.load(compiled).bind(large)
+    assert backend.lane.memory.numel() > size
+    other.run()
+    call.run()  # with the grown memory
+    for bound in (small, large):
+        torch.testing.assert_close(bound["out"], bound["x"] @ bound["w"])
 
 
-def test_a_plan_that_the_runtime_refuses_is_a_bundle_error(gpu, folder):
-    from freewheel.configs.errors import BundleError
+@every_tensorrt
+def test_a_call_on_the_default_stream_joins_it_at_both_ends(engine, host_device):
+    bound = tensors()
+    call = engine.bind(bound)
+    host_device.reset_counts()
+    call.run()
+    assert host_device.counts["waits"] == 2
+    bound["out"].add_(1)  # on the default stream: a RaceError, were it not waited for
+    with engine.lane.joined():
+        host_device.reset_counts()
+        call.run()
+        call.run()
+        assert host_device.counts["waits"] == 0
 
+
+def test_the_stand_in_finds_a_missing_wait(engine):
+    bound = tensors()
+    call = engine.bind(bound)
+    stream = torch.cuda.Stream()
+    call.run()
+    with torch.cuda.stream(stream), pytest.raises(RaceError, match="is not waited for"):
+        bound["out"].add_(1)
+
+
+@every_tensorrt
+def test_captured_calls_are_replayed_on_the_engines_stream(real_trt, compiled, feigned):
+    backend = backend_of(real_trt, captures=True)
+    engine = backend.load(compiled)
+    bound = tensors()
+    call = engine.bind(bound)
+    captured = backend.capture([call, call])
+    enqueued = feigned.counts["enqueues"]
+    assert enqueued == 4  # to settle kernels, and in the capture
+    for seed in (1, 2):
+        for name, tensor in tensors(seed=seed).items():
+            bound[name].copy_(tensor)
+        captured.run()
+        torch.testing.assert_close(bound["out"], bound["x"] @ bound["w"])
+    assert feigned.counts["enqueues"] == enqueued
+    assert feigned.device.counts["replays"] == 2
+    engine.bind(tensors(9))  # the scratch memory moves
+    captured.run()
+    assert feigned.device.counts["captures"] == 2
+
+
+@every_tensorrt
+def test_what_cannot_be_captured_is_an_error_of_ours(real_trt, engine, backend, feigned):
+    call = engine.bind(tensors())
+    feigned.refuses = {"capture"}
+    if "rtx" in real_trt.__name__:
+        with pytest.raises(RequestError, match="engine 'engine': can't be recorded"):
+            backend.capture([call])
+    feigned.refuses = set()
+    call.run()
+
+    class Forbidding:
+        lane = call.lane
+        asked = 0
+
+        def require_capturable(self):
+            pass
+
+        def run(self):
+            self.asked += 1
+            if self.asked > 1:
+                torch.cuda.current_stream().synchronize()
+
+    with pytest.raises(RequestError, match=r"--cuda-graphs: .*not permitted when stream is capt"):
+        backend.capture([Forbidding()])
+
+
+def test_rtx_engines_require_user_allocation_and_regular_ones_do_not_have_it(real_trt, engine):
+    about = engine._plan._about
+    assert ("REQUIRE_USER_ALLOCATION" in about["flags"]) == ("rtx" in real_trt.__name__)
+
+
+@every_tensorrt
+@pytest.mark.parametrize(
+    ("refused", "what"),
+    [
+        ("context", "makes no execution context: Error Code 2: OutOfMemory"),
+        ("enqueue", "can't be enqueued: Error Code 1: Cuda Runtime"),
+    ],
+)
+def test_nvidias_own_text_reaches_the_user(engine, feigned, refused, what):
+    feigned.refuses = {refused}
+    with pytest.raises(RequestError, match=what):
+        engine.bind(tensors()).run()
+
+
+def test_no_room_for_activations_is_an_error_of_ours(engine, monkeypatch):
+    def full(size, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    bound = tensors()
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(RequestError, match=r"engine 'engine': activations take \d+ bytes.*9 GiB"):
+        engine.bind(bound)
+
+
+def test_an_address_that_is_not_aligned_is_our_bug(engine):
+    bound = tensors()
+    bound["x"] = torch.zeros(2 * 3 * 64 + 1)[1 : 1 + 3 * 64].view(1, 3, 64)
+    with pytest.raises(AssertionError, match="not at 256 bytes"):
+        engine.bind(bound)
+
+
+def test_a_shape_outside_the_profile_is_named(engine):
+    with pytest.raises(RequestError) as caught:
+        engine.bind(tensors(12))
+    assert "'x'" in caught.value.where
+    assert (
+        "[1, 12, 64] is outside the engine's profile [1, 1, 64] to [2, 9, 64]" in caught.value.what
+    )
+    assert "rebuild" in caught.value.hint
+
+
+def test_an_output_of_another_shape_is_named(engine):
+    engine.outputs["out"] = type(engine.outputs["out"])("float32", ("batch", "others", 64))
+    bound = {**tensors(), "out": torch.zeros(1, 5, 64)}
+    with pytest.raises(RequestError, match=r"\[1, 5, 64\] but the graph gives \[1, 3, 64\]"):
+        engine.bind(bound)
+
+
+@every_tensorrt
+def test_the_usual_size_has_a_profile_of_its_own_where_kernels_are_chosen_ahead(
+    engine, feigned, real_trt
+):
+    count = 1 if "rtx" in real_trt.__name__ else 2
+    assert engine._plan.num_optimization_profiles == count
+    for tokens, profile in ((4, count - 1), (3, 0)):
+        bound = tensors(tokens)
+        engine.bind(bound).run()
+        assert feigned.contexts[-1].active_optimization_profile == profile
+        torch.testing.assert_close(bound["out"], bound["x"] @ bound["w"])
+
+
+def test_shape_tensors_stay_on_the_host(backend, compiled, graph):
+    model = onnx.load(graph("matmul"))
+    plan = plan_of(model, [{"x": [[1, 1, 64], [1, 4, 64], [2, 9, 64]]}], host=["w"])
+    (compiled / "model.plan").write_bytes(plan)
+    record = json.loads((compiled / "engine.json").read_text())
+    record["files"]["model.plan"] = len(plan)
+    (compiled / "engine.json").write_text(json.dumps(record))
+    assert backend.load(compiled).host_tensors == {"w"}
+
+
+@every_tensorrt
+def test_a_plan_that_the_runtime_refuses_is_a_bundle_error(backend, compiled):
+    plan = compiled / "model.plan"
+    plan.write_bytes(b"x" * plan.stat().st_size)
     with pytest.raises(BundleError) as caught:
-        TensorRTRTX().load(folder)
+        backend.load(compiled)
     assert "model.plan" in caught.value.where
-    assert caught.value.what
+    assert "Serialization assertion" in caught.value.what
 
 
-def test_the_stand_in_refuses_what_the_package_lacks():
-    context = make_context()
+def test_a_runtime_that_cannot_be_made_says_why(backend, compiled, real_trt, feigned):
+    feigned.classes["Runtime"] = real_trt.Runtime  # over the stub, which returns null
+    with pytest.raises(BackendUnavailable, match=r"makes no runtime .*nvidia-smi"):
+        backend.load(compiled)
+
+
+def test_an_older_tensorrt_is_unavailable_and_says_what_it_lacks(feigned, monkeypatch):
+    monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "10.14.1.48.post1")
+    found = TensorRT.probe()
+    assert not found.available
+    assert "older than 10.15: attention came with 10.14" in found.reason
+    assert found.install == "pip install 'tensorrt>=10.15'"
+
+
+def test_a_timing_cache_of_another_gpu_is_an_empty_one(graph, feigned, real_trt, tmp_path):
+    path, folder = graph("matmul"), tmp_path / "cache"
+    backend = backend_of(real_trt, cache_folder=folder)
+    cache = folder / f"tensorrt-{real_trt.__version__}-Feigned-GPU.timing"
+    for content in (None, b"timings of another GPU"):
+        if content is not None:
+            cache.write_bytes(content)
+        backend.compile(path, Target("float32", PROFILE), path.parent / "engine")
+        assert cache.read_bytes() == b"timings of this GPU"
+
+
+@every_tensorrt
+def test_options_and_previews_reach_the_builder(graph, backend, feigned, real_trt):
+    options = {
+        "builder_optimization_level": 1, "max_aux_streams": 0, "workspace_bytes": 2**20,
+        "hardware_compatibility_level": "ampere_plus", "tiling_optimization_level": "fast",
+        "preview_features": "aliased_plugin_io_10_03",
+    }  # fmt: skip
+    path = graph("matmul")
+    backend.compile(path, Target("float32", PROFILE, ("8.9",), options), path.parent / "engine")
+    (config,) = feigned.configs
+    assert config._previews == {
+        "RUNTIME_ACTIVATION_RESIZE_10_10": True, "ALIASED_PLUGIN_IO_10_03": True,
+    }  # fmt: skip
+    assert config.builder_optimization_level == 1
+    assert config.max_aux_streams == 0
+    assert config._pools == {"WORKSPACE": 2**20}
+    assert config.hardware_compatibility_level == real_trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert config.tiling_optimization_level == real_trt.TilingOptimizationLevel.FAST
+
+
+def test_hardware_compatible_engines_run_on_later_gpus(graph, feigned, backend, monkeypatch):
+    path, out = graph("matmul"), graph("matmul").parent / "engine"
+    options = {"hardware_compatibility_level": "ampere_plus"}
+    backend.compile(path, Target("float32", PROFILE, (), options), out)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    backend.load(out).bind(tensors()).run()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(BundleError, match=r"compiled for sm8\.9, but the GPU here is sm7\.5"):
+        backend.load(out)
+
+
+@pytest.mark.parametrize("real_trt", ["tensorrt-rtx"], indirect=True)
+def test_rtx_shares_one_kernel_cache_and_keeps_it_by_gpu(compiled, feigned, real_trt, tmp_path):
+    folder = tmp_path / "cache"
+    backend = backend_of(real_trt, cache_folder=folder, captures=True)
+    engines = [backend.load(compiled) for _ in range(2)]
+    for engine in engines:
+        engine.bind(tensors()).run()
+    first, second = (c._config for c in feigned.contexts)
+    assert first._cache is second._cache
+    eager = real_trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert first.dynamic_shapes_kernel_specialization_strategy == eager
+    backend.save_caches()
+    (path,) = folder.iterdir()
+    assert path.name == f"tensorrt_rtx-{real_trt.__version__}-Feigned-GPU.runtime"
+    again = backend_of(real_trt, cache_folder=folder)
+    again.load(compiled).bind(tensors()).run()
+    assert feigned.contexts[-1]._config._cache._taken == [path.read_bytes()]
+
+
+def test_the_device_of_an_index_is_where_streams_and_memory_are_made(
+    feigned, real_trt, compiled, monkeypatch
+):
+    asked = []
+    make = torch.cuda.Stream
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: asked.append(device) or make())
+    backend = backend_of(real_trt)
+    backend.load(compiled).bind(tensors())
+    assert asked == [PLACE]
+
+
+def test_the_stand_in_refuses_what_the_package_lacks(engine, feigned):
+    engine.bind(tensors())
+    (context,) = feigned.contexts
     with pytest.raises(AttributeError):
         context.set_device_memory_v9(1)
-    with pytest.raises(AssertionError, match="fits none"):
+    with pytest.raises(AttributeError):
+        context.is_stream_capturable(1)
+    with pytest.raises(TypeError, match="fits none"):
         context.set_device_memory(1)
-    with pytest.raises(AssertionError, match="fits none"):
+    with pytest.raises(TypeError, match="fits none"):
         context.execute_async_v3("stream")
+
+
+def test_the_stand_in_insists_on_the_protocol(engine, feigned):
+    engine.bind(tensors())
+    (plan,) = {c._engine for c in feigned.contexts}
+    strategy = feigned.real.ExecutionContextAllocationStrategy
+    with pytest.raises(AssertionError, match="memory of its own"):
+        plan.create_execution_context(strategy.STATIC)
+    context = plan.create_execution_context(strategy.USER_MANAGED)
+    with pytest.raises(AssertionError, match="before every input's shape"):
+        context.update_device_memory_size_for_shapes()
+    with pytest.raises(AssertionError, match="before 'x' has an address"):
+        context.execute_async_v3(1)
+    assert not context.set_tensor_address("x", 100)
+    context.set_input_shape("x", (1, 3, 64))
+    context.set_input_shape("w", (64, 64))
+    size = context.update_device_memory_size_for_shapes()
+    with pytest.raises(AssertionError, match="bytes of scratch memory given"):
+        context.set_device_memory(engine.lane.memory.data_ptr(), size - 1)
+    with pytest.raises(AssertionError, match="are not all allocated"):
+        context.set_device_memory(ALIGNED_NOWHERE, size)
+
+
+ALIGNED_NOWHERE = 1 << 20

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from host_device import PLACE, feign_cuda
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import RequestError
 from freewheel.configs.setting import CacheSetting
 from freewheel.runtime.lora import Lora
 from freewheel.runtime.model import DeviceOptions, LoadedModel, uploaded
-from freewheel.runtime.offload import OffloadedWeights
+from freewheel.runtime.offload import HostBlock, OffloadedWeights
 from freewheel.runtime.session import Session
 
 OFFLOAD = DeviceOptions(offload=True)
@@ -58,7 +59,7 @@ def test_two_blocks_are_resident_however_many_there_are(tiny_bundle: Bundle) -> 
     model = LoadedModel(tiny_bundle, "onnxruntime", options=OFFLOAD)
     run(model, "adacache")  # binds blocks, their tapped variant and their context
     one_block = sum(
-        tiny_bundle.tensor(name.replace("{block}", "0")).nbytes
+        -(-tiny_bundle.tensor(name.replace("{block}", "0")).nbytes // 256) * 256
         for graph in ("block", "context")
         for name in manifest.graphs[graph].weights.values()
     )
@@ -66,70 +67,100 @@ def test_two_blocks_are_resident_however_many_there_are(tiny_bundle: Bundle) -> 
     assert model._offloaded.resident_bytes() == 2 * one_block
 
 
-class Streams:
-    """Two CUDA streams and their events, as a log of what each is told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        compute, copies = self.stream("compute"), self.stream("copies")
-        self.names = iter(["0 here", "0 free", "1 here", "1 free"])
-        self.current = compute
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: copies)
-        monkeypatch.setattr(torch.cuda, "Event", self.event)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
-        monkeypatch.setattr(torch.cuda, "stream", self.on)
-
-    def stream(self, name: str) -> Any:
-        wait = lambda event: self.log.append(f"{name} waits for {event.name}")  # noqa: E731
-        return SimpleNamespace(name=name, wait_event=wait)
-
-    def event(self) -> Any:
-        name = next(self.names)
-        record = lambda stream: self.log.append(f"{stream.name} tells {name}")  # noqa: E731
-        return SimpleNamespace(name=name, record=record)
-
-    @contextmanager
-    def on(self, stream: Any) -> Any:
-        self.current, before = stream, self.current
-        yield
-        self.current = before
+def names(block: int) -> tuple[str, str]:
+    return f"{block}.w", f"{block}.b"
 
 
-def test_the_next_block_is_copied_while_one_runs_and_never_over_one(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    made = {f"{b}.w": torch.full((5, 100), float(b)) for b in range(3)}
+    return made | {f"{b}.b": torch.full((3,), float(-b), dtype=torch.bfloat16) for b in range(3)}
+
+
+class Engine:
+    """Notes what it finds in the weights that it was bound to."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+
+    def bind(self, bindings: Any) -> Any:
+        def run() -> None:
+            w, b = bindings["w"].clone(), bindings["b"].clone()
+            self.seen.append((float(w.sum()) / w.numel(), float(b.sum()) / b.numel()))
+
+        return SimpleNamespace(run=run, bindings=bindings)
+
+
+def offloaded_calls(read: Any, engine: Engine, **settings: Any) -> list[Any]:
+    offloaded = OffloadedWeights(PLACE, read, **settings)
+    patterns = {"w": "{block}.w", "b": "{block}.b"}
+    return [offloaded.bind(engine, {}, patterns, block) for block in range(3)]
+
+
+def test_blocks_arrive_in_one_copy_from_locked_memory_and_never_over_one_in_use(
+    weights: dict[str, torch.Tensor], host_device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streams = Streams(monkeypatch)
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda tensor, device: empty_like(tensor))
-    weights = {f"{b}.w": torch.full((2,), float(b)) for b in range(3)}
-    offloaded = OffloadedWeights(torch.device("cuda"), weights.__getitem__)
-    seen: list[float] = []
+    """The feigned GPU refuses a read or write that no wait orders, and a wait for nothing."""
+    feign_cuda(monkeypatch, host_device)
+    blocks: list[HostBlock] = []
 
-    class Engine:
-        def bind(self, bindings: Any) -> Any:
-            def run() -> None:
-                seen.append(float(bindings["w"][0]))
-                streams.log.append(f"run {len(seen) - 1}")
+    def read(names: Any) -> HostBlock:
+        blocks.append(HostBlock({n: weights[n] for n in names}, pinned=True))
+        return blocks[-1]
 
-            return SimpleNamespace(run=run)
+    engine = Engine()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        calls = offloaded_calls(read, engine, streamed=True)
+        for call in (*calls, *calls):
+            call.run()
+    expected = [(float(b), float(-b)) for b in range(3)] * 2
+    assert engine.seen == expected
+    # The weights of a block: 2,000 and 6 bytes at multiples of 256, locked at that size.
+    assert set(host_device.registered.values()) == {2048 + 256}
+    assert {t.numel() for t, _ in host_device.recorded} == {2048 + 256}
+    assert len(host_device.recorded) == 2
+    del call
+    calls.clear()
+    blocks.clear()
+    gc.collect()
+    assert not host_device.registered
 
-    calls = [offloaded.bind(Engine(), {}, {"w": "{block}.w"}, b) for b in range(3)]
-    for call in (*calls, *calls):
-        call.run()
-    assert seen == [0, 1, 2, 0, 1, 2]
-    log = streams.log
-    assert log[:9] == [
-        "copies waits for 0 free", "copies tells 0 here",
-        "compute waits for 0 here", "run 0", "compute tells 0 free",
-        "copies waits for 1 free", "copies tells 1 here",
-        "compute waits for 1 here", "run 1",
-    ]  # fmt: skip
-    for index, line in enumerate(log):
-        if line.startswith("copies waits for"):
-            place = line.split()[-2]
-            used = [i for i in range(index) if log[i] == f"compute waits for {place} here"]
-            if used:  # what computed from this set has told so before the copy may begin
-                assert f"compute tells {place} free" in log[used[-1] : index]
+
+def test_an_offloaded_block_is_one_copy_of_one_piece(
+    weights: dict[str, torch.Tensor], host_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feign_cuda(monkeypatch, host_device)
+    calls = offloaded_calls(
+        lambda names: HostBlock({n: weights[n] for n in names}, pinned=True),
+        Engine(),
+        streamed=True,
+    )
+    calls[0].run()
+    host_device.reset_counts()
+    calls[1]._lane.release(1)  # fetches block 2, which nobody holds
+    assert host_device.counts["copies"] == 1
+    assert host_device.largest == 2048 + 256
+
+
+def test_memory_that_cannot_be_locked_is_an_error_of_ours(
+    weights: dict[str, torch.Tensor], host_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feign_cuda(monkeypatch, host_device)
+    refusing = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    with pytest.raises(
+        RequestError, match=r"--offload: 2304 bytes .* page-locked \(CUDA error 2\)"
+    ):
+        HostBlock({n: weights[n] for n in names(0)}, pinned=True)
+
+
+def test_sessions_share_a_block_in_host_memory_that_no_lora_changes(tiny_bundle: Bundle) -> None:
+    first, second, other = (
+        LoadedModel(tiny_bundle, "onnxruntime", loras, OFFLOAD) for loras in ([], [], [LORA])
+    )
+    shared, own = (["blocks.0.attn1.to_q.weight"], ["blocks.1.attn1.to_q.weight"])
+    assert first._host_block(shared) is second._host_block(shared)
+    assert first._host_block(own) is not other._host_block(own)
 
 
 def test_baked_bundles_and_cpu_backends_refuse_what_they_cannot(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +69,20 @@ def test_factors_of_residuals_that_are_not_there_count_for_nothing() -> None:
     write(ring, 0)
     ring.set_mix([1.0, 5.0, 7.0])
     assert ring.mix.sum() == 1.0
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(5, "float16"), (8, "float16"), (7, "float32")])
+def test_delta_writes_where_engines_take_an_address(
+    tokens: int, dtype: str, host_device: object
+) -> None:
+    """Allocations of the feigned device are aligned as a GPU's are; slots need not be."""
+    shape, kind = (1, tokens, 16), getattr(torch, dtype)
+    ring = ResidualRing(3, shape, kind, torch.device("cpu"))
+    for step in range(5):
+        slot = ring.slot(ring.next_slot)
+        assert slot.data_ptr() % 256 == 0
+        slot.fill_(float(step))
+        ring.push(step)
+    ring.set_mix([1.0, 10.0, 100.0])
+    mixed = torch.tensordot(ring.mix, ring.history.float(), dims=1)
+    assert torch.equal(mixed, torch.full(shape, 4.0 + 30.0 + 200.0))
