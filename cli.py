@@ -101,6 +101,18 @@ def build(
     workspace_mib: Annotated[
         int | None, typer.Option(help="Scratch memory that TensorRT's kernels may ask for.")
     ] = None,
+    hardware_compatibility: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs that TensorRT's engines serve too: ampere_plus or same_compute_capability."
+        ),
+    ] = None,
+    tiling: Annotated[
+        str | None, typer.Option(help="TensorRT's tiling across layers: fast, moderate or full.")
+    ] = None,
+    preview: Annotated[
+        str | None, typer.Option(help="TensorRT's preview features, by name, with commas between.")
+    ] = None,
     build_cache: Annotated[
         Path | None,
         typer.Option(
@@ -152,6 +164,9 @@ def build(
         options = {
             "builder_optimization_level": optimization_level,
             "workspace_bytes": None if workspace_mib is None else workspace_mib << 20,
+            "hardware_compatibility_level": hardware_compatibility,
+            "tiling_optimization_level": tiling,
+            "preview_features": preview,
         }
         target = Target(
             compute_capabilities=tuple(compute_capability or ()),
@@ -227,6 +242,9 @@ def run(
     cuda_graphs: Annotated[
         bool, typer.Option(help="Replay steps as CUDA graphs (TensorRT).")
     ] = False,
+    device: Annotated[
+        int | None, typer.Option(help="Index of the GPU; default: the current one.")
+    ] = None,
     check_finite: Annotated[
         bool, typer.Option(help="Stop at the first step that makes values that are not finite.")
     ] = True,
@@ -281,7 +299,9 @@ def run(
                 screen.warn(warning)
         generator = Generator(
             opened, backend=backend, loras=lora or (), model=model,
-            options=DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite),
+            options=DeviceOptions(
+                offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
+            ),
         )  # fmt: skip
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,

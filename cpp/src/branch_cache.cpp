@@ -297,9 +297,7 @@ Status BranchCache::compute(std::int64_t step_index, const Cancellation& cancell
   return deltas_[static_cast<std::size_t>(ring_.next_slot())]->run();
 }
 
-void BranchCache::keep() noexcept {
-  if (depth_ > 0) ring_.push();
-}
+Status BranchCache::keep() noexcept { return depth_ > 0 ? ring_.push() : Status(); }
 
 Tensor BranchCache::computed_residual() const noexcept {
   return depth_ > 0 ? ring_.slot(ring_.next_slot()) : Tensor{};

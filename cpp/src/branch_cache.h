@@ -60,7 +60,7 @@ class BranchCache {
   Tensor computed_residual() const noexcept;
 
   /// Takes the residual that `compute` wrote into the history.
-  void keep() noexcept;
+  Status keep() noexcept;
 
   /// Takes what `finish` gave after a computation, where the policy looks at it.
   Status keep_output(const Tensor& model_output) noexcept;

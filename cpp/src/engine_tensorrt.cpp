@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 /// TensorRT and TensorRT-RTX on one GPU and one stream. Written against the documented API of
-/// TensorRT 10 and compiled against declarations of it; it has not been run for want of a GPU.
+/// TensorRT 10.15 and TensorRT-RTX 1.7, and compiled against declarations of both; it has not been
+/// run for want of a GPU.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
+#include <cctype>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <sstream>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -19,6 +25,7 @@
 namespace freewheel {
 namespace {
 
+constexpr std::uintptr_t kAlignment = 256;  // of every address that TensorRT is given
 constexpr char kPlan[] = "/model.plan";
 constexpr char kRebuild[] = "rebuild the engines for this GPU with 'freewheel build'";
 
@@ -37,7 +44,8 @@ class CudaMemory final : public Memory {
 
   Status open() {
     FREEWHEEL_TRY(cuda(cudaSetDevice(device_), "GPU"));
-    return cuda(cudaStreamCreate(&stream_), "CUDA stream");
+    // A blocking stream would wait for whatever the process does on the default one.
+    return cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "CUDA stream");
   }
   cudaStream_t stream() const noexcept { return stream_; }
 
@@ -120,27 +128,77 @@ class Journal final : public nvinfer1::ILogger {
     if (severity > Severity::kERROR) return;
     try {
       const std::lock_guard<std::mutex> lock(mutex_);
-      last_ = message;
+      told_ += told_.empty() ? message : std::string("; ") + message;
     } catch (...) {  // a message less, where memory is out
     }
   }
-  std::string last() const {
+
+  /// What was complained about since this was asked last.
+  std::string take() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return last_.empty() ? "TensorRT gives no reason" : last_;
+    std::string told = std::exchange(told_, {});
+    return told.empty() ? "TensorRT gives no reason" : told;
   }
 
  private:
-  mutable std::mutex mutex_;
-  std::string last_;
+  std::mutex mutex_;
+  std::string told_;
+};
+
+/// A recorded CUDA graph that can be launched.
+class Graph {
+ public:
+  Graph() = default;
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() { reset(); }
+
+  bool empty() const noexcept { return launchable_ == nullptr; }
+
+  void reset() noexcept {
+    if (launchable_ != nullptr) cudaGraphExecDestroy(launchable_);
+    launchable_ = nullptr;
+  }
+
+  /// Records what `enqueue` puts on `stream`; its failure is reported before that of the capture.
+  template <typename Enqueue>
+  Status record(cudaStream_t stream, Enqueue enqueue) noexcept {
+    reset();
+    // Other threads may go on using the device: TensorRT-RTX compiles on threads of its own.
+    FREEWHEEL_TRY(
+        cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "CUDA graph"));
+    Status enqueued = enqueue();
+    cudaGraph_t captured = nullptr;
+    Status ended = cuda(cudaStreamEndCapture(stream, &captured), "CUDA graph");
+    if (enqueued.ok() && ended.ok()) {
+      ended = cuda(cudaGraphInstantiate(&launchable_, captured, 0), "CUDA graph");
+    }
+    if (captured != nullptr) cudaGraphDestroy(captured);
+    return enqueued.ok() ? ended : enqueued;
+  }
+
+  Status launch(cudaStream_t stream) noexcept {
+    return cuda(cudaGraphLaunch(launchable_, stream), "CUDA graph");
+  }
+
+ private:
+  cudaGraphExec_t launchable_ = nullptr;
 };
 
 /// What engines and calls keep of their backend.
 struct Shared {
-  explicit Shared(int device) : memory(device), scratch(memory) {}
+  explicit Shared(const BackendOptions& options)
+      : memory(options.device), scratch(memory), cuda_graphs(options.cuda_graphs) {}
   CudaMemory memory;
   Scratch scratch;
   Journal journal;
+  bool cuda_graphs;
+  std::string gpu;  ///< Its name, as files have it.
   std::unique_ptr<nvinfer1::IRuntime> runtime;
+#ifdef FREEWHEEL_TENSORRT_RTX
+  std::unique_ptr<nvinfer1::IRuntimeCache> kernels;  ///< Compiled on this GPU, for every engine.
+  std::string kernels_path;
+#endif
 };
 
 nvinfer1::Dims dims_of(const Shape& shape) {
@@ -163,22 +221,46 @@ class TensorRTCall final : public BoundCall {
   Status run() noexcept override {
     FREEWHEEL_TRY(shared_->memory.select());
     const std::lock_guard<std::mutex> lock(shared_->scratch.mutex);
+    const cudaStream_t stream = shared_->memory.stream();
     if (scratch_ != shared_->scratch.data()) {  // it grew when another call was bound
       scratch_ = shared_->scratch.data();
       context_->setDeviceMemoryV2(scratch_, static_cast<std::int64_t>(bytes_));
+      graph_.reset();
+      is_settled_ = false;
     }
-    if (context_->enqueueV3(shared_->memory.stream())) return {};
-    return Status(Code::kFailed, "engine '" + name_ + "'", shared_->journal.last(),
-                  "look at the GPU with nvidia-smi");
+    if (!shared_->cuda_graphs) return enqueue();
+    if (!is_settled_) {  // the first enqueue may compile, load or allocate; none of it is captured
+      FREEWHEEL_TRY(enqueue());
+      is_settled_ = true;
+      return {};
+    }
+    if (graph_.empty()) {
+#ifdef FREEWHEEL_TENSORRT_RTX
+      if (!context_->isStreamCapturable(stream)) {
+        return Status(Code::kRequest, "engine '" + name_ + "'",
+                      "can't be recorded into a CUDA graph", "leave cuda_graphs out");
+      }
+#endif
+      FREEWHEEL_TRY(graph_.record(stream, [&] { return enqueue(); }));
+    }
+    return graph_.launch(stream);
   }
 
  private:
+  Status enqueue() noexcept {
+    if (context_->enqueueV3(shared_->memory.stream())) return {};
+    return Status(Code::kFailed, "engine '" + name_ + "'", shared_->journal.take(),
+                  "look at the GPU with nvidia-smi");
+  }
+
   std::shared_ptr<Shared> shared_;
   std::shared_ptr<void> engine_;  // outlives the context
   std::string name_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
   std::size_t bytes_;
   void* scratch_ = nullptr;
+  Graph graph_;
+  bool is_settled_ = false;
 };
 
 class TensorRTEngine final : public Engine, public std::enable_shared_from_this<TensorRTEngine> {
@@ -192,9 +274,11 @@ class TensorRTEngine final : public Engine, public std::enable_shared_from_this<
  protected:
   Result<std::unique_ptr<BoundCall>> bind_checked(const Tensors& bindings) override {
     FREEWHEEL_TRY(shared_->memory.select());
-    std::unique_ptr<nvinfer1::IExecutionContext> context(
-        plan_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
-    if (context == nullptr) return fault("", shared_->journal.last());
+    FREEWHEEL_ASSIGN(std::unique_ptr<nvinfer1::IExecutionContext> context, create_context());
+    const std::int32_t profile = profile_for(bindings);
+    if (profile > 0 && !context->setOptimizationProfileAsync(profile, shared_->memory.stream())) {
+      return fault("", shared_->journal.take());
+    }
     for (const auto& [name, io] : record().inputs) {
       const Tensor& tensor = bindings.at(name);
       if (plan_->getTensorLocation(name.c_str()) == nvinfer1::TensorLocation::kHOST) {
@@ -205,8 +289,11 @@ class TensorRTEngine final : public Engine, public std::enable_shared_from_this<
       }
     }
     for (const auto& [name, tensor] : bindings) {
+      if (reinterpret_cast<std::uintptr_t>(tensor.data) % kAlignment != 0) {
+        return fault(name, "is not at a multiple of " + std::to_string(kAlignment) + " bytes");
+      }
       if (!context->setTensorAddress(name.c_str(), tensor.data)) {
-        return fault(name, shared_->journal.last());
+        return fault(name, shared_->journal.take());
       }
     }
     if (context->inferShapes(0, nullptr) != 0) return fault("", "shapes are not known");
@@ -226,6 +313,55 @@ class TensorRTEngine final : public Engine, public std::enable_shared_from_this<
   }
 
  private:
+  /// A context whose activations lie in the shared scratch memory.
+  Result<std::unique_ptr<nvinfer1::IExecutionContext>> create_context() {
+    constexpr auto kUserManaged = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
+#ifdef FREEWHEEL_TENSORRT_RTX
+    const std::unique_ptr<nvinfer1::IRuntimeConfig> config(plan_->createRuntimeConfig());
+    if (config == nullptr) return fault("", shared_->journal.take());
+    config->setExecutionContextAllocationStrategy(kUserManaged);
+    if (shared_->cuda_graphs) {  // else a slower kernel stands in while the right one is compiled
+      config->setDynamicShapesKernelSpecializationStrategy(
+          nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
+    }
+    if (shared_->kernels == nullptr) {
+      shared_->kernels.reset(config->createRuntimeCache());
+      // Kernels of another GPU or version are refused, and compiled anew.
+      if (auto kept = MappedFile::open(shared_->kernels_path); shared_->kernels && kept.ok()) {
+        (void)shared_->kernels->deserialize(kept->data(), kept->size());
+      }
+    }
+    if (shared_->kernels != nullptr) config->setRuntimeCache(*shared_->kernels);
+    std::unique_ptr<nvinfer1::IExecutionContext> context(
+        plan_->createExecutionContext(config.get()));
+#else
+    std::unique_ptr<nvinfer1::IExecutionContext> context(
+        plan_->createExecutionContext(kUserManaged));
+#endif
+    if (context == nullptr) return fault("", shared_->journal.take());
+    return context;
+  }
+
+  /// The last optimization profile that fits, the narrowest; 0 where none does.
+  std::int32_t profile_for(const Tensors& bindings) const {
+    for (std::int32_t profile = plan_->getNbOptimizationProfiles() - 1; profile > 0; --profile) {
+      bool fits = true;
+      for (const auto& [name, io] : record().inputs) {
+        const Shape& shape = bindings.at(name).shape;
+        const auto limit = [&](nvinfer1::OptProfileSelector which) {
+          return plan_->getProfileShape(name.c_str(), profile, which);
+        };
+        const nvinfer1::Dims least = limit(nvinfer1::OptProfileSelector::kMIN);
+        const nvinfer1::Dims most = limit(nvinfer1::OptProfileSelector::kMAX);
+        for (int axis = 0; axis < shape.rank(); ++axis) {
+          fits = fits && least.d[axis] <= shape[axis] && shape[axis] <= most.d[axis];
+        }
+      }
+      if (fits) return profile;
+    }
+    return 0;
+  }
+
   Status fault(const std::string& tensor, const std::string& what) const {
     const std::string where = "engine '" + name() + "'";
     return Status(Code::kRequest, tensor.empty() ? where : where + ", tensor '" + tensor + "'",
@@ -238,7 +374,11 @@ class TensorRTEngine final : public Engine, public std::enable_shared_from_this<
 
 class TensorRT final : public Backend {
  public:
-  explicit TensorRT(int device) : shared_(std::make_shared<Shared>(device)), device_(device) {}
+  explicit TensorRT(const BackendOptions& options)
+      : shared_(std::make_shared<Shared>(options)), device_(options.device) {}
+#ifdef FREEWHEEL_TENSORRT_RTX
+  ~TensorRT() override { keep_kernels(); }
+#endif
 
   Status open() {
     FREEWHEEL_TRY(shared_->memory.open());
@@ -248,10 +388,13 @@ class TensorRT final : public Backend {
     FREEWHEEL_TRY(
         cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "GPU"));
     machine_ = "sm" + std::to_string(major) + "." + std::to_string(minor);
+    cudaDeviceProp properties{};
+    FREEWHEEL_TRY(cuda(cudaGetDeviceProperties(&properties, device_), "GPU"));
+    shared_->gpu = file_name(properties.name);
     shared_->runtime.reset(nvinfer1::createInferRuntime(shared_->journal));
     if (shared_->runtime == nullptr) {
       return Status(Code::kBackend, std::string("backend '") + name() + "'",
-                    shared_->journal.last(), "check the driver and the TensorRT libraries");
+                    shared_->journal.take(), "check the driver and the TensorRT libraries");
     }
     return {};
   }
@@ -270,12 +413,21 @@ class TensorRT final : public Backend {
                     "compiled for " + record.machine + ", but the GPU here is " + machine_,
                     kRebuild);
     }
+#ifdef FREEWHEEL_TENSORRT_RTX
+    if (shared_->kernels_path.empty()) {  // BUNDLE/engines/SET/GRAPH: beside the bundle, as Python
+      const std::filesystem::path bundle = std::filesystem::absolute(folder).parent_path();
+      const std::filesystem::path beside = bundle.parent_path().parent_path().parent_path();
+      shared_->kernels_path = (beside / "freewheel-cache" /
+                               ("tensorrt_rtx-" + version() + "-" + shared_->gpu + ".runtime"))
+                                  .string();
+    }
+#endif
     FREEWHEEL_ASSIGN(const MappedFile plan, MappedFile::open(folder + kPlan));
     FREEWHEEL_TRY(shared_->memory.select());
     std::unique_ptr<nvinfer1::ICudaEngine> engine(
         shared_->runtime->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine == nullptr) {
-      return Status(Code::kBundle, folder + kPlan, shared_->journal.last(), kRebuild);
+      return Status(Code::kBundle, folder + kPlan, shared_->journal.take(), kRebuild);
     }
     return std::shared_ptr<Engine>(
         std::make_shared<TensorRTEngine>(folder.substr(folder.find_last_of('/') + 1),
@@ -289,10 +441,46 @@ class TensorRT final : public Backend {
   }
 
  private:
+  /// Of the library that runs, which need not be that of the headers.
   static std::string version() {
-    return std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) + "." +
-           std::to_string(NV_TENSORRT_PATCH) + "." + std::to_string(NV_TENSORRT_BUILD);
+    return std::to_string(getInferLibMajorVersion()) + "." +
+           std::to_string(getInferLibMinorVersion()) + "." +
+           std::to_string(getInferLibPatchVersion()) + "." +
+           std::to_string(getInferLibBuildVersion());
   }
+
+  /// Replaces what a file name had better not hold, as the Python backend does.
+  static std::string file_name(const char* text) {
+    std::string name;
+    for (; *text != '\0'; ++text) {
+      const bool is_plain = std::isalnum(static_cast<unsigned char>(*text)) != 0 || *text == '.';
+      if (is_plain) name += *text;
+      if (!is_plain && (name.empty() || name.back() != '-')) name += '-';
+    }
+    return name;
+  }
+
+#ifdef FREEWHEEL_TENSORRT_RTX
+  /// Keeps compiled kernels for the next process; it saves time and may fail.
+  void keep_kernels() noexcept try {
+    if (shared_->kernels == nullptr || shared_->kernels_path.empty()) return;
+    const std::unique_ptr<nvinfer1::IHostMemory> content(shared_->kernels->serialize());
+    if (content == nullptr) return;
+    const std::filesystem::path path(shared_->kernels_path);
+    if (auto kept = MappedFile::open(path.string());
+        kept.ok() && kept->size() == content->size() &&
+        std::memcmp(kept->data(), content->data(), content->size()) == 0) {
+      return;
+    }
+    std::error_code fault;
+    std::filesystem::create_directories(path.parent_path(), fault);
+    const std::string partial = path.string() + ".partial";
+    if (write_bytes(partial, content->data(), content->size()).ok()) {
+      std::filesystem::rename(partial, path, fault);
+    }
+  } catch (...) {
+  }
+#endif
 
   std::shared_ptr<Shared> shared_;
   int device_;
@@ -302,7 +490,7 @@ class TensorRT final : public Backend {
 }  // namespace
 
 Result<std::shared_ptr<Backend>> create_tensorrt(const BackendOptions& options) {
-  auto backend = std::make_shared<TensorRT>(options.device);
+  auto backend = std::make_shared<TensorRT>(options);
   FREEWHEEL_TRY(backend->open());
   return std::shared_ptr<Backend>(std::move(backend));
 }

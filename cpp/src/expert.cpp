@@ -373,7 +373,7 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
     FREEWHEEL_TRY(model_.memory().synchronize());
     FREEWHEEL_TRY(check_finite(*branch, verdict.compute));
     if (verdict.compute) {
-      branch->cache->keep();
+      FREEWHEEL_TRY(branch->cache->keep());
       FREEWHEEL_TRY(branch->cache->keep_output(branch->model_output));
       FREEWHEEL_TRY(model_.memory().synchronize());
     }

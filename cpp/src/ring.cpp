@@ -6,6 +6,11 @@
 #include "try.h"
 
 namespace freewheel {
+namespace {
+
+constexpr std::size_t kAlignment = 256;  // of every address that an engine is bound to
+
+}  // namespace
 
 Result<ResidualRing> ResidualRing::create(Memory& memory, std::int64_t slots, DType dtype,
                                           const Shape& residual) {
@@ -16,20 +21,30 @@ Result<ResidualRing> ResidualRing::create(Memory& memory, std::int64_t slots, DT
   Shape whole{slots};
   for (std::int64_t size : residual) whole.push_back(size);
   FREEWHEEL_ASSIGN(ring.history_, Buffer::create(memory, dtype, whole));
+  if (slots > 1 && Tensor{nullptr, dtype, residual}.bytes() % kAlignment != 0) {
+    FREEWHEEL_ASSIGN(ring.beside_, Buffer::create(memory, dtype, residual));
+  }
   FREEWHEEL_ASSIGN(ring.mix_, Buffer::create(memory, DType::kFloat32, Shape{slots}));
   ring.host_mix_.resize(static_cast<std::size_t>(slots));
   return ring;
 }
 
 Tensor ResidualRing::slot(std::int64_t index) const noexcept {
+  return beside_.empty() ? place(index) : beside_.view();
+}
+
+Tensor ResidualRing::place(std::int64_t index) const noexcept {
   Tensor view{nullptr, history().dtype, residual_};
   view.data = history().as<std::uint8_t>() + static_cast<std::size_t>(index) * view.bytes();
   return view;
 }
 
-void ResidualRing::push() noexcept {
+Status ResidualRing::push() noexcept {
   newest_ = next_slot();
   held_ = std::min(held_ + 1, slots_);
+  if (beside_.empty()) return {};
+  const Tensor target = place(newest_);
+  return memory_->copy(target.data, beside_.view().data, target.bytes());
 }
 
 Status ResidualRing::reset() noexcept {

@@ -23,13 +23,16 @@ class ResidualRing {
   std::int64_t slots() const noexcept { return slots_; }
   const Tensor& history() const noexcept { return history_.view(); }
   const Tensor& mix() const noexcept { return mix_.view(); }
+
+  /// Where the residual of a slot is written: the slot, or a tensor beside the ring where slots are
+  /// not aligned as engines want addresses, which no model of real width has.
   Tensor slot(std::int64_t index) const noexcept;
 
   /// Slot that the next residual goes to.
   std::int64_t next_slot() const noexcept { return (newest_ + 1) % slots_; }
 
   /// Records that a residual was written to `next_slot`.
-  void push() noexcept;
+  Status push() noexcept;
 
   /// Forgets everything; zeros, since 0 · NaN of an old run would be NaN.
   Status reset() noexcept;
@@ -38,10 +41,12 @@ class ResidualRing {
   Status set_mix(const float* mix, std::int64_t count) noexcept;
 
  private:
+  Tensor place(std::int64_t index) const noexcept;
+
   Memory* memory_ = nullptr;
   std::int64_t slots_ = 0, newest_ = -1, held_ = 0;
   Shape residual_;
-  Buffer history_, mix_;
+  Buffer history_, mix_, beside_;
   std::vector<float> host_mix_;
 };
 

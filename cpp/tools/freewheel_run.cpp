@@ -41,6 +41,8 @@ struct Options {
   std::optional<std::int64_t> steps, seed, frames, height, width;
   std::optional<double> guidance, guidance_2, shift;
   int threads = 0;
+  int device = 0;
+  bool cuda_graphs = false;
   bool json = false, allow_compile = false, check_finite = true, quiet = false;
 };
 
@@ -293,6 +295,8 @@ Status run(const Options& options, nlohmann::json& report) {
   freewheel::ModelOptions model_options;
   model_options.backend = options.backend;
   model_options.backend_options.threads = options.threads;
+  model_options.backend_options.device = options.device;
+  model_options.backend_options.cuda_graphs = options.cuda_graphs;
   model_options.allow_compile = options.allow_compile;
   model_options.check_finite = options.check_finite;
   auto model = freewheel::Model::load(options.bundle, model_options);
@@ -404,6 +408,9 @@ int main(int argc, char** argv) {
   app.add_option("--backend", options.backend, "Backend to run on");
   app.add_option("--threads", options.threads, "CPU threads; 0 takes every core")
       ->check(CLI::NonNegativeNumber);
+  app.add_option("--device", options.device, "Index of the GPU")->check(CLI::NonNegativeNumber);
+  app.add_flag("--cuda-graphs", options.cuda_graphs,
+               "Replay each engine call as one CUDA graph (TensorRT)");
   app.add_flag("--allow-compile", options.allow_compile,
                "Compile engines that don't fit this machine anew");
   app.add_flag("--check-finite,!--no-check-finite", options.check_finite,

@@ -18,13 +18,14 @@ LARGEST = 4096
 """Of every dynamic dimension in a plan's profile."""
 
 
-def grafted(bundle: Bundle, backend: Any, out: Path) -> Bundle:
+def grafted(bundle: Bundle, backend: Any, out: Path, capability: str = "8.9") -> Bundle:
     """Copy a bundle, and compile its ONNX Runtime graphs with ``backend`` as well.
 
     Args:
         bundle: Has engines for ``onnxruntime``.
         backend: A TensorRT backend over the stand-in.
         out: A folder that does not exist.
+        capability: Of the GPU that the backend sees.
     """
     shutil.copytree(bundle.folder, out, copy_function=os.link)
     path = out / "manifest.json"
@@ -44,7 +45,7 @@ def grafted(bundle: Bundle, backend: Any, out: Path) -> Bundle:
             if any(isinstance(d, str) for d in spec.shape)
         }
         files[graph] = f"engines/{backend.name}/{graph}"
-        backend.compile(source, Target("float32", profiles, ("8.9",)), out / files[graph])
+        backend.compile(source, Target("float32", profiles, (capability,)), out / files[graph])
         for made in (out / files[graph]).iterdir():
             name = str(made.relative_to(out))
             manifest["files"][name] = {"bytes": made.stat().st_size, "sha256": sha256_of(made)}

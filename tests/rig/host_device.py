@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from stand_in import ALIGNMENT, DTYPE_NAMES, Places
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -343,16 +342,10 @@ class OnnxProgram:
     def output_shapes(self, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         key = tuple(sorted(inputs.items()))
         if key not in self._shapes:
-            zeros = {
-                n: onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(inputs[n]), _numpy(t))
-                for n, t in self._inputs.items()
-            }
-            for value in zeros.values():
-                ctypes.memset(value.data_ptr(), 0, int(np.prod(value.shape())) * _size(value))
-            made = self._session.run_with_ort_values(None, zeros)
-            self._shapes[key] = {
-                n: tuple(v.shape()) for n, v in zip(self._outputs, made, strict=True)
-            }
+            # Ones: a parameter that something is divided by must not be zero.
+            ones = {n: np.ones(inputs[n], _numpy(t)) for n, t in self._inputs.items()}
+            made = self._session.run(None, ones)
+            self._shapes[key] = {n: v.shape for n, v in zip(self._outputs, made, strict=True)}
         return self._shapes[key]
 
     def run(self, places: Places) -> None:
@@ -368,10 +361,6 @@ class OnnxProgram:
 
 def _numpy(kind: Any) -> Any:
     return np.dtype(DTYPE_NAMES[kind.elem_type])
-
-
-def _size(value: Any) -> int:
-    return {"float": 4, "int64": 8, "int32": 4, "bool": 1}[value.data_type()[7:-1]]
 
 
 def _merge(clock: Clock, other: Clock) -> None:

@@ -73,10 +73,20 @@ def bindings(version: str) -> ModuleType:
         sys.modules.update(hidden)
 
 
-def _fetch(version: str, folder: Path) -> None:
+def pack(version: str, folder: Path, tag: str, python: str | None) -> None:
+    """Make the bindings for another machine's Python: its tag in file names, and its version."""
+    target = folder / f"{version}-{tag}"
+    if not target.is_dir():
+        target.mkdir(parents=True)
+        _fetch(version, target, python)
+        _compile(version, target)
+
+
+def _fetch(version: str, folder: Path, python: str | None = None) -> None:
+    other = ["--python-version", python, "--platform", "manylinux_2_28_x86_64"] if python else []
     command = [
         sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:",
-        "--disable-pip-version-check", "-d", str(folder), f"{PACKAGE}=={version}",
+        "--disable-pip-version-check", *other, "-d", str(folder), f"{PACKAGE}=={version}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -53,6 +53,7 @@ struct BackendOptions {
   int device = 0;   ///< Index of the GPU.
   /// Calls of one engine that may run at the same time, each with `threads`; further ones wait.
   int streams = 1;
+  bool cuda_graphs = false;  ///< Replay each engine call as one CUDA graph.
 };
 
 /// A runtime that runs compiled graphs. Thread-safe; outlives its engines and its memory.

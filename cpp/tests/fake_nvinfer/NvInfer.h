@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-/// NOT TensorRT. Declarations of just what src/engine_tensorrt.cpp uses of TensorRT 10, written
-/// from its public documentation, so that the file is compiled where TensorRT is not installed.
+/// NOT TensorRT. Declarations of just what src/engine_tensorrt.cpp uses of TensorRT 10.15 and of
+/// TensorRT-RTX 1.7, written from their public documentation, so that the file is compiled where
+/// neither is installed.
 /// Nothing here can be linked or run, and layouts and virtual tables are not the real ones.
 
 #include <cstddef>
@@ -10,10 +11,12 @@
 
 #include "cuda_runtime_api.h"
 
-#define NV_TENSORRT_MAJOR 10
-#define NV_TENSORRT_MINOR 0
-#define NV_TENSORRT_PATCH 0
-#define NV_TENSORRT_BUILD 0
+extern "C" {
+int32_t getInferLibMajorVersion() noexcept;
+int32_t getInferLibMinorVersion() noexcept;
+int32_t getInferLibPatchVersion() noexcept;
+int32_t getInferLibBuildVersion() noexcept;
+}
 
 namespace nvinfer1 {
 
@@ -23,6 +26,8 @@ enum class ExecutionContextAllocationStrategy : int32_t {
   kON_PROFILE_CHANGE = 1,
   kUSER_MANAGED = 2
 };
+
+enum class OptProfileSelector : int32_t { kMIN = 0, kOPT = 1, kMAX = 2 };
 
 struct Dims {
   static constexpr int32_t MAX_DIMS = 8;
@@ -37,6 +42,34 @@ class ILogger {
   virtual void log(Severity severity, const char* message) noexcept = 0;
 };
 
+class IHostMemory {
+ public:
+  virtual ~IHostMemory() = default;
+  void* data() const noexcept;
+  size_t size() const noexcept;
+};
+
+#ifdef FREEWHEEL_TENSORRT_RTX
+enum class DynamicShapesKernelSpecializationStrategy : int32_t { kLAZY = 0, kEAGER, kNONE };
+
+class IRuntimeCache {
+ public:
+  virtual ~IRuntimeCache() = default;
+  IHostMemory* serialize() const noexcept;
+  bool deserialize(const void* blob, size_t size) noexcept;
+};
+
+class IRuntimeConfig {
+ public:
+  virtual ~IRuntimeConfig() = default;
+  void setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy strategy) noexcept;
+  void setDynamicShapesKernelSpecializationStrategy(
+      DynamicShapesKernelSpecializationStrategy strategy) noexcept;
+  IRuntimeCache* createRuntimeCache() const noexcept;
+  bool setRuntimeCache(const IRuntimeCache& cache) noexcept;
+};
+#endif
+
 class IExecutionContext {
  public:
   virtual ~IExecutionContext() = default;
@@ -46,7 +79,11 @@ class IExecutionContext {
   int32_t inferShapes(int32_t count, const char** names) noexcept;
   size_t updateDeviceMemorySizeForShapes() noexcept;
   void setDeviceMemoryV2(void* memory, int64_t size) noexcept;
+  bool setOptimizationProfileAsync(int32_t profile, cudaStream_t stream) noexcept;
   bool enqueueV3(cudaStream_t stream) noexcept;
+#ifdef FREEWHEEL_TENSORRT_RTX
+  bool isStreamCapturable(cudaStream_t stream) const noexcept;
+#endif
 };
 
 class ICudaEngine {
@@ -54,6 +91,12 @@ class ICudaEngine {
   virtual ~ICudaEngine() = default;
   IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept;
   TensorLocation getTensorLocation(const char* name) const noexcept;
+  int32_t getNbOptimizationProfiles() const noexcept;
+  Dims getProfileShape(const char* name, int32_t profile, OptProfileSelector which) const noexcept;
+#ifdef FREEWHEEL_TENSORRT_RTX
+  IRuntimeConfig* createRuntimeConfig() noexcept;
+  IExecutionContext* createExecutionContext(IRuntimeConfig* config) noexcept;
+#endif
 };
 
 class IRuntime {

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs on the TensorRT backend, executed by the stand-in, equal to ONNX Runtime bit for bit.
+
+The feigned GPU refuses a read or write that no wait orders (`tests/rig/host_device.py`), so each run
+also shows that its waits suffice.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graft import grafted
+from host_device import PLACE
+
+from freewheel.bundle.reader import Bundle
+from freewheel.configs.setting import CacheSetting
+from freewheel.engines import backend_class
+from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
+from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.session import Session
+
+pytestmark = pytest.mark.tensorrt
+STEPS = 8
+LATENTS = (1, 4, 3, 4, 6)
+POLICIES = (
+    "off", "teacache", "taylorseer", "adacache", "custom", "magcache", "easycache", "firstblock",
+)  # fmt: skip
+OPTIONS = {
+    "plain": {}, "offload": {"offload": True}, "graphs": {"cuda_graphs": True},
+    "offload and graphs": {"offload": True, "cuda_graphs": True},
+}  # fmt: skip
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "teacache": {"threshold": 0.3}, "custom": {"threshold": 0.3}, "easycache": {"threshold": 0.3},
+    "firstblock": {"threshold": 0.3},
+}  # fmt: skip
+
+
+def setting(policy: str) -> CacheSetting:
+    return CacheSetting(policy=policy, parameters=PARAMETERS.get(policy, {}))
+
+
+def prompts(session: Session) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for branch in ("cond", "uncond"):
+        states = torch.randn(1, 5, 24, generator=generator)
+        session.set_prompt(branch, {"text_states": states})
+
+
+def run(session: Session, policy: str, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts(session)
+    session.begin(torch.linspace(999, 30, STEPS), setting(policy))
+    latents, outputs = torch.randn(LATENTS, generator=generator), []
+    for step in range(STEPS):
+        for branch in ("cond", "uncond"):
+            output = session.step(branch, step, {"latents": latents})
+            outputs += [output.clone()]
+        latents = latents - 0.1 * outputs[-2]
+    return outputs
+
+
+def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_bundle: Bundle) -> dict[str, list[torch.Tensor]]:
+    session = Session(LoadedModel(tiny_bundle, "onnxruntime"))
+    return {policy: run(session, policy) for policy in POLICIES}
+
+
+@pytest.fixture
+def bundle(
+    expected: Any, feigned: Any, real_trt: Any, tiny_bundle: Bundle, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Bundle:  # fmt: skip
+    """A bundle with plans of the stand-in, and its backend on the feigned GPU."""
+    kind = TensorRTRTX if "rtx" in real_trt.__name__ else TensorRT
+    made = kind.__init__
+    monkeypatch.setattr(
+        kind, "__init__", lambda self, **given: made(self, **{"device": PLACE, **given})
+    )
+    assert backend_class(kind.name) is kind
+    return grafted(tiny_bundle, kind(), tmp_path / "bundle")
+
+
+def opened(bundle: Bundle, **options: Any) -> Session:
+    backend = bundle.manifest.engines[-1].backend
+    return Session(LoadedModel(bundle, backend, options=DeviceOptions(**options)))
+
+
+@pytest.mark.parametrize("real_trt", ["tensorrt newest", "tensorrt-rtx"], indirect=True)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_runs_equal_onnxruntime_bit_for_bit(
+    bundle: Bundle, expected: Any, feigned: Any, options: str
+) -> None:
+    session = opened(bundle, **OPTIONS[options])
+    for policy in POLICIES:
+        assert equal(run(session, policy), expected[policy]), policy
+    assert feigned.counts["enqueues on the default stream"] == 0
+    assert bool(feigned.device.counts["replays"]) == ("graphs" in options)
+
+
+def test_two_sessions_at_once_share_weights_and_disturb_nothing(
+    bundle: Bundle, expected: Any, host_device: Any
+) -> None:
+    found: dict[str, list[torch.Tensor]] = {}
+    faults: list[BaseException] = []
+
+    def work(policy: str) -> None:
+        try:
+            with host_device:
+                found[policy] = run(opened(bundle, offload=policy == "adacache"), policy)
+        except BaseException as fault:  # shown below
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(p,)) for p in ("taylorseer", "adacache")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert all(equal(found[policy], expected[policy]) for policy in found)
+    assert len(found) == 2
+
+
+BLOCKS = 3
+COUNTED = {
+    # head, blocks, delta, finish; head, reuse, finish. Policies decide ahead here.
+    "plain": {"computed": (BLOCKS + 3, 2, 0), "reused": (3, 2, 0)},
+    # Beside the two joins: one wait per block for its weights, one per copy for its slab.
+    "offload": {"computed": (BLOCKS + 3, 2 + BLOCKS + 2, 0), "reused": (3, 2, 0)},
+    "graphs": {"computed": (3, 2, 1), "reused": (2, 2, 1)},
+    "offload and graphs": {"computed": (3, 2 + BLOCKS + 2, BLOCKS), "reused": (2, 2, 1)},
+}
+"""How engines are driven → enqueues, cross-stream waits and graph replays of one branch's step."""
+MOST_SMALL_COPIES = 6
+CONTEXTS = 27
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_a_step_costs(bundle: Bundle, feigned: Any, options: str) -> None:
+    """Counted once everything has run before, with the check for values that are not finite off."""
+    session, device = opened(bundle, check_finite=False, **OPTIONS[options]), feigned.device
+    run(session, "taylorseer")
+    assert len(feigned.contexts) == CONTEXTS
+    session.begin(torch.linspace(999, 30, STEPS), setting("taylorseer"))
+    latents, hidden = torch.randn(LATENTS), session._shared["hidden"].nbytes
+    slabs = 2 if "offload" in options else 0  # of three blocks, one is where it was
+    for step in range(STEPS):
+        for branch in ("cond", "uncond"):
+            device.reset_counts()
+            feigned.counts.clear()
+            session.step(branch, step, {"latents": latents})
+            is_computed = session.statistics.branches[branch].computed[-1]
+            counts = device.counts
+            found = feigned.counts["enqueues"], counts["waits"], counts["replays"]
+            assert found == COUNTED[options]["computed" if is_computed else "reused"]
+            assert counts["allocations"] == 0
+            assert counts["synchronisations"] == 1
+            assert counts["copies"] <= MOST_SMALL_COPIES + (slabs if is_computed else 0)
+            if not (slabs and is_computed):
+                assert device.largest < hidden
+    assert len(feigned.contexts) == CONTEXTS

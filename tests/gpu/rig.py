@@ -1,0 +1,623 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU without TensorRT can show of the TensorRT run path, in one script.
+
+    python tests/gpu/rig.py pack out/rig          # where everything is installed; no GPU needed
+    python3 tests/gpu/rig.py run out/rig          # on the GPU: torch, numpy, onnx and safetensors
+    python tests/gpu/rig.py run out/rig --rehearse  # the same on a CPU, through the feigned GPU
+
+``pack`` makes a folder of a few MB: bundles whose plans the stand-in reads, TensorRT's bindings over
+their stub, and the packages that a bare machine lacks. ``run`` needs no network and no TensorRT. It
+takes the sections in order, keeps going after a failure, starts no section after ``--minutes``, and
+writes docs/gpu-report.md (a rehearsal: out/rig-rehearsal.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITY = "9.0"  # of Hopper, which TensorRT-RTX does not know
+SITE_PACKAGES = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection")
+STEPS = 8
+POLICIES = (
+    "off", "teacache", "taylorseer", "adacache", "custom", "magcache", "easycache", "firstblock",
+)  # fmt: skip
+OPTIONS: Mapping[str, Mapping[str, bool]] = {
+    "plain": {}, "offload": {"offload": True}, "graphs": {"cuda_graphs": True},
+    "offload and graphs": {"offload": True, "cuda_graphs": True},
+}  # fmt: skip
+PAUSE_CYCLES = 200_000  # about 0.1 ms on an H100
+TOKENS = 32_760  # 480x832, 81 frames
+BLOCK_14B = {
+    **{f"attn{a}.{p}": (5120, 5120) for a in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out")},
+    "ffn.up": (13824, 5120), "ffn.down": (5120, 13824), "modulation": (6, 5120),
+}  # fmt: skip
+BLOCKS_14B = 40
+TIMED = 20
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("pack").add_argument("folder", type=Path)
+    runner = commands.add_parser("run")
+    runner.add_argument("folder", type=Path)
+    runner.add_argument("--rehearse", action="store_true")
+    runner.add_argument("--minutes", type=float, default=10.0)
+    runner.add_argument("--report", type=Path)
+    given = parser.parse_args()
+    _find_packages(given.folder)
+    if given.command == "pack":
+        pack(given.folder)
+    else:
+        sys.exit(run(given.folder, given.rehearse, given.minutes, given.report))
+
+
+def _find_packages(folder: Path) -> None:
+    """Make `freewheel` and the stand-in importable, installed or not."""
+    sys.path[:0] = [str(ROOT / "tests" / "rig"), str(ROOT / "benchmarks")]
+    sys.path.append(str(folder / f"site-{sys.implementation.cache_tag}"))
+    if importlib.util.find_spec("freewheel") is None:
+        spec = importlib.util.spec_from_file_location(
+            "freewheel", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        assert spec is not None, "the file is there"
+        assert spec.loader is not None, "it is Python"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["freewheel"] = module
+        spec.loader.exec_module(module)
+
+
+def pack(folder: Path) -> None:
+    """Write everything that `run` reads."""
+    import real_bindings
+    from host_device import PLACE, HostDevice
+
+    from freewheel.bundle.reader import Bundle
+    from freewheel.compiler.build import BuildRequest, build
+    from freewheel.compiler.profiles import BuildSizes
+    from freewheel.engines import backend
+    from freewheel.engines.tensorrt import TensorRT
+    from freewheel.runtime.settings import config_entries
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    off = config_entries(["off"], lambda text: None)
+    _write_tiny(folder / "tiny-model")
+    made = folder / "tiny-onnxruntime"
+    build(BuildRequest(str(folder / "tiny-model"), made, [backend("onnxruntime")], off))
+    with stand_in(HostDevice(races=False), rehearsed=True):
+        from graft import grafted
+
+        grafted(Bundle(made), TensorRT(device=PLACE), folder / "tiny", CAPABILITY)
+        from synthetic import write_checkpoint
+
+        write_checkpoint("wan2.1-t2v-1.3b", folder / "wide-model", 1, "bfloat16")
+        sizes = BuildSizes(height=(480,) * 3, width=(832,) * 3, frames=(17, 81, 81))
+        request = BuildRequest(
+            str(folder / "wide-model"), folder / "wide-whole", [TensorRT(device=PLACE)], off,
+            precision="bfloat16", sizes=sizes,
+        )  # fmt: skip
+        build(request)
+    (folder / "wide").mkdir()
+    wide = json.loads((folder / "wide-whole" / "manifest.json").read_text(encoding="utf-8"))
+    (files,) = [e["files"] for e in wide["engines"]]
+    for graph in ("reuse", "delta", "block"):
+        shutil.copytree(folder / "wide-whole" / files[graph], folder / "wide" / graph)
+    for left in ("tiny-model", "tiny-onnxruntime", "wide-model", "wide-whole"):
+        shutil.rmtree(folder / left)
+    for tag, python in (("cpython-312", "3.12"), (sys.implementation.cache_tag, None)):
+        _pack_packages(folder / f"site-{tag}", python)
+        real_bindings.pack(real_bindings.NEWEST, folder / "bindings", tag, python)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")
+
+
+def _write_tiny(folder: Path) -> None:
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    shape = {
+        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
+        "text_dim": 24, "freq_dim": 32, "ffn_dim": 128, "num_layers": 3, "rope_max_seq_len": 64,
+    }  # fmt: skip
+    WanTransformer3DModel(**shape).eval().save_pretrained(folder)
+
+
+def _pack_packages(target: Path, python: str | None) -> None:
+    from importlib.metadata import version
+
+    if target.is_dir():
+        return
+    wanted = [f"{name}=={version(name)}" for name in SITE_PACKAGES]
+    other = ["--python-version", python, "--platform", "manylinux2014_x86_64"] if python else []
+    command = [
+        sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary", ":all:",
+        "--disable-pip-version-check", "--target", str(target), *other, *wanted,
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+
+
+@contextlib.contextmanager
+def stand_in(device: Any, *, rehearsed: bool, bindings: Path | None = None) -> Iterator[Any]:
+    """Install the stand-in as the package `tensorrt`; feign CUDA for a rehearsal."""
+    import real_bindings
+    from stand_in import StandInModule
+
+    if bindings is not None:
+        real_bindings.FOLDER = bindings
+    patched = _Patches()
+    module = StandInModule("tensorrt", real_bindings.bindings(real_bindings.NEWEST), device)
+    try:
+        sys.modules["tensorrt"] = module
+        if rehearsed:
+            from host_device import feign_cuda
+
+            major, minor = CAPABILITY.split(".")
+            feign_cuda(patched, device, (int(major), int(minor)))
+        with device if rehearsed else contextlib.nullcontext():
+            yield module.stand_in
+    finally:
+        del sys.modules["tensorrt"]
+        patched.undo()
+
+
+class _Patches:
+    """What `pytest.MonkeyPatch` offers, where there is no pytest."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def setattr(self, owner: Any, name: str, value: Any) -> None:
+        self._before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        for owner, name, value in reversed(self._before):
+            setattr(owner, name, value)
+
+
+class Rig:
+    """One run of the rig: the device, the stand-in and the report's lines.
+
+    Attributes:
+        home: What the stand-in was asked (`stand_in.Installation`).
+        device: Where tensors live.
+        feigned: The feigned GPU of a rehearsal, or None.
+    """
+
+    def __init__(self, folder: Path, home: Any, device: Any, feigned: Any) -> None:
+        self.folder, self.home, self.device, self.feigned = folder, home, device, feigned
+        self.lines: list[str] = []
+        self.failures: list[str] = []
+
+    def table(self, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+        self.lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        self.lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+
+    def session(self, **options: Any) -> Any:
+        from freewheel.bundle.reader import Bundle
+        from freewheel.runtime.model import DeviceOptions, LoadedModel
+        from freewheel.runtime.session import Session
+
+        bundle = Bundle(self.folder / "tiny")
+        return Session(LoadedModel(bundle, "tensorrt", options=DeviceOptions(**options)))
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def steps(rig: Rig, session: Any, policy: str, count: int = STEPS) -> Iterator[tuple[str, Any]]:
+    """Run a policy; yields each step's branch and output."""
+    import torch
+
+    from freewheel.configs.setting import CacheSetting
+
+    generator = torch.Generator().manual_seed(0)
+    for branch in ("cond", "uncond"):
+        states = torch.randn(1, 5, 24, generator=generator).to(rig.device)
+        session.set_prompt(branch, {"text_states": states})
+    thresholded = policy in ("teacache", "custom", "easycache", "firstblock")
+    setting = CacheSetting(policy=policy, parameters={"threshold": 0.3} if thresholded else {})
+    session.begin(torch.linspace(999, 30, STEPS), setting)
+    latents = torch.randn(1, 4, 3, 4, 6, generator=generator).to(rig.device)
+    for step in range(count):
+        for branch in ("cond", "uncond"):
+            output = session.step(branch, step, {"latents": latents})
+            yield branch, output
+            if branch == "cond":
+                change = output.clone()
+        latents = latents - 0.1 * change
+
+
+def outputs(rig: Rig, session: Any, policy: str) -> Any:
+    import torch
+
+    return torch.stack([output.clone() for _, output in steps(rig, session, policy)]).cpu()
+
+
+def policies_in_every_way(rig: Rig) -> None:
+    """Every policy, plain, offloaded, as graphs and both, with pauses: equal to a plain run."""
+    import torch
+
+    rows = []
+    rig.pause(0)
+    expected = {policy: outputs(rig, rig.session(), policy) for policy in POLICIES}
+    rig.pause(PAUSE_CYCLES)
+    for name, options in OPTIONS.items():
+        for policy in POLICIES:
+            session = rig.session(**options)
+            found = outputs(rig, session, policy)
+            same = bool(torch.equal(found, expected[policy]))
+            computed = session.statistics.computed_steps
+            rows.append((policy, name, f"{computed:g} of {STEPS}", "equal" if same else "OTHER"))
+            if not same:
+                worst = float((found - expected[policy]).abs().max())
+                rig.failures.append(f"{policy}, {name}: differs from a plain run by {worst:.3g}")
+    rig.pause(0)
+    rig.table(("policy", "driven", "computed", "against a plain run without pauses"), rows)
+
+
+def default_stream_hand_off(rig: Rig) -> None:
+    """What the caller enqueues on the default stream comes before and after a step."""
+    import torch
+
+    rig.pause(PAUSE_CYCLES)
+    session, expected = rig.session(), outputs(rig, rig.session(), "taylorseer")
+    found = []
+    for _, output in steps(rig, session, "taylorseer"):
+        found.append(output + 0)  # enqueued on the default stream, at once
+    same = bool(torch.equal(torch.stack(found).cpu(), expected))
+    rig.pause(0)
+    rig.lines += [f"{len(found)} outputs read on the default stream right after each step: "
+                  f"{'all equal' if same else 'NOT EQUAL'}.", ""]  # fmt: skip
+    if not same:
+        rig.failures.append("an output read on the default stream was not finished")
+
+
+def several_sessions(rig: Rig) -> None:
+    """Sessions on threads, sharing weights and pinned blocks."""
+    import torch
+
+    jobs = {"taylorseer": {}, "adacache": {"offload": True}, "easycache": {"cuda_graphs": True}}
+    expected = {policy: outputs(rig, rig.session(), policy) for policy in jobs}
+    rig.pause(PAUSE_CYCLES)
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+
+    def work(policy: str, options: Mapping[str, bool]) -> None:
+        try:
+            with rig.feigned or contextlib.nullcontext():
+                found[policy] = outputs(rig, rig.session(**options), policy)
+        except BaseException:  # told below
+            faults.append(traceback.format_exc(limit=3))
+
+    threads = [threading.Thread(target=work, args=job) for job in jobs.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rig.pause(0)
+    rows = [
+        (policy, options or "plain", "equal" if policy in found and torch.equal(
+            found[policy], expected[policy]) else "NOT EQUAL")
+        for policy, options in jobs.items()
+    ]  # fmt: skip
+    rig.table(("policy", "driven", "beside the others"), rows)
+    rig.failures += faults + [row[0] for row in rows if row[2] != "equal"]
+
+
+def counts_in_the_loop(rig: Rig) -> None:
+    """Allocations, copies and waits of a step, by torch's own counters and profiler."""
+    rows = []
+    for name, options in OPTIONS.items():
+        session = rig.session(check_finite=False, **options)
+        for _ in steps(rig, session, "taylorseer"):
+            pass
+        hidden = session._shared["hidden"].nbytes
+        loop = steps(rig, session, "taylorseer")
+        for _ in range(4):  # two steps: the prompt, the run's tables, the first decisions
+            next(loop)
+        contexts = len(rig.home.contexts)
+        rig.home.counts.clear()
+        row = rig.watch(lambda loop=loop: [None for _ in loop])
+        assert len(rig.home.contexts) == contexts, "a context was made inside the loop"
+        rows.append((name, contexts, rig.home.counts["enqueues"], *row, hidden))
+        if row[0]:
+            rig.failures.append(f"{name}: {row[0]} allocations inside the loop")
+    columns = ("driven", "contexts so far", "enqueues", "allocations", "copies", "largest copy",
+               "hidden states, bytes")  # fmt: skip
+    rig.lines += [f"{STEPS - 2} steps of two branches, `taylorseer`, after a whole run. The stand-in's "
+                  "own kernels allocate; `caller` steps and copies are counted with it left out.", ""]  # fmt: skip
+    rig.table(columns, rows)
+
+
+def bandwidth(rig: Rig) -> None:
+    """`reuse` and `delta` at 32,760 tokens: bytes moved per second, and beside a block's time."""
+    import torch
+
+    from freewheel.engines.tensorrt import TensorRT
+
+    tokens = 256 if rig.feigned else TOKENS
+    backend = TensorRT(device=rig.device)
+    rows, seconds = [], {}
+    for graph in ("reuse", "delta", "block"):
+        engine = backend.load(rig.folder / "wide" / graph)
+        sizes = {"batch": 1, "tokens": tokens, "slots": 2, "text_tokens": 512}
+        tensors = {
+            name: torch.zeros(
+                [sizes[d] if isinstance(d, str) else d for d in spec.shape],
+                dtype=getattr(torch, spec.dtype), device=rig.device,
+            )
+            for name, spec in {**engine.inputs, **engine.outputs}.items()
+        }  # fmt: skip
+        call = engine.bind(tensors)
+        seconds[graph] = rig.time(call)
+        moved = sum(t.nbytes for t in tensors.values())
+        rows.append((graph, f"{moved / 1e6:.0f}", f"{seconds[graph] * 1e3:.3f}",
+                     f"{moved / seconds[graph] / 1e9:.0f}"))  # fmt: skip
+    a = torch.zeros(1 << (20 if rig.feigned else 30), dtype=torch.uint8, device=rig.device)
+    b = torch.zeros_like(a)
+    copied = rig.time(type("Copy", (), {"run": lambda self: b.copy_(a)})())
+    rows.append(("torch copy", f"{2 * a.nbytes / 1e6:.0f}", f"{copied * 1e3:.3f}",
+                 f"{2 * a.nbytes / copied / 1e9:.0f}"))  # fmt: skip
+    rig.lines += [f"{tokens} tokens of 1,536 channels, two residuals, bfloat16 body; torch operations, "
+                  "not TensorRT's kernels, so the times bound nothing of TensorRT's.", ""]  # fmt: skip
+    rig.table(("graph", "MB read and written", "ms", "GB/s"), rows)
+    share = (seconds["reuse"] + seconds["delta"]) / (30 * seconds["block"])
+    rig.lines += [f"`reuse` and `delta` together take {share:.2%} of 30 such blocks.", ""]
+
+
+def offload_14b(rig: Rig) -> None:
+    """Weights of 14B geometry through two slabs: what arrives, how fast, and what is locked."""
+    import torch
+
+    from freewheel.runtime.offload import HostBlock, OffloadedWeights
+
+    blocks = 3 if rig.feigned else BLOCKS_14B
+    shapes = (
+        {n: (s[0] // 64, s[1] // 64) for n, s in BLOCK_14B.items()} if rig.feigned else BLOCK_14B
+    )
+    shapes = {n: tuple(max(1, d) for d in s) for n, s in shapes.items()}
+    began = time.perf_counter()
+
+    def read(names: Any) -> HostBlock:
+        block = int(names[0].split(".", 1)[0])
+        return HostBlock(
+            {n: torch.full(shapes[n.split(".", 1)[1]], float(block), dtype=torch.bfloat16)
+             for n in names}, pinned=True,
+        )  # fmt: skip
+
+    seen: list[Any] = []
+
+    class Checking:
+        """An engine that reads one number of each weight."""
+
+        def bind(self, bindings: Mapping[str, Any]) -> Any:
+            def run(self: Any) -> None:
+                seen.append(torch.stack([t.flatten()[-1].float() for t in bindings.values()]))
+
+            return type("Call", (), {"run": run})()
+
+    with rig.on_stream():
+        weights = OffloadedWeights(rig.device, read, streamed=True)
+        patterns = {n: "{block}." + n for n in shapes}
+        calls = [weights.bind(Checking(), {}, patterns, b) for b in range(blocks)]
+        rig.synchronize()
+        prepared, began = time.perf_counter() - began, time.perf_counter()
+        for call in calls * 2:
+            call.run()
+        rig.synchronize()
+    taken = time.perf_counter() - began
+    right = all(bool((row == i % blocks).all()) for i, row in enumerate(t.cpu() for t in seen))
+    size = sum(2 * s[0] * s[1] for s in shapes.values())
+    rig.table(
+        ("blocks", "GB in host memory", "s to read and lock", "GB on the device",
+         "GB/s while running", "weights as they should be"),
+        [(blocks, f"{blocks * size / 1e9:.2f}", f"{prepared:.1f}",
+          f"{weights.resident_bytes() / 1e9:.2f}", f"{2 * blocks * size / taken / 1e9:.1f}", right)],
+    )  # fmt: skip
+    if not right:
+        rig.failures.append("a block computed from another block's weights")
+
+
+def host_cost(rig: Rig) -> None:
+    """What the host spends on a step, and would spend on setting addresses anew each call."""
+    session = rig.session(check_finite=False)
+    for _ in steps(rig, session, "off"):
+        pass
+    context = rig.home.contexts[-1]
+    names = [*context._engine._inputs, *context._engine._outputs]
+    import real_bindings
+
+    real = real_bindings.bindings(real_bindings.NEWEST)
+    began = time.perf_counter()
+    for _ in range(1000):
+        real.Dims([1, 2, 3])  # a call of the binding of like cost
+    per_call = (time.perf_counter() - began) / 1000
+    per_step = per_call * 30 * 27
+    rig.lines += [
+        f"A call of the bindings takes {per_call * 1e6:.2f} µs; one context per engine, addresses set anew "
+        f"for 30 blocks of about 27 tensors, would cost the host {per_step * 1e6:.0f} µs a step "
+        f"(this engine: {len(names)} tensors).", "",
+    ]  # fmt: skip
+
+
+SECTIONS: tuple[tuple[str, Callable[[Rig], None]], ...] = (
+    ("Policies in every way of driving them", policies_in_every_way),
+    ("Hand-off with the default stream", default_stream_hand_off),
+    ("Several sessions at once", several_sessions),
+    ("Inside the step loop", counts_in_the_loop),
+    ("Reuse at memory bandwidth", bandwidth),
+    ("Offloading 14B geometry", offload_14b),
+    ("Host cost", host_cost),
+)
+NOT_SHOWN = """
+## What only TensorRT itself can show
+
+- that its kernels are right and how fast they are: here torch operations computed every graph;
+- that its contexts take the memory they announce, and that capture of its own kernels succeeds;
+- building on a GPU: timing caches, tactic choice, hardware compatibility, tiling;
+- TensorRT-RTX's compilation on the device and its cache. This GPU's architecture it does not know.
+"""
+
+
+class CudaRig(Rig):
+    """The rig on a GPU."""
+
+    def pause(self, cycles: int) -> None:
+        self.home.device.longest_pause = cycles
+
+    def on_stream(self) -> Any:
+        import torch
+
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
+
+    def time(self, call: Any) -> float:
+        import torch
+
+        for _ in range(3):
+            call.run()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(TIMED):
+            call.run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / TIMED
+
+    def watch(self, loop: Callable[[], Any]) -> tuple[int, int, int]:
+        """Count allocations outside the stand-in, and copies: all of them, and the largest's bytes."""
+        import torch
+
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        inside, enqueue = [0], type(self.home.device).enqueue
+
+        def counted(device: Any, *given: Any) -> None:
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            enqueue(device, *given)
+            inside[0] += torch.cuda.memory_stats()["allocation.all.allocated"] - before
+
+        type(self.home.device).enqueue = counted  # type: ignore[method-assign]  # for this loop
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        try:
+            with torch.profiler.profile(activities=kinds) as profile:
+                loop()
+                torch.cuda.synchronize()
+        finally:
+            type(self.home.device).enqueue = enqueue  # type: ignore[method-assign]
+        made = torch.cuda.memory_stats()["allocation.all.allocated"] - before - inside[0]
+        path = self.folder / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        sizes = [int(e["args"]["bytes"]) for e in events if e.get("cat") == "gpu_memcpy"]
+        # The caller's own steps between ours allocate: the change and the new latents.
+        return max(0, made - 4 * (STEPS - 2)), len(sizes), max(sizes, default=0)
+
+
+class RehearsedRig(Rig):
+    """The rig on the feigned GPU, which refuses a race instead of waiting for one to show."""
+
+    def pause(self, cycles: int) -> None:
+        pass
+
+    def on_stream(self) -> Any:
+        return self.feigned.on(self.feigned.new_stream())
+
+    def time(self, call: Any) -> float:
+        began = time.perf_counter()
+        call.run()
+        return time.perf_counter() - began
+
+    def watch(self, loop: Callable[[], Any]) -> tuple[int, int, int]:
+        self.feigned.reset_counts()
+        loop()
+        counts = self.feigned.counts
+        own = 4 * (STEPS - 2)  # the caller's: a clone, a product, a difference, the stacked rest
+        return max(0, counts["allocations"] - own), counts["copies"], self.feigned.largest
+
+
+def run(folder: Path, rehearse: bool, minutes: float, report: Path | None) -> int:
+    """Run every section; return the process's exit code."""
+    began = time.perf_counter()
+    if rehearse:
+        from host_device import PLACE, HostDevice
+
+        device: Any = HostDevice()
+        place, make = PLACE, RehearsedRig
+        report = report or ROOT / "out" / "rig-rehearsal.md"
+    else:
+        import torch
+        from cuda_device import CudaDevice
+
+        place, make = torch.device("cuda", 0), CudaRig
+        torch.cuda.set_device(place)
+        device = CudaDevice(place)
+        report = report or ROOT / "docs" / "gpu-report.md"
+    lines: list[str] = []
+    failed = 0
+    with stand_in(device, rehearsed=rehearse, bindings=folder / "bindings") as home:
+        from freewheel.engines.tensorrt import TensorRT
+
+        made = TensorRT.__init__
+        TensorRT.__init__ = lambda self, **given: made(self, **{"device": place, **given})  # type: ignore[method-assign]
+        for title, section in SECTIONS:
+            rig = make(folder, home, place, device if rehearse else None)
+            lines += [f"## {title}", ""]
+            if time.perf_counter() - began > 60 * minutes:
+                lines += ["Not run: no time was left.", ""]
+                continue
+            start = time.perf_counter()
+            try:
+                section(rig)
+            except Exception:  # the other sections still tell something
+                rig.failures.append(traceback.format_exc(limit=-4))
+            failed += len(rig.failures)
+            lines += rig.lines + [f"- **failed**: {text.strip()}" for text in rig.failures]
+            lines += ["", f"{section.__doc__} {time.perf_counter() - start:.0f} s.", ""]
+            print(f"{title}: {'FAILED' if rig.failures else 'ok'}", flush=True)
+            _write(report, lines, rehearse)
+        TensorRT.__init__ = made  # type: ignore[method-assign]
+    return 1 if failed else 0
+
+
+def _write(report: Path, lines: list[str], rehearse: bool) -> None:
+    """Write what there is; a machine may go at any time."""
+    report.parent.mkdir(parents=True, exist_ok=True)
+    what = "# What ran on a GPU" if not rehearse else "# Rehearsal on a CPU: says nothing of GPUs"
+    head = [what, "", f"Written by `python tests/gpu/rig.py run`: {_machine()}. No TensorRT: a stand-in "
+            "checks its protocol and torch computes the graphs.", ""]  # fmt: skip
+    report.write_text("\n".join(head + lines) + NOT_SHOWN, encoding="utf-8")
+
+
+def _machine() -> str:
+    import torch
+
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    if torch.version.cuda and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        found.insert(0, f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}")
+    return ", ".join(found)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    main()
