@@ -136,6 +136,13 @@ def build(
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    resume_engines: Annotated[
+        bool,
+        typer.Option(
+            "--resume-engines",
+            help="Only compile the engines of --backend into the bundle at --out; MODEL is not read.",
+        ),
+    ] = False,
     dump_passes: Annotated[
         Path | None, typer.Option(help="Write each graph after each pass here.")
     ] = None,
@@ -154,6 +161,8 @@ def build(
         from freewheel.compiler.build import build as run_build
         from freewheel.compiler.forecast_build import render_plan
         from freewheel.compiler.profiles import BuildSizes, parse_range
+        from freewheel.compiler.resume_engines import left_to_gpus
+        from freewheel.compiler.resume_engines import resume_engines as resume
         from freewheel.engines import Target
         from freewheel.runtime.settings import config_entries
 
@@ -189,6 +198,14 @@ def build(
             with_text_encoder=with_text_encoder,
             with_vae=with_vae,
         )
+        if resume_engines:
+            with screen.progress():
+                whole = resume(
+                    out, backends, target, request.sizes, build_cache or cache_beside(out), screen
+                )
+            built = [e.backend for e in whole.engines]
+            screen.result({"bundle": str(out), "backends": built}, [str(out)])
+            return
         if dry_run:
             planned = plan(request)
             screen.result(planned, render_plan(planned))
@@ -210,6 +227,13 @@ def build(
             f"{report.bytes / 1e6:.1f} MB, {report.written_bytes / 1e6:.1f} MB of them written; "
             f"next: freewheel run {out} --prompt '…' --out video.mp4"
         )
+        left = left_to_gpus(report.manifest)
+        if left:
+            screen.note(
+                f"TensorRT would compile {len(left)} graphs of it on a machine with a GPU "
+                f"({', '.join(left)}): freewheel build {model} --out {out} --resume-engines "
+                "--backend tensorrt"
+            )
 
 
 @app.command()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 from .. import __version__
 from .checkpoint import Checkpoint
 
-__all__ = ["build_key"]
+__all__ = ["build_key", "source_digest"]
 
 LIBRARIES = (
     "diffusers", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "polygraphy",
@@ -36,7 +37,7 @@ def build_key(request: Any, checkpoint: Checkpoint) -> str:
     }  # fmt: skip
     asked = {n: repr(v) for n, v in vars(request).items() if n not in ("backends", "configs")}
     about = [
-        __version__, _source_digest(), sys.version, platform.node(), platform.machine(),
+        __version__, source_digest(), sys.version, platform.node(), platform.machine(),
         {name: _version(name) for name in LIBRARIES},
         asked, [backend.name for backend in request.backends],
         {name: config.model_dump(mode="json") for name, config in request.configs.items()},
@@ -46,8 +47,9 @@ def build_key(request: Any, checkpoint: Checkpoint) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _source_digest() -> str:
-    """Digest our own code: a graph traced by other code is another graph."""
+@functools.cache
+def source_digest() -> str:
+    """Digest our own code: what other code traced or compiled is something else."""
     root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     for path in sorted(p for name in PACKAGES for p in (root / name).rglob("*.py")):
         digest.update(path.read_bytes())

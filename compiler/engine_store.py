@@ -20,6 +20,7 @@ from ..bundle.files import link_or_none
 from ..configs.errors import BundleError
 from ..engines.base import ProfiledBackend, Target
 from ..engines.record import EngineRecord, engine_folder
+from .build_key import source_digest
 
 __all__ = ["EngineStore"]
 
@@ -57,7 +58,9 @@ class EngineStore:
         model = onnx.load(graph, load_external_data=False)
         if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
             return None
-        about = [self._backend.name, self._backend.compiler_version(), asdict(target)]
+        about = [
+            self._backend.name, self._backend.compiler_version(), source_digest(), asdict(target),
+        ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         digest.update(graph.read_bytes())
         return self._folder / digest.hexdigest()

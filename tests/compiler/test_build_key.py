@@ -48,6 +48,6 @@ def test_what_differs_has_another_key(
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     found.add(build_key(request_, open_checkpoint(request_.model)))
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
-    monkeypatch.setattr(keys, "_source_digest", lambda: "other code")
+    monkeypatch.setattr(keys, "source_digest", lambda: "other code")
     found.add(build_key(request_, checkpoint))
     assert len(found) == 9

@@ -2,6 +2,11 @@
 """Real engines, built ahead of time with TensorRT-RTX on a machine without a GPU."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ import torch
 from freewheel.configs.errors import BackendUnavailable, BuildError, BundleError
 from freewheel.engines import Target, backend
 from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
+from freewheel.engines.tensorrt_journal import fault_recorder
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytestmark = pytest.mark.tensorrt
@@ -291,3 +297,36 @@ def test_a_target_is_completed_before_anything_is_traced():
         TensorRTRTX().complete(Target(options={"level": 3}))
     with pytest.raises(BuildError, match="is 6, levels go from 0 to 5"):
         TensorRTRTX().complete(Target(options={"builder_optimization_level": 6}))
+
+
+def test_an_engine_goes_into_nvidias_own_tools_as_documented(build, repository):
+    """As far as a machine without a GPU can go: TensorRT-RTX reads the header of the plan."""
+    import tensorrt_rtx as trt
+
+    folder, _ = build("matmul_bf16", Target("bfloat16", MATMUL, ("8.9",)))
+    text = (repository / "docs" / "explanation" / "tensorrt.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(import json, pathlib\n.*?)^```", text, re.M | re.S)
+    snippet = snippet.replace("out/bundle/engines/SET/block", str(folder))
+    told = subprocess.run(
+        [sys.executable, "-c", snippet], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == "x:1x1560x64"
+
+    runtime, faults = trt.Runtime(trt.Logger(trt.Logger.ERROR)), fault_recorder(trt)
+    runtime.error_recorder = faults
+    if runtime.deserialize_cuda_engine((folder / "model.plan").read_bytes()) is None:
+        assert "magic" not in faults.take()
+    assert runtime.deserialize_cuda_engine(b"no plan" * 1000) is None
+    assert "magic" in faults.take()
+
+    line = next(n for n in text.splitlines() if "polygraphy run" in n)
+    arguments = line.replace("out/bundle/engines/SET/block", str(folder)).split()
+    assert arguments[0] == "POLYGRAPHY_USE_TENSORRT_RTX=1"
+    script = folder.parent / "script.py"
+    tool = Path(sys.executable).with_name("polygraphy")
+    done = subprocess.run(
+        [tool, *arguments[2:], "--gen-script", script], capture_output=True, text=True, check=False,
+        env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "EngineFromBytes" in script.read_text()

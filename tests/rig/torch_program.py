@@ -183,7 +183,7 @@ def _gather(attributes: Any, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _attention(attributes: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
-    heads = attributes.get("q_num_heads")
+    heads = attributes.get("q_num_heads") or attributes.get("num_heads")
     parts = [
         t if heads is None else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)
     ]
@@ -265,7 +265,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Identity": _plain(lambda x: x), "IsInf": _plain(torch.isinf), "IsNaN": _plain(torch.isnan),
     "LayerNormalization": _norm, "Less": _plain(torch.lt), "LessOrEqual": _plain(torch.le),
     "MatMul": _plain(torch.matmul), "Max": _plain(torch.maximum), "Min": _plain(torch.minimum),
-    "Mod": _plain(torch.remainder), "Mul": _plain(torch.mul), "Neg": _plain(torch.neg),
+    "Mod": _plain(torch.remainder), "Mul": _plain(torch.mul), "MultiHeadAttention": _attention,
+    "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not), "Or": _plain(torch.logical_or), "Pow": _plain(torch.pow),
     "RMSNormalization": _rms_norm, "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean), "ReduceMin": _reduce(torch.amin),
