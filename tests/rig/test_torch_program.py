@@ -52,7 +52,7 @@ def example(name: str, kind: object, generator: torch.Generator) -> torch.Tensor
     dtype = getattr(torch, DTYPE_NAMES[kind.elem_type])
     if dtype.is_floating_point:
         scale = 100.0 if name == "timesteps" else 1.0
-        return torch.rand(shape, generator=generator) * scale
+        return (torch.rand(shape, generator=generator) * scale).to(dtype)
     return torch.ones(shape, dtype=dtype)
 
 

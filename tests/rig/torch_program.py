@@ -179,7 +179,7 @@ def _gather(attributes: Any, x: Tensor, index: Tensor) -> Tensor:
     axis = attributes.get("axis", 0)
     index = torch.where(index < 0, index + x.shape[axis], index)
     found = x.index_select(axis, index.flatten())
-    return found.reshape(*x.shape[:axis], *index.shape, *x.shape[axis % x.ndim + 1 :])
+    return found.reshape((*x.shape[:axis], *index.shape, *x.shape[axis % x.ndim + 1 :]))
 
 
 def _attention(attributes: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
