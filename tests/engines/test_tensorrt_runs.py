@@ -17,6 +17,7 @@ from graft import grafted
 from host_device import PLACE
 
 from freewheel.bundle.reader import Bundle
+from freewheel.configs.errors import RequestError
 from freewheel.configs.setting import CacheSetting
 from freewheel.engines import backend_class
 from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
@@ -126,6 +127,29 @@ def test_two_sessions_at_once_share_weights_and_disturb_nothing(
     assert not faults
     assert all(equal(found[policy], expected[policy]) for policy in found)
     assert len(found) == 2
+
+
+def test_the_check_for_finite_values_is_what_allocates(bundle: Bundle, feigned: Any) -> None:
+    """And so it is off where allocations are counted, here and in tests/gpu."""
+    session, device = opened(bundle), feigned.device
+    run(session, "off")
+    session.begin(torch.linspace(999, 30, STEPS), setting("off"))
+    latents = torch.randn(LATENTS)
+    session.step("cond", 0, {"latents": latents})
+    device.reset_counts()
+    session.step("cond", 1, {"latents": latents})
+    assert device.counts["allocations"] > 0
+
+
+def test_a_gpu_is_chosen_by_its_index(bundle: Bundle, tiny_bundle: Bundle) -> None:
+    name = bundle.manifest.engines[-1].backend
+    model = LoadedModel(bundle, name, options=DeviceOptions(device=1))
+    assert model.device == torch.device("cuda", 1)
+    assert model.backend.lane.device == torch.device("cuda", 1)
+    with pytest.raises(RequestError, match="--device: is 2, and there are 2 GPUs; give 0 to 1"):
+        LoadedModel(bundle, name, options=DeviceOptions(device=2))
+    with pytest.raises(RequestError, match="--device: means nothing to onnxruntime"):
+        LoadedModel(tiny_bundle, "onnxruntime", options=DeviceOptions(device=0))
 
 
 BLOCKS = 3

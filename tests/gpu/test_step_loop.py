@@ -77,11 +77,16 @@ def test_nothing_is_bound_and_every_output_keeps_its_address(
 
 @pytest.mark.usefixtures("cuda")
 @every_setting
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"offload": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cuda_graphs": True}, {"offload": True}, {"offload": True, "cuda_graphs": True}],
+    ids=str,
+)
 def test_nothing_is_allocated_on_the_device(
     engines: str, demo: Callable[..., Bundle], name: str, options: dict[str, bool]
 ) -> None:
-    rest = opened(demo(), name, **options)
+    # The check of a step for values that are not finite sums into a tensor of its own.
+    rest = opened(demo(), name, check_finite=False, **options)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     free, _ = torch.cuda.mem_get_info()

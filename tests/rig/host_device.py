@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import torch
 from stand_in import ALIGNMENT, DTYPE_NAMES, Places
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from freewheel.engines.onnxruntime import _session
@@ -103,7 +103,8 @@ class Graph:
         self._home.count("replays")
         for work, reads, writes in self.works:
             self._home.touch(reads, writes)
-            work()
+            with _disable_current_modes():
+                work()
 
 
 class HostDevice(TorchDispatchMode):
@@ -115,9 +116,11 @@ class HostDevice(TorchDispatchMode):
         races: Whether to check order; it takes time for large tensors.
     """
 
-    def __init__(self, *, races: bool = True) -> None:
+    def __init__(
+        self, *, races: bool = True, make_program: Callable[[onnx.ModelProto], Any] | None = None
+    ) -> None:
         super().__init__()
-        self.races = races
+        self.races, self._make_program = races, make_program or OnnxProgram
         self.reset_counts()
         self._handles = itertools.count(0)
         self._streams: dict[int, Stream] = {}
@@ -127,7 +130,7 @@ class HostDevice(TorchDispatchMode):
         self._writes: dict[int, tuple[int, int]] = {}
         self._reads: dict[int, dict[int, int]] = {}
         self._alive: list[Any] = []  # so that no address comes back with another meaning
-        self._programs: dict[bytes, OnnxProgram] = {}
+        self._programs: dict[bytes, Any] = {}
         self.registered: dict[int, int] = {}
         self.recorded: list[tuple[torch.Tensor, Stream]] = []
 
@@ -200,10 +203,10 @@ class HostDevice(TorchDispatchMode):
 
     # What the stand-in asks of a device.
 
-    def program(self, model: onnx.ModelProto) -> OnnxProgram:
+    def program(self, model: onnx.ModelProto) -> Any:
         content = model.SerializeToString()
         if content not in self._programs:
-            self._programs[content] = OnnxProgram(model)
+            self._programs[content] = self._make_program(model)
         return self._programs[content]
 
     def enqueue(
@@ -216,7 +219,8 @@ class HostDevice(TorchDispatchMode):
             return
         with self.on(self._streams[stream]):
             self.touch(reads, writes)
-        work()
+        with _disable_current_modes():  # a kernel's own operations are its own affair
+            work()
 
     def spoil(self, address: int, size: int) -> None:
         ctypes.memset(address, 0xFF, size)  # NaN in every float
