@@ -5,10 +5,11 @@
     python3 tests/gpu/rig.py run out/rig          # on the GPU: torch, numpy, onnx and safetensors
     python tests/gpu/rig.py run out/rig --rehearse  # the same on a CPU, through the feigned GPU
 
-``pack`` makes a folder of a few MB: bundles whose plans the stand-in reads, TensorRT's bindings over
-their stub, and the packages that a bare machine lacks. ``run`` needs no network and no TensorRT. It
-takes the sections in order, keeps going after a failure, starts no section after ``--minutes``, and
-writes docs/gpu-report.md (a rehearsal: out/rig-rehearsal.md).
+``pack`` makes a folder of a few MB and keeps the pieces that are there: bundles whose plans the
+stand-in reads, TensorRT's bindings over their stub, and the packages that a bare machine lacks.
+``run`` needs no network and no TensorRT. It takes the sections in order, keeps going after a
+failure, starts no section after ``--minutes``, and writes docs/gpu-report.md (a rehearsal:
+out/rig-rehearsal.md).
 """
 
 from __future__ import annotations
@@ -89,24 +90,32 @@ def pack(folder: Path) -> None:
     from host_device import PLACE, HostDevice
 
     from freewheel.bundle.reader import Bundle
-    from freewheel.compiler.build import BuildRequest, build
-    from freewheel.engines import backend
+    from freewheel.compiler.build import BuildRequest, build, compile_graph
+    from freewheel.engines import Target, backend
     from freewheel.engines.tensorrt import TensorRT
     from freewheel.runtime.settings import config_entries
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     off = config_entries(["off"], lambda text: None)
-    _write_tiny(folder / "tiny-model")
-    made = folder / "tiny-onnxruntime"
-    build(BuildRequest(str(folder / "tiny-model"), made, [backend("onnxruntime")], off))
-    with stand_in(HostDevice(races=False), rehearsed=True):
-        from graft import grafted
+    if not (folder / "tiny").is_dir():
+        _write_tiny(folder / "tiny-model")
+        made = folder / "tiny-onnxruntime"
+        build(BuildRequest(str(folder / "tiny-model"), made, [backend("onnxruntime")], off))
+        with stand_in(HostDevice(races=False), rehearsed=True):
+            from graft import grafted
 
-        grafted(Bundle(made), TensorRT(device=PLACE), folder / "tiny", CAPABILITY)
-        _pack_wide(folder / "wide", off, TensorRT(device=PLACE))
-    for left in ("tiny-model", "tiny-onnxruntime"):
-        shutil.rmtree(folder / left)
+            grafted(Bundle(made), TensorRT(device=PLACE), folder / "tiny", CAPABILITY)
+        for left in ("tiny-model", "tiny-onnxruntime"):
+            shutil.rmtree(folder / left)
+    if not (folder / "wide").is_dir():
+        graphs, profiles = _trace_wide(folder / "traced", off)
+        with stand_in(HostDevice(races=False), rehearsed=True):
+            for name, graph in graphs.items():
+                target = Target(graph.precision, {**profiles[name]}, (CAPABILITY,))
+                path = folder / "traced" / graph.file
+                compile_graph(TensorRT(device=PLACE), path, target, folder / "traced" / name)
+        shutil.rmtree(folder / "traced" / "graphs")
+        (folder / "traced").rename(folder / "wide")
     for tag, python in (("cpython-312", "3.12"), (sys.implementation.cache_tag, None)):
         _pack_packages(folder / f"site-{tag}", python)
         real_bindings.pack(real_bindings.NEWEST, folder / "bindings", tag, python)
@@ -114,34 +123,28 @@ def pack(folder: Path) -> None:
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
-def _pack_wide(folder: Path, configs: Any, backend: Any) -> None:
-    """Compile what a step of Wan 2.1 1.3B repeats, in bfloat16; no weight is read."""
+def _trace_wide(folder: Path, configs: Any) -> tuple[Any, Any]:
+    """Trace what a step of Wan 2.1 1.3B repeats, in bfloat16; no weight is read."""
     from diffusers import WanTransformer3DModel
     from synthetic import GEOMETRIES
 
-    from freewheel.compiler.build import compile_graph
     from freewheel.compiler.families import family_of
     from freewheel.compiler.graphs import write_graphs
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
     from freewheel.compiler.progress import Silent
     from freewheel.compiler.reuse import cache_segments
-    from freewheel.engines import Target, TensorSpec
+    from freewheel.engines import TensorSpec
 
     config = {**GEOMETRIES["wan2.1-t2v-1.3b"], "num_layers": 1}
     config = dict(WanTransformer3DModel(**config).config)
     cut = family_of("WanTransformer3DModel", "rig").cut(config, "bfloat16", lambda name: "bfloat16")
     head = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
-    hidden = TensorSpec(head.dtype, head.shape)
     segments = [s for s in cut.segments if s.name == "block"]
-    segments += cache_segments(hidden, cut.history_dtype)
+    segments += cache_segments(TensorSpec(head.dtype, head.shape), cut.history_dtype)
     (folder / "graphs").mkdir(parents=True)
     graphs = write_graphs(segments, cut.example_dims, folder, Silent(), None)
     sizes = BuildSizes(height=(480,) * 3, width=(832,) * 3, frames=(1, 81, 81))
-    profiles = profiles_of(graphs, {}, cut, dim_ranges(cut, sizes, configs, None))
-    for name, graph in graphs.items():
-        target = Target(graph.precision, {**profiles[name]}, (CAPABILITY,))
-        compile_graph(backend, folder / graph.file, target, folder / name)
-    shutil.rmtree(folder / "graphs")
+    return graphs, profiles_of(graphs, {}, cut, dim_ranges(cut, sizes, configs, None))
 
 
 def _write_tiny(folder: Path) -> None:
