@@ -108,7 +108,7 @@ def pack(folder: Path) -> None:
         for left in ("tiny-model", "tiny-onnxruntime"):
             shutil.rmtree(folder / left)
     if not (folder / "wide").is_dir():
-        graphs, profiles = _trace_wide(folder / "traced", off)
+        graphs, profiles = _trace_wide(folder / "traced", Bundle(folder / "tiny").manifest.configs)
         with stand_in(HostDevice(races=False), rehearsed=True):
             for name, graph in graphs.items():
                 target = Target(graph.precision, {**profiles[name]}, (CAPABILITY,))
