@@ -31,7 +31,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.configs.load import load_config, read_configs
 from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.console import Screen
-from freewheel.policies.custom import CustomConfig
+from freewheel.policies.custom import DAMPED, PUBLISHED, CustomConfig
 from freewheel.runtime.bench import BenchReport, BenchRequest, bench_bundle
 from freewheel.runtime.generate import GenerationRequest, Generator
 from freewheel.runtime.replay import replay
@@ -68,8 +68,8 @@ def settings(calibration: Path, steps: int, ideals: Ideals) -> dict[str, CacheSe
             if config is not None:
                 found[f"{policy} {speedup:g}"] = config.setting()
             if isinstance(config, CustomConfig):
-                published = config.model_copy(update={"trend": 1.0, "trend_decay": 1.0})
-                found[f"custom published {speedup:g}"] = published.setting()
+                for name, form in (("custom", DAMPED), ("custom published", PUBLISHED)):
+                    found[f"{name} {speedup:g}"] = config.model_copy(update=form).setting()
         found[f"taylorseer {speedup:g}"] = evenly(ideal, steps)
     for codebook in ("steps_30_slow", "steps_30_fast", "steps_100"):
         config = load_config("adacache").model_copy(update={"codebook": _codebook(codebook)})

@@ -19,7 +19,7 @@ from .teacache import (
     accumulate,
 )
 
-__all__ = ["DAMPED", "Custom", "CustomConfig"]
+__all__ = ["DAMPED", "PUBLISHED", "Custom", "CustomConfig"]
 
 
 DAMPED = {"trend": 0.65, "trend_decay": 0.8}

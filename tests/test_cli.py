@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from freewheel.bundle.reader import Bundle
-from freewheel.cli import app
+from freewheel.cli import _run_tables, app
+from freewheel.console import Screen
+from freewheel.runtime.statistics import BranchStatistics, RunStatistics
 from freewheel.runtime.trace import Trace
 
 Run = Callable[..., Result]
@@ -275,3 +278,30 @@ def test_replay_of_a_file_works_without_a_bundle(
     result = freewheel("replay", tmp_path / "t.npz", "--config", "shapes_wan_teacache", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    ("keys", "form"),
+    [
+        ({}, "published forecast"),
+        ({"trend": 0.65, "trend_decay": 0.8}, "damped forecast, trend 0.65, trend_decay 0.8"),
+    ],
+)
+def test_summaries_say_which_form_of_the_law_ran(
+    freewheel: Run, tmp_path: Path, keys: dict, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, recorded = tmp_path / "mine.json", tmp_path / "trace.npz"
+    config.write_text(json.dumps({"feature_caching": "Custom", "teacache_thresh": 0.5, **keys}))
+    signal = np.linspace(1, 2, 12, dtype=np.float32)[:, None]
+    arrays = {"timesteps": signal[:, 0], "branches": np.array(["cond"]), "cond/temb": signal}
+    np.savez(recorded, **arrays, **{"cond/residual": signal[:, None]})
+    told = freewheel("replay", recorded, "--config", config)
+    assert told.stdout.startswith(f"custom ({form}): "), told.output
+    told = freewheel("replay", recorded, "--config", config, "--json")
+    assert json.loads(told.stdout)["form"] == form
+
+    run = RunStatistics("custom", True, 2, {"cond": BranchStatistics()}, form=form)
+    run.branches["cond"].add(True, None, [], 1.0)
+    assert run.as_dict()["form"] == form
+    _run_tables(Screen(), {**run.as_dict(), "measured_speedup": None})
+    assert f"policy custom, {form} (folded" in " ".join(capsys.readouterr().err.split())

@@ -30,7 +30,7 @@ from ..runtime.replay import replay
 from ..runtime.settings import choose_setting, config_entry, other_size
 from ..runtime.trace import Trace, TraceRecorder
 
-__all__ = ["Candidate", "Goal", "TuneReport", "TuneRequest", "save_config", "tune"]
+__all__ = ["Candidate", "Goal", "TuneReport", "TuneRequest", "calibrated", "save_config", "tune"]
 
 THRESHOLDS = tuple(float(round(t, 4)) for t in np.geomspace(0.02, 2.0, 24))
 INTERVALS = range(2, 9)
@@ -274,11 +274,11 @@ def _search_space(
     bundle: Bundle, request: TuneRequest, warn: Callable[[str], None]
 ) -> dict[str, CachingConfig]:
     """Return configs by name: sweeps of every policy, and what a calibration adds."""
-    calibrated = _calibrated(bundle, request, warn)
+    found = calibrated(bundle, request, warn)
     polynomials: dict[str, Any] = {"identity": [[1.0, 0.0]]}
     ratios: dict[str, Any] | None = None
     space: dict[str, CachingConfig] = {}
-    for name, config in calibrated.items():
+    for name, config in found.items():
         if isinstance(config, TeaCacheConfig):
             polynomials = {"fitted": config.coefficients}
         if isinstance(config, MagCacheConfig):
@@ -306,7 +306,7 @@ def _search_space(
     return space
 
 
-def _calibrated(
+def calibrated(
     bundle: Bundle, request: TuneRequest, warn: Callable[[str], None]
 ) -> dict[str, CachingConfig]:
     """Read the calibration, and warn once where it was made at another size than the bundle's."""

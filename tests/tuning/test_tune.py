@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.progress import Silent
 from freewheel.configs.errors import RequestError
 from freewheel.configs.load import load_config
-from freewheel.tuning.tune import Goal, TuneReport, TuneRequest, save_config, tune
+from freewheel.tuning.tune import Goal, TuneReport, TuneRequest, calibrated, save_config, tune
 
 PROMPTS = [
     "a red circle moving right on a gray background",
@@ -70,3 +71,17 @@ def test_a_speedup_beyond_every_candidate_is_one_error(demo_bundle: Bundle) -> N
     request = TuneRequest(Goal(speedup=50.0), PROMPTS[:1], steps=4)
     with pytest.raises(RequestError, match="beyond every candidate"):
         tune(demo_bundle, request, Silent(), lambda text: None)
+
+
+def test_a_calibration_of_another_size_is_warned_about_once(
+    demo_bundle: Bundle, tmp_path: Path
+) -> None:
+    size = {"target_height": 480, "target_width": 832, "target_video_length": 81}
+    configs = {n: {"feature_caching": "Tea", **size} for n in ("teacache_2x", "teacache_3x")}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"configs": configs}))
+    told: list[str] = []
+    request = TuneRequest(Goal(speedup=2.0), PROMPTS, calibration=path)
+    assert set(calibrated(demo_bundle, request, told.append)) == set(configs)
+    (text,) = told
+    assert "was made for 832x480, 81 frames, and the bundle's own size is 96x96, 17 frames" in text
