@@ -116,8 +116,8 @@ def build(
     build_cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of TensorRT's timings and engines that bundles share; "
-            "default: freewheel-cache beside the bundle."
+            help="Folder of finished graphs and engines, and of TensorRT's timings, that bundles "
+            "share; default: freewheel-cache beside the bundle."
         ),
     ] = None,
     with_text_encoder: Annotated[

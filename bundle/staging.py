@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that appears whole or not at all, and whose finished pieces outlive a killed build."""
+"""A folder that appears whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..configs.errors import OutputError
-from .journal import journal_of, locked, take_over
 from .manifest import MANIFEST
 
 __all__ = ["staged_folder"]
@@ -19,15 +20,13 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, replace: bool, key: str = "") -> Iterator[Path]:
-    """Yield a folder beside ``target`` that takes its name when the block succeeds.
+def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that takes its name when the block succeeds.
 
     Args:
         target: The folder to write.
         replace: Whether a bundle (or an empty folder) of that name may be replaced; nothing else
             ever is.
-        key: Names what is built. Pieces that an earlier block of this key finished (`journal`),
-            before it was killed or failed, are in the folder again; nothing else is.
 
     Raises:
         OutputError: ``target`` exists and can't be replaced, another build of the same target is
@@ -43,19 +42,17 @@ def staged_folder(target: Path, *, replace: bool, key: str = "") -> Iterator[Pat
             str(target), f"can't be written: {error.strerror}", "choose another --out"
         ) from error
     try:
-        with locked(staging):
+        with _locked(staging):
             try:
                 _put_back(target)
                 _check_replaceable(target, replace=replace)
-                take_over(staging, key)
+                shutil.rmtree(staging, ignore_errors=True)  # of a killed build
+                staging.mkdir()
                 yield staging
                 _check_replaceable(target, replace=replace)
                 _move_into_place(staging, target)
             finally:
-                # What is half done goes; it would only fill the disk.
-                if not staging.is_dir() or not take_over(staging, key):
-                    shutil.rmtree(staging, ignore_errors=True)
-                    journal_of(staging).unlink(missing_ok=True)
+                shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -63,6 +60,35 @@ def staged_folder(target: Path, *, replace: bool, key: str = "") -> Iterator[Pat
             str(target), f"can't be written: {error.strerror}",
             "free some space or choose another --out",
         ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _locked(staging: Path) -> Iterator[None]:
+    """Hold ``staging`` against every other build, dead ones excepted.
+
+    Raises:
+        OutputError: another build holds it.
+    """
+    path = staging.with_name(f"{staging.name}.lock")
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The build that held it may have removed it between our two calls.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
+                break
+            os.close(handle)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise OutputError(
+                str(staging), "another build of this target is running",
+                "wait for it, or choose another --out",
+            ) from error  # fmt: skip
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _put_back(target: Path) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import onnx
 import onnx_ir as ir
 
 from .. import __version__
-from ..bundle.files import describe_files, digests_ahead, disk_use, link_or_none
-from ..bundle.journal import finish, is_finished
+from ..bundle.files import describe_files, digests_ahead, disk_use, link_or_none, sha256_of
 from ..bundle.manifest import (
     CheckpointEntry,
     ConfigEntry,
@@ -43,6 +43,7 @@ from ..bundle.manifest import (
 )
 from ..bundle.reader import MANIFEST
 from ..bundle.staging import staged_folder
+from ..bundle.store import NO_STORE, Store
 from ..configs.dtypes import Precision
 from ..configs.errors import BuildError, CheckpointError, ConfigError, OutputError
 from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
@@ -50,11 +51,10 @@ from ..passes import backend_pipeline, run_passes
 from ..policies import policies
 from ..policies.base import Policy
 from .bake import check_group_blocks, write_groups
-from .build_key import build_key
 from .checkpoint import Checkpoint, open_checkpoint
+from .code_version import code_version
 from .decide import write_decide_graph
 from .defaults import policy_setting, resolve_configs, scheduler_shift
-from .engine_store import EngineStore
 from .families import Cut, family_of
 from .families.base import FIRST_BLOCK_RESIDUAL, StoredDtype
 from .footprint import weights_of
@@ -75,6 +75,7 @@ PIPELINE_PARTS = (
     "tokenizer_2", "text_encoder_2", "feature_extractor",
 )  # fmt: skip
 SMALL_FILE_BYTES = 64 << 20
+STORE = "store"
 TRAIN_TIMESTEPS = 1000
 """Of the flow-matching schedulers: what a boundary between experts is a fraction of."""
 
@@ -99,7 +100,8 @@ class BuildRequest:
         target: Devices and options of backends that are told them (`ProfiledBackend`); precision
             and profiles are each graph's own.
         sizes: What engines of those backends are to serve.
-        cache: Where such backends keep what saves time in the next build; None keeps nothing.
+        cache: Folder of what saves time in the next build: graphs and engines without weights
+            (`Store`), and the caches of such backends. None keeps nothing.
         dump: Folder for graphs as text after each pass, or None.
         with_text_encoder: Whether to carry the text encoder as a graph, for programs without Python.
         with_vae: Likewise for the VAE's decoder, at the default config's size.
@@ -166,23 +168,29 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             "build with --weights inputs: engines are the same for both",
         )  # fmt: skip
     with (
-        staged_folder(
-            request.out, replace=request.replace, key=build_key(request, checkpoint)
-        ) as folder,
+        staged_folder(request.out, replace=request.replace) as folder,
         # Reading tens of GB takes about as long as tracing, which leaves the disk idle.
         digests_ahead(_shards_to_link(checkpoint, cut, folder)) as ahead,
     ):
-        (folder / "graphs").mkdir(exist_ok=True)
+        (folder / "graphs").mkdir()
+        store = Store(request.cache / STORE if request.cache is not None else None)
         clock.start("trace")
         signals = _signals(cut, request.weights)
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
         segments = tuple(s for s in segments if s.runs != "probe" or s.name in signals)
         laws = _policies(cut)
         progress.phase("trace", len(segments) + len(laws))
-        graphs = write_graphs(segments, cut.example_dims, folder, progress, request.dump)
+        config = {n: v for n, v in checkpoint.config.items() if not n.startswith("_")}
+        made_from = {
+            "class": checkpoint.transformer_class, "config": config, "precision": request.precision,
+        }  # fmt: skip
+        graphs = write_graphs(
+            segments, cut.example_dims, folder, progress, request.dump,
+            store=store, made_from=made_from,
+        )  # fmt: skip
         policies: dict[str, PolicyEntry] = {}
         for name, policy_class in laws.items():
-            graphs[f"decide.{name}"] = write_decide_graph(policy_class(), folder)
+            graphs[f"decide.{name}"] = write_decide_graph(policy_class(), folder, store)
             policies[name] = PolicyEntry(
                 graph=f"decide.{name}",
                 spec=policy_class.spec,
@@ -190,8 +198,11 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             )
             progress.advance(f"decide.{name}")
 
-        part_segments = [p.segment for p in parts]
-        graphs |= write_graphs(part_segments, {}, folder, progress, request.dump)
+        for part in parts:
+            graphs |= write_graphs(
+                [part.segment], {}, folder, progress, request.dump,
+                store=store, made_from=part.config,
+            )  # fmt: skip
 
         clock.start("weights")
         wanted = wanted_weights(cut, graphs)
@@ -227,12 +238,14 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             if isinstance(backend, ProfiledBackend):
                 backend.cache_folder = request.cache
             engines.append(
-                compile_graphs(backend, compiled, folder, target, progress, profiles=profiles)
+                compile_graphs(
+                    backend, compiled, folder, target, progress, profiles=profiles, store=store
+                )
             )
 
         clock.start("samplers")
         pipeline = bring_pipeline(checkpoint, folder)
-        samplers = tabulate_samplers(checkpoint, configs, folder)
+        samplers = tabulate_samplers(checkpoint, configs, folder, store)
         clock.start("digests")
         if parts and pipeline.folder is None:
             raise OutputError(
@@ -282,6 +295,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         clock.stop()
+    store.trim()
     return BuildReport(manifest, clock.seconds, *disk_use(request.out, files))
 
 
@@ -293,6 +307,7 @@ def compile_graphs(
     progress: Progress,
     *,
     profiles: Mapping[str, Profile] = MappingProxyType({}),
+    store: Store = NO_STORE,
 ) -> EngineSetEntry:
     """Compile every graph for ``backend`` into ``engines/<backend>-<target>``.
 
@@ -303,6 +318,7 @@ def compile_graphs(
         target: Devices and options.
         progress: Advanced once per graph; told the steps of each build where they are known.
         profiles: Graph name → shapes of its inputs, for backends that need them.
+        store: Where engines without weights are kept.
 
     Raises:
         BuildError: the backend refuses a graph; names it.
@@ -314,42 +330,43 @@ def compile_graphs(
     for name, graph in graphs.items():
         began = time.perf_counter()
         out = f"{place}/{name}"
-        if is_finished(folder, out):
-            files[name], seconds[name] = out, 0.0
-            progress.advance(name)
-            continue
         if isinstance(backend, ProfiledBackend):
             backend.progress = partial(_report, progress, name)
         own = replace(target, precision=graph.precision, profiles=profiles.get(name, {}))
         try:
-            compiled = compile_graph(backend, folder / graph.file, own, folder / out)
+            compile_graph(backend, folder / graph.file, own, folder / out, store)
         except BuildError as error:
             # Where the graph lay while the bundle was made tells nobody anything.
             where = error.where.removeprefix(str((folder / graph.file).parent)).lstrip("/")
             raise BuildError(f"graph '{name}', {where}", error.what, error.hint) from error
-        finish(folder, out, [compiled, folder / out])
         files[name], seconds[name] = out, round(time.perf_counter() - began, 3)
         progress.advance(name)
     return EngineSetEntry(backend=backend.name, target=label, files=files, seconds=seconds)
 
 
-def compile_graph(backend: Backend, graph: Path, target: Target, out: Path) -> Path:
-    """Compile one portable graph, after the passes that its backend needs; return what it read."""
+def compile_graph(
+    backend: Backend, graph: Path, target: Target, out: Path, store: Store = NO_STORE
+) -> None:
+    """Compile one portable graph, after the passes that its backend needs.
+
+    Compiling a graph twice does not give the same bytes (TensorRT-RTX 1.7 numbers its dynamic
+    dimensions in no fixed order), so equal graphs of two bundles get one engine from ``store``.
+    A graph that reads weights from a file is compiled each time.
+    """
     passes = backend_pipeline(backend.name)
     model, changed = run_passes(ir.load(graph), passes) if passes else (None, [])
     if model is not None and changed:
         # Kept: a runtime without our passes compiles it again where the engine does not fit.
         graph = graph.with_name(f"{graph.stem}.{backend.name}.onnx")
         ir.save(model, graph)
-    store: EngineStore | None = None
-    if isinstance(backend, ProfiledBackend) and backend.cache_folder is not None:
-        store = EngineStore(backend, backend.cache_folder)
-    if store is not None and store.take(graph, target, out):
-        return graph
-    backend.compile(graph, target, out)
-    if store is not None:
-        store.keep(graph, target, out)
-    return graph
+    tensors = onnx.load(graph, load_external_data=False).graph.initializer
+    has_weights = any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors)
+    about = [
+        "engine", code_version(), backend.name, backend.compiler_version(), target,
+        sha256_of(graph),
+    ]  # fmt: skip
+    keeping = NO_STORE if has_weights else store
+    keeping.bring(about, out, lambda place: backend.compile(graph, target, place))
 
 
 def complete_target(backend: Backend, target: Target) -> Target:
@@ -402,13 +419,16 @@ def pipeline_parts(
 
 
 def tabulate_samplers(
-    checkpoint: Checkpoint, configs: Mapping[str, ResolvedConfig], folder: Path
+    checkpoint: Checkpoint,
+    configs: Mapping[str, ResolvedConfig],
+    folder: Path,
+    store: Store = NO_STORE,
 ) -> list[SamplerEntry]:
     """Tabulate the samplers at the flow shifts of the pipeline's scheduler and of every config."""
     scheduler = read_part(checkpoint.pipeline, "scheduler/scheduler_config.json")
     shifts = {scheduler_shift(checkpoint.pipeline)}
     shifts |= {c.generation.flow_shift for c in configs.values()}
-    return write_tables(folder, scheduler or None, shifts)
+    return write_tables(folder, scheduler or None, shifts, store=store)
 
 
 def bring_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineEntry:

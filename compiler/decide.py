@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -10,13 +12,14 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from ..bundle.journal import finish, is_finished
 from ..bundle.manifest import GraphEntry, IoEntry
+from ..bundle.store import NO_STORE, Store
 from ..configs.errors import ExportError
 from ..engines.base import TensorSpec
 from ..passes import run_passes, template_pipeline
 from ..policies.base import Policy
 from ..policies.guard import Guarded, Shape, decide_inputs, decide_outputs
+from .code_version import code_version
 from .export import OPSET, exporting
 
 __all__ = ["decide_program", "write_decide_graph"]
@@ -80,12 +83,13 @@ def _program(policy_class: type[Policy]) -> ir.Model:
     return model
 
 
-def write_decide_graph(policy: Policy, bundle: Path) -> GraphEntry:
+def write_decide_graph(policy: Policy, bundle: Path, store: Store = NO_STORE) -> GraphEntry:
     """Trace a policy, write ``graphs/decide.<policy>.onnx``, and describe it.
 
     Args:
         policy: The law.
         bundle: The bundle's folder; has a folder ``graphs``.
+        store: Where graphs are kept.
 
     Returns:
         The manifest entry; its inputs are exactly the graph's.
@@ -94,13 +98,14 @@ def write_decide_graph(policy: Policy, bundle: Path) -> GraphEntry:
         ExportError: torch could not export the law.
     """
     file = f"graphs/decide.{policy.spec.name}.onnx"
-    if is_finished(bundle, file):
-        model = ir.load(bundle / file)
-    else:
-        model = decide_program(policy)
-        ir.save(model, bundle / file)
-        finish(bundle, file, [bundle / file])
-    present = {str(value.name) for value in model.graph.inputs}
+    law = type(policy)
+    source = hashlib.sha256(Path(inspect.getfile(law)).read_bytes()).hexdigest()
+    store.bring(
+        ["decide", code_version(), law.__module__, law.__qualname__, source],
+        bundle / file,
+        lambda out: ir.save(decide_program(policy), out),
+    )
+    present = {str(value.name) for value in ir.load(bundle / file).graph.inputs}
     inputs, outputs = decide_inputs(policy.spec), decide_outputs(policy.spec)
     return GraphEntry(
         file=file,

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import onnx_ir as ir
 
-from ..bundle.journal import finish, is_finished
 from ..bundle.manifest import GraphEntry, IoEntry
+from ..bundle.store import NO_STORE, Store
 from ..engines.base import TensorSpec
 from ..passes import run_passes, template_pipeline
+from .code_version import code_version
 from .export import trace
 from .families import Cut, Segment
 from .progress import Progress
@@ -25,6 +29,9 @@ def write_graphs(
     bundle: Path,
     progress: Progress,
     dump: Path | None = None,
+    *,
+    store: Store = NO_STORE,
+    made_from: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, GraphEntry]:
     """Trace every segment, run the passes, and write ``graphs/<name>.onnx``.
 
@@ -34,30 +41,40 @@ def write_graphs(
         bundle: The bundle's folder.
         progress: Advanced once per segment.
         dump: Folder that gets each graph as text after each pass, or None.
+        store: Where graphs are kept; with ``dump`` each is traced, for its passes to be seen.
+        made_from: What the segments' modules were made from besides what they declare.
 
     Returns:
         Graph name → manifest entry.
     """
     traced: dict[int, ir.Model] = {}
     entries = {}
+
+    def write(
+        segment: Segment, weights: list[str], kept: Mapping[str, TensorSpec], out: Path
+    ) -> None:
+        key = id(segment.module)
+        if key not in traced:
+            traced[key] = trace(segment, example_dims)
+        pipeline = template_pipeline(weights, segment.inputs, kept)
+        model, _ = run_passes(
+            traced[key].clone(), pipeline, dump / segment.name if dump is not None else None
+        )
+        model.graph.name = segment.name
+        ir.save(model, out)
+
     for segment in segments:
         file = f"graphs/{segment.name}.onnx"
         kept = {n: s for n, s in segment.outputs.items() if n not in segment.dropped}
         weights = [name for name, _ in segment.module.named_parameters()]
-        if is_finished(bundle, file):
-            model = ir.load(bundle / file)
-        else:
-            key = id(segment.module)
-            if key not in traced:
-                traced[key] = trace(segment, example_dims)
-            pipeline = template_pipeline(weights, segment.inputs, kept)
-            model, _ = run_passes(
-                traced[key].clone(), pipeline, dump / segment.name if dump is not None else None
-            )
-            model.graph.name = segment.name
-            ir.save(model, bundle / file)
-            finish(bundle, file, [bundle / file])
-        present = [str(v.name) for v in model.graph.inputs]
+        about = [
+            "graph", code_version(), dict(made_from), dict(example_dims), segment.name,
+            list(segment.inputs.items()), list(kept.items()), list(segment.outputs),
+            [(n, str(p.dtype), list(p.shape)) for n, p in segment.module.named_parameters()],
+        ]  # fmt: skip
+        keeping = store if dump is None else NO_STORE
+        keeping.bring(about, bundle / file, partial(write, segment, weights, kept))
+        present = [str(v.name) for v in ir.load(bundle / file).graph.inputs]
         entries[segment.name] = GraphEntry(
             file=file,
             runs=segment.runs,

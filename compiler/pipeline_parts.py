@@ -37,12 +37,14 @@ class PipelinePart:
 
     Attributes:
         folder: Folder of the pipeline, as ``text_encoder``.
+        config: Its config.json, which its module is made from.
         segment: What to trace.
         stored: The part's tensors by their own names.
         vocabulary_size: Of a text encoder: token ids lie below it.
     """
 
     folder: str
+    config: Mapping[str, Any]
     segment: Segment
     stored: Mapping[str, StoredTensor]
     vocabulary_size: int | None = None
@@ -119,7 +121,7 @@ def text_encoder_part(pipeline: Path) -> PipelinePart:
         {"text_states": TensorSpec("float32", ("batch", "text_tokens", config["d_model"]))},
         "text_encoder.",
     )  # fmt: skip
-    return PipelinePart("text_encoder", segment, stored, model.shared.num_embeddings)
+    return PipelinePart("text_encoder", config, segment, stored, model.shared.num_embeddings)
 
 
 def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelinePart:
@@ -147,7 +149,7 @@ def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelineP
         "vae_decode", "vae_decode", VaeDecode(model), {"latents": TensorSpec("float32", latents)},
         {"frames": TensorSpec("float32", (1, *pixels, 3))}, "vae.",
     )  # fmt: skip
-    return PipelinePart("vae", segment, stored)
+    return PipelinePart("vae", config, segment, stored)
 
 
 def part_tensors(

@@ -17,7 +17,7 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ..bundle.manifest import SamplerEntry
+from ..bundle.store import NO_STORE, Store
 from ..configs.errors import BuildError
+from .code_version import code_version
 
 __all__ = [
     "SAMPLERS",
@@ -192,6 +194,8 @@ def write_tables(
     scheduler_config: Mapping[str, Any] | None,
     shifts: Iterable[float],
     step_counts: Iterable[int] = STEP_COUNTS,
+    *,
+    store: Store = NO_STORE,
 ) -> list[SamplerEntry]:
     """Write ``samplers/<name>-<shift>.safetensors`` for every sampler and shift.
 
@@ -200,6 +204,7 @@ def write_tables(
         scheduler_config: The pipeline's scheduler config, with ``_class_name``, or None.
         shifts: Flow shifts to tabulate.
         step_counts: Step counts to tabulate.
+        store: Where tables are kept.
 
     Returns:
         Manifest entries, the pipeline's own sampler first.
@@ -212,25 +217,28 @@ def write_tables(
     for name in names:
         config = scheduler_config if name == own else None
         for shift in sorted(set(shifts)):
-            window, tables = _tables(name, shift, json.dumps(config), tuple(counts))
+            about = (name, shift, json.dumps(config), tuple(counts))
             file = f"samplers/{name}-{shift:g}.safetensors"
-            save_file(tables, bundle / file)
+            store.bring(
+                ["sampler", code_version(), *about], bundle / file, partial(_write_tables, *about)
+            )
+            columns = load_file(bundle / file)[str(counts[0])].shape[1]
             entries.append(
                 SamplerEntry(
-                    name=name, scheduler=SAMPLERS[name], flow_shift=shift, window=window,
+                    name=name, scheduler=SAMPLERS[name], flow_shift=shift, window=(columns - 2) // 2,
                     steps=counts, file=file,
                 )
             )  # fmt: skip
     return entries
 
 
+def _write_tables(name: str, shift: float, config: str, counts: tuple[int, ...], out: Path) -> None:
+    save_file(_tables(name, shift, config, counts), out)
+
+
 @cache
-def _tables(
-    name: str, shift: float, config: str, counts: tuple[int, ...]
-) -> tuple[int, dict[str, Matrix]]:
-    """Return the window of a sampler and its table for each step count; ``config`` is JSON."""
+def _tables(name: str, shift: float, config: str, counts: tuple[int, ...]) -> dict[str, Matrix]:
+    """Return a sampler's table for each step count; ``config`` is JSON."""
     own = json.loads(config)
     window = probe(make_scheduler(name, shift, own), min(20, max(counts))).window
-    return window, {
-        str(n): probe(make_scheduler(name, shift, own), n, window).packed() for n in counts
-    }
+    return {str(n): probe(make_scheduler(name, shift, own), n, window).packed() for n in counts}

@@ -118,6 +118,12 @@ class Backend(Protocol):
     def probe(cls) -> Availability:
         """Say whether this backend works here, without importing it when it is absent."""
 
+    def compiler_version(self) -> str:
+        """Name the compiler's version and what of this machine its engines depend on.
+
+        Engines of another compiler or another machine are other engines.
+        """
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` into the file or folder ``out``, recording what it is for.
 
@@ -149,9 +155,6 @@ class ProfiledBackend(Protocol):
     name: ClassVar[str]
     cache_folder: Path | None
     progress: Callable[[str, int, int], None] | None
-
-    def compiler_version(self) -> str:
-        """Return the compiler's version; engines of another one are other engines."""
 
     def complete(self, target: Target) -> Target:
         """Return ``target`` with what it leaves open filled in, before any graph is traced.

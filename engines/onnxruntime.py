@@ -89,6 +89,10 @@ class OnnxRuntime:
         threads = torch.get_num_threads()
         return Availability(True, f"ONNX Runtime {_version()}, CPU, float32, {threads} threads")
 
+    def compiler_version(self) -> str:
+        """Return the package's version; its engines run on any machine."""
+        return _version()
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Check that the CPU provider takes ``graph`` and store it with its external weights.
 

@@ -134,6 +134,12 @@ class OpenVino:
         has_it = cls.probe().available and CAPABILITIES[precision] in _capabilities()
         return precision if has_it else "float32"
 
+    def compiler_version(self) -> str:
+        """Name the version, this CPU, the threads, and what each precision is computed in."""
+        computed_in = [self.computed_in(precision) for precision in self.precisions]
+        threads = torch.get_num_threads()
+        return f"{_version()} {_machine()} {' '.join(computed_in)} {threads} threads"
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` for this CPU.
 

@@ -83,7 +83,7 @@ class TensorRT:
         return self.lane.joined()
 
     def compiler_version(self) -> str:
-        """Return the package's version."""
+        """Return the package's version; the machine is the target's."""
         return str(_import(self.module).__version__)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,18 @@ for folder in ("policies", "../benchmarks", "rig"):
 # A busy machine is not a failing one.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+# One thread on any number of cores: sums come out in one order, and workers don't starve each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a file's tests to one worker: they share what the file builds."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -115,7 +128,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which all builds of a run, in all workers, keep graphs and engines."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "freewheel-cache"
+
+
+@pytest.fixture(scope="session")
+def build_bundle(
+    tmp_path_factory: pytest.TempPathFactory, build_cache: Path
+) -> Callable[..., Bundle]:
     """Return a function that builds a bundle of a checkpoint for both CPU backends."""
 
     def make(
@@ -126,6 +148,7 @@ def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bund
             model=str(checkpoint),
             out=out,
             backends=[backend(name) for name in backends],
+            cache=build_cache,
             **{"configs": config_entries(["off"], lambda text: None), **options},
         )
         build(request)

@@ -94,7 +94,6 @@ UNMIRRORED = {
 
 TESTED_THROUGH = {
     "__init__.py": "runtime/test_attach.py",
-    "bundle/journal.py": "bundle/test_staging.py",
     "configs/__init__.py": "configs/test_load.py",
     "configs/caching.py": "configs/test_load.py",
     "console.py": "test_cli.py",

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from freewheel.bundle.journal import finish, is_finished
 from freewheel.bundle.staging import staged_folder
 from freewheel.configs.errors import OutputError
 
@@ -158,42 +157,15 @@ def test_a_relative_target_survives_a_change_of_directory(
     assert (tmp_path / "bundle").is_dir()
 
 
-def test_finished_pieces_outlive_a_failure_and_nothing_else_does(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    with pytest.raises(RuntimeError), staged_folder(target, replace=False, key="k") as folder:  # noqa: PT012
-        (folder / "graphs").mkdir()
-        (folder / "graphs" / "a").write_text("done")
-        finish(folder, "a", [folder / "graphs"])
-        (folder / "graphs" / "b").write_text("half")
-        raise RuntimeError
-    assert not target.exists()
-    with staged_folder(target, replace=False, key="k") as folder:
-        assert [is_finished(folder, piece) for piece in "ab"] == [True, False]
-        assert names_in(folder / "graphs") == ["a"]
-    assert names_in(tmp_path) == ["bundle"]
-    assert (target / "graphs" / "a").read_text() == "done"
-
-
-@pytest.mark.parametrize("change", ["key", "bytes", "gone", "line cut"])
-def test_pieces_of_another_build_or_damaged_ones_are_made_again(
-    tmp_path: Path, change: str
-) -> None:
-    target = tmp_path / "bundle"
-    with pytest.raises(RuntimeError), staged_folder(target, replace=False, key="k") as folder:  # noqa: PT012
-        (folder / "a").write_text("done")
-        finish(folder, "a", [folder / "a"])
-        raise RuntimeError
-    left, journal = tmp_path / ".bundle.building", tmp_path / ".bundle.building.journal"
-    if change == "bytes":
-        (left / "a").write_text("dome")
-    elif change == "gone":
-        (left / "a").unlink()
-    elif change == "line cut":
-        journal.write_text(journal.read_text()[:-2])
-    key = "other" if change == "key" else "k"
-    with staged_folder(target, replace=False, key=key) as folder:
-        assert not is_finished(folder, "a")
+def test_what_a_killed_build_left_is_gone(tmp_path: Path) -> None:
+    left = tmp_path / ".bundle.building"
+    left.mkdir()
+    (left / "half").write_text("x")
+    (tmp_path / ".bundle.building.lock").touch()
+    with staged_folder(tmp_path / "bundle", replace=False) as folder:
         assert names_in(folder) == []
+    assert names_in(tmp_path) == ["bundle"]
+    assert names_in(tmp_path / "bundle") == []
 
 
 def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
@@ -203,9 +175,3 @@ def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> N
         pytest.fail("must not begin")
     assert names_in(target) == ["manifest.json", "old"]
     assert names_in(tmp_path) == ["bundle"]
-
-
-def test_where_nothing_is_staged_nothing_is_noted(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("x")
-    finish(tmp_path, "a", [tmp_path / "a"])
-    assert not is_finished(tmp_path, "a")

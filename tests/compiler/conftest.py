@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -16,7 +14,6 @@ from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.manifest import GraphEntry
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler import build as building
 from freewheel.compiler.families import Cut, family_of
 from freewheel.compiler.graphs import write_graphs
 from freewheel.compiler.progress import Silent
@@ -73,36 +70,7 @@ def bfloat16_block(bfloat16_graphs: tuple[Path, dict[str, GraphEntry]]) -> onnx.
     return onnx.load(bfloat16_graphs[0] / "graphs" / "block.onnx")
 
 
-@pytest.fixture
-def traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let builds take their traced graphs from the tiny bundle, and leave samplers out."""
-    take_traced(tiny_bundle, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def traced_module(tiny_bundle: Bundle) -> Iterator[None]:
-    """Likewise, for builds that several tests look at."""
-    with pytest.MonkeyPatch.context() as patch:
-        take_traced(tiny_bundle, patch)
-        yield
-
-
-def take_traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = tiny_bundle.manifest.graphs
-
-    def take(name: str, folder: Path) -> GraphEntry:
-        shutil.copyfile(tiny_bundle.graph_path(name), folder / entries[name].file)
-        return entries[name]
-
-    def write_graphs(
-        segments: Any, dims: Any, folder: Path, progress: Any, dump: Path | None = None
-    ) -> dict[str, GraphEntry]:
-        for segment in segments:
-            progress.advance(segment.name)
-        return {s.name: take(s.name, folder) for s in segments}
-
-    monkeypatch.setattr(building, "write_graphs", write_graphs)
-    monkeypatch.setattr(building, "write_tables", lambda folder, scheduler, shifts: [])
-    monkeypatch.setattr(
-        building, "write_decide_graph", lambda p, folder: take(f"decide.{p.spec.name}", folder)
-    )
+@pytest.fixture(scope="session")
+def traced(tiny_bundle: Bundle, build_cache: Path) -> Path:
+    """The cache in which the graphs of the tiny checkpoint lie."""
+    return build_cache

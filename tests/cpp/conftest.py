@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -54,9 +55,16 @@ def cmake_arguments() -> list[str]:
 
 @pytest.fixture(scope="session")
 def cpp_build(repository: Path, cmake_arguments: list[str]) -> Path:
-    """The build folder of `cpp/`, up to date."""
+    """The build folder of `cpp/`, up to date; one worker builds it."""
     build = repository / "build" / "cpp"
-    configured = run("cmake", "-S", repository / "cpp", "-B", build, *cmake_arguments)
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return up_to_date(build, repository / "cpp", cmake_arguments)
+
+
+def up_to_date(build: Path, source: Path, cmake_arguments: list[str]) -> Path:
+    configured = run("cmake", "-S", source, "-B", build, *cmake_arguments)
     for package in ("nlohmann_json", "GTest", "CLI11"):
         if configured.returncode and package in configured.stderr:
             pytest.skip(f"the C++ package {package} is not installed")
@@ -92,15 +100,10 @@ def linked_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 
 @pytest.fixture(scope="session")
-def whole_bundle(
-    demo_bundle: Bundle, repository: Path, build_bundle: Callable[..., Bundle]
-) -> Bundle:
+def whole_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
     """The demo model with its text encoder and VAE, for OpenVINO."""
-    from traced import taking_traced
-
     configs = config_entries(["shapes_wan_teacache"], lambda text: None)
-    with taking_traced(demo_bundle, demo_bundle.manifest.graphs):
-        return build_bundle(
-            repository / "models" / "shapes_wan", ("openvino",), configs=configs,
-            with_text_encoder=True, with_vae=True,
-        )  # fmt: skip
+    return build_bundle(
+        repository / "models" / "shapes_wan", ("openvino",), configs=configs,
+        with_text_encoder=True, with_vae=True,
+    )  # fmt: skip

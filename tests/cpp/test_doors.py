@@ -19,14 +19,11 @@ pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def doors(
-    tiny_bundle: Bundle, build_bundle: Callable[..., Bundle], tiny_checkpoint: Path, cpp_build: Path,
+    build_bundle: Callable[..., Bundle], tiny_checkpoint: Path, cpp_build: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Doors:  # fmt: skip
     """The tiny model with two configs of which the default names a size and nothing else."""
-    from traced import taking_traced
-
-    with taking_traced(tiny_bundle, tiny_bundle.manifest.graphs):
-        bundle = build_bundle(tiny_checkpoint, ("openvino",), configs=CONFIGS)
+    bundle = build_bundle(tiny_checkpoint, ("openvino",), configs=CONFIGS)
     return Doors(bundle, cpp_build, tmp_path_factory.mktemp("doors"))
 
 

@@ -18,7 +18,6 @@ import test_ltx as ltx
 import test_wan_experts as wan
 import torch
 from loop import Loop, check_equal
-from traced import taking_traced
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.setting import CacheSetting, GuardSetting
@@ -36,26 +35,17 @@ BY_CONTENT = CacheSetting(
 FAMILIES = {"flux": flux, "hunyuan": hunyuan, "ltx": ltx}
 
 
-@pytest.fixture(scope="module")
-def build_family(demo_bundle: Bundle, build_bundle: Callable[..., Bundle]) -> Callable[..., Bundle]:
-    def build(checkpoint: Path) -> Bundle:
-        with taking_traced(demo_bundle, ()):
-            return build_bundle(checkpoint, ("openvino",))
-
-    return build
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def loop(
     request: pytest.FixtureRequest,
-    build_family: Callable[..., Bundle],
+    build_bundle: Callable[..., Bundle],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Loop:
     """A loop of one branch over a batch of two, at the family's second size."""
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "model"
     family.model_of(family.TINY).save_pretrained(folder)
-    bundle = build_family(folder)
+    bundle = build_bundle(folder, ("openvino",))
     inputs = family.inputs_of(family.TINY, family.SIZES[1])
     declared = bundle.manifest.inputs
     prompt = {n: inputs[n].numpy() for n, i in declared.items() if i.runs == "prompt"}
@@ -78,9 +68,9 @@ def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def experts(build_family: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Loop:
+def experts(build_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Loop:
     """Two experts with guidance, each with a scale of its own; UniPC looks back over the switch."""
-    bundle = build_family(wan.write_checkpoint(tmp_path_factory.mktemp("wan22")))
+    bundle = build_bundle(wan.write_checkpoint(tmp_path_factory.mktemp("wan22")), ("openvino",))
     random = np.random.default_rng(0)
     latents = random.standard_normal((1, 16, 2, 4, 6), dtype=np.float32)
     prompts = {
