@@ -6,7 +6,9 @@ TRITON_BIN = $(TRITON_VENV)/bin
 DEMO = out/demo
 CONFIGS = teacache off taylorseer adacache custom
 
-.PHONY: help install demo test lint cpp triton test-triton test-gpu bench clean
+PARALLEL = -n 2 --dist loadgroup
+
+.PHONY: help install demo test test-all lint cpp triton test-triton test-gpu bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,17 +26,20 @@ demo: install ## Build the demo model, run every policy, write videos and a tabl
 	$(BIN)/freewheel bench $(DEMO)/bundle --prompt "a yellow star moving right on a navy background" --out $(DEMO)
 	@echo "videos, contact_sheet.png and bench.md are in $(DEMO)"
 
-test: lint ## Run lint and all tests
-	$(BIN)/python -m pytest
-	@if $(MAKE) build/cpp/build.ninja $(TRITON_BIN)/.installed; then $(MAKE) test-triton; \
+test: lint ## Run lint and what a change can break: minutes
+	$(BIN)/python -m pytest --basetemp out/tests $(PARALLEL) $(TIER)
+	@if $(MAKE) build/cpp/build.ninja $(TRITON_BIN)/.installed; then $(MAKE) test-triton TIER="$(TIER)"; \
 	else echo "no C++ tools or no wheel of the server here: 'make test-triton' is left out"; fi
+
+test-all: ## Run lint and all tests, nightly ones too: kills, soaks, full crosses, training, load
+	$(MAKE) test TIER="-m ''"
 
 triton: install build/cpp/build.ninja ## Build the Triton backend into build/cpp/backends
 	ninja -C build/cpp triton_freewheel freewheel-run c_run
 
 test-triton: triton $(TRITON_BIN)/.installed ## Test the Triton backend against a real server
-	$(BIN)/python tests/triton_server/prepare.py out/triton-tests
-	FREEWHEEL_PYTHON=$(BIN)/python $(TRITON_BIN)/python -m pytest tests/triton_server --confcutdir tests/triton_server
+	$(BIN)/python tests/triton_server/prepare.py out/triton-tests out/tests/freewheel-cache
+	FREEWHEEL_PYTHON=$(BIN)/python $(TRITON_BIN)/python -m pytest tests/triton_server --confcutdir tests/triton_server $(TIER)
 
 build/cpp/build.ninja: $(BIN)/.installed
 	cmake -S cpp -B build/cpp -G Ninja -DOpenVINO_DIR="$$($(BIN)/python -c 'from openvino.utils import get_cmake_path as p; print(p())')"

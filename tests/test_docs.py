@@ -68,11 +68,13 @@ def test_commands_have_the_options_that_are_named(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a fresh clone: the demo model and nothing built."""
+def workplace(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Path:
+    """A folder that looks like a fresh clone, but for the graphs that other tests have traced."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "models").symlink_to(ROOT / "models")
     (folder / "out").mkdir()
+    build_cache.mkdir(exist_ok=True)
+    (folder / "out" / "freewheel-cache").symlink_to(build_cache)
     (folder / "out" / "demo").mkdir()
     (folder / "out" / "demo" / "bundle").symlink_to(folder / "out" / "bundle")
     return folder

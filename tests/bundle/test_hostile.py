@@ -20,7 +20,7 @@ from freewheel.configs.errors import BundleError, FreewheelError
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
-FLIPS = 600
+NIGHTLY = pytest.mark.nightly
 
 
 @pytest.fixture
@@ -46,10 +46,11 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
     return bytes(found)
 
 
-def test_flipped_bytes_in_every_file_are_named_by_their_digest(folder: Path) -> None:
+@pytest.mark.parametrize("flips", [200, pytest.param(6000, marks=NIGHTLY)])
+def test_flipped_bytes_in_every_file_are_named_by_their_digest(folder: Path, flips: int) -> None:
     rng = random.Random(0)
     paths = [p for p in files_of(folder) if p.name != MANIFEST]
-    each = FLIPS // len(paths) + 1
+    each = flips // len(paths) + 1
     bundle = Bundle(folder)
     cases = 0
     for path in paths:
@@ -61,14 +62,15 @@ def test_flipped_bytes_in_every_file_are_named_by_their_digest(folder: Path) -> 
         assert bundle.digests() == [name], "and no other"
         path.write_bytes(content)
     assert bundle.digests() == []
-    assert cases >= 500
+    assert cases >= flips
 
 
-def test_flipped_bytes_of_the_manifest_are_refused_or_read(folder: Path) -> None:
+@pytest.mark.parametrize("flips", [100, pytest.param(2000, marks=NIGHTLY)])
+def test_flipped_bytes_of_the_manifest_are_refused_or_read(folder: Path, flips: int) -> None:
     rng = random.Random(1)
     content = (folder / MANIFEST).read_bytes()
     outcomes = set()
-    for _ in range(200):
+    for _ in range(flips):
         (folder / MANIFEST).write_bytes(flipped(content, rng))
         try:
             Bundle(folder).digests()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -13,6 +15,7 @@ from torch import nn
 
 from freewheel.bundle.manifest import GraphEntry
 from freewheel.bundle.reader import Bundle
+from freewheel.bundle.store import Store
 from freewheel.compiler import graphs
 from freewheel.compiler.families import Cut, Segment, Stage
 from freewheel.compiler.graphs import io_entries, wanted_weights, write_graphs
@@ -28,6 +31,7 @@ g (float[s0, 4] x, float[s0, 4] unread) => (float[s0, 4] y, float[s0, 4] tapped)
 }
 """
 X = TensorSpec("float32", ("tokens", 4))
+OTHER = TensorSpec("float32", ("rows", 4))
 
 
 class Scale(nn.Module):
@@ -92,6 +96,32 @@ def test_segments_of_one_module_are_traced_once(traces: list[str], folder: Path)
     assert names(plain.output) == ["y"]
     assert names(tapped.output) == ["y", "tapped"]
     assert [plain.name, tapped.name] == ["plain", "tapped"]
+
+
+def test_kept_graphs_are_given_to_what_is_made_from_the_same_alone(
+    traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made_from = Store(tmp_path / "store"), {"class": "C", "config": {"layers": 2}}
+    calls = iter(range(100))
+
+    def traced(segments: list[Segment], dims: dict[str, int], about: dict[str, Any]) -> bool:
+        traces.clear()
+        folder = tmp_path / str(next(calls))
+        (folder / "graphs").mkdir(parents=True)
+        entries = write_graphs(segments, dims, folder, Counter(), store=store, made_from=about)
+        assert entries["plain"].inputs, "described whether traced or not"
+        return bool(traces)
+
+    plain, tapped = two_segments()
+    assert traced([plain, tapped], {"n": 3}, made_from)
+    assert not traced(two_segments(), {"n": 3}, made_from)
+    assert traced([plain], {"n": 4}, made_from)
+    assert traced([plain], {"n": 3}, {**made_from, "config": {"layers": 3}})
+    assert traced([replace(plain, dropped=())], {"n": 3}, made_from)
+    assert traced([replace(plain, inputs={**plain.inputs, "unread": OTHER})], {"n": 3}, made_from)
+    assert traced([replace(plain, module=Scale().bfloat16())], {"n": 3}, made_from)
+    monkeypatch.setattr(graphs, "code_version", lambda: "an edited pass")
+    assert traced([plain], {"n": 3}, made_from)
 
 
 def test_entries_describe_what_was_written(traces: list[str], folder: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -21,6 +22,18 @@ from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
 Array = NDArray[Any]
+
+
+def crossed(every: Iterable[str], covering: Collection[str]) -> list[Any]:
+    """Return parameters of which those outside a covering set run nightly.
+
+    No runtime holds code of a policy or a model, so a full cross proves little more.
+    """
+    return [
+        pytest.param(name, marks=() if name in covering else pytest.mark.nightly) for name in every
+    ]
+
+
 COMPARED = ("computed", "distance", "mix")
 
 

@@ -17,7 +17,7 @@ import test_hunyuan as hunyuan
 import test_ltx as ltx
 import test_wan_experts as wan
 import torch
-from loop import Loop, check_equal
+from loop import Loop, check_equal, crossed
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.setting import CacheSetting, GuardSetting
@@ -52,10 +52,11 @@ def loop(
     return Loop(bundle, inputs["latents"].numpy(), {"cond": prompt}, STEPS, 1.0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", crossed(POLICIES, ["off"]))
 def test_a_bundle_of_each_family_runs_unchanged(
     policy: str, loop: Loop, cpp_build: Path, tmp_path: Path
 ) -> None:
+    """Each policy is compared on the demo model; here each model, and by content below."""
     setting = CacheSetting(policy=policy, guard=GuardSetting(first_exact=1, last_exact=1))
     report = check_equal(loop, cpp_build, setting, tmp_path)
     assert report["branches"]["cond"]["computed"][0]
@@ -80,7 +81,9 @@ def experts(build_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPa
     return Loop(bundle, latents, prompts, 11, 5.0, "unipc", (3.0, 2.0))
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, "by content"])
+@pytest.mark.parametrize(
+    "policy", crossed([*POLICIES, "by content"], ["off", "by content", "taylorseer"])
+)
 def test_two_experts_are_switched_as_python_switches_them(
     policy: str, experts: Loop, cpp_build: Path, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_ctest_passes(cpp_build: Path, demo_bundle: Bundle) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+@pytest.mark.nightly
 def test_a_hundred_runs_don_t_grow(cpp_build: Path, demo_bundle: Bundle) -> None:
     environment = {
         **os.environ, "FREEWHEEL_TEST_BUNDLE": str(demo_bundle.folder), "FREEWHEEL_SOAK_RUNS": "100",

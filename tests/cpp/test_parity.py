@@ -95,12 +95,19 @@ def loops(bundle: Bundle) -> dict[str, Loop]:
     }
 
 
-@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+@pytest.mark.parametrize("sampler", ["unipc", pytest.param("euler", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_decisions_and_latents_are_equal(
     name: str, sampler: str, cpp_build: Path, loops: dict[str, Loop], tmp_path: Path
 ) -> None:
     check_equal(loops[sampler], cpp_build, SETTINGS[name], tmp_path)
+
+
+def test_the_other_sampler_is_equal(
+    cpp_build: Path, loops: dict[str, Loop], tmp_path: Path
+) -> None:
+    """A sampler is a table of the bundle: nothing that a policy could change."""
+    check_equal(loops["euler"], cpp_build, SETTINGS["teacache"], tmp_path)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -161,7 +161,6 @@ def test_weights_that_are_inputs_are_not_in_the_engine(block, tmp_path):
     assert (tmp_path / "engine" / "model.blob").stat().st_size < 60_000
 
 
-@pytest.mark.serial
 def test_activation_memory_is_shared_between_calls(graph):
     path = graph("wide")
     OpenVino().compile(path, Target(), path.parent / "engine")

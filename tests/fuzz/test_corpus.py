@@ -34,13 +34,18 @@ def test_whole_files_are_read_and_their_halves_refused(name: str) -> None:
     assert outcome(name, content[: len(content) // 2]) != "read"
 
 
-@given(draw=st.data())
-@settings(max_examples=400)
-def test_damage_anywhere_is_read_or_refused(draw: st.DataObject) -> None:
+@pytest.mark.parametrize("cases", [200, pytest.param(4000, marks=pytest.mark.nightly)])
+def test_damage_anywhere_is_read_or_refused(cases: int) -> None:
     """Bytes replaced, cut out and put in, in a file of any kind."""
-    name, path = draw.draw(st.sampled_from(SEEDS))
-    content = path.read_bytes()
-    at = draw.draw(st.integers(0, len(content)))
-    cut = draw.draw(st.integers(0, 8))
-    put = draw.draw(st.binary(max_size=8))
-    assert outcome(name, content[:at] + put + content[at + cut :])
+
+    @given(draw=st.data())
+    @settings(max_examples=cases)
+    def check(draw: st.DataObject) -> None:
+        name, path = draw.draw(st.sampled_from(SEEDS))
+        content = path.read_bytes()
+        at = draw.draw(st.integers(0, len(content)))
+        cut = draw.draw(st.integers(0, 8))
+        put = draw.draw(st.binary(max_size=8))
+        assert outcome(name, content[:at] + put + content[at + cut :])
+
+    check()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from freewheel.bundle.reader import Bundle
@@ -72,22 +73,24 @@ def same(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
     return found is expected is None or torch.equal(found, expected)
 
 
-def test_two_hundred_runs_of_one_session_equal_fresh_ones(tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("runs", [50, pytest.param(500, marks=pytest.mark.nightly)])
+def test_runs_of_one_session_equal_fresh_ones(tiny_bundle: Bundle, runs: int) -> None:
     rng = random.Random(0)
     model = LoadedModel(tiny_bundle, "onnxruntime")
     session = Session(model)
     fresh: dict[Request, torch.Tensor | None] = {}
-    for _ in range(200):
+    for _ in range(runs):
         request = Request.draw(rng)
         if request not in fresh:
             fresh[request] = request.run(Session(model))
         assert same(request.run(session), fresh[request]), request
 
 
-def test_eight_sessions_at_once_equal_fresh_ones(tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("each", [3, pytest.param(10, marks=pytest.mark.nightly)])
+def test_eight_sessions_at_once_equal_fresh_ones(tiny_bundle: Bundle, each: int) -> None:
     rng = random.Random(1)
     model = LoadedModel(tiny_bundle, "onnxruntime")
-    lists = [[Request.draw(rng) for _ in range(10)] for _ in range(8)]
+    lists = [[Request.draw(rng) for _ in range(each)] for _ in range(8)]
     expected = [[r.run(Session(model)) for r in requests] for requests in lists]
     together = threading.Barrier(8)
 
@@ -106,6 +109,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.nightly
 def test_memory_stays_flat_over_runs(tiny_bundle: Bundle) -> None:
     model = LoadedModel(tiny_bundle, "onnxruntime")
     session = Session(model)

@@ -1,6 +1,6 @@
 """Build what the tests of this folder serve; runs in the project's own virtual environment.
 
-    .venv/bin/python tests/triton_server/prepare.py out/triton-tests
+    .venv/bin/python tests/triton_server/prepare.py out/triton-tests out/tests/freewheel-cache
 
 The tests run in another one, with the server's wheel, which has neither torch nor Freewheel.
 """
@@ -30,10 +30,10 @@ from freewheel.serving.repository import ServeRequest, write_repository
 
 
 def build_bundle(
-    checkpoint: Path, out: Path, configs: dict[str, ConfigEntry], *, whole: bool
+    checkpoint: Path, out: Path, cache: Path, configs: dict[str, ConfigEntry], *, whole: bool
 ) -> Bundle:
     request = BuildRequest(
-        model=str(checkpoint), out=out, backends=[backend("openvino")], replace=True,
+        model=str(checkpoint), out=out, backends=[backend("openvino")], replace=True, cache=cache,
         configs=configs, with_text_encoder=whole, with_vae=whole,
     )  # fmt: skip
     build(request)
@@ -56,25 +56,27 @@ def write_doors(bundle: Bundle, out: Path) -> None:
     (out / "requests.json").write_text(json.dumps(REQUESTS))
 
 
-def main(out: Path) -> None:
+def main(out: Path, cache: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for seed, name in enumerate(("tiny", "rebuilt")):
         random_transformer(seed).save_pretrained(out / "checkpoints" / name)
         off = config_entries(["off"], lambda text: None)
-        bundle = build_bundle(out / "checkpoints" / name, out / name, off, whole=False)
+        bundle = build_bundle(out / "checkpoints" / name, out / name, cache, off, whole=False)
         if name == "tiny":
             write_repository(
                 ServeRequest(bundle, out / "models", name="tiny", instances=2, threads=1)
             )
-    doors = build_bundle(out / "checkpoints" / "tiny", out / "doors", CONFIGS, whole=False)
+    doors = build_bundle(out / "checkpoints" / "tiny", out / "doors", cache, CONFIGS, whole=False)
     write_repository(ServeRequest(doors, out / "models", name="doors", threads=1))
     write_doors(doors, out / "expected")
     names = [f"shapes_wan_{p}" for p in ("teacache", "off", "custom")]
     configs = config_entries(names, lambda text: None)
-    demo = build_bundle(TESTS.parent / "models" / "shapes_wan", out / "demo", configs, whole=True)
+    demo = build_bundle(
+        TESTS.parent / "models" / "shapes_wan", out / "demo", cache, configs, whole=True
+    )
     write_repository(ServeRequest(demo, out / "models", name="demo", threads=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*(Path(argument) for argument in sys.argv[1:]))

@@ -15,7 +15,7 @@ triton = pytest.importorskip("tritonclient.grpc", reason="run by 'make test-trit
 
 from client import COND, SLOW_SIZE, UNCOND, Stream, ask, progress_of, until
 
-pytestmark = [pytest.mark.triton, pytest.mark.serial]
+pytestmark = pytest.mark.triton
 
 PROMPTS = {"text_states": COND, "negative_text_states": UNCOND}
 SLOW = {**SLOW_SIZE, "steps": 40, "flow_shift": 1.0, "guidance_scale": 3.0, "stream": 1}
@@ -99,6 +99,7 @@ def test_cancelling_stops_within_one_step(server) -> None:
     assert ask(server.grpc).latents is not None
 
 
+@pytest.mark.nightly
 def test_a_request_that_is_cancelled_in_the_queue_never_runs(server) -> None:
     streams = [Stream(server.grpc, "tiny", PROMPTS, {**SLOW, "policy": "off"}) for _ in range(2)]
     for stream in streams:
@@ -114,6 +115,7 @@ def test_a_request_that_is_cancelled_in_the_queue_never_runs(server) -> None:
     assert server.metric("freewheel_steps_total", policy="teacache") == before
 
 
+@pytest.mark.nightly
 def test_a_client_that_is_killed_ends_its_run(server, tmp_path: Path) -> None:
     program = tmp_path / "client.py"
     program.write_text(

@@ -20,7 +20,7 @@ pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 from client import PYTHON, ask, run_alone, states
 from conftest import RunningServer, server_command
 
-pytestmark = [pytest.mark.triton, pytest.mark.serial]
+pytestmark = [pytest.mark.triton, pytest.mark.nightly]
 
 
 def mixed(index: int) -> dict[str, object]:

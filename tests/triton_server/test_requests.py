@@ -13,7 +13,7 @@ pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 
 from client import COND, UNCOND, ask, run_alone
 
-pytestmark = [pytest.mark.triton, pytest.mark.serial]
+pytestmark = pytest.mark.triton
 
 POLICIES = {
     "off": {},

@@ -15,7 +15,7 @@ pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 from client import ask, until
 from conftest import RunningServer, server_command
 
-pytestmark = [pytest.mark.triton, pytest.mark.serial]
+pytestmark = pytest.mark.triton
 
 
 def test_models_are_ready_and_describe_themselves(server) -> None:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,19 @@ class Recorded:
     recorder: GramRecorder
     latents: Tensor
     sigmas: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def small_demo(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The demo bundle whose runs are of 5 frames of 48 x 48 unless asked otherwise: 10 times faster."""
+    folder = tmp_path_factory.mktemp("small") / "bundle"
+    shutil.copytree(demo_bundle.folder, folder)
+    path = Path(folder / "manifest.json")
+    manifest = json.loads(path.read_text())
+    for entry in manifest["configs"].values():
+        entry["generation"] |= {"frames": 5, "height": 48, "width": 48}
+    path.write_text(json.dumps(manifest))
+    return Bundle(folder)
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,9 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="session")
-def calibration(demo_bundle: Bundle) -> Calibration:
+def calibration(small_demo: Bundle) -> Calibration:
     request = CalibrationRequest(PROMPTS, speedups=(2.0, 60.0), steps=16, window=6, search=1)
-    return calibrate(demo_bundle, request, Silent(), lambda text: None)
+    return calibrate(small_demo, request, Silent(), lambda text: None)
 
 
 def test_every_policy_gets_a_config_of_the_wanted_speedup(calibration: Calibration) -> None:
@@ -70,8 +70,8 @@ def test_unwritable_file_is_one_error(calibration: Calibration, tmp_path: Path) 
         save_calibration(calibration, tmp_path / "file" / "calibration.json")
 
 
-def test_few_steps_are_advised_against(demo_bundle: Bundle) -> None:
+def test_few_steps_are_advised_against(small_demo: Bundle) -> None:
     told: list[str] = []
     request = CalibrationRequest(PROMPTS[:1], speedups=(2.0,), steps=6, window=4, search=0)
-    calibrate(demo_bundle, request, Silent(), told.append)
+    calibrate(small_demo, request, Silent(), told.append)
     assert few_steps_advice(6) in told

@@ -20,9 +20,9 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def report(demo_bundle: Bundle) -> TuneReport:
+def report(small_demo: Bundle) -> TuneReport:
     request = TuneRequest(Goal(speedup=1.2), PROMPTS, traces=1, confirm=3, steps=12)
-    return tune(demo_bundle, request, Silent(), lambda text: None)
+    return tune(small_demo, request, Silent(), lambda text: None)
 
 
 def test_candidates_are_ranked_by_replay_without_doubles(report: TuneReport) -> None:
@@ -50,10 +50,10 @@ def test_chosen_config_is_written_and_loads(report: TuneReport, tmp_path: Path) 
     assert load_config(tmp_path / "tuned.json").setting() == config.setting(), name
 
 
-def test_quality_goal_takes_the_front_of_error_over_speed(demo_bundle: Bundle) -> None:
+def test_quality_goal_takes_the_front_of_error_over_speed(small_demo: Bundle) -> None:
     told: list[str] = []
     request = TuneRequest(Goal(psnr=5.0), PROMPTS[:1], confirm=3, steps=12)
-    found = tune(demo_bundle, request, Silent(), told.append)
+    found = tune(small_demo, request, Silent(), told.append)
     assert any("too few prompts" in text for text in told)
     assert not found.held_out
     fastest = max(found.rows, key=lambda r: r["speedup"])
@@ -67,10 +67,10 @@ def test_exactly_one_goal_is_taken(goal: dict[str, float]) -> None:
         Goal(**goal)
 
 
-def test_a_speedup_beyond_every_candidate_is_one_error(demo_bundle: Bundle) -> None:
+def test_a_speedup_beyond_every_candidate_is_one_error(small_demo: Bundle) -> None:
     request = TuneRequest(Goal(speedup=50.0), PROMPTS[:1], steps=4)
     with pytest.raises(RequestError, match="beyond every candidate"):
-        tune(demo_bundle, request, Silent(), lambda text: None)
+        tune(small_demo, request, Silent(), lambda text: None)
 
 
 def test_a_calibration_of_another_size_is_warned_about_once(
