@@ -6,7 +6,7 @@ TRITON_BIN = $(TRITON_VENV)/bin
 DEMO = out/demo
 CONFIGS = teacache off taylorseer adacache custom
 
-PARALLEL = -n 2 --dist loadgroup
+PARALLEL = -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help install demo test test-all lint cpp triton test-triton test-gpu bench clean
 
@@ -27,6 +27,7 @@ demo: install ## Build the demo model, run every policy, write videos and a tabl
 	@echo "videos, contact_sheet.png and bench.md are in $(DEMO)"
 
 test: lint ## Run lint and what a change can break: minutes
+	@mkdir -p out
 	$(BIN)/python -m pytest --basetemp out/tests $(PARALLEL) $(TIER)
 	@if $(MAKE) build/cpp/build.ninja $(TRITON_BIN)/.installed; then $(MAKE) test-triton TIER="$(TIER)"; \
 	else echo "no C++ tools or no wheel of the server here: 'make test-triton' is left out"; fi

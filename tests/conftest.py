@@ -38,11 +38,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+LONGEST = (
+    "cpp/test_families.py", "test_docs.py", "tuning/test_calibrate.py", "tuning/test_tune.py",
+    "compiler/test_bake.py", "cpp/test_parity.py", "cpp/test_frames.py",
+)  # fmt: skip
+"""What takes longest, in seconds of a processor: begun first, workers end together."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a file's tests to one worker: they share what the file builds."""
+    """Give a file's tests to one worker, since they share what the file builds; the longest first."""
+    names = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(names[item]))
+    items.sort(key=lambda i: LONGEST.index(names[i]) if names[i] in LONGEST else len(LONGEST))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

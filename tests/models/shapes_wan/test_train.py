@@ -44,6 +44,7 @@ def weights(state):
     return {name: tensor.clone() for name, tensor in state.modules.state_dict().items()}
 
 
+@pytest.mark.nightly
 def test_killed_denoiser_training_resumes_to_the_same_weights(work_dir):
     whole = train.train_denoiser(work_dir, report=ignore, **TINY)
     (work_dir / "transformer.pt").unlink()
@@ -60,6 +61,7 @@ def test_killed_denoiser_training_resumes_to_the_same_weights(work_dir):
     assert all(map(torch.equal, whole.ema, resumed.ema))
 
 
+@pytest.mark.nightly
 def test_training_changes_the_weights_and_export_writes_them(work_dir):
     before = train.make_denoiser(work_dir).state_dict()
     state = train.train_denoiser(work_dir, report=ignore, **TINY)
@@ -95,6 +97,7 @@ def run_vae(path, report):
     return vae.state_dict()
 
 
+@pytest.mark.nightly
 def test_killed_vae_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     def draw_small(phase, iteration, progress, generator):
         return torch.rand(1, 3, 5, 16, 16, generator=generator) * 2 - 1
