@@ -12,7 +12,7 @@ pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 
 from client import ask
 
-pytestmark = [pytest.mark.triton, pytest.mark.serial]
+pytestmark = pytest.mark.triton
 
 
 def test_a_request_gives_the_same_bits_through_every_door(server, prepared: Path) -> None:
