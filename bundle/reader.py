@@ -10,11 +10,12 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from ..configs.errors import BundleError, nearest
+from ..configs.errors import BundleError, CheckpointError, nearest
 from ..configs.strict_json import parse_json
 from .files import safe_path, sha256_of, sha256_of_each
-from .manifest import MANIFEST, SCHEMA_VERSION, EngineSetEntry, Manifest
+from .manifest import MANIFEST, SCHEMA_VERSION, EngineSetEntry, Manifest, TensorEntry
 from .references import reference_faults
+from .safetensors_header import read_header
 
 __all__ = ["MANIFEST", "Bundle", "parse_manifest"]
 
@@ -81,7 +82,7 @@ class Bundle:
         self.folder = Path(folder)
         self.manifest = self._read_manifest()
         self._check_files()
-        self._open_files: dict[str, Any] = {}
+        self._open_files: dict[str, _WeightFile] = {}
 
     def _read_manifest(self) -> Manifest:
         path = self.folder / MANIFEST
@@ -176,9 +177,9 @@ class Bundle:
             )
         try:
             if entry.file not in self._open_files:
-                self._open_files[entry.file] = safe_open(self.path(entry.file), framework="pt")
-            tensor: torch.Tensor = self._open_files[entry.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+                self._open_files[entry.file] = _WeightFile(self.path(entry.file))
+            tensor = self._open_files[entry.file].at(entry)
+        except (CheckpointError, SafetensorError, OSError, LookupError) as error:
             raise BundleError(
                 f"{self.folder}, tensor '{name}'",
                 f"can't be read from '{entry.file}': {error}",
@@ -191,4 +192,24 @@ class Bundle:
                 f"the manifest says {entry.dtype} {entry.shape}",
                 "build the bundle again",
             )
+        return tensor
+
+
+class _WeightFile:
+    """A safetensors file whose tensors are found by place, as the manifest gives it.
+
+    A linked file names its tensors as the checkpoint does: without an expert's prefix, and a tied
+    weight by one of its names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._names = {(t.offset, t.bytes): n for n, t in read_header(path).items()}
+        self._file: Any = safe_open(path, framework="pt")
+
+    def at(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the tensor at an entry's place; `LookupError` where none has that place."""
+        name = self._names.get((entry.offset, entry.bytes))
+        if name is None:
+            raise LookupError(f"no tensor lies in its {entry.bytes} bytes from {entry.offset}")
+        tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor

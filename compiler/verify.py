@@ -170,7 +170,9 @@ class VerifyReport:
 def verify_bundle(
     bundle: Bundle, backend: str | None = None, progress: Progress | None = None
 ) -> VerifyReport:
-    """Verify digests, then engines, then policies.
+    """Verify digests, then that every tensor is readable, then engines, then policies.
+
+    Engines are verified with the weights of every expert, through the reader that `run` has.
 
     Args:
         bundle: An open bundle.
@@ -182,7 +184,7 @@ def verify_bundle(
 
     Raises:
         BackendUnavailable: the bundle has no engines for the backend, or it can't run here.
-        BundleError: an engine was compiled for another machine.
+        BundleError: an engine was compiled for another machine, or a tensor can't be read.
     """
     progress = progress or Silent()
     manifest = bundle.manifest
@@ -192,10 +194,15 @@ def verify_bundle(
     name = backend or manifest.engines[0].backend
     if changed:
         return VerifyReport(bundle.folder, name, len(manifest.files), tuple(changed))
-    model = LoadedModel(bundle, backend)
+    for tensor in manifest.tensors:
+        bundle.tensor(tensor)
     with _portable_engines(bundle) as portable:
+        model = LoadedModel(bundle, backend)
         engines, skipped = check_engines(model, portable, progress)
         policies = check_policies(model, portable, progress)
+        for expert in range(1, len(manifest.experts)):
+            other = LoadedModel(bundle, backend, expert=expert)
+            engines += check_engines(other, portable, progress)[0]
     return VerifyReport(
         bundle.folder, name, len(manifest.files), (), tuple(engines), tuple(policies), skipped
     )
@@ -206,13 +213,20 @@ def check_engines(
 ) -> tuple[list[EngineCheck], dict[str, str]]:
     """Compare every engine, and every portable graph that ONNX Runtime takes, with PyTorch.
 
+    Of a second expert only graphs with weights are compared: the others are the first one's.
+
     Returns:
         The checks, and why portable graphs were left out.
     """
     manifest, cut = model.manifest, cut_of(model.manifest)
     hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
     segments = {s.name: s for s in (*cut.segments, *cache_segments(hidden, cut.history_dtype))}
-    graphs = {n: g for n, g in manifest.graphs.items() if g.runs != "decide"}
+    prefix = model.prefix
+    graphs = {
+        n: g
+        for n, g in manifest.graphs.items()
+        if g.runs != "decide" and (g.weights or not model.expert)
+    }
     built = model.bundle.engines(model.backend.name)
     assert built is not None, "LoadedModel found the engine set"
     checks: list[EngineCheck] = []
@@ -227,10 +241,10 @@ def check_engines(
         ranges = _ranges(graph, profile)
         dims = [sample_dims(cut, case, ranges) for case in range(CASES)]
         cases = [sample_inputs(graph, manifest, d, seed=case) for case, d in enumerate(dims)]
-        for block, reference, taps in _references(model.bundle, cut, segments, name):
+        for block, reference, taps in _references(model.bundle, cut, segments, name, prefix):
             if name in built.files:
                 subject = Subject(
-                    name, model.backend.name, block, graph, model.engine(name),
+                    prefix + name, model.backend.name, block, graph, model.engine(name),
                     _binder(model, name, block), reference,
                     model.device, model.backend.synchronize, manifest.dims, taps,
                 )  # fmt: skip
@@ -244,9 +258,9 @@ def check_engines(
             except BuildError as error:
                 skipped[name] = error.what
                 continue
-            bind = _portable_binder(model.bundle, engine, name, block)
+            bind = _portable_binder(model.bundle, engine, name, block, prefix)
             subject = Subject(
-                name, PORTABLE, block, graph, engine, bind, reference,
+                prefix + name, PORTABLE, block, graph, engine, bind, reference,
                 CPU, _nothing, manifest.dims, taps,
             )  # fmt: skip
             checks += compare(subject, cases)
@@ -301,7 +315,7 @@ def _ranges(
 
 
 def _references(
-    bundle: Bundle, cut: Cut, segments: Mapping[str, Segment], graph: str
+    bundle: Bundle, cut: Cut, segments: Mapping[str, Segment], graph: str, prefix: str
 ) -> Iterator[tuple[int | None, Reference, dict[str, str]]]:
     """Yield what a graph must equal: once, or for the first, middle and last block it serves."""
     manifest = bundle.manifest
@@ -310,7 +324,7 @@ def _references(
         return
     segment = segments[graph]
     if "{block}" not in segment.prefix:
-        yield None, Reference(segment, [_weights(bundle, segment, 0)]), {}
+        yield None, Reference(segment, [_weights(bundle, segment, 0, prefix)]), {}
         return
     for stage in manifest.stages:
         if graph == stage.tapped:
@@ -321,7 +335,7 @@ def _references(
         else:
             continue
         for block in blocks:
-            yield block, Reference(segment, [_weights(bundle, segment, block)]), {}
+            yield block, Reference(segment, [_weights(bundle, segment, block, prefix)]), {}
 
 
 def _group_reference(
@@ -341,9 +355,12 @@ def _group_reference(
     return group.first, reference, taps
 
 
-def _weights(bundle: Bundle, segment: Segment, block: int) -> Tensors:
-    """Return a segment's parameters by the family's names, whatever the manifest maps them to."""
-    prefix = segment.prefix.replace("{block}", str(block))
+def _weights(bundle: Bundle, segment: Segment, block: int, expert: str = "") -> Tensors:
+    """Return a segment's parameters by the family's names, whatever the manifest maps them to.
+
+    ``expert`` precedes the names of an expert's tensors.
+    """
+    prefix = expert + segment.prefix.replace("{block}", str(block))
     names = [n for n, _ in segment.module.named_parameters()]
     return {n: bundle.tensor(prefix + n) for n in names if prefix + n in bundle.manifest.tensors}
 
@@ -353,10 +370,13 @@ def _binder(model: LoadedModel, graph: str, block: int | None) -> Callable[[Tens
 
 
 def _portable_binder(
-    bundle: Bundle, engine: Engine, graph: str, block: int | None
+    bundle: Bundle, engine: Engine, graph: str, block: int | None, prefix: str
 ) -> Callable[[Tensors], Any]:
     patterns = bundle.manifest.graphs[graph].weights
-    weights = {n: bundle.tensor(p.replace("{block}", str(block or 0))) for n, p in patterns.items()}
+    weights = {
+        n: bundle.tensor(prefix + p.replace("{block}", str(block or 0)))
+        for n, p in patterns.items()
+    }
     return lambda values: engine.bind({**values, **weights})
 
 

@@ -60,7 +60,8 @@ class LoadedModel:
     """A bundle with a backend chosen.
 
     Engines load when first used. Weights stay memory-mapped on CPU backends and are uploaded once
-    per process on others; LoRAs are added into private copies of the tensors they change.
+    per process on others; LoRAs are added into private copies of the tensors they change. ``prefix``
+    precedes the names of an expert's tensors.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class LoadedModel:
         self._engines: dict[str, Engine] = {}
         self.expert = expert
         experts = self.manifest.experts
-        self._prefix = experts[expert].prefix if experts else ""
-        self._merged = merge_loras(bundle, loras, self._prefix)
+        self.prefix = experts[expert].prefix if experts else ""
+        self._merged = merge_loras(bundle, loras, self.prefix)
         self._tensors: dict[str, Tensor] = {}
         self._offloaded: OffloadedWeights | None = None
         self._check_options()
@@ -239,7 +240,7 @@ class LoadedModel:
                 "build the bundle again",
             )  # fmt: skip
         bindings = {n: values[n] for n in (*entry.inputs, *entry.outputs)}
-        weights = {n: self._prefix + pattern for n, pattern in entry.weights.items()}
+        weights = {n: self.prefix + pattern for n, pattern in entry.weights.items()}
         is_template = any("{block}" in pattern for pattern in weights.values())
         if self._offloaded is not None and is_template:
             return self._offloaded.bind(self.engine(graph), bindings, weights, block)

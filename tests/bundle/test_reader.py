@@ -69,12 +69,24 @@ def test_weights_are_those_of_the_checkpoint(folder: Path, tiny_checkpoint: Path
 
 
 def test_offsets_of_the_manifest_find_the_same_bytes(folder: Path) -> None:
-    """C++ reads weights by offset, Python by name."""
+    """C++ reads weights by offset alone, Python through the file's header."""
     bundle = Bundle(folder)
     for name, entry in bundle.manifest.tensors.items():
         content = bundle.path(entry.file).read_bytes()[entry.offset : entry.offset + entry.bytes]
         tensor = torch.frombuffer(bytearray(content), dtype=getattr(torch, entry.dtype))
         assert torch.equal(tensor.view(entry.shape), bundle.tensor(name))
+
+
+def test_a_tensor_is_found_by_its_place_whatever_the_file_calls_it(folder: Path) -> None:
+    """An expert's weights have a prefix in the manifest, and none in a linked file."""
+    name = "blocks.0.ffn.net.2.weight"
+    expected = Bundle(folder).tensor(name)
+
+    def rename(data: dict[str, Any]) -> None:
+        data["tensors"][f"transformer_2.{name}"] = data["tensors"][name]
+
+    rewrite(folder, rename)
+    assert torch.equal(Bundle(folder).tensor(f"transformer_2.{name}"), expected)
 
 
 @pytest.mark.parametrize("change", ["missing", "shorter", "longer", "folder"])

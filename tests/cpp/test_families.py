@@ -68,10 +68,15 @@ def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: P
     assert report["branches"]["cond"]["computed"] == [True, False, True, False, True, True]
 
 
-@pytest.fixture(scope="module")
-def experts(build_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Loop:
+@pytest.fixture(scope="module", params=wan.FORMS)
+def experts(
+    request: pytest.FixtureRequest,
+    build_bundle: Callable[..., Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Loop:
     """Two experts with guidance, each with a scale of its own; UniPC looks back over the switch."""
-    bundle = build_bundle(wan.write_checkpoint(tmp_path_factory.mktemp("wan22")), ("openvino",))
+    folder = tmp_path_factory.mktemp("wan22")
+    bundle = build_bundle(wan.write_checkpoint(folder, request.param), ("openvino",))
     random = np.random.default_rng(0)
     latents = random.standard_normal((1, 16, 2, 4, 6), dtype=np.float32)
     prompts = {

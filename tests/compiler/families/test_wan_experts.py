@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import torch
 from chain import randomised, relative
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-from freewheel.bundle.reader import Bundle
+from freewheel.bundle.reader import MANIFEST, Bundle
 from freewheel.compiler.build import BuildRequest, build
 from freewheel.compiler.checkpoint import open_checkpoint
-from freewheel.configs.errors import CheckpointError, ConfigError, RequestError
+from freewheel.compiler.verify import verify_bundle
+from freewheel.configs.errors import BundleError, CheckpointError, ConfigError, RequestError
 from freewheel.engines import backend
 from freewheel.runtime.attach import attach
 from freewheel.runtime.model import LoadedModel
@@ -31,11 +34,15 @@ BOUNDARY = 0.875
 SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Write a pipeline's folder with two transformers, the second in bfloat16: it is converted."""
+FORMS = {"linked": torch.float32, "converted": torch.bfloat16}
+"""How the second expert's weights come into the bundle → the dtype in which they are stored."""
+
+
+def write_checkpoint(folder: Path, form: str = "linked") -> Path:
+    """Write a pipeline's folder with two transformers, the first in float32."""
     first, second = (randomised(WanTransformer3DModel(**TINY), seed) for seed in (1, 2))
     first.save_pretrained(folder / "transformer")
-    second.bfloat16().save_pretrained(folder / "transformer_2")
+    second.to(FORMS[form]).save_pretrained(folder / "transformer_2")
     index = {
         "_class_name": "WanPipeline", "boundary_ratio": BOUNDARY,
         "transformer": ["diffusers", "WanTransformer3DModel"],
@@ -47,9 +54,14 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: Any) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("wan22"))
+def checkpoint(form: str, tmp_path_factory: Any) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("wan22"), form)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +96,7 @@ def latents(pipe: Any, steps: int, guidance: float = 3.0) -> torch.Tensor:
     return found
 
 
-def test_one_set_of_engines_serves_both_experts_weights(bundle: Bundle) -> None:
+def test_one_set_of_engines_serves_both_experts_weights(bundle: Bundle, form: str) -> None:
     manifest = bundle.manifest
     assert [(e.part, e.prefix, e.from_timestep) for e in manifest.experts] == [
         ("transformer", "", 875.0),
@@ -94,6 +106,27 @@ def test_one_set_of_engines_serves_both_experts_weights(bundle: Bundle) -> None:
     assert {f"transformer_2.{n}" for n in first} == manifest.tensors.keys() - first
     assert all("transformer_2" not in g for g in manifest.graphs)
     assert len({t.file for t in manifest.tensors.values()}) >= 2
+    matrix = manifest.tensors["transformer_2.blocks.0.ffn.net.2.weight"]
+    assert ("converted" in matrix.file) == (form == "converted")
+
+
+def test_verify_reads_what_a_run_reads(bundle: Bundle, tmp_path: Path) -> None:
+    """Every engine with the weights of each expert, and a tensor that no sampled block has."""
+    report = verify_bundle(bundle)
+    report.raise_on_mismatch()
+    with_weights = {n for n, g in bundle.manifest.graphs.items() if g.weights}
+    compared = {c.graph for c in report.engines}
+    assert compared >= with_weights | {f"transformer_2.{n}" for n in with_weights}
+
+    damaged = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, damaged, copy_function=os.link)
+    name = "transformer_2.blocks.1.norm2.bias"
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest["tensors"][name]["offset"] += 4
+    (damaged / MANIFEST).unlink()
+    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=rf"tensor '{name}': can't be read from"):
+        verify_bundle(Bundle(damaged))
 
 
 def test_each_expert_equals_its_transformer(bundle: Bundle, experts: tuple[Any, Any]) -> None:
