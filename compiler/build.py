@@ -53,9 +53,10 @@ from ..policies.base import Policy
 from .bake import check_group_blocks, write_groups
 from .checkpoint import Checkpoint, open_checkpoint
 from .code_version import code_version
+from .completeness import CAST_DTYPES, check_tensors
 from .decide import write_decide_graph
 from .defaults import policy_setting, resolve_configs, scheduler_shift
-from .families import Cut, family_of
+from .families import Cut, Family, family_of
 from .families.base import FIRST_BLOCK_RESIDUAL, StoredDtype
 from .footprint import weights_of
 from .forecast_build import forecast_build
@@ -68,7 +69,7 @@ from .samplers import write_tables
 from .sizes import Size, latent_scale, read_part
 from .weights import bring_weights
 
-__all__ = ["BuildReport", "BuildRequest", "build", "plan"]
+__all__ = ["BuildReport", "BuildRequest", "build", "family_cut", "plan"]
 
 PIPELINE_PARTS = (
     "scheduler", "tokenizer", "text_encoder", "vae", "image_encoder", "image_processor",
@@ -156,9 +157,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     clock = _Clock()
     checkpoint = open_checkpoint(request.model, request.revision)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
-    where = str(checkpoint.transformer / "config.json")
-    family = family_of(checkpoint.transformer_class, where)
-    cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
+    family, cut = family_cut(checkpoint, request.precision)
     targets = [complete_target(b, request.target) for b in request.backends]
     ranges = _ranges(request, cut, checkpoint, configs)
     parts = pipeline_parts(request, checkpoint, configs)
@@ -469,9 +468,31 @@ def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
     ]
 
 
+def family_cut(checkpoint: Checkpoint, precision: Precision) -> tuple[Family, Cut]:
+    """Cut the transformer, and account for every tensor of each expert.
+
+    Raises:
+        CheckpointError: no family cuts it, or a tensor is missing, quantised or not understood.
+    """
+    where = str(checkpoint.transformer / "config.json")
+    family = family_of(checkpoint.transformer_class, where)
+    cut = family.cut(checkpoint.config, precision, _stored_dtype(checkpoint))
+    wanted = {n: shape for n, (_, shape) in weights_of(cut).items()}
+    for part in [part for part, _ in checkpoint.experts] or ["transformer"]:
+        folder = checkpoint.pipeline / part if checkpoint.pipeline else checkpoint.transformer
+        check_tensors(checkpoint.of_part(part), wanted, folder)
+    return family, cut
+
+
 def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
-    """Return a lookup of stored dtypes; a missing tensor is reported when weights are brought."""
-    return lambda name: checkpoint.tensors[name].dtype if name in checkpoint.tensors else "float32"
+    """Return a lookup of the dtypes in which graphs take tensors that nothing has to convert."""
+
+    def lookup(name: str) -> str:
+        # A missing tensor is reported once the cut has told which ones there must be.
+        dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "float32"
+        return CAST_DTYPES.get(dtype, dtype)
+
+    return lookup
 
 
 def _shards_to_link(checkpoint: Checkpoint, cut: Cut, folder: Path) -> list[Path]:
@@ -505,9 +526,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(request.model, request.revision)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
-    where = str(checkpoint.transformer / "config.json")
-    family = family_of(checkpoint.transformer_class, where)
-    cut = family.cut(checkpoint.config, request.precision, _stored_dtype(checkpoint))
+    family, cut = family_cut(checkpoint, request.precision)
     stored = sum(t.bytes for t in checkpoint.tensors.values())
     for backend in request.backends:
         complete_target(backend, request.target)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.safetensors_header import StoredTensor, read_header
-from ..configs.errors import CheckpointError
+from ..configs.errors import CheckpointError, nearest
+from .completeness import check_quantization
+from .layouts import file_fault, folder_fault, original_fault, weights_fault
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_json"]
+__all__ = ["Checkpoint", "open_checkpoint", "read_json", "read_tensors"]
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 SECOND = "transformer_2"
@@ -47,46 +49,94 @@ class Checkpoint:
         """Diffusers class of the transformer."""
         return str(self.config.get("_class_name", ""))
 
+    def of_part(self, part: str) -> dict[str, StoredTensor]:
+        """Return the tensors of one of the pipeline's transformers, by its own names."""
+        second = f"{SECOND}."
+        if part == SECOND:
+            return {
+                n.removeprefix(second): t for n, t in self.tensors.items() if n.startswith(second)
+            }
+        return {n: t for n, t in self.tensors.items() if not n.startswith(second)}
+
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Open ``model``: a diffusers pipeline folder, a transformer folder, or a hub id.
 
     Raises:
-        CheckpointError: nothing there, no config, a missing or truncated shard, weights that are
-            not safetensors, or experts that differ in more than their weights.
+        CheckpointError: nothing there, another layout, no config, a missing or truncated shard,
+            quantised weights, or experts that differ in more than their weights.
     """
-    folder = Path(model)
+    folder = Path(model).expanduser()
+    if folder.is_file():
+        raise file_fault(folder)
     if not folder.exists():
+        _check_is_hub_id(model)
         folder, revision = _download(model, revision)
     pipeline = folder if (folder / "model_index.json").is_file() else None
+    if pipeline is None and not (folder / "config.json").is_file():
+        raise folder_fault(folder)
     transformer = folder / "transformer" if pipeline else folder
-    config = read_json(transformer / "config.json")
-    tensors = _tensors(transformer)
+    config = _read_config(transformer)
+    tensors = read_tensors(transformer)
     experts: tuple[tuple[str, float], ...] = ()
     index = read_json(pipeline / "model_index.json") if pipeline else {}
     boundary = index.get("boundary_ratio")
     if pipeline is not None and boundary is not None and index.get(SECOND, [None])[0] is not None:
-        other = read_json(pipeline / SECOND / "config.json")
+        other = _read_config(pipeline / SECOND)
         if _geometry(other) != _geometry(config):
             raise CheckpointError(
                 f"{pipeline / SECOND}/config.json", "differs from the first transformer's",
                 "build each transformer's folder by itself",
             )  # fmt: skip
-        tensors |= {f"{SECOND}.{n}": t for n, t in _tensors(pipeline / SECOND).items()}
+        tensors |= {f"{SECOND}.{n}": t for n, t in read_tensors(pipeline / SECOND).items()}
         experts = (("transformer", float(boundary)), (SECOND, 0.0))
     return Checkpoint(model, revision, pipeline, transformer, config, tensors, experts)
 
 
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
+def read_tensors(folder: Path, stem: str = WEIGHTS_STEM) -> dict[str, StoredTensor]:
+    """Return the tensors of a part's folder from its files' headers.
+
+    Args:
+        folder: Holds one file or shards with their index.
+        stem: What the files' names begin with.
+
+    Raises:
+        CheckpointError: there are none in this layout, or a file is missing or truncated.
+    """
     tensors: dict[str, StoredTensor] = {}
-    for shard in _shards(folder):
+    for shard in _shards(folder, stem):
         tensors |= read_header(shard)
     return tensors
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read a transformer's config, refusing what is not diffusers' or names a quantisation."""
+    path = folder / "config.json"
+    original = original_fault(path)
+    if original is not None:
+        raise original
+    config = read_json(path)
+    check_quantization(config, path)
+    return config
 
 
 def _geometry(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without what diffusers notes about its origin."""
     return {n: value for n, value in config.items() if not n.startswith("_")}
+
+
+def _check_is_hub_id(model: str) -> None:
+    """Refuse a path that leads nowhere: looking it up on the hub would tell nothing."""
+    is_path = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
+    if not is_path:
+        return
+    path = Path(model).expanduser()
+    beside = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
+    raise CheckpointError(
+        model, "there is no such folder or file",
+        f"in '{path.parent}': {nearest(path.name, beside)}" if beside
+        else "check the path; a hub id has the form 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'",
+    )  # fmt: skip
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
@@ -129,34 +179,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
-    single = folder / f"{WEIGHTS_STEM}.safetensors"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        odd = [n for n in names if not isinstance(n, str) or Path(n).name != n]
-        if odd or not names:
-            found = f"names shards outside its folder: {odd[0]!r}" if odd else "names no shards"
-            raise CheckpointError(str(index), found, "fetch the file again")
-        shards = [folder / name for name in sorted(set(names))]
-        missing = [s.name for s in shards if not s.is_file()]
-        if missing:
-            raise CheckpointError(
-                str(folder),
-                f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing)}",
-                "fetch them into the folder",
-            )
-        return shards
-    if single.is_file():
+def _shards(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if single.is_file() and not index.is_file():
         return [single]
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+    if not index.is_file():
+        raise weights_fault(folder, stem)
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    odd = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+    if odd or not names:
+        found = f"names shards outside its folder: {odd[0]!r}" if odd else "names no shards"
+        raise CheckpointError(str(index), found, "fetch the file again")
+    shards = [folder / name for name in sorted(set(names))]
+    missing = [s.name for s in shards if not s.is_file()]
+    if missing:
         raise CheckpointError(
             str(folder),
-            "holds pickled weights, which Freewheel never opens",
-            "convert them: load with diffusers and call "
-            "save_pretrained(folder, safe_serialization=True)",
+            f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing)}",
+            "fetch them into the folder",
         )
-    raise CheckpointError(
-        str(folder), f"has no '{single.name}' and no index of shards", "fetch the weights"
-    )
+    return shards

@@ -7,6 +7,7 @@ them as inputs, and the manifest's tensors lie in the files that ``pipeline`` of
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,20 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..bundle.manifest import GraphEntry, ResolvedGeneration, TensorEntry
-from ..bundle.safetensors_header import StoredTensor, read_header
+from ..bundle.safetensors_header import StoredTensor
 from ..configs.errors import CheckpointError
 from ..engines.base import TensorSpec
-from .checkpoint import read_json
+from .checkpoint import read_json, read_tensors
+from .completeness import check_keys, check_quantization, check_tensors
 from .families.base import Segment
 
 __all__ = ["PipelinePart", "part_tensors", "text_encoder_part", "vae_decode_part"]
 
-SHARED_NAMES = {"encoder.embed_tokens.weight": "shared.weight"}
-"""Names by which a tied weight is traced → under which checkpoints may store it."""
+TIED_NAMES = {"shared.weight": "encoder.embed_tokens.weight"}
+"""Names under which checkpoints may store a tied weight → by which it is traced."""
+
+STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model"}
+"""Part → what the names of its weight files begin with."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class PipelinePart:
         folder: Folder of the pipeline, as ``text_encoder``.
         config: Its config.json, which its module is made from.
         segment: What to trace.
-        stored: The part's tensors by their own names.
+        stored: The part's tensors, by the names that the graph has for them.
         vocabulary_size: Of a text encoder: token ids lie below it.
     """
 
@@ -108,15 +113,17 @@ def text_encoder_part(pipeline: Path) -> PipelinePart:
     """Describe the text encoder of a Wan pipeline; any batch and length.
 
     Raises:
-        CheckpointError: the pipeline has none, or it is no UMT5 encoder.
+        CheckpointError: the pipeline has none, it is no UMT5 encoder, or it is quantised.
     """
     config, stored = _open(pipeline, "text_encoder", "UMT5EncoderModel", "architectures")
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config)).eval()
-    _store_as(model, stored)
+    module = TextEncoder(model)
+    stored = {TIED_NAMES.get(n, n): t for n, t in stored.items()}
+    _store_as(module, stored, pipeline / "text_encoder")
     ids = TensorSpec("int64", ("batch", "text_tokens"))
     segment = Segment(
-        "text_encoder", "text_encoder", TextEncoder(model),
+        "text_encoder", "text_encoder", module,
         {"input_ids": ids, "attention_mask": ids},
         {"text_states": TensorSpec("float32", ("batch", "text_tokens", config["d_model"]))},
         "text_encoder.",
@@ -130,12 +137,14 @@ def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelineP
     Its causal cache makes the calls depend on the number of frames, so the shape is fixed.
 
     Raises:
-        CheckpointError: the pipeline has none, or it is no Wan VAE.
+        CheckpointError: the pipeline has none, it is no Wan VAE, or it is quantised.
     """
     config, stored = _open(pipeline, "vae", "AutoencoderKLWan", "_class_name")
+    known = inspect.signature(AutoencoderKLWan.__init__).parameters
+    check_keys(config, known, str(pipeline / "vae" / "config.json"))
     with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(config).eval()
-    _store_as(model, stored)
+        module = VaeDecode(AutoencoderKLWan.from_config(config).eval())
+    _store_as(module, stored, pipeline / "vae")
     in_time, in_space = config["scale_factor_temporal"], config["scale_factor_spatial"]
     latents = (
         1,
@@ -146,7 +155,7 @@ def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelineP
     )
     pixels = ((latents[2] - 1) * in_time + 1, latents[3] * in_space, latents[4] * in_space)
     segment = Segment(
-        "vae_decode", "vae_decode", VaeDecode(model), {"latents": TensorSpec("float32", latents)},
+        "vae_decode", "vae_decode", module, {"latents": TensorSpec("float32", latents)},
         {"frames": TensorSpec("float32", (1, *pixels, 3))}, "vae.",
     )  # fmt: skip
     return PipelinePart("vae", config, segment, stored)
@@ -155,15 +164,11 @@ def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelineP
 def part_tensors(
     parts: Sequence[PipelinePart], graphs: Mapping[str, GraphEntry]
 ) -> dict[str, TensorEntry]:
-    """Return manifest entries of the parts' weights, where the bundle's pipeline folder has them.
-
-    Raises:
-        CheckpointError: a weight is not in the part's files.
-    """
+    """Return manifest entries of the parts' weights, where the bundle's pipeline folder has them."""
     found = {}
     for part in parts:
         for name in graphs[part.segment.name].weights:
-            stored = _stored(part.stored, name)
+            stored = part.stored[name]
             found[part.segment.prefix + name] = TensorEntry(
                 file=f"pipeline/{part.folder}/{stored.file.name}",
                 dtype=stored.dtype,
@@ -174,22 +179,18 @@ def part_tensors(
     return found
 
 
-def _stored(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor:
-    for known in (name, SHARED_NAMES.get(name, "")):
-        if known in stored:
-            return stored[known]
-    raise CheckpointError(
-        f"tensor '{name}'", "is not in the pipeline's files", "fetch the checkpoint again"
-    )
+def _store_as(module: nn.Module, stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Give each parameter the dtype in which its file has it; graphs cast inside.
 
-
-def _store_as(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
-    """Give each parameter the dtype in which its file has it; graphs cast inside."""
-    for name, parameter in model.named_parameters():
-        entry = stored.get(name)
+    Raises:
+        CheckpointError: the files have not exactly the tensors that the part uses.
+    """
+    parameters = dict(module.named_parameters())
+    wanted = {n: tuple(p.shape) for n, p in parameters.items()}
+    check_tensors(stored, wanted, folder, part=folder.name, cast=False)
+    for name, parameter in parameters.items():
         parameter.requires_grad_(False)
-        if entry is not None:
-            parameter.data = parameter.data.to(getattr(torch, entry.dtype))
+        parameter.data = parameter.data.to(getattr(torch, stored[name].dtype))
 
 
 def _open(
@@ -203,10 +204,5 @@ def _open(
             f"{folder}/config.json, '{key}'", f"is {named!r}, expected '{wanted}'",
             "only Wan's text encoder and VAE can be exported",
         )  # fmt: skip
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(str(folder), "has no safetensors files", "convert its weights")
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        stored |= read_header(file)
-    return config, stored
+    check_quantization(config, folder / "config.json")
+    return config, read_tensors(folder, STEMS[part])

@@ -13,7 +13,7 @@ from ..bundle.files import link_or_none
 from ..bundle.manifest import TensorEntry
 from ..bundle.safetensors_header import StoredTensor, encode_header
 from ..configs.dtypes import ITEM_BYTES
-from ..configs.errors import CheckpointError, OutputError
+from ..configs.errors import OutputError
 
 __all__ = ["bring_weights"]
 
@@ -34,7 +34,7 @@ def bring_weights(
 
     Args:
         wanted: Tensor name → (dtype, shape) that the graphs take.
-        stored: The checkpoint's tensors.
+        stored: The checkpoint's tensors, every wanted one among them (`check_tensors`).
         bundle: The bundle's folder; ``weights`` is made in it.
         progress: Called with bytes written and bytes to write.
 
@@ -42,10 +42,8 @@ def bring_weights(
         Tensor name → manifest entry.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
         OutputError: the disk is full or not writable.
     """
-    check_against_checkpoint(wanted, stored)
     folder = bundle / "weights"
     folder.mkdir(exist_ok=True)
     sources = sorted({stored[n].file for n in wanted if stored[n].dtype == wanted[n][0]})
@@ -86,28 +84,6 @@ def bring_weights(
                 file=file, dtype=dtype, shape=list(shape), offset=offsets[name], bytes=_size(dtype, shape)
             )  # fmt: skip
     return entries
-
-
-def check_against_checkpoint(
-    wanted: Mapping[str, tuple[str, tuple[int, ...]]], stored: Mapping[str, StoredTensor]
-) -> None:
-    """Raise `CheckpointError` naming every tensor that is missing or has another shape."""
-    missing = [n for n in wanted if n not in stored]
-    if missing:
-        shown = ", ".join(f"'{n}'" for n in missing[:5])
-        raise CheckpointError(
-            "checkpoint", f"{len(missing)} of {len(wanted)} tensors are missing: {shown}",
-            "a shard is missing, or 'config.json' belongs to another model",
-        )  # fmt: skip
-    wrong = [n for n, (_, shape) in wanted.items() if stored[n].shape != tuple(shape)]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"checkpoint, tensor '{name}'",
-            f"has shape {list(stored[name].shape)}, its config says {list(wanted[name][1])} "
-            f"({len(wanted) - len(wrong)} of {len(wanted)} tensors fit)",
-            "'config.json' belongs to another model",
-        )
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:

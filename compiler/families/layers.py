@@ -7,6 +7,7 @@ restate what those compute so that it exports cleanly and says its dtypes.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ...configs.dtypes import Precision
 from ...configs.errors import CheckpointError
+from ..completeness import check_keys
 from .base import StoredDtype
 
 __all__ = [
@@ -146,8 +148,10 @@ def on_meta(model_class: Any, config: Mapping[str, Any]) -> Any:
     """Return a diffusers transformer on ``meta``, which no weight is loaded for.
 
     Raises:
-        CheckpointError: the class can't be made of that config.
+        CheckpointError: the class can't be made of that config, or would drop some of its keys.
     """
+    known = inspect.signature(model_class.__init__).parameters
+    check_keys(config, known, "transformer/config.json")
     try:
         with torch.device("meta"):
             return model_class.from_config(dict(config)).eval()

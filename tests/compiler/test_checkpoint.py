@@ -151,8 +151,8 @@ def test_a_folder_without_weights_is_refused(single: Path) -> None:
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     error = refusal(tmp_path)
-    assert error.where == str(tmp_path / "config.json")
-    assert "can't be read: No such file" in error.what
+    assert error.where == str(tmp_path)
+    assert "has neither 'model_index.json' nor 'config.json'; it is empty" in error.what
     assert "diffusers layout" in error.hint
 
 
@@ -257,14 +257,50 @@ def test_what_the_hub_refuses_is_told_in_one_line(
     assert "diffusers folder" in caught.hint
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "models/absent/deeper", "no such thing!"])
-def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/nowhere/at/all", "./foo", "../foo", "~/absent", "models/absent/deeper", "absent/"]
+)
+def test_a_missing_path_is_not_looked_up_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setenv("HOME", "/nowhere")
     error = refusal(path)
     assert error.where == path
+    assert error.what == "there is no such folder or file"
+
+
+def test_a_misspelt_path_names_the_nearest_folder(single: Path) -> None:
+    error = refusal(single.with_name("singel"))
+    assert "did you mean 'single'" in error.hint
+
+
+def test_the_home_folder_is_expanded(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(single.parent))
+    assert open_checkpoint("~/single").transformer == single
+
+
+def test_a_name_that_no_repository_can_have_is_refused() -> None:
+    error = refusal("no such thing!")
+    assert error.where == "no such thing!"
     assert "neither a folder nor a hub id" in error.what
     assert "diffusers folder" in error.hint
 
 
-def test_a_file_in_place_of_a_folder_is_refused(single: Path) -> None:
-    error = refusal(single / WEIGHTS)
-    assert "can't be read" in error.what
+@pytest.mark.parametrize("part", ["transformer", "transformer_2"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gguf", "torchao", "quanto"])
+def test_a_quantisation_in_the_config_is_refused(
+    single: Path, tmp_path: Path, part: str, method: str
+) -> None:
+    folder = tmp_path / "pipeline"
+    for name in ("transformer", "transformer_2"):
+        shutil.copytree(single, folder / name)
+    index = {"boundary_ratio": 0.9, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    path = folder / part / "config.json"
+    config = {**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}
+    path.write_text(json.dumps(config))
+    error = refusal(folder)
+    assert error.where == f"{path}, 'quantization_config'"
+    assert f"is {method}: the checkpoint is quantised" in error.what
+    assert "dequantize" in error.hint
