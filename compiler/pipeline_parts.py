@@ -140,7 +140,7 @@ def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelineP
         CheckpointError: the pipeline has none, it is no Wan VAE, or it is quantised.
     """
     config, stored = _open(pipeline, "vae", "AutoencoderKLWan", "_class_name")
-    known = inspect.signature(AutoencoderKLWan.__init__).parameters
+    known = list(inspect.signature(AutoencoderKLWan.__init__).parameters)[1:]
     check_keys(config, known, str(pipeline / "vae" / "config.json"))
     with torch.device("meta"):
         module = VaeDecode(AutoencoderKLWan.from_config(config).eval())

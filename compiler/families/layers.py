@@ -150,7 +150,7 @@ def on_meta(model_class: Any, config: Mapping[str, Any]) -> Any:
     Raises:
         CheckpointError: the class can't be made of that config, or would drop some of its keys.
     """
-    known = inspect.signature(model_class.__init__).parameters
+    known = list(inspect.signature(model_class.__init__).parameters)[1:]
     check_keys(config, known, "transformer/config.json")
     try:
         with torch.device("meta"):

@@ -265,7 +265,7 @@ def test_faults_of_the_checkpoint_come_before_anything_is_written(
     request = request_for(model=str(copy))
     for other, said in (
         ("PixArtTransformer2DModel", r"'_class_name' is 'PixArt.*no family cuts"),
-        ("FluxTransformer2DModel", r"has values that 'FluxTransformer2DModel' can't be made of"),
+        ("FluxTransformer2DModel", r"has keys that change the model.*'ffn_dim'.*known: att"),
     ):
         (copy / "config.json").write_text(json.dumps({**config, "_class_name": other}))
         with pytest.raises(CheckpointError, match=rf"config.json: {said}"):
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_size_than_its_config_is_refused(
     with pytest.raises(CheckpointError, match=r"tensors are missing: 'blocks\.2\.") as caught:
         build(request)
     assert "'config.json' belongs to another model" in caught.value.hint
-    assert list(request.out.parent.iterdir()) == []
+    assert not request.out.parent.exists()
 
 
 def test_groups_of_no_block_are_refused_before_anything_is_written(request_for) -> None:
