@@ -106,27 +106,30 @@ def test_runs_equal_onnxruntime_bit_for_bit(
     assert bool(feigned.device.counts["replays"]) == ("graphs" in options)
 
 
-def test_two_sessions_at_once_share_weights_and_disturb_nothing(
+def test_sessions_at_once_share_weights_and_disturb_nothing(
     bundle: Bundle, expected: Any, host_device: Any
 ) -> None:
+    jobs: dict[str, dict[str, bool]] = {
+        "taylorseer": {}, "adacache": {"offload": True}, "easycache": {"cuda_graphs": True},
+    }  # fmt: skip
     found: dict[str, list[torch.Tensor]] = {}
     faults: list[BaseException] = []
 
     def work(policy: str) -> None:
         try:
             with host_device:
-                found[policy] = run(opened(bundle, offload=policy == "adacache"), policy)
+                found[policy] = run(opened(bundle, **jobs[policy]), policy)
         except BaseException as fault:  # shown below
             faults.append(fault)
 
-    threads = [threading.Thread(target=work, args=(p,)) for p in ("taylorseer", "adacache")]
+    threads = [threading.Thread(target=work, args=(p,)) for p in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not faults
     assert all(equal(found[policy], expected[policy]) for policy in found)
-    assert len(found) == 2
+    assert len(found) == len(jobs)
 
 
 def test_the_check_for_finite_values_is_what_allocates(bundle: Bundle, feigned: Any) -> None:

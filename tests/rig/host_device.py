@@ -129,6 +129,7 @@ class HostDevice(TorchDispatchMode):
         self._lock = threading.RLock()
         self._writes: dict[int, tuple[int, int]] = {}
         self._reads: dict[int, dict[int, int]] = {}
+        self._host: Clock = {}  # one for all threads, which hand things on under Python's lock
         self._alive: list[Any] = []  # so that no address comes back with another meaning
         self._programs: dict[bytes, Any] = {}
         self.registered: dict[int, int] = {}
@@ -193,13 +194,8 @@ class HostDevice(TorchDispatchMode):
             self.synchronize(stream)
 
     def host_after(self, clock: Clock) -> None:
-        _merge(self._host, clock)
-
-    @property
-    def _host(self) -> Clock:
-        if not hasattr(self._local, "host"):
-            self._local.host = {}
-        return self._local.host
+        with self._lock:
+            _merge(self._host, clock)
 
     # What the stand-in asks of a device.
 
@@ -312,6 +308,8 @@ class HostDevice(TorchDispatchMode):
             self.touch([], [_range(tensor)], is_new=True)
             self.count("allocations")
             self.count("allocated bytes", tensor.nbytes)
+        if str(func).startswith("aten._to_copy") and not kwargs.get("non_blocking"):
+            self.host_after(self.current.clock)  # torch waits for a copy between host and device
         if str(func).startswith(COPIES):
             size = (written or fresh)[0].nbytes if written or fresh else 0
             self.count("copies")
