@@ -42,7 +42,7 @@ def _on_stream(
     """Run a method on the engines' stream: the caller's is joined once before and once after."""
 
     @wraps(method)
-    def run(self: Any, *given: Given.args, **named: Given.kwargs) -> Answer:
+    def run(self: Any, /, *given: Given.args, **named: Given.kwargs) -> Answer:
         with self.model.on_stream():
             return method(self, *given, **named)
 
