@@ -15,11 +15,12 @@ from ..bundle.files import describe_files
 from ..bundle.journal import journal_of, locked
 from ..bundle.manifest import GraphEntry, Manifest
 from ..bundle.reader import MANIFEST, Bundle
+from ..bundle.store import Store
 from ..configs.errors import RequestError
 from ..engines import backend_class
 from ..engines.base import Backend, ProfiledBackend, Target
 from ..engines.record import write_whole
-from .build import compile_graphs, complete_target
+from .build import STORE, compile_graphs, complete_target
 from .profiles import BuildSizes, dim_ranges, profiles_of
 from .progress import Progress, Silent
 from .recut import cut_of
@@ -81,13 +82,18 @@ def resume_engines(
         ranges = dim_ranges(cut, sizes, manifest.configs, scale)
         profiles = profiles_of(graphs, manifest.policies, cut, ranges)
     made = []
+    store = Store(cache / STORE if cache is not None else None)
     with _alone(folder):
         for backend in backends:
             if isinstance(backend, ProfiledBackend):
                 backend.cache_folder = cache
             progress.phase(f"compile for {backend.name}", len(graphs))
             own = complete_target(backend, target)
-            made.append(compile_graphs(backend, graphs, folder, own, progress, profiles=profiles))
+            made.append(
+                compile_graphs(
+                    backend, graphs, folder, own, progress, profiles=profiles, store=store
+                )
+            )
         found = describe_files(folder) if made else {}
         files = {n: e for n, e in found.items() if n not in manifest.files and n != MANIFEST}
         whole = manifest.model_copy(
