@@ -9,12 +9,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..configs.errors import OutputError
 from .manifest import MANIFEST
 
-__all__ = ["staged_folder"]
+__all__ = ["alone", "staged_folder"]
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -33,7 +34,7 @@ def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
             under way, or the disk is full or can't be written.
     """
     target = target.absolute()
-    staging = target.with_name(f".{target.name}.building")
+    staging = _staging_of(target)
     _check_replaceable(target, replace=replace)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,19 @@ def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
             str(target), f"can't be written: {error.strerror}",
             "free some space or choose another --out",
         ) from error  # fmt: skip
+
+
+def alone(target: Path) -> AbstractContextManager[None]:
+    """Hold a bundle against every build of it, dead ones excepted.
+
+    Raises:
+        OutputError: another build holds it.
+    """
+    return _locked(_staging_of(target.absolute()))
+
+
+def _staging_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.building")
 
 
 @contextlib.contextmanager

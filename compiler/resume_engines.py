@@ -7,14 +7,13 @@ is the same wherever it is built, and is left as it is.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..bundle.files import describe_files
-from ..bundle.journal import journal_of, locked
 from ..bundle.manifest import GraphEntry, Manifest
 from ..bundle.reader import MANIFEST, Bundle
+from ..bundle.staging import alone
 from ..bundle.store import Store
 from ..configs.errors import RequestError
 from ..engines import backend_class
@@ -83,7 +82,7 @@ def resume_engines(
         profiles = profiles_of(graphs, manifest.policies, cut, ranges)
     made = []
     store = Store(cache / STORE if cache is not None else None)
-    with _alone(folder):
+    with alone(folder):
         for backend in backends:
             if isinstance(backend, ProfiledBackend):
                 backend.cache_folder = cache
@@ -101,18 +100,6 @@ def resume_engines(
         )
         write_whole(folder / MANIFEST, whole.model_dump_json(indent=1).encode())
     return whole
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the bundle against other builds; what a killed one noted there is not believed."""
-    with locked(folder):
-        journal = journal_of(folder.absolute())
-        journal.write_bytes(b"")
-        try:
-            yield
-        finally:
-            journal.unlink(missing_ok=True)
 
 
 def _compiled(manifest: Manifest) -> dict[str, GraphEntry]:

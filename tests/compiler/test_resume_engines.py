@@ -12,7 +12,6 @@ import pytest
 import torch
 from host_device import PLACE
 
-from freewheel.bundle.journal import journal_of
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler import graphs as tracing
 from freewheel.compiler.profiles import BuildSizes
@@ -61,7 +60,7 @@ def test_only_engines_are_made_and_the_bundle_then_runs_with_them(
     assert set(whole.engines[-1].files) == set(bundle.manifest.graphs)
     made = {p for p in bundle.folder.rglob("*") if p.is_file()} - before
     assert {p.relative_to(bundle.folder).parts[0] for p in made} <= {"engines", "graphs"}
-    assert not journal_of(bundle.folder).exists()
+    assert not list(bundle.folder.parent.glob(".bundle.building*"))
     again = Bundle(bundle.folder)
     assert again.damaged("engines", 1 << 30) == []
     make = TensorRT.__init__
@@ -87,5 +86,5 @@ def test_a_failure_leaves_the_bundle_as_it_was(
     with pytest.raises(BuildError, match="refused"):
         resume_engines(bundle.folder, [TensorRT(device=PLACE)], Target(), SIZES)
     assert (bundle.folder / "manifest.json").read_bytes() == content
-    assert not journal_of(bundle.folder).exists()
+    assert not list(bundle.folder.parent.glob(".bundle.building*"))
     Bundle(bundle.folder)

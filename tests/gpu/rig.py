@@ -109,7 +109,7 @@ def pack(folder: Path) -> None:
         for left in ("tiny-model", "tiny-onnxruntime"):
             shutil.rmtree(folder / left)
     if not (folder / "wide").is_dir():
-        graphs, profiles = _trace_wide(folder / "traced", Bundle(folder / "tiny").manifest.configs)
+        graphs, profiles = _trace_wide(folder / "traced", Bundle(folder / "tiny").manifest)
         with stand_in(HostDevice(races=False), rehearsed=True):
             for name, graph in graphs.items():
                 target = Target(graph.precision, {**profiles[name]}, (CAPABILITY,))
@@ -124,8 +124,13 @@ def pack(folder: Path) -> None:
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
-def _trace_wide(folder: Path, configs: Any) -> tuple[Any, Any]:
-    """Trace what a step of Wan 2.1 1.3B repeats, in bfloat16; no weight is read."""
+def _trace_wide(folder: Path, other: Any) -> tuple[Any, Any]:
+    """Trace what a step of Wan 2.1 1.3B repeats, in bfloat16; no weight is read.
+
+    Args:
+        folder: Gets the graphs.
+        other: Manifest of a bundle whose configs and policies this one would carry.
+    """
     from diffusers import WanTransformer3DModel
     from synthetic import GEOMETRIES
 
@@ -145,7 +150,8 @@ def _trace_wide(folder: Path, configs: Any) -> tuple[Any, Any]:
     (folder / "graphs").mkdir(parents=True)
     graphs = write_graphs(segments, cut.example_dims, folder, Silent(), None)
     sizes = BuildSizes(height=(480,) * 3, width=(832,) * 3, frames=(1, 81, 81))
-    return graphs, profiles_of(graphs, {}, cut, dim_ranges(cut, sizes, configs, None))
+    ranges = dim_ranges(cut, sizes, other.configs, None)
+    return graphs, profiles_of(graphs, other.policies, cut, ranges)
 
 
 def _write_tiny(folder: Path) -> None:
