@@ -83,6 +83,7 @@ ONLY_IN = {
 UNMIRRORED = {
     "bundle/__init__.py": "empty",
     "compiler/__init__.py": "empty",
+    "compiler/cut/__init__.py": "empty",
     "runtime/__init__.py": "empty",
     "serving/__init__.py": "empty",
     "tuning/__init__.py": "empty",

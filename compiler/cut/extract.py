@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copy nodes of a traced graph into a graph of their own, which is a segment's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ...configs.errors import ExportError
+from .classes import Classes
+from .names import fresh_name, module_path, source_of, value_name
+from .sizes import SizeMaker, shape_donors
+from .trace import Trace, value_of
+from .words import sizes_read, tensors_read
+
+__all__ = ["extract"]
+
+KEPT_META = ("val", "nn_module_stack", "stack_trace")
+
+
+def extract(
+    trace: Trace,
+    classes: Classes,
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    *,
+    name: str,
+    block: str = "",
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Copy nodes into a graph of their own.
+
+    Args:
+        trace: The traced graph.
+        classes: Dependencies of its nodes.
+        nodes: What to copy, in order.
+        outputs: Those among them that the graph returns.
+        name: The segment's.
+        block: The graph's own weights are those below it, named without it; outside blocks, all.
+
+    Returns:
+        The graph, and what it reads: nodes of the traced graph in the order of its arguments.
+
+    Raises:
+        ExportError: no input has a size that a node needs.
+    """
+    read = dict.fromkeys(n for node in nodes for n in tensors_read(node))
+    prefix = f"{block}." if block else ""
+    weights = {
+        n: trace.weights[n].removeprefix(prefix)
+        for n in read
+        if n in trace.weights and trace.weights[n].startswith(prefix)
+    }
+    constants = [n for n in read if n in trace.constants]
+    inputs = [n for n in read if n not in {*nodes, *weights, *constants}]
+    inputs += _donors(trace, nodes, inputs, name)
+
+    root, graph = nn.Module(), fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        new[node] = graph.placeholder(_argument(trace, node, {n.name for n in new.values()}))
+    sizes = SizeMaker(graph, dict(new))
+    for node, path in weights.items():
+        _hold(root, path, torch.empty(value_of(node).shape, device="meta"))
+        new[node] = graph.get_attr(path)
+    for i, node in enumerate(constants):
+        root.register_buffer(f"constant_{i}", trace.constants[node], persistent=False)
+        new[node] = graph.get_attr(f"constant_{i}")
+
+    def argument(node: fx.Node) -> Any:
+        return new[node] if node in new else sizes(value_of(node).node.expr)
+
+    for node in nodes:
+        target: Any = node.target
+        new[node] = graph.call_function(
+            target, fx.map_arg(node.args, argument), fx.map_arg(node.kwargs, argument)
+        )
+    for node, copy in new.items():
+        copy.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+        copy.meta["dependency"] = classes.of.get(node)
+    graph.output(tuple(new[node] for node in outputs))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(root, graph, class_name=name), inputs
+
+
+def _donors(
+    trace: Trace, nodes: Sequence[fx.Node], inputs: list[fx.Node], name: str
+) -> list[fx.Node]:
+    try:
+        return shape_donors([e for n in nodes for e in sizes_read(n)], inputs, trace.inputs)
+    except LookupError as error:
+        raise ExportError(
+            f"segment '{name}', module '{module_path(nodes[0])}' ({source_of(nodes[0])})",
+            f"needs the size '{error}', which no input has",
+            "report this with the model's config",
+        ) from error
+
+
+def _argument(trace: Trace, node: fx.Node, taken: Collection[str]) -> str:
+    """Return what a graph calls something that it reads."""
+    given = trace.inputs.get(node) or trace.weights.get(node)
+    return fresh_name(given.replace(".", "_") if given else value_name(node), taken)
+
+
+def _hold(root: nn.Module, path: str, weight: torch.Tensor) -> None:
+    """Register a weight under a dotted path."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.register_parameter(name, nn.Parameter(weight, requires_grad=False))

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say which segment each node of a traced graph belongs to.
+
+Outside blocks a node goes where its dependencies send it; what sees the latents is `head` before
+the blocks, `bridge` between two, `finish` behind them. Inside blocks, what depends on the prompt
+alone and has a matrix product behind it is `context`; all else is the block's own graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .blocks import Instance, Template
+from .classes import Classes
+from .trace import Trace
+from .words import PRODUCTS, Runs, is_operation, operation, tensors_read
+
+__all__ = ["Partition", "Region", "partition"]
+
+MOMENTS: dict[str, tuple[str, Runs]] = {
+    "build": ("constants", "build"),
+    "shape": ("rotary", "shape"),
+    "prompt": ("prompt", "prompt"),
+    "prompt_shape": ("prompt_shape", "prompt"),
+    "run": ("timestep", "run"),
+    "condition": ("condition", "condition"),
+}
+"""Class of a value that doesn't see the latents → segment that makes it, and when that runs."""
+
+
+@dataclass
+class Region:
+    """The nodes of one segment outside blocks, in order.
+
+    Attributes:
+        name: The segment's.
+        runs: When.
+        nodes: In the graph's order.
+        behind: Position of the block behind which it runs; −1 before all.
+    """
+
+    name: str
+    runs: Runs
+    nodes: list[fx.Node]
+    behind: int = -1
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Where every node goes.
+
+    Attributes:
+        regions: Outside blocks; in the order of `MOMENTS`, then `head`, bridges, `finish`.
+        context: One list per template: positions of its context's nodes among an instance's.
+        live: Nodes that the results need.
+    """
+
+    regions: list[Region]
+    context: list[list[int]]
+    live: set[fx.Node]
+
+
+def partition(
+    trace: Trace, instances: Sequence[Instance], templates: Sequence[Template], classes: Classes
+) -> Partition:
+    """Divide a traced graph."""
+    owner = {node: k for k, i in enumerate(instances) for node in i.nodes}
+    live = _live(trace, instances, owner)
+    place = _places(trace, owner, live, classes)
+    slots = {node for i in instances for node in i.slots}
+    _bring_home(trace, place, classes, kept=slots | set(trace.results))
+    regions: dict[Place, Region] = {}
+    for node in trace.graph.nodes:
+        if node in place:
+            _, name, behind, runs = place[node]
+            region = regions.setdefault(place[node], Region(name, runs, [], behind))
+            region.nodes.append(node)
+    return Partition(
+        [region for _, region in sorted(regions.items(), key=lambda item: item[0])],
+        [_context(t.instances[0], classes) for t in templates],
+        live,
+    )
+
+
+Place = tuple[int, str, int, Runs]
+"""Rank, name, the block it is behind, and when it runs."""
+
+
+def _live(trace: Trace, instances: Sequence[Instance], owner: dict[fx.Node, int]) -> set[fx.Node]:
+    """Return what the results need; of a block that is needed, all that it reads."""
+    live: set[fx.Node] = set()
+    waiting = list(trace.results)
+    while waiting:
+        node = waiting.pop()
+        if node not in live:
+            live.add(node)
+            waiting += tensors_read(node)
+            waiting += instances[owner[node]].slots if node in owner else []
+    return live
+
+
+def _places(
+    trace: Trace, owner: dict[fx.Node, int], live: set[fx.Node], classes: Classes
+) -> dict[fx.Node, Place]:
+    """Send each node outside blocks to its segment."""
+    ahead, behind = _blocks_ahead(trace, owner), _blocks_behind(trace, owner)
+    ranks = {name: rank for rank, name in enumerate(MOMENTS)}
+    place: dict[fx.Node, Place] = {}
+    for node in trace.graph.nodes:
+        if not is_operation(node) or node not in live or node in owner:
+            continue
+        runs = classes.runs(node)
+        if node.target is operator.getitem and node.args[0] in place:
+            place[node] = place[node.args[0]]  # a tuple never crosses a border
+        elif runs != "step":
+            name, moment = MOMENTS[runs]
+            place[node] = (ranks[runs], name, -1, moment)
+        elif ahead[node] < 0:
+            place[node] = (len(ranks), "head", -1, "step")
+        elif behind[node] < 0:
+            place[node] = (len(ranks) + 2, "finish", max(owner.values()), "step")
+        else:
+            block = ahead[node]
+            place[node] = (len(ranks) + 1, f"bridge_{block}", block, "block")
+    return place
+
+
+def _blocks_ahead(trace: Trace, owner: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Return the last block that each node depends on; −1 for none."""
+    ahead: dict[fx.Node, int] = {}
+    for node in trace.graph.nodes:
+        if is_operation(node):
+            ahead[node] = max(
+                [owner.get(node, -1), *(ahead.get(read, -1) for read in tensors_read(node))]
+            )
+    return ahead
+
+
+def _blocks_behind(trace: Trace, owner: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Return the last block that needs each node; −1 for none."""
+    behind: dict[fx.Node, int] = {}
+    for node in reversed(trace.graph.nodes):
+        if is_operation(node):
+            users = [u for u in node.users if is_operation(u) and u not in owner]
+            blocks = [owner[u] for u in node.users if u in owner and owner[u] != owner.get(node)]
+            behind[node] = max([-1, *blocks, *(behind[u] for u in users)])
+    return behind
+
+
+def _bring_home(
+    trace: Trace, place: dict[fx.Node, Place], classes: Classes, *, kept: set[fx.Node]
+) -> None:
+    """Compute what depends on sizes alone where its readers are, if those know the sizes.
+
+    A tensor of the batch's size belongs to the timestep's table, whose batch is all steps.
+    """
+    for node in reversed(trace.graph.nodes):
+        if node not in place or place[node][1] != "rotary" or node in kept:
+            continue
+        readers = {place.get(user) for user in node.users if is_operation(user)}
+        home = next(iter(readers)) if len(readers) == 1 else None
+        if home is not None and home[1] in ("timestep", "prompt"):
+            moment = "run" if home[1] == "timestep" else "prompt"
+            if classes.of[node].sizes <= classes.known_with[moment]:
+                place[node] = home
+
+
+def _context(instance: Instance, classes: Classes) -> list[int]:
+    """Return positions of what a block computes of the prompt alone, products and what they need."""
+    computed = [n for n in instance.nodes if classes.runs(n) == "prompt"]
+    behind_product: set[fx.Node] = set()
+    for node in computed:
+        if operation(node) in PRODUCTS or not behind_product.isdisjoint(tensors_read(node)):
+            behind_product.add(node)
+    own = set(computed)
+    waiting = [
+        n for n in behind_product if any(u in instance.index and u not in own for u in n.users)
+    ]
+    wanted: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in instance.index and node not in wanted:
+            wanted.add(node)
+            waiting += tensors_read(node)
+    wanted |= {n for n in own if n.target is operator.getitem and n.args[0] in wanted}
+    return [i for i, node in enumerate(instance.nodes) if node in wanted]

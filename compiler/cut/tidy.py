@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tidy a traced graph before anything is looked for in it.
+
+Each function brings one kind of spelling to one form; none changes what the graph computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from .complex_as_real import complex_as_real
+from .rewrite import insert, operations, replace
+from .trace import Trace, value_of
+from .words import operation
+
+__all__ = ["tidy"]
+
+ATEN = torch.ops.aten
+
+ASSERTIONS = frozenset(
+    {"_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size"}
+)
+
+FILLS = {
+    "empty_like": 0, "new_empty": 0, "zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1,
+    "full_like": None, "new_full": None,
+}  # fmt: skip
+"""Operations that look at a tensor's shape alone, and the number they fill with."""
+
+NO_OPS = frozenset(  # where they change neither shape nor dtype
+    {
+        "_to_copy", "alias", "clone", "contiguous", "detach", "dropout", "expand", "lift_fresh_copy",
+        "reshape", "slice", "to", "type_as", "view", "view_as",
+    }
+)  # fmt: skip
+
+VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
+
+
+def tidy(trace: Trace) -> None:
+    """Bring a traced graph to one form."""
+    drop_assertions(trace)
+    take_no_tensor_for_its_shape(trace)
+    spell_views(trace)
+    complex_as_real(trace)
+    drop_no_ops(trace)
+    compose_rms_norms(trace)
+    trace.graph.eliminate_dead_code()
+
+
+def drop_assertions(trace: Trace) -> None:
+    """Assumptions are in `Trace.domain`."""
+    for node in list(trace.graph.nodes):
+        if node.op == "call_function" and operation(node) in ASSERTIONS:
+            trace.graph.erase_node(node)
+
+
+def take_no_tensor_for_its_shape(trace: Trace) -> None:
+    """`zeros_like(x)` becomes `full(sizes, 0)`: it depends on sizes, not on x."""
+    for node, name in operations(trace):
+        if name not in FILLS:
+            continue
+        source: Any = node.args[0]
+        fill: Any = FILLS[name]
+        if fill is None:
+            fill = node.args[1 if name == "full_like" else 2]
+        with trace.graph.inserting_before(node):
+            size = node.args[1] if name.startswith("new_") else _size_nodes(trace, source)
+            dtype = value_of(node).dtype
+            new = insert(trace, node, ATEN.full.default, size, fill, dtype=dtype)
+        replace(trace, node, new)
+
+
+def _size_nodes(trace: Trace, source: fx.Node) -> list[fx.Node | int]:
+    """Return a tensor's shape: numbers, and nodes where it is symbolic."""
+    return [
+        insert(trace, source, ATEN.sym_size.int, source, axis)
+        if isinstance(extent, torch.SymInt)
+        else int(extent)
+        for axis, extent in enumerate(value_of(source).shape)
+    ]
+
+
+def drop_no_ops(trace: Trace) -> None:
+    """Drop casts to the same dtype, views of the same shape, copies, dropout."""
+    for node, name in operations(trace):
+        source = node.args[0] if node.args else None
+        if name in NO_OPS and isinstance(source, fx.Node) and same(node, source):
+            replace(trace, node, source)
+
+
+def same(node: fx.Node, other: fx.Node) -> bool:
+    """Say whether two nodes' tensors have one shape and dtype."""
+    one, two = value_of(node), value_of(other)
+    return (
+        isinstance(one, Tensor)
+        and isinstance(two, Tensor)
+        and one.dtype == two.dtype
+        and [str(e) for e in one.shape] == [str(e) for e in two.shape]
+    )
+
+
+def spell_views(trace: Trace) -> None:
+    """Views become `reshape`, which takes any strides, with −1 only where the size is symbolic."""
+    for node, name in operations(trace):
+        if name in VIEWS:
+            source, shape = cast("tuple[fx.Node, list[Any]]", node.args)
+            spelled = [
+                int(extent) if asked == -1 and not isinstance(extent, torch.SymInt) else asked
+                for asked, extent in zip(shape, value_of(node).shape, strict=True)
+            ]
+            node.target, node.args = ATEN.reshape.default, (source, spelled)
+
+
+def compose_rms_norms(trace: Trace) -> None:
+    """`x · rsqrt(mean(x²) + eps)`, and the weight it may be multiplied by, become one `rms_norm`."""
+    for node, name in operations(trace):
+        factors: Any = node.args
+        if name != "mul" or not all(isinstance(factor, fx.Node) for factor in factors):
+            continue
+        for x, factor in (factors, factors[::-1]):
+            eps = _rms_epsilon(x, factor)
+            if eps is None:
+                continue
+            last, weight = _scaled(trace, node)
+            with trace.graph.inserting_before(last):
+                channels = [int(value_of(x).shape[-1])]
+                new = insert(trace, last, ATEN.rms_norm.default, x, channels, weight, eps)
+            replace(trace, last, new)
+            break
+
+
+def _rms_epsilon(x: Any, factor: Any) -> float | None:
+    """Return eps if ``factor`` is `rsqrt(mean(x², -1) + eps)`, else None."""
+    if operation(factor) != "rsqrt" or operation(factor.args[0]) != "add":
+        return None
+    mean, eps = factor.args[0].args[:2]
+    if isinstance(eps, fx.Node) or operation(mean) != "mean":
+        return None
+    power = mean.args[0]
+    over_channels = list(mean.args[1]) in ([-1], [value_of(x).ndim - 1])
+    squares = operation(power) == "pow" and power.args == (x, 2)
+    return float(eps) if over_channels and squares else None
+
+
+def _scaled(trace: Trace, norm: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """Return the product of a norm and its weight, and the weight; the norm itself if it has none."""
+    product = next(iter(norm.users))
+    if len(norm.users) == 1 and product.op == "call_function" and operation(product) == "mul":
+        weight: Any = product.args[1] if product.args[0] is norm else product.args[0]
+        shape = (value_of(norm).shape[-1],)
+        if weight in trace.weights and value_of(weight).shape == shape:
+            return product, weight
+    return norm, None

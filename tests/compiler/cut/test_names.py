@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values bear the names that the model's source gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from cases import Case, traced
+from torch import Tensor, fx
+
+from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.names import assignments, fresh_name, source_of, value_name
+from freewheel.compiler.cut.words import is_operation
+
+
+def test_a_value_has_the_name_of_the_variable_it_is_assigned_to() -> None:
+    def forward(x: Tensor) -> Tensor:
+        doubled = torch.relu(
+            x * 2,
+        )
+        first, second = doubled.chunk(2, dim=-1)
+        return first - second
+
+    found = traced(forward, x=step("batch 4"))
+    nodes = [node for node in found.graph.nodes if is_operation(node)]
+    names = [value_name(node) for node in nodes]
+    assert names[:2] == ["doubled", "doubled"]
+    assert names[3:5] == ["first", "second"]
+    assert source_of(nodes[0]).startswith("test_names.py:")
+
+
+def test_a_value_without_a_line_is_named_after_its_operation() -> None:
+    graph = fx.Graph()
+    node = graph.call_function(torch.ops.aten.relu.default, (graph.placeholder("x"),))
+    assert value_name(node) == node.name
+    assert source_of(node) == "unknown line"
+
+
+def test_lines_of_a_statement_share_its_names(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text("a = (\n    1\n)\nb, c = 2, 3\nd.e = 4\n", encoding="utf-8")
+    assert assignments(str(file)) == {1: ("a",), 2: ("a",), 3: ("a",), 4: ("b", "c")}
+    assert assignments(str(tmp_path / "none.py")) == {}
+
+
+def test_a_taken_name_gets_a_number() -> None:
+    assert fresh_name("x", []) == "x"
+    assert fresh_name("x", ["x", "x_2"]) == "x_3"
+
+
+def test_wan_values_are_named_as_in_its_forward(wan: Case) -> None:
+    block = wan.cut.segments["block"]
+    assert {"hidden_states", "timestep_proj"} <= set(block.inputs)
+    assert block.outputs == ("hidden_states",)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every cut, chained in PyTorch, is the transformer: at sizes beyond the traced ones, and at 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, EVERY_RUN, Case, case
+
+from freewheel.compiler.cut.models import SIZES
+from freewheel.compiler.cut.prove import (
+    chain,
+    eager,
+    random_inputs,
+    random_weights,
+    relative_error,
+)
+
+TOLERANCE = 1e-5
+"""Relative L2 in float32 (DESIGN 5)."""
+
+OTHER = {
+    "batch": 3, "frames": 5, "height": 6, "width": 4, "tokens": 17, "text_tokens": 19,
+    "text_tokens_2": 21, "image_tokens": 7, "audio_tokens": 12,
+}  # fmt: skip
+ONES = dict.fromkeys(SIZES, 1)
+
+NAMES = [
+    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly) for name in CASES
+]
+
+
+def errors(one: Case, counts: dict[str, int], seed: int) -> list[float]:
+    config: Any = one.model.config
+    inputs = random_inputs(one.row, config, one.row.sizes(config, counts), seed=seed)
+    expected = eager(one.row, one.model, inputs)
+    found = chain(one.cut, one.weights, inputs)
+    return [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chained_cut_is_the_transformer(name: str) -> None:
+    one = case(name)
+    for seed, counts in enumerate((SIZES, OTHER, ONES)):
+        assert max(errors(one, counts, seed)) < TOLERANCE, counts
+
+
+def test_a_wrong_weight_is_seen(wan: Case) -> None:
+    name = "blocks.3.attn2.to_k.weight"  # of a block that was not traced
+    broken = Case(wan.row, wan.model, {**wan.weights, name: wan.weights[name] + 0.1}, wan.cut)
+    assert max(errors(broken, SIZES, 0)) > TOLERANCE
+
+
+def test_random_weights_leave_no_weight_out(wan: Case) -> None:
+    again = random_weights(type(wan.model).from_config(wan.model.config))
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, wan.weights[name])
+        assert float(weight.std()) > 0

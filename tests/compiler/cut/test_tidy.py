@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tidying changes spelling, never what a graph computes."""
+
+from __future__ import annotations
+
+import torch
+from cases import run, traced
+from torch import Tensor
+
+from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.tidy import tidy
+from freewheel.compiler.cut.trace import Trace
+from freewheel.compiler.cut.words import is_operation, operation, tensors_read
+
+ROWS = step("batch tokens 8")
+
+
+def names(found: Trace) -> list[str]:
+    return [operation(node) for node in found.graph.nodes if is_operation(node)]
+
+
+def test_zeros_like_takes_sizes_and_no_tensor() -> None:
+    found = traced(lambda x: torch.zeros_like(x) + x.new_ones(x.shape[1], 1), x=ROWS)
+    tidy(found)
+    fills = [node for node in found.graph.nodes if operation(node) == "full"]
+    assert len(fills) == 2
+    assert all(tensors_read(node) == [] for node in fills)
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(run(found, x=x), torch.ones(3, 4, 8))
+
+
+def test_what_changes_nothing_goes() -> None:
+    def forward(x: Tensor) -> Tensor:
+        same = x.float().contiguous()[:, :, :].reshape(x.shape)
+        return torch.nn.functional.dropout(same, 0.5, training=False) * 2
+
+    found = traced(forward, x=ROWS)
+    tidy(found)
+    assert names(found) == ["mul"]
+
+
+def test_a_cast_a_slice_and_a_copy_into_a_new_tensor_stay() -> None:
+    found = traced(lambda x: x.half()[:, 1:], x=ROWS)
+    tidy(found)
+    assert [name for name in names(found) if name in ("to", "_to_copy", "slice")]
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(run(found, x=x), x.half()[:, 1:])
+
+
+def test_a_view_takes_any_strides_and_known_numbers() -> None:
+    found = traced(lambda x: x.view(-1, 2, 4).transpose(1, 2) + 1, x=ROWS)
+    tidy(found)
+    (view,) = [node for node in found.graph.nodes if operation(node) == "reshape"]
+    assert view.args[1] == [-1, 2, 4]
+
+
+def test_a_norm_written_out_becomes_one_node() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    found = traced(forward, x=ROWS)
+    tidy(found)
+    assert names(found) == ["rms_norm"]
+    x = torch.randn(2, 3, 8)
+    assert torch.allclose(run(found, x=x), forward(x), atol=1e-6)
+
+
+def test_a_norm_over_other_axes_stays_as_it_is() -> None:
+    found = traced(lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6), x=ROWS)
+    tidy(found)
+    assert "rms_norm" not in names(found)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tracing: what is traced of a transformer, what it costs, what it takes for granted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import WAN, Case
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from freewheel.compiler.cut.models import Row, row_of, step
+from freewheel.compiler.cut.trace import block_lists, leaves_of, skeleton, trace
+from freewheel.configs.errors import ExportError
+
+
+def test_two_blocks_stand_for_all_and_keep_their_names() -> None:
+    model, runs = skeleton(WanTransformer3DModel, {**WAN, "num_layers": 30})
+    assert list(model.blocks._modules) == ["0", "1"]
+    assert runs == {"blocks.1": 29}
+
+
+def test_a_different_block_is_kept() -> None:
+    class Odd(WanTransformer3DModel):
+        @classmethod
+        def from_config(cls, config: dict[str, object]) -> nn.Module:
+            model = WanTransformer3DModel.from_config(config)
+            model.blocks[3].norm1.eps = 1e-3
+            return model
+
+    model, runs = skeleton(Odd, {**WAN, "num_layers": 8})
+    assert list(model.blocks._modules) == ["0", "1", "3", "4", "5"]
+    assert runs == {"blocks.1": 2, "blocks.5": 3}
+
+
+def test_lists_can_be_left_whole() -> None:
+    for whole in ({"blocks"}, None):
+        model, runs = skeleton(WanTransformer3DModel, WAN, whole)
+        assert len(model.blocks) == 4
+        assert runs == {}
+
+
+def test_weights_take_no_memory_and_tables_keep_their_values() -> None:
+    model, _ = skeleton(WanTransformer3DModel, {**WAN, "num_layers": 2, "ffn_dim": 10**9})
+    assert model.blocks[0].ffn.net[2].weight.shape[1] == 10**9
+    real = WanTransformer3DModel.from_config(WAN)
+    assert torch.equal(model.rope.freqs_cos, real.rope.freqs_cos)
+
+
+def test_lists_inside_blocks_are_no_lists_of_blocks() -> None:
+    model, _ = skeleton(WanTransformer3DModel, WAN)
+    assert list(block_lists(model)) == ["blocks"]
+
+
+def test_an_input_that_the_config_leaves_out_is_not_given() -> None:
+    row = row_of("WanTransformer3DModel")
+    assert row is not None
+    image = "encoder_hidden_states_image"
+    assert image not in leaves_of(row, {})[1]
+    assert image in leaves_of(row, {"image_dim": 8})[1]
+
+
+def test_nested_inputs_are_named_by_their_place() -> None:
+    row = row_of("QwenImageTransformer2DModel")
+    assert row is not None
+    assert {"img_shapes.0.1", "img_shapes.0.2"} <= set(leaves_of(row, {})[1])
+
+
+def test_the_domain_has_the_length_of_tables_over_the_rows_sizes(wan: Case) -> None:
+    limits = {str(assumption.condition) for assumption in wan.cut.domain}
+    assert {"frames <= 32", "height <= 65", "width <= 65"} <= limits
+
+
+def test_what_cant_be_traced_is_refused_by_name() -> None:
+    class Model(nn.Module):
+        @classmethod
+        def from_config(cls, config: dict[str, object]) -> nn.Module:
+            return cls()
+
+        def forward(self, x: torch.Tensor, return_dict: bool = False) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match=r"transformer 'Model': torch can't trace its forward"):
+        trace(Row("Model", {"x": step("batch tokens")}), Model, {})
