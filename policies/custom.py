@@ -22,7 +22,7 @@ from .teacache import (
 __all__ = ["DAMPED", "PUBLISHED", "Custom", "CustomConfig"]
 
 
-DAMPED = {"trend": 0.65, "trend_decay": 0.8}
+DAMPED: dict[str, Any] = {"trend": 0.65, "trend_decay": 0.8}
 """Parameters of the damped forecast, the policy's default."""
 
 PUBLISHED = {"trend": 1.0, "trend_decay": 1.0}
