@@ -43,7 +43,7 @@ test-triton: triton $(TRITON_BIN)/.installed ## Test the Triton backend against 
 	FREEWHEEL_PYTHON=$(BIN)/python $(TRITON_BIN)/python -m pytest tests/triton_server --confcutdir tests/triton_server $(TIER)
 
 build/cpp/build.ninja: $(BIN)/.installed
-	cmake -S cpp -B build/cpp -G Ninja -DOpenVINO_DIR="$$($(BIN)/python -c 'from openvino.utils import get_cmake_path as p; print(p())')"
+	cmake -S cpp -B build/cpp -G Ninja -DOpenVINO_DIR="$$($(BIN)/python -c 'import freewheel; from openvino.utils import get_cmake_path as p; print(p())')"
 
 $(TRITON_BIN)/.installed: tests/triton_server/requirements.txt
 	$(PYTHON) -m venv $(TRITON_VENV)

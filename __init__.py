@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .telemetry import turn_off
+
 if TYPE_CHECKING:
     from .runtime.attach import FreewheelTransformer, attach
 
 __all__ = ["FreewheelTransformer", "__version__", "attach"]
 
 __version__ = "0.1.0"
+
+turn_off()
 
 
 def __getattr__(name: str) -> Any:
