@@ -9,6 +9,9 @@
 namespace freewheel {
 namespace {
 
+/// Steps up to which a checkpoint is taken for a distilled one, as in `runtime/statistics.py`.
+constexpr std::int64_t kFewSteps = 8;
+
 nlohmann::json number_or_null(double value) {
   return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json();
 }
@@ -50,6 +53,29 @@ nlohmann::json branch_json(const BranchStatistics& branch) {
       {"computed", computed}, {"distance", distance}, {"mix", mix}, {"percentiles", percentiles}};
 }
 
+/// Warnings, one per cause: too few steps, or nothing reused.
+nlohmann::json warnings_of(const RunStatistics& run) {
+  nlohmann::json warnings = nlohmann::json::array();
+  if (run.policy == "off") return warnings;
+  std::string idle;
+  for (const BranchStatistics& branch : run.branches) {
+    const auto steps = static_cast<std::int64_t>(branch.computed.size());
+    if (steps == 0 || branch.computed_steps() < steps) continue;
+    idle += (idle.empty() ? "branch '" : " and '") + branch.name + "'";
+  }
+  const std::string outcome = "policy '" + run.policy + "' reused nothing in " + idle;
+  if (run.steps > 1 && run.steps <= kFewSteps) {
+    warnings.push_back(std::to_string(run.steps) +
+                       " steps is few-step sampling: there is little to reuse and much to lose" +
+                       (idle.empty() ? "" : "; " + outcome) + "; compare with --cache off");
+  } else if (!idle.empty()) {
+    warnings.push_back(outcome +
+                       ": every step was computed; raise its threshold or interval, or look at "
+                       "'guard' limits");
+  }
+  return warnings;
+}
+
 }  // namespace
 
 const char* segment_name(Segment segment) noexcept {
@@ -71,12 +97,12 @@ double RunStatistics::ideal_speedup() const noexcept {
   return computed > 0 ? static_cast<double>(done) / static_cast<double>(computed) : 1.0;
 }
 
-double RunStatistics::measured_speedup() const {
+double RunStatistics::estimated_speedup() const {
   const std::vector<double> computed = seconds_of(*this, true), reused = seconds_of(*this, false);
   double taken = 0.0;
   for (double seconds : computed) taken += seconds;
   for (double seconds : reused) taken += seconds;
-  if (computed.empty() || taken <= 0.0) return 0.0;
+  if (policy == "off" || computed.empty() || taken <= 0.0) return 0.0;
   return percentile(computed, 50) * static_cast<double>(computed.size() + reused.size()) / taken;
 }
 
@@ -88,20 +114,12 @@ std::string RunStatistics::json() const {
                           {"branches", nlohmann::json::object()},
                           {"seconds", nlohmann::json::object()}};
   double computed = 0.0;
-  nlohmann::json warnings = nlohmann::json::array();
   for (const BranchStatistics& branch : branches) {
     found["branches"][branch.name] = branch_json(branch);
     computed += static_cast<double>(branch.computed_steps());
-    const bool reused_nothing =
-        branch.computed_steps() == static_cast<std::int64_t>(branch.computed.size());
-    if (policy != "off" && !branch.computed.empty() && reused_nothing) {
-      warnings.push_back("policy '" + policy + "' reused nothing in branch '" + branch.name +
-                         "': every step was computed; raise its threshold or interval, or look "
-                         "at 'guard' limits");
-    }
   }
-  const double speedup = measured_speedup();
-  found["measured_speedup"] = speedup > 0.0 ? nlohmann::json(speedup) : nlohmann::json();
+  const double speedup = estimated_speedup();
+  found["estimated_speedup"] = speedup > 0.0 ? nlohmann::json(speedup) : nlohmann::json();
   found["computed_steps"] =
       branches.empty() ? 0.0 : computed / static_cast<double>(branches.size());
   for (int segment = 0; segment < kSegments; ++segment) {
@@ -110,7 +128,7 @@ std::string RunStatistics::json() const {
   }
   found["step_seconds"] = {{"computed", number_or_null(percentile(seconds_of(*this, true), 50))},
                            {"reused", number_or_null(percentile(seconds_of(*this, false), 50))}};
-  found["warnings"] = warnings;
+  found["warnings"] = warnings_of(*this);
   return found.dump();
 }
 

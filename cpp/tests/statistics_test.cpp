@@ -12,7 +12,7 @@ namespace {
 RunStatistics sample() {
   RunStatistics run;
   run.policy = "teacache";
-  run.steps = 4;
+  run.steps = 20;
   run.depth = 1;
   run.branches.push_back({"cond", {1, 0, 0, 1}, {0, 0.1, 0.2, 0}, {0, 1, 1, 0}, {4, 1, 1, 4}, 1});
   return run;
@@ -26,7 +26,7 @@ TEST(Percentile, InterpolatesAsNumPyDoes) {
 
 TEST(RunStatistics, SpeedupsAreRatios) {
   EXPECT_DOUBLE_EQ(sample().ideal_speedup(), 2.0);
-  EXPECT_DOUBLE_EQ(sample().measured_speedup(), 1.6);
+  EXPECT_DOUBLE_EQ(sample().estimated_speedup(), 1.6);
   EXPECT_DOUBLE_EQ(RunStatistics().ideal_speedup(), 1.0);
 }
 
@@ -37,7 +37,15 @@ TEST(RunStatistics, JsonHoldsWhatPythonPrints) {
   EXPECT_EQ(found["branches"]["cond"]["mix"][1], nlohmann::json({1.0}));
   EXPECT_DOUBLE_EQ(found["branches"]["cond"]["percentiles"]["max"], 0.2);
   EXPECT_EQ(found["computed_steps"], 2.0);
+  EXPECT_DOUBLE_EQ(found["estimated_speedup"], 1.6);
+  EXPECT_FALSE(found.contains("measured_speedup"));
   EXPECT_TRUE(found["warnings"].empty());
+}
+
+TEST(RunStatistics, AnUncachedRunHasNoSpeedup) {
+  RunStatistics run = sample();
+  run.policy = "off";
+  EXPECT_TRUE(nlohmann::json::parse(run.json())["estimated_speedup"].is_null());
 }
 
 TEST(RunStatistics, APolicyThatReusesNothingIsWarnedAbout) {
@@ -47,6 +55,22 @@ TEST(RunStatistics, APolicyThatReusesNothingIsWarnedAbout) {
   const auto found = nlohmann::json::parse(run.json());
   ASSERT_EQ(found["warnings"].size(), 1u);
   EXPECT_TRUE(found["branches"]["cond"]["distance"][1].is_null());
+}
+
+TEST(RunStatistics, OneCauseIsOneWarning) {
+  RunStatistics run = sample();
+  run.branches[0].computed = {1, 1, 1, 1};
+  run.branches.push_back(run.branches[0]);
+  run.branches[1].name = "uncond";
+  auto warnings = nlohmann::json::parse(run.json())["warnings"];
+  ASSERT_EQ(warnings.size(), 1u);
+  EXPECT_NE(warnings[0].get<std::string>().find("in branch 'cond' and 'uncond': every step"),
+            std::string::npos);
+  run.steps = 4;
+  warnings = nlohmann::json::parse(run.json())["warnings"];
+  ASSERT_EQ(warnings.size(), 1u);
+  EXPECT_NE(warnings[0].get<std::string>().find("4 steps is few-step sampling"), std::string::npos);
+  EXPECT_NE(warnings[0].get<std::string>().find("reused nothing"), std::string::npos);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 
 #include "freewheel/codec.h"
 #include "freewheel/files.h"
+#include "freewheel/freewheel.h"
 #include "freewheel/sampler.h"
 #include "freewheel/session.h"
 #include "freewheel/settings.h"
@@ -271,8 +272,11 @@ void show_summary(const freewheel::RunStatistics& statistics) {
                  freewheel::segment_name(static_cast<freewheel::Segment>(segment)),
                  statistics.seconds[static_cast<std::size_t>(segment)]);
   }
-  std::fprintf(stderr, "\nspeedup: %.2f measured, %.2f ideal\n", statistics.measured_speedup(),
-               statistics.ideal_speedup());
+  std::fprintf(stderr, "\n");
+  if (const double speedup = statistics.estimated_speedup(); speedup > 0.0) {
+    std::fprintf(stderr, "speedup: %.2f estimated, %.2f ideal\n", speedup,
+                 statistics.ideal_speedup());
+  }
 }
 
 /// Reads `--set key=value`, as often as it was given.
@@ -358,6 +362,7 @@ int exit_code(Code code) {
     case Code::kBundle:
     case Code::kConfig:
     case Code::kRequest:
+    case Code::kOutput:
       return 3;
     case Code::kBackend:
       return 4;
@@ -368,7 +373,6 @@ int exit_code(Code code) {
     case Code::kInternal:
       return 70;
     case Code::kFailed:
-    case Code::kOutput:
       return 1;
   }
   return 1;
@@ -379,6 +383,7 @@ int exit_code(Code code) {
 int main(int argc, char** argv) {
   CLI::App app{"Run a Freewheel bundle: prompt embeddings or token ids to latents or frames."};
   Options options;
+  app.set_version_flag("--version", std::string("freewheel-run ") + freewheel_version());
   app.add_option("bundle", options.bundle, "Folder that 'freewheel build' wrote")->required();
   app.add_option("-o,--out", options.out,
                  ".safetensors or .npy for latents, .rgb or a new folder (of PNG) for frames")

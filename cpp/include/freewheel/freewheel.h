@@ -147,7 +147,7 @@ typedef struct freewheel_run_options {
 freewheel_status freewheel_session_run(freewheel_session* session,
                                        const freewheel_run_options* options) FREEWHEEL_NOEXCEPT;
 
-/* JSON of the last run: decisions, distances, seconds, speedups, warnings. */
+/* JSON of the last run: decisions, distances, seconds, estimated and ideal speedup, warnings. */
 freewheel_status freewheel_session_statistics(freewheel_session* session,
                                               const char** json) FREEWHEEL_NOEXCEPT;
 

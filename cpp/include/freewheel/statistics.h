@@ -49,8 +49,9 @@ struct RunStatistics {
   /// Steps / computed steps over all branches, as if all but the body were free.
   double ideal_speedup() const noexcept;
 
-  /// Time the run would have taken with every step computed / time it took; 0 where unknown.
-  double measured_speedup() const;
+  /// Estimate: median seconds of a computed step for every step / seconds of the steps taken; no
+  /// uncached run is timed. 0 where every step is computed by wish ("off") or none was.
+  double estimated_speedup() const;
 
   /// The object that `freewheel run --json` prints.
   std::string json() const;
