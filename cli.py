@@ -3,21 +3,84 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+from freewheel import __version__
 from freewheel.configs.errors import ConfigError, FreewheelError, RequestError
 from freewheel.console import Screen
 
+PATH_LIKE = {"cache", "config", "lora", "model"}
+"""Parameters that may be a path or a name, and are read as text."""
+
+
+class UsageError(FreewheelError):
+    """A command line that can't be parsed."""
+
+    code, exit_code = "usage", 2
+
+
+class Bug(FreewheelError):
+    """A failure that nobody expected; its traceback is printed too."""
+
+    code, exit_code = "bug", 70
+
+
+class Command(TyperCommand):
+    """A command whose paths may begin with ``~``, which shells leave alone in ``--out=~/x``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # typer's own base of Context
+        """Parse the command line and expand ``~`` in every path."""
+        rest = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            if isinstance(value, Path) or name in PATH_LIKE:
+                ctx.params[name] = _expanded(value)
+        return rest
+
+
+class Commands(TyperGroup):
+    """The group of commands: ``--json`` prints an object for usage errors too."""
+
+    def main(self, args: Any = None, **options: Any) -> Any:
+        """Run a command line; see `typer.core.TyperGroup.main`."""
+        arguments = sys.argv[1:] if args is None else list(args)
+        if "--json" not in arguments:
+            return super().main(arguments, **options)
+        try:
+            code = super().main(arguments, **{**options, "standalone_mode": False})
+        except typer.TyperException as error:
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "freewheel"
+            fault = UsageError(command, error.format_message().rstrip("."), f"see {command} --help")
+            Screen(as_json=True).error(fault)
+            raise SystemExit(fault.exit_code) from None
+        raise SystemExit(code or 0)
+
+
+def _expanded(value: Any) -> Any:
+    """Replace a leading ``~`` of a path, a text, or each of a list."""
+    if isinstance(value, list):
+        return [_expanded(v) for v in value]
+    if not isinstance(value, str | Path):
+        return value
+    # Path.expanduser raises where no such user is; such a name may be a file's.
+    return type(value)(os.path.expanduser(value))  # noqa: PTH111
+
+
 app = typer.Typer(
     name="freewheel",
+    cls=Commands,
     help="Compile diffusion transformers at their cache boundaries, and run them with a cache policy per request.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,23 +100,49 @@ CacheOption = Annotated[
 ]
 
 
+command = partial(app.command, cls=Command)
+
+REMEDIES = {"build": "run the same command again: finished graphs and engines are taken over"}
+"""Command → what to do after it was interrupted."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"freewheel {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version, and stop.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
 @contextmanager
-def _screen(as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
+def _screen(command: str, as_json: bool, quiet: bool, debug: bool) -> Iterator[Screen]:
     """Turn expected errors into one message and their exit code."""
     screen = Screen(as_json=as_json, quiet=quiet or as_json)
     try:
         yield screen
     except FreewheelError as error:
         if debug:
-            raise
+            traceback.print_exc()
         screen.error(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        screen.error(FreewheelError("run", "interrupted"))
+        screen.error(
+            FreewheelError(command, "was interrupted", REMEDIES.get(command, "run it again"))
+        )
         raise typer.Exit(130) from None
 
 
-@app.command()
+@command()
 def build(
     model: Annotated[str, typer.Argument(help="Diffusers folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
@@ -96,10 +185,10 @@ def build(
         typer.Option(help="GPU to compile for with TensorRT-RTX, such as 8.9; repeatable."),
     ] = None,
     optimization_level: Annotated[
-        int | None, typer.Option(help="Effort of TensorRT's builder, 0 to 5.")
+        int | None, typer.Option(min=0, max=5, help="Effort of TensorRT's builder, 0 to 5.")
     ] = None,
     workspace_mib: Annotated[
-        int | None, typer.Option(help="Scratch memory that TensorRT's kernels may ask for.")
+        int | None, typer.Option(min=1, help="Scratch memory that TensorRT's kernels may ask for.")
     ] = None,
     hardware_compatibility: Annotated[
         str | None,
@@ -155,8 +244,9 @@ def build(
 
     Example: freewheel build models/shapes_wan --out out/bundle
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("build", as_json, quiet, debug) as screen:
         from freewheel.bundle.files import cache_beside
+        from freewheel.bundle.staging import check_target
         from freewheel.compiler.build import BuildRequest, plan
         from freewheel.compiler.build import build as run_build
         from freewheel.compiler.forecast_build import render_plan
@@ -166,6 +256,7 @@ def build(
         from freewheel.engines import Target
         from freewheel.runtime.settings import config_entries
 
+        precision = _precision(precision)
         backends = [
             _backend(name, precision, screen, to_build=True) for name in backend or ["auto"]
         ]
@@ -186,7 +277,7 @@ def build(
             out=out,
             backends=backends,
             configs=config_entries(config or ["off"], screen.warn),
-            precision=_choice("--precision", precision, ("float32", "bfloat16", "float16")),  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]  # one of the three
             weights=_choice("--weights", weights, ("inputs", "baked")),  # type: ignore[arg-type]
             group_blocks=group_blocks,
             revision=revision,
@@ -207,6 +298,7 @@ def build(
             screen.result({"bundle": str(out), "backends": built}, [str(out)])
             return
         if dry_run:
+            check_target(out, replace=force)
             planned = plan(request)
             screen.result(planned, render_plan(planned))
             return
@@ -236,7 +328,7 @@ def build(
             )
 
 
-@app.command()
+@command()
 def run(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="What to show.")],
@@ -295,11 +387,12 @@ def run(
 
     Example: freewheel run out/bundle --prompt "a red circle" --cache teacache --out video.mp4
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("run", as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
         from freewheel.compiler.fit import check_fit
         from freewheel.compiler.geometry import check_geometry
         from freewheel.compiler.sizes import size_of
+        from freewheel.configs.output import check_file
         from freewheel.runtime.forecast import forecast
         from freewheel.runtime.generate import GenerationRequest, Generator
         from freewheel.runtime.model import DeviceOptions
@@ -307,10 +400,25 @@ def run(
         from freewheel.runtime.trace import TraceRecorder
         from freewheel.runtime.video import check_output, write_video
 
+        check_output(out, fps)
+        for flag, path in (("--record", record), ("--report", report)):
+            if path is not None:
+                check_file(path, flag)
+            if path == out:
+                raise RequestError(f"{flag} '{path}'", "is --out's file too", "name another")
+        if record is not None and report is not None:
+            raise RequestError("--record", "can't be given with --report", "make two runs")
+        if record_tokens is not None and record_tokens < 1:
+            raise RequestError(f"--record-tokens {record_tokens}", "is below 1", "use 64")
         _quiet_libraries()
         opened = Bundle(bundle)
         chosen = choose_setting(opened, cache, _pairs(set_), screen.warn)
-        check_output(out)
+        request = GenerationRequest(
+            prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
+            steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,
+            image=image,
+        )  # fmt: skip
+        request.check()
         size = size_of(
             chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
         )  # fmt: skip
@@ -327,11 +435,6 @@ def run(
                 offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
             ),
         )  # fmt: skip
-        request = GenerationRequest(
-            prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
-            steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,
-            image=image,
-        )  # fmt: skip
         timesteps = generator.timesteps(request)
         stretched = stretch_warning(chosen.cache, len(timesteps))
         if stretched is not None:
@@ -342,8 +445,6 @@ def run(
                 f"decisions known ahead: {ahead.computed_steps:.0f} of {ahead.steps} steps computed, "
                 f"ideal speedup {ahead.ideal_speedup:.2f}"
             )
-        if record is not None and report is not None:
-            raise RequestError("--record", "can't be given with --report", "make two runs")
         recorder: Any = None
         if record is not None:
             recorder = TraceRecorder(record_signals, record_tokens)
@@ -351,6 +452,7 @@ def run(
             from freewheel.tuning.report import ChangeRecorder
 
             recorder = ChangeRecorder()
+            _warm_up(generator, request)
         with screen.progress():
             screen.phase("denoise", request.value("steps"))
             result = generator.generate(
@@ -360,11 +462,12 @@ def run(
         if record is not None:
             recorder.trace().save(record)
         parameters = generator.transformer.session.resolved.parameters
-        data = result.statistics.as_dict(parameters)
+        data = {**result.statistics.as_dict(parameters), "measured_speedup": None}
         for warning in data["warnings"]:
             screen.warn(warning)
         if report is not None:
-            _report(report, generator, request, result, recorder, parameters)
+            reference = _report(report, generator, request, result, recorder, parameters)
+            data["measured_speedup"] = result.speedup_over(reference)
             screen.note(f"report: {report}")
         _run_tables(screen, data)
         screen.result(
@@ -376,19 +479,34 @@ def run(
 
 def _report(
     path: Path, generator: Any, request: Any, result: Any, recorder: Any, parameters: Any
-) -> None:
-    """Write a run's page; the request is run uncached for it, watched alike."""
-    from dataclasses import replace
-
-    from freewheel.configs.setting import CacheSetting
+) -> Any:
+    """Write a run's page; return the uncached run that is made for it, watched alike."""
     from freewheel.tuning.report import ChangeRecorder, write_run_report
 
-    uncached = replace(request, cache=CacheSetting())
-    reference = generator.generate(uncached, recorder=ChangeRecorder())
+    reference = generator.generate(_uncached(request), recorder=ChangeRecorder())
     write_run_report(
         path, prompt=request.prompt, result=result, reference=reference, recorder=recorder,
         parameters=parameters,
     )  # fmt: skip
+    return reference
+
+
+def _warm_up(generator: Any, request: Any) -> None:
+    """Run a few steps with and without the cache, so that neither of two timed runs is the first."""
+    from dataclasses import replace
+
+    from freewheel.runtime.bench import WARM_UP_STEPS
+
+    for each in (request, _uncached(request)):
+        generator.generate(replace(each, steps=WARM_UP_STEPS))
+
+
+def _uncached(request: Any) -> Any:
+    from dataclasses import replace
+
+    from freewheel.configs.setting import CacheSetting
+
+    return replace(request, cache=CacheSetting())
 
 
 def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
@@ -412,18 +530,15 @@ def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
         rows,
     )
     seconds = data["step_seconds"]
-    screen.table(
-        "speed",
-        ["computed step s", "reused step s", "measured speedup", "ideal speedup"],
-        [
-            [
-                _seconds(seconds["computed"]),
-                _seconds(seconds["reused"]),
-                data["measured_speedup"],
-                data["ideal_speedup"],
-            ]
-        ],
-    )
+    speed = {
+        "computed step s": _seconds(seconds["computed"]),
+        "reused step s": _seconds(seconds["reused"]),
+        "ideal speedup": data["ideal_speedup"],
+        "estimated speedup": data["estimated_speedup"],
+    }
+    if data["measured_speedup"] is not None:
+        speed["measured speedup"] = data["measured_speedup"]
+    screen.table("speed", list(speed), [list(speed.values())])
     screen.table(
         "seconds by segment",
         ["segment", "seconds"],
@@ -435,7 +550,7 @@ def _seconds(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
 
 
-@app.command()
+@command()
 def replay(
     trace: Annotated[Path, typer.Argument(help="File that `run --record` wrote.")],
     config: Annotated[
@@ -459,7 +574,7 @@ def replay(
 
     Example: freewheel replay out/trace.npz --config teacache --sweep threshold=0.02:0.4:40
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("replay", as_json, quiet, debug) as screen:
         from freewheel.configs.load import load_config
         from freewheel.configs.overrides import apply_overrides
         from freewheel.policies import policy
@@ -473,11 +588,11 @@ def replay(
         spec = policy(setting.policy).spec
         setting = apply_overrides(setting, _pairs(set_), spec)
         if sweep is not None:
-            from freewheel.runtime.sweep import SWEEP_COLUMNS, run_sweep
+            from freewheel.runtime.sweep import run_sweep, sweep_table
 
             rows = run_sweep(load_trace(trace), setting, spec, sweep)
-            screen.table(f"{setting.policy}, {sweep}", SWEEP_COLUMNS, [r.cells() for r in rows])
-            screen.result({"policy": setting.policy, "sweep": [vars(r) for r in rows]}, [])
+            data = {"policy": setting.policy, "sweep": [vars(r) for r in rows]}
+            screen.result(data, [sweep_table(rows)])
             return
         data = run_replay(load_trace(trace), setting).as_dict()
         lines = [
@@ -494,7 +609,7 @@ def replay(
         screen.result(data, lines)
 
 
-@app.command()
+@command()
 def inspect(
     target: Annotated[
         Path, typer.Argument(help="Bundle, or the diffusers folder that one is to be built from.")
@@ -520,7 +635,7 @@ def inspect(
 
     Example: freewheel inspect out/bundle --frames 81
     """
-    with _screen(as_json, False, debug) as screen:
+    with _screen("inspect", as_json, False, debug) as screen:
         from freewheel.bundle.reader import MANIFEST, Bundle
         from freewheel.compiler.inspect import inspect_bundle, render
 
@@ -545,6 +660,7 @@ def _plan(
     from freewheel.compiler.sizes import size_of
     from freewheel.runtime.settings import config_entries
 
+    precision = _precision(precision)
     configs = config_entries([config], screen.warn)
     height, width, frames, steps = size
     generation = next(iter(resolve_configs(configs, None).values())).generation
@@ -553,14 +669,14 @@ def _plan(
         out=model.absolute().with_name(f"{model.name}-bundle"),
         backends=[_backend(backend, precision, screen, to_build=True)],
         configs=configs,
-        precision=_choice("--precision", precision, ("float32", "bfloat16", "float16")),  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]  # one of the three
     )
     return plan(
         request, size_of(generation, height=height, width=width, frames=frames, steps=steps)
     )
 
 
-@app.command()
+@command()
 def verify(
     bundle: BundleArgument,
     backend: Annotated[
@@ -574,7 +690,7 @@ def verify(
 
     Example: freewheel verify out/bundle
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("verify", as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
         from freewheel.compiler.verify import verify_bundle
 
@@ -590,7 +706,7 @@ def verify(
         report.raise_on_mismatch()
 
 
-@app.command()
+@command()
 def bench(
     bundle: BundleArgument,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
@@ -600,7 +716,12 @@ def bench(
         list[str] | None,
         typer.Option("--cache", "--config_json", help="Config or policy; repeatable."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds for the timings.")] = 3,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="Timed runs of each setting; raised to a multiple of the prompt and seed pairs."
+        ),
+    ] = 3,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video.")] = None,
     eager: Annotated[
@@ -625,16 +746,17 @@ def bench(
 
     Example: freewheel bench out/bundle --prompt "a red circle" --cache teacache --cache custom
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("bench", as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
         from freewheel.compiler.geometry import check_geometry
         from freewheel.compiler.sizes import size_of
+        from freewheel.configs.output import check_file
         from freewheel.runtime.bench import BenchRequest, bench_bundle, read_prompts
         from freewheel.runtime.settings import choose_setting
 
+        if report is not None:
+            check_file(report, "--report")
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-        if not texts:
-            raise RequestError("bench", "has no prompt", "give --prompt or --prompts FILE")
         _quiet_libraries()
         opened = Bundle(bundle)
         for name in cache or opened.manifest.configs:
@@ -658,7 +780,7 @@ def bench(
         screen.result(measured.as_dict(), [measured.markdown()])
 
 
-@app.command()
+@command()
 def calibrate(
     bundle: BundleArgument,
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line; one run each.")],
@@ -690,18 +812,14 @@ def calibrate(
 
     Example: freewheel calibrate out/bundle --prompts prompts.txt --out calibration.json
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("calibrate", as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
-        from freewheel.policies.solved import HISTORY as SOLVED_HISTORY
+        from freewheel.configs.output import check_file
         from freewheel.runtime.bench import read_prompts
         from freewheel.tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from freewheel.tuning.calibrate import calibrate as run_calibrate
 
-        for value in speedup or ():
-            if not value > 1:
-                raise ConfigError(f"--speedup {value:g}", "is not above 1", "try --speedup 2")
-        if not 1 <= history <= SOLVED_HISTORY:
-            raise ConfigError(f"--history {history}", f"is outside [1, {SOLVED_HISTORY}]", "use 3")
+        check_file(out, "--out")
         _quiet_libraries()
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
@@ -721,7 +839,7 @@ def calibrate(
         screen.note(f"next: freewheel run {bundle} --cache '{out}#{next(iter(found.configs), '')}'")
 
 
-@app.command()
+@command()
 def tune(
     bundle: BundleArgument,
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
@@ -742,6 +860,7 @@ def tune(
         int, typer.Option(help="Prompts to record and replay; the others confirm.")
     ] = 2,
     confirm: Annotated[int, typer.Option(help="Candidates to confirm by real runs.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, at least.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="Backend; default: the bundle's first.")
@@ -754,18 +873,17 @@ def tune(
 
     Example: freewheel tune out/bundle --prompts prompts.txt --target-speedup 2 --out tuned.json
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("tune", as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
+        from freewheel.configs.output import check_file
         from freewheel.runtime.bench import read_prompts
         from freewheel.tuning.tune import Goal, TuneRequest, save_config
         from freewheel.tuning.tune import tune as run_tune
 
-        for flag, count in (("--traces", traces), ("--confirm", confirm)):
-            if count < 1:
-                raise ConfigError(f"{flag} {count}", "is below 1", f"try {flag} 2")
+        check_file(out, "--out")
         request = TuneRequest(
             goal=Goal(target_speedup, min_psnr, min_ssim), prompts=read_prompts(prompts), traces=traces,
-            calibration=calibration, confirm=confirm, steps=steps, backend=backend,
+            calibration=calibration, confirm=confirm, rounds=rounds, steps=steps, backend=backend,
         )  # fmt: skip
         _quiet_libraries()
         with screen.progress():
@@ -782,7 +900,7 @@ def tune(
         screen.result({"out": str(out), **report.as_dict()}, [f"{out}: {report.chosen}"])
 
 
-@app.command()
+@command()
 def serve(
     bundle: BundleArgument,
     out: Annotated[Path, typer.Option(help="Model repository of the server; made where missing.")],
@@ -811,7 +929,7 @@ def serve(
 
     Example: freewheel serve out/bundle --out out/models --name wan
     """
-    with _screen(as_json, quiet, debug) as screen:
+    with _screen("serve", as_json, quiet, debug) as screen:
         from freewheel.bundle.reader import Bundle
         from freewheel.serving.commands import example_request, start_server
         from freewheel.serving.repository import ServeRequest, write_repository
@@ -869,6 +987,19 @@ def _choice(flag: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
+def _precision(value: str) -> str:
+    known = ("float32", "bfloat16", "float16")
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+    if value in short:
+        raise ConfigError("--precision", f"'{value}' is not known", f"use {short[value]}")
+    if re.fullmatch(r"(fp|nf|mxfp|u?int|float)[48](_\w+)?", value):
+        raise ConfigError(
+            "--precision", f"'{value}': a body of 8 bits or fewer is not built",
+            "use bfloat16 or float16, which halve float32's memory",
+        )  # fmt: skip
+    return _choice("--precision", value, known)
+
+
 def _pairs(texts: list[str] | None) -> dict[str, str]:
     pairs = {}
     for text in texts or ():
@@ -881,6 +1012,7 @@ def _pairs(texts: list[str] | None) -> dict[str, str]:
 
 def main() -> None:
     """Run the command line; a bug of ours exits with 70 and its traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing half written is left
     try:
         app()
     except (SystemExit, KeyboardInterrupt):
@@ -888,19 +1020,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except Exception:
-        import traceback
-
+    except Exception as error:
         traceback.print_exc()
         if "--json" in sys.argv:
-            bug = {
-                "code": "bug",
-                "message": "internal error",
-                "where": "freewheel",
-                "hint": "report the traceback",
-            }
-            sys.stdout.write(json.dumps({"error": bug}) + "\n")
-        raise SystemExit(70) from None
+            what = f"internal error: {type(error).__name__}: {error}"
+            Screen(as_json=True).error(Bug("freewheel", what, "report the traceback"))
+        raise SystemExit(Bug.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..configs.errors import OutputError
+from ..configs.output import check_folder
 from .manifest import MANIFEST
 
-__all__ = ["alone", "staged_folder"]
+__all__ = ["alone", "check_target", "staged_folder"]
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -61,6 +62,16 @@ def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
             str(target), f"can't be written: {error.strerror}",
             "free some space or choose another --out",
         ) from error  # fmt: skip
+
+
+def check_target(target: Path, *, replace: bool) -> None:
+    """Fail before a long build rather than after it; nothing is made or written.
+
+    Raises:
+        OutputError: ``target`` exists and can't be replaced, or its folder can't be written.
+    """
+    _check_replaceable(target, replace=replace)
+    check_folder(target.absolute().parent, "--out")
 
 
 def alone(target: Path) -> AbstractContextManager[None]:
@@ -117,7 +128,8 @@ def _check_replaceable(target: Path, *, replace: bool) -> None:
     if not target.exists():
         return
     if not replace:
-        raise OutputError(str(target), "already exists", "choose another --out or pass --force")
+        remedy = "choose another --out" + (" or pass --force" if target.is_dir() else "")
+        raise OutputError(str(target), "already exists", remedy)
     is_bundle = (target / MANIFEST).is_file()
     if not is_bundle and not (target.is_dir() and not any(target.iterdir())):
         raise OutputError(

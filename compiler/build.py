@@ -42,10 +42,11 @@ from ..bundle.manifest import (
     TensorEntry,
 )
 from ..bundle.reader import MANIFEST
-from ..bundle.staging import staged_folder
+from ..bundle.staging import check_target, staged_folder
 from ..bundle.store import NO_STORE, Store
 from ..configs.dtypes import Precision
 from ..configs.errors import BuildError, CheckpointError, ConfigError, OutputError
+from ..configs.output import check_folder
 from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import policies
@@ -153,6 +154,10 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         RequestError: sizes that the model can't serve.
     """
     check_group_blocks(request.group_blocks, request.weights)
+    check_target(request.out, replace=request.replace)  # a checkpoint may be downloaded next
+    for option, folder in (("--dump-passes", request.dump), ("--build-cache", request.cache)):
+        if folder is not None:
+            check_folder(folder, option)
     progress = progress or Silent()
     clock = _Clock()
     checkpoint = open_checkpoint(request.model, request.revision)
@@ -522,8 +527,10 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
 
     Raises:
         CheckpointError: nothing usable at ``request.model``, or nothing of what it is to carry.
+        ConfigError: groups of no block are asked for.
         RequestError: the size does not fit the model.
     """
+    check_group_blocks(request.group_blocks, request.weights)
     checkpoint = open_checkpoint(request.model, request.revision)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     family, cut = family_cut(checkpoint, request.precision)

@@ -34,6 +34,7 @@ __all__ = [
     "LiveBytes",
     "Verdict",
     "activation_bytes",
+    "amount",
     "cache_bytes",
     "fit_verdict",
     "footprint_of",
@@ -249,12 +250,20 @@ def fit_verdict(parts: Mapping[str, int], available: int | None, *, mapped: bool
     runs = sum(held.values()) <= available
     name, largest = max((parts if runs else held).items(), key=lambda p: p[1])
     text = (
-        f"will not fit: {needed / 1e9:.2f} GB needed, {available / 1e9:.2f} GB available; "
-        f"{name} decide: {largest / 1e9:.2f} GB"
+        f"will not fit: {amount(needed)} needed, {amount(available)} available; "
+        f"{name} decide: {amount(largest)}"
     )
     if runs:
         text += "; weights are memory-mapped, so it runs, reading them again at every computed step"
     return Verdict(text, runs)
+
+
+def amount(count: int) -> str:
+    """Spell a count of bytes with its unit."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
 
 
 def activation_bytes(segment: Segment, dims: Mapping[str, int]) -> int:

@@ -16,10 +16,10 @@ from .checkpoint import Checkpoint
 from .defaults import policy_setting
 from .families import Cut
 from .fit import forecast_memory
-from .footprint import footprint_of, weights_of
+from .footprint import amount, footprint_of, weights_of
 from .host import disk_free_bytes, existing_parent
 from .host_memory import memory_beside
-from .inspect import amount, describe_flops, render_forecast
+from .inspect import describe_flops, render_forecast
 from .sizes import Size, dims_of, size_of
 
 __all__ = ["forecast_build", "forecast_disk", "render_plan"]
@@ -102,7 +102,7 @@ def forecast_disk(
     verdict = None
     if needed > free:
         verdict = (
-            f"will not fit: {needed / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} GB free "
+            f"will not fit: {amount(needed)} of disk needed, {amount(free)} free "
             f"where '{out}' would lie"
         )
     return {

@@ -24,14 +24,13 @@ from .engine_layers import ENGINE_COLUMNS, LAYER_COLUMNS, attention_of, engine_r
 from .families import Cut
 from .fit import forecast_memory
 from .flops import step_flops
-from .footprint import footprint_of
+from .footprint import amount, footprint_of
 from .host_memory import memory_beside
 from .recut import cut_of
 from .sizes import Size, bundle_pipeline, dims_of, size_of
 from .speedup import predict, timestep_tables, timesteps_of
 
 __all__ = [
-    "amount",
     "describe_flops",
     "inspect_bundle",
     "operations",
@@ -321,14 +320,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 def _top(operators: Mapping[str, int]) -> str:
     shown = [f"{n} {op}" for op, n in list(operators.items())[:4]]
     return ", ".join(shown) + (" …" if len(operators) > 4 else "")
-
-
-def amount(count: int) -> str:
-    """Spell a count of bytes with its unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
 
 
 def operations(count: int) -> str:

@@ -13,6 +13,7 @@ from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..engines.base import TensorSpec
+from ..runtime.generate import check_size
 from .checkpoint import read_json
 from .families import Cut
 
@@ -108,8 +109,10 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
         pipeline: Folder of the diffusers pipeline, for the VAE's and the image encoder's scale.
 
     Raises:
-        RequestError: a size that VAE or patches do not divide.
+        RequestError: a size that VAE or patches do not divide, or beyond the model's positions.
     """
+    for name in ("height", "width", "frames"):
+        check_size(name, getattr(size, name))
     scale = latent_scale(cut, pipeline)
     by_time, by_space = scale.frames, scale.pixels
     image = read_part(pipeline, "image_encoder/config.json")
@@ -130,6 +133,15 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
         "image_tokens": patches,
         "steps": size.steps,
     }
+    scales = {"frames": by_time, "height": by_space, "width": by_space}
+    for name, most in cut.limits.items():
+        if dims[name] > most:
+            given, pixels = getattr(size, name), most * scales[name]
+            raise RequestError(
+                f"--{name} {given}",
+                f"is beyond the model's {most} positions",
+                f"use {pixels} at most",
+            )
     return derived(cut, dims)
 
 

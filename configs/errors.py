@@ -68,7 +68,7 @@ class RequestError(FreewheelError):
 class OutputError(FreewheelError):
     """A file or folder can't be written."""
 
-    code, exit_code = "output", 1
+    code, exit_code = "output", 3
 
 
 class ExportError(FreewheelError):

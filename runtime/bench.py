@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and quality of cache settings against the uncached run, interleaved in one process.
 
-Every round runs all settings once on the same prompt and seed, so that a drift of the machine's
-speed touches them alike; a speedup is the median over rounds of that round's ratio.
+Every round runs all settings once on one prompt and seed pair, so that a drift of the machine's
+speed touches them alike; a speedup is the median over rounds of that round's ratio. The pairs take
+turns, and each is run equally often.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from numpy.typing import NDArray
 
 from ..bundle.manifest import ResolvedConfig
 from ..bundle.reader import Bundle
-from ..configs.errors import OutputError, RequestError
+from ..configs.errors import RequestError
+from ..configs.output import check_folder, write_text
 from ..configs.setting import CacheSetting
 from .generate import Generation, GenerationRequest, Generator
 from .quality import Quality, compare_videos
 from .settings import choose_setting
+from .table import markdown_table, spread_cell
 from .video import contact_sheet, write_video
 
 __all__ = ["BenchReport", "BenchRequest", "BenchRow", "bench_bundle", "read_prompts"]
 
 UNCACHED, EAGER = "uncached", "diffusers eager"
 WARM_UP_STEPS = 2
+
+DISAGREEMENT = 0.25
+"""Spread of a speedup over rounds, relative to its median, beyond which its rounds disagree."""
 
 
 class Watcher(Protocol):
@@ -51,7 +57,7 @@ class BenchRequest:
         seeds: Seeds of the initial noise.
         caches: Config or policy names, or settings by the name they are to go by; None takes all
             configs that the bundle carries.
-        rounds: Interleaved rounds at least; more where there are more prompt and seed pairs.
+        rounds: Interleaved rounds at least; raised to a multiple of the prompt and seed pairs.
         steps: Denoise steps; None takes the config's.
         eager: Also time the plain diffusers pipeline on the bundle's checkpoint.
         backend: Name of a backend; None takes the bundle's first.
@@ -68,6 +74,31 @@ class BenchRequest:
     backend: str | None = None
     out: Path | None = None
     image: Path | None = None
+
+    def check(self) -> None:
+        """Refuse what can't be measured or written, before anything is loaded.
+
+        Raises:
+            RequestError: no prompt, no seed, or less than one round.
+            OutputError: ``out`` is a file or can't be written.
+        """
+        if not self.prompts:
+            raise RequestError("bench", "has no prompt", "give --prompt or --prompts FILE")
+        if not self.seeds:
+            raise RequestError("--seeds", "asks for no seed", "give --seeds 1 or more")
+        if self.rounds < 1:
+            raise RequestError(f"--rounds {self.rounds}", "is below 1", "use 3 or more")
+        if self.out is not None:
+            check_folder(self.out, "--out")
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """Return every prompt with every seed."""
+        return [(p, s) for p in self.prompts for s in self.seeds]
+
+    def round_count(self) -> int:
+        """Return the rounds that are run: at least ``rounds``, each pair equally often."""
+        pairs = len(self.pairs())
+        return pairs * -(-self.rounds // pairs)
 
 
 @dataclass
@@ -90,8 +121,30 @@ class BenchRow:
     ideal: list[float] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
 
+    def spread(self) -> list[float] | None:
+        """Return the least and greatest speedup of a round; None of one round."""
+        return [min(self.speedup), max(self.speedup)] if len(self.speedup) > 1 else None
+
+    def doubts(self) -> list[str]:
+        """Return why the measured speedup is not to be trusted: rounds disagree, or above ideal."""
+        speedup, ideal = float(np.median(self.speedup)), float(np.mean(self.ideal))
+        least, most = self.spread() or (speedup, speedup)
+        advice = f"measure again on an idle machine with --rounds {2 * len(self.speedup) + 1}"
+        found = []
+        if most - least > DISAGREEMENT * speedup:
+            found.append(
+                f"'{self.name}': rounds disagree, from {least:.2f} to {most:.2f} times; {advice}"
+            )
+        if speedup - ideal > most - least:
+            spread = f"the spread of {most - least:.2f}" if self.spread() else "one round explains"
+            found.append(
+                f"'{self.name}': a measured speedup of {speedup:.2f} exceeds the ideal {ideal:.2f} by "
+                f"more than {spread}; {advice}"
+            )
+        return found
+
     def as_dict(self) -> dict[str, Any]:
-        """Return medians, means and worst cases."""
+        """Return medians, means, worst cases, and the spread over rounds."""
         speedup, ideal = float(np.median(self.speedup)), float(np.mean(self.ideal))
         psnr = [q.psnr for q in self.quality if q.psnr is not None]
         ssim = [q.ssim for q in self.quality]
@@ -100,6 +153,7 @@ class BenchRow:
             "computed_steps": float(np.mean(self.computed_steps)),
             "seconds": float(np.median(self.seconds)),
             "speedup": speedup,
+            "speedup_spread": self.spread(),
             "ideal_speedup": ideal,
             "efficiency": speedup / ideal,
             "psnr_mean": float(np.mean(psnr)) if psnr else None,
@@ -132,30 +186,24 @@ class BenchReport:
     pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
 
     columns = (
-        "setting", "computed", "seconds", "speedup", "ideal", "efficiency",
+        "setting", "computed", "seconds", "speedup", "spread", "ideal", "efficiency",
         "PSNR dB", "worst", "SSIM", "worst",
     )  # fmt: skip
 
     def rows(self) -> list[list[Any]]:
         """Return the table's cells."""
-        keys = ("seconds", "speedup", "ideal_speedup", "efficiency")
+        keys = ("ideal_speedup", "efficiency")
         quality = ("psnr_mean", "psnr_worst", "ssim_mean", "ssim_worst")
         return [
-            [e["name"], f"{e['computed_steps']:g} of {self.steps}", *(e[k] for k in keys),
+            [e["name"], f"{e['computed_steps']:g} of {self.steps}", e["seconds"], e["speedup"],
+             spread_cell(e["speedup_spread"]), *(e[k] for k in keys),
              *(None if e[k] is None else round(e[k], 1 if "psnr" in k else 4) for k in quality)]
             for e in self.entries
         ]  # fmt: skip
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
-        lines = [
-            "| " + " | ".join(self.columns) + " |",
-            "|---" + "|--:" * (len(self.columns) - 1) + "|",
-        ]
-        for row in self.rows():
-            cells = [_markdown_cell(value) for value in row]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return markdown_table(self.columns, self.rows())
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``bench --json`` prints."""
@@ -163,14 +211,6 @@ class BenchReport:
             "steps": self.steps, "rounds": self.rounds, "pairs": self.pairs, "backend": self.backend,
             "precision": self.precision, "settings": self.entries,
         }  # fmt: skip
-
-
-def _markdown_cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
-    return str(value)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -206,8 +246,7 @@ def bench_bundle(
         ConfigError, RequestError, BackendUnavailable: as for a run.
         OutputError: ``request.out`` can't be written.
     """
-    if request.out is not None:
-        _make_folder(request.out)
+    request.check()
     wanted = request.caches or list(bundle.manifest.configs)
     named = wanted if isinstance(wanted, Mapping) else {n: n for n in wanted}
     settings = {n: choose_setting(bundle, c, {}, warn) for n, c in named.items()}
@@ -216,11 +255,12 @@ def bench_bundle(
     uncached = ResolvedConfig(
         cache=choose_setting(bundle, "off", {}, warn).cache, generation=base.generation
     )
+    pairs, rounds = request.pairs(), request.round_count()
+    for pair in pairs:
+        _request(pair, uncached, request.steps, request.image).check()
     generator = Generator(bundle, backend=request.backend)
     eager = _EagerPipeline(generator) if request.eager else None
 
-    pairs = [(p, s) for p in request.prompts for s in request.seeds]
-    rounds = max(request.rounds, len(pairs))
     rows = {n: BenchRow(n) for n in (UNCACHED, *settings, *((EAGER,) if eager else ()))}
     pictures: dict[str, NDArray[np.uint8]] = {}
     watcher.phase("bench", rounds * len(rows) + 1)
@@ -247,6 +287,10 @@ def bench_bundle(
             result = eager.generate(plain)
             _add(rows[EAGER], result, reference, is_new=is_new)
             watcher.advance(EAGER)
+    for row in rows.values():
+        if row.name != EAGER:  # another program, which no ideal of ours bounds
+            for doubt in row.doubts():
+                warn(doubt)
     report = BenchReport(
         steps, rounds, len(pairs), generator.transformer.session.model.backend.name,
         bundle.manifest.precision, [r.as_dict() for r in rows.values()], pictures,
@@ -270,7 +314,7 @@ def _add(row: BenchRow, result: Generation, reference: Generation, *, is_new: bo
     # The plain pipeline computes every step and fills no statistics of ours.
     statistics = reference.statistics if row.name == EAGER else result.statistics
     row.seconds.append(result.seconds["denoise"])
-    row.speedup.append(reference.seconds["denoise"] / result.seconds["denoise"])
+    row.speedup.append(result.speedup_over(reference))
     row.computed_steps.append(statistics.computed_steps)
     row.ideal.append(statistics.ideal_speedup)
     if is_new:
@@ -312,22 +356,14 @@ class _EagerPipeline:
             pipe.transformer = attached
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            str(folder), f"can't be written: {error.strerror}", "choose another --out"
-        ) from error
-
-
 def _write(folder: Path, report: BenchReport) -> None:
-    (folder / "bench.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    hint = "choose another --out"
+    write_text(folder / "bench.json", json.dumps(report.as_dict(), indent=1), hint)
     title = (
         f"{report.steps} steps, {report.backend}, {report.precision}, "
-        f"{report.pairs} prompt and seed pairs, {report.rounds} rounds"
+        f"{report.pairs} prompt and seed pairs, {report.rounds} rounds of one pair each"
     )
-    (folder / "bench.md").write_text(f"{title}\n\n{report.markdown()}\n", encoding="utf-8")
+    write_text(folder / "bench.md", f"{title}\n\n{report.markdown()}\n", hint)
     for name, frames in report.pictures.items():
         stem = name.replace(" ", "_")
         write_video(frames, folder / f"{stem}.mp4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ..bundle.manifest import ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..bundle.safetensors_header import read_header
+from ..configs.caching import LARGEST_SEED
 from ..configs.errors import BundleError, RequestError
 from ..configs.setting import CacheSetting
 from .attach import FreewheelTransformer, attach
@@ -28,11 +30,14 @@ from .model import DeviceOptions
 from .session import Recorder
 from .statistics import RunStatistics
 
-__all__ = ["Generation", "GenerationRequest", "Generator", "loaded_bytes"]
+__all__ = ["Generation", "GenerationRequest", "Generator", "check_size", "loaded_bytes"]
 
 FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
 TRANSFORMERS = {"transformer", "transformer_2"}
 """Parts of a pipeline that a bundle takes the place of."""
+
+LARGEST_SIZE = 1 << 15
+"""Pixels of a side and frames of a video: the most that any program of this project takes."""
 
 OnStep = Callable[[int, int], None]
 
@@ -73,6 +78,27 @@ class GenerationRequest:
         found = getattr(self, name, None)
         return getattr(self.defaults, name) if found is None else found
 
+    def check(self) -> None:
+        """Refuse values that no model takes, before anything is loaded.
+
+        Raises:
+            RequestError: steps outside [1, 1000], a size beyond 32,768, a guidance scale that is
+                not finite, a seed outside [0, 2**63), or an image that can't be read.
+        """
+        steps, seed, guidance = (self.value(n) for n in ("steps", "seed", "guidance_scale"))
+        if not 1 <= steps <= 1000:
+            raise RequestError(f"--steps {steps}", "is outside [1, 1000]", "use 20 to 50")
+        if not 0 <= seed <= LARGEST_SEED:
+            raise RequestError(f"--seed {seed}", "is outside [0, 2**63)", "use --seed 42")
+        if not math.isfinite(guidance):
+            raise RequestError(
+                f"--guidance {guidance}", "is not finite", "use 1 to 10; 1 turns guidance off"
+            )
+        for name in ("height", "width", "frames"):
+            check_size(name, self.value(name))
+        if self.image is not None:
+            open_image(self.image)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -91,6 +117,10 @@ class Generation:
     statistics: RunStatistics
     seconds: dict[str, float]
     resolved: dict[str, Any]
+
+    def speedup_over(self, uncached: Generation) -> float:
+        """Return the measured speedup: denoise seconds of an uncached run / of this one."""
+        return uncached.seconds["denoise"] / self.seconds["denoise"]
 
 
 class Generator:
@@ -164,9 +194,10 @@ class Generator:
             on_step: Called after each step with steps done and steps in all.
 
         Raises:
-            RequestError: sizes that the model can't take, no steps, or an image missing, unreadable
-                or given to a text-to-video model.
+            RequestError: values that `GenerationRequest.check` refuses, sizes that the model can't
+                take, or an image missing or given to a text-to-video model.
         """
+        request.check()
         image = self._image(request)
         values = self._checked_values(request, image)
 
@@ -207,6 +238,7 @@ class Generator:
         Raises:
             RequestError: as `generate` does.
         """
+        request.check()
         values = self._checked_values(request, self._image(request))
         self._set_scheduler(request)
         self.pipe.scheduler.set_timesteps(values["steps"])
@@ -252,8 +284,6 @@ class Generator:
                 f"--frames {values['frames']}", f"is not 1 more than a multiple of {step}",
                 f"use {max(0, round((values['frames'] - 1) / step)) * step + 1}",
             )  # fmt: skip
-        if not 1 <= values["steps"] <= 1000:
-            raise RequestError(f"--steps {values['steps']}", "is outside [1, 1000]", "use 20 to 50")
         return values
 
     def _image(self, request: GenerationRequest) -> Image.Image | None:
@@ -265,18 +295,39 @@ class Generator:
                     "image", "is missing: this is an image-to-video model", "give --image FILE"
                 )
             return None
-        path = request.image
         if not takes_image:
             raise RequestError(
-                f"--image '{path}'", "is given to a text-to-video model",
+                f"--image '{request.image}'", "is given to a text-to-video model",
                 "leave it out, or build an image-to-video checkpoint",
             )  # fmt: skip
-        try:
-            return Image.open(path).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise RequestError(
-                f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
-            ) from error
+        return open_image(request.image)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read a picture as RGB.
+
+    Raises:
+        RequestError: it is missing, damaged or no picture.
+    """
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(
+            f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
+        ) from error
+
+
+def check_size(name: str, value: int) -> None:
+    """Refuse a height, width or count of frames that is absurd.
+
+    Raises:
+        RequestError: it is above 32,768.
+    """
+    if value > LARGEST_SIZE:
+        raise RequestError(
+            f"--{name} {value}", f"is above {LARGEST_SIZE}",
+            "give pixels, such as 480" if name != "frames" else "give frames, such as 81",
+        )  # fmt: skip
 
 
 def part_dtypes(folder: Path) -> dict[str, torch.dtype]:

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BranchStatistics", "RunStatistics"]
+__all__ = ["FEW_STEPS", "BranchStatistics", "RunStatistics"]
+
+FEW_STEPS = 8
+"""Steps up to which a checkpoint is taken for a distilled one, whose steps are too far apart."""
 
 
 @dataclass
@@ -92,40 +95,42 @@ class RunStatistics:
         }
 
     @property
-    def measured_speedup(self) -> float | None:
-        """Seconds of the run had every step been computed / seconds it took; None if unknown."""
+    def estimated_speedup(self) -> float | None:
+        """Median seconds of a computed step, for every step / seconds of the steps taken.
+
+        An estimate: no uncached run was timed. None where nothing could be reused or was computed.
+        """
         computed = self.step_seconds()["computed"]
         taken = sum(sum(b.seconds) for b in self.branches.values())
-        if computed is None or not taken:
+        if self.policy == "off" or computed is None or not taken:
             return None
         return computed * sum(len(b.seconds) for b in self.branches.values()) / taken
 
     def warnings(self, parameters: Mapping[str, Any]) -> list[str]:
-        """Say what a user would want to know before they wonder."""
+        """Return warnings, one per cause: too few steps, nothing reused, threshold never reached."""
+        if self.policy == "off":
+            return []
+        idle = [n for n, b in self.branches.items() if b.computed and all(b.computed)]
+        where = f"branch {' and '.join(map(repr, idle))}"
+        if 1 < self.steps <= FEW_STEPS:
+            outcome = f"; policy '{self.policy}' reused nothing in {where}" if idle else ""
+            return [
+                f"{self.steps} steps is few-step sampling: there is little to reuse and much to "
+                f"lose{outcome}; compare with --cache off"
+            ]
         found = []
-        if self.policy != "off":
-            for name, branch in self.branches.items():
-                if branch.computed and all(branch.computed):
-                    found.append(
-                        f"policy '{self.policy}' reused nothing in branch '{name}': every step was "
-                        "computed; raise its threshold or interval, or look at 'guard' limits"
-                    )
-            free = [d for b in self.branches.values() for d in b.distance if d is not None]
-            threshold = parameters.get("threshold")
-            if (
-                free
-                and isinstance(threshold, int | float)
-                and threshold > 0
-                and max(free) < 0.01 * threshold
-            ):
-                found.append(
-                    f"threshold {threshold} can't matter: the largest distance was {max(free):.3g}"
-                )
-            if 1 < self.steps <= 8:
-                found.append(
-                    f"{self.steps} steps is few-step sampling: there is little to reuse and much to "
-                    "lose; compare with --cache off"
-                )
+        if idle:
+            found.append(
+                f"policy '{self.policy}' reused nothing in {where}: every step was computed; raise "
+                "its threshold or interval, or look at 'guard' limits"
+            )
+        free = [d for b in self.branches.values() for d in b.distance if d is not None]
+        threshold = parameters.get("threshold")
+        is_number = isinstance(threshold, int | float) and threshold > 0
+        if free and is_number and max(free) < 0.01 * threshold and not idle:
+            found.append(
+                f"threshold {threshold} can't matter: the largest distance was {max(free):.3g}"
+            )
         return found
 
     def as_dict(self, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -137,7 +142,7 @@ class RunStatistics:
             "steps": self.steps,
             "computed_steps": self.computed_steps,
             "ideal_speedup": self.ideal_speedup,
-            "measured_speedup": self.measured_speedup,
+            "estimated_speedup": self.estimated_speedup,
             "branches": {
                 n: {
                     "computed": b.computed,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from ..configs.overrides import apply_overrides
 from ..configs.policy_spec import GUARD_PARAMETERS, PolicySpec
 from ..configs.setting import CacheSetting
 from .replay import replay
+from .table import markdown_table
 from .trace import Trace
 
-__all__ = ["SWEEP_COLUMNS", "SweepRow", "run_sweep", "sweep_values"]
+__all__ = ["SWEEP_COLUMNS", "SweepRow", "run_sweep", "sweep_table", "sweep_values"]
 
 SWEEP_COLUMNS = ("value", "computed", "ideal speedup", "mean reuse error", "worst", "steps")
 MOST_VALUES = 1000
@@ -76,6 +78,11 @@ def run_sweep(trace: Trace, setting: CacheSetting, spec: PolicySpec, sweep: str)
             )
         )  # fmt: skip
     return rows
+
+
+def sweep_table(rows: Sequence[SweepRow]) -> str:
+    """Return the table of a sweep as Markdown."""
+    return markdown_table(SWEEP_COLUMNS, [row.cells() for row in rows])
 
 
 def sweep_values(sweep: str, spec: PolicySpec) -> tuple[str, list[str]]:

@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..configs.errors import OutputError, RequestError
+from ..configs.errors import RequestError
+from ..configs.output import replaced_whole
 from .session import StepRecord
 
 __all__ = ["Trace", "TraceRecorder", "load_trace"]
@@ -100,17 +101,11 @@ class Trace:
         Raises:
             OutputError: it can't be written.
         """
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as stream:
-                np.savez(stream, **self.arrays)  # type: ignore[arg-type]  # numpy types it as bool
-            partial.replace(path)
-        except OSError as error:
-            raise OutputError(
-                str(path), f"can't be written: {error.strerror}", "choose another file"
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            replaced_whole(path, "choose another --record") as partial,
+            partial.open("wb") as stream,
+        ):
+            np.savez(stream, **self.arrays)  # type: ignore[arg-type]  # numpy types it as bool
 
 
 def load_trace(path: Path | str) -> Trace:
@@ -121,11 +116,18 @@ def load_trace(path: Path | str) -> Trace:
     """
     where = str(path)
     try:
+        if Path(path).stat() and not zipfile.is_zipfile(path):
+            raise RequestError(
+                where, "is not a trace: it is no .npz file", "record one with `run --record`"
+            )
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except UNREADABLE as error:
+        # NumPy's advice to unpickle is none that we give.
+        holds_objects = "allow_pickle" in str(error)
+        reason = "it holds Python objects instead of arrays of numbers" if holds_objects else error
         raise RequestError(
-            where, f"is not a trace: {error}", "record one with `run --record`"
+            where, f"is not a trace: {reason}", "record one with `run --record`"
         ) from error
     missing = [n for n in ("timesteps", "branches") if n not in arrays]
     if missing:

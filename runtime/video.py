@@ -11,33 +11,34 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ..configs.errors import OutputError
+from ..configs.errors import OutputError, RequestError
+from ..configs.output import check_file, replaced_whole
 
 __all__ = ["SUFFIXES", "check_output", "contact_sheet", "write_video"]
 
 Frames = NDArray[np.uint8]
 SUFFIXES = (".mp4", ".gif", ".png")
+MOST_FPS = 1000
 
 
-def check_output(path: Path) -> None:
-    """Fail before a long run rather than after it.
+def check_output(path: Path, fps: int = 8) -> None:
+    """Fail before a long run rather than after it; nothing is made or written.
+
+    Args:
+        path: The video to be written later; its folder may be missing.
+        fps: Frames per second.
 
     Raises:
-        OutputError: unknown suffix, or the folder can't be written.
+        OutputError: unknown suffix, or the file can't be written there.
+        RequestError: ``fps`` is outside [1, 1000].
     """
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(
             str(path), f"has suffix '{path.suffix}'", f"use one of {', '.join(SUFFIXES)}"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            str(path), f"can't be written: {error.strerror}", "choose another --out"
-        ) from error
+    if not 1 <= fps <= MOST_FPS:
+        raise RequestError(f"--fps {fps}", f"is outside [1, {MOST_FPS}]", "use 8 to 30")
+    check_file(path, "--out")
 
 
 def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
@@ -45,15 +46,15 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
 
     Args:
         frames: uint8 [frames, height, width, 3]; a png shows them side by side.
-        path: ``.mp4`` (H.264), ``.gif`` or ``.png``.
-        fps: Frames per second.
+        path: ``.mp4`` (H.264), ``.gif`` or ``.png``. Its folder is made where there is none.
+        fps: Frames per second, 1 to 1000; a png has none.
 
     Raises:
         OutputError: it can't be written.
+        RequestError: ``fps`` is out of range.
     """
-    check_output(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
+    check_output(path, fps)
+    with replaced_whole(path, "choose another --out") as partial:
         if path.suffix.lower() == ".mp4":
             even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
             iio.imwrite(partial, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2,
@@ -62,13 +63,6 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
             iio.imwrite(partial, frames, duration=1000 / fps, loop=0)
         else:
             iio.imwrite(partial, np.concatenate(list(frames), axis=1))
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            str(path), f"can't be written: {error}", "choose another --out"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def contact_sheet(videos: Mapping[str, Frames], columns: int = 5, scale: int = 2) -> Frames:

@@ -17,6 +17,7 @@ from ..bundle.files import link_or_none, safe_path
 from ..bundle.manifest import MANIFEST
 from ..bundle.reader import Bundle
 from ..configs.errors import OutputError, RequestError
+from ..configs.output import check_folder
 from .model_config import ServedModel, config_text, served_backend
 
 __all__ = ["CONFIG", "ServeRequest", "Written", "write_repository"]
@@ -83,6 +84,7 @@ def write_repository(request: ServeRequest) -> Written:
     for option, value in (("instances", request.instances), ("threads", request.threads)):
         if value is not None and value < 1:
             raise RequestError(f"--{option} {value}", "is below 1", f"give --{option} 1")
+    check_folder(request.out, "--out")
     model = request.out.absolute() / name
     version = _version(model, request.version)
     served = ServedModel(

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from freewheel import __version__
 from freewheel.bundle.reader import Bundle
-from freewheel.cli import _run_tables, app
+from freewheel.cli import _run_tables, app, main
 from freewheel.console import Screen
+from freewheel.runtime.generate import Generator
 from freewheel.runtime.statistics import BranchStatistics, RunStatistics
 from freewheel.runtime.trace import Trace
 
@@ -150,8 +152,9 @@ def test_run_says_when_a_policy_reused_nothing(
         "--steps", 3, "--cache", "teacache", "--set", "threshold=0", "--json",
     )  # fmt: skip
     warnings = json.loads(result.stdout)["warnings"]
-    assert any("reused nothing" in w for w in warnings)
-    assert any("few-step" in w for w in warnings)
+    assert len(warnings) == 1, "one cause"
+    assert "few-step" in warnings[0]
+    assert "reused nothing in branch 'cond' and 'uncond'" in warnings[0]
 
 
 def test_build_carries_the_pipelines_ends_where_asked(
@@ -241,15 +244,29 @@ def test_changed_bundle_is_refused(freewheel: Run, demo_bundle: Bundle, tmp_path
         (["--height", "90"], 3, "request", "96"),
         (["--frames", "6"], 3, "request", "5"),
         (["--lora", "nothing.safetensors"], 3, "request", "nothing.safetensors"),
-        (["--out", "/proc/video.mp4"], 1, "output", "/proc"),
-        (["--out", "video.webm"], 1, "output", ".mp4"),
+        (["--steps", "1001"], 3, "request", "[1, 1000]"),
+        (["--seed", "-1"], 3, "request", "[0, 2**63)"),
+        (["--seed", str(2**64)], 3, "request", "--seed 42"),
+        (["--guidance", "nan"], 3, "request", "not finite"),
+        (["--guidance", "inf"], 3, "request", "not finite"),
+        (["--fps", "0"], 3, "request", "[1, 1000]"),
+        (["--fps", "-5"], 3, "request", "[1, 1000]"),
+        (["--height", "1000000"], 3, "request", "32768"),
+        (["--image", "no.png"], 3, "request", "no.png"),
+        (["--record-tokens", "0"], 3, "request", "--record-tokens 0"),
+        (["--record", "/proc/t.npz"], 3, "output", "choose another --record"),
+        (["--report", "/proc/t.html"], 3, "output", "choose another --report"),
+        (["--record", "t.npz", "--report", "t.html"], 3, "request", "two runs"),
+        (["--out", "/proc/video.mp4"], 3, "output", "/proc"),
+        (["--out", "video.webm"], 3, "output", ".mp4"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_bad_requests_are_one_error(
-    freewheel: Run, demo_bundle: Bundle, tmp_path: Path, arguments: list[str], exit_code: int,
-    code: str, says: str,
+    freewheel: Run, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], exit_code: int, code: str, says: str,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(Generator, "generate", None)  # no request gets as far as a step
     base = ["run", demo_bundle.folder, "--prompt", "x", "--json"]
     if "--out" not in arguments:
         base += ["--out", tmp_path / "v.mp4"]
@@ -258,9 +275,195 @@ def test_bad_requests_are_one_error(
     assert not list(tmp_path.iterdir())
 
 
-def test_usage_errors_exit_with_2(freewheel: Run) -> None:
-    assert freewheel("run").exit_code == 2
-    assert freewheel("build", "x", "--nonsense").exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run"], "freewheel run: Missing argument"),
+        (["build", "x", "--nonsense"], "No such option: --nonsense"),
+        (["run", "x", "--prompt", "x", "--out", "v.mp4", "--fps", "many"], "'--fps'"),
+        (["buidl"], "No such command 'buidl'"),
+        (["build", "x", "--out", "b", "--workspace-mib", "-1"], "'--workspace-mib'"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_are_an_object_too(
+    freewheel: Run, arguments: list[str], says: str
+) -> None:
+    plain = freewheel(*arguments)
+    assert plain.exit_code == 2
+    assert plain.stdout == ""
+    assert "Usage: " in plain.stderr
+    error = failure(freewheel(*arguments, "--json"), 2, "usage")
+    assert says in error["message"]
+    assert error["hint"].endswith("--help")
+
+
+def test_version_is_printed(freewheel: Run) -> None:
+    result = freewheel("--version")
+    assert (result.exit_code, result.stdout) == (0, f"freewheel {__version__}\n")
+
+
+@pytest.mark.parametrize("option", ["--out", "--record", "--report"])
+def test_a_folder_in_place_of_a_file_is_refused(
+    freewheel: Run, demo_bundle: Bundle, tmp_path: Path, option: str
+) -> None:
+    folder = tmp_path / "v.mp4"
+    folder.mkdir()
+    base = ["run", demo_bundle.folder, "--prompt", "x", "--json", option, folder]
+    base += [] if option == "--out" else ["--out", tmp_path / "video.mp4"]
+    assert "is a folder, expected a file" in failure(freewheel(*base), 3, "output")["message"]
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+@pytest.mark.parametrize("option", ["--record", "--report"])
+def test_one_file_is_not_written_twice(
+    freewheel: Run, demo_bundle: Bundle, tmp_path: Path, option: str
+) -> None:
+    out = tmp_path / "v.mp4"
+    base = ["run", demo_bundle.folder, "--prompt", "x", "--json", "--out", out, option, out]
+    assert "is --out's file too" in failure(freewheel(*base), 3, "request")["message"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "bundle", "--prompts", "prompts.txt", "--out", "folder"],
+        ["tune", "bundle", "--prompts", "prompts.txt", "--target-speedup", "2", "--out", "folder"],
+        ["bench", "bundle", "--prompt", "x", "--report", "folder"],
+        ["bench", "bundle", "--prompt", "x", "--out", "prompts.txt"],
+        ["serve", "bundle", "--out", "prompts.txt"],
+        ["build", "model", "--out", "prompts.txt", "--backend", "onnxruntime"],
+        ["build", "model", "--out", "prompts.txt", "--backend", "onnxruntime", "--dry-run"],
+        [
+            "build",
+            "model",
+            "--out",
+            "b",
+            "--backend",
+            "onnxruntime",
+            "--dump-passes",
+            "prompts.txt",
+        ],
+    ],
+    ids=lambda v: " ".join((v[0], v[-2])),
+)
+def test_every_command_judges_its_outputs_before_it_works(
+    freewheel: Run, demo_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+) -> None:  # fmt: skip
+    (tmp_path / "bundle").symlink_to(demo_bundle.folder)
+    (tmp_path / "model").symlink_to(tiny_checkpoint)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    for name in ("runtime.bench", "tuning.calibrate", "tuning.tune"):
+        monkeypatch.setattr(f"freewheel.{name}.Generator", None)
+    monkeypatch.setattr("freewheel.compiler.build.open_checkpoint", None)
+    failure(freewheel(*arguments, "--json"), 3, "output")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tilde_is_expanded_in_every_path(
+    freewheel: Run, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    trace.save(tmp_path / "t.npz")
+    (tmp_path / "c.json").write_text('{"feature_caching": "TaylorSeer"}')
+    result = freewheel("replay", "~/t.npz", "--config=~/c.json", "--json")
+    assert json.loads(result.stdout)["policy"] == "taylorseer"
+    where = failure(freewheel("build", "~/no", "--out=~/b", "--json"), 3, "checkpoint")["message"]
+    assert str(tmp_path / "no") in where
+    assert not (tmp_path / "~").exists()
+
+
+def test_an_interruption_names_the_command(
+    freewheel: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("freewheel.compiler.build.build", interrupt)
+    arguments = ("build", tiny_checkpoint, "--out", tmp_path / "b", "--backend", "onnxruntime")
+    error = failure(freewheel(*arguments, "--json"), 130, "failed")
+    assert error["message"].startswith("build: was interrupted; run the same command again")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_bug_of_ours_exits_with_70_and_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    arguments = ["freewheel", "build", "x", "--out", "b", *(["--json"] if as_json else [])]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("freewheel.cli._backend", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 70
+    shown = capsys.readouterr()
+    assert "Traceback" in shown.err
+    assert "ZeroDivisionError" in shown.err
+    if as_json:
+        assert json.loads(shown.out)["error"]["code"] == "bug"
+    else:
+        assert shown.out == ""
+
+
+def test_debug_adds_the_traceback_of_an_expected_error(freewheel: Run, tmp_path: Path) -> None:
+    result = freewheel("replay", tmp_path / "no.npz", "--config", "teacache", "--debug")
+    assert result.exit_code == 3
+    assert "Traceback" in result.stderr
+    assert "error: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("precision", "says"),
+    [
+        ("fp8", "a body of 8 bits or fewer is not built; use bfloat16 or float16"),
+        ("bf16", "'bf16' is not known; use bfloat16"),
+        ("float64", "'float64' is not known; use one of float32, bfloat16, float16"),
+    ],
+)
+def test_a_precision_that_is_not_built_is_one_sentence(
+    freewheel: Run, tmp_path: Path, precision: str, says: str
+) -> None:
+    for command in (["build", "x", "--out", tmp_path / "b"], ["inspect", tmp_path]):
+        error = failure(freewheel(*command, "--precision", precision, "--json"), 3, "config")
+        assert says in error["message"]
+
+
+def test_tune_without_a_goal_says_which_there_are(freewheel: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    arguments = ("tune", tmp_path, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "c")
+    error = failure(freewheel(*arguments, "--json"), 3, "request")
+    assert error["message"].startswith("tune: has no goal; give one of --target-speedup")
+
+
+def test_a_sweep_prints_its_table_on_stdout(freewheel: Run, trace: Trace, tmp_path: Path) -> None:
+    trace.save(tmp_path / "t.npz")
+    sweep = ("replay", tmp_path / "t.npz", "--config", "taylorseer", "--sweep", "interval=2,4")
+    result = freewheel(*sweep)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("| value | computed |")
+    assert len(result.stdout.splitlines()) == 4
+    assert len(json.loads(freewheel(*sweep, "--json").stdout)["sweep"]) == 2
+
+
+def test_a_speedup_is_called_measured_only_beside_an_uncached_run(
+    freewheel: Run, demo_bundle: Bundle, tmp_path: Path
+) -> None:
+    base = ["run", demo_bundle.folder, "--prompt", "a ring", "--out", tmp_path / "v.png",
+            "--frames", 1, "--steps", 4, "--set", "interval=2"]  # fmt: skip
+    plain = freewheel(*base, "--cache", "taylorseer")
+    assert plain.exit_code == 0, plain.output
+    assert "estimated speedup" in plain.stderr
+    assert "measured speedup" not in plain.stderr
+    page = tmp_path / "r.html"
+    data = json.loads(freewheel(*base, "--cache", "taylorseer", "--report", page, "--json").stdout)
+    assert data["estimated_speedup"] > 0
+    assert f"<td>{data['measured_speedup']:.2f}</td>" in page.read_text(encoding="utf-8")
+    off = json.loads(freewheel(*base[:-2], "--cache", "off", "--json").stdout)
+    assert (off["estimated_speedup"], off["measured_speedup"]) == (None, None)
 
 
 def test_errors_without_json_go_to_stderr_as_one_message(freewheel: Run, tmp_path: Path) -> None:

@@ -57,6 +57,27 @@ def test_links_lead_to_files(path: Path) -> None:
     assert [t for t in local if not (path.parent / t).exists()] == []
 
 
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        targets = (page.parent / t for t, _ in LINK.findall(page.read_text(encoding="utf-8")))
+        ahead += {t.resolve() for t in targets if t.suffix == ".md" and t.exists()} - reached
+    assert [str(p.relative_to(ROOT)) for p in DOCS if p not in reached] == []
+
+
+@every_document
+def test_rows_of_a_table_stand_below_its_head(path: Path) -> None:
+    lines = ["", *BLOCK.sub("", path.read_text(encoding="utf-8")).splitlines(), ""]
+    stranded = []
+    for above, line, below in zip(lines, lines[1:], lines[2:], strict=False):
+        is_head = re.fullmatch(r"\|[-:| ]+\|", below) is not None
+        if line.startswith("|") and not above.startswith("|") and not is_head:
+            stranded.append(line)
+    assert stranded == []
+
+
 @every_document
 def test_commands_have_the_options_that_are_named(path: Path) -> None:
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group

@@ -36,6 +36,7 @@ ALLOWED = {
     "tuning": {"bundle", "configs", "engines", "policies", "runtime"},
     "console": {"configs"},
     "cli": {
+        "",
         "bundle",
         "compiler",
         "configs",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..runtime.forecast import forecast
 from ..runtime.generate import GenerationRequest, Generator
 from ..runtime.model import LoadedModel
 from ..runtime.settings import choose_setting
+from ..runtime.statistics import FEW_STEPS
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
 from .lockstep import Lockstep, SamplerRows, sampler_rows
@@ -33,16 +35,12 @@ from .search import candidates, search
 from .solve import early_weights, solve
 
 __all__ = [
-    "FEW_STEPS",
     "SPEEDUPS",
     "Calibration",
     "CalibrationRequest",
     "calibrate",
     "save_calibration",
 ]
-
-FEW_STEPS = 8
-"""Steps up to which a checkpoint is taken for a distilled one, whose steps are too far apart."""
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
 """Ideal speedups that configs are written for, unless others are asked for."""
@@ -131,21 +129,31 @@ def calibrate(
     """
     if not request.prompts:
         raise RequestError("calibrate", "has no prompt", "give --prompts FILE")
+    for value in request.speedups:
+        if not 1 < value < math.inf:
+            raise RequestError(f"--speedup {value:g}", "is not above 1", "try --speedup 2")
+    if not 1 <= request.history <= HISTORY:
+        raise RequestError(f"--history {request.history}", f"is outside [1, {HISTORY}]", "use 3")
     began = time.perf_counter()
-    generator = Generator(bundle, backend=request.backend)
-    model = generator.transformer.session.model
     base = choose_setting(bundle, None, {}, warn)
     uncached = choose_setting(bundle, "off", {}, warn).cache
+    runs = [
+        GenerationRequest(
+            prompt=prompt, cache=uncached, defaults=base.generation, steps=request.steps,
+            guidance_scale=request.guidance, seed=request.first_seed + index,
+        )
+        for index, prompt in enumerate(request.prompts)
+    ]  # fmt: skip
+    for run in runs:
+        run.check()
+    generator = Generator(bundle, backend=request.backend)
+    model = generator.transformer.session.model
     recorder = GramRecorder(model, window=request.window)
     watcher.phase("calibrate", len(request.prompts))
     resolved: dict[str, Any] = {}
-    for index, prompt in enumerate(request.prompts):
-        wanted = GenerationRequest(
-            prompt=prompt, cache=uncached, defaults=base.generation, steps=request.steps,
-            guidance_scale=request.guidance, seed=request.first_seed + index,
-        )  # fmt: skip
-        resolved = generator.generate(wanted, recorder=recorder).resolved
-        watcher.advance(prompt)
+    for run in runs:
+        resolved = generator.generate(run, recorder=recorder).resolved
+        watcher.advance(run.prompt)
     if resolved["steps"] <= FEW_STEPS:
         warn(few_steps_advice(resolved["steps"]))
     common = _common(resolved, base.generation.model_dump())

@@ -109,7 +109,7 @@ def write_run_report(
     statistics = result.statistics
     data = statistics.as_dict(parameters)
     quality = compare_videos(result.frames, reference.frames)
-    ratio = reference.seconds["denoise"] / result.seconds["denoise"]
+    ratio = result.speedup_over(reference)
     rows: list[list[Any]] = [
         ["steps", statistics.steps],
         ["computed steps, mean of branches", f"{statistics.computed_steps:g}"],
@@ -161,7 +161,8 @@ def write_bench_report(path: Path, report: BenchReport) -> None:
         _Section("Table", columns=report.columns, rows=cells),
         _Section(
             "Speed against quality",
-            "Mean PSNR against the uncached run; the bar reaches down to the worst pair.",
+            "Mean PSNR against the uncached run. Bars reach down to the worst pair, and from the "
+            "slowest to the fastest round.",
             pictures=[_pareto(report.entries)],
         ),
         *(
@@ -175,7 +176,7 @@ def write_bench_report(path: Path, report: BenchReport) -> None:
     ]
     subtitle = (
         f"{report.steps} steps, {report.backend}, {report.precision}, {report.pairs} prompt and seed "
-        f"pairs, {report.rounds} interleaved rounds."
+        f"pairs, {report.rounds} interleaved rounds of one pair each."
     )
     _write(path, "Speed and quality of cache settings", subtitle, [], sections)
 
@@ -243,9 +244,12 @@ def _pareto(entries: Sequence[Mapping[str, Any]]) -> _Picture:
         mean, worst = entry["psnr_mean"], entry["psnr_worst"]
         if mean is None:
             continue
+        speedup = entry["speedup"]
+        least, most = entry["speedup_spread"] or (speedup, speedup)
         axes.errorbar(
-            entry["speedup"], mean, yerr=[[mean - worst], [0]], fmt="o", color=COMPUTED, lw=1
-        )
+            speedup, mean, xerr=[[speedup - least], [most - speedup]], yerr=[[mean - worst], [0]],
+            fmt="o", color=COMPUTED, lw=1,
+        )  # fmt: skip
         axes.annotate(
             entry["name"], (entry["speedup"], mean), xytext=(5, 4), textcoords="offset points"
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,19 @@ from ..runtime.bench import BenchRequest, Watcher, bench_bundle
 from ..runtime.generate import GenerationRequest, Generator
 from ..runtime.replay import replay
 from ..runtime.settings import choose_setting, config_entry, other_size
+from ..runtime.table import spread_cell
 from ..runtime.trace import Trace, TraceRecorder
 
 __all__ = ["Candidate", "Goal", "TuneReport", "TuneRequest", "calibrated", "save_config", "tune"]
 
 THRESHOLDS = tuple(float(round(t, 4)) for t in np.geomspace(0.02, 2.0, 24))
 INTERVALS = range(2, 9)
+
+EXAMPLES = {
+    "--target-speedup": "--target-speedup 2",
+    "--min-psnr": "--min-psnr 30",
+    "--min-ssim": "--min-ssim 0.95",
+}
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,16 @@ class Goal:
     ssim: float | None = None
 
     def __post_init__(self) -> None:
-        given = [n for n in ("speedup", "psnr", "ssim") if getattr(self, n) is not None]
+        options = {
+            "--target-speedup": self.speedup, "--min-psnr": self.psnr, "--min-ssim": self.ssim,
+        }  # fmt: skip
+        given = {option: value for option, value in options.items() if value is not None}
         if len(given) != 1:
-            raise RequestError(
-                "tune",
-                f"has {len(given)} goals",
-                "give one of --target-speedup, --min-psnr, --min-ssim",
-            )
+            found = f"has several goals, {' and '.join(given)}" if given else "has no goal"
+            raise RequestError("tune", found, f"give one of {', '.join(options)}")
+        ((option, value),) = given.items()
+        if not 0 < value < math.inf or (option == "--min-ssim" and value > 1):
+            raise RequestError(f"{option} {value}", "can't be reached", f"try {EXAMPLES[option]}")
 
     def is_met(self, row: Mapping[str, Any]) -> bool:
         """Tell whether a measured row reaches the goal."""
@@ -100,6 +111,7 @@ class TuneRequest:
         traces: Prompts recorded.
         calibration: File that `calibrate` wrote, whose configs and coefficients join the search.
         confirm: Candidates that real runs confirm, at most.
+        rounds: Timed runs of each, at least; raised to a multiple of the confirming prompts.
         steps: Denoise steps; None takes the default config's.
         backend: Name of a backend; None takes the bundle's first.
     """
@@ -109,8 +121,16 @@ class TuneRequest:
     traces: int = 2
     calibration: Path | None = None
     confirm: int = 8
+    rounds: int = 3
     steps: int | None = None
     backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("traces", "confirm", "rounds"):
+            if getattr(self, name) < 1:
+                raise RequestError(
+                    f"--{name} {getattr(self, name)}", "is below 1", f"try --{name} 2"
+                )
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,7 @@ class TuneReport:
         "policy and parameters",
         "computed",
         "speedup",
+        "spread",
         "PSNR dB",
         "worst",
         "SSIM",
@@ -149,6 +170,7 @@ class TuneReport:
         return [
             [
                 r["name"], f"{r['computed_steps']:g}", round(r["speedup"], 2),
+                spread_cell(r["speedup_spread"]),
                 *(None if r[k] is None else round(r[k], 1 if "psnr" in k else 4)
                   for k in ("psnr_mean", "psnr_worst", "ssim_mean", "ssim_worst")),
                 ("*" if _is_best(r, rows) else "") + ("<" if r["name"] == self.chosen else ""),
@@ -179,7 +201,7 @@ def tune(
         bundle: An open bundle.
         request: Goal, prompts and bounds.
         watcher: Shown each run.
-        warn: Told where prompts are too few to hold any out, and of what a user would want to know.
+        warn: Told where prompts are too few to hold any out, and of speedups not to be trusted.
 
     Raises:
         ConfigError, RequestError, BackendUnavailable: as for a run.
@@ -189,8 +211,10 @@ def tune(
         warn("too few prompts to hold any out: those that were replayed confirm as well")
         confirming = replayed
     base = choose_setting(bundle, None, {}, warn)
-    traces = _record(bundle, request, replayed, base, watcher)
-    candidates = _candidates(bundle, request, traces, warn)
+    runs = _uncached_runs(bundle, request, replayed, base)
+    space = _search_space(bundle, request, warn)
+    traces = _record(bundle, request, runs, watcher)
+    candidates = _candidates(bundle, space, traces)
     tried = _worth_running(candidates, request.goal, request.confirm)
     if not tried:
         raise RequestError(
@@ -198,8 +222,8 @@ def tune(
             f"has an ideal speedup of {max(c.ideal_speedup for c in candidates):.2f}", "ask for less",
         )  # fmt: skip
     bench = BenchRequest(
-        prompts=confirming, seeds=[0], caches={c.name: c.config.setting() for c in tried}, rounds=1,
-        steps=request.steps, backend=request.backend,
+        prompts=confirming, seeds=[0], caches={c.name: c.config.setting() for c in tried},
+        rounds=request.rounds, steps=request.steps, backend=request.backend,
     )  # fmt: skip
     rows = bench_bundle(bundle, bench, watcher, warn).entries[1:]
     met = [r for r in rows if request.goal.is_met(r)]
@@ -220,41 +244,43 @@ def save_config(config: CachingConfig, path: Path) -> None:
     write_text(path, text + "\n", "choose another --out")
 
 
+def _uncached_runs(
+    bundle: Bundle, request: TuneRequest, prompts: Sequence[str], base: ResolvedConfig
+) -> list[GenerationRequest]:
+    """Return a checked request per replayed prompt."""
+    uncached = choose_setting(bundle, "off", {}, lambda text: None).cache
+    runs = [
+        GenerationRequest(
+            prompt=prompt, cache=uncached, defaults=base.generation, steps=request.steps, seed=seed
+        )
+        for seed, prompt in enumerate(prompts)
+    ]
+    for run in runs:
+        run.check()
+    return runs
+
+
 def _record(
-    bundle: Bundle,
-    request: TuneRequest,
-    prompts: Sequence[str],
-    base: ResolvedConfig,
-    watcher: Watcher,
+    bundle: Bundle, request: TuneRequest, runs: Sequence[GenerationRequest], watcher: Watcher
 ) -> list[Trace]:
     """Run the replayed prompts uncached."""
-    uncached = choose_setting(bundle, "off", {}, lambda text: None).cache
     generator = Generator(bundle, backend=request.backend)
-    watcher.phase("record", len(prompts))
+    watcher.phase("record", len(runs))
     traces = []
-    for seed, prompt in enumerate(prompts):
+    for run in runs:
         recorder = TraceRecorder()
-        generator.generate(
-            GenerationRequest(
-                prompt=prompt,
-                cache=uncached,
-                defaults=base.generation,
-                steps=request.steps,
-                seed=seed,
-            ),
-            recorder=recorder,
-        )
+        generator.generate(run, recorder=recorder)
         traces.append(recorder.trace())
-        watcher.advance(prompt)
+        watcher.advance(run.prompt)
     return traces
 
 
 def _candidates(
-    bundle: Bundle, request: TuneRequest, traces: Sequence[Trace], warn: Callable[[str], None]
+    bundle: Bundle, space: Mapping[str, CachingConfig], traces: Sequence[Trace]
 ) -> list[Candidate]:
     """Replay every candidate that the bundle and the traces allow, and drop equal ones."""
     found: dict[str, Candidate] = {}
-    for name, config in _search_space(bundle, request, warn).items():
+    for name, config in space.items():
         setting = config.setting()
         if setting.policy not in bundle.manifest.policies:
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from freewheel.bundle.staging import staged_folder
+from freewheel.bundle.staging import check_target, staged_folder
 from freewheel.configs.errors import OutputError
 
 
@@ -145,6 +145,20 @@ def test_a_parent_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         staged_folder(tmp_path / "file" / "bundle", replace=False),
     ):
         pytest.fail("must not begin")
+
+
+def test_a_target_is_judged_ahead_and_nothing_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(OutputError, match=r"file: already exists; choose another --out$"):
+        check_target(tmp_path / "file", replace=False)
+    with pytest.raises(OutputError, match="or pass --force"):
+        check_target(tmp_path / "bundle", replace=False)
+    with pytest.raises(OutputError, match=r"is a file, expected a folder|Not a directory"):
+        check_target(tmp_path / "file" / "bundle", replace=False)
+    check_target(tmp_path / "bundle", replace=True)
+    check_target(tmp_path / "new" / "bundle", replace=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "file"]
 
 
 def test_a_relative_target_survives_a_change_of_directory(

@@ -15,6 +15,7 @@ from freewheel.compiler.families.wan import WAN
 from freewheel.compiler.footprint import (
     Footprint,
     activation_bytes,
+    amount,
     fit_verdict,
     footprint_of,
     weights_of,
@@ -167,3 +168,17 @@ def test_a_verdict_names_the_number_that_decides() -> None:
     assert without is not None
     assert not without.runs
     assert without.text.endswith("residual history decide: 1.00 GB")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1500, "1.50 kB"),
+        (2 * 10**6, "2.00 MB"),
+        (10**10, "10.00 GB"),
+        (17654 * 10**10, "176.54 TB"),
+    ],
+)
+def test_amounts_have_their_unit(count: int, text: str) -> None:
+    assert amount(count) == text

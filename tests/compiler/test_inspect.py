@@ -11,7 +11,7 @@ import pytest
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler import fit
-from freewheel.compiler.inspect import amount, inspect_bundle, render
+from freewheel.compiler.inspect import inspect_bundle, render
 from freewheel.configs.errors import RequestError
 
 SIZE = {"height": 64, "width": 96, "frames": 9, "steps": 10}
@@ -106,10 +106,3 @@ def test_a_run_that_does_not_fit_is_told_with_the_number_that_decides(
 def test_a_size_that_does_not_divide_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(RequestError, match="--frames 10"):
         inspect_bundle(tiny_bundle, frames=10)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1500, "1.50 kB"), (2 * 10**6, "2.00 MB"), (10**10, "10.00 GB")]
-)
-def test_amounts_have_their_unit(count: int, text: str) -> None:
-    assert amount(count) == text

@@ -151,6 +151,41 @@ def test_images_are_asked_for_where_they_belong(
         maker.timesteps(request(Path("nowhere.png")))
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, r"--steps 0: is outside \[1, 1000\]; use 20 to 50"),
+        ({"steps": 1001}, "--steps 1001"),
+        ({"seed": -1}, r"--seed -1: is outside \[0, 2\*\*63\); use --seed 42"),
+        ({"seed": 2**63}, "--seed 9223372036854775808"),
+        ({"guidance_scale": float("nan")}, "--guidance nan: is not finite; use 1 to 10"),
+        ({"guidance_scale": float("-inf")}, "--guidance -inf"),
+        ({"height": 40_000}, "--height 40000: is above 32768"),
+        ({"frames": 40_001}, "--frames 40001"),
+        ({"image": Path("nowhere.png")}, r"--image 'nowhere\.png': can't be read"),
+    ],
+    ids=str,
+)
+def test_values_that_no_model_takes_are_refused_before_a_step(
+    generator: Generator, request_of: Any, options: dict[str, Any], says: str
+) -> None:
+    asked = request_of(CacheSetting(), **options)
+    ran: list[int] = []
+    for refuse in (
+        asked.check,
+        lambda: generator.timesteps(asked),
+        lambda: generator.generate(asked, on_step=lambda done, total: ran.append(done)),
+    ):
+        with pytest.raises(RequestError, match=says):
+            refuse()
+    assert ran == []
+
+
+def test_the_largest_seed_runs(generator: Generator, request_of: Any) -> None:
+    asked = request_of(CacheSetting(), steps=1, frames=1, seed=2**63 - 1)
+    assert generator.generate(asked).resolved["seed"] == 2**63 - 1
+
+
 def test_a_bundle_in_the_other_pipeline_is_refused(
     i2v_checkpoint: Path, tiny_bundle: Bundle, first_frame: Path
 ) -> None:

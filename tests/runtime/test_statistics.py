@@ -20,7 +20,7 @@ def test_speedups_of_four_computed_steps_in_ten() -> None:
     run = run_of([True, False, True, False, False] * 2)
     assert run.computed_steps == 4
     assert run.ideal_speedup == 2.5
-    assert run.measured_speedup == pytest.approx(10 * 2.0 / (4 * 2.0 + 6 * 0.5))
+    assert run.estimated_speedup == pytest.approx(10 * 2.0 / (4 * 2.0 + 6 * 0.5))
     assert run.step_seconds() == {"computed": 2.0, "reused": 0.5}
 
 
@@ -33,7 +33,7 @@ def test_branches_are_averaged() -> None:
 
 def test_a_run_without_steps_claims_nothing() -> None:
     run = RunStatistics("teacache", False, 0)
-    assert (run.computed_steps, run.ideal_speedup, run.measured_speedup) == (0.0, 1.0, None)
+    assert (run.computed_steps, run.ideal_speedup, run.estimated_speedup) == (0.0, 1.0, None)
     assert run.step_seconds() == {"computed": None, "reused": None}
 
 
@@ -57,13 +57,31 @@ def test_percentiles_are_those_of_reused_steps() -> None:
         (run_of([True, False] * 10, [0.001] * 20), {"threshold": 0.3}, ["can't matter"]),
         (run_of([True, False] * 10, [0.1] * 20), {"threshold": 0.3}, []),
         (run_of([True, False] * 4), {}, ["few-step sampling"]),
-        (run_of([True] * 4), {}, ["reused nothing", "few-step sampling"]),
+        (run_of([True] * 4), {}, ["4 steps is few-step sampling"]),
+        (run_of([True] * 20, [0.001] * 20), {"threshold": 0.3}, ["reused nothing"]),
+        (run_of([True] * 4, policy="off"), {}, []),
     ],
 )
 def test_warnings(run: RunStatistics, parameters: dict[str, float], expected: list[str]) -> None:
     found = run.warnings(parameters)
     assert len(found) == len(expected)
     assert all(part in text for part, text in zip(expected, found, strict=True))
+
+
+def test_one_cause_is_one_warning_for_all_branches() -> None:
+    run = run_of([True] * 20)
+    run.branches["uncond"] = run.branches["cond"]
+    (text,) = run.warnings({"threshold": 0.3})
+    assert "reused nothing in branch 'cond' and 'uncond': every step was computed" in text
+    run.steps = 4
+    (text,) = run.warnings({"threshold": 0.3})
+    assert "few-step sampling" in text
+    assert "reused nothing in branch 'cond' and 'uncond'" in text
+
+
+def test_an_uncached_run_has_no_speedup() -> None:
+    assert run_of([True] * 20, policy="off").as_dict()["estimated_speedup"] is None
+    assert "measured_speedup" not in run_of([True, False]).as_dict(), "nothing was timed beside it"
 
 
 def test_json_holds_every_branch() -> None:

@@ -8,7 +8,7 @@ from freewheel.configs.errors import ConfigError
 from freewheel.configs.setting import CacheSetting
 from freewheel.policies import policy
 from freewheel.runtime.replay import replay
-from freewheel.runtime.sweep import run_sweep, sweep_values
+from freewheel.runtime.sweep import run_sweep, sweep_table, sweep_values
 from freewheel.runtime.trace import Trace
 
 TEA, TAYLOR = policy("teacache").spec, policy("taylorseer").spec
@@ -43,6 +43,14 @@ def test_each_row_is_the_replay_of_its_value(trace: Trace) -> None:
     assert rows[3].computed_steps == alone.computed_steps
     errors = [e for b in alone.branches.values() for e in b.reuse_error if e is not None]
     assert rows[3].worst_error == max(errors)
+
+
+def test_the_table_has_a_row_per_value(trace: Trace) -> None:
+    rows = run_sweep(trace, CacheSetting(policy="taylorseer"), TAYLOR, "interval=2,4")
+    head, _, two, four = sweep_table(rows).splitlines()
+    assert head.startswith("| value | computed | ideal speedup |")
+    assert two.startswith("| 2 | ")
+    assert four.startswith("| 4 | ")
 
 
 def test_a_value_outside_the_parameters_range_is_one_error(trace: Trace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -63,5 +64,26 @@ def test_files_that_are_no_trace_are_refused(trace: Trace, tmp_path: Path, damag
 
 
 def test_unwritable_place_is_one_error(trace: Trace, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"nowhere/trace.npz.*can't be written.*choose"):
-        trace.save(tmp_path / "nowhere" / "trace.npz")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"file/trace.npz.*can't be written.*choose"):
+        trace.save(tmp_path / "file" / "trace.npz")
+    trace.save(tmp_path / "new" / "trace.npz")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["trace.npz"]
+
+
+@pytest.mark.parametrize("kind", ["npy", "pickle", "video", "objects"])
+def test_what_is_no_trace_is_said_without_advice_to_unpickle(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "trace.npz"
+    with path.open("wb") as stream:
+        if kind == "npy":
+            np.save(stream, np.zeros(3))
+        elif kind == "pickle":
+            pickle.dump({"a": 1}, stream)
+        elif kind == "video":
+            stream.write(b"\0\0\0 ftypisom")
+        else:
+            np.savez(stream, timesteps=np.array([{}], dtype=object), branches=np.array(["cond"]))
+    says = "holds Python objects" if kind == "objects" else "is no .npz file"
+    with pytest.raises(RequestError, match=says) as caught:
+        load_trace(path)
+    assert "pickle" not in str(caught.value)

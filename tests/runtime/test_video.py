@@ -8,7 +8,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from freewheel.configs.errors import OutputError
+from freewheel.configs.errors import OutputError, RequestError
 from freewheel.runtime.video import check_output, contact_sheet, write_video
 
 
@@ -49,6 +49,22 @@ def test_a_place_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) -
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OutputError, match=r"can't be written.*choose another --out"):
         check_output(tmp_path / "file" / "video.mp4")
+
+
+@pytest.mark.parametrize("fps", [0, -5, 1001])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_frames_per_second_are_bounded(tmp_path: Path, suffix: str, fps: int) -> None:
+    with pytest.raises(RequestError, match=rf"--fps {fps}: is outside \[1, 1000\]; use 8 to 30"):
+        write_video(ramp(), tmp_path / f"video{suffix}", fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_made_with_the_video(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "video.png"
+    check_output(path)
+    assert not path.parent.exists()
+    write_video(ramp(), path)
+    assert path.exists()
 
 
 def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,12 @@ def test_what_can_t_be_served_is_refused(
     assert files(tmp_path) == set()
 
 
+def test_a_repository_that_is_a_file_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "models").touch()
+    with pytest.raises(OutputError, match=r"models: is a file, expected a folder; choose another"):
+        write_repository(ServeRequest(tiny_bundle, tmp_path / "models", name="wan"))
+
+
 def test_a_version_is_never_overwritten(tiny_bundle: Bundle, tmp_path: Path) -> None:
     request = ServeRequest(tiny_bundle, tmp_path, name="wan", version=3)
     write_repository(request)

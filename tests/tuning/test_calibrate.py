@@ -10,7 +10,7 @@ import pytest
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.progress import Silent
-from freewheel.configs.errors import OutputError
+from freewheel.configs.errors import OutputError, RequestError
 from freewheel.configs.load import load_config, read_configs
 from freewheel.runtime.generate import Generator
 from freewheel.runtime.settings import config_entry
@@ -68,6 +68,29 @@ def test_unwritable_file_is_one_error(calibration: Calibration, tmp_path: Path) 
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="can't be written"):
         save_calibration(calibration, tmp_path / "file" / "calibration.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"speedups": (float("inf"),)}, "--speedup inf"),
+        ({"speedups": (float("nan"),)}, "--speedup nan"),
+        ({"speedups": (1.0,)}, "--speedup 1: is not above 1"),
+        ({"history": 0}, "--history 0"),
+        ({"steps": 0}, "--steps 0"),
+        ({"guidance": float("nan")}, "--guidance nan: is not finite"),
+        ({"first_seed": 2**63 - 1}, "--seed 9223372036854775808: is outside"),
+        ({"first_seed": -1}, "--seed -1"),
+    ],
+)
+def test_a_bad_request_is_refused_before_anything_is_loaded(
+    demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr("freewheel.tuning.calibrate.Generator", None)
+    with pytest.raises(RequestError, match=says):
+        calibrate(
+            demo_bundle, CalibrationRequest(PROMPTS[:2], **options), Silent(), lambda text: None
+        )
 
 
 def test_few_steps_are_advised_against(small_demo: Bundle) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.progress import Silent
-from freewheel.configs.errors import RequestError
+from freewheel.configs.errors import ConfigError, RequestError
 from freewheel.configs.load import load_config
 from freewheel.tuning.tune import Goal, TuneReport, TuneRequest, calibrated, save_config, tune
 
@@ -21,7 +21,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def report(small_demo: Bundle) -> TuneReport:
-    request = TuneRequest(Goal(speedup=1.2), PROMPTS, traces=1, confirm=3, steps=12)
+    request = TuneRequest(Goal(speedup=1.2), PROMPTS, traces=1, confirm=3, rounds=2, steps=12)
     return tune(small_demo, request, Silent(), lambda text: None)
 
 
@@ -44,6 +44,14 @@ def test_only_what_is_fast_enough_is_run_and_the_best_of_it_chosen(report: TuneR
     assert len(report.table()) == 3
 
 
+def test_the_spread_over_rounds_is_shown(report: TuneReport) -> None:
+    column = report.columns.index("spread")
+    for entry in report.rows:
+        least, most = entry["speedup_spread"]
+        assert least <= entry["speedup"] <= most
+        assert any(f"{least:.2f}–{most:.2f}" == cells[column] for cells in report.table())
+
+
 def test_chosen_config_is_written_and_loads(report: TuneReport, tmp_path: Path) -> None:
     name, config = next(iter(report.configs.items()))
     save_config(config, tmp_path / "tuned.json")
@@ -52,7 +60,7 @@ def test_chosen_config_is_written_and_loads(report: TuneReport, tmp_path: Path) 
 
 def test_quality_goal_takes_the_front_of_error_over_speed(small_demo: Bundle) -> None:
     told: list[str] = []
-    request = TuneRequest(Goal(psnr=5.0), PROMPTS[:1], confirm=3, steps=12)
+    request = TuneRequest(Goal(psnr=5.0), PROMPTS[:1], confirm=3, rounds=1, steps=12)
     found = tune(small_demo, request, Silent(), told.append)
     assert any("too few prompts" in text for text in told)
     assert not found.held_out
@@ -61,10 +69,34 @@ def test_quality_goal_takes_the_front_of_error_over_speed(small_demo: Bundle) ->
     assert found.rank_correlation is not None
 
 
-@pytest.mark.parametrize("goal", [{}, {"speedup": 2.0, "psnr": 30.0}])
-def test_exactly_one_goal_is_taken(goal: dict[str, float]) -> None:
-    with pytest.raises(RequestError, match="give one of"):
+@pytest.mark.parametrize(
+    ("goal", "says"),
+    [
+        ({}, "tune: has no goal; give one of --target-speedup, --min-psnr, --min-ssim"),
+        ({"speedup": 2.0, "psnr": 30.0}, "several goals, --target-speedup and --min-psnr; give"),
+        ({"speedup": float("nan")}, "--target-speedup nan: can't be reached; try --target-"),
+        ({"psnr": float("inf")}, "--min-psnr inf: can't be reached; try --min-psnr 30"),
+        ({"ssim": 1.5}, "--min-ssim 1.5: can't be reached; try --min-ssim 0.95"),
+    ],
+)
+def test_exactly_one_goal_that_can_be_reached_is_taken(goal: dict[str, float], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
         Goal(**goal)
+
+
+@pytest.mark.parametrize("option", ["traces", "confirm", "rounds"])
+def test_counts_begin_at_one(option: str) -> None:
+    with pytest.raises(RequestError, match=f"--{option} 0: is below 1"):
+        TuneRequest(Goal(speedup=2.0), PROMPTS, **{option: 0})
+
+
+def test_a_bad_calibration_is_refused_before_anything_is_loaded(
+    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freewheel.tuning.tune.Generator", None)
+    request = TuneRequest(Goal(speedup=2.0), PROMPTS, calibration=tmp_path / "no.json")
+    with pytest.raises(ConfigError, match=r"no\.json: can't be read"):
+        tune(demo_bundle, request, Silent(), lambda text: None)
 
 
 def test_a_speedup_beyond_every_candidate_is_one_error(small_demo: Bundle) -> None:

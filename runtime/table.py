@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables as Markdown, the form in which commands print them on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["markdown_table", "spread_cell"]
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table whose columns after the first align right.
+
+    Args:
+        columns: Headings.
+        rows: Cells; None is shown as a dash, a float with two decimals, or four below 1.
+    """
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def spread_cell(spread: Sequence[float] | None) -> str | None:
+    """Return the least and greatest of several measurements as one cell; None of one alone."""
+    return None if spread is None else f"{spread[0]:.2f}–{spread[1]:.2f}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+    return str(value)
