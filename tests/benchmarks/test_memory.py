@@ -11,6 +11,13 @@ from memory import MemorySampler, Peak, read_bytes, resident_now
 BYTES = 192 << 20
 
 
+def wait_for_samples(sampler: MemorySampler) -> None:
+    """Wait until one was begun after this call, however busy the machine is."""
+    count = len(sampler._samples)
+    while len(sampler._samples) < count + 2:
+        time.sleep(0.001)
+
+
 def test_copies_and_mapped_files_are_told_apart(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     np.ones(BYTES, dtype=np.uint8).tofile(file)
@@ -19,10 +26,10 @@ def test_copies_and_mapped_files_are_told_apart(tmp_path: Path) -> None:
     sampler.start()
     mapped = np.memmap(file, dtype=np.uint8, mode="r")
     assert int(mapped[::4096].sum()) == BYTES // 4096
-    time.sleep(0.1)
+    wait_for_samples(sampler)
     between = sampler.peak()
     copied = np.ones(BYTES, dtype=np.uint8)
-    time.sleep(0.1)
+    wait_for_samples(sampler)
     sampler.stop()
     assert between.mapped - before.mapped > 0.9 * BYTES
     assert between.copied - before.copied < 0.5 * BYTES

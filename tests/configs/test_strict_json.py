@@ -48,6 +48,6 @@ def test_the_deepest_allowed_is_read() -> None:
 
 def test_many_keys_take_no_quadratic_time() -> None:
     text = json.dumps(dict.fromkeys(map(str, range(200_000)), 0))
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone, however busy the machine is
     assert len(parse_json(text)) == 200_000
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,12 +178,11 @@ def test_an_interrupt_cancels(cpp_build, demo_bundle, embeddings, tmp_path) -> N
         [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert "step 1/60" in process.stderr.readline()
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=120)
+    _, text = process.communicate()
     assert process.returncode == 130
     assert "was cancelled" in text
-    assert time.monotonic() - began < 60
+    assert "step 60/60" not in text
     assert not (tmp_path / "x.npy").exists()
 
 
