@@ -126,8 +126,12 @@ class RunStatistics:
             )
         free = [d for b in self.branches.values() for d in b.distance if d is not None]
         threshold = parameters.get("threshold")
-        is_number = isinstance(threshold, int | float) and threshold > 0
-        if free and is_number and max(free) < 0.01 * threshold and not idle:
+        if (
+            free
+            and not idle
+            and isinstance(threshold, int | float)
+            and max(free) < 0.01 * threshold  # never so of threshold 0
+        ):
             found.append(
                 f"threshold {threshold} can't matter: the largest distance was {max(free):.3g}"
             )

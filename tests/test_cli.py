@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -395,11 +396,14 @@ def test_a_bug_of_ours_exits_with_70_and_its_traceback(
 ) -> None:
     arguments = ["freewheel", "build", "x", "--out", "b", *(["--json"] if as_json else [])]
     monkeypatch.setattr("sys.argv", arguments)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
+    handlers: dict[int, object] = {}
+    monkeypatch.setattr("signal.signal", handlers.__setitem__)
     monkeypatch.setattr("freewheel.cli._backend", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 70
+    # A stopped command ends as an interrupted one does, with nothing half written.
+    assert handlers == {signal.SIGTERM: signal.default_int_handler}
     shown = capsys.readouterr()
     assert "Traceback" in shown.err
     assert "ZeroDivisionError" in shown.err
