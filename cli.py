@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -52,13 +52,25 @@ class Command(TyperCommand):
 class Commands(TyperGroup):
     """The group of commands: ``--json`` prints an object for usage errors too."""
 
-    def main(self, args: Any = None, **options: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command line; see `typer.core.TyperGroup.main`."""
         arguments = sys.argv[1:] if args is None else list(args)
+        run = partial(
+            super().main, arguments, prog_name, complete_var,
+            windows_expand_args=windows_expand_args, **extra,
+        )  # fmt: skip
         if "--json" not in arguments:
-            return super().main(arguments, **options)
+            return run(standalone_mode=standalone_mode)
         try:
-            code = super().main(arguments, **{**options, "standalone_mode": False})
+            code = run(standalone_mode=False)
         except typer.TyperException as error:
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "freewheel"
@@ -591,8 +603,8 @@ def replay(
             from freewheel.runtime.sweep import run_sweep, sweep_table
 
             rows = run_sweep(load_trace(trace), setting, spec, sweep)
-            data = {"policy": setting.policy, "sweep": [vars(r) for r in rows]}
-            screen.result(data, [sweep_table(rows)])
+            swept = {"policy": setting.policy, "sweep": [vars(r) for r in rows]}
+            screen.result(swept, [sweep_table(rows)])
             return
         data = run_replay(load_trace(trace), setting).as_dict()
         lines = [

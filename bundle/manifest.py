@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..configs.caching import LARGEST_SEED
 from ..configs.dtypes import ITEM_BYTES, Precision
+from ..configs.limits import LARGEST_SEED
 from ..configs.policy_spec import PolicySpec
 from ..configs.setting import CacheSetting
 

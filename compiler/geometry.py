@@ -8,9 +8,9 @@ from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..runtime.settings import other_size
 from .fit import forecast_memory
-from .footprint import footprint_of
+from .footprint import amount, footprint_of
 from .host_memory import memory_beside
-from .inspect import amount, describe_flops, operations
+from .inspect import describe_flops, operations
 from .recut import cut_of
 from .sizes import Size, bundle_pipeline, dims_of, size_of
 

@@ -12,8 +12,8 @@ from typing import Any
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
+from ..configs.limits import check_size
 from ..engines.base import TensorSpec
-from ..runtime.generate import check_size
 from .checkpoint import read_json
 from .families import Cut
 

@@ -19,22 +19,19 @@ from pydantic import (
     model_validator,
 )
 
+from .limits import LARGEST_SEED
 from .policy_spec import ParameterSpec, PolicySpec, Value
 from .setting import CacheSetting, GuardSetting
 
 __all__ = [
     "ALL",
     "BRANCHES",
-    "LARGEST_SEED",
     "PER_BRANCH",
     "CachingConfig",
     "Count",
     "Positive",
     "config_model",
 ]
-
-LARGEST_SEED = 2**63 - 1
-"""The most that every program of this project takes: an int64."""
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]

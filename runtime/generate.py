@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 from ..bundle.manifest import ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..bundle.safetensors_header import read_header
-from ..configs.caching import LARGEST_SEED
 from ..configs.errors import BundleError, RequestError
+from ..configs.limits import LARGEST_SEED, check_size
 from ..configs.setting import CacheSetting
 from .attach import FreewheelTransformer, attach
 from .lora import Lora
@@ -30,14 +30,11 @@ from .model import DeviceOptions
 from .session import Recorder
 from .statistics import RunStatistics
 
-__all__ = ["Generation", "GenerationRequest", "Generator", "check_size", "loaded_bytes"]
+__all__ = ["Generation", "GenerationRequest", "Generator", "loaded_bytes"]
 
 FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
 TRANSFORMERS = {"transformer", "transformer_2"}
 """Parts of a pipeline that a bundle takes the place of."""
-
-LARGEST_SIZE = 1 << 15
-"""Pixels of a side and frames of a video: the most that any program of this project takes."""
 
 OnStep = Callable[[int, int], None]
 
@@ -315,19 +312,6 @@ def open_image(path: Path) -> Image.Image:
         raise RequestError(
             f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
         ) from error
-
-
-def check_size(name: str, value: int) -> None:
-    """Refuse a height, width or count of frames that is absurd.
-
-    Raises:
-        RequestError: it is above 32,768.
-    """
-    if value > LARGEST_SIZE:
-        raise RequestError(
-            f"--{name} {value}", f"is above {LARGEST_SIZE}",
-            "give pixels, such as 480" if name != "frames" else "give frames, such as 81",
-        )  # fmt: skip
 
 
 def part_dtypes(folder: Path) -> dict[str, torch.dtype]:

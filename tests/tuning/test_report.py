@@ -129,10 +129,12 @@ def test_changes_are_recorded_for_reused_steps_too(runs: Any) -> None:
 def test_bench_page_has_the_table_and_the_plot(tmp_path: Path, runs: Any) -> None:
     entry = {
         "name": "teacache", "computed_steps": 5.0, "seconds": 1.0, "speedup": 1.9,
+        "speedup_spread": [1.8, 2.0],
         "ideal_speedup": 2.0, "efficiency": 0.95, "psnr_mean": 41.25, "psnr_worst": 39.0,
         "ssim_mean": 0.99, "ssim_worst": 0.98,
     }  # fmt: skip
-    plain = {**entry, "name": "uncached", "psnr_mean": None, "psnr_worst": None}
+    none = {"psnr_mean": None, "psnr_worst": None, "speedup_spread": None}
+    plain = {**entry, "name": "uncached", **none}
     pictures = {"uncached": runs[1].frames, "teacache": runs[0].frames}
     report = BenchReport(STEPS, 3, 1, "onnxruntime", "float32", [plain, entry], pictures)
     path = tmp_path / "bench.html"
