@@ -82,9 +82,10 @@ def test_attached_image_to_video_gives_the_plain_pipelines_latents(
 def test_a_request_gives_what_the_plain_pipeline_gives(
     maker: Generator, i2v_checkpoint: Path, first_frame: Path
 ) -> None:
-    maker.pipe.scheduler = plain_pipeline(i2v_checkpoint).scheduler
-    expected = pipeline_latents(plain_pipeline(i2v_checkpoint), first_frame, **SIZE, guidance=3.0)
-    result = maker.generate(request(first_frame))
+    plain = plain_pipeline(i2v_checkpoint)
+    expected = pipeline_latents(plain, first_frame, **SIZE, guidance=3.0)
+    shift = {"flow_shift": plain.scheduler.config.flow_shift}
+    result = maker.generate(request(first_frame, defaults=DEFAULTS.model_copy(update=shift)))
     assert relative_l1(result.latents, expected) < 1e-4
     assert result.frames.shape == (5, 64, 96, 3)
     assert result.frames.dtype == np.uint8
