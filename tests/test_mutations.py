@@ -46,7 +46,7 @@ MUTATIONS = {
         "tests/bundle/test_files.py",
     ),
     "a damaged engine": Mutation(
-        "bundle/reader.py", "!= files[n].sha256]", "!= files[n].sha256 and False]",
+        "runtime/model.py", "            if damaged:\n", "            if damaged and False:\n",
         "tests/bundle/test_hostile.py",
     ),
     "a damaged piece": Mutation(
