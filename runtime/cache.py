@@ -188,10 +188,15 @@ class BranchCache:
     def reset(self, tables: Mapping[str, Tensor], step_count: int) -> None:
         """Forget the last run; take every decision of the coming one now, if they fold."""
         self._tables, self._step_count = tables, step_count
+        self.rejoin(0)
+
+    def rejoin(self, step_index: int) -> None:
+        """Forget what came before a gap: the branch computes at ``step_index`` and caches on."""
         self._forget()
-        self._verdicts = None
+        self._first, self._verdicts = step_index, None
         if self._resolved.is_folded:
-            self._verdicts = [self._decide_and_assume(t) for t in range(step_count)]
+            steps = range(step_index, self._step_count)
+            self._verdicts = [self._decide_and_assume(t) for t in steps]
             self._forget()
 
     def _forget(self) -> None:
@@ -224,14 +229,23 @@ class BranchCache:
 
     @property
     def folded(self) -> list[Verdict] | None:
-        """Every decision of the run where they are known ahead, else None."""
+        """Every decision from `reset` or `rejoin` on where they are known ahead, else None."""
         return self._verdicts
 
     def decide(self, step_index: int) -> Verdict:
         """Decide about the coming step; ``hidden`` holds its input already."""
         if self._verdicts is not None:
-            return self._verdicts[step_index]
+            return self._verdicts[step_index - self._first]
         return self._ask(step_index)
+
+    def affordable(self, verdict: Verdict) -> Verdict:
+        """Return a verdict that computes in place of one that mixes more residuals than are held.
+
+        A table of mixes, or another branch's decision, knows nothing of this branch's gaps.
+        """
+        if verdict.compute or not any(verdict.mix[len(self.computed_steps) :]):
+            return verdict
+        return Verdict(True, (), verdict.distance)
 
     def _ask(self, step_index: int) -> Verdict:
         stand: tuple[int, ...] = ()
@@ -240,7 +254,7 @@ class BranchCache:
             stand = self._signals.stand
         turn = self._last_tap if self._features else 0
         held = self.computed_steps[: self._resolved.depth]
-        return self._decider.decide(step_index, held, (stand, turn))
+        return self.affordable(self._decider.decide(step_index, held, (stand, turn)))
 
     @property
     def _last_tap(self) -> int:

@@ -140,6 +140,7 @@ class Session:
         self._tables: dict[str, Tensor] = {}
         self._rows = self._allocate_rows()
         self._row = -1
+        self._last_step = -1  # of any branch
         self._has_failed = False
         self._dims: dict[str, int] = {}
         self._shared: dict[str, Tensor] = {}
@@ -170,23 +171,25 @@ class Session:
                 "call scheduler.set_timesteps() first",
             )  # fmt: skip
         resolved = self.resolve(setting or CacheSetting())
+        self._has_failed = True  # until the run is set up
         if resolved != self._resolved or (recorder is None) != (self._recorder is None):
             for branch in self._branches.values():
                 branch.cache = None
         self._resolved, self._recorder, self._row = resolved, recorder, -1
         self._shared_verdict = None
-        self._has_failed = False
-        self._compute_tables(timesteps)
+        self._last_step = -1
         self.statistics = RunStatistics(
             resolved.policy.spec.name, resolved.is_folded, len(timesteps),
             form=form_of(resolved.policy.spec.name, resolved.parameters),
         )  # fmt: skip
+        self._compute_tables(timesteps)
         for branch in self._branches.values():
             branch.last_step = -1
             if branch.cache is not None:
                 branch.cache.reset(self._tables, len(timesteps))
         if recorder is not None:
             recorder.on_run(self._tables, self._timesteps)
+        self._has_failed = False
 
     @property
     def steps(self) -> int:
@@ -250,7 +253,8 @@ class Session:
 
         Args:
             branch: A branch whose prompt was set.
-            step_index: 0-based; each branch counts up by one.
+            step_index: 0-based, rising. A branch may leave steps out, as guidance intervals do:
+                it computes on its return, and caches from there.
             inputs: Per-step inputs by name: ``latents`` [batch, channels, frames, height, width].
 
         Returns:
@@ -267,18 +271,21 @@ class Session:
                 f"branch '{branch}', step {step_index}", "follows a step that failed",
                 "call begin() to start another run",
             )  # fmt: skip
-        self._place(inputs, f"branch '{branch}', step {step_index}")
-        state = self._branch(branch)
-        if step_index != state.last_step + 1 or step_index >= self.steps:
+        done, last = self.last_step(branch), self._last_step
+        if not done < step_index < self.steps or step_index not in (last, last + 1):
             raise RequestError(
                 f"branch '{branch}', step {step_index}",
-                f"does not follow step {state.last_step} of {self.steps}",
+                f"does not follow step {max(done, last)} of {self.steps}",
                 "call begin() at the start of a run, and steps in order",
             )
+        self._place(inputs, f"branch '{branch}', step {step_index}")
+        state = self._branch(branch)
         cache = state.cache
         assert cache is not None, "_branch() makes one"
         began = time.perf_counter()
         self._has_failed = True  # until the step has ended well
+        if step_index > state.last_step + 1:
+            cache.rejoin(step_index)
         self._select_row(step_index)
         with self._timed("head"):
             self._head.run()
@@ -299,7 +306,7 @@ class Session:
             cache.keep(step_index)
             cache.keep_output(state.model_output)
         self._has_failed = False
-        state.last_step = step_index
+        state.last_step = self._last_step = step_index
         self.statistics.branches.setdefault(branch, BranchStatistics()).add(
             verdict.compute,
             verdict.distance,
@@ -334,7 +341,7 @@ class Session:
             return cache.decide(step_index)
         if self._shared_verdict is None or self._shared_verdict[0] != step_index:
             self._shared_verdict = step_index, cache.decide(step_index)
-        return self._shared_verdict[1]
+        return cache.affordable(self._shared_verdict[1])
 
     def _check_input(self, place: str, name: str, tensor: Tensor, hint: str) -> None:
         if self.model.options.check_finite and tensor.is_floating_point() and not is_finite(tensor):

@@ -214,16 +214,21 @@ std::vector<Tensors> BranchCache::arrangements() {
 Status BranchCache::reset(const Tensors& tables, std::int64_t step_count) {
   step_count_ = step_count;
   if (signal_ != nullptr && signal_->is_known_per_run) source_ = tables.at(signal_->value);
+  return rejoin(0);
+}
+
+Status BranchCache::rejoin(std::int64_t first) {
   FREEWHEEL_TRY(forget());
   folded_.clear();
+  first_ = first;
   if (!is_folded_) return {};
   const Cancellation never;
   const auto size = static_cast<std::size_t>(decider_->mix_size());
-  const auto steps = static_cast<std::size_t>(step_count);
+  const auto steps = static_cast<std::size_t>(step_count_ - first);
   std::vector<Verdict> verdicts(steps);
   folded_mix_.assign(steps * size, 0.0f);
   for (std::size_t step = 0; step < steps; ++step) {
-    const auto index = static_cast<std::int64_t>(step);
+    const std::int64_t index = first + static_cast<std::int64_t>(step);
     FREEWHEEL_ASSIGN(verdicts[step], ask(index, never));
     float* kept = folded_mix_.data() + step * size;
     std::copy(verdicts[step].mix, verdicts[step].mix + size, kept);
@@ -250,7 +255,7 @@ Status BranchCache::forget() {
 
 Result<Verdict> BranchCache::decide(std::int64_t step_index,
                                     const Cancellation& cancellation) noexcept {
-  if (!folded_.empty()) return folded_[static_cast<std::size_t>(step_index)];
+  if (!folded_.empty()) return folded_[static_cast<std::size_t>(step_index - first_)];
   return ask(step_index, cancellation);
 }
 
@@ -262,8 +267,20 @@ Result<Verdict> BranchCache::ask(std::int64_t step_index,
     arrangement = arrangement_of_[SignalBuffers::key(roles_.stand())];
   }
   if (!features_.empty()) arrangement += static_cast<std::size_t>(last_feature());
-  return decider_->decide(step_index, computed_steps_.data(),
-                          static_cast<std::int64_t>(computed_steps_.size()), arrangement);
+  FREEWHEEL_ASSIGN(
+      const Verdict verdict,
+      decider_->decide(step_index, computed_steps_.data(),
+                       static_cast<std::int64_t>(computed_steps_.size()), arrangement));
+  return affordable(verdict);
+}
+
+Verdict BranchCache::affordable(Verdict verdict) const noexcept {
+  if (verdict.compute) return verdict;
+  const auto size = static_cast<std::int64_t>(decider_->mix_size());
+  for (auto age = static_cast<std::int64_t>(computed_steps_.size()); age < size; ++age) {
+    verdict.compute = verdict.compute || verdict.mix[age] != 0.0f;
+  }
+  return verdict;
 }
 
 /// Writes this step's signal where nothing that is kept stands.

@@ -48,6 +48,13 @@ class BranchCache {
   /// @param tables Per-run tables in the backend's memory, valid during the run.
   Status reset(const Tensors& tables, std::int64_t step_count);
 
+  /// Forgets what came before a gap: the branch computes at step `first` and caches from there.
+  Status rejoin(std::int64_t first);
+
+  /// Computes in place of a verdict that mixes more residuals than are held: a table of mixes, or
+  /// another branch's decision, knows nothing of this branch's gaps.
+  Verdict affordable(Verdict verdict) const noexcept;
+
   /// Decides about the coming step; `hidden` holds its input already. A policy with a probe runs
   /// the body's first block for it.
   Result<Verdict> decide(std::int64_t step_index, const Cancellation& cancellation) noexcept;
@@ -91,6 +98,7 @@ class BranchCache {
   const SignalEntry* signal_ = nullptr;
   bool is_folded_ = false;
   std::int64_t depth_ = 0, step_count_ = 0;
+  std::int64_t first_ = 0;  // step of the first folded verdict
   BufferSet buffers_;
   ResidualRing ring_;
   std::vector<std::unique_ptr<BoundCall>> deltas_;

@@ -324,7 +324,7 @@ Result<Verdict> Expert::decide(Branch& branch, std::int64_t step_index) noexcept
     FREEWHEEL_ASSIGN(shared_verdict_, branch.cache->decide(step_index, cancellation_));
     shared_step_ = step_index;
   }
-  return shared_verdict_;
+  return branch.cache->affordable(shared_verdict_);
 }
 
 /// Says which segment of the step just run first made values that are not finite. The memory of
@@ -351,6 +351,7 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   FREEWHEEL_TRY(place(inputs, count));
   FREEWHEEL_ASSIGN(Branch * branch, ready_branch(name));
   const Clock::time_point began = Clock::now();
+  if (step_index > branch->last_step + 1) FREEWHEEL_TRY(branch->cache->rejoin(step_index));
   Verdict verdict;
   {
     const Timed timed(statistics_, Segment::kHead);

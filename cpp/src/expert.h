@@ -36,7 +36,8 @@ class Expert {
   Status prepare(const NamedTensor* inputs, std::size_t count);
 
   /// Runs one step of one branch.
-  /// @param step_index Of its own steps; the session has checked that it follows the last one.
+  /// @param step_index Of its own steps; the session has checked their order. A branch that left
+  /// steps out computes.
   Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
                       std::size_t count);
 

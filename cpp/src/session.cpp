@@ -146,6 +146,7 @@ class Session::Impl {
   std::vector<std::unique_ptr<Expert>> experts_;
   std::vector<std::int64_t> firsts_;  // of each expert: the run's step that is its first
   std::int64_t steps_ = 0;            // 0: no run
+  std::int64_t last_step_ = -1;       // of any branch
 };
 
 Status Session::Impl::initialise() {
@@ -161,6 +162,7 @@ Status Session::Impl::initialise() {
 
 Status Session::Impl::begin(const std::vector<double>& timesteps, const CacheSetting& setting) {
   steps_ = 0;  // no step may run on what is half set up
+  last_step_ = -1;
   FREEWHEEL_TRY(start(timesteps, setting));
   steps_ = statistics_.steps;
   return {};
@@ -240,17 +242,21 @@ Status Session::Impl::prepare(const NamedTensor* inputs, std::size_t count) {
 Result<Tensor> Session::Impl::step(std::string_view branch, std::int64_t step_index,
                                    const NamedTensor* inputs, std::size_t count) {
   if (steps_ == 0) return Status(Code::kRequest, "session", "has no run", "call begin() first");
-  const std::int64_t last = last_step(branch);
-  if (step_index != last + 1 || step_index >= steps_) {
+  const std::int64_t done = last_step(branch);
+  const bool is_next = step_index == last_step_ || step_index == last_step_ + 1;
+  if (step_index <= done || !is_next || step_index >= steps_) {
     return Status(Code::kRequest,
                   "branch '" + std::string(branch) + "', step " + std::to_string(step_index),
-                  "does not follow step " + std::to_string(last) + " of " + std::to_string(steps_),
+                  "does not follow step " + std::to_string(std::max(done, last_step_)) + " of " +
+                      std::to_string(steps_),
                   "call begin() at the start of a run, and steps in order");
   }
   const std::size_t index = expert_of(step_index);
   auto output = experts_[index]->step(branch, step_index - firsts_[index], inputs, count);
-  if (output.ok() || output.status().code() != Code::kNotFinite) return output;
+  if (output.ok()) last_step_ = step_index;
+  if (output.ok() || output.status().code() == Code::kRequest) return output;
   steps_ = 0;  // the run is over
+  if (output.status().code() != Code::kNotFinite) return output;
   const Status& fault = output.status();
   return Status(Code::kNotFinite,
                 "branch '" + std::string(branch) + "', step " + std::to_string(step_index) + ", " +

@@ -288,6 +288,63 @@ TEST_F(SessionTest, AStepAfterOneThatFailedIsRefused) {
             std::string::npos);
 }
 
+TEST_F(SessionTest, NoStepFollowsOneWhoseEngineFailed) {
+  TinyRun given;
+  const NamedTensor latents{"latents", given.request.latents};
+  ASSERT_TRUE(session_->set_prompt("cond", given.request.prompts.at("cond")).ok());
+  ASSERT_TRUE(session_->begin({900.0, 500.0, 100.0}, {}).ok());
+  ASSERT_TRUE(session_->step("cond", 0, &latents, 1).ok());
+  calls_->fail_finish = true;
+  EXPECT_EQ(session_->step("cond", 1, &latents, 1).status().code(), Code::kFailed);
+  calls_->fail_finish = false;
+  EXPECT_NE(session_->step("cond", 1, &latents, 1).status().message().find("call begin() first"),
+            std::string::npos);
+  ASSERT_TRUE(session_->begin({900.0, 500.0, 100.0}, {}).ok());
+  EXPECT_TRUE(session_->step("cond", 0, &latents, 1).ok());
+}
+
+TEST_F(SessionTest, ABranchThatLeftStepsOutComputesAndCachesFromThere) {
+  for (const char* policy : {"interval", "motion", "signal", "probe", "follow"}) {
+    TinyRun given;
+    CacheSetting setting;
+    setting.policy = policy;
+    const NamedTensor latents{"latents", given.request.latents};
+    std::vector<double> timesteps;
+    for (int step = 0; step < 12; ++step) timesteps.push_back(1000.0 - 80.0 * step);
+    for (const char* branch : {"cond", "uncond"}) {
+      ASSERT_TRUE(session_->set_prompt(branch, given.request.prompts.at(branch)).ok());
+    }
+    ASSERT_TRUE(session_->begin(timesteps, setting).ok());
+    const auto bytes_of = [](const Tensor& output) {
+      const auto* values = output.as<float>();
+      return std::vector<float>(values, values + output.shape.elements());
+    };
+    std::vector<float> back;
+    for (std::int64_t step = 0; step < 12; ++step) {
+      ASSERT_TRUE(session_->step("cond", step, &latents, 1).ok()) << policy << step;
+      if (step > 0 && step < 5) continue;
+      const auto output = session_->step("uncond", step, &latents, 1);
+      ASSERT_TRUE(output.ok()) << policy << step << output.status().message();
+      if (step == 5) back = bytes_of(*output);
+    }
+    const std::vector<char> alone = computed(0), interval = computed(1);
+    EXPECT_EQ(interval.size(), 8u);
+    EXPECT_EQ(interval[1], 1) << policy << " computes on its return";
+    EXPECT_FALSE(session_->step("cond", 7, &latents, 1).ok());
+    // What it gives there is what a run that begins there gives.
+    const auto fresh = make();
+    ASSERT_TRUE(fresh->set_prompt("uncond", given.request.prompts.at("uncond")).ok());
+    ASSERT_TRUE(fresh->begin({timesteps.begin() + 5, timesteps.end()}, setting).ok());
+    const auto first = fresh->step("uncond", 0, &latents, 1);
+    ASSERT_TRUE(first.ok());
+    EXPECT_EQ(bytes_of(*first), back) << policy;
+    if (std::string(policy) == "interval") {
+      EXPECT_EQ(interval, (std::vector<char>{1, 1, 1, 0, 0, 1, 0, 0}));
+      EXPECT_EQ(alone, (std::vector<char>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
+    }
+  }
+}
+
 TEST_F(SessionTest, BadRequestsAreRefusedWithThreeParts) {
   const auto fault = [&](const std::function<void(TinyRun&)>& change) {
     TinyRun run;

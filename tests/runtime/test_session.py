@@ -190,3 +190,50 @@ def test_bad_requests_name_where_what_and_what_to_do(tiny_bundle: Bundle) -> Non
         session.step("cond", 0, {"latents": torch.zeros(1, 4, 3, 4, 5)})
     with pytest.raises(RequestError, match=r"branch 'cond', step 3.*does not follow step -1"):
         session.step("cond", 3, {"latents": inputs(0)})
+
+
+@pytest.mark.parametrize("setting", SETTINGS[1:], ids=lambda s: f"{s.policy}-{s.signal}")
+def test_a_branch_that_left_steps_out_computes_and_caches_from_there(
+    tiny_bundle: Bundle, setting: CacheSetting
+) -> None:
+    """As guidance intervals do; the branch that stays gives what it gives alone."""
+    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    for index, name in enumerate(("cond", "uncond")):
+        session.set_prompt(name, {"text_states": prompt(index)})
+    session.begin(STEPS, setting)
+    latents, stays = inputs(0), []
+    for step in range(12):
+        stays.append(session.step("cond", step, {"latents": latents}).clone())
+        if step in (0, 1, 6, 7, 8, 9, 10, 11):
+            back = session.step("uncond", step, {"latents": latents}).clone()
+        if step == 6:
+            expected = Session(session.model)
+            expected.set_prompt("uncond", {"text_states": prompt(1)})
+            expected.begin(STEPS[6:])
+            assert torch.equal(back, expected.step("uncond", 0, {"latents": latents}))
+        latents = latents - stays[-1] / 12
+    computed = session.statistics.branches["uncond"].computed
+    assert len(computed) == 8
+    assert computed[0]
+    assert computed[2]
+    assert not all(computed[2:]), "it caches again"
+    alone = run(Session(session.model), setting, branches=("cond",))
+    assert all(torch.equal(a, b) for a, b in zip(stays, alone, strict=True))
+    with pytest.raises(RequestError, match=r"step 9: does not follow step 11 of 12; call begin"):
+        session.step("cond", 9, {"latents": latents})
+
+
+def test_a_run_that_can_not_begin_leaves_no_half_of_one(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    expected = run(session, SETTINGS[3])
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_compute_tables", lambda timesteps: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.begin(STEPS, SETTINGS[4])
+    with pytest.raises(RequestError, match="call begin"):
+        session.step("cond", 0, {"latents": inputs(0)})
+    found = run(session, SETTINGS[3])
+    assert session.statistics.policy == session.resolved.setting.policy == "taylorseer"
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

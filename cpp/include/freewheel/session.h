@@ -103,7 +103,8 @@ class Session {
   /// Allocates and binds everything for inputs of these shapes, so that the first step does not.
   Status prepare(const NamedTensor* inputs, std::size_t count);
 
-  /// Runs one step of one branch.
+  /// Runs one step of one branch. A branch may leave steps out, as guidance intervals do: it
+  /// computes on its return, and caches from there. After a step that failed, `begin` comes next.
   /// @param inputs Per-step inputs in host memory, of the declared dtypes.
   /// @return The model output, in the backend's memory: a buffer that the branch's next step
   ///   overwrites.
