@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
+from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
@@ -19,13 +20,19 @@ from ..bundle.manifest import InputEntry
 from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..configs.setting import CacheSetting
-from .lora import Lora, lora_from_state_dict, read_lora
+from .adapters import Adapters, check_transformer
+from .lora import LoraFile, load_lora, parse_lora
 from .model import DeviceOptions, LoadedModel
 from .session import Recorder, Session
 from .settings import choose_setting, other_size
 from .statistics import RunStatistics
 
 __all__ = ["FreewheelTransformer", "attach"]
+
+PLACE_HINT = (
+    "name the branch with transformer.cache_context('cond') or ('uncond'), set the timesteps of "
+    "the calling pipeline's scheduler before the run and leave them, or attach to this pipeline"
+)
 
 
 def attach(
@@ -34,43 +41,66 @@ def attach(
     cache: CacheSetting | str | Path | None = None,
     *,
     backend: str | None = None,
-    loras: Sequence[Lora | str] = (),
+    loras: Sequence[str] = (),
     options: DeviceOptions | None = None,
 ) -> FreewheelTransformer:
     """Replace ``pipe.transformer`` by the engines of a bundle.
 
-    Schedulers, callbacks, guidance, VAE and `load_lora_weights` of the pipeline keep working. A
-    bundle with two experts replaces both transformers; each keeps a cache and statistics of its own
-    over the timesteps that it denoises.
+    Schedulers, callbacks, guidance, VAE and every verb of the pipeline's LoRA interface keep
+    working; adapters that are loaded already are taken over. Pipelines made of this one
+    (``from_pipe``, ``components``, ``copy.deepcopy``) run on the engines too. A bundle with two
+    experts replaces both transformers; each keeps a cache and statistics of its own over the
+    timesteps that it denoises.
 
     Args:
-        pipe: A diffusers pipeline of the bundle's family.
+        pipe: A diffusers pipeline of the bundle's family, with the weights that the bundle was
+            built from.
         bundle: What `build` wrote.
         cache: A config name or file, a policy name, or a resolved setting; None takes the
             bundle's default config. Change it between runs with `FreewheelTransformer.use`.
         backend: Name of a backend the bundle has engines for; None takes its first.
-        loras: ``FILE[:scale]`` or LoRAs read already.
+        loras: ``FILE[:scale]``, fused into the first expert's weights: they stay whatever the
+            pipeline loads and unloads later.
         options: How engines are driven: weights kept in host memory, CUDA graphs.
 
     Returns:
-        The new transformer; its ``statistics`` tell what the last run did. Of two experts it is the
-        one of the high noise levels.
+        What chooses the cache and tells what the last run did; of two experts the one of the high
+        noise levels. ``pipe.transformer.freewheel`` and ``pipe.transformer_2.freewheel`` are the
+        same.
 
     Raises:
-        BundleError, BackendUnavailable, ConfigError, RequestError: as their classes say.
+        BundleError, BackendUnavailable, ConfigError: as their classes say.
+        RequestError: the pipeline's transformer is not the bundle's, or a LoRA can't be applied.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    read = [read_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+    files = [parse_lora(lora) for lora in loras]
     _check_boundary(pipe, opened)
-    transformer = FreewheelTransformer(LoadedModel(opened, backend, read, options), pipe)
-    transformer.use(cache)
-    pipe.transformer = transformer
-    for index, expert in enumerate(opened.manifest.experts[1:], start=1):
-        # Given LoRAs are the first expert's; the pipeline loads others for each by itself.
-        other = FreewheelTransformer(LoadedModel(opened, backend, (), options, index), pipe)
-        other.use(transformer.setting)
-        setattr(pipe, expert.part, other)
-    return transformer
+    experts = opened.manifest.experts
+    parts = [expert.part for expert in experts] or ["transformer"]
+    attached: dict[str, FreewheelTransformer] = {}
+    for index, part in enumerate(parts):
+        model = LoadedModel(opened, backend, options, index)
+        standing = getattr(pipe, part, None)
+        known = getattr(standing, "freewheel", None)
+        if known is not None and known.is_fused:
+            raise RequestError(
+                f"pipeline, '{part}'", "has adapters fused into it",
+                "call pipe.unfuse_lora() before attach, or attach to a pipeline loaded anew",
+            )  # fmt: skip
+        if standing is not None and known is None:
+            check_transformer(opened, model.prefix, standing)
+        attached[part] = FreewheelTransformer(model, pipe, standing)
+        attached[part].use(cache)
+    before = {part: getattr(pipe, part, None) for part in parts}
+    try:
+        for part, transformer in attached.items():
+            setattr(pipe, part, transformer.module)
+        attached[parts[0]].fuse(pipe, files)
+    except BaseException:
+        for part, standing in before.items():
+            setattr(pipe, part, standing)
+        raise
+    return attached[parts[0]]
 
 
 def _check_boundary(pipe: Any, bundle: Bundle) -> None:
@@ -87,77 +117,128 @@ def _check_boundary(pipe: Any, bundle: Bundle) -> None:
         )
 
 
-class FreewheelTransformer(torch.nn.Module):
+class FreewheelTransformer:
     """Answers a diffusers pipeline as its transformer would, out of a `Session`.
 
-    Branch, step and step count come from the pipeline's cache contexts where it gives them, else
-    from the scheduler's timesteps. A run starts at the first step of the first branch; state never
-    survives it.
+    The pipeline holds ``module``, a transformer of the class that it expects, without weights. A
+    call belongs to the pipeline that makes it: a run begins at the timestep of its first call and
+    goes on over that pipeline's scheduler's. The branch is diffusers' cache context; without one,
+    calls of equal prompts are one branch. State never survives a run, nor a failure.
+
+    Attributes:
+        module: What stands in the pipeline; its ``freewheel`` is this object.
+        session: Engines and buffers of the runs.
+        setting: Cache setting of the runs to come.
+        recorder: Gets what a trace keeps, or None.
+        warn: Told once of everything odd about a run.
     """
 
-    def __init__(self, model: LoadedModel, pipe: Any) -> None:
+    def __init__(self, model: LoadedModel, pipe: Any, standing: Any = None) -> None:
         """Wrap a loaded model.
 
         Args:
             model: Engines and weights.
-            pipe: The pipeline it serves; its scheduler's timesteps tell the run ahead.
+            pipe: The pipeline it serves where no other one calls.
+            standing: The transformer that it replaces; its adapters are taken over.
         """
-        super().__init__()
-        self.config = FrozenDict(model.manifest.checkpoint.config)
-        self.session = Session(model)
+        self._model = model
+        self._pipe = weakref.ref(pipe)
+        self._stand(Adapters(model.bundle, model.prefix, standing))
         self.setting = CacheSetting()
         self.recorder: Recorder | None = None
-        self._pipe = weakref.ref(pipe)
-        self._context: dict[str, Any] = {}
-        self._positions: dict[str, int] = {}
-        self._first = 0
-        self._loras: dict[str, Lora] = {}
+        self.warn: Callable[[str], None] = _warn
+        self._warned: set[str] = set()
+        self._load_session()
         inputs = model.manifest.inputs.values()
         self._timestep_scale = next(i.scale for i in inputs if i.runs == "run")
-        # Tells diffusers the device and dtype it casts latents to.
-        self.register_buffer("_anchor", torch.zeros(0, device=model.device), persistent=False)
+
+    def _stand(self, adapters: Adapters) -> None:
+        self._adapters, module = adapters, adapters.module
+        # Tells diffusers the device and dtype that it casts latents to.
+        anchor = torch.nn.Parameter(torch.zeros(0, device=self._model.device), requires_grad=False)
+        module._parameters = {"freewheel_anchor": anchor, **module._parameters}
+        module.freewheel = self
+        module.forward = self.forward
+        module.cache_context = self.cache_context
+        module._apply = self._stay
+        module.__deepcopy__ = self._copy_module
+        self.module = module
+
+    def _stay(self, fn: Any, recurse: bool = True) -> Any:
+        """Leave everything where it is when a pipeline is moved: engines have their device."""
+        return self.module
+
+    def _copy_module(self, memo: dict[int, Any]) -> Any:
+        """Copy the module with its adapters; engines and weights are shared, caches are not."""
+        other = FreewheelTransformer(self._model, self._pipe() or self, self.module)
+        other.setting, other.warn = self.setting, self.warn
+        memo[id(self)], memo[id(self.module)] = other, other.module
+        return other.module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FreewheelTransformer:
+        """Copy as the pipeline's transformer is copied."""
+        copied: FreewheelTransformer = self._copy_module(memo).freewheel
+        return copied
+
+    def _load_session(self) -> None:
+        """Make a session over the weights that adapters lead to now."""
+        self._abandon()
+        self._state = self._adapters.state()
+        self.session = Session(self._model.with_weights(self._adapters.merged()))
+
+    def _abandon(self) -> None:
+        """Forget where the run stands: the next call begins one."""
+        self._context: dict[str, Any] = {}
+        self._scheduler: Any = None
+        self._source: Any = None  # the scheduler's timesteps when the run began
+        self._offset = 0  # what diffusers calls the run's first step
+        self._done: dict[str, int] = {}  # branch → its last step
+        self._last = -1  # step of any branch
+        self._unnamed: dict[str, dict[str, Tensor]] = {}  # branch without a context → its prompt
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype in which the pipeline hands latents over; the engines' own."""
-        return torch.float32
+    def config(self) -> Any:
+        """The transformer's config."""
+        return self.module.config
 
     @property
     def device(self) -> torch.device:
         """Device of the engines."""
-        return self.session.model.device
+        return self._model.device
 
     @property
     def statistics(self) -> RunStatistics:
         """What the last (or current) run did."""
         return self.session.statistics
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the pipeline fused adapters into the weights."""
+        return self._adapters.is_fused
+
     def use(self, cache: CacheSetting | str | Path | None) -> CacheSetting:
         """Choose the cache setting of the runs to come; returns it resolved.
 
         Raises:
-            ConfigError: no such config or policy, or a bad parameter.
+            ConfigError: no such config or policy, or a bad parameter; the setting stays.
         """
-        bundle = self.session.model.bundle
+        bundle = self._model.bundle
         chosen = choose_setting(bundle, cache, {}, warnings.warn)
+        self.session.resolve(chosen.cache)
+        self.setting = chosen.cache
         found = other_size(bundle.manifest, chosen.generation)
         if found is not None:
-            warnings.warn(
-                f"config '{cache}' {found}: its thresholds and tables are untried there",
-                stacklevel=2,
-            )
-        self.setting = chosen.cache
-        self.session.resolve(self.setting)
+            self.warn(f"config '{cache}' {found}: its thresholds and tables are untried there")
         return self.setting
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
         """Take what diffusers says about the call inside: branch, and in newer versions the step."""
-        self._context = {"name": name, **where}
+        before, self._context = self._context, {"name": name, **where}
         try:
             yield
         finally:
-            self._context = {}
+            self._context = before
 
     def forward(
         self,
@@ -181,19 +262,41 @@ class FreewheelTransformer(torch.nn.Module):
             named_states: Prompt inputs by diffusers' keywords.
 
         Raises:
-            RequestError: shapes don't fit the bundle, timesteps differ within the batch, or
-                something is given that the bundle takes no account of.
+            RequestError: shapes don't fit the bundle, timesteps differ within the batch, the call
+                can't be placed in a run, or something is given that the bundle takes no account of.
         """
         attention = {**(attention_kwargs or {}), **(joint_attention_kwargs or {})}
+        try:
+            prompt = self._prompt_inputs(states, named_states, attention)
+            branch, step_index = self._place(prompt, timestep)
+            self.session.set_prompt(branch, prompt)
+            output = self.session.step(branch, step_index, {"latents": hidden_states})
+        except BaseException:
+            self._abandon()
+            raise
+        self._done[branch] = self._last = step_index
+        self._warn_at_end()
+        # The pipeline may keep it past this branch's next step.
+        sample = output.clone()
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _prompt_inputs(
+        self, states: Sequence[Tensor], named: Mapping[str, Any], attention: dict[str, Any]
+    ) -> dict[str, Tensor]:
         scale = attention.pop("scale", 1.0)
         if scale != 1.0:
             raise RequestError(
-                "attention_kwargs 'scale'", f"is {scale}; weights are merged once per attach",
-                "give the scale with the LoRA: attach(..., loras=['FILE:0.8'])",
+                "attention_kwargs 'scale'", f"is {scale}; adapters are merged once per run",
+                f"call pipe.set_adapters(NAME, {scale}) before the run",
             )  # fmt: skip
-        inputs = self.session.manifest.inputs
+        inputs = self._model.manifest.inputs
         prompt_arguments = [i.argument for i in inputs.values() if i.runs == "prompt"]
-        given = {**dict(zip(prompt_arguments, states, strict=False)), **named_states}
+        if len(states) > len(prompt_arguments):
+            raise RequestError(
+                "transformer", f"is given {len(states)} prompt inputs",
+                f"give {', '.join(prompt_arguments)}",
+            )  # fmt: skip
+        given = {**dict(zip(prompt_arguments, states, strict=False)), **named}
         given = {n: value for n, value in {**given, **attention}.items() if value is not None}
         unknown = sorted(given.keys() - set(prompt_arguments))
         if unknown:
@@ -201,21 +304,14 @@ class FreewheelTransformer(torch.nn.Module):
                 f"transformer argument '{unknown[0]}'", "is nothing that the bundle's model takes",
                 f"leave it out; it takes {', '.join(prompt_arguments)}",
             )  # fmt: skip
-        prompt = {
+        return {
             n: _as_tensor(given[i.argument], i)
             for n, i in inputs.items()
             if i.runs == "prompt" and i.argument in given
         }
-        branch = str(self._context.get("name", "cond"))
-        step_index = self._advance(branch, timestep)
-        self.session.set_prompt(branch, prompt)
-        output = self.session.step(branch, step_index, {"latents": hidden_states})
-        # The pipeline may keep it past this branch's next step.
-        sample = output.clone()
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _advance(self, branch: str, timestep: Tensor) -> int:
-        """Return the step that this call is, beginning a run where one begins."""
+    def _place(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> tuple[str, int]:
+        """Return the branch and step that this call is, beginning a run where one begins."""
         timestep = timestep.reshape(-1).float() * self._timestep_scale
         if not bool((timestep == timestep[0]).all()):
             raise RequestError(
@@ -223,64 +319,131 @@ class FreewheelTransformer(torch.nn.Module):
                 "differs within the batch",
                 "this model is conditioned on one timestep per step",
             )
-        known = self._positions.get(branch, self._first - 1)
-        said = self._context.get("step_index")
-        # A scheduler that was set anew, or a timestep not ahead of the last, starts a run.
-        follows = self._continues(known, timestep) if said is None else said == known + 1
-        if not self._positions or not follows:
-            self._begin()
-            known = self._first - 1
-        self._positions[branch] = known + 1 if said is None else said
-        step_index = self._positions[branch] - self._first
-        self._check_timestep(step_index, timestep)
-        return int(step_index)
+        scheduler = self._calling_scheduler()
+        if scheduler is self._scheduler and scheduler.timesteps is self._source:
+            branch = self._branch(prompt)
+            step_index = self._continued(branch, timestep)
+            if step_index is not None:
+                return branch, step_index
+        self._begin(scheduler, timestep)
+        return self._branch(prompt), 0
 
-    def _continues(self, known: int, timestep: Tensor) -> bool:
-        table, index = self.session.timesteps, known + 1 - self._first
-        return 0 <= index < len(table) and _is_at(table[index], timestep)
+    def _branch(self, prompt: Mapping[str, Tensor]) -> str:
+        """Return the branch of a call: its cache context, else the run's one of the same prompt."""
+        if "name" in self._context:
+            return str(self._context["name"])
+        for name, known in self._unnamed.items():
+            if known.keys() == prompt.keys() and all(
+                torch.equal(known[n], tensor) for n, tensor in prompt.items()
+            ):
+                return name
+        names = ("cond", "uncond")
+        count = len(self._unnamed)
+        name = names[count] if count < len(names) else f"branch_{count}"
+        self._unnamed[name] = {n: tensor.clone() for n, tensor in prompt.items()}
+        return name
 
-    def _begin(self) -> None:
-        """Begin a run over the scheduler's timesteps, or those of them that are this expert's."""
-        self._positions.clear()
+    def _continued(self, branch: str, timestep: Tensor) -> int | None:
+        """Return the step of a call that goes on with the run; None if it begins another."""
+        done, table = self._done.get(branch, -1), self.session.timesteps
+        for step_index in (self._last, self._last + 1):
+            if done < step_index < len(table) and _is_at(table[step_index], timestep):
+                self._check_adapters()
+                said = self._context.get("step_index")
+                if said is not None and said != step_index + self._offset:
+                    raise self._unplaced(timestep)
+                return step_index
+        if self._last > 0 and "name" not in self._context and _is_at(table[self._last], timestep):
+            raise self._unplaced(timestep)  # two branches of one prompt
+        return None
+
+    def _calling_scheduler(self) -> Any:
+        """Return the scheduler of the pipeline that calls, else of the one attached to."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if "self" in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
+                caller = frame.f_locals.get("self")
+                if isinstance(caller, DiffusionPipeline) and hasattr(caller, "scheduler"):
+                    return caller.scheduler
+            frame = frame.f_back  # type: ignore[assignment]  # the outermost frame's is None
         pipe = self._pipe()
-        assert pipe is not None, "the pipeline that calls is alive"
-        timesteps = torch.as_tensor(pipe.scheduler.timesteps).float()
-        timesteps = timesteps[: self._context.get("num_inference_steps")]
-        mine = self.session.model.serves(timesteps)
-        self._first = int(mine.long().argmax())
-        self.session.begin(timesteps[mine], self.setting, self.recorder)
-
-    def _check_timestep(self, step_index: int, timestep: Tensor) -> None:
-        table = self.session.timesteps
-        if step_index >= len(table) or not _is_at(table[step_index], timestep):
+        if pipe is None:
             raise RequestError(
-                f"step {step_index}", f"is at timestep {float(timestep[0])}, the scheduler has "
-                f"{[float(t) for t in table[step_index : step_index + 1]]} there",
-                "set the scheduler's timesteps before the run, and don't change them in callbacks",
+                "transformer",
+                "is called by no pipeline, and the one that it was attached to is gone",
+                PLACE_HINT,
+            )
+        return pipe.scheduler
+
+    def _begin(self, scheduler: Any, timestep: Tensor) -> None:
+        """Begin a run over the scheduler's timesteps from this one on, as far as they are ours."""
+        self._settle_adapters()
+        timesteps = torch.as_tensor(scheduler.timesteps).float()
+        found = [i for i, wanted in enumerate(timesteps) if _is_at(wanted, timestep)]
+        said = self._context.get("step_index")
+        # A pipeline's own count begins at 0, but for an expert that takes over.
+        if not found or (said and not self._model.expert):
+            raise self._unplaced(timestep)
+        rest = timesteps[found[0] :]
+        mine = rest[self._model.serves(rest)]
+        if not len(mine) or not _is_at(mine[0], timestep):
+            raise self._unplaced(timestep)
+        self.session.begin(mine, self.setting, self.recorder)
+        self._scheduler, self._source = scheduler, scheduler.timesteps
+        self._offset, self._done, self._last, self._unnamed = said or 0, {}, -1, {}
+
+    def _unplaced(self, timestep: Tensor) -> RequestError:
+        return RequestError(
+            f"transformer call at timestep {float(timestep[0]):g}",
+            f"can't be placed: no run of the scheduler's timesteps has a step of branch "
+            f"'{self._context.get('name', 'cond')}' there after step {self._last}",
+            PLACE_HINT,
+        )
+
+    def _check_adapters(self) -> None:
+        if self._adapters.has_adapters and self._adapters.state() != self._state:
+            raise RequestError(
+                "transformer", "has other adapters than when the run began",
+                "change adapters between runs",
             )  # fmt: skip
 
-    def load_lora_adapter(
-        self, pretrained_model_name_or_path_or_dict: Mapping[str, Tensor], prefix: str | None = "transformer",
-        adapter_name: str | None = None, **_: Any,
-    ) -> None:  # fmt: skip
-        """Merge what diffusers' ``pipe.load_lora_weights`` read into the session's weights.
+    def _settle_adapters(self) -> None:
+        """Merge anew where adapters are no longer what they were."""
+        if self._adapters.state() != self._state:
+            context = self._context
+            self._load_session()
+            self._context = context
+
+    def fuse(self, pipe: Any, files: Sequence[LoraFile]) -> None:
+        """Load LoRA files through the pipeline and fuse them for good.
 
         Raises:
-            RequestError: the LoRA does not fit, or the bundle's weights are baked.
+            RequestError: one can't be applied.
         """
-        state = dict(pretrained_model_name_or_path_or_dict)
-        if prefix is not None:
-            state = {k: v for k, v in state.items() if k.startswith(f"{prefix}.")}
-        name = adapter_name or f"default_{len(self._loras)}"
-        loras = {**self._loras, name: lora_from_state_dict(name, state)}
-        model = self.session.model
-        self.session = Session(
-            LoadedModel(
-                model.bundle, model.backend.name, list(loras.values()), model.options, model.expert
-            )
-        )
-        self._loras = loras
-        self._positions.clear()
+        if not files:
+            return
+        others = getattr(self.module, "peft_config", None)
+        if others:
+            raise RequestError(
+                "attach, 'loras'", f"are given beside the loaded adapter '{next(iter(others))}'",
+                "load them all with pipe.load_lora_weights(FILE) after attach",
+            )  # fmt: skip
+        names = [f"attached_{index}" for index in range(len(files))]
+        for name, file in zip(names, files, strict=True):
+            load_lora(pipe, file, name)
+        self.module.set_adapters(names, [file.scale for file in files])
+        self._adapters.fuse_for_good()
+
+    def _warn_at_end(self) -> None:
+        """Warn of what the CLI warns of, once the last step's last branch has run."""
+        steps = self.session.steps
+        ending = [step for step in self._done.values() if step >= steps - 2]
+        if not ending or min(ending) < steps - 1:
+            return
+        for text in self.statistics.warnings(self.session.resolved.parameters):
+            if text not in self._warned:
+                self._warned.add(text)
+                self.warn(text)
 
 
 def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
@@ -293,3 +456,7 @@ def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
 def _is_at(wanted: Tensor, timestep: Tensor) -> bool:
     """Tell whether the scheduler's timestep is the one given, which may have been divided before."""
     return bool(torch.isclose(wanted, timestep[0].to(wanted.device), rtol=1e-6))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)

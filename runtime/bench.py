@@ -348,7 +348,7 @@ class _EagerPipeline:
 
     def generate(self, request: GenerationRequest) -> Generation:
         """Run with the plain transformer in the attached one's place."""
-        pipe, attached = self._generator.pipe, self._generator.transformer
+        pipe, attached = self._generator.pipe, self._generator.transformer.module
         pipe.transformer = self._model
         try:
             return self._generator.generate(request)

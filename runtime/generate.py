@@ -25,7 +25,6 @@ from ..configs.errors import BundleError, RequestError
 from ..configs.limits import LARGEST_SEED, check_size
 from ..configs.setting import CacheSetting
 from .attach import FreewheelTransformer, attach
-from .lora import Lora
 from .model import DeviceOptions
 from .session import Recorder
 from .statistics import RunStatistics
@@ -124,7 +123,7 @@ class Generator:
     """A bundle with its pipeline around it, ready for any number of requests."""
 
     def __init__(
-        self, bundle: Bundle, *, backend: str | None = None, loras: Sequence[Lora | str] = (),
+        self, bundle: Bundle, *, backend: str | None = None, loras: Sequence[str] = (),
         model: Path | None = None, options: DeviceOptions | None = None,
     ) -> None:  # fmt: skip
         """Load text encoder, VAE and scheduler, and attach the bundle.
@@ -132,7 +131,7 @@ class Generator:
         Args:
             bundle: An open bundle.
             backend: Name of a backend; None takes the bundle's first.
-            loras: ``FILE[:scale]`` or LoRAs read already.
+            loras: ``FILE[:scale]``.
             model: Diffusers folder with the rest of the pipeline, where the bundle has none.
             options: How engines are driven: weights kept in host memory, CUDA graphs.
 
@@ -166,6 +165,7 @@ class Generator:
         self.transformer: FreewheelTransformer = attach(
             self.pipe, bundle, "off", backend=backend, loras=loras, options=options
         )
+        self.transformer.warn = lambda text: None  # callers read the statistics' warnings
         self.pipe.to(self.transformer.device)
 
     @staticmethod

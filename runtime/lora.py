@@ -1,46 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Add LoRAs to a bundle's weights when it is loaded: other tensors, not another build."""
+"""LoRA files: checked here, converted and loaded by the pipeline's own loader of diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 
-__all__ = ["Lora", "lora_from_state_dict", "merge_loras", "read_lora"]
+__all__ = ["LoraFile", "load_lora", "parse_lora"]
 
-PREFIX = "transformer."
+SUFFIXES = (
+    ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight",
+    ".lora_down.weight", ".lora_up.weight", ".lora.down.weight", ".lora.up.weight",
+    ".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".alpha", ".diff_b",
+    ".lokr_w1", ".lokr_w2", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2",
+)  # fmt: skip
+"""How the tensors of a LoRA are called that diffusers' loaders know."""
+
+LAYOUTS = {
+    ".hada_": "LoHa",
+    ".oft_": "OFT",
+    ".dora_scale": "kohya's DoRA",
+    ".diff": "a full difference of weights",
+}
+"""What is in the name of a tensor → layouts that diffusers' loaders leave out or refuse."""
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Low-rank updates of some weights.
+class LoraFile:
+    """A LoRA as a user names it.
 
     Attributes:
-        name: Where it came from, for messages.
+        path: A safetensors file.
         scale: Factor of the whole update.
-        pairs: Module name → (down [rank, in], up [out, rank], alpha / rank).
-        biases: Module name → update of its bias, where the file has one.
     """
 
-    name: str
+    path: str
     scale: float
-    pairs: Mapping[str, tuple[Tensor, Tensor, float]]
-    biases: Mapping[str, Tensor]
 
 
-def read_lora(text: str) -> Lora:
-    """Read ``FILE[:scale]``; every format that diffusers' Wan loader converts is understood.
+def parse_lora(text: str) -> LoraFile:
+    """Read ``FILE[:scale]`` and look through the file's header.
 
     Raises:
-        RequestError: no such file, not safetensors, or no LoRA weights in it.
+        RequestError: no such file, not safetensors, or a layout that can't be applied.
     """
     path, separator, scale = text.rpartition(":")
     if not separator or Path(text).exists():
@@ -53,88 +60,61 @@ def read_lora(text: str) -> Lora:
         ) from error
     if not Path(path).is_file():
         raise RequestError(f"--lora '{path}'", "is not a file", "give a .safetensors file")
-    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
-
     try:
-        state = WanLoraLoaderMixin.lora_state_dict(path, use_safetensors=True)
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                _check_tensor(path, name, file)
+    except (OSError, SafetensorError) as error:
         raise RequestError(
             f"--lora '{path}'", f"can't be read: {error}", "give a LoRA of this model"
         ) from error
-    return lora_from_state_dict(path, state, factor)
+    return LoraFile(path, factor)
 
 
-def lora_from_state_dict(name: str, state: Mapping[str, Tensor], scale: float = 1.0) -> Lora:
-    """Collect the pairs of a LoRA in diffusers' (PEFT) naming.
-
-    Raises:
-        RequestError: no pair, or half of one.
-    """
-    state = {k.removeprefix(PREFIX): v for k, v in state.items()}
-    modules = sorted({k.rpartition(".lora_")[0] for k in state if ".lora_" in k})
-    pairs, biases = {}, {}
-    for module in modules:
-        down, up = (state.get(f"{module}.lora_{side}.weight") for side in "AB")
-        if down is None or up is None:
-            raise RequestError(
-                f"LoRA '{name}', module '{module}'", "has one half of a pair", "use a whole file"
-            )
-        alpha = float(state.get(f"{module}.alpha", torch.tensor(float(down.shape[0]))))
-        pairs[module] = (down, up, alpha / down.shape[0])
-        bias = state.get(f"{module}.lora_B.bias")
-        if bias is not None:
-            biases[module] = bias
-    if not pairs:
-        raise RequestError(
-            f"LoRA '{name}'",
-            "holds no '…lora_A.weight' / '…lora_B.weight' pair",
-            "give a LoRA of this model",
-        )
-    return Lora(name, scale, pairs, biases)
+def _check_tensor(path: str, name: str, file: Any) -> None:
+    """Raise `RequestError` at a tensor that diffusers' loaders would leave out."""
+    if "norm" in name and name.endswith((".diff", ".diff_b")):
+        if not bool(file.get_tensor(name).any()):
+            return  # zeros, as extraction tools write them
+    elif name.endswith(SUFFIXES):
+        return
+    layout = next((text for mark, text in LAYOUTS.items() if mark in name), "no LoRA tensor")
+    module = name.rpartition(".")[0]
+    raise RequestError(
+        f"--lora '{path}', module '{module}'", f"'{name}' is {layout}, which can't be applied",
+        "merge it into the checkpoint and build that, or give a plain LoRA",
+    )  # fmt: skip
 
 
-def merge_loras(bundle: Bundle, loras: Sequence[Lora], prefix: str = "") -> dict[str, Tensor]:
-    """Return private copies of the weights that ``loras`` change, updated in float32.
-
-    Args:
-        bundle: Holds the weights.
-        loras: Added in order.
-        prefix: What precedes the names of the expert that they are for.
+def load_lora(pipe: Any, lora: LoraFile, adapter_name: str) -> None:
+    """Load a file through the pipeline's own loader, which knows the family's layouts.
 
     Raises:
-        RequestError: a LoRA names a module that the model lacks, or has other sizes; or the
-            bundle's weights are baked into its engines.
+        RequestError: the loader refuses the file, or part of it is not the transformer's.
     """
-    if loras and bundle.manifest.weights == "baked":
+    place = f"--lora '{lora.path}'"
+    if not hasattr(pipe, "load_lora_weights"):
         raise RequestError(
-            f"LoRA '{loras[0].name}'", "can't be added: this bundle's weights are inside its engines",
-            "build the bundle with --weights inputs",
+            place, f"can't be loaded: {type(pipe).__name__} has no loader of LoRAs",
+            "merge it into the checkpoint and build that",
         )  # fmt: skip
-    known = bundle.manifest.tensors
-    merged: dict[str, Tensor] = {}
-    for lora in loras:
-        missing = [m for m in lora.pairs if f"{prefix}{m}.weight" not in known]
-        if missing:
+    try:
+        state = pipe.lora_state_dict(lora.path)
+        state = state[0] if isinstance(state, tuple) else state
+        others = sorted(n for n in state if n.startswith("text_encoder"))
+        if others:
             raise RequestError(
-                f"LoRA '{lora.name}'",
-                f"{len(missing)} of {len(lora.pairs)} modules are not in the model, such as '{missing[0]}'",
-                "give a LoRA of this model",
-            )
-        for module, (down, up, ratio) in lora.pairs.items():
-            name = f"{prefix}{module}.weight"
-            weight = merged.get(name, bundle.tensor(name))
-            rows, columns = weight.flatten(1).shape
-            if up.shape[0] != rows or down.flatten(1).shape[1] != columns:
-                raise RequestError(
-                    f"LoRA '{lora.name}', module '{module}'",
-                    f"updates [{up.shape[0]}, {down.flatten(1).shape[1]}], the weight is [{rows}, {columns}]",
-                    "give a LoRA of this model",
-                )
-            update = (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
-            merged[name] = (weight.float() + lora.scale * ratio * update).to(weight.dtype)
-        for module, bias in lora.biases.items():
-            name = f"{prefix}{module}.bias"
-            merged[name] = (
-                merged.get(name, bundle.tensor(name)).float() + lora.scale * bias.float()
-            ).to(bundle.tensor(name).dtype)
-    return merged
+                f"{place}, module '{others[0].rpartition('.lora')[0]}'",
+                "belongs to the text encoder, which attach leaves alone",
+                "call pipe.load_lora_weights(FILE) after attach",
+            )  # fmt: skip
+        pipe.load_lora_weights(lora.path, adapter_name=adapter_name)
+    except KeyError as error:
+        raise RequestError(
+            f"{place}, tensor {error}", "is missing: diffusers converts this layout only whole",
+            "give the file in diffusers' layout",
+        ) from error  # fmt: skip
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise RequestError(
+            place, f"can't be applied: {error}", "give a LoRA of this model"
+        ) from error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from ..engines.base import (
     ProfiledBackend,
     StreamedBackend,
 )
-from .lora import Lora, merge_loras
 from .offload import HostBlock, OffloadedCall, OffloadedWeights
 
 __all__ = ["DeviceOptions", "LoadedModel"]
@@ -60,30 +60,27 @@ class LoadedModel:
     """A bundle with a backend chosen.
 
     Engines load when first used. Weights stay memory-mapped on CPU backends and are uploaded once
-    per process on others; LoRAs are added into private copies of the tensors they change. ``prefix``
-    precedes the names of an expert's tensors.
+    per process on others. ``prefix`` precedes the names of an expert's tensors.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         backend: str | None = None,
-        loras: Sequence[Lora] = (),
         options: DeviceOptions | None = None,
         expert: int = 0,
     ) -> None:
-        """Choose the backend and merge LoRAs.
+        """Choose the backend.
 
         Args:
             bundle: An open bundle.
             backend: Name of a backend the bundle has engines for; None takes its first.
-            loras: Added to the weights in order.
             options: How engines are driven; None takes the defaults.
             expert: Whose weights, where the bundle holds several transformers of one cut.
 
         Raises:
             BackendUnavailable: the bundle has no engines for it, or it can't run here.
-            RequestError: a LoRA or an option does not fit the model or the backend.
+            RequestError: an option does not fit the model or the backend.
         """
         self.options = options or DeviceOptions()
         self.bundle, self.manifest = bundle, bundle.manifest
@@ -102,18 +99,31 @@ class LoadedModel:
         self.expert = expert
         experts = self.manifest.experts
         self.prefix = experts[expert].prefix if experts else ""
-        self._merged = merge_loras(bundle, loras, self.prefix)
+        self._merged: Mapping[str, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._offloaded: OffloadedWeights | None = None
         self._check_options()
-        if self.options.offload:
-            self._offloaded = OffloadedWeights(
-                self.device, self._host_block,
-                streamed=isinstance(self.backend, StreamedBackend),
-                capture=self.chain if self.options.cuda_graphs else None,
-            )  # fmt: skip
+        self._offloaded = self._offload()
         if isinstance(self.backend, ProfiledBackend):
             self.backend.cache_folder = cache_beside(bundle.folder)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> LoadedModel:
+        """Return the same model, engines shared, with other tensors in place of some weights.
+
+        Args:
+            weights: By tensor name, of the shape and dtype of the bundle's.
+        """
+        other = copy.copy(self)
+        other._merged, other._tensors = weights, {}
+        other._offloaded = other._offload()
+        return other
+
+    def _offload(self) -> OffloadedWeights | None:
+        if not self.options.offload:
+            return None
+        return OffloadedWeights(
+            self.device, self._host_block, streamed=isinstance(self.backend, StreamedBackend),
+            capture=self.chain if self.options.cuda_graphs else None,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:

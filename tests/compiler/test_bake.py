@@ -29,7 +29,7 @@ from freewheel.configs.errors import ConfigError, RequestError
 from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.engines import backend
 from freewheel.engines.base import Target
-from freewheel.runtime.lora import Lora, merge_loras
+from freewheel.runtime.adapters import Adapters
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session, StepRecord
 
@@ -282,7 +282,7 @@ def test_weights_inside_engines_are_not_also_held_as_tensors(baked: Bundle) -> N
 
 def test_lora_on_a_baked_bundle_is_refused_with_the_way_out(baked: Bundle) -> None:
     with pytest.raises(RequestError, match=r"inside its engines.*--weights inputs"):
-        merge_loras(baked, [Lora("style", 1.0, {}, {})])
+        Adapters(baked, "", None).module.load_lora_adapter({})
 
 
 def test_groups_hold_no_more_than_the_byte_limit() -> None:

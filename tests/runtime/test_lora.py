@@ -1,84 +1,178 @@
-"""LoRA files: what is read from them, and the weights that come out."""
+"""LoRA files as users have them: applied by the family's own loader, or refused by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import RequestError
-from freewheel.runtime.lora import Lora, lora_from_state_dict, merge_loras, read_lora
+from freewheel.runtime.attach import attach
+from freewheel.runtime.lora import parse_lora
 
-MODULE = "blocks.0.attn1.to_q"
+Write = Callable[..., str]
+
+KOHYA = {"self_attn": "attn1", "cross_attn": "attn2"}
+PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+FEED_FORWARD = {"ffn_0": "ffn.net.0.proj", "ffn_2": "ffn.net.2"}
 
 
-def halves(rank: int = 4, width: int = 32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    return {
-        f"transformer.{MODULE}.lora_A.weight": torch.randn(rank, width, generator=generator),
-        f"transformer.{MODULE}.lora_B.weight": torch.randn(width, rank, generator=generator),
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def save(state: dict[str, torch.Tensor], name: str = "lora") -> str:
+        path = tmp_path / f"{name}.safetensors"
+        save_file(state, path)
+        return str(path)
+
+    return save
+
+
+def pipeline(checkpoint: Path) -> Any:
+    """The transformer alone: no text is encoded here."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    transformer = WanTransformer3DModel.from_pretrained(checkpoint)
+    return WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def output(pipe: Any) -> torch.Tensor:
+    pipe.scheduler.set_timesteps(4)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 3, 4, 6, generator=generator)
+    states = torch.randn(1, 5, 24, generator=generator)
+    with torch.no_grad():
+        return pipe.transformer(latents, pipe.scheduler.timesteps[:1], states).sample.clone()
+
+
+def kohya(model: Any, *, with_feed_forward: bool) -> dict[str, torch.Tensor]:
+    """What musubi-tuner writes."""
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        f"{ours}_{part}": f"{theirs}.{module}"
+        for ours, theirs in KOHYA.items()
+        for part, module in PARTS.items()
     }
+    if with_feed_forward:
+        names |= FEED_FORWARD
+    state = {}
+    for index, block in enumerate(model.blocks):
+        for ours, theirs in names.items():
+            rows, columns = block.get_submodule(theirs).weight.shape
+            place = f"lora_unet_blocks_{index}_{ours}"
+            state[f"{place}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
+            state[f"{place}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+            state[f"{place}.alpha"] = torch.tensor(2.0)
+    return state
 
 
-def update_of(state: dict[str, torch.Tensor]) -> torch.Tensor:
-    down, up = state.values()
-    return up @ down
+def test_a_kohya_file_gives_what_diffusers_gives(
+    tiny_bundle: Bundle, tiny_checkpoint: Path, write: Write
+) -> None:
+    plain, attached = pipeline(tiny_checkpoint), pipeline(tiny_checkpoint)
+    base = output(plain)
+    file = write(kohya(plain.transformer, with_feed_forward=True))
+    plain.load_lora_weights(file)
+    plain.set_adapters("default_0", 0.5)
+    expected = output(plain)
+    attach(attached, tiny_bundle, "off", backend="onnxruntime", loras=[f"{file}:0.5"])
+    assert (output(attached) - expected).abs().mean() < 1e-4 * expected.abs().mean()
+    assert (expected - base).abs().mean() > 0.01 * base.abs().mean()
 
 
-def test_update_is_scale_times_alpha_over_rank(tiny_bundle: Bundle) -> None:
-    state = halves()
-    lora = lora_from_state_dict(
-        "style", {**state, f"transformer.{MODULE}.alpha": torch.tensor(2.0)}, scale=0.5
-    )
-    found = merge_loras(tiny_bundle, [lora])
-    assert list(found) == [f"{MODULE}.weight"]
-    expected = tiny_bundle.tensor(f"{MODULE}.weight") + 0.5 * (2.0 / 4) * update_of(state)
-    torch.testing.assert_close(found[f"{MODULE}.weight"], expected)
+def test_what_diffusers_converters_can_not_take_is_refused_by_layout_and_module(
+    tiny_bundle: Bundle, tiny_checkpoint: Path, write: Write
+) -> None:
+    pipe = pipeline(tiny_checkpoint)
+    own = pipe.transformer
+    module = "diffusion_model.blocks.0.self_attn.q"
+    weight = torch.ones(4, 4)
+    cases = {
+        r"tensor 'blocks_0_ffn_0.lora_down.weight'.*converts this layout only whole": kohya(
+            own, with_feed_forward=False
+        ),
+        r"blocks.0.self_attn.q'.*a full difference of weights.*build that": {
+            f"{module}.diff": weight
+        },
+        r"blocks.0.self_attn.q'.*is LoHa, which can't be applied": {
+            f"{module}.hada_w1_a": weight.clone(),
+            f"{module}.hada_w1_b": weight.clone(),
+        },
+        r"norm3'.*norm3.diff_b' is a full difference": {
+            "diffusion_model.blocks.0.norm3.diff_b": weight
+        },
+        r"blocks.0.self_attn.q'.*kohya's DoRA": {f"{module}.dora_scale": weight},
+        r"module 'text_encoder.layers.0.q'.*belongs to the text encoder": {
+            "text_encoder.layers.0.q.lora_A.weight": weight.clone(),
+            "text_encoder.layers.0.q.lora_B.weight": weight.clone(),
+        },
+        r"'blocks.0.attn1.to_q.weight' is no LoRA tensor": {"blocks.0.attn1.to_q.weight": weight},
+    }
+    for message, state in cases.items():
+        with pytest.raises(RequestError, match=message):
+            attach(pipe, tiny_bundle, "off", loras=[write(state)])
+        assert pipe.transformer is own
 
 
-def test_several_add_up_and_the_bundle_stays_as_it_was(tiny_bundle: Bundle) -> None:
-    before = tiny_bundle.tensor(f"{MODULE}.weight").clone()
-    first, second = halves(4), halves(2)
-    loras = [lora_from_state_dict("a", first), lora_from_state_dict("b", second, scale=-1.0)]
-    found = merge_loras(tiny_bundle, loras)[f"{MODULE}.weight"]
-    torch.testing.assert_close(found, before + update_of(first) - update_of(second))
-    torch.testing.assert_close(tiny_bundle.tensor(f"{MODULE}.weight"), before, rtol=0, atol=0)
-
-
-def test_a_bias_is_added(tiny_bundle: Bundle) -> None:
-    state = {**halves(), f"transformer.{MODULE}.lora_B.bias": torch.ones(32)}
-    found = merge_loras(tiny_bundle, [lora_from_state_dict("style", state, scale=0.25)])
-    expected = tiny_bundle.tensor(f"{MODULE}.bias") + 0.25
-    torch.testing.assert_close(found[f"{MODULE}.bias"], expected)
-
-
-def test_no_lora_changes_no_weight(tiny_bundle: Bundle) -> None:
-    assert merge_loras(tiny_bundle, []) == {}
-    assert merge_loras(tiny_bundle, [Lora("empty", 1.0, {}, {})]) == {}
-
-
-def test_half_a_pair_is_refused() -> None:
-    state = dict(list(halves().items())[:1])
-    with pytest.raises(RequestError, match=rf"module '{MODULE}'.*one half of a pair"):
-        lora_from_state_dict("style", state)
-    with pytest.raises(RequestError, match="holds no"):
-        lora_from_state_dict("style", {"weight": torch.zeros(2)})
+def test_arguments_of_the_loader_are_used_or_refused(
+    tiny_bundle: Bundle, tiny_checkpoint: Path
+) -> None:
+    pipe = pipeline(tiny_checkpoint)
+    attach(pipe, tiny_bundle, "off", backend="onnxruntime")
+    name = "blocks.0.attn1.to_q"
+    state = {
+        f"transformer.{name}.lora_A.weight": torch.ones(2, 32),
+        f"transformer.{name}.lora_B.weight": torch.ones(32, 2),
+    }
+    base = output(pipe)
+    load = pipe.transformer.load_lora_adapter
+    plain = WanTransformer3DModel.from_pretrained(tiny_checkpoint)
+    alphas = {f"transformer.{name}.alpha": 0.5}
+    for model in (pipe.transformer, plain):
+        model.load_lora_adapter(state, network_alphas=alphas, adapter_name="a")
+    scaled = output(pipe)
+    attached, pipe.transformer = pipe.transformer, plain
+    expected = output(pipe)
+    pipe.transformer = attached
+    assert (scaled - expected).abs().mean() < 1e-4 * expected.abs().mean()
+    assert not torch.equal(scaled, base)
+    with pytest.raises(ValueError, match="already in use"):
+        load(state, adapter_name="a")
+    load({k: 3 * v for k, v in state.items()}, adapter_name="a", hotswap=True)
+    assert not torch.equal(output(pipe), scaled)
+    with pytest.raises(
+        RequestError, match=r"module 'text_encoder.q'.*is not part of 'transformer'"
+    ):
+        load({**state, "text_encoder.q.lora_A.weight": torch.ones(2, 2)}, adapter_name="b")
+    with pytest.raises(RequestError, match=r"module 'blocks.0.attn1.to_q'.*one half of a pair"):
+        load(dict(list(state.items())[:1]), adapter_name="b")
+    with pytest.raises(RequestError, match=r"'blocks.0.norm2.weight'.*is to be replaced"):
+        pipe.transformer.load_state_dict({"blocks.0.norm2.weight": torch.ones(32)}, strict=False)
+    with pytest.raises(RequestError, match=r"load it with pipe.load_lora_weights"):
+        load("file.safetensors")
+    pipe.transformer.unload_lora()
+    assert torch.equal(output(pipe), base)
 
 
 def test_scale_follows_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a:b.safetensors"  # a colon of its own
-    save_file(halves(), path)
-    assert read_lora(str(path)).scale == 1.0
-    assert read_lora(f"{path}:0.8").scale == 0.8
+    save_file({"transformer.q.lora_A.weight": torch.ones(2, 2)}, path)
+    assert parse_lora(str(path)).scale == 1.0
+    assert parse_lora(f"{path}:0.8").scale == 0.8
     with pytest.raises(RequestError, match=r"scale 'much' is not a number; write FILE:0.8"):
-        read_lora(f"{path}:much")
+        parse_lora(f"{path}:much")
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"not safetensors")
     with pytest.raises(RequestError, match="can't be read"):
-        read_lora(str(path))
+        parse_lora(str(path))

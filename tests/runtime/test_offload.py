@@ -14,13 +14,12 @@ from host_device import PLACE, feign_cuda
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import RequestError
 from freewheel.configs.setting import CacheSetting
-from freewheel.runtime.lora import Lora
 from freewheel.runtime.model import DeviceOptions, LoadedModel, uploaded
 from freewheel.runtime.offload import HostBlock, OffloadedWeights
 from freewheel.runtime.session import Session
 
 OFFLOAD = DeviceOptions(offload=True)
-LORA = Lora("style", 0.5, {"blocks.1.attn1.to_q": (torch.ones(1, 32), torch.ones(32, 1), 1.0)}, {})
+CHANGED = "blocks.1.attn1.to_q.weight"
 
 
 def run(model: LoadedModel, policy: str) -> list[torch.Tensor]:
@@ -46,10 +45,13 @@ def test_offloaded_runs_equal_resident_ones(tiny_bundle: Bundle, backend: str, p
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_a_lora_is_offloaded_with_its_weights(tiny_bundle: Bundle) -> None:
-    plain = run(LoadedModel(tiny_bundle, "onnxruntime"), "off")
-    expected = run(LoadedModel(tiny_bundle, "onnxruntime", [LORA]), "off")
-    found = run(LoadedModel(tiny_bundle, "onnxruntime", [LORA], OFFLOAD), "off")
+def test_other_weights_are_offloaded_like_the_bundles_own(tiny_bundle: Bundle) -> None:
+    model = LoadedModel(tiny_bundle, "onnxruntime")
+    plain = run(model, "off")
+    weights = {CHANGED: tiny_bundle.tensor(CHANGED) + 0.5}
+    expected = run(model.with_weights(weights), "off")
+    offloaded = LoadedModel(tiny_bundle, "onnxruntime", OFFLOAD).with_weights(weights)
+    found = run(offloaded, "off")
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not torch.equal(plain[0], found[0])
 
@@ -155,10 +157,9 @@ def test_memory_that_cannot_be_locked_is_an_error_of_ours(
 
 
 def test_sessions_share_a_block_in_host_memory_that_no_lora_changes(tiny_bundle: Bundle) -> None:
-    first, second, other = (
-        LoadedModel(tiny_bundle, "onnxruntime", loras, OFFLOAD) for loras in ([], [], [LORA])
-    )
-    shared, own = (["blocks.0.attn1.to_q.weight"], ["blocks.1.attn1.to_q.weight"])
+    first, second = (LoadedModel(tiny_bundle, "onnxruntime", OFFLOAD) for _ in range(2))
+    other = first.with_weights({CHANGED: tiny_bundle.tensor(CHANGED) + 0.5})
+    shared, own = (["blocks.0.attn1.to_q.weight"], [CHANGED])
     assert first._host_block(shared) is second._host_block(shared)
     assert first._host_block(own) is not other._host_block(own)
 
