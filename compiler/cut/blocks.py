@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -167,9 +166,3 @@ def _outputs(trace: Trace, instances: list[Instance]) -> list[int]:
     for instance in instances:
         used |= {i for i, node in enumerate(instance.nodes) if is_read(instance, node)}
     return sorted(used)
-
-
-def owners(instances: list[Instance]) -> Callable[[fx.Node], Instance | None]:
-    """Return what tells a node's instance."""
-    table = {node: instance for instance in instances for node in instance.nodes}
-    return table.get

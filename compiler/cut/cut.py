@@ -21,6 +21,7 @@ from .extract import extract
 from .models import Row
 from .names import fresh_name, value_name
 from .partition import Partition, Region, partition
+from .rotary import compose_rotary
 from .tidy import tidy
 from .trace import Trace, trace, value_of
 from .words import Call, Cut, Runs, Segment, is_operation, is_size
@@ -43,6 +44,7 @@ def cut_model(row: Row, model_class: Any, config: Mapping[str, Any]) -> Cut:
     while True:
         traced = trace(row, model_class, config, whole)
         tidy(traced)
+        compose_rotary(traced, find_instances(traced))
         instances = find_instances(traced)
         templates = find_templates(traced, instances)
         unequal = _lists_to_trace_whole(traced, instances, templates)

@@ -23,6 +23,8 @@ FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 def value_name(node: fx.Node) -> str:
     """Return the variable that a value is assigned to, else its module and operation."""
+    if "value_name" in node.meta:
+        return str(node.meta["value_name"])
     frames = FRAME.findall(node.meta.get("stack_trace") or "")
     for file, line in reversed(frames):
         targets = assignments(file).get(int(line))

@@ -74,6 +74,7 @@ class Trace:
         graph: Every node's ``meta["val"]`` is a fake tensor or a symbolic size.
         inputs: Placeholder → name of the input (argument, and place in it where that is nested).
         declared: Placeholder → its row's declaration.
+        examples: Placeholder → the value that it was traced with.
         weights: Placeholder → name in the checkpoint.
         constants: Placeholder → value, of buffers and tensors that no checkpoint holds.
         results: What `forward` returns.
@@ -87,6 +88,7 @@ class Trace:
     graph: fx.Graph
     inputs: dict[fx.Node, str]
     declared: dict[fx.Node, Input]
+    examples: dict[fx.Node, Any]
     weights: dict[fx.Node, str]
     constants: dict[fx.Node, Tensor]
     results: tuple[fx.Node, ...]
@@ -305,12 +307,13 @@ def trace(
             f"torch can't trace its forward: {error}",
             "report this with the model's config",
         ) from error
-    return _read(program, model, named, runs, domain)
+    return _read(program, model, dict(zip(named, leaves, strict=True)), named, runs, domain)
 
 
 def _read(
     program: torch.export.ExportedProgram,
     model: nn.Module,
+    examples: Mapping[str, Any],
     named: Mapping[str, Input],
     runs: dict[str, int],
     domain: Iterable[Assumption],
@@ -339,7 +342,8 @@ def _read(
     mode = next(v.fake_mode for v in map(value_of, inputs) if hasattr(v, "fake_mode"))
     symbols = _symbols(declared)
     return Trace(
-        model=model, graph=program.graph, inputs=inputs, declared=declared, weights=weights,
+        model=model, graph=program.graph, inputs=inputs, declared=declared,
+        examples={node: examples[name] for node, name in inputs.items()}, weights=weights,
         constants=constants, results=tuple(output.args[0][changed : changed + count]), mode=mode,
         symbols=symbols,
         domain=_named(domain, symbols, mode.shape_env), runs=runs,

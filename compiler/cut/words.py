@@ -46,7 +46,11 @@ computed steps, once per block or between two."""
 def operation(node: fx.Node) -> str:
     """Return an operation's name: ``linear`` of ``aten.linear.default``."""
     parts = str(node.target).split(".")
-    return parts[1] if parts[0] == "aten" else str(getattr(node.target, "__name__", node.target))
+    return (
+        parts[1]
+        if parts[0] in ("aten", "onnx")
+        else str(getattr(node.target, "__name__", node.target))
+    )
 
 
 def is_size(node: fx.Node) -> bool:
