@@ -228,7 +228,7 @@ class FreewheelTransformer:
         self.setting = chosen.cache
         found = other_size(bundle.manifest, chosen.generation)
         if found is not None:
-            self.warn(f"config '{cache}' {found}: its thresholds and tables are untried there")
+            _warn(f"config '{cache}' {found}: its thresholds and tables are untried there")
         return self.setting
 
     @contextmanager

@@ -174,7 +174,7 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
     transformer = check_attach(pipe, bundle, arguments, ["taylorseer", by_content])
     assert set(transformer.statistics.branches) == {"cond_uncond"}
     with pytest.raises(RequestError, match=r"argument 'video_coords'.*is nothing that"):
-        transformer(torch.zeros(1), torch.zeros(1), video_coords=torch.zeros(1, 3, 6))
+        transformer.module(torch.zeros(1), torch.zeros(1), video_coords=torch.zeros(1, 3, 6))
 
 
 def test_other_activations_are_refused() -> None:
