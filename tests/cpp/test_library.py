@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from freewheel import __version__
 from freewheel.bundle.reader import Bundle
 
 pytestmark = [pytest.mark.openvino, pytest.mark.slow]
@@ -82,6 +83,11 @@ def test_a_hundred_runs_don_t_grow(cpp_build: Path, demo_bundle: Bundle) -> None
     done = run(program, "--gtest_filter=*Soak*", env=environment)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "[  PASSED  ] 1 test" in done.stdout
+
+
+def test_the_tool_names_its_version(cpp_build: Path) -> None:
+    done = run(cpp_build / "freewheel-run", "--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"freewheel-run {__version__}")
 
 
 def test_a_corrupt_manifest_is_refused(cpp_build, damaged, embeddings) -> None:
