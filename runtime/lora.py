@@ -15,7 +15,7 @@ __all__ = ["LoraFile", "load_lora", "parse_lora"]
 
 SUFFIXES = (
     ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight",
-    ".lora_down.weight", ".lora_up.weight", ".lora.down.weight", ".lora.up.weight",
+    ".lora_down.weight", ".lora_up.weight", ".down.weight", ".up.weight",
     ".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".alpha", ".diff_b",
     ".lokr_w1", ".lokr_w2", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2",
 )  # fmt: skip

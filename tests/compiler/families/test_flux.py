@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from bundles import TOLERANCE, check_attach, check_policies, save, session_output
 from chain import Chain, randomised, relative, taken_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
@@ -18,6 +21,7 @@ from freewheel.compiler.families import Cut
 from freewheel.compiler.families.flux import FLUX
 from freewheel.configs.errors import CheckpointError, RequestError
 from freewheel.configs.setting import CacheSetting
+from freewheel.runtime.attach import attach
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
@@ -185,6 +189,62 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
             num_inference_steps=2,
             joint_attention_kwargs={"ip_adapter_image_embeds": 1},
         )
+
+
+def test_loras_of_flux_layouts_give_what_diffusers_gives(
+    model: Any, bundle: Bundle, tmp_path: Path
+) -> None:
+    """Kohya's fused projections, XLabs' processors, and alphas that diffusers hands over apart."""
+
+    def pipeline() -> Any:
+        return FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, copy.deepcopy(model)
+        )
+
+    def output(pipe: Any) -> torch.Tensor:
+        seed = torch.Generator().manual_seed(0)
+        return pipe(
+            prompt_embeds=torch.randn(1, 6, 12, generator=seed), num_inference_steps=2, height=48,
+            width=64, pooled_prompt_embeds=torch.randn(1, 10, generator=seed), generator=seed,
+            output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+
+    block, generator = model.transformer_blocks[0], torch.Generator().manual_seed(1)
+    width, inner = block.attn.to_q.in_features, block.attn.to_q.out_features
+
+    def pair(down: str, up: str, rows: int) -> dict[str, torch.Tensor]:
+        return {
+            down: torch.randn(4, width, generator=generator),
+            up: torch.randn(rows, 4, generator=generator),
+        }
+
+    fused = "lora_unet_double_blocks_0_img_attn_qkv"
+    xlabs = "double_blocks.0.processor.qkv_lora1"
+    plain_name = "transformer.transformer_blocks.0.attn.to_q"
+    layouts = {
+        "kohya": {
+            **pair(f"{fused}.lora_down.weight", f"{fused}.lora_up.weight", 3 * inner),
+            f"{fused}.alpha": torch.tensor(2.0),
+        },
+        "xlabs": pair(f"{xlabs}.down.weight", f"{xlabs}.up.weight", 3 * inner),
+        "alphas": {
+            **pair(f"{plain_name}.lora_A.weight", f"{plain_name}.lora_B.weight", inner),
+            f"{plain_name}.alpha": torch.tensor(1.0),
+        },
+    }
+    base = output(pipeline())
+    for layout, state in layouts.items():
+        file = tmp_path / f"{layout}.safetensors"
+        save_file(state, file)
+        plain, loaded, given = (pipeline() for _ in range(3))
+        attach(loaded, bundle, "off", backend="onnxruntime")
+        attach(given, bundle, "off", backend="onnxruntime", loras=[str(file)])
+        for pipe in (plain, loaded):
+            pipe.load_lora_weights(file)
+        expected = output(plain)
+        assert relative(base, expected) > 1e-3, layout
+        for pipe in (loaded, given):
+            assert relative(output(pipe), expected) < 10 * TOLERANCE, layout
 
 
 def test_a_stack_without_single_blocks_is_refused() -> None:
