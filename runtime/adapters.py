@@ -68,10 +68,31 @@ class Adapters:
         for name, layer in _tuner_layers(standing):
             base = {id(p): _stand_in(p.shape) for p in layer.get_base_layer().parameters()}
             taken = copy.deepcopy(layer, base).to("cpu", torch.float32)
-            parent, _, child = name.rpartition(".")
-            setattr(self.module.get_submodule(parent), child, taken)
+            _put(self.module, name, taken)
         self.module.peft_config = copy.deepcopy(standing.peft_config)
         self.module._hf_peft_config_loaded = True
+
+    def copied(self) -> Adapters:
+        """Return the same with adapters and fused weights of its own."""
+        self._settle()
+        other = Adapters(self._bundle, self._prefix, None)
+        for name, layer in _tuner_layers(self.module):
+            base = {id(p): p for p in layer.get_base_layer().parameters() if _is_stand_in(p)}
+            _put(other.module, name, copy.deepcopy(layer, base))
+        for name, parameter in self._materialised():
+            place, _, part = name.rpartition(".")
+            if not isinstance(module := other.module.get_submodule(place), BaseTunerLayer):
+                module._parameters[part] = copy.deepcopy(parameter)
+        if self.has_adapters:
+            other.module.peft_config = copy.deepcopy(self.module.peft_config)
+            other.module._hf_peft_config_loaded = True
+        for name, (_, before) in self._before.items():
+            other._before[name] = other.module.get_submodule(name), before
+        theirs = dict(other._materialised())
+        for name, parameter in self._materialised():
+            if self._own.get(name) == id(parameter):
+                other._own[name] = id(theirs[name])
+        return other
 
     def state(self) -> tuple[Any, ...]:
         """Return what distinguishes the weights of `merged` now from those of another time."""
@@ -349,6 +370,11 @@ def _plain(value: Any) -> Any:
 
 def _tuner_layers(module: Any) -> Iterator[tuple[str, Any]]:
     return ((n, m) for n, m in module.named_modules() if isinstance(m, BaseTunerLayer))
+
+
+def _put(module: Any, name: str, layer: Any) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer)
 
 
 def _adapter_parameters(layer: Any) -> Iterator[Parameter]:

@@ -89,7 +89,7 @@ def attach(
             )  # fmt: skip
         if standing is not None and known is None:
             check_transformer(opened, model.prefix, standing)
-        attached[part] = FreewheelTransformer(model, pipe, standing)
+        attached[part] = FreewheelTransformer(model, pipe, Adapters(opened, model.prefix, standing))
         attached[part].use(cache)
     before = {part: getattr(pipe, part, None) for part in parts}
     try:
@@ -133,17 +133,17 @@ class FreewheelTransformer:
         warn: Told once of everything odd about a run.
     """
 
-    def __init__(self, model: LoadedModel, pipe: Any, standing: Any = None) -> None:
+    def __init__(self, model: LoadedModel, pipe: Any, adapters: Adapters) -> None:
         """Wrap a loaded model.
 
         Args:
             model: Engines and weights.
             pipe: The pipeline it serves where no other one calls.
-            standing: The transformer that it replaces; its adapters are taken over.
+            adapters: What stands in the pipeline, with its adapters.
         """
         self._model = model
         self._pipe = weakref.ref(pipe)
-        self._stand(Adapters(model.bundle, model.prefix, standing))
+        self._stand(adapters)
         self.setting = CacheSetting()
         self.recorder: Recorder | None = None
         self.warn: Callable[[str], None] = _warn
@@ -170,7 +170,7 @@ class FreewheelTransformer:
 
     def _copy_module(self, memo: dict[int, Any]) -> Any:
         """Copy the module with its adapters; engines and weights are shared, caches are not."""
-        other = FreewheelTransformer(self._model, self._pipe() or self, self.module)
+        other = FreewheelTransformer(self._model, self._pipe() or self, self._adapters.copied())
         other.setting, other.warn = self.setting, self.warn
         memo[id(self)], memo[id(self.module)] = other, other.module
         return other.module

@@ -231,6 +231,15 @@ def test_given_loras_stay_whatever_is_loaded_later(
     plain.set_adapters(["a", "b"], [0.8, 1.0])
     attached.load_lora_weights(second)
     assert relative_l1(latents(attached, 2, size=32), latents(plain, 2, size=32)) < 1e-4
+    both, copied = latents(attached, 2, size=32), copy.deepcopy(attached)
+    copied.fuse_lora()
+    again = copy.deepcopy(copied)
+    for pipe in (copied, again):
+        assert relative_l1(latents(pipe, 2, size=32), both) < 1e-5, "a copy takes all along"
+    again.unfuse_lora()
+    again.unload_lora_weights()
+    assert torch.equal(latents(again, 2, size=32), alone)
+    assert torch.equal(latents(attached, 2, size=32), both), "and is on its own"
     attached.unload_lora_weights()
     assert torch.equal(latents(attached, 2, size=32), alone)
     attach(attached, demo_bundle, "off", backend="onnxruntime")
