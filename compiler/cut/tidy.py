@@ -45,6 +45,7 @@ def tidy(trace: Trace) -> None:
     drop_assertions(trace)
     take_no_tensor_for_its_shape(trace)
     spell_views(trace)
+    pad_no_lone_sequence(trace)
     complex_as_real(trace)
     drop_no_ops(trace)
     compose_rms_norms(trace)
@@ -113,6 +114,18 @@ def spell_views(trace: Trace) -> None:
                 for asked, extent in zip(shape, value_of(node).shape, strict=True)
             ]
             node.target, node.args = ATEN.reshape.default, (source, spelled)
+
+
+def pad_no_lone_sequence(trace: Trace) -> None:
+    """`pad_sequence` of one sequence pads nothing: it adds the axis of the batch."""
+    for node, name in operations(trace):
+        sequences: Any = node.args[0] if node.args else None
+        if name == "pad_sequence" and len(sequences) == 1:
+            batch_first = len(node.args) > 1 and node.args[1]
+            with trace.graph.inserting_before(node):
+                axis = 0 if batch_first else 1
+                new = insert(trace, node, ATEN.unsqueeze.default, sequences[0], axis)
+            replace(trace, node, new)
 
 
 def compose_rms_norms(trace: Trace) -> None:

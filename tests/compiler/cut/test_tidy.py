@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import run, traced
 from torch import Tensor
@@ -52,6 +53,24 @@ def test_a_view_takes_any_strides_and_known_numbers() -> None:
     tidy(found)
     (view,) = [node for node in found.graph.nodes if operation(node) == "reshape"]
     assert view.args[1] == [-1, 2, 4]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_one_sequence_is_not_padded(batch_first: bool) -> None:
+    def forward(x: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([x * 2], batch_first=batch_first)
+
+    found = traced(forward, x=ROWS)
+    tidy(found)
+    assert names(found) == ["mul", "unsqueeze"]
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(run(found, x=x), forward(x))
+
+
+def test_two_sequences_are_padded_still() -> None:
+    found = traced(lambda x: torch.nn.utils.rnn.pad_sequence([x, x * 2]), x=ROWS)
+    tidy(found)
+    assert "pad_sequence" in names(found)
 
 
 def test_a_norm_written_out_becomes_one_node() -> None:

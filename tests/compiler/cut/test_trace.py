@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 from cases import WAN, Case
 from diffusers import WanTransformer3DModel
 from torch import nn
+from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from freewheel.compiler.cut.models import Row, row_of, step
-from freewheel.compiler.cut.trace import block_lists, leaves_of, skeleton, trace
+from freewheel.compiler.cut.trace import (
+    Assumption,
+    _may_fail,
+    block_lists,
+    leaves_of,
+    skeleton,
+    trace,
+)
 from freewheel.configs.errors import ExportError
 
 
@@ -82,3 +91,22 @@ def test_what_cant_be_traced_is_refused_by_name() -> None:
 
     with pytest.raises(ExportError, match=r"transformer 'Model': torch can't trace its forward"):
         trace(Row("Model", {"x": step("batch tokens")}), Model, {})
+
+
+def test_an_assumption_counts_if_some_size_breaks_it() -> None:
+    frames, height = (sympy.Symbol(n, integer=True, positive=True) for n in ("frames", "height"))
+
+    def asked(condition: sympy.Basic, *, by_model: bool = False) -> bool:
+        return _may_fail(Assumption(condition, "model.py:1", by_model=by_model))
+
+    assert asked(sympy.Le(frames, 32))
+    assert not asked(sympy.Le(1, frames * height))
+    assert asked(sympy.Ne(frames, 1), by_model=True)
+    assert not asked(sympy.Ne(frames, 1))
+    assert not _may_fail(Assumption(sympy.Le(frames, 32), ""))
+
+
+def test_a_size_at_which_an_assumption_has_no_value_breaks_nothing() -> None:
+    height = sympy.Symbol("height", integer=True, positive=True)
+    undefined_below_a_patch = sympy.Le(PythonMod(height, FloorDiv(height, 2)), 10**9)
+    assert not _may_fail(Assumption(undefined_below_a_patch, "model.py:1"))
