@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, EVERY_RUN, Case, case
+from held_out import HELD_OUT
 
 from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import (
@@ -28,7 +29,8 @@ OTHER = {
 ONES = dict.fromkeys(SIZES, 1)
 
 NAMES = [
-    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly) for name in CASES
+    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
+    for name in (*CASES, *HELD_OUT)
 ]
 
 
