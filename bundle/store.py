@@ -96,6 +96,8 @@ NO_STORE = Store(None)
 
 def _take(place: Path, out: Path) -> bool:
     """Copy a kept piece to ``out`` if it is there and whole; tell whether it was."""
+    if out.exists():
+        return False
     try:
         os.utime(place)
         whole = json.loads((place / DIGESTS).read_text(encoding="utf-8"))
@@ -103,6 +105,7 @@ def _take(place: Path, out: Path) -> bool:
             return False
         _copy(place / PIECE, out)
     except (OSError, ValueError):  # there is none, or another process replaces it
+        shutil.rmtree(out, ignore_errors=True)
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_a_piece_is_made_once(store: Store, make: Make, made: list[Path], tmp_pa
         store.bring(["k", TensorSpec("float32", ("n", 3))], tmp_path / name, make)
     assert made == [tmp_path / "a"]
     assert files_of(tmp_path / "a") == files_of(tmp_path / "c") == {"small": "a", "deep/file": "b"}
+
+
+def test_a_piece_that_goes_while_it_is_taken_is_made_whole(
+    store: Store, make: Make, made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.bring(["k"], tmp_path / "a", make)
+    copyfile, copied = shutil.copyfile, []
+
+    def cut(source: str, target: str) -> object:
+        copied.append(target)
+        if len(copied) == 2:
+            raise FileNotFoundError(source)
+        return copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", cut)
+    store.bring(["k"], tmp_path / "b", make)
+    assert made == [tmp_path / "a", tmp_path / "b"]
+    assert files_of(tmp_path / "b") == {"small": "a", "deep/file": "b"}
 
 
 def test_what_depends_on_something_else_is_another_piece(
