@@ -321,25 +321,32 @@ class FreewheelTransformer:
             )
         scheduler = self._calling_scheduler()
         if scheduler is self._scheduler and scheduler.timesteps is self._source:
-            branch = self._branch(prompt)
+            branch = self._branch(prompt, timestep)
             step_index = self._continued(branch, timestep)
             if step_index is not None:
                 return branch, step_index
         self._begin(scheduler, timestep)
-        return self._branch(prompt), 0
+        return self._branch(prompt, timestep), 0
 
-    def _branch(self, prompt: Mapping[str, Tensor]) -> str:
-        """Return the branch of a call: its cache context, else the run's one of the same prompt."""
+    def _branch(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> str:
+        """Return the branch of a call: its cache context's, else the run's one of the same prompt.
+
+        A prompt that no branch has is the first branch's that has not run this step yet (a prompt
+        may change during a run), else a new branch's.
+        """
         if "name" in self._context:
             return str(self._context["name"])
         for name, known in self._unnamed.items():
             if known.keys() == prompt.keys() and all(
-                torch.equal(known[n], tensor) for n, tensor in prompt.items()
+                _is_same(known[n], tensor) for n, tensor in prompt.items()
             ):
                 return name
-        names = ("cond", "uncond")
+        goes_on = self._last >= 0 and _is_at(self.session.timesteps[self._last], timestep)
+        step_index = self._last if goes_on else self._last + 1
+        waiting = [n for n in self._unnamed if self._done.get(n, -1) < step_index]
         count = len(self._unnamed)
-        name = names[count] if count < len(names) else f"branch_{count}"
+        new = ("cond", "uncond")[count] if count < 2 else f"branch_{count}"
+        name = waiting[0] if waiting else new
         self._unnamed[name] = {n: tensor.clone() for n, tensor in prompt.items()}
         return name
 
@@ -451,6 +458,12 @@ def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
     if isinstance(value, int) and len(entry.shape) == 1:
         return torch.arange(value)
     return torch.as_tensor(value)
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors are equal, dtype and device included."""
+    alike = first.dtype == second.dtype and first.device == second.device
+    return alike and torch.equal(first, second)
 
 
 def _is_at(wanted: Tensor, timestep: Tensor) -> bool:

@@ -403,6 +403,10 @@ def test_a_loop_by_hand_needs_no_cache_contexts(demo_bundle: Bundle, repository:
     assert torch.equal(loop(named=True), first)
     assert torch.equal(loop(named=False), first), "branches are told apart by their prompts"
     assert transformer.statistics.branches["uncond"].computed == [True, False] * 3
+    pipe.scheduler.set_timesteps(6)
+    for t in pipe.scheduler.timesteps:
+        pipe.transformer(noise, t[None], torch.randn(text[0].shape))
+    assert set(transformer.statistics.branches) == {"cond"}, "a prompt may change during a run"
     text[1] = text[0]
     with pytest.raises(RequestError, match=r"branch 'cond' there.*name the branch with .*_context"):
         loop(named=False)
