@@ -199,16 +199,6 @@ MODELS = (
         multiples={"height": "all_patch_size[0]", "width": "all_patch_size[0]"},
         latent_scale=(1, 8),
     ),
-    Row(
-        "CogVideoXTransformer3DModel",
-        {
-            "hidden_states": step("batch frames in_channels height width"),
-            "timestep": run(),
-            "encoder_hidden_states": prompt("batch max_text_seq_length text_embed_dim"),
-        },
-        pipelines=("CogVideoXPipeline",),
-        multiples=PATCH_IMAGE,
-    ),
 )
 """In the order in which each came to be cut."""
 
