@@ -39,13 +39,14 @@ def check_geometry(
         RequestError: the run takes `FAR_BEYOND` times the operations or more, or the size does not
             fit the model.
     """
-    manifest, cut, pipeline = bundle.manifest, cut_of(bundle.manifest), bundle_pipeline(bundle)
+    manifest = bundle.manifest
     found = other_size(manifest, entry.generation)
     if found is None:
         return None
     own = size_of(manifest.configs[manifest.default_config].generation)
     if (size.height, size.width, size.frames) == (own.height, own.width, own.frames):
         return f"config '{name}' {found}: its thresholds and tables are untried at this size"
+    cut, pipeline = cut_of(manifest), bundle_pipeline(bundle)
     dims = dims_of(cut, size, pipeline)
     run = describe_flops(cut, dims, size)["uncached_run"]
     usual = describe_flops(cut, dims_of(cut, own, pipeline), own)["uncached_run"]
