@@ -28,9 +28,9 @@ import typer
 from scipy.stats import spearmanr
 
 from freewheel.bundle.reader import Bundle
+from freewheel.commands.screen import Screen
 from freewheel.configs.load import load_config, read_configs
 from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.console import Screen
 from freewheel.policies.custom import DAMPED, PUBLISHED, CustomConfig
 from freewheel.runtime.bench import BenchReport, BenchRequest, bench_bundle
 from freewheel.runtime.generate import GenerationRequest, Generator

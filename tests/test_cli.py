@@ -17,8 +17,9 @@ from typer.testing import CliRunner, Result
 
 from freewheel import __version__
 from freewheel.bundle.reader import Bundle
-from freewheel.cli import _run_tables, app, main
-from freewheel.console import Screen
+from freewheel.cli import app, main
+from freewheel.commands.run import _run_tables
+from freewheel.commands.screen import Screen
 from freewheel.runtime.generate import Generator
 from freewheel.runtime.statistics import BranchStatistics, RunStatistics
 from freewheel.runtime.trace import Trace
@@ -396,7 +397,7 @@ def test_a_bug_of_ours_exits_with_70_and_its_traceback(
     monkeypatch.setattr("sys.argv", arguments)
     handlers: dict[int, object] = {}
     monkeypatch.setattr("signal.signal", handlers.__setitem__)
-    monkeypatch.setattr("freewheel.cli._backend", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("freewheel.commands.build.backend_of", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 70

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .configs.errors import FreewheelError
+from ..configs.errors import FreewheelError
 
-__all__ = ["SCHEMA_VERSION", "Screen"]
+__all__ = ["SCHEMA_VERSION", "Screen", "reporting"]
 
 SCHEMA_VERSION = 1
 PIPE_WIDTH = 120
@@ -112,6 +114,35 @@ class Screen:
         """Report a step of the phase."""
         if self._bar is not None:
             self._bar.update(self._task, advance=steps, what=what)
+
+
+@contextmanager
+def reporting(
+    command: str, as_json: bool, quiet: bool, debug: bool, *, remedy: str = "run it again"
+) -> Iterator[Screen]:
+    """Turn expected errors into one message and their exit code.
+
+    Args:
+        command: The verb.
+        as_json: See `Screen`.
+        quiet: See `Screen`.
+        debug: Print the traceback of an expected error too.
+        remedy: What to do after an interruption.
+
+    Raises:
+        typer.Exit: something failed; carries the exit code.
+    """
+    screen = Screen(as_json=as_json, quiet=quiet or as_json)
+    try:
+        yield screen
+    except FreewheelError as error:
+        if debug:
+            traceback.print_exc()
+        screen.error(error)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        screen.error(FreewheelError(command, "was interrupted", remedy))
+        raise typer.Exit(130) from None
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel build`: compile a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DebugOption, JsonOption, QuietOption, backend_of, choice_of, precision_of
+from .screen import reporting
+
+__all__ = ["build"]
+
+REMEDY = "run the same command again: finished graphs and engines are taken over"
+
+
+def build(
+    model: Annotated[str, typer.Argument(help="Diffusers folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config",
+            "--config_json",
+            help="Caching config to carry; repeatable, the first is the default.",
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tensorrt, tensorrt-rtx, openvino, onnxruntime or auto; repeatable, runs use the first."
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Precision of the body: float32, bfloat16 or float16.")
+    ] = "float32",
+    weights: Annotated[str, typer.Option(help="inputs (block templates) or baked.")] = "inputs",
+    group_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks per engine with --weights baked; default: as many as 4 GiB of weights."
+        ),
+    ] = None,
+    height: Annotated[
+        str | None, typer.Option(help="Pixels that TensorRT engines serve: a size or min:opt:max.")
+    ] = None,
+    width: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="Frames that they serve; default: what the configs ask for.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Videos at once that they serve; default: 1.")
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU to compile for with TensorRT-RTX, such as 8.9; repeatable."),
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="Effort of TensorRT's builder, 0 to 5.")
+    ] = None,
+    workspace_mib: Annotated[
+        int | None, typer.Option(min=1, help="Scratch memory that TensorRT's kernels may ask for.")
+    ] = None,
+    hardware_compatibility: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs that TensorRT's engines serve too: ampere_plus or same_compute_capability."
+        ),
+    ] = None,
+    tiling: Annotated[
+        str | None, typer.Option(help="TensorRT's tiling across layers: fast, moderate or full.")
+    ] = None,
+    preview: Annotated[
+        str | None, typer.Option(help="TensorRT's preview features, by name, with commas between.")
+    ] = None,
+    build_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of finished graphs and engines, and of TensorRT's timings, that bundles "
+            "share; default: freewheel-cache beside the bundle."
+        ),
+    ] = None,
+    with_text_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--with-text-encoder",
+            help="Carry Wan's text encoder as an engine, for programs without Python.",
+        ),
+    ] = False,
+    with_vae: Annotated[
+        bool,
+        typer.Option(
+            "--with-vae",
+            help="Carry Wan's VAE decoder too, at the size that the first config names.",
+        ),
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    resume_engines: Annotated[
+        bool,
+        typer.Option(
+            "--resume-engines",
+            help="Only compile the engines of --backend into the bundle at --out; MODEL is not read.",
+        ),
+    ] = False,
+    dump_passes: Annotated[
+        Path | None, typer.Option(help="Write each graph after each pass here.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be built, and stop.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile a checkpoint into a bundle.
+
+    Example: freewheel build models/shapes_wan --out out/bundle
+    """
+    with reporting("build", as_json, quiet, debug, remedy=REMEDY) as screen:
+        from ..bundle.files import cache_beside
+        from ..bundle.staging import check_target
+        from ..compiler.build import BuildRequest, plan
+        from ..compiler.build import build as run_build
+        from ..compiler.forecast_build import render_plan
+        from ..compiler.profiles import BuildSizes, parse_range
+        from ..compiler.resume_engines import left_to_gpus
+        from ..compiler.resume_engines import resume_engines as resume
+        from ..engines import Target
+        from ..runtime.settings import config_entries
+
+        precision = precision_of(precision)
+        backends = [
+            backend_of(name, precision, screen, to_build=True) for name in backend or ["auto"]
+        ]
+        sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
+        options = {
+            "builder_optimization_level": optimization_level,
+            "workspace_bytes": None if workspace_mib is None else workspace_mib << 20,
+            "hardware_compatibility_level": hardware_compatibility,
+            "tiling_optimization_level": tiling,
+            "preview_features": preview,
+        }
+        target = Target(
+            compute_capabilities=tuple(compute_capability or ()),
+            options={n: v for n, v in options.items() if v is not None},
+        )
+        request = BuildRequest(
+            model=model,
+            out=out,
+            backends=backends,
+            configs=config_entries(config or ["off"], screen.warn),
+            precision=precision,  # type: ignore[arg-type]  # one of the three
+            weights=choice_of("--weights", weights, ("inputs", "baked")),  # type: ignore[arg-type]
+            group_blocks=group_blocks,
+            revision=revision,
+            replace=force,
+            target=target,
+            sizes=BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items() if t}),
+            cache=build_cache or cache_beside(out),
+            dump=dump_passes,
+            with_text_encoder=with_text_encoder,
+            with_vae=with_vae,
+        )
+        if resume_engines:
+            with screen.progress():
+                whole = resume(
+                    out, backends, target, request.sizes, build_cache or cache_beside(out), screen
+                )
+            built = [e.backend for e in whole.engines]
+            screen.result({"bundle": str(out), "backends": built}, [str(out)])
+            return
+        if dry_run:
+            check_target(out, replace=force)
+            planned = plan(request)
+            screen.result(planned, render_plan(planned))
+            return
+        with screen.progress():
+            report = run_build(request, screen)
+        screen.table("phases", ["phase", "seconds"], list(report.seconds.items()))
+        data = {
+            "bundle": str(out),
+            "backends": [b.name for b in backends],
+            "precision": precision,
+            "weights": report.manifest.weights,
+            "seconds": dict(report.seconds),
+            "bytes": report.bytes,
+            "written_bytes": report.written_bytes,
+        }
+        screen.result(data, [str(out)])
+        screen.note(
+            f"{report.bytes / 1e6:.1f} MB, {report.written_bytes / 1e6:.1f} MB of them written; "
+            f"next: freewheel run {out} --prompt '…' --out video.mp4"
+        )
+        left = left_to_gpus(report.manifest)
+        if left:
+            screen.note(
+                f"TensorRT would compile {len(left)} graphs of it on a machine with a GPU "
+                f"({', '.join(left)}): freewheel build {model} --out {out} --resume-engines "
+                "--backend tensorrt"
+            )

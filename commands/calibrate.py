@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel calibrate`: fit policies to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    BackendOption,
+    BundleArgument,
+    DebugOption,
+    GuidanceOption,
+    JsonOption,
+    QuietOption,
+    StepsOption,
+    quiet_libraries,
+)
+from .screen import reporting
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line; one run each.")],
+    out: Annotated[Path, typer.Option(help="File of configs to write (.json).")],
+    speedup: Annotated[
+        list[float] | None,
+        typer.Option(help="Ideal speedup to write configs for; repeatable. Default 1.5 2 2.5 3 4."),
+    ] = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 1000,
+    history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 6.")] = 6,
+    refine: Annotated[
+        int,
+        typer.Option(min=0, help="Prompts whose cached runs solved schedules are fitted on."),
+    ] = 8,
+    search: Annotated[
+        int,
+        typer.Option(min=0, help="Rounds of moving the steps that solved schedules compute."),
+    ] = 3,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Record uncached runs, and write a config per policy and speedup.
+
+    Example: freewheel calibrate out/bundle --prompts prompts.txt --out calibration.json
+    """
+    with reporting("calibrate", as_json, quiet, debug) as screen:
+        from ..bundle.reader import Bundle
+        from ..configs.output import check_file
+        from ..runtime.bench import read_prompts
+        from ..tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
+        from ..tuning.calibrate import calibrate as run_calibrate
+
+        check_file(out, "--out")
+        quiet_libraries()
+        request = CalibrationRequest(
+            prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
+            history=history, refine=refine, search=search, backend=backend, speedups=speedup or SPEEDUPS,
+        )  # fmt: skip
+        with screen.progress():
+            found = run_calibrate(Bundle(bundle), request, screen, screen.warn)
+        save_calibration(found, out)
+        for name, reason in found.left_out.items():
+            screen.warn(f"no config '{name}': {reason}")
+        screen.table(
+            "fits of TeaCache's polynomial",
+            ["signal", "R²", "used"],
+            [[n, round(f.r2, 3), not f.refusal] for n, f in found.fits.items()],
+        )
+        screen.result({"out": str(out), **found.as_dict()}, [f"{out}#{n}" for n in found.configs])
+        screen.note(f"next: freewheel run {bundle} --cache '{out}#{next(iter(found.configs), '')}'")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel inspect`: show what a bundle holds, or what building one will need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DebugOption, JsonOption, backend_of, precision_of
+from .screen import Screen, reporting
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    target: Annotated[
+        Path, typer.Argument(help="Bundle, or the diffusers folder that one is to be built from.")
+    ],
+    height: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to forecast for.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to forecast for.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Graph whose layers to list, as TensorRT built them.")
+    ] = None,
+    config: Annotated[
+        str, typer.Option("--config", "--config_json", help="Before building: caching config.")
+    ] = "off",
+    backend: Annotated[str, typer.Option(help="Before building: backend.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Before building: of the body.")] = "float32",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show graphs, engines, memory, FLOPs and the speedup each policy can give.
+
+    Of a diffusers folder, before building, what a build and a run of it will need.
+
+    Example: freewheel inspect out/bundle --frames 81
+    """
+    with reporting("inspect", as_json, False, debug) as screen:
+        from ..bundle.reader import MANIFEST, Bundle
+        from ..compiler.inspect import inspect_bundle, render
+
+        if target.is_dir() and not (target / MANIFEST).is_file():
+            from ..compiler.forecast_build import render_plan
+
+            data = _plan(target, config, backend, precision, screen, (height, width, frames, steps))
+            screen.result(data, render_plan(data))
+            return
+        data = inspect_bundle(
+            Bundle(target), height=height, width=width, frames=frames, steps=steps, engine=engine
+        )
+        screen.result(data, render(data))
+
+
+def _plan(
+    model: Path, config: str, backend: str, precision: str, screen: Screen, size: tuple[int | None, ...]
+) -> dict[str, Any]:  # fmt: skip
+    """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
+    from ..compiler.build import BuildRequest, plan
+    from ..compiler.defaults import resolve_configs
+    from ..compiler.sizes import size_of
+    from ..runtime.settings import config_entries
+
+    precision = precision_of(precision)
+    configs = config_entries([config], screen.warn)
+    height, width, frames, steps = size
+    generation = next(iter(resolve_configs(configs, None).values())).generation
+    request = BuildRequest(
+        model=str(model),
+        out=model.absolute().with_name(f"{model.name}-bundle"),
+        backends=[backend_of(backend, precision, screen, to_build=True)],
+        configs=configs,
+        precision=precision,  # type: ignore[arg-type]  # one of the three
+    )
+    return plan(
+        request, size_of(generation, height=height, width=width, frames=frames, steps=steps)
+    )

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel run`: make a video from a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..configs.errors import RequestError
+from .options import (
+    BackendOption,
+    BundleArgument,
+    CacheOption,
+    DebugOption,
+    GuidanceOption,
+    ImageOption,
+    JsonOption,
+    QuietOption,
+    SetOption,
+    StepsOption,
+    pairs_of,
+    quiet_libraries,
+)
+from .screen import Screen, reporting
+
+__all__ = ["run"]
+
+
+def run(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option(help="What to show.")],
+    out: Annotated[Path, typer.Option(help="Video to write: .mp4, .gif or .png.")],
+    negative_prompt: Annotated[str, typer.Option(help="What not to show.")] = "",
+    cache: CacheOption = None,
+    set_: SetOption = None,
+    steps: StepsOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
+    guidance: GuidanceOption = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    image: ImageOption = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE[:scale] to merge at load; repeatable.")
+    ] = None,
+    backend: BackendOption = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder, if the bundle lacks the pipeline.")
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option(help="Keep the blocks' weights in host memory, two blocks on the GPU.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="Replay steps as CUDA graphs (TensorRT).")
+    ] = False,
+    device: Annotated[
+        int | None, typer.Option(help="Index of the GPU; default: the current one.")
+    ] = None,
+    check_finite: Annotated[
+        bool, typer.Option(help="Stop at the first step that makes values that are not finite.")
+    ] = True,
+    record: Annotated[Path | None, typer.Option(help="Write a trace (.npz).")] = None,
+    record_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each frame to record.")
+    ] = None,
+    record_signals: Annotated[
+        bool, typer.Option(help="Record the modulated input and the first block's residual too.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write an HTML page (.html); runs the request uncached as well."),
+    ] = None,
+    fps: Annotated[int, typer.Option(help="Frames per second.")] = 8,
+    force: Annotated[
+        bool, typer.Option(help="Run even where the forecast says that memory will not do.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a video from a prompt.
+
+    Example: freewheel run out/bundle --prompt "a red circle" --cache teacache --out video.mp4
+    """
+    with reporting("run", as_json, quiet, debug) as screen:
+        from ..bundle.reader import Bundle
+        from ..compiler.fit import check_fit
+        from ..compiler.geometry import check_geometry
+        from ..compiler.sizes import size_of
+        from ..configs.output import check_file
+        from ..runtime.forecast import forecast
+        from ..runtime.generate import GenerationRequest, Generator
+        from ..runtime.model import DeviceOptions
+        from ..runtime.settings import choose_setting, stretch_warning
+        from ..runtime.trace import TraceRecorder
+        from ..runtime.video import check_output, write_video
+
+        check_output(out, fps)
+        for flag, path in (("--record", record), ("--report", report)):
+            if path is not None:
+                check_file(path, flag)
+            if path == out:
+                raise RequestError(f"{flag} '{path}'", "is --out's file too", "name another")
+        if record is not None and report is not None:
+            raise RequestError("--record", "can't be given with --report", "make two runs")
+        if record_tokens is not None and record_tokens < 1:
+            raise RequestError(f"--record-tokens {record_tokens}", "is below 1", "use 64")
+        quiet_libraries()
+        opened = Bundle(bundle)
+        chosen = choose_setting(opened, cache, pairs_of(set_), screen.warn)
+        request = GenerationRequest(
+            prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
+            steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,
+            image=image,
+        )  # fmt: skip
+        request.check()
+        size = size_of(
+            chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
+        )  # fmt: skip
+        warning = check_geometry(opened, str(cache), chosen, size, force=force)
+        if warning is not None:
+            screen.warn(warning)
+        if not force:
+            warning = check_fit(opened, chosen, size, backend=backend, model=model)
+            if warning is not None:
+                screen.warn(warning)
+        generator = Generator(
+            opened, backend=backend, loras=lora or (), model=model,
+            options=DeviceOptions(
+                offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
+            ),
+        )  # fmt: skip
+        timesteps = generator.timesteps(request)
+        stretched = stretch_warning(chosen.cache, len(timesteps))
+        if stretched is not None:
+            screen.warn(stretched)
+        ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
+        if ahead is not None and chosen.cache.policy != "off":
+            screen.note(
+                f"decisions known ahead: {ahead.computed_steps:.0f} of {ahead.steps} steps computed, "
+                f"ideal speedup {ahead.ideal_speedup:.2f}"
+            )
+        recorder: Any = None
+        if record is not None:
+            recorder = TraceRecorder(record_signals, record_tokens)
+        if report is not None:
+            from ..tuning.report import ChangeRecorder
+
+            recorder = ChangeRecorder()
+            _warm_up(generator, request)
+        with screen.progress():
+            screen.phase("denoise", request.value("steps"))
+            result = generator.generate(
+                request, recorder=recorder, on_step=lambda done, total: screen.advance("")
+            )
+        write_video(result.frames, out, fps)
+        if record is not None:
+            recorder.trace().save(record)
+        parameters = generator.transformer.session.resolved.parameters
+        data = {**result.statistics.as_dict(parameters), "measured_speedup": None}
+        for warning in data["warnings"]:
+            screen.warn(warning)
+        if report is not None:
+            reference = _report(report, generator, request, result, recorder, parameters)
+            data["measured_speedup"] = result.speedup_over(reference)
+            screen.note(f"report: {report}")
+        _run_tables(screen, data)
+        screen.result(
+            {"out": str(out), "cache": chosen.cache.model_dump(), "resolved": result.resolved,
+             "phase_seconds": result.seconds, **data},
+            [str(out)],
+        )  # fmt: skip
+
+
+def _report(
+    path: Path, generator: Any, request: Any, result: Any, recorder: Any, parameters: Any
+) -> Any:
+    """Write a run's page; return the uncached run that is made for it, watched alike."""
+    from ..tuning.report import ChangeRecorder, write_run_report
+
+    reference = generator.generate(_uncached(request), recorder=ChangeRecorder())
+    write_run_report(
+        path, prompt=request.prompt, result=result, reference=reference, recorder=recorder,
+        parameters=parameters,
+    )  # fmt: skip
+    return reference
+
+
+def _warm_up(generator: Any, request: Any) -> None:
+    """Run a few steps with and without the cache, so that neither of two timed runs is the first."""
+    from dataclasses import replace
+
+    from ..runtime.bench import WARM_UP_STEPS
+
+    for each in (request, _uncached(request)):
+        generator.generate(replace(each, steps=WARM_UP_STEPS))
+
+
+def _uncached(request: Any) -> Any:
+    from dataclasses import replace
+
+    from ..configs.setting import CacheSetting
+
+    return replace(request, cache=CacheSetting())
+
+
+def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
+    rows = []
+    for name, branch in data["branches"].items():
+        spread = branch["percentiles"] or {}
+        computed = sum(branch["computed"])
+        rows.append(
+            [
+                name,
+                computed,
+                len(branch["computed"]) - computed,
+                *(spread.get(p) for p in ("p25", "p50", "p75", "max")),
+            ]
+        )
+    screen.table(
+        f"policy {data['policy']}"
+        + (f", {data['form']}" if data["form"] else "")
+        + (" (folded ahead of the loop)" if data["folded"] else ""),
+        ["branch", "computed", "reused", "distance p25", "p50", "p75", "max"],
+        rows,
+    )
+    seconds = data["step_seconds"]
+    speed = {
+        "computed step s": _seconds(seconds["computed"]),
+        "reused step s": _seconds(seconds["reused"]),
+        "ideal speedup": data["ideal_speedup"],
+        "estimated speedup": data["estimated_speedup"],
+    }
+    if data["measured_speedup"] is not None:
+        speed["measured speedup"] = data["measured_speedup"]
+    screen.table("speed", list(speed), [list(speed.values())])
+    screen.table(
+        "seconds by segment",
+        ["segment", "seconds"],
+        [[n, _seconds(s)] for n, s in data["seconds"].items()],
+    )
+
+
+def _seconds(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel serve`: write a model repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import BundleArgument, DebugOption, JsonOption, QuietOption
+from .screen import reporting
+
+__all__ = ["serve"]
+
+
+def serve(
+    bundle: BundleArgument,
+    out: Annotated[Path, typer.Option(help="Model repository of the server; made where missing.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model; default: the bundle folder's.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(help="Version to write; default: the one after the newest.")
+    ] = None,
+    instances: Annotated[int, typer.Option(help="Requests that run at once.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads of a run; default: the cores divided by the instances."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend; default: the first that C++ runs.")
+    ] = None,
+    backend_directory: Annotated[
+        Path, typer.Option(help="Folder with freewheel/libtriton_freewheel.so, for the command.")
+    ] = Path("build/cpp/backends"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model repository for Triton Inference Server, or the next version of a model in one.
+
+    Example: freewheel serve out/bundle --out out/models --name wan
+    """
+    with reporting("serve", as_json, quiet, debug) as screen:
+        from ..bundle.reader import Bundle
+        from ..serving.commands import example_request, start_server
+        from ..serving.repository import ServeRequest, write_repository
+
+        opened = Bundle(bundle)
+        request = ServeRequest(
+            bundle=opened, out=out, name=name, version=version, instances=instances,
+            backend=backend, threads=threads,
+        )  # fmt: skip
+        written = write_repository(request)
+        library = backend_directory / "freewheel" / "libtriton_freewheel.so"
+        if not library.is_file():
+            screen.warn(f"{library} is not there yet; docs/how-to/serve.md says how to build it")
+        commands = {
+            "server": start_server(out, backend_directory),
+            "request": example_request(opened, written),
+        }
+        screen.note(
+            f"{written.folder}, version {written.version}: {written.bytes / 1e6:.1f} MB, "
+            f"{written.copied_bytes / 1e6:.1f} MB of them copied"
+        )
+        data = {
+            "model": written.name,
+            "version": written.version,
+            "folder": str(written.folder),
+            "bytes": written.bytes,
+            "copied_bytes": written.copied_bytes,
+            "commands": commands,
+        }
+        screen.result(data, list(commands.values()))

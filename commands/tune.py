@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel tune`: find a setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..configs.errors import RequestError
+from .options import (
+    BackendOption,
+    BundleArgument,
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    StepsOption,
+    quiet_libraries,
+)
+from .screen import reporting
+
+__all__ = ["tune"]
+
+
+def tune(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
+    out: Annotated[Path, typer.Option(help="Config to write (.json).")],
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Find the best quality at this measured speedup.")
+    ] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="Find the fastest of at least this mean PSNR, dB.")
+    ] = None,
+    min_ssim: Annotated[
+        float | None, typer.Option(help="Find the fastest of at least this mean SSIM.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File that `calibrate` wrote, to search as well.")
+    ] = None,
+    traces: Annotated[
+        int, typer.Option(help="Prompts to record and replay; the others confirm.")
+    ] = 2,
+    confirm: Annotated[int, typer.Option(help="Candidates to confirm by real runs.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, at least.")] = 3,
+    steps: StepsOption = None,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Find the setting for a wanted speedup or quality, and write it as a config.
+
+    Example: freewheel tune out/bundle --prompts prompts.txt --target-speedup 2 --out tuned.json
+    """
+    with reporting("tune", as_json, quiet, debug) as screen:
+        from ..bundle.reader import Bundle
+        from ..configs.output import check_file
+        from ..runtime.bench import read_prompts
+        from ..tuning.tune import Goal, TuneRequest, save_config
+        from ..tuning.tune import tune as run_tune
+
+        check_file(out, "--out")
+        request = TuneRequest(
+            goal=Goal(target_speedup, min_psnr, min_ssim), prompts=read_prompts(prompts), traces=traces,
+            calibration=calibration, confirm=confirm, rounds=rounds, steps=steps, backend=backend,
+        )  # fmt: skip
+        quiet_libraries()
+        with screen.progress():
+            report = run_tune(Bundle(bundle), request, screen, screen.warn)
+        screen.table(
+            "confirmed by real runs (* none is faster and better)", report.columns, report.table()
+        )
+        if report.chosen is None:
+            raise RequestError(
+                "tune", "found no setting that reaches the goal",
+                "ask for less, give --calibration, or raise --confirm",
+            )  # fmt: skip
+        save_config(report.configs[report.chosen], out)
+        screen.result({"out": str(out), **report.as_dict()}, [f"{out}: {report.chosen}"])

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel verify`: check a bundle."""
+
+from __future__ import annotations
+
+from .options import BackendOption, BundleArgument, DebugOption, JsonOption, QuietOption
+from .screen import reporting
+
+__all__ = ["verify"]
+
+
+def verify(
+    bundle: BundleArgument,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check digests, every engine against PyTorch, every compiled policy against its law.
+
+    Example: freewheel verify out/bundle
+    """
+    with reporting("verify", as_json, quiet, debug) as screen:
+        from ..bundle.reader import Bundle
+        from ..compiler.verify import verify_bundle
+
+        with screen.progress():
+            report = verify_bundle(Bundle(bundle), backend, screen)
+        data = report.as_dict()
+        screen.table(
+            "engines",
+            ["graph", "block", "output", "relative error", "tolerance", "ok"],
+            report.rows(),
+        )
+        screen.result(data, [report.summary()])
+        report.raise_on_mismatch()
