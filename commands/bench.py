@@ -11,9 +11,12 @@ import typer
 from .options import (
     BackendOption,
     BundleArgument,
+    CudaGraphsOption,
     DebugOption,
+    DeviceOption,
     ImageOption,
     JsonOption,
+    OffloadOption,
     QuietOption,
     StepsOption,
     quiet_libraries,
@@ -44,6 +47,9 @@ def bench(
         bool, typer.Option(help="Time diffusers eager on the same checkpoint too.")
     ] = False,
     backend: BackendOption = None,
+    offload: OffloadOption = False,
+    cuda_graphs: CudaGraphsOption = False,
+    device: DeviceOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for bench.json, bench.md, videos and the contact sheet."),
@@ -66,6 +72,7 @@ def bench(
         from ..compiler.sizes import size_of
         from ..configs.output import check_file
         from ..runtime.bench import BenchRequest, bench_bundle, read_prompts
+        from ..runtime.model import DeviceOptions
         from ..runtime.settings import choose_setting
 
         if report is not None:
@@ -79,9 +86,10 @@ def bench(
             warning = check_geometry(opened, name, chosen, size, force=force)
             if warning is not None:
                 screen.warn(warning)
+        options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = BenchRequest(
             prompts=texts, seeds=list(range(seeds)), caches=cache or None, rounds=rounds, steps=steps,
-            eager=eager, backend=backend, out=out, image=image,
+            eager=eager, backend=backend, options=options, out=out, image=image,
         )  # fmt: skip
         with screen.progress():
             measured = bench_bundle(opened, request, screen, screen.warn)

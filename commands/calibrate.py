@@ -11,9 +11,12 @@ import typer
 from .options import (
     BackendOption,
     BundleArgument,
+    CudaGraphsOption,
     DebugOption,
+    DeviceOption,
     GuidanceOption,
     JsonOption,
+    OffloadOption,
     QuietOption,
     StepsOption,
     quiet_libraries,
@@ -44,6 +47,9 @@ def calibrate(
         typer.Option(min=0, help="Rounds of moving the steps that solved schedules compute."),
     ] = 3,
     backend: BackendOption = None,
+    offload: OffloadOption = False,
+    cuda_graphs: CudaGraphsOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -56,14 +62,17 @@ def calibrate(
         from ..bundle.reader import Bundle
         from ..configs.output import check_file
         from ..runtime.bench import read_prompts
+        from ..runtime.model import DeviceOptions
         from ..tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from ..tuning.calibrate import calibrate as run_calibrate
 
         check_file(out, "--out")
         quiet_libraries()
+        options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
-            history=history, refine=refine, search=search, backend=backend, speedups=speedup or SPEEDUPS,
+            history=history, refine=refine, search=search, backend=backend, options=options,
+            speedups=speedup or SPEEDUPS,
         )  # fmt: skip
         with screen.progress():
             found = run_calibrate(Bundle(bundle), request, screen, screen.warn)

@@ -16,10 +16,13 @@ __all__ = [
     "BackendOption",
     "BundleArgument",
     "CacheOption",
+    "CudaGraphsOption",
     "DebugOption",
+    "DeviceOption",
     "GuidanceOption",
     "ImageOption",
     "JsonOption",
+    "OffloadOption",
     "QuietOption",
     "SetOption",
     "StepsOption",
@@ -42,6 +45,13 @@ SetOption = Annotated[
 StepsOption = Annotated[int | None, typer.Option(help="Denoise steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off.")]
 ImageOption = Annotated[Path | None, typer.Option(help="First frame, for image-to-video.")]
+OffloadOption = Annotated[
+    bool, typer.Option(help="Keep the blocks' weights in host memory, two blocks on the GPU.")
+]
+CudaGraphsOption = Annotated[bool, typer.Option(help="Replay steps as CUDA graphs (TensorRT).")]
+DeviceOption = Annotated[
+    int | None, typer.Option(help="Index of the GPU; default: the current one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")]
 DebugOption = Annotated[bool, typer.Option(help="Show tracebacks of expected errors.")]

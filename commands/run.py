@@ -13,10 +13,13 @@ from .options import (
     BackendOption,
     BundleArgument,
     CacheOption,
+    CudaGraphsOption,
     DebugOption,
+    DeviceOption,
     GuidanceOption,
     ImageOption,
     JsonOption,
+    OffloadOption,
     QuietOption,
     SetOption,
     StepsOption,
@@ -49,15 +52,9 @@ def run(
     model: Annotated[
         Path | None, typer.Option(help="Diffusers folder, if the bundle lacks the pipeline.")
     ] = None,
-    offload: Annotated[
-        bool, typer.Option(help="Keep the blocks' weights in host memory, two blocks on the GPU.")
-    ] = False,
-    cuda_graphs: Annotated[
-        bool, typer.Option(help="Replay steps as CUDA graphs (TensorRT).")
-    ] = False,
-    device: Annotated[
-        int | None, typer.Option(help="Index of the GPU; default: the current one.")
-    ] = None,
+    offload: OffloadOption = False,
+    cuda_graphs: CudaGraphsOption = False,
+    device: DeviceOption = None,
     check_finite: Annotated[
         bool, typer.Option(help="Stop at the first step that makes values that are not finite.")
     ] = True,

@@ -12,8 +12,11 @@ from ..configs.errors import RequestError
 from .options import (
     BackendOption,
     BundleArgument,
+    CudaGraphsOption,
     DebugOption,
+    DeviceOption,
     JsonOption,
+    OffloadOption,
     QuietOption,
     StepsOption,
     quiet_libraries,
@@ -46,6 +49,9 @@ def tune(
     rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, at least.")] = 3,
     steps: StepsOption = None,
     backend: BackendOption = None,
+    offload: OffloadOption = False,
+    cuda_graphs: CudaGraphsOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -58,13 +64,16 @@ def tune(
         from ..bundle.reader import Bundle
         from ..configs.output import check_file
         from ..runtime.bench import read_prompts
+        from ..runtime.model import DeviceOptions
         from ..tuning.tune import Goal, TuneRequest, save_config
         from ..tuning.tune import tune as run_tune
 
         check_file(out, "--out")
+        options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = TuneRequest(
             goal=Goal(target_speedup, min_psnr, min_ssim), prompts=read_prompts(prompts), traces=traces,
             calibration=calibration, confirm=confirm, rounds=rounds, steps=steps, backend=backend,
+            options=options,
         )  # fmt: skip
         quiet_libraries()
         with screen.progress():

@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
-from .options import BackendOption, BundleArgument, DebugOption, JsonOption, QuietOption
+from .options import (
+    BackendOption,
+    BundleArgument,
+    CudaGraphsOption,
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    OffloadOption,
+    QuietOption,
+)
 from .screen import reporting
 
 __all__ = ["verify"]
@@ -12,6 +21,9 @@ __all__ = ["verify"]
 def verify(
     bundle: BundleArgument,
     backend: BackendOption = None,
+    offload: OffloadOption = False,
+    cuda_graphs: CudaGraphsOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -23,9 +35,11 @@ def verify(
     with reporting("verify", as_json, quiet, debug) as screen:
         from ..bundle.reader import Bundle
         from ..compiler.verify import verify_bundle
+        from ..runtime.model import DeviceOptions
 
+        options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         with screen.progress():
-            report = verify_bundle(Bundle(bundle), backend, screen)
+            report = verify_bundle(Bundle(bundle), backend, screen, options=options)
         data = report.as_dict()
         screen.table(
             "engines",

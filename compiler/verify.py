@@ -24,7 +24,7 @@ from ..engines import backend as find_backend
 from ..engines.base import Backend, Engine, Target
 from ..engines.record import EngineRecord
 from ..passes import backend_pipeline, run_passes
-from ..runtime.model import LoadedModel
+from ..runtime.model import DeviceOptions, LoadedModel
 from .engine_check import (
     EngineCheck,
     Reference,
@@ -168,7 +168,11 @@ class VerifyReport:
 
 
 def verify_bundle(
-    bundle: Bundle, backend: str | None = None, progress: Progress | None = None
+    bundle: Bundle,
+    backend: str | None = None,
+    progress: Progress | None = None,
+    *,
+    options: DeviceOptions | None = None,
 ) -> VerifyReport:
     """Verify digests, then that every tensor is readable, then engines, then policies.
 
@@ -178,6 +182,7 @@ def verify_bundle(
         bundle: An open bundle.
         backend: Whose engines; None takes the bundle's first.
         progress: Told of every file set, engine and policy.
+        options: How engines are driven; None drives them plainly.
 
     Returns:
         The report; `VerifyReport.raise_on_mismatch` turns it into an error.
@@ -197,11 +202,11 @@ def verify_bundle(
     for tensor in manifest.tensors:
         bundle.tensor(tensor)
     with _portable_engines(bundle) as portable:
-        model = LoadedModel(bundle, backend)
+        model = LoadedModel(bundle, backend, options)
         engines, skipped = check_engines(model, portable, progress)
         policies = check_policies(model, portable, progress)
         for expert in range(1, len(manifest.experts)):
-            other = LoadedModel(bundle, backend, expert=expert)
+            other = LoadedModel(bundle, backend, options, expert)
             engines += check_engines(other, portable, progress)[0]
     return VerifyReport(
         bundle.folder, name, len(manifest.files), (), tuple(engines), tuple(policies), skipped

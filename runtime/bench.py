@@ -24,6 +24,7 @@ from ..configs.errors import RequestError
 from ..configs.output import check_folder, write_text
 from ..configs.setting import CacheSetting
 from .generate import Generation, GenerationRequest, Generator
+from .model import DeviceOptions
 from .quality import Quality, compare_videos
 from .settings import choose_setting
 from .table import markdown_table, spread_cell
@@ -61,6 +62,7 @@ class BenchRequest:
         steps: Denoise steps; None takes the config's.
         eager: Also time the plain diffusers pipeline on the bundle's checkpoint.
         backend: Name of a backend; None takes the bundle's first.
+        options: How engines are driven; None drives them plainly.
         out: Folder for tables, videos and the contact sheet, or None.
         image: First frame of every video, for image-to-video.
     """
@@ -72,6 +74,7 @@ class BenchRequest:
     steps: int | None = None
     eager: bool = False
     backend: str | None = None
+    options: DeviceOptions | None = None
     out: Path | None = None
     image: Path | None = None
 
@@ -258,7 +261,7 @@ def bench_bundle(
     pairs, rounds = request.pairs(), request.round_count()
     for pair in pairs:
         _request(pair, uncached, request.steps, request.image).check()
-    generator = Generator(bundle, backend=request.backend)
+    generator = Generator(bundle, backend=request.backend, options=request.options)
     eager = _EagerPipeline(generator) if request.eager else None
 
     rows = {n: BenchRow(n) for n in (UNCACHED, *settings, *((EAGER,) if eager else ()))}

@@ -297,6 +297,28 @@ def test_usage_errors_exit_with_2_and_are_an_object_too(
     assert error["hint"].endswith("--help")
 
 
+@pytest.mark.parametrize("option", [("--device", 0), ("--cuda-graphs",)])
+@pytest.mark.parametrize("verb", ["run", "bench", "calibrate", "tune", "verify"])
+def test_options_of_gpus_reach_the_engines_of_every_verb(
+    freewheel: Run, demo_bundle: Bundle, tmp_path: Path, verb: str, option: tuple[object, ...]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n" * 3, encoding="utf-8")
+    rest = {
+        "run": ("--prompt", "a red circle", "--out", tmp_path / "video.mp4"),
+        "bench": ("--prompt", "a red circle"),
+        "calibrate": ("--prompts", prompts, "--out", tmp_path / "found.json"),
+        "tune": ("--prompts", prompts, "--out", tmp_path / "tuned.json", "--target-speedup", 2),
+        "verify": (),
+    }
+    result = freewheel(verb, demo_bundle.folder, *rest[verb], *option, "--json")
+    error = failure(result, 3, "request")
+    backend = demo_bundle.manifest.engines[0].backend
+    assert error["where"] == option[0]
+    assert backend in error["message"]
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
 def test_version_is_printed(freewheel: Run) -> None:
     result = freewheel("--version")
     assert (result.exit_code, result.stdout) == (0, f"freewheel {__version__}\n")

@@ -25,7 +25,7 @@ from ..policies.teacache import TeaCacheConfig
 from ..runtime.bench import Watcher
 from ..runtime.forecast import forecast
 from ..runtime.generate import GenerationRequest, Generator
-from ..runtime.model import LoadedModel
+from ..runtime.model import DeviceOptions, LoadedModel
 from ..runtime.settings import choose_setting
 from ..runtime.statistics import FEW_STEPS
 from .fit import PolynomialFit, fit_polynomial
@@ -69,6 +69,7 @@ class CalibrationRequest:
             takes both from the uncached runs.
         search: Times that every computed step of a chosen schedule is tried elsewhere, at most.
         backend: Name of a backend; None takes the bundle's first.
+        options: How engines are driven; None drives them plainly.
     """
 
     prompts: Sequence[str]
@@ -81,6 +82,7 @@ class CalibrationRequest:
     refine: int = 8
     search: int = 3
     backend: str | None = None
+    options: DeviceOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def calibrate(
     ]  # fmt: skip
     for run in runs:
         run.check()
-    generator = Generator(bundle, backend=request.backend)
+    generator = Generator(bundle, backend=request.backend, options=request.options)
     model = generator.transformer.session.model
     recorder = GramRecorder(model, window=request.window)
     watcher.phase("calibrate", len(request.prompts))

@@ -27,6 +27,7 @@ from ..policies.taylorseer import TaylorSeerConfig
 from ..policies.teacache import TeaCacheConfig
 from ..runtime.bench import BenchRequest, Watcher, bench_bundle
 from ..runtime.generate import GenerationRequest, Generator
+from ..runtime.model import DeviceOptions
 from ..runtime.replay import replay
 from ..runtime.settings import choose_setting, config_entry, other_size
 from ..runtime.table import spread_cell
@@ -114,6 +115,7 @@ class TuneRequest:
         rounds: Timed runs of each, at least; raised to a multiple of the confirming prompts.
         steps: Denoise steps; None takes the default config's.
         backend: Name of a backend; None takes the bundle's first.
+        options: How engines are driven; None drives them plainly.
     """
 
     goal: Goal
@@ -124,6 +126,7 @@ class TuneRequest:
     rounds: int = 3
     steps: int | None = None
     backend: str | None = None
+    options: DeviceOptions | None = None
 
     def __post_init__(self) -> None:
         for name in ("traces", "confirm", "rounds"):
@@ -224,6 +227,7 @@ def tune(
     bench = BenchRequest(
         prompts=confirming, seeds=[0], caches={c.name: c.config.setting() for c in tried},
         rounds=request.rounds, steps=request.steps, backend=request.backend,
+        options=request.options,
     )  # fmt: skip
     rows = bench_bundle(bundle, bench, watcher, warn).entries[1:]
     met = [r for r in rows if request.goal.is_met(r)]
@@ -264,7 +268,7 @@ def _record(
     bundle: Bundle, request: TuneRequest, runs: Sequence[GenerationRequest], watcher: Watcher
 ) -> list[Trace]:
     """Run the replayed prompts uncached."""
-    generator = Generator(bundle, backend=request.backend)
+    generator = Generator(bundle, backend=request.backend, options=request.options)
     watcher.phase("record", len(runs))
     traces = []
     for run in runs:
