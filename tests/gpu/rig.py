@@ -7,9 +7,10 @@
 
 ``pack`` makes a folder of a few MB and keeps the pieces that are there: bundles whose plans the
 stand-in reads, TensorRT's bindings over their stub, and the packages that a bare machine lacks.
-``run`` needs no network and no TensorRT. It takes the sections in order, keeps going after a
-failure, starts no section after ``--minutes``, and writes docs/gpu-report.md (a rehearsal:
-out/rig-rehearsal.md).
+``run`` needs no network and no TensorRT. Each section is a process of its own, since a fault of a
+kernel ends everything that its process does on the GPU. After ``--minutes`` none is begun. The
+report is docs/gpu-report.md (a rehearsal: out/rig-rehearsal.md), written after each section; what
+the processes printed lies beside it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ BLOCK_14B = {
 }  # fmt: skip
 BLOCKS_14B = 40
 TIMED = 20
+HBM_GB_PER_S = {"H100": 3350, "H200": 4800}
+"""NVIDIA's figures of the SXM cards; a part of the card's name → memory bandwidth."""
+SECTION_SECONDS = 150
 
 
 def main() -> None:
@@ -62,10 +66,13 @@ def main() -> None:
     runner.add_argument("--minutes", type=float, default=10.0)
     runner.add_argument("--report", type=Path)
     runner.add_argument("--only", action="append", help="Part of a section's title; repeatable.")
+    runner.add_argument("--section", type=int, help="Run this one here; `run` calls itself so.")
     given = parser.parse_args()
     _find_packages(given.folder)
     if given.command == "pack":
         pack(given.folder)
+    elif given.section is not None:
+        run_section(given.folder, given.rehearse, given.section)
     else:
         sys.exit(run(given.folder, given.rehearse, given.minutes, given.report, given.only))
 
@@ -145,7 +152,7 @@ def _trace_wide(folder: Path, other: Any) -> tuple[Any, Any]:
     config = dict(WanTransformer3DModel(**config).config)
     cut = family_of("WanTransformer3DModel", "rig").cut(config, "bfloat16", lambda name: "bfloat16")
     head = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
-    segments = [s for s in cut.segments if s.name == "block"]
+    segments = [s for s in cut.segments if s.name in ("head", "block", "finish")]
     segments += cache_segments(TensorSpec(head.dtype, head.shape), cut.history_dtype)
     (folder / "graphs").mkdir(parents=True)
     graphs = write_graphs(segments, cut.example_dims, folder, Silent(), None)
@@ -376,43 +383,74 @@ def counts_in_the_loop(rig: Rig) -> None:
 
 
 def bandwidth(rig: Rig) -> None:
-    """`reuse` and `delta` at 32,760 tokens: bytes moved per second, and beside a block's time."""
+    """A step at 32,760 tokens: what each graph moves, and a reused step beside a computed one."""
     import torch
 
     from freewheel.engines.tensorrt import TensorRT
 
-    tokens = 1560 if rig.feigned else TOKENS  # the smallest that was built for
+    frames = 1 if rig.feigned else 21  # the smallest that was built for
+    tokens = frames * 30 * 52
+    sizes = {
+        "batch": 1, "tokens": tokens, "text_tokens": 512, "frames": frames, "height": 60, "width": 104,
+    }  # fmt: skip
     backend = TensorRT(device=rig.device)
+    copied = _copy_speed(rig)
+    nominal = next((b for n, b in HBM_GB_PER_S.items() if n in _gpu_name()), None)
     rows, seconds = [], {}
-    for graph in ("reuse", "delta", "block"):
+    graphs = [("head", 1), ("block", 1), ("delta", 1), *(("reuse", k) for k in (1, 2, 3, 4, 6))]
+    for graph, slots in [*graphs, ("finish", 1)]:
         engine = backend.load(rig.folder / "wide" / graph)
-        sizes = {"batch": 1, "tokens": tokens, "slots": 2, "text_tokens": 512, "frames": 1}
         tensors = {
             name: torch.zeros(
-                [sizes[d] if isinstance(d, str) else d for d in spec.shape],
+                [{**sizes, "slots": slots}[d] if isinstance(d, str) else d for d in spec.shape],
                 dtype=getattr(torch, spec.dtype), device=rig.device,
             )
             for name, spec in {**engine.inputs, **engine.outputs}.items()
         }  # fmt: skip
-        call = engine.bind(tensors)
-        seconds[graph] = rig.time(call)
+        name = f"reuse, {slots} residuals" if graph == "reuse" else graph
+        seconds[name] = rig.time(engine.bind(tensors))
         moved = sum(t.nbytes for t in tensors.values())
-        rows.append((graph, f"{moved / 1e6:.0f}", f"{seconds[graph] * 1e3:.3f}",
-                     f"{moved / seconds[graph] / 1e9:.0f}"))  # fmt: skip
+        speed = moved / seconds[name] / 1e9
+        share = "" if nominal is None else f"{speed / nominal:.0%}"
+        rows.append((name, f"{moved / 1e6:.0f}", f"{seconds[name] * 1e3:.3f}", f"{speed:.0f}",
+                     f"{speed / copied:.0%}", share))  # fmt: skip
+    rig.lines += [f"{tokens} tokens of 1,536 channels (Wan 2.1 1.3B), residuals and body bfloat16, "
+                  "hidden states float32. torch operations, each a pass over memory of its own, not "
+                  f"TensorRT's kernels. A copy by torch reads and writes {copied:.0f} GB/s.", ""]  # fmt: skip
+    columns = (
+        "graph",
+        "MB read and written",
+        "ms",
+        "GB/s",
+        "of torch's copy",
+        "of the card's figure",
+    )
+    rig.table(columns, rows)
+    around = seconds["head"] + seconds["finish"]
+    computed = around + 30 * seconds["block"] + seconds["delta"]
+    steps = [
+        (k, f"{(around + seconds[f'reuse, {k} residuals']) * 1e3:.2f}", f"{computed * 1e3:.0f}",
+         f"{(around + seconds[f'reuse, {k} residuals']) / computed:.2%}")
+        for k in (1, 2, 3, 4, 6)
+    ]  # fmt: skip
+    rig.lines += ["A step of 30 blocks, graphs one after another:", ""]
+    rig.table(
+        ("residuals mixed", "reused step, ms", "computed step, ms", "reused / computed"), steps
+    )
+
+
+def _copy_speed(rig: Rig) -> float:
+    """Return GB/s that a copy inside the device's memory reads and writes."""
+    import torch
+
     a = torch.zeros(1 << (20 if rig.feigned else 30), dtype=torch.uint8, device=rig.device)
     b = torch.zeros_like(a)
-    copied = rig.time(type("Copy", (), {"run": lambda self: b.copy_(a)})())
-    rows.append(("torch copy", f"{2 * a.nbytes / 1e6:.0f}", f"{copied * 1e3:.3f}",
-                 f"{2 * a.nbytes / copied / 1e9:.0f}"))  # fmt: skip
-    rig.lines += [f"{tokens} tokens of 1,536 channels, two residuals, bfloat16 body; torch operations, "
-                  "not TensorRT's kernels, so the times bound nothing of TensorRT's.", ""]  # fmt: skip
-    rig.table(("graph", "MB read and written", "ms", "GB/s"), rows)
-    share = (seconds["reuse"] + seconds["delta"]) / (30 * seconds["block"])
-    rig.lines += [f"`reuse` and `delta` together take {share:.2%} of 30 such blocks.", ""]
+    seconds = rig.time(type("Copy", (), {"run": lambda self: b.copy_(a)})())
+    return 2 * a.nbytes / seconds / 1e9
 
 
 def offload_14b(rig: Rig) -> None:
-    """Weights of 14B geometry through two slabs: what arrives, how fast, and what is locked."""
+    """Weights of 14B geometry through two slabs: what arrives, how fast, beside what is computed."""
     import torch
 
     from freewheel.runtime.offload import HostBlock, OffloadedWeights
@@ -432,34 +470,65 @@ def offload_14b(rig: Rig) -> None:
         )  # fmt: skip
 
     seen: list[Any] = []
+    tokens = torch.ones(
+        4096, shapes["ffn.up"][1], dtype=torch.bfloat16, device=rig.device
+    )  # few enough for a block to take about as long as its copy
+    is_working = False
 
     class Checking:
-        """An engine that reads one number of each weight."""
+        """An engine that reads one number of each weight, and multiplies by some where asked to."""
 
         def bind(self, bindings: Mapping[str, Any]) -> Any:
             def run(self: Any) -> None:
                 seen.append(torch.stack([t.flatten()[-1].float() for t in bindings.values()]))
+                for name in ("up", "to_q") * 6 if is_working else ():
+                    weight = next(t for n, t in bindings.items() if name in n)
+                    torch.matmul(tokens, weight.t())
 
             return type("Call", (), {"run": run})()
+
+    def timed(calls: Any) -> float:
+        began = time.perf_counter()
+        for call in calls:
+            call.run()
+        rig.synchronize()
+        return time.perf_counter() - began
 
     with rig.on_stream():
         weights = OffloadedWeights(rig.device, read, streamed=True)
         patterns = {n: "{block}." + n for n in shapes}
         calls = [weights.bind(Checking(), {}, patterns, b) for b in range(blocks)]
         rig.synchronize()
-        prepared, began = time.perf_counter() - began, time.perf_counter()
-        for call in calls * 2:
-            call.run()
-        rig.synchronize()
-    taken = time.perf_counter() - began
+        prepared = time.perf_counter() - began
+        timed(calls)
+        copies = timed(calls)
+        is_working = True
+        resident = Checking().bind(
+            {n: torch.zeros(s, dtype=torch.bfloat16, device=rig.device) for n, s in shapes.items()}
+        )
+        timed([resident])
+        work = timed([resident] * blocks)
+        del seen[-blocks - 1 :]
+        both = timed(calls)
     right = all(bool((row == i % blocks).all()) for i, row in enumerate(t.cpu() for t in seen))
     size = sum(2 * s[0] * s[1] for s in shapes.values())
     rig.table(
         ("blocks", "GB in host memory", "s to read and lock", "GB on the device",
-         "GB/s while running", "weights as they should be"),
+         "weights as they should be"),
         [(blocks, f"{blocks * size / 1e9:.2f}", f"{prepared:.1f}",
-          f"{weights.resident_bytes() / 1e9:.2f}", f"{2 * blocks * size / taken / 1e9:.1f}", right)],
+          f"{weights.resident_bytes() / 1e9:.2f}", right)],
     )  # fmt: skip
+    rig.table(
+        ("one pass over all blocks", "s", "GB/s of weights"),
+        [("copies alone", f"{copies:.3f}", f"{blocks * size / copies / 1e9:.1f}"),
+         ("work alone, weights on the device", f"{work:.3f}", ""),
+         ("both", f"{both:.3f}", f"{blocks * size / both / 1e9:.1f}")],
+    )  # fmt: skip
+    hidden = (copies + work - both) / min(copies, work)
+    rig.lines += [
+        f"Of the shorter of copying and computing, {hidden:.0%} is hidden behind the other.",
+        "",
+    ]
     if not right:
         rig.failures.append("a block computed from another block's weights")
 
@@ -491,7 +560,7 @@ SECTIONS: tuple[tuple[str, Callable[[Rig], None]], ...] = (
     ("Hand-off with the default stream", default_stream_hand_off),
     ("Several sessions at once", several_sessions),
     ("Inside the step loop", counts_in_the_loop),
-    ("Reuse at memory bandwidth", bandwidth),
+    ("A step at real size", bandwidth),
     ("Offloading 14B geometry", offload_14b),
     ("Host cost", host_cost),
 )
@@ -581,50 +650,81 @@ class RehearsedRig(Rig):
 def run(
     folder: Path, rehearse: bool, minutes: float, report: Path | None, only: list[str] | None
 ) -> int:
-    """Run every section; return the process's exit code."""
+    """Run every section, each in a process of its own; return the exit code."""
     began = time.perf_counter()
+    report = report or ROOT / ("out/rig-rehearsal.md" if rehearse else "docs/gpu-report.md")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    failed = 0
+    with report.with_suffix(".log").open("w", encoding="utf-8") as log:
+        for index, (title, section) in enumerate(SECTIONS):
+            if only and not any(part in title for part in only):
+                continue
+            lines += [f"## {title}", ""]
+            left = 60 * minutes - (time.perf_counter() - began)
+            if left <= 0:
+                lines += ["Not run: no time was left.", ""]
+                failed += 1
+                continue
+            start = time.perf_counter()
+            told, faults = _apart(folder, rehearse, index, min(left, SECTION_SECONDS), log)
+            failed += len(faults)
+            lines += told + [f"- **failed**: {text.strip()}" for text in faults]
+            lines += ["", f"{section.__doc__} {time.perf_counter() - start:.0f} s.", ""]
+            print(f"{title}: {'FAILED' if faults else 'ok'}", flush=True)
+            _write(report, lines, rehearse)
+    return 1 if failed else 0
+
+
+def _apart(
+    folder: Path, rehearse: bool, index: int, seconds: float, log: Any
+) -> tuple[list[str], list[str]]:
+    """Run one section in a process of its own; return its lines and failures."""
+    answer = folder / f"section-{index}.json"
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "run", str(folder), "--section", str(index)]
+    command += ["--rehearse"] if rehearse else []
+    try:
+        done = subprocess.run(command, stdout=log, stderr=log, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return [], [f"took more than {seconds:.0f} s"]
+    if not answer.is_file():
+        return [], [f"its process ended with exit code {done.returncode}; see the log"]
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    return found["lines"], found["failures"]
+
+
+def run_section(folder: Path, rehearse: bool, index: int) -> None:
+    """Run one section here, and leave its lines and failures for the process that asked."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if rehearse:
         from host_device import PLACE, HostDevice
         from torch_program import TorchProgram
 
         device: Any = HostDevice(make_program=lambda model: TorchProgram(model, PLACE))
         place, make = PLACE, RehearsedRig
-        report = report or ROOT / "out" / "rig-rehearsal.md"
     else:
-        import torch
         from cuda_device import CudaDevice
 
         place, make = torch.device("cuda", 0), CudaRig
         torch.cuda.set_device(place)
         device = CudaDevice(place)
-        report = report or ROOT / "docs" / "gpu-report.md"
-    lines: list[str] = []
-    failed = 0
     with stand_in(device, rehearsed=rehearse, bindings=folder / "bindings") as home:
         from freewheel.engines.tensorrt import TensorRT
 
         made = TensorRT.__init__
         TensorRT.__init__ = lambda self, **given: made(self, **{"device": place, **given})  # type: ignore[method-assign]
-        for title, section in SECTIONS:
-            if only and not any(part in title for part in only):
-                continue
-            rig = make(folder, home, place, device if rehearse else None)
-            lines += [f"## {title}", ""]
-            if time.perf_counter() - began > 60 * minutes:
-                lines += ["Not run: no time was left.", ""]
-                continue
-            start = time.perf_counter()
-            try:
-                section(rig)
-            except Exception:  # the other sections still tell something
-                rig.failures.append(traceback.format_exc(limit=-4))
-            failed += len(rig.failures)
-            lines += rig.lines + [f"- **failed**: {text.strip()}" for text in rig.failures]
-            lines += ["", f"{section.__doc__} {time.perf_counter() - start:.0f} s.", ""]
-            print(f"{title}: {'FAILED' if rig.failures else 'ok'}", flush=True)
-            _write(report, lines, rehearse)
+        rig = make(folder, home, place, device if rehearse else None)
+        try:
+            SECTIONS[index][1](rig)
+        except Exception:  # what it found so far still tells something
+            traceback.print_exc()
+            rig.failures.append(traceback.format_exc(limit=-4))
         TensorRT.__init__ = made  # type: ignore[method-assign]
-    return 1 if failed else 0
+    text = json.dumps({"lines": rig.lines, "failures": rig.failures})
+    (folder / f"section-{index}.json").write_text(text, encoding="utf-8")
 
 
 def _write(report: Path, lines: list[str], rehearse: bool) -> None:
@@ -641,11 +741,19 @@ def _machine() -> str:
 
     found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if torch.version.cuda and torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        found.insert(0, f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}")
+        memory = torch.cuda.get_device_properties(0).total_memory
+        found.insert(0, f"{_gpu_name()}, {memory / 1e9:.0f} GB, CUDA {torch.version.cuda}")
     return ", ".join(found)
+
+
+def _gpu_name() -> str:
+    import torch
+
+    is_there = torch.version.cuda and torch.cuda.is_available()
+    return str(torch.cuda.get_device_name(0)) if is_there else ""
 
 
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # graphs and plain runs alike
     main()
