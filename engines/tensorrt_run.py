@@ -7,6 +7,8 @@ and a stand-in that computes (docs/explanation/tensorrt.md).
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,9 @@ from .bindings import check_bindings
 from .record import EngineRecord
 
 __all__ = ["CapturedCalls", "EngineStream", "TensorRTCall", "TensorRTEngine"]
+
+_COLLECTOR = threading.Lock()
+"""Held while one thread has switched Python's garbage collector off, which is the process's."""
 
 
 class EngineStream:
@@ -266,8 +271,11 @@ class CapturedCalls:
         self._graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may go on using the device: RTX compiles kernels on threads of its own.
-            with torch.cuda.graph(
-                self._graph, stream=self._lane.stream, capture_error_mode="thread_local"
+            with (
+                _no_garbage_collected(),
+                torch.cuda.graph(
+                    self._graph, stream=self._lane.stream, capture_error_mode="thread_local"
+                ),
             ):
                 for call in self._calls:
                     call.run()
@@ -275,3 +283,16 @@ class CapturedCalls:
             cause = fault.__context__ if isinstance(fault.__context__, RequestError) else fault
             what = f"the step can't be recorded into a CUDA graph ({cause})"
             raise RequestError("--cuda-graphs", what, "leave --cuda-graphs out") from fault
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Keep Python from freeing forgotten CUDA graphs meanwhile: that breaks a capture."""
+    with _COLLECTOR:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()

@@ -7,7 +7,10 @@ also shows that its waits suffice.
 
 from __future__ import annotations
 
+import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,35 @@ def test_runs_equal_onnxruntime_bit_for_bit(
         assert equal(run(session, policy), expected[policy]), policy
     assert feigned.counts["enqueues on the default stream"] == 0
     assert bool(feigned.device.counts["replays"]) == ("graphs" in options)
+
+
+def test_graphs_of_a_forgotten_session_do_not_break_a_capture(
+    bundle: Bundle, expected: Any, feigned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA breaks a capture in which a graph is freed; Python frees cycles whenever it likes."""
+    begin = torch.cuda.graph
+
+    @contextmanager
+    def capture(*given: Any, **named: Any) -> Iterator[None]:
+        with begin(*given, **named):
+            gc.set_threshold(1, 1, 1)
+            yield
+
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # so that little is alive, and a collection looks at all of it
+    gc.set_threshold(1_000_000)
+    try:
+        session: Any = opened(bundle, cuda_graphs=True)
+        run(session, "off")
+        session.itself = session  # the garbage collector alone can free it
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        session = opened(bundle, cuda_graphs=True)
+        assert equal(run(session, "taylorseer"), expected["taylorseer"])
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def test_sessions_at_once_share_weights_and_disturb_nothing(

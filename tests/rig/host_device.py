@@ -98,6 +98,12 @@ class Graph:
         self._home = device
         self.works: list[tuple[Callable[[], None], Sequence[Range], Sequence[Range]]] = []
         self.streams: set[int] = set()
+        self.is_broken = False
+
+    def __del__(self) -> None:
+        """Break the capture that this thread is in, as CUDA does."""
+        if self._home._capture is not None:
+            self._home._capture.is_broken = True
 
     def replay(self) -> None:
         self._home.count("replays")
@@ -173,6 +179,10 @@ class HostDevice(TorchDispatchMode):
                 yield
         finally:
             self._local.capture = None
+        if graph.is_broken:
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
 
     @property
     def _capture(self) -> Graph | None:
