@@ -43,7 +43,6 @@ OPTIONS: Mapping[str, Mapping[str, bool]] = {
     "offload and graphs": {"offload": True, "cuda_graphs": True},
 }  # fmt: skip
 PAUSE_CYCLES = 200_000  # about 0.1 ms on an H100
-TOKENS = 32_760  # 480x832, 81 frames
 BLOCK_14B = {
     **{f"attn{a}.{p}": (5120, 5120) for a in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out")},
     "ffn.up": (13824, 5120), "ffn.down": (5120, 13824), "modulation": (6, 5120),
@@ -53,6 +52,8 @@ TIMED = 20
 HBM_GB_PER_S = {"H100": 3350, "H200": 4800}
 """NVIDIA's figures of the SXM cards; a part of the card's name → memory bandwidth."""
 SECTION_SECONDS = 150
+MIXED = (1, 2, 3, 4, 6)
+"""Residuals that `reuse` is timed with."""
 
 
 def main() -> None:
@@ -382,23 +383,55 @@ def counts_in_the_loop(rig: Rig) -> None:
     rig.table(columns, rows)
 
 
-def bandwidth(rig: Rig) -> None:
-    """A step at 32,760 tokens: what each graph moves, and a reused step beside a computed one."""
+def step_at_real_size(rig: Rig) -> None:
+    """A step at 32,760 tokens, each torch operation a pass over memory of its own."""
+    calls = ((name, engine.bind(tensors), moved) for name, engine, tensors, moved in _wide(rig))
+    _tell_step(rig, calls)
+
+
+def step_at_real_size_fused(rig: Rig) -> None:
+    """The same graphs fused by torch.compile, as an engine's builder fuses."""
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def fused(engine: Any, tensors: Mapping[str, Any]) -> Any:
+        program = engine._plan._program
+        values = [tensors[n] for n in engine.inputs]
+
+        def graph(*given: Any) -> tuple[Any, ...]:
+            made = program.compute(dict(zip(engine.inputs, given, strict=True)))
+            return tuple(made[n] for n in engine.outputs)
+
+        compiled = torch.compile(make_fx(graph)(*values), dynamic=False)
+        return type("Fused", (), {"run": lambda self: compiled(*values)})()
+
+    with torch.no_grad():
+        calls = (
+            (name, fused(engine, tensors), moved) for name, engine, tensors, moved in _wide(rig)
+        )
+        _tell_step(rig, calls)
+
+
+def _wide(rig: Rig) -> Iterator[tuple[str, Any, Mapping[str, Any], int]]:
+    """Yield each graph of a wide step: its name, its engine, its tensors and their bytes."""
     import torch
 
     from freewheel.engines.tensorrt import TensorRT
 
     frames = 1 if rig.feigned else 21  # the smallest that was built for
-    tokens = frames * 30 * 52
     sizes = {
-        "batch": 1, "tokens": tokens, "text_tokens": 512, "frames": frames, "height": 60, "width": 104,
+        "batch": 1, "tokens": frames * 30 * 52, "text_tokens": 512, "frames": frames, "height": 60,
+        "width": 104,
     }  # fmt: skip
     backend = TensorRT(device=rig.device)
-    copied = _copy_speed(rig)
-    nominal = next((b for n, b in HBM_GB_PER_S.items() if n in _gpu_name()), None)
-    rows, seconds = [], {}
-    graphs = [("head", 1), ("block", 1), ("delta", 1), *(("reuse", k) for k in (1, 2, 3, 4, 6))]
-    for graph, slots in [*graphs, ("finish", 1)]:
+    graphs = [
+        ("head", 1),
+        ("block", 1),
+        ("delta", 1),
+        *(("reuse", k) for k in MIXED),
+        ("finish", 1),
+    ]
+    for graph, slots in graphs:
         engine = backend.load(rig.folder / "wide" / graph)
         tensors = {
             name: torch.zeros(
@@ -408,15 +441,22 @@ def bandwidth(rig: Rig) -> None:
             for name, spec in {**engine.inputs, **engine.outputs}.items()
         }  # fmt: skip
         name = f"reuse, {slots} residuals" if graph == "reuse" else graph
-        seconds[name] = rig.time(engine.bind(tensors))
-        moved = sum(t.nbytes for t in tensors.values())
+        yield name, engine, tensors, sum(t.nbytes for t in tensors.values())
+
+
+def _tell_step(rig: Rig, calls: Iterator[tuple[str, Any, int]]) -> None:
+    """Time each graph; set a reused step beside a computed one of 30 blocks."""
+    copied = _copy_speed(rig)
+    nominal = next((b for n, b in HBM_GB_PER_S.items() if n in _gpu_name()), None)
+    rows, seconds = [], {}
+    for name, call, moved in calls:
+        seconds[name] = rig.time(call)
         speed = moved / seconds[name] / 1e9
         share = "" if nominal is None else f"{speed / nominal:.0%}"
         rows.append((name, f"{moved / 1e6:.0f}", f"{seconds[name] * 1e3:.3f}", f"{speed:.0f}",
                      f"{speed / copied:.0%}", share))  # fmt: skip
-    rig.lines += [f"{tokens} tokens of 1,536 channels (Wan 2.1 1.3B), residuals and body bfloat16, "
-                  "hidden states float32. torch operations, each a pass over memory of its own, not "
-                  f"TensorRT's kernels. A copy by torch reads and writes {copied:.0f} GB/s.", ""]  # fmt: skip
+    rig.lines += ["32,760 tokens of 1,536 channels (Wan 2.1 1.3B), residuals and body bfloat16, hidden states "
+                  f"float32; not TensorRT's kernels. A copy by torch moves {copied:.0f} GB/s.", ""]  # fmt: skip
     columns = (
         "graph",
         "MB read and written",
@@ -428,15 +468,11 @@ def bandwidth(rig: Rig) -> None:
     rig.table(columns, rows)
     around = seconds["head"] + seconds["finish"]
     computed = around + 30 * seconds["block"] + seconds["delta"]
-    steps = [
-        (k, f"{(around + seconds[f'reuse, {k} residuals']) * 1e3:.2f}", f"{computed * 1e3:.0f}",
-         f"{(around + seconds[f'reuse, {k} residuals']) / computed:.2%}")
-        for k in (1, 2, 3, 4, 6)
-    ]  # fmt: skip
-    rig.lines += ["A step of 30 blocks, graphs one after another:", ""]
+    reused = {k: around + seconds[f"reuse, {k} residuals"] for k in MIXED}
     rig.table(
-        ("residuals mixed", "reused step, ms", "computed step, ms", "reused / computed"), steps
-    )
+        ("residuals mixed", "reused step, ms", "step of 30 blocks, ms", "reused / computed"),
+        [(k, f"{s * 1e3:.2f}", f"{computed * 1e3:.0f}", f"{s / computed:.2%}") for k, s in reused.items()],
+    )  # fmt: skip
 
 
 def _copy_speed(rig: Rig) -> float:
@@ -560,7 +596,8 @@ SECTIONS: tuple[tuple[str, Callable[[Rig], None]], ...] = (
     ("Hand-off with the default stream", default_stream_hand_off),
     ("Several sessions at once", several_sessions),
     ("Inside the step loop", counts_in_the_loop),
-    ("A step at real size", bandwidth),
+    ("A step at real size", step_at_real_size),
+    ("A step at real size, fused", step_at_real_size_fused),
     ("Offloading 14B geometry", offload_14b),
     ("Host cost", host_cost),
 )
