@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import OPTIONS, PARAMETERS, POLICIES, STEPS
 from graft import grafted
 from host_device import PLACE
 
@@ -28,23 +29,11 @@ from freewheel.runtime.model import DeviceOptions, LoadedModel
 from freewheel.runtime.session import Session
 
 pytestmark = pytest.mark.tensorrt
-STEPS = 8
 LATENTS = (1, 4, 3, 4, 6)
-POLICIES = (
-    "off", "teacache", "taylorseer", "adacache", "custom", "magcache", "easycache", "firstblock",
-)  # fmt: skip
-OPTIONS = {
-    "plain": {}, "offload": {"offload": True}, "graphs": {"cuda_graphs": True},
-    "offload and graphs": {"offload": True, "cuda_graphs": True},
-}  # fmt: skip
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "teacache": {"threshold": 0.3}, "custom": {"threshold": 0.3}, "easycache": {"threshold": 0.3},
-    "firstblock": {"threshold": 0.3},
-}  # fmt: skip
 
 
 def setting(policy: str) -> CacheSetting:
-    return CacheSetting(policy=policy, parameters=PARAMETERS.get(policy, {}))
+    return CacheSetting(policy=policy, parameters=PARAMETERS[policy])
 
 
 def prompts(session: Session) -> None:
@@ -74,7 +63,12 @@ def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def expected(tiny_bundle: Bundle) -> dict[str, list[torch.Tensor]]:
     session = Session(LoadedModel(tiny_bundle, "onnxruntime"))
-    return {policy: run(session, policy) for policy in POLICIES}
+    found = {}
+    for policy in POLICIES:
+        found[policy] = run(session, policy)
+        counted = session.statistics.computed_steps
+        assert (0 < counted < STEPS) == (policy != "off"), f"{policy} computes {counted} steps"
+    return found
 
 
 @pytest.fixture

@@ -34,14 +34,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITY = "9.0"  # of Hopper, which TensorRT-RTX does not know
 SITE_PACKAGES = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection")
-STEPS = 8
-POLICIES = (
-    "off", "teacache", "taylorseer", "adacache", "custom", "magcache", "easycache", "firstblock",
-)  # fmt: skip
-OPTIONS: Mapping[str, Mapping[str, bool]] = {
-    "plain": {}, "offload": {"offload": True}, "graphs": {"cuda_graphs": True},
-    "offload and graphs": {"offload": True, "cuda_graphs": True},
-}  # fmt: skip
 PAUSE_CYCLES = 200_000  # about 0.1 ms on an H100
 BLOCK_14B = {
     **{f"attn{a}.{p}": (5120, 5120) for a in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out")},
@@ -52,6 +44,7 @@ TIMED = 20
 HBM_GB_PER_S = {"H100": 3350, "H200": 4800}
 """NVIDIA's figures of the SXM cards; a part of the card's name → memory bandwidth."""
 SECTION_SECONDS = 150
+"""Of a GPU; a rehearsal takes what it takes."""
 MIXED = (1, 2, 3, 4, 6)
 """Residuals that `reuse` is timed with."""
 
@@ -259,9 +252,10 @@ class Rig:
         torch.cuda.synchronize()
 
 
-def steps(rig: Rig, session: Any, policy: str, count: int = STEPS) -> Iterator[tuple[str, Any]]:
+def steps(rig: Rig, session: Any, policy: str) -> Iterator[tuple[str, Any]]:
     """Run a policy; yields each step's branch and output."""
     import torch
+    from cases import PARAMETERS, STEPS
 
     from freewheel.configs.setting import CacheSetting
 
@@ -269,11 +263,10 @@ def steps(rig: Rig, session: Any, policy: str, count: int = STEPS) -> Iterator[t
     for branch in ("cond", "uncond"):
         states = torch.randn(1, 5, 24, generator=generator).to(rig.device)
         session.set_prompt(branch, {"text_states": states})
-    thresholded = policy in ("teacache", "custom", "easycache", "firstblock")
-    setting = CacheSetting(policy=policy, parameters={"threshold": 0.3} if thresholded else {})
+    setting = CacheSetting(policy=policy, parameters=PARAMETERS[policy])
     session.begin(torch.linspace(999, 30, STEPS), setting)
     latents = torch.randn(1, 4, 3, 4, 6, generator=generator).to(rig.device)
-    for step in range(count):
+    for step in range(STEPS):
         given = {"latents": latents}
         guide = session.step("cond", step, given)
         yield "cond", guide
@@ -290,6 +283,7 @@ def outputs(rig: Rig, session: Any, policy: str) -> Any:
 def policies_in_every_way(rig: Rig) -> None:
     """Every policy, plain, offloaded, as graphs and both, with pauses: equal to a plain run."""
     import torch
+    from cases import OPTIONS, POLICIES, STEPS
 
     rows = []
     rig.pause(0)
@@ -359,7 +353,9 @@ def several_sessions(rig: Rig) -> None:
 
 
 def counts_in_the_loop(rig: Rig) -> None:
-    """Allocations, copies and waits of a step, by torch's own counters and profiler."""
+    """Allocations and copies in the loop, by torch's own counters and profiler."""
+    from cases import OPTIONS, STEPS
+
     rows = []
     for name, options in OPTIONS.items():
         session = rig.session(check_finite=False, **options)
@@ -376,8 +372,10 @@ def counts_in_the_loop(rig: Rig) -> None:
         rows.append((name, contexts, rig.home.counts["enqueues"], *row, hidden))
         if row[0]:
             rig.failures.append(f"{name}: {row[0]} allocations inside the loop")
-    columns = ("driven", "contexts so far", "enqueues", "allocations", "copies", "largest copy",
-               "hidden states, bytes")  # fmt: skip
+        if row[2] >= hidden and "offload" not in name:
+            rig.failures.append(f"{name}: {row[2]} bytes are copied between host and device")
+    columns = ("driven", "contexts so far", "enqueues", "allocations", "copies to and from the host",
+               "largest of them, bytes", "hidden states, bytes")  # fmt: skip
     rig.lines += [f"{STEPS - 2} steps of two branches, `taylorseer`, after a whole run; what the "
                   "stand-in's own kernels allocate is left out.", ""]  # fmt: skip
     rig.table(columns, rows)
@@ -636,7 +634,7 @@ class CudaRig(Rig):
         return float(start.elapsed_time(end)) / 1e3 / TIMED
 
     def watch(self, loop: Callable[[], Any]) -> tuple[int, int, int]:
-        """Count allocations outside the stand-in, and copies: all of them, and the largest's bytes."""
+        """Count allocations outside the stand-in, copies to and from the host, the largest's bytes."""
         import torch
 
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -659,7 +657,8 @@ class CudaRig(Rig):
         path = self.folder / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        sizes = [int(e["args"]["bytes"]) for e in events if e.get("cat") == "gpu_memcpy"]
+        copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "DtoD" not in e["name"]]
+        sizes = [int(e["args"]["bytes"]) for e in copies]
         return made, len(sizes), max(sizes, default=0)
 
 
@@ -704,7 +703,8 @@ def run(
                 failed += 1
                 continue
             start = time.perf_counter()
-            told, faults = _apart(folder, rehearse, index, min(left, SECTION_SECONDS), log)
+            limit = None if rehearse else min(left, SECTION_SECONDS)
+            told, faults = _apart(folder, rehearse, index, limit, log)
             failed += len(faults)
             lines += told + [f"- **failed**: {text.strip()}" for text in faults]
             lines += ["", f"{section.__doc__} {time.perf_counter() - start:.0f} s.", ""]
@@ -714,7 +714,7 @@ def run(
 
 
 def _apart(
-    folder: Path, rehearse: bool, index: int, seconds: float, log: Any
+    folder: Path, rehearse: bool, index: int, seconds: float | None, log: Any
 ) -> tuple[list[str], list[str]]:
     """Run one section in a process of its own; return its lines and failures."""
     answer = folder / f"section-{index}.json"
