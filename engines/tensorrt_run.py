@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run TensorRT plans: an execution context per binding, one stream and one scratch memory for all.
 
-NVIDIA's software has not run this for want of a GPU; tests drive it with the real packages' signatures
-and a stand-in that computes (docs/explanation/tensorrt.md).
+TensorRT itself has not run this. Tests drive it with the real packages' signatures and a stand-in that
+computes, on any machine and on a GPU's streams and memory (docs/explanation/tensorrt.md).
 """
 
 from __future__ import annotations
