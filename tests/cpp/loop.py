@@ -105,8 +105,9 @@ class Loop:
         return samples[0], branches
 
     def in_cpp(
-        self, build: Path, setting: CacheSetting, folder: Path, config: str | None = None
-    ) -> tuple[Array, dict[str, Any]]:
+        self, build: Path, setting: CacheSetting, folder: Path, config: str | None = None,
+        *, tool: str = "freewheel-run", options: Iterable[str] = ("--backend", "openvino"),
+    ) -> tuple[Array, dict[str, Any]]:  # fmt: skip
         """Run freewheel-run; return its latents and what it prints with --json.
 
         Args:
@@ -114,6 +115,8 @@ class Loop:
             setting: What to override of the policy's defaults.
             folder: For its inputs and output.
             config: The bundle's config that `setting` is, in place of overrides.
+            tool: The program, in the build's folder.
+            options: Which engines, and how they are driven.
         """
         named = {f"{b}.{n}": t for b, states in self.prompts.items() for n, t in states.items()}
         save_file(named, folder / "prompts.safetensors")
@@ -121,11 +124,11 @@ class Loop:
         overrides = {} if config else overrides_of(setting)
         out = folder / "out.safetensors"
         command = [
-            build / "freewheel-run", self.bundle.folder, "--out", out, "--cache", config or setting.policy,
+            build / tool, self.bundle.folder, "--out", out, "--cache", config or setting.policy,
             "--embeddings", folder / "prompts.safetensors", "--latents", folder / "latents.npy",
             "--steps", self.steps, "--guidance", self.guidance[0], "--shift", self.shift,
             "--sampler", self.sampler, "--threads", torch.get_num_threads(),
-            "--backend", "openvino", "--json", "--quiet",
+            *options, "--json", "--quiet",
             *(p for scale in self.guidance[1:] for p in ("--guidance-2", scale)),
             *(p for n, v in overrides.items() for p in ("--set", f"{n}={json.dumps(v)}")),
         ]  # fmt: skip

@@ -3,8 +3,9 @@
 
 /// NOT TensorRT. Declarations of just what src/engine_tensorrt.cpp uses of TensorRT 10.15 and of
 /// TensorRT-RTX 1.7, written from their public documentation, so that the file is compiled where
-/// neither is installed.
-/// Nothing here can be linked or run, and layouts and virtual tables are not the real ones.
+/// neither is installed. Layouts and virtual tables are not the real ones. What
+/// feigned_tensorrt.cpp defines of them holds its callers to NVIDIA's protocol, and computes with
+/// OpenVINO.
 
 #include <cstddef>
 #include <cstdint>
