@@ -180,6 +180,7 @@ freewheel_status freewheel_model_create(const char* folder, const freewheel_mode
     wanted.backend_options.threads = known.threads;
     wanted.backend_options.device = known.device;
     wanted.backend_options.cuda_graphs = known.cuda_graphs != 0;
+    wanted.offload = known.offload != 0;
     wanted.allow_compile = known.allow_compile != 0;
     wanted.check_finite = known.skip_finite_check == 0;
     FREEWHEEL_ASSIGN((*model)->model, freewheel::Model::load(folder, wanted));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// TensorRT and TensorRT-RTX on one GPU and one stream. Written against the documented API of
-/// TensorRT 10.15 and TensorRT-RTX 1.7, and compiled against declarations of both; it has not been
-/// run for want of a GPU.
+/// TensorRT 10.15 and TensorRT-RTX 1.7, compiled against declarations of both, and run over a
+/// feigned GPU (tests/feigned_gpu); TensorRT itself has not run it.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -34,18 +34,61 @@ Status cuda(cudaError_t error, const char* what) noexcept {
   return Status(Code::kFailed, what, cudaGetErrorString(error), "look at the GPU with nvidia-smi");
 }
 
-/// Device memory on one stream.
+/// Device memory that a stream of its own fills while the engines' stream runs.
+class CudaSlab final : public Slab {
+ public:
+  CudaSlab(Buffer memory, cudaStream_t engines, cudaStream_t copies)
+      : memory_(std::move(memory)), engines_(engines), copies_(copies) {}
+  ~CudaSlab() override {
+    cudaStreamSynchronize(copies_);
+    for (const cudaEvent_t event : {arrived_, free_}) {
+      if (event != nullptr) cudaEventDestroy(event);
+    }
+  }
+
+  Status open() {
+    for (cudaEvent_t* event : {&arrived_, &free_}) {
+      FREEWHEEL_TRY(cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "CUDA event"));
+    }
+    return release();  // the memory was zeroed on the engines' stream
+  }
+
+  void* data() const noexcept override { return memory_.view().data; }
+
+  Status fetch(const void* host, std::size_t bytes) noexcept override {
+    FREEWHEEL_TRY(cuda(cudaStreamWaitEvent(copies_, free_, 0), "CUDA stream"));
+    FREEWHEEL_TRY(
+        cuda(cudaMemcpyAsync(data(), host, bytes, cudaMemcpyHostToDevice, copies_), "GPU memory"));
+    return cuda(cudaEventRecord(arrived_, copies_), "CUDA event");
+  }
+  Status take() noexcept override {
+    return cuda(cudaStreamWaitEvent(engines_, arrived_, 0), "CUDA stream");
+  }
+  Status release() noexcept override {
+    return cuda(cudaEventRecord(free_, engines_), "CUDA event");
+  }
+
+ private:
+  Buffer memory_;
+  cudaStream_t engines_, copies_;
+  cudaEvent_t arrived_ = nullptr, free_ = nullptr;
+};
+
+/// Device memory on one stream, and a second one for copies beside the first one's work.
 class CudaMemory final : public Memory {
  public:
   explicit CudaMemory(int device) : device_(device) {}
   ~CudaMemory() override {
-    if (stream_ != nullptr) cudaStreamDestroy(stream_);
+    for (const cudaStream_t stream : {stream_, copies_}) {
+      if (stream != nullptr) cudaStreamDestroy(stream);
+    }
   }
 
   Status open() {
     FREEWHEEL_TRY(cuda(cudaSetDevice(device_), "GPU"));
     // A blocking stream would wait for whatever the process does on the default one.
-    return cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "CUDA stream");
+    FREEWHEEL_TRY(cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "CUDA stream"));
+    return cuda(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "CUDA stream");
   }
   cudaStream_t stream() const noexcept { return stream_; }
 
@@ -89,13 +132,33 @@ class CudaMemory final : public Memory {
     return cuda(cudaStreamSynchronize(stream_), "CUDA stream");
   }
 
+  Status lock(void* host, std::size_t bytes) override {
+    Status status = cuda(cudaHostRegister(host, bytes, cudaHostRegisterDefault), "host memory");
+    if (status.ok()) return status;
+    return Status(Code::kRequest, "offload",
+                  std::to_string(bytes) + " bytes of host memory can't be locked: " + status.what(),
+                  "raise 'ulimit -l', free memory, or leave offload out");
+  }
+  void unlock(void* host) noexcept override {
+    cudaStreamSynchronize(copies_);
+    cudaHostUnregister(host);
+  }
+  Result<std::unique_ptr<Slab>> slab(std::size_t bytes) override {
+    FREEWHEEL_TRY(select());
+    FREEWHEEL_ASSIGN(Buffer buffer,
+                     Buffer::create(*this, DType::kUint8, Shape{static_cast<std::int64_t>(bytes)}));
+    auto slab = std::make_unique<CudaSlab>(std::move(buffer), stream_, copies_);
+    FREEWHEEL_TRY(slab->open());
+    return std::unique_ptr<Slab>(std::move(slab));
+  }
+
  private:
   Status move(void* target, const void* source, std::size_t bytes, cudaMemcpyKind kind) noexcept {
     return cuda(cudaMemcpyAsync(target, source, bytes, kind, stream_), "GPU memory");
   }
 
   int device_;
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t stream_ = nullptr, copies_ = nullptr;
 };
 
 /// Memory for the activations of whichever engine runs: all run one after another on one stream. It

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "freewheel/model.h"
 
+#include <algorithm>
+
+#include "offload.h"
 #include "try.h"
 
 namespace freewheel {
@@ -14,6 +17,12 @@ std::string weight_name(std::string pattern, std::int64_t block) {
     pattern.replace(at, sizeof kBlockMark - 1, std::to_string(block));
   }
   return pattern;
+}
+
+bool is_template(const GraphEntry& graph) {
+  return std::any_of(graph.weights.begin(), graph.weights.end(), [](const auto& weight) {
+    return weight.second.find(kBlockMark) != std::string::npos;
+  });
 }
 
 std::string built_names(const Manifest& manifest) {
@@ -33,6 +42,9 @@ std::string choose_backend(const Manifest& manifest) {
 }
 
 }  // namespace
+
+Model::Model() = default;
+Model::~Model() = default;
 
 Result<std::shared_ptr<Model>> Model::load(std::shared_ptr<const Bundle> bundle,
                                            const ModelOptions& options) {
@@ -54,6 +66,16 @@ Result<std::shared_ptr<Model>> Model::load(std::shared_ptr<const Bundle> bundle,
                   "the bundle has engines for " + built_names(manifest) + " only",
                   "build it again with --backend " + name);
   }
+  if (options.offload && manifest.weights == "baked") {
+    return Status(Code::kRequest, "offload",
+                  "can't be had: this bundle's weights are inside its engines",
+                  "build the bundle with --weights inputs");
+  }
+  if (options.offload) {
+    model->offloaded_ = std::make_unique<OffloadedWeights>(
+        model->memory(),
+        [bundle = model->bundle_](const std::string& tensor) { return bundle->tensor(tensor); });
+  }
   return model;
 }
 
@@ -68,6 +90,7 @@ Status Model::load_all() {
     if (set_ != nullptr && set_->files.count(name) == 0) continue;
     if (auto loaded = engine(name); !loaded.ok()) return std::move(loaded).status();
   }
+  if (offloaded_ != nullptr) return {};  // bodies read their blocks as they are bound
   for (const auto& [name, tensor] : manifest().tensors) {
     if (auto loaded = weight(name); !loaded.ok()) return std::move(loaded).status();
   }
@@ -129,8 +152,17 @@ Result<std::unique_ptr<BoundCall>> Model::bind(const std::string& graph, const T
   }
   const auto& experts = manifest().experts;
   const std::string prefix = expert < experts.size() ? experts[expert].prefix : std::string();
+  std::map<std::string, std::string> weights;
   for (const auto& [name, pattern] : entry.weights) {
-    FREEWHEEL_ASSIGN(bindings[name], weight(prefix + weight_name(pattern, block)));
+    weights[name] = prefix + weight_name(pattern, block);
+  }
+  if (offloaded_ != nullptr && is_template(entry)) {
+    std::map<std::string, std::string> patterns;
+    for (const auto& [name, pattern] : entry.weights) patterns[name] = prefix + pattern;
+    return offloaded_->bind(*engine, std::move(bindings), patterns, weights, block);
+  }
+  for (const auto& [name, tensor] : weights) {
+    FREEWHEEL_ASSIGN(bindings[name], weight(tensor));
   }
   return engine->bind(bindings);
 }

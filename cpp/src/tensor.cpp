@@ -7,6 +7,8 @@
 #include <cstring>
 #include <new>
 
+#include "try.h"
+
 namespace freewheel {
 namespace {
 
@@ -24,6 +26,23 @@ constexpr DTypeRow kDTypes[] = {
 };
 
 constexpr std::size_t kAlignment = 64;
+
+/// A slab whose copies are ordered with the engine calls, as everything else of the memory is.
+class OrderedSlab final : public Slab {
+ public:
+  OrderedSlab(Memory& memory, Buffer buffer) : memory_(memory), buffer_(std::move(buffer)) {}
+
+  void* data() const noexcept override { return buffer_.view().data; }
+  Status fetch(const void* host, std::size_t bytes) noexcept override {
+    return memory_.upload(data(), host, bytes);
+  }
+  Status take() noexcept override { return {}; }
+  Status release() noexcept override { return {}; }
+
+ private:
+  Memory& memory_;
+  Buffer buffer_;
+};
 
 class HostMemory final : public Memory {
  public:
@@ -147,6 +166,15 @@ std::string Shape::text() const {
 
 bool operator==(const Shape& a, const Shape& b) noexcept {
   return a.rank_ == b.rank_ && std::equal(a.begin(), a.end(), b.begin());
+}
+
+Status Memory::lock(void*, std::size_t) { return {}; }
+void Memory::unlock(void*) noexcept {}
+
+Result<std::unique_ptr<Slab>> Memory::slab(std::size_t bytes) {
+  FREEWHEEL_ASSIGN(Buffer buffer,
+                   Buffer::create(*this, DType::kUint8, Shape{static_cast<std::int64_t>(bytes)}));
+  return std::unique_ptr<Slab>(std::make_unique<OrderedSlab>(*this, std::move(buffer)));
 }
 
 Memory& host_memory() noexcept {

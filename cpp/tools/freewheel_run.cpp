@@ -44,6 +44,7 @@ struct Options {
   int threads = 0;
   int device = 0;
   bool cuda_graphs = false;
+  bool offload = false;
   bool json = false, allow_compile = false, check_finite = true, quiet = false;
 };
 
@@ -301,6 +302,7 @@ Status run(const Options& options, nlohmann::json& report) {
   model_options.backend_options.threads = options.threads;
   model_options.backend_options.device = options.device;
   model_options.backend_options.cuda_graphs = options.cuda_graphs;
+  model_options.offload = options.offload;
   model_options.allow_compile = options.allow_compile;
   model_options.check_finite = options.check_finite;
   auto model = freewheel::Model::load(options.bundle, model_options);
@@ -416,6 +418,8 @@ int main(int argc, char** argv) {
   app.add_option("--device", options.device, "Index of the GPU")->check(CLI::NonNegativeNumber);
   app.add_flag("--cuda-graphs", options.cuda_graphs,
                "Replay each engine call as one CUDA graph (TensorRT)");
+  app.add_flag("--offload", options.offload,
+               "Keep the blocks' weights in host memory, two blocks on the device");
   app.add_flag("--allow-compile", options.allow_compile,
                "Compile engines that don't fit this machine anew");
   app.add_flag("--check-finite,!--no-check-finite", options.check_finite,

@@ -43,6 +43,8 @@ Result<std::unique_ptr<ServedModel>> ServedModel::load(TRITONBACKEND_Model* hand
   options.backend_options.threads = static_cast<int>(served->options.threads);
   options.backend_options.streams = static_cast<int>(served->options.instances);
   options.backend_options.device = static_cast<int>(served->options.device);
+  options.backend_options.cuda_graphs = served->options.cuda_graphs;
+  options.offload = served->options.offload;
   options.allow_compile = served->options.allow_compile;
   FREEWHEEL_ASSIGN(served->model, Model::load(folder, options));
   FREEWHEEL_TRY(served->model->load_all());

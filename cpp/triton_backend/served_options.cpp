@@ -54,6 +54,8 @@ Result<ServedOptions> ServedOptions::parse(const std::string& config_json,
       {"backend", &options.backend},
       {"threads", Count{&options.threads, 0, 4096}},
       {"device", Count{&options.device, 0, 1024}},
+      {"cuda_graphs", &options.cuda_graphs},
+      {"offload", &options.offload},
       {"allow_compile", &options.allow_compile},
       {"max_pixels", Count{&options.max_pixels, 1, std::int64_t{1} << 45}},
   };

@@ -15,6 +15,8 @@ struct ServedOptions {
   std::int64_t threads = 0;    ///< CPU threads of one engine call; 0 takes every core.
   std::int64_t device = 0;     ///< Index of the GPU.
   std::int64_t instances = 1;  ///< Of all instance groups: runs at the same time.
+  bool cuda_graphs = false;    ///< Replay each engine call as one CUDA graph.
+  bool offload = false;        ///< Keep the blocks' weights in host memory.
   bool allow_compile = false;  ///< Whether engines that don't fit this machine are compiled anew.
   /// Frames · height · width that a request may ask for: memory grows with it.
   std::int64_t max_pixels = 81LL * 720 * 1280;

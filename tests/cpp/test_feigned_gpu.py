@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +34,29 @@ pytestmark = pytest.mark.openvino
 
 MACHINE = "sm8.9"
 TOOL = "tests/freewheel-run-feigned"
-WAYS = {"plain": (), "graphs": ("--cuda-graphs",)}
+WAYS = {
+    "plain": (), "graphs": ("--cuda-graphs",), "offload": ("--offload",),
+    "offload and graphs": ("--offload", "--cuda-graphs"),
+}  # fmt: skip
+POLICIES = (
+    "off", "teacache-modulated", "taylorseer", "adacache", "custom", "easycache", "firstblock",
+    "magcache", "solved",
+)  # fmt: skip
+COVERING = {
+    ("off", "plain", "late"), ("adacache", "plain", "late"), ("solved", "graphs", "late"),
+    ("firstblock", "graphs", "late"), ("adacache", "offload", "late"), ("firstblock", "offload", "early"),
+    ("solved", "offload and graphs", "early"), ("teacache-modulated", "offload and graphs", "late"),
+}  # fmt: skip
+"""Policy, way of driving the engines, when copies run: the others run nightly."""
+
+
+def every() -> list[Any]:
+    """Return the cross; copies of their own stream are those of offloaded weights alone."""
+    return [
+        pytest.param(*case, marks=() if case in COVERING else pytest.mark.nightly)
+        for case in product(POLICIES, WAYS, ("late", "early"))
+        if "offload" in case[1] or case[2] == "late"
+    ]
 
 
 def write_plan(graph: Path, out: Path) -> None:
@@ -77,20 +101,27 @@ def loop(bundle: Bundle) -> Loop:
     return Loop(bundle, latents, prompts, STEPS, SHIFT, "unipc", (GUIDANCE,))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "policy", ["off", "teacache-modulated", "taylorseer", "adacache", "custom", "easycache",
-               "firstblock", "magcache", "solved"],
-)  # fmt: skip
+@pytest.mark.parametrize(("policy", "way", "copies"), every())
 def test_runs_equal_openvino_bit_for_bit(
-    policy: str, way: str, cpp_build: Path, loop: Loop, tmp_path: Path
-) -> None:
+    policy: str, way: str, copies: str, cpp_build: Path, loop: Loop, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("FREEWHEEL_FEIGNED_COPIES", copies)
     expected, told = loop.in_cpp(cpp_build, SETTINGS[policy], tmp_path)
     options = ("--backend", "tensorrt", *WAYS[way])
     found, report = loop.in_cpp(cpp_build, SETTINGS[policy], tmp_path, tool=TOOL, options=options)
     for branch, known in told["branches"].items():
         assert report["branches"][branch]["computed"] == known["computed"]
         assert report["branches"][branch]["mix"] == known["mix"]
+    assert np.array_equal(found, expected)
+
+
+def test_weights_are_offloaded_on_a_cpu_as_well(
+    cpp_build: Path, loop: Loop, tmp_path: Path
+) -> None:
+    expected, _ = loop.in_cpp(cpp_build, SETTINGS["adacache"], tmp_path)
+    options = ("--backend", "openvino", "--offload")
+    found, _ = loop.in_cpp(cpp_build, SETTINGS["adacache"], tmp_path, options=options)
     assert np.array_equal(found, expected)
 
 

@@ -55,6 +55,7 @@ typedef struct freewheel_model_options {
   int32_t allow_compile;     /* not 0: engines that don't fit this machine are compiled anew */
   int32_t skip_finite_check; /* not 0: runs go on with values that are not finite */
   int32_t cuda_graphs;       /* not 0: TensorRT replays each engine call as one CUDA graph */
+  int32_t offload;           /* not 0: blocks' weights stay in host memory, two on the device */
 } freewheel_model_options;
 
 /* Opens the bundle in `folder`. `options` may be NULL. On failure `*model` is a handle that is good

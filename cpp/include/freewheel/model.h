@@ -13,6 +13,8 @@
 
 namespace freewheel {
 
+class OffloadedWeights;
+
 struct ModelOptions {
   /// A backend that the bundle has engines for; empty takes the first that is compiled in.
   std::string backend;
@@ -21,6 +23,8 @@ struct ModelOptions {
   bool allow_compile = false;
   /// Whether runs stop at the first step that makes values that are not finite.
   bool check_finite = true;
+  /// Whether the blocks' weights stay in host memory, two blocks of each kind on the device.
+  bool offload = false;
   /// Used in place of the table's, by tests and by programs with a backend of their own.
   std::shared_ptr<Backend> custom_backend;
 };
@@ -29,6 +33,8 @@ struct ModelOptions {
 /// memory-mapped on the CPU and are uploaded once on devices.
 class Model {
  public:
+  ~Model();
+
   static Result<std::shared_ptr<Model>> load(std::shared_ptr<const Bundle> bundle,
                                              const ModelOptions& options = {});
 
@@ -58,7 +64,7 @@ class Model {
                                           std::int64_t block = 0, std::size_t expert = 0);
 
  private:
-  Model() = default;
+  Model();
 
   std::shared_ptr<const Bundle> bundle_;
   std::shared_ptr<Backend> backend_;
@@ -67,6 +73,7 @@ class Model {
   std::mutex mutex_;
   std::map<std::string, std::shared_ptr<Engine>> engines_;
   std::map<std::string, Buffer> uploaded_;
+  std::unique_ptr<OffloadedWeights> offloaded_;  ///< Null where weights are not offloaded.
 };
 
 }  // namespace freewheel

@@ -88,6 +88,23 @@ struct Tensor {
 /// Tensors by name. Views: what they point to must outlive the map.
 using Tensors = std::map<std::string, Tensor>;
 
+/// A piece of a backend's memory that is filled from the host while engines run, again and again.
+class Slab {
+ public:
+  virtual ~Slab() = default;
+
+  virtual void* data() const noexcept = 0;
+
+  /// Begins to copy `bytes` bytes of locked memory here, once `release` was passed.
+  virtual Status fetch(const void* host, std::size_t bytes) noexcept = 0;
+
+  /// Has the engine calls that follow wait for the copy.
+  virtual Status take() noexcept = 0;
+
+  /// Notes that the engine calls so far are the last that read what is here.
+  virtual Status release() noexcept = 0;
+};
+
 /// Where a backend's tensors live. Calls are ordered with the backend's engine calls.
 class Memory {
  public:
@@ -107,6 +124,13 @@ class Memory {
 
   /// Waits until everything enqueued so far is done.
   virtual Status synchronize() noexcept = 0;
+
+  /// Locks host memory for `Slab::fetch`, where that is any use; `unlock` waits for copies.
+  virtual Status lock(void* host, std::size_t bytes);
+  virtual void unlock(void* host) noexcept;
+
+  /// Allocates a slab. This memory must outlive it.
+  virtual Result<std::unique_ptr<Slab>> slab(std::size_t bytes);
 };
 
 /// Ordinary memory of the CPU. Thread-safe; lives for the whole process.
