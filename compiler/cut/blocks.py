@@ -11,77 +11,34 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import defaultdict
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from torch import fx
 
+from .classes import classify
 from .trace import Trace, block_lists, value_of
 from .words import (
     PRODUCTS,
+    Instance,
+    Template,
     expression_of,
     is_operation,
     is_size,
     operation,
-    tensors_read,
 )
 
-__all__ = ["Instance", "Template", "find_instances", "find_templates", "latent_nodes"]
+__all__ = ["find_instances", "find_templates"]
 
 FEWEST_PRODUCTS = 3
 """A list entry without attention and with fewer products is an embedder or a head, no block."""
 
 
-@dataclass
-class Instance:
-    """One block's call.
-
-    Attributes:
-        block: Its module, ``blocks.3``.
-        nodes: What it computes, in the graph's order.
-        slots: Values from outside, in the order of first use.
-        text: Canonical text.
-    """
-
-    block: str
-    nodes: list[fx.Node]
-    slots: list[fx.Node] = field(default_factory=list)
-    text: str = ""
-
-    @cached_property
-    def index(self) -> dict[fx.Node, int]:
-        """Node → its position among ``nodes``."""
-        return {node: i for i, node in enumerate(self.nodes)}
-
-
-@dataclass
-class Template:
-    """Blocks with equal text.
-
-    Attributes:
-        instances: In the order of their calls.
-        outputs: Positions among an instance's nodes whose values are read outside, of any instance.
-    """
-
-    instances: list[Instance]
-    outputs: list[int]
-
-
-def latent_nodes(trace: Trace) -> set[fx.Node]:
-    """Return every node that depends on what changes at every step."""
-    found = {node for node, declared in trace.declared.items() if declared.changes == "step"}
-    for node in trace.graph.nodes:
-        if is_operation(node) and not found.isdisjoint(tensors_read(node)):
-            found.add(node)
-    return found
-
-
 def find_instances(trace: Trace) -> list[Instance]:
     """Return the calls of blocks, in order.
 
-    A module list whose entries never see the latents (a text refiner) holds no blocks: it is
-    ordinary code of `prompt`.
+    A module list whose entries see the prompt alone (a text refiner) holds no blocks: it is
+    ordinary code of `prompt`. One whose entries see the timestep too runs on computed steps, as
+    those that see the latents do.
     """
     lists = block_lists(trace.model)
     owner: dict[fx.Node, str] = {}
@@ -96,11 +53,11 @@ def find_instances(trace: Trace) -> list[Instance]:
         if block is not None:
             owner[node] = block
             found[block].append(node)
-    latent = latent_nodes(trace)
+    of = classify(trace).of
     instances = [
         Instance(block, nodes)
         for block, nodes in found.items()
-        if _does_work(nodes) and not latent.isdisjoint(nodes)
+        if _does_work(nodes) and any(of[node].every_step for node in nodes)
     ]
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
     return sorted(instances, key=lambda instance: order[instance.nodes[0]])

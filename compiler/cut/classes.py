@@ -7,15 +7,23 @@ that a slot is as dynamic as the most dynamic value that any instance binds to i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch import fx
+from torch import Tensor, fx
 
-from .blocks import Instance, Template
 from .trace import Trace, value_of
-from .words import is_operation, is_size, sizes_of, sizes_read, tensors_read
+from .words import (
+    Instance,
+    Template,
+    is_operation,
+    is_size,
+    sizes_of,
+    sizes_read,
+    tensors_read,
+)
 
 __all__ = ["Classes", "Dependency", "classify"]
 
@@ -36,6 +44,11 @@ class Dependency:
         """Return what two values together depend on."""
         return Dependency(self.on | other.on, self.sizes | other.sizes)
 
+    @property
+    def every_step(self) -> bool:
+        """Whether a value sees the latents, or both the timestep and the prompt."""
+        return "step" in self.on or self.on >= {"run", "prompt"}
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -44,27 +57,33 @@ class Classes:
     Attributes:
         of: Node → what it depends on; inside blocks, of any instance of the template.
         known_with: ``step``, ``run`` or ``prompt`` → symbols that such inputs' shapes have.
+        conditioning: Values that see the timestep, no latent and no token, all the way from it: a
+            vector a step, of which all steps' can be computed in one batch.
     """
 
     of: dict[fx.Node, Dependency]
     known_with: dict[str, set[sympy.Symbol]]
+    conditioning: set[fx.Node]
 
     def runs(self, node: fx.Node) -> str:
         """Return the seldomest moment at which a value can be computed."""
         found = self.of[node]
-        if "step" in found.on:
+        if found.every_step:
             return "step"
-        if found.on == {"run"} and found.sizes <= self.known_with["run"]:
-            return "run"
         if "run" in found.on:
-            return "condition"
+            return "run" if found.sizes <= self.known_with["run"] else "step"
         if "prompt" in found.on:
-            return "prompt" if found.sizes <= self.known_with["prompt"] else "prompt_shape"
+            return "prompt"
         return "shape" if found.sizes else "build"
 
 
-def classify(trace: Trace, templates: list[Template]) -> Classes:
-    """Find what each value depends on."""
+def classify(trace: Trace, templates: Sequence[Template] = ()) -> Classes:
+    """Find what each value depends on.
+
+    Args:
+        trace: The traced graph.
+        templates: Blocks that share a graph; without them each block is taken for itself.
+    """
     owner = {node: i for t in templates for i in t.instances for node in i.nodes}
     joined: dict[tuple[str, fx.Node], Dependency] = {}
     while True:
@@ -78,7 +97,8 @@ def classify(trace: Trace, templates: list[Template]) -> Classes:
                 for instance, node in zip(template.instances, bound, strict=True):
                     joined[instance.block, node] = together
         if joined == before:
-            return Classes(of, _known_with(trace))
+            known = _known_with(trace)
+            return Classes(of, known, _conditioning(trace, of, known["run"]))
 
 
 def _flow(
@@ -103,6 +123,22 @@ def _flow(
                 found |= joined.get((block, read), of[read])
             of[node] = found
     return of
+
+
+def _conditioning(
+    trace: Trace, of: dict[fx.Node, Dependency], known: set[sympy.Symbol]
+) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in trace.graph.nodes:
+        if node not in of or "run" not in of[node].on or "step" in of[node].on:
+            continue
+        sizes = {s for e in sizes_read(node) for s in getattr(e, "free_symbols", ())}
+        if isinstance(value_of(node), Tensor):
+            sizes |= sizes_of(node)
+        seen = [n for n in tensors_read(node) if "run" in of[n].on]
+        if sizes <= known and found.issuperset(seen):
+            found.add(node)
+    return found
 
 
 def _known_with(trace: Trace) -> dict[str, set[Any]]:

@@ -15,18 +15,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from .blocks import Instance, Template, find_instances, find_templates
+from .blocks import find_instances, find_templates
 from .classes import Classes, classify
 from .extract import extract
 from .models import Row
 from .names import fresh_name, value_name
 from .partition import Partition, Region, partition
 from .rotary import compose_rotary
+from .sums import split_sums
 from .tidy import tidy
 from .trace import Trace, trace, value_of
-from .words import Call, Cut, Runs, Segment, is_operation, is_size
+from .words import Call, Cut, Instance, Runs, Segment, Template, is_operation, is_size
 
 __all__ = ["cut_model"]
+
+AHEAD: tuple[Runs, ...] = ("context", "modulation")
+"""Parts of a block that are called before the first step."""
 
 
 def cut_model(row: Row, model_class: Any, config: Mapping[str, Any]) -> Cut:
@@ -45,6 +49,7 @@ def cut_model(row: Row, model_class: Any, config: Mapping[str, Any]) -> Cut:
         traced = trace(row, model_class, config, whole)
         tidy(traced)
         compose_rotary(traced, find_instances(traced))
+        split_sums(traced)
         instances = find_instances(traced)
         templates = find_templates(traced, instances)
         unequal = _lists_to_trace_whole(traced, instances, templates)
@@ -102,22 +107,23 @@ class _Calls:
         self.segments: dict[str, Segment] = {}
         self.calls: list[Call] = []
         self.block_graphs: dict[str, _BlockGraphs] = {}
-        for template, context in zip(templates, parts.context, strict=True):
-            graphs = self._block_graphs(template, context, alone=len(templates) == 1)
+        for template, positions in zip(templates, parts.blocks, strict=True):
+            graphs = self._block_graphs(template, positions, alone=len(templates) == 1)
             self.block_graphs.update((i.block, graphs) for i in template.instances)
 
     def cut(self) -> Cut:
         """Write every call, the seldomest first."""
-        ahead = [r for r in self.parts.regions if r.runs not in ("condition", "step", "block")]
+        ahead = [r for r in self.parts.regions if r.runs not in ("step", "block")]
         for region in ahead:
             self._call_region(region)
-        for position in range(len(self.instances)):
-            self._call_block(position, context=True)
+        for runs in AHEAD:
+            for position in range(len(self.instances)):
+                self._call_block(position, runs)
         for region in self.parts.regions:
             if region not in ahead and region.behind < 0:
                 self._call_region(region)
         for position in range(len(self.instances)):
-            self._call_block(position, context=False)
+            self._call_block(position, "block")
             for region in self.parts.regions:
                 if region.behind == position:
                     self._call_region(region)
@@ -165,46 +171,33 @@ class _Calls:
         self.calls.append(Call(region.name, "", tuple(map(self._name, read)), made))
 
     def _block_graphs(
-        self, template: Template, context: Sequence[int], *, alone: bool
+        self, template: Template, parts: Mapping[Runs, Sequence[int]], *, alone: bool
     ) -> _BlockGraphs:
         """Make a template's graphs, of its first instance."""
         first = template.instances[0]
         path = first.block.rpartition(".")[0].replace(".", "_")
-        inner, rest = set(context), [i for i in range(len(first.nodes)) if i not in set(context)]
-        kept = [
-            i
-            for i in context
-            if i in template.outputs
-            or any(first.index.get(u, -1) in set(rest) for u in first.nodes[i].users)
-        ]
-        kept = [i for i in kept if isinstance(value_of(first.nodes[i]), torch.Tensor)]
+        returned = {runs: _returned(template, positions) for runs, positions in parts.items()}
         outputs: dict[int, str] = {}
-        for i in sorted({*kept, *template.outputs}):
+        for i in sorted(i for positions in returned.values() for i in positions):
             outputs[i] = fresh_name(value_name(first.nodes[i]), set(outputs.values()))
         graphs = _BlockGraphs(first, outputs)
-        two: tuple[tuple[Runs, Sequence[int], list[int]], ...] = (
-            ("context", context, kept),
-            ("block", rest, [i for i in template.outputs if i not in inner]),
-        )
-        for runs, positions, returned in two:
-            if not positions:
-                continue
+        for runs, positions in parts.items():
             name = fresh_name(runs if alone else f"{path}_{runs}", self.segments)
             module, read = extract(
                 self.traced, self.classes, [first.nodes[i] for i in positions],
-                [first.nodes[i] for i in returned], name=name, block=first.block,
+                [first.nodes[i] for i in returned[runs]], name=name, block=first.block,
             )  # fmt: skip
-            made = tuple(outputs[i] for i in returned)
+            made = tuple(outputs[i] for i in returned[runs])
             self.segments[name] = Segment(name, runs, module, arguments_of(module), made)
             graphs.made[runs] = (name, read)
         return graphs
 
-    def _call_block(self, position: int, *, context: bool) -> None:
+    def _call_block(self, position: int, runs: Runs) -> None:
         """Write the calls of all blocks that a traced one stands for."""
         instance = self.instances[position]
         before = self.instances[position - 1] if position else None
         graphs = self.block_graphs[instance.block]
-        name, read = graphs.made.get("context" if context else "block", ("", []))
+        name, read = graphs.made.get(runs, ("", []))
         blocks = self._blocks(instance)
         for block, previous in zip(blocks, [None, *blocks], strict=False):
             if name:
@@ -238,12 +231,24 @@ class _BlockGraphs:
     Attributes:
         first: The instance that they were made of.
         outputs: Position among an instance's nodes → what the value is called.
-        made: ``context`` and ``block`` → segment, and what it reads of the first instance.
+        made: A segment's moment → its name, and what it reads of the first instance.
     """
 
     first: Instance
     outputs: dict[int, str]
-    made: dict[str, tuple[str, list[fx.Node]]] = field(default_factory=dict)
+    made: dict[Runs, tuple[str, list[fx.Node]]] = field(default_factory=dict)
+
+
+def _returned(template: Template, positions: Sequence[int]) -> list[int]:
+    """Return which of a part's values are read by another part of the block, or outside of it."""
+    first, inside = template.instances[0], set(positions)
+    read = [
+        i
+        for i in positions
+        if i in template.outputs
+        or any(first.index.get(user, i) not in inside for user in first.nodes[i].users)
+    ]
+    return [i for i in read if isinstance(value_of(first.nodes[i]), torch.Tensor)]
 
 
 def arguments_of(module: fx.GraphModule) -> tuple[str, ...]:

@@ -60,7 +60,8 @@ def extract(
     root, graph = nn.Module(), fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        new[node] = graph.placeholder(_argument(trace, node, {n.name for n in new.values()}))
+        taken = {str(n.target) for n in new.values()}  # `input` is a name that fx spells `input_1`
+        new[node] = graph.placeholder(_argument(trace, node, taken))
     sizes = SizeMaker(graph, dict(new))
     for node, path in weights.items():
         _hold(root, path, torch.empty(value_of(node).shape, device="meta"))

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Say which segment each node of a traced graph belongs to.
 
-Outside blocks a node goes where its dependencies send it; what sees the latents is `head` before
-the blocks, `bridge` between two, `finish` behind them. Inside blocks, what depends on the prompt
-alone and has a matrix product behind it is `context`; all else is the block's own graph.
+Outside blocks a node goes where its dependencies send it; what every step computes is `head` before
+the blocks, `bridge` between two, `finish` if no block needs it. Inside blocks, what depends on the
+prompt alone and has a matrix product behind it is `context`; products of vectors that see the
+timestep and no latent are `modulation`; all else is the block's own graph.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from .blocks import Instance, Template
 from .classes import Classes
 from .trace import Trace
-from .words import PRODUCTS, Runs, is_operation, operation, tensors_read
+from .words import PRODUCTS, Instance, Runs, Template, is_operation, operation, tensors_read
 
 __all__ = ["Partition", "Region", "partition"]
 
@@ -25,11 +25,9 @@ MOMENTS: dict[str, tuple[str, Runs]] = {
     "build": ("constants", "build"),
     "shape": ("rotary", "shape"),
     "prompt": ("prompt", "prompt"),
-    "prompt_shape": ("prompt_shape", "prompt"),
     "run": ("timestep", "run"),
-    "condition": ("condition", "condition"),
 }
-"""Class of a value that doesn't see the latents → segment that makes it, and when that runs."""
+"""Class of a value that is known before a step → segment that makes it, and when that runs."""
 
 
 @dataclass
@@ -55,12 +53,12 @@ class Partition:
 
     Attributes:
         regions: Outside blocks; in the order of `MOMENTS`, then `head`, bridges, `finish`.
-        context: One list per template: positions of its context's nodes among an instance's.
+        blocks: One per template: a segment's moment → positions of its nodes among an instance's.
         live: Nodes that the results need.
     """
 
     regions: list[Region]
-    context: list[list[int]]
+    blocks: list[dict[Runs, list[int]]]
     live: set[fx.Node]
 
 
@@ -81,7 +79,7 @@ def partition(
             region.nodes.append(node)
     return Partition(
         [region for _, region in sorted(regions.items(), key=lambda item: item[0])],
-        [_context(t.instances[0], classes) for t in templates],
+        [_block_parts(t.instances[0], classes) for t in templates],
         live,
     )
 
@@ -119,10 +117,10 @@ def _places(
         elif runs != "step":
             name, moment = MOMENTS[runs]
             place[node] = (ranks[runs], name, -1, moment)
+        elif behind[node] < 0:
+            place[node] = (len(ranks) + 2, "finish", max(owner.values(), default=-1), "step")
         elif ahead[node] < 0:
             place[node] = (len(ranks), "head", -1, "step")
-        elif behind[node] < 0:
-            place[node] = (len(ranks) + 2, "finish", max(owner.values()), "step")
         else:
             block = ahead[node]
             place[node] = (len(ranks) + 1, f"bridge_{block}", block, "block")
@@ -154,37 +152,63 @@ def _blocks_behind(trace: Trace, owner: dict[fx.Node, int]) -> dict[fx.Node, int
 def _bring_home(
     trace: Trace, place: dict[fx.Node, Place], classes: Classes, *, kept: set[fx.Node]
 ) -> None:
-    """Compute what depends on sizes alone where its readers are, if those know the sizes.
+    """Compute what depends on sizes alone where its readers are, if those can know the sizes.
 
-    A tensor of the batch's size belongs to the timestep's table, whose batch is all steps.
+    A tensor of the batch's size belongs to the timestep's table, whose batch is all steps; one that
+    the prompt alone reads, to `prompt`.
     """
     for node in reversed(trace.graph.nodes):
         if node not in place or place[node][1] != "rotary" or node in kept:
             continue
         readers = {place.get(user) for user in node.users if is_operation(user)}
         home = next(iter(readers)) if len(readers) == 1 else None
-        if home is not None and home[1] in ("timestep", "prompt"):
-            moment = "run" if home[1] == "timestep" else "prompt"
-            if classes.of[node].sizes <= classes.known_with[moment]:
-                place[node] = home
+        known = home is not None and classes.of[node].sizes <= classes.known_with["run"]
+        if home is not None and (home[1] == "prompt" or (home[1] == "timestep" and known)):
+            place[node] = home
 
 
-def _context(instance: Instance, classes: Classes) -> list[int]:
-    """Return positions of what a block computes of the prompt alone, products and what they need."""
-    computed = [n for n in instance.nodes if classes.runs(n) == "prompt"]
+def _block_parts(instance: Instance, classes: Classes) -> dict[Runs, list[int]]:
+    """Divide a block: what it makes once per prompt, what once per run, and all else."""
+    context = _context(instance, classes)
+    modulation = _modulation(instance, classes) - context
+    parts: dict[Runs, list[int]] = {"context": [], "modulation": [], "block": []}
+    for i, node in enumerate(instance.nodes):
+        runs: Runs = "block"
+        if node in context or node in modulation:
+            runs = "context" if node in context else "modulation"
+        parts[runs].append(i)
+    return {runs: positions for runs, positions in parts.items() if positions}
+
+
+def _context(instance: Instance, classes: Classes) -> set[fx.Node]:
+    """Return what a block computes of the prompt alone, behind products, and what that needs."""
+    own = {n for n in instance.nodes if classes.runs(n) == "prompt"}
     behind_product: set[fx.Node] = set()
-    for node in computed:
-        if operation(node) in PRODUCTS or not behind_product.isdisjoint(tensors_read(node)):
+    for node in instance.nodes:
+        reads = operation(node) in PRODUCTS or not behind_product.isdisjoint(tensors_read(node))
+        if node in own and reads:
             behind_product.add(node)
-    own = set(computed)
-    waiting = [
-        n for n in behind_product if any(u in instance.index and u not in own for u in n.users)
-    ]
-    wanted: set[fx.Node] = set()
+    rest = instance.index.keys() - own
+    wanted = _needed(instance, {n for n in behind_product if not rest.isdisjoint(n.users)})
+    return wanted | {n for n in own if n.target is operator.getitem and n.args[0] in wanted}
+
+
+def _modulation(instance: Instance, classes: Classes) -> set[fx.Node]:
+    """Return products of vectors that see the timestep, and what they need of the block's own.
+
+    What is made of the last product is cheap, and would be more tables than the product is.
+    """
+    own = [n for n in instance.nodes if n in classes.conditioning]
+    return _needed(instance, {n for n in own if operation(n) in PRODUCTS})
+
+
+def _needed(instance: Instance, wanted: Collection[fx.Node]) -> set[fx.Node]:
+    """Return nodes of a block, with those of its own that they depend on."""
+    found: set[fx.Node] = set()
+    waiting = list(wanted)
     while waiting:
         node = waiting.pop()
-        if node in instance.index and node not in wanted:
-            wanted.add(node)
+        if node in instance.index and node not in found:
+            found.add(node)
             waiting += tensors_read(node)
-    wanted |= {n for n in own if n.target is operator.getitem and n.args[0] in wanted}
-    return [i for i, node in enumerate(instance.nodes) if node in wanted]
+    return found

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 
 from .models import Input, Row
 from .trace import example, is_leaf, leaves_of, tensors_of
-from .words import Call, Cut
+from .words import Call, Cut, Segment
 
 __all__ = ["chain", "eager", "random_inputs", "random_weights", "relative_error"]
 
-TABLE = 5
-"""Timesteps in the batch with which a `run` segment is called, as a run calls it."""
+TABLE, ROW = 5, 2
+"""Timesteps in the batch with which tables are made, as a run makes them, and the step's own row."""
 
 
 def chain(cut: Cut, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -32,39 +32,70 @@ def chain(cut: Cut, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
         What `forward` returns.
     """
     values: dict[str, Any] = {**weights, **inputs}
+    tables = _timesteps(cut, inputs)
+    prompts = {name for name, declared in cut.inputs.items() if declared.changes == "prompt"}
     for call in cut.calls:
         segment = cut.segments[call.segment]
         prefix = f"{call.block}." if call.block else ""
         own = {n: weights[prefix + n] for n, _ in segment.module.named_parameters()}
-        arguments = [values[name] for name in call.inputs]
-        with torch.no_grad():
-            if segment.runs == "run":
-                made = _rows(cut, call, own, arguments)
-            else:
-                made = torch.func.functional_call(segment.module, own, tuple(arguments))
+        if segment.runs in ("run", "modulation") and tables:
+            made = _rows(segment, call, own, values, tables, prompts)
+        else:
+            made = _call(segment, own, [values[name] for name in call.inputs])
         values.update(zip(call.outputs, made, strict=True))
+        if segment.runs in ("prompt", "context"):
+            prompts.update(call.outputs)
     return [values[name] for name in cut.results]
 
 
-def _rows(
-    cut: Cut, call: Call, weights: Mapping[str, Tensor], arguments: list[Any]
-) -> tuple[Tensor, ...]:
-    """Call a `run` segment with several timesteps in one batch, and return the right row of each.
+def _call(segment: Segment, weights: dict[str, Tensor], given: list[Any]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        made: tuple[Tensor, ...] = torch.func.functional_call(segment.module, weights, tuple(given))
+    return made
 
-    The batch's elements all have one timestep.
+
+def _timesteps(cut: Cut, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return several timesteps for each input that is one, the given one among them.
+
+    Empty if a batch's elements have timesteps of their own.
     """
-    module = cut.segments[call.segment].module
-    batch, index = arguments[0].shape[0], TABLE // 2
-    made: tuple[Tensor, ...]
-    if any(argument.ndim != 1 or argument.unique().numel() != 1 for argument in arguments):
-        made = torch.func.functional_call(module, dict(weights), tuple(arguments))
-        return made
-    table = [
-        torch.stack([a[0] * (1 + (i - index) / 10) for i in range(TABLE)]).to(a.dtype)
-        for a in arguments
+    given = {name: inputs[name] for name, one in cut.inputs.items() if one.changes == "run"}
+    if any(one.ndim != 1 or one.unique().numel() != 1 for one in given.values()):
+        return {}
+    return {
+        name: torch.stack([one[0] * (1 + (i - ROW) / 10) for i in range(TABLE)]).to(one.dtype)
+        for name, one in given.items()
+    }
+
+
+def _rows(
+    segment: Segment,
+    call: Call,
+    weights: dict[str, Tensor],
+    values: Mapping[str, Any],
+    tables: dict[str, Tensor],
+    prompts: Collection[str],
+) -> list[Tensor]:
+    """Call a segment with all timesteps in one batch, keep its tables, return the step's row of each.
+
+    If it reads a value of the prompt, its batch is each timestep with each prompt of the batch, and
+    a row is one of each prompt.
+    """
+    per_prompt = [values[name] for name in call.inputs if name in prompts]
+    batch = len(per_prompt[0]) if per_prompt else 1
+    given = [
+        tables[name].repeat_interleave(batch, dim=0)
+        if name in tables
+        else torch.cat([values[name]] * TABLE)
+        if name in prompts
+        else values[name]
+        for name in call.inputs
     ]
-    made = torch.func.functional_call(module, dict(weights), tuple(table))
-    return tuple(rows[index : index + 1].expand(batch, *rows.shape[1:]) for rows in made)
+    made = _call(segment, weights, given)
+    tables.update(zip(call.outputs, made, strict=True))
+    wanted = max(len(values[name]) for name in tables if name in values)
+    rows = [table[ROW * batch : (ROW + 1) * batch] for table in made]
+    return [row.expand(wanted, *row.shape[1:]) for row in rows]
 
 
 def eager(row: Row, model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:

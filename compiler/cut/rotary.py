@@ -18,12 +18,11 @@ import torch
 import torch.onnx.ops  # registers torch.ops.onnx.RotaryEmbedding
 from torch import Tensor, fx
 
-from .blocks import Instance
 from .evaluate import Evaluator
 from .rewrite import insert, replace
 from .tidy import same
 from .trace import Trace, value_of
-from .words import PRODUCTS, operation, tensors_read
+from .words import PRODUCTS, Instance, operation, tensors_read
 
 __all__ = ["compose_rotary"]
 

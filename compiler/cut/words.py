@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of a cut: a traced graph's nodes and values, and the segments that they end in."""
+"""The words of a cut: a traced graph's nodes, its blocks, and the segments that they end in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import sympy
@@ -18,8 +19,10 @@ __all__ = [
     "PRODUCTS",
     "Call",
     "Cut",
+    "Instance",
     "Runs",
     "Segment",
+    "Template",
     "expression_of",
     "is_operation",
     "is_size",
@@ -37,10 +40,10 @@ PRODUCTS = frozenset(
 )  # fmt: skip
 """Operations that multiply matrices: the work of a model, and what low precision is for."""
 
-Runs = Literal["build", "shape", "prompt", "run", "context", "condition", "step", "block"]
+Runs = Literal["build", "shape", "prompt", "run", "context", "modulation", "step", "block"]
 """When a segment runs: never again; once per shape; once per prompt; once per run, all timesteps in
-one batch; once per prompt and block; every step, before the latents are looked at; every step; on
-computed steps, once per block or between two."""
+one batch; once per prompt and block; once per run and block, all timesteps in one batch; every step;
+on computed steps, once per block or between two."""
 
 
 def operation(node: fx.Node) -> str:
@@ -89,6 +92,41 @@ def sizes_of(node: fx.Node) -> set[sympy.Symbol]:
     value = value_of(node)
     extents = value.shape if isinstance(value, torch.Tensor) else (value,)
     return {s for e in extents if isinstance(e, torch.SymInt) for s in e.node.expr.free_symbols}
+
+
+@dataclass
+class Instance:
+    """One block's call.
+
+    Attributes:
+        block: Its module, ``blocks.3``.
+        nodes: What it computes, in the graph's order.
+        slots: Values from outside, in the order of first use.
+        text: Canonical text.
+    """
+
+    block: str
+    nodes: list[fx.Node]
+    slots: list[fx.Node] = field(default_factory=list)
+    text: str = ""
+
+    @cached_property
+    def index(self) -> dict[fx.Node, int]:
+        """Node → its position among ``nodes``."""
+        return {node: i for i, node in enumerate(self.nodes)}
+
+
+@dataclass
+class Template:
+    """Blocks with equal text.
+
+    Attributes:
+        instances: In the order of their calls.
+        outputs: Positions among an instance's nodes whose values are read outside, of any instance.
+    """
+
+    instances: list[Instance]
+    outputs: list[int]
 
 
 @dataclass(frozen=True)

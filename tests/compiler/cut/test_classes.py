@@ -29,7 +29,7 @@ def test_each_value_is_computed_as_seldom_as_it_can_be() -> None:
     )
     tidy(found)
     classes = classify(found, [])
-    moments = ["build", "shape", "run", "prompt", "prompt_shape", "condition", "step"]
+    moments = ["build", "shape", "run", "prompt", "prompt", "step", "step"]
     assert [classes.runs(node) for node in found.results] == moments
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import Case, case, traced
 from torch import Tensor
@@ -39,10 +40,47 @@ def test_keys_and_values_of_the_prompt_are_context(wan: Case) -> None:
     assert "layer_norm" not in operations_of(wan.cut.segments["context"])
 
 
-def test_flux_adds_the_prompt_to_the_timestep_every_step() -> None:
-    cut = case("flux").cut
-    assert cut.segments["condition"].runs == "condition"
-    assert products_of(case("flux"), "timestep") > 0
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [
+        ("flux", {"transformer_blocks": 2, "single_transformer_blocks": 1}),
+        ("qwen_image", {"": 2}),
+        pytest.param("sd3", {"transformer_blocks": 2}, marks=pytest.mark.nightly),
+        pytest.param(
+            "hunyuan_video",
+            {
+                "context_embedder_token_refiner_refiner_blocks": 1, "transformer_blocks": 2,
+                "single_transformer_blocks": 1,
+            },
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)  # fmt: skip
+def test_a_blocks_products_of_conditioning_are_modulation(
+    name: str, products: dict[str, int]
+) -> None:
+    one = case(name)
+    found = {n: products_of(one, n) for n, s in one.cut.segments.items() if s.runs == "modulation"}
+    expected = {f"{path}_modulation".removeprefix("_"): n for path, n in products.items()}
+    assert expected.items() <= found.items()
+    for segment in (s for s in one.cut.segments.values() if s.runs == "modulation"):
+        assert len(segment.outputs) == products_of(one, segment.name)
+
+
+def test_scales_without_a_product_stay_in_the_block(wan: Case) -> None:
+    assert "timestep_proj" in wan.cut.segments["block"].inputs
+    assert "modulation" not in {segment.runs for segment in wan.cut.segments.values()}
+
+
+@pytest.mark.nightly
+def test_a_refiner_that_sees_the_timestep_runs_on_computed_steps() -> None:
+    cut = case("hunyuan_video").cut
+    path = "context_embedder.token_refiner.refiner_blocks"
+    calls = [c for c in cut.calls if c.block.startswith(path)]
+    blocks = [c for c in calls if cut.segments[c.segment].runs == "block"]
+    assert [c.block for c in blocks] == [f"{path}.{i}" for i in range(3)]
+    assert {s.name for s in cut.segments.values() if s.runs == "step"} == {"head", "finish"}
+    assert products_of(case("hunyuan_video"), "head") == 1
 
 
 def test_a_constant_of_the_batchs_size_stays_with_the_timestep() -> None:
@@ -53,4 +91,4 @@ def test_a_constant_of_the_batchs_size_stays_with_the_timestep() -> None:
     tidy(found)
     classes = classify(found, [])
     parts = partition(found, [], [], classes)
-    assert [region.name for region in parts.regions] == ["timestep", "head"]
+    assert [region.name for region in parts.regions] == ["timestep", "finish"]
