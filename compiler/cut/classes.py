@@ -3,6 +3,7 @@
 
 An operation depends on all that its arguments do. A block's graph serves all of its instances, so
 that a slot is as dynamic as the most dynamic value that any instance binds to it: a fixpoint.
+Constants that differ from block to block are values of the prompt.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Classes:
             return "run" if found.sizes <= self.known_with["run"] else "step"
         if "prompt" in found.on:
             return "prompt"
-        return "shape" if found.sizes else "build"
+        return "shape" if found.sizes else "constant"
 
 
 def classify(trace: Trace, templates: Sequence[Template] = ()) -> Classes:
@@ -94,6 +95,9 @@ def classify(trace: Trace, templates: Sequence[Template] = ()) -> Classes:
                 together = Dependency()
                 for node in bound:
                     together |= of[node]
+                if together == Dependency() and len(set(bound)) > 1:
+                    together = Dependency(frozenset({"prompt"}))
+                    joined |= {("", node): together for node in bound}
                 for instance, node in zip(template.instances, bound, strict=True):
                     joined[instance.block, node] = together
         if joined == before:
@@ -117,7 +121,7 @@ def _flow(
             )
         elif is_operation(node):
             sizes = {s for e in sizes_read(node) for s in getattr(e, "free_symbols", ())}
-            found = Dependency(frozenset(), frozenset(sizes))
+            found = joined.get(("", node), Dependency()) | Dependency(frozenset(), frozenset(sizes))
             block = owner[node].block if node in owner else ""
             for read in tensors_read(node):
                 found |= joined.get((block, read), of[read])

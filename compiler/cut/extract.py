@@ -14,7 +14,7 @@ from .classes import Classes
 from .names import fresh_name, module_path, source_of, value_name
 from .sizes import SizeMaker, shape_donors
 from .trace import Trace, value_of
-from .words import sizes_read, tensors_read
+from .words import is_operation, sizes_read, tensors_read
 
 __all__ = ["extract"]
 
@@ -30,7 +30,7 @@ def extract(
     name: str,
     block: str = "",
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Copy nodes into a graph of their own.
+    """Copy nodes into a graph of their own, with the constants that they read.
 
     Args:
         trace: The traced graph.
@@ -46,6 +46,7 @@ def extract(
     Raises:
         ExportError: no input has a size that a node needs.
     """
+    nodes = _with_constants(trace, classes, nodes)
     read = dict.fromkeys(n for node in nodes for n in tensors_read(node))
     prefix = f"{block}." if block else ""
     weights = {
@@ -84,6 +85,18 @@ def extract(
     graph.output(tuple(new[node] for node in outputs))
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph, class_name=name), inputs
+
+
+def _with_constants(trace: Trace, classes: Classes, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return nodes and what they read that depends on nothing, in the graph's order."""
+    found = set(nodes)
+    waiting = list(nodes)
+    while waiting:
+        for node in tensors_read(waiting.pop()):
+            if is_operation(node) and node not in found and classes.runs(node) == "constant":
+                found.add(node)
+                waiting.append(node)
+    return [node for node in trace.graph.nodes if node in found]
 
 
 def _donors(

@@ -22,7 +22,6 @@ from .words import PRODUCTS, Instance, Runs, Template, is_operation, operation, 
 __all__ = ["Partition", "Region", "partition"]
 
 MOMENTS: dict[str, tuple[str, Runs]] = {
-    "build": ("constants", "build"),
     "shape": ("rotary", "shape"),
     "prompt": ("prompt", "prompt"),
     "run": ("timestep", "run"),
@@ -112,6 +111,8 @@ def _places(
         if not is_operation(node) or node not in live or node in owner:
             continue
         runs = classes.runs(node)
+        if runs == "constant":
+            continue  # each segment that reads it computes it
         if node.target is operator.getitem and node.args[0] in place:
             place[node] = place[node.args[0]]  # a tuple never crosses a border
         elif runs != "step":

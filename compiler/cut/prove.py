@@ -75,7 +75,7 @@ def _rows(
     values: Mapping[str, Any],
     tables: dict[str, Tensor],
     prompts: Collection[str],
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Call a segment with all timesteps in one batch, keep its tables, return the step's row of each.
 
     If it reads a value of the prompt, its batch is each timestep with each prompt of the batch, and
@@ -94,8 +94,8 @@ def _rows(
     made = _call(segment, weights, given)
     tables.update(zip(call.outputs, made, strict=True))
     wanted = max(len(values[name]) for name in tables if name in values)
-    rows = [table[ROW * batch : (ROW + 1) * batch] for table in made]
-    return [row.expand(wanted, *row.shape[1:]) for row in rows]
+    rows = (table[ROW * batch : (ROW + 1) * batch] for table in made)
+    return tuple(row.expand(wanted, *row.shape[1:]) for row in rows)
 
 
 def eager(row: Row, model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.onnx.ops  # registers torch.ops.onnx.RotaryEmbedding
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from .evaluate import Evaluator
 from .rewrite import insert, replace
-from .tidy import same
+from .tidy import same, size_nodes
 from .trace import Trace, value_of
 from .words import PRODUCTS, Instance, operation, tensors_read
 
@@ -214,40 +214,65 @@ def _key(rotary: Rotary) -> tuple[Any, ...]:
 def _tables(trace: Trace, rotary: Rotary) -> tuple[fx.Node, fx.Node]:
     """Add what makes cosines and sines, [batch or 1, tokens, channels / 2], outside the block."""
     x, y = rotary.x, rotary.y
-    channels = int(value_of(x).shape[-1])
+    channels, rank = int(value_of(x).shape[-1]), value_of(x).ndim
     first = next(iter(trace.graph.nodes))
     with trace.graph.inserting_before(first):
         unit = trace.graph.placeholder(f"unit_{y.name}")
+    trace.constants[unit] = _unit(channels, interleaved=rotary.interleaved).reshape(
+        [1] * (rank - 1) + [channels]
+    )
     with trace.mode:
-        unit.meta["val"] = torch.zeros(channels)
-    trace.constants[unit] = _unit(channels, interleaved=rotary.interleaved)
-
-    def add(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = insert(trace, y, target, *args, **kwargs)
-        node.meta.pop("nn_module_stack", None)
-        return node
+        unit.meta["val"] = torch.zeros(trace.constants[unit].shape)
 
     with trace.graph.inserting_before(y):
-        size = [
-            add(ATEN.sym_size.int, x, axis) if isinstance(extent, torch.SymInt) else int(extent)
-            for axis, extent in enumerate(value_of(x).shape)
-        ]
-        copies = {x: add(ATEN.expand.default, unit, size)}
-        for node in rotary.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
-            copies[node] = add(node.target, *args, **kwargs)
+        try:
+            turned = _turned(trace, rotary, unit)
+        except RuntimeError:  # a shape of the region's own that is no broadcast of the tables'
+            size = size_nodes(trace, x)
+            turned = _turned(trace, rotary, _outside(trace, y, ATEN.expand.default, unit, size))
         made = []
         for part, name in enumerate(("rope_cos", "rope_sin")):
             start, step = (part, 2) if rotary.interleaved else (part * channels // 2, 1)
             end = channels if rotary.interleaved else start + channels // 2
-            table = add(ATEN.slice.Tensor, copies[y], -1, start, end, step)
+            table = _outside(trace, y, ATEN.slice.Tensor, turned, -1, start, end, step)
             if rotary.heads:
-                table = add(ATEN.select.int, table, rotary.heads, 0)
-            if rotary.shared:
-                table = add(ATEN.slice.Tensor, table, 0, 0, 1)
+                table = _outside(trace, y, ATEN.select.int, table, rotary.heads, 0)
+            if rotary.shared and value_of(table).shape[0] != 1:
+                table = _outside(trace, y, ATEN.slice.Tensor, table, 0, 0, 1)
             table.meta["value_name"] = name
             made.append(table)
     return made[0], made[1]
+
+
+def _outside(trace: Trace, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add an operation that belongs to no block."""
+    node = insert(trace, like, target, *args, **kwargs)
+    node.meta.pop("nn_module_stack", None)
+    return node
+
+
+def _turned(trace: Trace, rotary: Rotary, unit: fx.Node) -> fx.Node:
+    """Copy what turns x, with ``unit`` in its place: of size 1 wherever the tables give the size."""
+    copies = {rotary.x: unit}
+    for node in rotary.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+        source: Any = node.args[0]
+        if operation(node) == "reshape" and source in copies:
+            args = (copies[source], _reshaped(node, value_of(copies[source]).shape))
+        copies[node] = _outside(trace, rotary.y, node.target, *args, **kwargs)
+    return copies[rotary.y]
+
+
+def _reshaped(node: fx.Node, shape: Sequence[Any]) -> list[Any]:
+    """Return the size that a `reshape` gives a source of another shape, of 1 in leading axes."""
+    source, size = cast("tuple[fx.Node, list[Any]]", node.args)
+    kept = 0
+    for before, after in zip(value_of(source).shape, value_of(node).shape, strict=False):
+        if str(before) != str(after):
+            break
+        kept += 1
+    ones = [1 if str(extent) == "1" else asked for extent, asked in zip(shape, size, strict=False)]
+    return [*ones[:kept], *size[kept:]]
 
 
 def _replace(trace: Trace, rotary: Rotary, cos: fx.Node, sin: fx.Node) -> None:

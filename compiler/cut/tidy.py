@@ -16,7 +16,7 @@ from .rewrite import insert, operations, replace
 from .trace import Trace, value_of
 from .words import operation
 
-__all__ = ["tidy"]
+__all__ = ["same", "size_nodes", "tidy"]
 
 ATEN = torch.ops.aten
 
@@ -48,6 +48,7 @@ def tidy(trace: Trace) -> None:
     pad_no_lone_sequence(trace)
     complex_as_real(trace)
     drop_no_ops(trace)
+    stack_what_is_written_in_turn(trace)
     compose_rms_norms(trace)
     trace.graph.eliminate_dead_code()
 
@@ -69,13 +70,13 @@ def take_no_tensor_for_its_shape(trace: Trace) -> None:
         if fill is None:
             fill = node.args[1 if name == "full_like" else 2]
         with trace.graph.inserting_before(node):
-            size = node.args[1] if name.startswith("new_") else _size_nodes(trace, source)
+            size = node.args[1] if name.startswith("new_") else size_nodes(trace, source)
             dtype = value_of(node).dtype
             new = insert(trace, node, ATEN.full.default, size, fill, dtype=dtype)
         replace(trace, node, new)
 
 
-def _size_nodes(trace: Trace, source: fx.Node) -> list[fx.Node | int]:
+def size_nodes(trace: Trace, source: fx.Node) -> list[fx.Node | int]:
     """Return a tensor's shape: numbers, and nodes where it is symbolic."""
     return [
         insert(trace, source, ATEN.sym_size.int, source, axis)
@@ -126,6 +127,33 @@ def pad_no_lone_sequence(trace: Trace) -> None:
                 axis = 0 if batch_first else 1
                 new = insert(trace, node, ATEN.unsqueeze.default, sequences[0], axis)
             replace(trace, node, new)
+
+
+def stack_what_is_written_in_turn(trace: Trace) -> None:
+    """`y[..., 0::2] = even; y[..., 1::2] = odd` becomes one stack of both."""
+    for node, name in operations(trace):
+        inner: Any = node.args[0] if name == "slice_scatter" else None
+        if inner is None or operation(inner) != "slice_scatter":
+            continue
+        filled: Any = inner.args[0]
+        if operation(filled) != "full":
+            continue
+        rank = value_of(node).ndim
+        written = [_written(one, rank) for one in (inner, node)]
+        even, odd = (copy.args[1] if operation(copy) == "copy" else copy for copy, _ in written)
+        if [start for _, start in written] != [0, 1] or not same(even, odd):
+            continue
+        with trace.graph.inserting_before(node):
+            stacked = insert(trace, node, ATEN.stack.default, [even, odd], -1)
+            new = insert(trace, node, ATEN.reshape.default, stacked, filled.args[0])
+        replace(trace, node, new)
+
+
+def _written(scatter: fx.Node, rank: int) -> tuple[Any, int | None]:
+    """Return what is written into every second channel, and from which on; None if otherwise."""
+    _, source, axis, start, end, step = cast("tuple[Any, ...]", scatter.args)
+    every_second = axis % rank == rank - 1 and end >= value_of(scatter).shape[-1] and step == 2
+    return source, start if every_second else None
 
 
 def compose_rms_norms(trace: Trace) -> None:

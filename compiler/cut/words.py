@@ -40,10 +40,10 @@ PRODUCTS = frozenset(
 )  # fmt: skip
 """Operations that multiply matrices: the work of a model, and what low precision is for."""
 
-Runs = Literal["build", "shape", "prompt", "run", "context", "modulation", "step", "block"]
-"""When a segment runs: never again; once per shape; once per prompt; once per run, all timesteps in
-one batch; once per prompt and block; once per run and block, all timesteps in one batch; every step;
-on computed steps, once per block or between two."""
+Runs = Literal["shape", "prompt", "run", "context", "modulation", "step", "block"]
+"""When a segment runs: once per shape; once per prompt; once per run, all timesteps in one batch; once
+per prompt and block; once per run and block, all timesteps in one batch; every step; on computed
+steps, once per block or between two."""
 
 
 def operation(node: fx.Node) -> str:

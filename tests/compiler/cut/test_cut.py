@@ -15,7 +15,7 @@ from freewheel.compiler.cut.cut import cut_model
 from freewheel.compiler.cut.models import Row, prompt, step
 from freewheel.compiler.cut.prove import chain
 
-ORDER = ("build", "shape", "prompt", "run", "context", "modulation", "step", "block")
+ORDER = ("shape", "prompt", "run", "context", "modulation", "step", "block")
 
 
 @pytest.mark.parametrize("name", EVERY_RUN)

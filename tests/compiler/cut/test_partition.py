@@ -27,7 +27,7 @@ def products_of(case: Case, segment: str) -> int:
 def test_wan_is_cut_where_the_hand_written_family_cut_it(wan: Case) -> None:
     runs = {name: segment.runs for name, segment in wan.cut.segments.items()}
     assert runs == {
-        "constants": "build", "rotary": "shape", "prompt": "prompt", "timestep": "run",
+        "rotary": "shape", "prompt": "prompt", "timestep": "run",
         "context": "context", "head": "step", "block": "block", "finish": "step",
     }  # fmt: skip
 
@@ -81,6 +81,13 @@ def test_a_refiner_that_sees_the_timestep_runs_on_computed_steps() -> None:
     assert [c.block for c in blocks] == [f"{path}.{i}" for i in range(3)]
     assert {s.name for s in cut.segments.values() if s.runs == "step"} == {"head", "finish"}
     assert products_of(case("hunyuan_video"), "head") == 1
+
+
+def test_positions_of_the_prompt_make_their_tables_in_prompt() -> None:
+    one = case("flux").cut
+    assert "rotary" not in one.segments
+    assert "hidden_states" not in one.segments["prompt"].inputs
+    assert {"rope_cos", "rope_sin"} <= set(one.segments["prompt"].outputs)
 
 
 def test_a_constant_of_the_batchs_size_stays_with_the_timestep() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ from freewheel.compiler.cut.blocks import find_instances
 from freewheel.compiler.cut.models import Row, step
 from freewheel.compiler.cut.rotary import compose_rotary
 from freewheel.compiler.cut.tidy import tidy
-from freewheel.compiler.cut.trace import Trace, trace
-from freewheel.compiler.cut.words import operation
+from freewheel.compiler.cut.trace import Trace, trace, value_of
+from freewheel.compiler.cut.words import is_size, operation, sizes_of
 
 
 def angles(tokens: int) -> Tensor:
@@ -110,6 +111,41 @@ def test_each_spelling_becomes_one_node(turn: Callable[[Tensor], Tensor]) -> Non
         with torch.no_grad():
             expected = model(x, return_dict=False)
         assert torch.allclose(run(found, x=x), expected, atol=1e-5), shape
+
+
+@pytest.mark.parametrize("turn", [neighbours, half_apart, complex_pairs, in_place])
+def test_tables_are_made_without_batch_and_heads(turn: Callable[[Tensor], Tensor]) -> None:
+    found, _, _ = found_in(turn)
+    outside = [
+        node
+        for node in found.graph.nodes
+        if node.op == "call_function" and ".blocks" not in str(node.meta.get("nn_module_stack"))
+    ]
+    assert outside
+    (x,) = found.inputs
+    batch = value_of(x).shape[0].node.expr
+    for node in outside:
+        shape = getattr(value_of(node), "shape", ())
+        assert is_size(node) or batch not in sizes_of(node), node
+        assert math.prod(extent for extent in shape if isinstance(extent, int)) <= 8, node
+
+
+def neighbours_of_four(x: Tensor) -> Tensor:
+    cos, sin = (f(angles(x.shape[1])[:, :2])[None, :, None] for f in (torch.cos, torch.sin))
+    first, second = x[..., :4].unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(3)
+    return torch.cat([turned, x[..., 4:]], dim=-1)
+
+
+def test_channels_that_are_not_turned_have_the_angle_0() -> None:
+    found, model, count = found_in(neighbours_of_four)
+    assert count == 4
+    weights = dict(model.named_parameters())
+    found.constants |= {node: weights[name] for node, name in found.weights.items()}
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        expected = model(x, return_dict=False)
+    assert torch.allclose(run(found, x=x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("turn", [mirrored, squared])

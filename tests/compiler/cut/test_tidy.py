@@ -73,6 +73,30 @@ def test_two_sequences_are_padded_still() -> None:
     assert "pad_sequence" in names(found)
 
 
+def turns(x: Tensor, *, first: int) -> Tensor:
+    out = torch.zeros_like(x)
+    out[..., first::2] = x[..., 0::2] * 2
+    out[..., 1::2] = x[..., 1::2] * 3
+    return out
+
+
+def test_channels_written_in_turn_are_one_stack() -> None:
+    found = traced(lambda x: turns(x, first=0), x=ROWS)
+    tidy(found)
+    assert names(found)[-2:] == ["stack", "reshape"]
+    assert "slice_scatter" not in names(found)
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(run(found, x=x), turns(x, first=0))
+
+
+def test_channels_written_twice_or_never_are_no_stack() -> None:
+    found = traced(lambda x: turns(x, first=1), x=ROWS)
+    tidy(found)
+    assert names(found).count("slice_scatter") == 2
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(run(found, x=x), turns(x, first=1))
+
+
 def test_a_norm_written_out_becomes_one_node() -> None:
     def forward(x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
