@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..configs.errors import RequestError
 from .options import DebugOption, JsonOption, backend_of, precision_of
 from .screen import Screen, reporting
 
@@ -30,12 +31,16 @@ def inspect(
     ] = "off",
     backend: Annotated[str, typer.Option(help="Before building: backend.")] = "auto",
     precision: Annotated[str, typer.Option(help="Before building: of the body.")] = "float32",
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Show how the transformer is cut, from its config alone.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show graphs, engines, memory, FLOPs and the speedup each policy can give.
 
-    Of a diffusers folder, before building, what a build and a run of it will need.
+    Of a diffusers folder, before building, what a build and a run of it will need; with --cut, of
+    either, the segments that the cutter finds.
 
     Example: freewheel inspect out/bundle --frames 81
     """
@@ -43,6 +48,12 @@ def inspect(
         from ..bundle.reader import MANIFEST, Bundle
         from ..compiler.inspect import inspect_bundle, render
 
+        if cut:
+            from ..compiler.draw_cut import render_cut
+
+            data = _cut(target, height, width, frames, steps, engine)
+            screen.result(data, render_cut(data))
+            return
         if target.is_dir() and not (target / MANIFEST).is_file():
             from ..compiler.forecast_build import render_plan
 
@@ -53,6 +64,29 @@ def inspect(
             Bundle(target), height=height, width=width, frames=frames, steps=steps, engine=engine
         )
         screen.result(data, render(data))
+
+
+def _cut(target: Path, *forecast: object) -> dict[str, Any]:
+    """Describe the cut of a bundle's transformer, or of a diffusers folder's."""
+    from ..bundle.reader import MANIFEST, Bundle
+    from ..compiler.checkpoint import read_config
+    from ..compiler.cut.describe import describe_model
+    from ..compiler.draw_cut import mermaid
+
+    if any(option is not None for option in forecast):
+        raise RequestError(
+            "inspect --cut", "takes no size and no engine", "leave out the options of a forecast"
+        )
+    where = target / MANIFEST
+    if where.is_file():
+        origin = Bundle(target).manifest.checkpoint
+        model, config = origin.transformer_class, dict(origin.config)
+    else:
+        folder = target if (target / "config.json").is_file() else target / "transformer"
+        where, config = folder / "config.json", read_config(folder)
+        model = str(config.get("_class_name"))
+    data = describe_model(model, config, where=str(where))
+    return {**data, "mermaid": mermaid(data)}
 
 
 def _plan(

@@ -14,7 +14,7 @@ from ..configs.errors import CheckpointError, nearest
 from .completeness import check_quantization
 from .layouts import file_fault, folder_fault, original_fault, weights_fault
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_json", "read_tensors"]
+__all__ = ["Checkpoint", "open_checkpoint", "read_config", "read_json", "read_tensors"]
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 SECOND = "transformer_2"
@@ -76,13 +76,13 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     if pipeline is None and not (folder / "config.json").is_file():
         raise folder_fault(folder)
     transformer = folder / "transformer" if pipeline else folder
-    config = _read_config(transformer)
+    config = read_config(transformer)
     tensors = read_tensors(transformer)
     experts: tuple[tuple[str, float], ...] = ()
     index = read_json(pipeline / "model_index.json") if pipeline else {}
     boundary = index.get("boundary_ratio")
     if pipeline is not None and boundary is not None and index.get(SECOND, [None])[0] is not None:
-        other = _read_config(pipeline / SECOND)
+        other = read_config(pipeline / SECOND)
         if _geometry(other) != _geometry(config):
             raise CheckpointError(
                 f"{pipeline / SECOND}/config.json", "differs from the first transformer's",
@@ -109,7 +109,7 @@ def read_tensors(folder: Path, stem: str = WEIGHTS_STEM) -> dict[str, StoredTens
     return tensors
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """Read a transformer's config, refusing what is not diffusers' or names a quantisation."""
     path = folder / "config.json"
     original = original_fault(path)

@@ -32,6 +32,7 @@ from .speedup import predict, timestep_tables, timesteps_of
 
 __all__ = [
     "describe_flops",
+    "draw_table",
     "inspect_bundle",
     "operations",
     "render",
@@ -39,7 +40,19 @@ __all__ = [
 ]
 
 WIDTH = 110
-TEXT_COLUMNS = ("runs", "precision", "operators", "policy", "computed steps", *LAYER_COLUMNS)
+TEXT_COLUMNS = (
+    "runs",
+    "reads",
+    "makes",
+    "block",
+    "context",
+    "modulation",
+    "precision",
+    "operators",
+    "policy",
+    "computed steps",
+    *LAYER_COLUMNS,
+)
 
 
 def inspect_bundle(
@@ -205,7 +218,7 @@ def render(data: Mapping[str, Any]) -> list[str]:
         for name, g in data["graphs"].items()
     ]
     lines = [*head, ""]
-    lines += _table(
+    lines += draw_table(
         "graphs", ["graph", "runs", "precision", "nodes", "operators", "weights"], graphs
     )
     for engines in data["engines"]:
@@ -222,10 +235,10 @@ def _render_layers(engines: Mapping[str, Any], chosen: str | None) -> list[str]:
     """Draw what a builder made of each graph, where it tells; and the layers of one of them."""
     graphs = engines["graphs"]
     rows = engine_rows(graphs, amount)
-    lines = ["", *_table("what the builder made", ENGINE_COLUMNS, rows)] if rows else []
+    lines = ["", *draw_table("what the builder made", ENGINE_COLUMNS, rows)] if rows else []
     if chosen in graphs and graphs[chosen]["attention"] is not None:
         title = f"layers of '{chosen}' for {engines['backend']}"
-        lines += _table(title, LAYER_COLUMNS, layer_rows(graphs[chosen]["details"]))
+        lines += draw_table(title, LAYER_COLUMNS, layer_rows(graphs[chosen]["details"]))
     return lines
 
 
@@ -258,13 +271,13 @@ def render_forecast(data: Mapping[str, Any]) -> list[str]:
         [f"available ({memory['device']})", "unknown" if available is None else amount(available)]
     )
     lines = [title, ""]
-    lines += _table("operations of one branch", ["graph", "times", "FLOPs"], per_step)
-    lines += _table(
+    lines += draw_table("operations of one branch", ["graph", "times", "FLOPs"], per_step)
+    lines += draw_table(
         "cache of one branch, and memory of the whole run",
         ["setting", "slots", "history", "signals", "features", "run"],
         caches,
     )  # fmt: skip
-    lines += _table(f"memory of a run with {memory['setting']}", ["part", "bytes"], parts)
+    lines += draw_table(f"memory of a run with {memory['setting']}", ["part", "bytes"], parts)
     return lines if memory["verdict"] is None else [*lines, memory["verdict"]]
 
 
@@ -275,7 +288,7 @@ def _render_speedups(data: Mapping[str, Any]) -> list[str]:
         for name, p in data["speedup"].items()
     ]  # fmt: skip
     columns = ["setting", "policy", "computed steps", "ideal speedup", "by FLOPs"]
-    return _table("predicted before any run", columns, rows)
+    return draw_table("predicted before any run", columns, rows)
 
 
 def _speedups(
@@ -303,7 +316,7 @@ def _speedups(
     return found
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Draw a table into lines; columns of numbers align right."""
     table = Table(box=SIMPLE_HEAD)
     for index, column in enumerate(columns):

@@ -120,6 +120,23 @@ def test_inspect_forecasts_a_checkpoint_before_it_is_built(
     assert "disk: " in text.stdout
 
 
+def test_inspect_draws_the_cut_of_a_config(freewheel: Run, tmp_path: Path) -> None:
+    config = {
+        "_class_name": "WanTransformer3DModel", "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 32,
+        "in_channels": 4, "num_attention_heads": 2, "num_layers": 5, "out_channels": 4, "text_dim": 16,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = freewheel("inspect", tmp_path, "--cut", "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    (stage,) = data["stages"]
+    assert (stage["first"], stage["count"], stage["context"]) == ("blocks.0", 5, "context")
+    assert "block × 5" in data["mermaid"]
+    refused = freewheel("inspect", tmp_path, "--cut", "--frames", 9)
+    assert refused.exit_code == 3
+    assert "takes no size" in refused.output
+
+
 def test_run_writes_a_video_and_says_what_it_did(
     freewheel: Run, demo_bundle: Bundle, tmp_path: Path
 ) -> None:
