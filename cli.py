@@ -15,8 +15,11 @@ from freewheel import __version__
 from freewheel.commands.bench import bench
 from freewheel.commands.build import build
 from freewheel.commands.calibrate import calibrate
+from freewheel.commands.configs import configs
+from freewheel.commands.doctor import doctor
 from freewheel.commands.inspect import inspect
 from freewheel.commands.parsing import Command, Commands
+from freewheel.commands.policies import policies
 from freewheel.commands.replay import replay
 from freewheel.commands.run import run
 from freewheel.commands.screen import Screen
@@ -33,7 +36,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (build, run, replay, inspect, verify, bench, calibrate, tune, serve):
+VERBS = (
+    build, run, replay, inspect, verify, bench, calibrate, tune, serve, policies, configs, doctor,
+)  # fmt: skip
+for verb in VERBS:
     app.command(cls=Command)(verb)
 
 

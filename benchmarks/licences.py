@@ -18,11 +18,17 @@ def dependencies() -> list[tuple[str, str]]:
     """Return name and kind (``run``, or the extra's name) of every declared dependency."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = {"run": project["dependencies"], **project["optional-dependencies"]}
+    names = {kind: [_name(r) for r in requirements] for kind, requirements in groups.items()}
     return [
-        (re.split(r"[\[<>=!~ ;]", requirement)[0], kind)
-        for kind, requirements in groups.items()
-        for requirement in requirements
+        (name, kind)
+        for kind, found in names.items()
+        for name in found
+        if name != project["name"]  # an extra of extras
     ]
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\[<>=!~ ;]", requirement)[0]
 
 
 def licence_of(name: str) -> str | None:

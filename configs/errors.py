@@ -12,6 +12,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "DependencyError",
     "ExportError",
     "FreewheelError",
     "MismatchError",
@@ -93,6 +94,12 @@ class BackendUnavailable(FreewheelError):
     """The wanted backend is not installed or can't run on this machine."""
 
     code, exit_code = "backend", 4
+
+
+class DependencyError(FreewheelError):
+    """A command wants a package that is not installed; the hint names the extra that brings it."""
+
+    code, exit_code = "dependency", 4
 
 
 class MismatchError(FreewheelError):

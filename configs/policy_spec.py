@@ -104,6 +104,20 @@ class ParameterSpec(_Spec):
         """Return the annotation of a config key's list: not empty, and no longer than the vector."""
         return Field(min_length=1, max_length=self.shape[0])
 
+    @property
+    def allowed(self) -> str:
+        """Return the values that one element may take, in words."""
+        if self.choices is not None:
+            return " or ".join(self.choices)
+        if self.dtype == "bool":
+            return "true or false"
+        kind = "any integer" if self.dtype == "int64" else "any number"
+        low, high = (None if b is None else f"{b:g}" for b in (self.minimum, self.maximum))
+        if low is not None and high is not None:
+            return f"{low} to {high}"
+        bounds = (f">= {low}" if low is not None else "", f"<= {high}" if high is not None else "")
+        return "".join(bounds) or kind
+
     def tensor_values(self, name: str, value: Any) -> list[float] | float:
         """Check ``value`` and turn it into what the graph input holds.
 

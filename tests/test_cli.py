@@ -550,3 +550,25 @@ def test_summaries_say_which_form_of_the_law_ran(
     assert run.as_dict()["form"] == form
     _run_tables(Screen(), {**run.as_dict(), "measured_speedup": None})
     assert f"policy custom, {form} (folded" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "key"),
+    [("policies", "teacache", "policies"), ("configs", "wan_t2v_ada", "configs")],
+)
+def test_what_there_is_to_choose_from_is_shown(
+    freewheel: Run, verb: str, name: str, key: str
+) -> None:
+    everything = freewheel(verb)
+    assert everything.exit_code == 0
+    assert name in everything.stdout
+    one = json.loads(freewheel(verb, name, "--json").stdout)
+    assert [entry["name"] for entry in one[key]] == [name]
+    assert "known: " in failure(freewheel(verb, "no-such", "--json"), 3, "config")["hint"]
+
+
+def test_doctor_prints_what_this_machine_can_do(freewheel: Run, tmp_path: Path) -> None:
+    result = freewheel("doctor", "--folder", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["disk"]["folder"] == str(tmp_path)
+    assert "backends" in freewheel("doctor").stdout

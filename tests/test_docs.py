@@ -88,6 +88,18 @@ def test_commands_have_the_options_that_are_named(path: Path) -> None:
         command.make_context(name, list(arguments))
 
 
+def test_the_table_of_commands_has_every_verb_and_their_options() -> None:
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)([^`]*)` \|(.*)\|$", page, re.MULTILINE)
+    rows = [row for row in rows if row[0].islower()]  # the others are environment variables
+    assert sorted(verb for verb, _, _ in rows) == sorted(known)
+    for verb, head, text in rows:
+        options = {o for parameter in known[verb].params for o in parameter.opts}
+        named = set(re.findall(r"--[a-z][\w-]*", head + text))
+        assert named <= options, f"{verb}: {sorted(named - options)}"
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Path:
     """A folder that looks like a fresh clone, but for the graphs that other tests have traced."""

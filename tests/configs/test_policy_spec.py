@@ -18,6 +18,22 @@ def test_vectors_are_padded_where_declared() -> None:
     assert edge.tensor_values("p", [1, 2]) == [1, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (ParameterSpec(default=1, minimum=0, maximum=0.5, meaning="m"), "0 to 0.5"),
+        (ParameterSpec(default=1, minimum=1e-6, meaning="m"), ">= 1e-06"),
+        (ParameterSpec(default=1, maximum=7, meaning="m"), "<= 7"),
+        (ParameterSpec(default=1, meaning="m"), "any number"),
+        (ParameterSpec(default=1, dtype="int64", meaning="m"), "any integer"),
+        (ParameterSpec(default=True, dtype="bool", meaning="m"), "true or false"),
+        (ParameterSpec(default="a", dtype="int64", choices=["a", "b"], meaning="m"), "a or b"),
+    ],
+)
+def test_allowed_values_are_said_in_words(spec: ParameterSpec, words: str) -> None:
+    assert spec.allowed == words
+
+
 def test_choice_becomes_its_index() -> None:
     spec = ParameterSpec(default="a", dtype="int64", choices=["a", "b"], meaning="m")
     assert spec.tensor_values("p", "b") == 1

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages that only some commands want: which extra brings them, and what to do without one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from .errors import DependencyError
+
+__all__ = ["EXTRAS", "install_line", "missing", "require_extra"]
+
+EXTRAS: Mapping[str, Mapping[str, str]] = {
+    "openvino": {"openvino": "openvino"},
+    "onnxruntime": {"onnxruntime": "onnxruntime"},
+    "tensorrt": {"tensorrt": "tensorrt"},
+    "tensorrt-rtx": {"tensorrt_rtx": "tensorrt-rtx-cu12"},
+    "video": {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"},
+    "metrics": {"skimage": "scikit-image", "scipy": "scipy"},
+    "report": {"jinja2": "jinja2", "matplotlib": "matplotlib"},
+    "verify": {"polygraphy": "polygraphy"},
+    "serve": {"tokenizers": "tokenizers", "tritonclient": "tritonclient"},
+}
+"""Extra → module to import → package that brings it. `pyproject.toml` has their versions."""
+
+
+def install_line(extra: str) -> str:
+    """Return the command that installs an extra beside this package."""
+    return f"pip install 'freewheel[{extra}]'"
+
+
+def missing(extra: str) -> list[str]:
+    """Return the packages of an extra that are not installed; imports none."""
+    return [package for module, package in EXTRAS[extra].items() if find_spec(module) is None]
+
+
+def require_extra(extra: str, wanting: str) -> None:
+    """Make sure that an extra's packages are installed, before anything is computed.
+
+    Args:
+        extra: A name in `EXTRAS`.
+        wanting: Command and option that want it, for the message.
+
+    Raises:
+        DependencyError: one is not.
+    """
+    absent = missing(extra)
+    if absent:
+        are = "is" if len(absent) == 1 else "are"
+        what = f"needs {' and '.join(absent)}, which {are} not installed"
+        raise DependencyError(wanting, what, install_line(extra))
