@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 from torch import Tensor, fx
@@ -20,7 +19,6 @@ from .words import (
     Instance,
     Template,
     is_operation,
-    is_size,
     sizes_of,
     sizes_read,
     tensors_read,
@@ -57,13 +55,13 @@ class Classes:
 
     Attributes:
         of: Node → what it depends on; inside blocks, of any instance of the template.
-        known_with: ``step``, ``run`` or ``prompt`` → symbols that such inputs' shapes have.
+        batch: Symbols that timesteps' shapes have.
         conditioning: Values that see the timestep, no latent and no token, all the way from it: a
             vector a step, of which all steps' can be computed in one batch.
     """
 
     of: dict[fx.Node, Dependency]
-    known_with: dict[str, set[sympy.Symbol]]
+    batch: set[sympy.Symbol]
     conditioning: set[fx.Node]
 
     def runs(self, node: fx.Node) -> str:
@@ -72,7 +70,7 @@ class Classes:
         if found.every_step:
             return "step"
         if "run" in found.on:
-            return "run" if found.sizes <= self.known_with["run"] else "step"
+            return "run" if found.sizes <= self.batch else "step"
         if "prompt" in found.on:
             return "prompt"
         return "shape" if found.sizes else "constant"
@@ -101,8 +99,8 @@ def classify(trace: Trace, templates: Sequence[Template] = ()) -> Classes:
                 for instance, node in zip(template.instances, bound, strict=True):
                     joined[instance.block, node] = together
         if joined == before:
-            known = _known_with(trace)
-            return Classes(of, known, _conditioning(trace, of, known["run"]))
+            batch = _batch(trace)
+            return Classes(of, batch, _conditioning(trace, of, batch))
 
 
 def _flow(
@@ -130,7 +128,7 @@ def _flow(
 
 
 def _conditioning(
-    trace: Trace, of: dict[fx.Node, Dependency], known: set[sympy.Symbol]
+    trace: Trace, of: dict[fx.Node, Dependency], batch: set[sympy.Symbol]
 ) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in trace.graph.nodes:
@@ -140,14 +138,11 @@ def _conditioning(
         if isinstance(value_of(node), Tensor):
             sizes |= sizes_of(node)
         seen = [n for n in tensors_read(node) if "run" in of[n].on]
-        if sizes <= known and found.issuperset(seen):
+        if sizes <= batch and found.issuperset(seen):
             found.add(node)
     return found
 
 
-def _known_with(trace: Trace) -> dict[str, set[Any]]:
-    known: dict[str, set[Any]] = {"step": set(), "run": set(), "prompt": set()}
-    for node, declared in trace.declared.items():
-        if declared.changes != "shape" and not is_size(node) and value_of(node) is not None:
-            known[declared.changes] |= sizes_of(node)
-    return known
+def _batch(trace: Trace) -> set[sympy.Symbol]:
+    timesteps = [node for node, declared in trace.declared.items() if declared.changes == "run"]
+    return {symbol for node in timesteps for symbol in sizes_of(node)}

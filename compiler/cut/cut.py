@@ -175,7 +175,7 @@ class _Calls:
     ) -> _BlockGraphs:
         """Make a template's graphs, of its first instance."""
         first = template.instances[0]
-        path = first.block.rpartition(".")[0].replace(".", "_")
+        path = first.block.split(".")[-2]
         returned = {runs: _returned(template, positions) for runs, positions in parts.items()}
         outputs: dict[int, str] = {}
         for i in sorted(i for positions in returned.values() for i in positions):

@@ -7,6 +7,7 @@ data. They are those of one step; what is computed ahead of the steps counts as 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from math import prod
@@ -108,7 +109,7 @@ def _holds(condition: sympy.Basic, sizes: Mapping[str, int]) -> bool:
 
 
 def _has(row: Row, size: str) -> bool:
-    return size in row.multiples or any(size in str(one) for one in row.inputs.values())
+    return re.search(rf"\b{size}\b", str(row.inputs)) is not None
 
 
 def _weights(segment: Segment, calls: Iterable[Call]) -> set[str]:

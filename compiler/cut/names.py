@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Name a value as the model's own source names it.
 
-A traced node knows the source lines it came from. The innermost line that belongs to an assignment
-gives the name: `timestep_proj = self.time_proj(...)` is ``timestep_proj`` in every graph and table.
+A traced node knows the source lines it came from. A line that belongs to an assignment gives the name:
+`timestep_proj = self.time_proj(...)` is ``timestep_proj`` in every graph and table. Of nested calls the
+one counts whose module also reads the value: what `time_proj` calls it inside itself is its own affair.
 """
 
 from __future__ import annotations
@@ -12,27 +13,62 @@ import operator
 import re
 from collections.abc import Collection
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 from torch import fx
 
+from .words import is_operation
+
 __all__ = ["fresh_name", "module_path", "source_of", "value_name"]
 
-FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\w+))?')
+
+TRANSFORMER = 2
+"""Depth of the transformer's own `forward` among modules: what watches its blocks lies around it."""
 
 
 def value_name(node: fx.Node) -> str:
     """Return the variable that a value is assigned to, else its module and operation."""
     if "value_name" in node.meta:
         return str(node.meta["value_name"])
-    frames = FRAME.findall(node.meta.get("stack_trace") or "")
-    for file, line in reversed(frames):
-        targets = assignments(file).get(int(line))
-        if targets:
-            index = node.args[1] if node.target is operator.getitem else 0
-            return targets[index if isinstance(index, int) and index < len(targets) else 0]
+    lines = [(assignments(file).get(line, ()), False) for file, line in _lines(node)]
+    lines += [(names, True) for names, _ in lines]
+    is_element = node.target is operator.getitem
+    for names, take_any in lines:
+        if names and (is_element or take_any or len(names) == 1):
+            index = node.args[1] if is_element else 0
+            return names[index if isinstance(index, int) and index < len(names) else 0]
     path = module_path(node).split(".")[-1]
     return f"{path}_{node.name}" if path else node.name
+
+
+def _lines(node: fx.Node) -> list[tuple[str, int]]:
+    """Return source lines: of the innermost module that also reads a value, inside of it, around it.
+
+    Each module of a node's stack has one frame of a function `forward`.
+    """
+    modules = _modules(node)
+    shared = [_shared(modules, _modules(user)) for user in node.users if is_operation(user)]
+    depth = max(shared, default=TRANSFORMER)
+    forwards = 0
+    own, inner, outer = list[tuple[str, int]](), list[tuple[str, int]](), list[tuple[str, int]]()
+    for file, line, function in FRAME.findall(node.meta.get("stack_trace") or ""):
+        forwards += function == "forward"
+        part = own if forwards == depth else inner if forwards > depth else outer
+        if forwards >= TRANSFORMER:
+            part.append((file, int(line)))
+    return [*reversed(own), *inner, *reversed(outer)]
+
+
+def _shared(modules: list[str], others: list[str]) -> int:
+    """Return how many modules two stacks begin with alike."""
+    pairs = zip(modules, others, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _modules(node: fx.Node) -> list[str]:
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def fresh_name(wanted: str, taken: Collection[str]) -> str:
@@ -46,8 +82,8 @@ def fresh_name(wanted: str, taken: Collection[str]) -> str:
 
 def module_path(node: fx.Node) -> str:
     """Return the innermost module whose forward made a node, as the transformer names it."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0].removeprefix("model").removeprefix(".") if stack else ""
+    modules = _modules(node)
+    return modules[-1].removeprefix("model").removeprefix(".") if modules else ""
 
 
 def source_of(node: fx.Node) -> str:

@@ -163,7 +163,7 @@ def _bring_home(
             continue
         readers = {place.get(user) for user in node.users if is_operation(user)}
         home = next(iter(readers)) if len(readers) == 1 else None
-        known = home is not None and classes.of[node].sizes <= classes.known_with["run"]
+        known = home is not None and classes.of[node].sizes <= classes.batch
         if home is not None and (home[1] == "prompt" or (home[1] == "timestep" and known)):
             place[node] = home
 

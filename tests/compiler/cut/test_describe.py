@@ -51,14 +51,15 @@ def test_stages_name_the_graphs_of_their_blocks(wan: Case) -> None:
 )
 def test_no_step_computes_adaln_of_every_block(name: str, layers: tuple[str, ...]) -> None:
     one = case(name)
-    ahead = described(one)["ahead"]["modulation"]
+    data = described(one)
+    ahead = data["ahead"]["modulation"]
     wanted = [
         prod(p.shape)
         for n, p in one.model.named_parameters()
         if "blocks." in n and any(la.split("*")[-1] in n for la in layers)
     ]
     assert ahead["weights"] == sum(wanted) > 0
-    share = sum(wanted) / sum(prod(p.shape) for p in one.model.parameters())
+    share = sum(wanted) / sum(s["weights"] for s in data["segments"])
     assert ahead["weights_share"] == pytest.approx(share)
 
 

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import Case, traced
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.models import Row, step
 from freewheel.compiler.cut.names import assignments, fresh_name, source_of, value_name
+from freewheel.compiler.cut.trace import trace
 from freewheel.compiler.cut.words import is_operation
 
 
@@ -47,6 +49,38 @@ def test_lines_of_a_statement_share_its_names(tmp_path: Path) -> None:
 def test_a_taken_name_gets_a_number() -> None:
     assert fresh_name("x", []) == "x"
     assert fresh_name("x", ["x", "x_2"]) == "x_3"
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        hidden = hidden.relu()
+        return hidden * 2
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Model:
+        return cls()
+
+    def forward(self, x: Tensor, return_dict: bool) -> Tensor:
+        gated = self.gate(x)
+        return gated + x
+
+
+def test_a_modules_result_is_named_by_its_caller_and_the_rest_by_itself() -> None:
+    found = trace(Row("Model", {"x": step("batch 4")}), Model, {})
+    names = [value_name(node) for node in found.graph.nodes if is_operation(node)]
+    assert names[:3] == ["hidden", "hidden", "gated"]
+    assert "results" not in names
 
 
 def test_wan_values_are_named_as_in_its_forward(wan: Case) -> None:

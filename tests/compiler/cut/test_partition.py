@@ -49,7 +49,7 @@ def test_keys_and_values_of_the_prompt_are_context(wan: Case) -> None:
         pytest.param(
             "hunyuan_video",
             {
-                "context_embedder_token_refiner_refiner_blocks": 1, "transformer_blocks": 2,
+                "refiner_blocks": 1, "transformer_blocks": 2,
                 "single_transformer_blocks": 1,
             },
             marks=pytest.mark.nightly,
