@@ -70,12 +70,17 @@ def bench(
         from ..bundle.reader import Bundle
         from ..compiler.geometry import check_geometry
         from ..compiler.sizes import size_of
+        from ..configs.extras import require_extra
         from ..configs.output import check_file
         from ..runtime.bench import BenchRequest, bench_bundle, read_prompts
         from ..runtime.model import DeviceOptions
         from ..runtime.settings import choose_setting
 
+        require_extra("metrics", "bench")
+        if out is not None:
+            require_extra("video", "bench --out")
         if report is not None:
+            require_extra("report", "bench --report")
             check_file(report, "--report")
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
         quiet_libraries()

@@ -86,6 +86,7 @@ def run(
         from ..compiler.fit import check_fit
         from ..compiler.geometry import check_geometry
         from ..compiler.sizes import size_of
+        from ..configs.extras import require_extra
         from ..configs.output import check_file
         from ..runtime.forecast import forecast
         from ..runtime.generate import GenerationRequest, Generator
@@ -95,6 +96,8 @@ def run(
         from ..runtime.video import check_output, write_video
 
         check_output(out, fps)
+        if report is not None:
+            require_extra("report", "run --report")
         for flag, path in (("--record", record), ("--report", report)):
             if path is not None:
                 check_file(path, flag)

@@ -61,6 +61,9 @@ def tune(
     Example: freewheel tune out/bundle --prompts prompts.txt --target-speedup 2 --out tuned.json
     """
     with reporting("tune", as_json, quiet, debug) as screen:
+        from ..configs.extras import require_extra
+
+        require_extra("metrics", "tune")
         from ..bundle.reader import Bundle
         from ..configs.output import check_file
         from ..runtime.bench import read_prompts

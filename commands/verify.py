@@ -33,6 +33,9 @@ def verify(
     Example: freewheel verify out/bundle
     """
     with reporting("verify", as_json, quiet, debug) as screen:
+        from ..configs.extras import require_extra
+
+        require_extra("verify", "verify")
         from ..bundle.reader import Bundle
         from ..compiler.verify import verify_bundle
         from ..runtime.model import DeviceOptions

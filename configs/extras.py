@@ -10,15 +10,17 @@ from .errors import DependencyError
 
 __all__ = ["EXTRAS", "install_line", "missing", "require_extra"]
 
+METRICS = {"skimage": "scikit-image", "scipy": "scipy"}
+
 EXTRAS: Mapping[str, Mapping[str, str]] = {
     "openvino": {"openvino": "openvino"},
     "onnxruntime": {"onnxruntime": "onnxruntime"},
     "tensorrt": {"tensorrt": "tensorrt"},
     "tensorrt-rtx": {"tensorrt_rtx": "tensorrt-rtx-cu12"},
     "video": {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"},
-    "metrics": {"skimage": "scikit-image", "scipy": "scipy"},
-    "report": {"jinja2": "jinja2", "matplotlib": "matplotlib"},
-    "verify": {"polygraphy": "polygraphy"},
+    "metrics": METRICS,
+    "report": {"jinja2": "jinja2", "matplotlib": "matplotlib", **METRICS},
+    "verify": {"onnxruntime": "onnxruntime", "polygraphy": "polygraphy"},
     "serve": {"tokenizers": "tokenizers", "tritonclient": "tritonclient"},
 }
 """Extra → module to import → package that brings it. `pyproject.toml` has their versions."""
@@ -47,5 +49,5 @@ def require_extra(extra: str, wanting: str) -> None:
     absent = missing(extra)
     if absent:
         are = "is" if len(absent) == 1 else "are"
-        what = f"needs {' and '.join(absent)}, which {are} not installed"
+        what = f"needs {', '.join(absent)}, which {are} not installed"
         raise DependencyError(wanting, what, install_line(extra))

@@ -8,7 +8,8 @@ from math import isinf
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from ..configs.extras import require_extra
 
 __all__ = ["Quality", "compare_videos"]
 
@@ -32,7 +33,13 @@ def compare_videos(video: Frames, reference: Frames) -> Quality:
 
     Returns:
         PSNR over all frames together and SSIM averaged over frames.
+
+    Raises:
+        DependencyError: what measures them is not installed.
     """
+    require_extra("metrics", "PSNR and SSIM")
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
     with np.errstate(divide="ignore"):
         psnr = float(peak_signal_noise_ratio(reference, video, data_range=255))
     # SSIM's window is 7 wide; tiny frames get the largest odd one that fits.

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ..configs.errors import OutputError, RequestError
+from ..configs.extras import require_extra
 from ..configs.output import check_file, replaced_whole
 
 __all__ = ["SUFFIXES", "check_output", "contact_sheet", "write_video"]
@@ -31,6 +31,7 @@ def check_output(path: Path, fps: int = 8) -> None:
     Raises:
         OutputError: unknown suffix, or the file can't be written there.
         RequestError: ``fps`` is outside [1, 1000].
+        DependencyError: it is an mp4, and what writes those is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(
@@ -38,6 +39,8 @@ def check_output(path: Path, fps: int = 8) -> None:
         )
     if not 1 <= fps <= MOST_FPS:
         raise RequestError(f"--fps {fps}", f"is outside [1, {MOST_FPS}]", "use 8 to 30")
+    if path.suffix.lower() == ".mp4":
+        require_extra("video", f"--out {path}")
     check_file(path, "--out")
 
 
@@ -52,17 +55,21 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
     Raises:
         OutputError: it can't be written.
         RequestError: ``fps`` is out of range.
+        DependencyError: it is an mp4, and what writes those is not installed.
     """
     check_output(path, fps)
     with replaced_whole(path, "choose another --out") as partial:
         if path.suffix.lower() == ".mp4":
+            import imageio.v3 as iio
+
             even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
             iio.imwrite(partial, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2,
                         output_params=["-crf", "14"])  # fmt: skip
         elif path.suffix.lower() == ".gif":
-            iio.imwrite(partial, frames, duration=1000 / fps, loop=0)
+            first, *others = [Image.fromarray(frame) for frame in frames]
+            first.save(partial, save_all=True, append_images=others, duration=1000 / fps, loop=0)
         else:
-            iio.imwrite(partial, np.concatenate(list(frames), axis=1))
+            Image.fromarray(np.concatenate(list(frames), axis=1)).save(partial)
 
 
 def contact_sheet(videos: Mapping[str, Frames], columns: int = 5, scale: int = 2) -> Frames:

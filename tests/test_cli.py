@@ -20,6 +20,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.cli import app, main
 from freewheel.commands.run import _run_tables
 from freewheel.commands.screen import Screen
+from freewheel.configs.extras import EXTRAS
 from freewheel.runtime.generate import Generator
 from freewheel.runtime.statistics import BranchStatistics, RunStatistics
 from freewheel.runtime.trace import Trace
@@ -572,3 +573,29 @@ def test_doctor_prints_what_this_machine_can_do(freewheel: Run, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["disk"]["folder"] == str(tmp_path)
     assert "backends" in freewheel("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (("verify", "b"), "verify"),
+        (("bench", "b"), "metrics"),
+        (("bench", "b", "--out", "o"), "video"),
+        (("bench", "b", "--report", "r.html"), "report"),
+        (("tune", "b", "--prompts", "p", "--out", "o"), "metrics"),
+        (("run", "b", "--prompt", "p", "--out", "v.mp4"), "video"),
+        (("run", "b", "--prompt", "p", "--out", "v.gif", "--report", "r.html"), "report"),
+    ],
+)
+def test_a_command_names_the_package_that_it_wants_before_it_reads_anything(
+    freewheel: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], extra: str
+) -> None:
+    lacking = set(EXTRAS[extra])
+    if extra == "report":
+        lacking -= set(EXTRAS["metrics"])
+    monkeypatch.setattr(
+        "freewheel.configs.extras.find_spec", lambda name: None if name in lacking else name
+    )
+    error = failure(freewheel(*arguments, "--json"), 4, "dependency")
+    assert all(package in error["message"] for package in (EXTRAS[extra][m] for m in lacking))
+    assert error["hint"] == f"pip install 'freewheel[{extra}]'"

@@ -7,9 +7,10 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from PIL import Image
 
-from freewheel.configs.errors import OutputError, RequestError
-from freewheel.runtime.video import check_output, contact_sheet, write_video
+from freewheel.configs.errors import DependencyError, OutputError, RequestError
+from freewheel.runtime.video import SUFFIXES, check_output, contact_sheet, write_video
 
 
 def ramp(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
@@ -73,9 +74,21 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(iio, "imwrite", full)
-    with pytest.raises(OutputError, match="No space left"):
-        write_video(ramp(), tmp_path / "video.gif")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Image.Image, "save", lambda _, path, **__: full(path))
+    for suffix in SUFFIXES:
+        with pytest.raises(OutputError, match="No space left"):
+            write_video(ramp(), tmp_path / f"video{suffix}")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_mp4_alone_wants_a_package_and_says_so_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freewheel.configs.extras.find_spec", lambda _: None)
+    with pytest.raises(DependencyError, match=r"--out .*video\.mp4: needs imageio, imageio-ffmpeg"):
+        check_output(tmp_path / "video.mp4")
+    for suffix in (".gif", ".png"):
+        write_video(ramp(), tmp_path / f"video{suffix}")
 
 
 def test_contact_sheet_has_a_row_per_video() -> None:
