@@ -10,15 +10,19 @@ from .telemetry import turn_off
 if TYPE_CHECKING:
     from .runtime.attach import FreewheelTransformer, attach
 
-__all__ = ["FreewheelTransformer", "__version__", "attach"]
+    __version__: str
 
-__version__ = "0.1.0"
+__all__ = ["FreewheelTransformer", "__version__", "attach"]
 
 turn_off()
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for, so that ``--help`` stays quick."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("freewheel")
     if name in ("FreewheelTransformer", "attach"):
         from .runtime import attach as module
 

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from freewheel import __version__
 from freewheel.commands.bench import bench
 from freewheel.commands.build import build
 from freewheel.commands.calibrate import calibrate
@@ -51,6 +50,8 @@ class Bug(FreewheelError):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from freewheel import __version__
+
         sys.stdout.write(f"freewheel {__version__}\n")
         raise typer.Exit
 

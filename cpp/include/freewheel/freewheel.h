@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "freewheel/version.h"
+
 #ifdef __cplusplus
 #define FREEWHEEL_NOEXCEPT noexcept
 extern "C" {
@@ -38,7 +40,7 @@ typedef enum freewheel_status {
 /* "ok", "bundle", "config", ...; "unknown" for other values. */
 const char* freewheel_status_name(freewheel_status status) FREEWHEEL_NOEXCEPT;
 
-/* Version of the library, "0.1.0". */
+/* Version of the library, as `FREEWHEEL_VERSION` is that of the header. */
 const char* freewheel_version(void) FREEWHEEL_NOEXCEPT;
 
 /* A loaded bundle: engines and weights, shared by sessions. */
