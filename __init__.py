@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any
 from .telemetry import turn_off
 
 if TYPE_CHECKING:
-    from .runtime.attach import FreewheelTransformer, attach
+    from .configs.setting import CacheSetting, GuardSetting
+    from .runtime.attach import FreewheelTransformer, attach, attached
 
     __version__: str
 
-__all__ = ["FreewheelTransformer", "__version__", "attach"]
+__all__ = [
+    "CacheSetting",
+    "FreewheelTransformer",
+    "GuardSetting",
+    "__version__",
+    "attach",
+    "attached",
+]
 
 turn_off()
 
@@ -23,7 +31,11 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("freewheel")
-    if name in ("FreewheelTransformer", "attach"):
+    if name in ("CacheSetting", "GuardSetting"):
+        from .configs import setting
+
+        return getattr(setting, name)
+    if name in ("FreewheelTransformer", "attach", "attached"):
         from .runtime import attach as module
 
         return getattr(module, name)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 import weakref
@@ -26,8 +27,9 @@ from .model import DeviceOptions, LoadedModel
 from .session import Recorder, Session
 from .settings import choose_setting, other_size
 from .statistics import RunStatistics
+from .summary import counts, summary
 
-__all__ = ["FreewheelTransformer", "attach"]
+__all__ = ["FreewheelTransformer", "attach", "attached"]
 
 PLACE_HINT = (
     "name the branch with transformer.cache_context('cond') or ('uncond'), set the timesteps of "
@@ -77,7 +79,7 @@ def attach(
     _check_boundary(pipe, opened)
     experts = opened.manifest.experts
     parts = [expert.part for expert in experts] or ["transformer"]
-    attached: dict[str, FreewheelTransformer] = {}
+    made: dict[str, FreewheelTransformer] = {}
     for index, part in enumerate(parts):
         model = LoadedModel(opened, backend, options, index)
         standing = getattr(pipe, part, None)
@@ -89,18 +91,42 @@ def attach(
             )  # fmt: skip
         if standing is not None and known is None:
             check_transformer(opened, model.prefix, standing)
-        attached[part] = FreewheelTransformer(model, pipe, Adapters(opened, model.prefix, standing))
-        attached[part].use(cache)
+        made[part] = FreewheelTransformer(model, pipe, Adapters(opened, model.prefix, standing))
+        made[part].use(cache)
     before = {part: getattr(pipe, part, None) for part in parts}
+    made[parts[0]].remember(before)
     try:
-        for part, transformer in attached.items():
+        for part, transformer in made.items():
             setattr(pipe, part, transformer.module)
-        attached[parts[0]].fuse(pipe, files)
+        made[parts[0]].fuse(pipe, files)
     except BaseException:
         for part, standing in before.items():
             setattr(pipe, part, standing)
         raise
-    return attached[parts[0]]
+    return made[parts[0]]
+
+
+@contextmanager
+def attached(
+    pipe: Any,
+    bundle: Bundle | Path | str,
+    cache: CacheSetting | str | Path | None = None,
+    *,
+    backend: str | None = None,
+    loras: Sequence[str] = (),
+    options: DeviceOptions | None = None,
+) -> Iterator[FreewheelTransformer]:
+    """Attach for the length of a ``with`` block; keeps the pipeline's own transformers in memory.
+
+    Args and raises: as `attach`.
+    """
+    parts = ("transformer", "transformer_2")
+    before = {part: getattr(pipe, part) for part in parts if hasattr(pipe, part)}
+    try:
+        yield attach(pipe, bundle, cache, backend=backend, loras=loras, options=options)
+    finally:
+        for part, standing in before.items():
+            setattr(pipe, part, standing)
 
 
 def _check_boundary(pipe: Any, bundle: Bundle) -> None:
@@ -148,6 +174,7 @@ class FreewheelTransformer:
         self.recorder: Recorder | None = None
         self.warn: Callable[[str], None] = _warn
         self._warned: set[str] = set()
+        self._replaced: dict[str, weakref.ref[Any] | None] = {}
         self._load_session()
         inputs = model.manifest.inputs.values()
         self._timestep_scale = next(i.scale for i in inputs if i.runs == "run")
@@ -216,14 +243,61 @@ class FreewheelTransformer:
         """Whether the pipeline fused adapters into the weights."""
         return self._adapters.is_fused
 
-    def use(self, cache: CacheSetting | str | Path | None) -> CacheSetting:
+    def __repr__(self) -> str:
+        """Say policy, backend, and what the last run computed."""
+        model = self._model.manifest.checkpoint.transformer_class
+        where = f"{model} on {self._model.backend.name}"
+        return f"<FreewheelTransformer {where}, {self.setting.policy}, {counts(self.statistics)}>"
+
+    def summary(self) -> str:
+        """Return the last run in a few lines: policy, counts, speedups, a strip per branch."""
+        return summary(self.statistics)
+
+    def remember(self, before: Mapping[str, Any]) -> None:
+        """Remember, by part of the pipeline, what `detach` puts back; keeps nothing alive."""
+        self._replaced = {
+            part: None if standing is None else weakref.ref(standing)
+            for part, standing in before.items()
+        }
+
+    def detach(self) -> None:
+        """Put back what stood in the pipeline before `attach`.
+
+        Nothing here keeps the pipeline's own transformer in memory: hold it, or use `attached`.
+
+        Raises:
+            RequestError: it, or the pipeline, is gone, or something else was attached since.
+        """
+        pipe = self._pipe()
+        before = {part: None if ref is None else ref() for part, ref in self._replaced.items()}
+        if pipe is None or not before or getattr(pipe, next(iter(before)), None) is not self.module:
+            raise RequestError(
+                "detach", "this is not what stands in the pipeline",
+                "call it on what `attach` returned, once, while the pipeline is there",
+            )  # fmt: skip
+        for part, standing in before.items():
+            if standing is None and self._replaced[part] is not None:
+                raise RequestError(
+                    f"detach, pipeline's '{part}'", "the one that stood there before was freed",
+                    "hold it while attached, use `with freewheel.attached(...)`, or load it again",
+                )  # fmt: skip
+        for part, standing in before.items():
+            setattr(pipe, part, standing)
+
+    def use(self, cache: CacheSetting | str | Path | None, **overrides: Any) -> CacheSetting:
         """Choose the cache setting of the runs to come; returns it resolved.
+
+        Args:
+            cache: As `attach` takes it.
+            overrides: Parameters of the policy, limits of the guard, ``exact_steps`` and
+                ``signal``, as ``--set`` takes them: ``use("teacache", threshold=0.3)``.
 
         Raises:
             ConfigError: no such config or policy, or a bad parameter; the setting stays.
         """
         bundle = self._model.bundle
-        chosen = choose_setting(bundle, cache, {}, warnings.warn)
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in overrides.items()}
+        chosen = choose_setting(bundle, cache, texts, warnings.warn)
         self.session.resolve(chosen.cache)
         self.setting = chosen.cache
         found = other_size(bundle.manifest, chosen.generation)

@@ -15,6 +15,7 @@ from ..configs.setting import CacheSetting
 from ..policies import form_of
 from ..policies import policy as find_policy
 from ..policies.law import DecisionRecord, Law
+from .statistics import mean_count
 from .trace import Trace
 
 __all__ = ["BranchReplay", "Replay", "replay"]
@@ -49,9 +50,9 @@ class Replay:
     form: str = ""
 
     @property
-    def computed_steps(self) -> float:
-        """Computed steps of a branch, averaged over branches."""
-        return float(np.mean([sum(b.computed) for b in self.branches.values()]))
+    def computed_steps(self) -> int | float:
+        """Computed steps of a branch; where branches differ, their mean."""
+        return mean_count([sum(b.computed) for b in self.branches.values()])
 
     @property
     def ideal_speedup(self) -> float:
@@ -69,12 +70,11 @@ class Replay:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``replay --json`` prints."""
-        count = self.computed_steps
         return {
             "policy": self.policy,
             "form": self.form,
             "steps": self.steps,
-            "computed_steps": int(count) if count == int(count) else count,
+            "computed_steps": self.computed_steps,
             "ideal_speedup": self.ideal_speedup,
             "branches": {n: vars(b) for n, b in self.branches.items()},
         }

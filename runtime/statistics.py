@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FEW_STEPS", "BranchStatistics", "RunStatistics"]
+__all__ = ["FEW_STEPS", "BranchStatistics", "RunStatistics", "mean_count"]
 
 FEW_STEPS = 8
 """Steps up to which a checkpoint is taken for a distilled one, whose steps are too far apart."""
+
+
+def mean_count(counts: Sequence[int]) -> int | float:
+    """Return the mean of counts, an integer where it is whole; 0 of none."""
+    whole, rest = divmod(sum(counts), len(counts) or 1)
+    return sum(counts) / len(counts) if rest else whole
 
 
 @dataclass
@@ -72,10 +78,9 @@ class RunStatistics:
     form: str = ""
 
     @property
-    def computed_steps(self) -> float:
-        """Computed steps of a branch, averaged over branches."""
-        counts = [sum(b.computed) for b in self.branches.values()]
-        return sum(counts) / len(counts) if counts else 0.0
+    def computed_steps(self) -> int | float:
+        """Computed steps of a branch; where branches differ, their mean."""
+        return mean_count([sum(b.computed) for b in self.branches.values()])
 
     @property
     def ideal_speedup(self) -> float:

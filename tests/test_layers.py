@@ -47,7 +47,7 @@ ALLOWED = {
     },
     "cli": {"", "commands", "configs"},
     "telemetry": set(),
-    "": {"runtime", "telemetry"},
+    "": {"configs", "runtime", "telemetry"},
 }
 """Package or top module → those it may import; "" is the root's `__init__`: version, `attach`."""
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import warnings
+import weakref
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 
+import freewheel
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import ConfigError, RequestError
 from freewheel.configs.setting import CacheSetting
@@ -446,3 +448,68 @@ def test_wrong_loras_are_refused(demo_bundle: Bundle, repository: Path, tmp_path
     )
     with pytest.raises(RequestError, match=r"1 of 1 modules are not in the model.*'nowhere'"):
         attach(pipe, demo_bundle, "off", loras=[str(file)])
+
+
+def test_what_was_attached_is_detached_again(
+    demo_bundle: Bundle, repository: Path, plain: torch.Tensor
+) -> None:
+    pipe = load(repository)
+    own = pipe.transformer
+    transformer = freewheel.attach(pipe, demo_bundle, "off", backend="onnxruntime")
+    assert pipe.transformer is transformer.module
+    transformer.detach()
+    assert pipe.transformer is own
+    assert torch.equal(latents(pipe), plain)
+    with pytest.raises(RequestError, match="this is not what stands in the pipeline"):
+        transformer.detach()
+    with freewheel.attached(pipe, demo_bundle, "off", backend="onnxruntime") as transformer:
+        assert pipe.transformer is transformer.module
+    assert pipe.transformer is own
+
+    def fail_inside() -> None:
+        with freewheel.attached(pipe, demo_bundle, "off", backend="onnxruntime"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert pipe.transformer is own
+
+
+def test_a_transformer_that_nobody_held_is_freed_and_detach_says_so(
+    demo_bundle: Bundle, repository: Path
+) -> None:
+    pipe = load(repository)
+    gone = weakref.ref(pipe.transformer)
+    transformer = attach(pipe, demo_bundle, "off", backend="onnxruntime")
+    gc.collect()
+    assert gone() is None, "attach keeps no second copy of the weights"
+    with pytest.raises(RequestError, match=r"'transformer': .*was freed; hold it.*attached"):
+        transformer.detach()
+
+
+def test_parameters_are_given_by_name(demo_bundle: Bundle, repository: Path) -> None:
+    transformer = attach(load(repository), demo_bundle, backend="onnxruntime")
+    setting = transformer.use("teacache", threshold=0.3, coefficients=[2.0, 0.0], first_exact=2)
+    assert setting == transformer.setting
+    assert setting.parameters == {"threshold": 0.3, "coefficients": [2.0, 0.0]}
+    assert setting.guard.first_exact == 2
+    assert transformer.use("teacache", signal="modulated_input").signal == "modulated_input"
+    with pytest.raises(ConfigError, match=r"parameter 'treshold'.*did you mean 'threshold'"):
+        transformer.use("teacache", treshold=0.3)
+    assert freewheel.CacheSetting is CacheSetting
+
+
+def test_what_was_attached_says_what_it_is_and_what_it_did(
+    demo_bundle: Bundle, repository: Path
+) -> None:
+    pipe = load(repository)
+    transformer = attach(pipe, demo_bundle, "taylorseer", backend="onnxruntime")
+    start = "<FreewheelTransformer WanTransformer3DModel on onnxruntime, taylorseer, "
+    assert repr(transformer) == f"{start}no run yet>"
+    assert transformer.summary().endswith("no run yet")
+    latents(pipe, 10, size=32)
+    assert repr(transformer) == f"{start}3 of 10 steps computed>"
+    assert isinstance(transformer.statistics.computed_steps, int)
+    head, *strips = transformer.summary().splitlines()
+    assert head.startswith("taylorseer: 3 of 10 steps computed, ideal speedup 3.33, estimated ")
+    assert strips == ["cond   █░░░█░░░█░", "uncond █░░░█░░░█░"]
