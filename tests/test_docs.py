@@ -18,9 +18,11 @@ import typer
 from typer.testing import CliRunner
 
 from freewheel.cli import app
+from freewheel.configs import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCS = sorted([*TOP, *(ROOT / "docs").rglob("*.md")])
 RUN = ["README.md", "docs/tutorial.md", "docs/how-to/use-diffusers.md"]
 """Documents whose commands and programs are run, in this order; the README builds the bundle."""
 
@@ -98,6 +100,19 @@ def test_the_table_of_commands_has_every_verb_and_their_options() -> None:
         options = {o for parameter in known[verb].params for o in parameter.opts}
         named = set(re.findall(r"--[a-z][\w-]*", head + text))
         assert named <= options, f"{verb}: {sorted(named - options)}"
+
+
+def test_the_page_of_errors_has_every_class_with_code_exit_code_and_remedy() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    row = r"^\| `(\w+)` \| `(\w+)` \| (\d+) \| ([^|]{20,}) \| ([^|]{10,}) \|$"
+    listed = {(name, code, int(number)) for name, code, number, *_ in re.findall(row, page, re.M)}
+    classes = [getattr(errors, name) for name in errors.__all__]
+    expected = {
+        (found.__name__, found.code, found.exit_code)
+        for found in classes
+        if isinstance(found, type) and found is not errors.FreewheelError
+    }
+    assert listed == expected
 
 
 @pytest.fixture(scope="module")
