@@ -127,7 +127,7 @@ def build(
         from ..compiler.resume_engines import left_to_gpus
         from ..compiler.resume_engines import resume_engines as resume
         from ..engines import Target
-        from ..runtime.settings import config_entries
+        from ..runtime.settings import config_entries, other_size
 
         precision = precision_of(precision)
         backends = [
@@ -177,6 +177,10 @@ def build(
             return
         with screen.progress():
             report = run_build(request, screen)
+        for name, entry in report.manifest.configs.items():
+            other = other_size(report.manifest, entry.generation)
+            if other is not None:
+                screen.warn(f"config '{name}' {other}: runs that name it take its size")
         screen.table("phases", ["phase", "seconds"], list(report.seconds.items()))
         data = {
             "bundle": str(out),

@@ -136,7 +136,9 @@ def run(
         stretched = stretch_warning(chosen.cache, len(timesteps))
         if stretched is not None:
             screen.warn(stretched)
-        ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
+        ahead = None
+        if len(generator.experts) == 1:  # of two, each folds its own part of the timesteps
+            ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
         if ahead is not None and chosen.cache.policy != "off":
             screen.note(
                 f"decisions known ahead: {ahead.computed_steps:.0f} of {ahead.steps} steps computed, "

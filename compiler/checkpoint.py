@@ -128,6 +128,7 @@ def _geometry(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_is_hub_id(model: str) -> None:
     """Refuse a path that leads nowhere: looking it up on the hub would tell nothing."""
     is_path = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
+    is_path |= "/" in model and Path(model).parent.is_dir()
     if not is_path:
         return
     path = Path(model).expanduser()

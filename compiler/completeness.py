@@ -57,6 +57,8 @@ UNUSED_KEYS: Mapping[str, str] = MappingProxyType(
     {
         "clip_output": "a VAE's frames are clamped to 0 … 1 in any case",
         "dtype": "each tensor says its own",
+        "output_past": "of generation, which a text encoder does not do",
+        "scalable_attention": "UMT5's attention is never scaled, in transformers' class as in T5X",
         "torch_dtype": "each tensor says its own",
     }
 )

@@ -116,6 +116,7 @@ def text_encoder_part(pipeline: Path) -> PipelinePart:
         CheckpointError: the pipeline has none, it is no UMT5 encoder, or it is quantised.
     """
     config, stored = _open(pipeline, "text_encoder", "UMT5EncoderModel", "architectures")
+    check_keys(config, UMT5Config().to_dict().keys(), str(pipeline / "text_encoder/config.json"))
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config)).eval()
     module = TextEncoder(model)

@@ -165,7 +165,10 @@ class Generator:
         self.transformer: FreewheelTransformer = attach(
             self.pipe, bundle, "off", backend=backend, loras=loras, options=options
         )
-        self.transformer.warn = lambda text: None  # callers read the statistics' warnings
+        parts = [expert.part for expert in bundle.manifest.experts] or ["transformer"]
+        self.experts: list[FreewheelTransformer] = [getattr(self.pipe, p).freewheel for p in parts]
+        for expert in self.experts:
+            expert.warn = lambda text: None  # callers read the statistics' warnings
         self.pipe.to(self.transformer.device)
 
     @staticmethod
@@ -202,8 +205,15 @@ class Generator:
             on_step(step + 1, values["steps"])
             return tensors
 
-        self.transformer.use(request.cache)
+        if recorder is not None and len(self.experts) > 1:
+            raise RequestError(
+                "run", "can't be recorded: a trace is of one transformer, and this bundle has two",
+                "leave --record and --report out, or build each transformer's folder by itself",
+            )  # fmt: skip
+        for expert in self.experts:
+            expert.use(request.cache)
         self.transformer.recorder = recorder
+        before = [expert.statistics for expert in self.experts]
         arguments: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -225,9 +235,13 @@ class Generator:
         latents = self.pipe(**arguments).frames
         denoised = time.perf_counter()
         frames = self.decode(latents)
-        self.transformer.session.model.save_caches()
+        for expert in self.experts:
+            expert.session.model.save_caches()
+        ran = [
+            e.statistics for e, b in zip(self.experts, before, strict=True) if e.statistics is not b
+        ]
         seconds = {"denoise": denoised - began, "decode": time.perf_counter() - denoised}
-        return Generation(frames, latents, self.transformer.statistics, seconds, values)
+        return Generation(frames, latents, RunStatistics.joined(ran), seconds, values)
 
     def timesteps(self, request: GenerationRequest) -> torch.Tensor:
         """Return the timesteps that a request will run through, [steps].

@@ -77,6 +77,23 @@ class RunStatistics:
     seconds: dict[str, float] = field(default_factory=dict)
     form: str = ""
 
+    @classmethod
+    def joined(cls, parts: Sequence[RunStatistics]) -> RunStatistics:
+        """Return one run's statistics from those of its experts, in the order in which they ran."""
+        first = parts[0]
+        whole = cls(first.policy, all(p.folded for p in parts), sum(p.steps for p in parts))
+        whole.form = first.form
+        for part in parts:
+            for name, seconds in part.seconds.items():
+                whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
+            for name, branch in part.branches.items():
+                known = whole.branches.setdefault(name, BranchStatistics())
+                known.computed += branch.computed
+                known.distance += branch.distance
+                known.mix += branch.mix
+                known.seconds += branch.seconds
+        return whole
+
     @property
     def computed_steps(self) -> int | float:
         """Computed steps of a branch; where branches differ, their mean."""

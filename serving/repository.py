@@ -6,6 +6,7 @@ A model or version appears whole or not at all, so that a running server may loa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -119,6 +120,7 @@ def _version(model: Path, wanted: int | None) -> int:
 
 def _write(bundle: Bundle, model: Path, version: int, text: str) -> tuple[int, int]:
     """Stage beside the repository, then move into place: first the version, then its config."""
+    made = [p for p in (model.parent, *model.parent.parents) if not p.exists()]
     model.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=model.parent.parent, prefix=f".{model.parent.name}-"))
     try:
@@ -133,6 +135,9 @@ def _write(bundle: Bundle, model: Path, version: int, text: str) -> tuple[int, i
             staged.rename(model)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:  # those that nothing came into, the innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return sizes
 
 

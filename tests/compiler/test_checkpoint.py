@@ -270,6 +270,15 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(
     assert error.what == "there is no such folder or file"
 
 
+def test_a_name_in_a_folder_that_is_here_is_a_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert refusal("models/absent").what == "there is no such folder or file"
+
+
 def test_a_misspelt_path_names_the_nearest_folder(single: Path) -> None:
     error = refusal(single.with_name("singel"))
     assert "did you mean 'single'" in error.hint

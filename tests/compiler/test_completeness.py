@@ -266,6 +266,18 @@ def test_a_quantised_part_is_refused(pipeline: Path, part: str) -> None:
         make(pipeline)
 
 
+def test_the_text_encoders_config_keys_are_accounted_for(pipeline: Path) -> None:
+    change_config(pipeline / "text_encoder", output_past=True, scalable_attention=True)
+    assert text_encoder_part(pipeline)
+    change_config(pipeline / "text_encoder", relative_attention_num_bucket=64)
+    with pytest.raises(
+        CheckpointError,
+        match=r"text_encoder/config.json: has keys.*'relative_attention_num_bucket'",
+    ) as caught:
+        text_encoder_part(pipeline)
+    assert "did you mean 'relative_attention_num_buckets'?" in caught.value.hint
+
+
 def test_the_vaes_config_keys_are_accounted_for(pipeline: Path) -> None:
     change_config(pipeline / "vae", clip_output=False)
     make = PARTS["vae"][0]

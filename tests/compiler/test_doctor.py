@@ -65,7 +65,8 @@ def test_a_machine_without_anything_is_told_what_to_install(
     text = "\n".join(render(found))
     assert "--backend auto takes none: no backend runs here" in text
     assert "no   openvino      the package 'x' is not installed; pip install x" in text
-    assert "no   report        jinja2, matplotlib; pip install 'freewheel[report]'" in text
+    lacks = ", ".join(EXTRAS["report"].values())
+    assert f"no   report        {lacks}; pip install 'freewheel[report]'" in text
     assert "no   ffmpeg        pip install 'freewheel[video]'" in text
     assert "no   cmake         apt-get install cmake" in text
     assert "memory: unknown available" in text

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPTIONS, PARAMETERS, POLICIES, STEPS
+from driven_runs import OPTIONS, PARAMETERS, POLICIES, STEPS
 from graft import grafted
 from host_device import PLACE
 

@@ -255,7 +255,7 @@ class Rig:
 def steps(rig: Rig, session: Any, policy: str) -> Iterator[tuple[str, Any]]:
     """Run a policy; yields each step's branch and output."""
     import torch
-    from cases import PARAMETERS, STEPS
+    from driven_runs import PARAMETERS, STEPS
 
     from freewheel.configs.setting import CacheSetting
 
@@ -283,7 +283,7 @@ def outputs(rig: Rig, session: Any, policy: str) -> Any:
 def policies_in_every_way(rig: Rig) -> None:
     """Every policy, plain, offloaded, as graphs and both, with pauses: equal to a plain run."""
     import torch
-    from cases import OPTIONS, POLICIES, STEPS
+    from driven_runs import OPTIONS, POLICIES, STEPS
 
     rows = []
     rig.pause(0)
@@ -354,7 +354,7 @@ def several_sessions(rig: Rig) -> None:
 
 def counts_in_the_loop(rig: Rig) -> None:
     """Allocations and copies in the loop, by torch's own counters and profiler."""
-    from cases import OPTIONS, STEPS
+    from driven_runs import OPTIONS, STEPS
 
     rows = []
     for name, options in OPTIONS.items():

@@ -61,8 +61,11 @@ def test_a_failure_leaves_nothing_behind(
     monkeypatch.setattr(repository, "link_or_none", fail)
     with pytest.raises(OutputError, match=r"wan: can't be written: no space .*; choose"):
         write_repository(ServeRequest(tiny_bundle, tmp_path / "models", name="wan"))
-    assert files(tmp_path) == set()
-    assert [p.name for p in tmp_path.iterdir()] == ["models"]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "models").mkdir()
+    with pytest.raises(OutputError):
+        write_repository(ServeRequest(tiny_bundle, tmp_path / "models" / "more", name="wan"))
+    assert [p.name for p in tmp_path.rglob("*")] == ["models"], "what was there stays"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,11 @@ import pytest
 import torch
 from chain import randomised, relative
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from freewheel.bundle.reader import MANIFEST, Bundle
+from freewheel.cli import app
 from freewheel.compiler.build import BuildRequest, build
 from freewheel.compiler.checkpoint import open_checkpoint
 from freewheel.compiler.verify import verify_bundle
@@ -183,6 +186,45 @@ def test_pipelines_that_switch_elsewhere_are_refused(
         attach(pipeline(experts, 0.9), bundle)
     with pytest.raises(RequestError, match=r"at timestep None, the bundle at 875"):
         attach(pipeline(experts, None), bundle)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_a_whole_pipeline_of_two_experts_is_built_verified_and_run(
+    form: str, repository: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "bundle"
+    shutil.copytree(repository / "models" / "shapes_wan", model)
+    shutil.copytree(model / "transformer", model / "transformer_2")
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    index |= {"boundary_ratio": BOUNDARY, "transformer_2": index["transformer"]}
+    (model / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    (weights,) = (model / "transformer_2").glob("*.safetensors")
+    stored = load_file(weights)
+    dtype = FORMS[form] if form == "converted" else None
+    save_file({n: (t.float() * 1.01).to(dtype or t.dtype) for n, t in stored.items()}, weights)
+
+    def freewheel(*arguments: object) -> Any:
+        done = CliRunner().invoke(app, [str(a) for a in (*arguments, "--json")])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    freewheel("build", model, "--out", out, "--backend", "onnxruntime")
+    assert freewheel("verify", out)["ok"]
+    video = tmp_path / "video.mp4"
+    asked = ("run", out, "--prompt", "a red circle", "--steps", 8, "--frames", 5, "--out", video)
+    told = freewheel(*asked)
+    assert (told["steps"], told["computed_steps"]) == (8, 8)
+    assert video.is_file()
+    cached = freewheel(*asked, "--cache", "taylorseer", "--set", "interval=2")
+    marks = cached["branches"]["cond"]["computed"]
+    assert cached["steps"] == len(marks) == 8
+    assert 4 <= sum(marks) <= 5, "both experts compute every other step"
+    refused = CliRunner().invoke(
+        app, [str(a) for a in (*asked, "--record", tmp_path / "trace.npz", "--json")]
+    )
+    assert refused.exit_code == 3
+    assert "a trace is of one transformer" in refused.stdout
 
 
 def test_experts_of_two_geometries_are_refused(checkpoint: Path, tmp_path: Path) -> None:
