@@ -26,8 +26,11 @@ def configs(
     Example: freewheel configs wan_t2v_1_3b_tea_480p
     """
     with reporting("configs", as_json, False, debug) as screen:
-        from ..configs.catalogue import describe_configs, table
+        from ..configs.catalogue import COLUMNS, cells, describe_configs
+        from ..runtime.table import markdown_table
 
         described = describe_configs(names or ())
-        whole = [json.dumps(entry, indent=2, ensure_ascii=False) for entry in described]
-        screen.result({"configs": described}, whole if names else table(described))
+        lines = [markdown_table(COLUMNS, [cells(entry) for entry in described])]
+        if names:
+            lines = [json.dumps(entry, indent=2, ensure_ascii=False) for entry in described]
+        screen.result({"configs": described}, lines)

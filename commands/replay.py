@@ -43,6 +43,7 @@ def replay(
         from ..policies import policy
         from ..runtime.replay import replay as run_replay
         from ..runtime.settings import warn_of_ignored
+        from ..runtime.summary import strip
         from ..runtime.trace import load_trace
 
         loaded = load_config(config)
@@ -65,8 +66,7 @@ def replay(
             f"ideal speedup {data['ideal_speedup']:.2f}"
         ]
         for name, branch in data["branches"].items():
-            marks = "".join("#" if c else "." for c in branch["computed"])
             errors = [e for e in branch["reuse_error"] if e is not None]
             mean = f"  mean reuse error {sum(errors) / len(errors):.4f}" if errors else ""
-            lines.append(f"{name:8} {marks}{mean}")
+            lines.append(f"{name:8} {strip(branch['computed'])}{mean}")
         screen.result(data, lines)

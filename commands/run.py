@@ -89,7 +89,7 @@ def run(
         from ..configs.extras import require_extra
         from ..configs.output import check_file
         from ..runtime.forecast import forecast
-        from ..runtime.generate import GenerationRequest, Generator
+        from ..runtime.generate import GenerationRequest, Generator, check_recordable
         from ..runtime.model import DeviceOptions
         from ..runtime.settings import choose_setting, stretch_warning
         from ..runtime.trace import TraceRecorder
@@ -109,6 +109,8 @@ def run(
             raise RequestError(f"--record-tokens {record_tokens}", "is below 1", "use 64")
         quiet_libraries()
         opened = Bundle(bundle)
+        if record is not None:
+            check_recordable(opened)
         chosen = choose_setting(opened, cache, pairs_of(set_), screen.warn)
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
@@ -137,7 +139,9 @@ def run(
         if stretched is not None:
             screen.warn(stretched)
         ahead = None
-        if len(generator.experts) == 1:  # of two, each folds its own part of the timesteps
+        if (
+            len(generator.transformer.experts) == 1
+        ):  # of two, each folds its own part of the timesteps
             ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
         if ahead is not None and chosen.cache.policy != "off":
             screen.note(

@@ -40,19 +40,7 @@ __all__ = [
 ]
 
 WIDTH = 110
-TEXT_COLUMNS = (
-    "runs",
-    "reads",
-    "makes",
-    "block",
-    "context",
-    "modulation",
-    "precision",
-    "operators",
-    "policy",
-    "computed steps",
-    *LAYER_COLUMNS,
-)
+TEXT_COLUMNS = ("runs", "precision", "operators", "policy", "computed steps", *LAYER_COLUMNS)
 
 
 def inspect_bundle(

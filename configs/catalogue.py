@@ -10,7 +10,7 @@ from typing import Any
 from .errors import ConfigError, nearest
 from .load import load_config, shipped_configs
 
-__all__ = ["describe_configs", "model_of", "table"]
+__all__ = ["COLUMNS", "cells", "describe_configs", "model_of"]
 
 COLUMNS = ("config", "policy", "model", "frames×height×width", "steps", "guidance", "shift")
 
@@ -47,23 +47,14 @@ def describe_configs(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     return [_described(name, shipped[name]) for name in names or shipped]
 
 
-def table(described: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write what `describe_configs` returned as lines, one per config, below a head."""
-    lines = [COLUMNS, *(_row(entry) for entry in described)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(COLUMNS))]
-    pairs = (
-        (cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
-    return ["  ".join(cells).rstrip() for cells in pairs]
-
-
 def model_of(name: str) -> str:
     """Return the model that a shipped config was made for, by the config's name."""
     model = next(model for begin, model in MODELS.items() if name.startswith(begin))
     return model + next((more for part, more in SIZES.items() if part in name), "")
 
 
-def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a table says of a config, below `COLUMNS`."""
     size = [entry[key] for key in ("frames", "height", "width")]
     shown = "any" if size == [None] * 3 else "×".join("any" if n is None else str(n) for n in size)
     numbers = (entry[key] for key in ("steps", "guidance_scale", "flow_shift"))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -66,9 +67,9 @@ def attach(
         options: How engines are driven: weights kept in host memory, CUDA graphs.
 
     Returns:
-        What chooses the cache and tells what the last run did; of two experts the one of the high
-        noise levels. ``pipe.transformer.freewheel`` and ``pipe.transformer_2.freewheel`` are the
-        same.
+        What chooses the cache, of two experts for both, and tells what the last run did. Of two
+        experts it tells of that of the high noise levels; ``pipe.transformer.freewheel`` is the
+        same, and ``pipe.transformer_2.freewheel`` chooses and tells for the other alone.
 
     Raises:
         BundleError, BackendUnavailable, ConfigError: as their classes say.
@@ -92,18 +93,20 @@ def attach(
         if standing is not None and known is None:
             check_transformer(opened, model.prefix, standing)
         made[part] = FreewheelTransformer(model, pipe, Adapters(opened, model.prefix, standing))
-        made[part].use(cache)
+    first = made[parts[0]]
+    first.experts = list(made.values())
+    first.use(cache)
     before = {part: getattr(pipe, part, None) for part in parts}
-    made[parts[0]].remember(before)
+    first.remember(before)
     try:
         for part, transformer in made.items():
             setattr(pipe, part, transformer.module)
-        made[parts[0]].fuse(pipe, files)
+        first.fuse(pipe, files)
     except BaseException:
         for part, standing in before.items():
             setattr(pipe, part, standing)
         raise
-    return made[parts[0]]
+    return first
 
 
 @contextmanager
@@ -157,6 +160,7 @@ class FreewheelTransformer:
         setting: Cache setting of the runs to come.
         recorder: Gets what a trace keeps, or None.
         warn: Told once of everything odd about a run.
+        experts: Those that `use` chooses for: this one, and of what `attach` returned the others.
     """
 
     def __init__(self, model: LoadedModel, pipe: Any, adapters: Adapters) -> None:
@@ -173,6 +177,7 @@ class FreewheelTransformer:
         self.setting = CacheSetting()
         self.recorder: Recorder | None = None
         self.warn: Callable[[str], None] = _warn
+        self.experts: list[FreewheelTransformer] = [self]
         self._warned: set[str] = set()
         self._replaced: dict[str, weakref.ref[Any] | None] = {}
         self._load_session()
@@ -200,6 +205,7 @@ class FreewheelTransformer:
         other = FreewheelTransformer(self._model, self._pipe() or self, self._adapters.copied())
         other.setting, other.warn = self.setting, self.warn
         memo[id(self)], memo[id(self.module)] = other, other.module
+        other.experts += [copy.deepcopy(e.module, memo).freewheel for e in self.experts[1:]]
         return other.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FreewheelTransformer:
@@ -299,7 +305,8 @@ class FreewheelTransformer:
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in overrides.items()}
         chosen = choose_setting(bundle, cache, texts, warnings.warn)
         self.session.resolve(chosen.cache)
-        self.setting = chosen.cache
+        for expert in self.experts:
+            expert.setting = chosen.cache
         found = other_size(bundle.manifest, chosen.generation)
         if found is not None:
             _warn(f"config '{cache}' {found}: its thresholds and tables are untried there")

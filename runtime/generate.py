@@ -29,7 +29,7 @@ from .model import DeviceOptions
 from .session import Recorder
 from .statistics import RunStatistics
 
-__all__ = ["Generation", "GenerationRequest", "Generator", "loaded_bytes"]
+__all__ = ["Generation", "GenerationRequest", "Generator", "check_recordable", "loaded_bytes"]
 
 FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
 TRANSFORMERS = {"transformer", "transformer_2"}
@@ -119,6 +119,19 @@ class Generation:
         return uncached.seconds["denoise"] / self.seconds["denoise"]
 
 
+def check_recordable(bundle: Bundle) -> None:
+    """Refuse to record a run of two transformers: traces, and what is fitted to them, are of one.
+
+    Raises:
+        RequestError: the bundle has two experts.
+    """
+    if len(bundle.manifest.experts) > 1:
+        raise RequestError(
+            f"bundle '{bundle.folder}'", "has two transformers, and a recorded run is of one",
+            "record, calibrate and tune with a bundle of each transformer's folder",
+        )  # fmt: skip
+
+
 class Generator:
     """A bundle with its pipeline around it, ready for any number of requests."""
 
@@ -165,9 +178,7 @@ class Generator:
         self.transformer: FreewheelTransformer = attach(
             self.pipe, bundle, "off", backend=backend, loras=loras, options=options
         )
-        parts = [expert.part for expert in bundle.manifest.experts] or ["transformer"]
-        self.experts: list[FreewheelTransformer] = [getattr(self.pipe, p).freewheel for p in parts]
-        for expert in self.experts:
+        for expert in self.transformer.experts:
             expert.warn = lambda text: None  # callers read the statistics' warnings
         self.pipe.to(self.transformer.device)
 
@@ -205,15 +216,13 @@ class Generator:
             on_step(step + 1, values["steps"])
             return tensors
 
-        if recorder is not None and len(self.experts) > 1:
-            raise RequestError(
-                "run", "can't be recorded: a trace is of one transformer, and this bundle has two",
-                "leave --record and --report out, or build each transformer's folder by itself",
-            )  # fmt: skip
-        for expert in self.experts:
-            expert.use(request.cache)
-        self.transformer.recorder = recorder
-        before = [expert.statistics for expert in self.experts]
+        experts = self.transformer.experts
+        if recorder is not None and not recorder.across_experts:
+            check_recordable(self.bundle)
+        self.transformer.use(request.cache)
+        for expert in experts:
+            expert.recorder = recorder
+        before = [expert.statistics for expert in experts]
         arguments: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -235,11 +244,9 @@ class Generator:
         latents = self.pipe(**arguments).frames
         denoised = time.perf_counter()
         frames = self.decode(latents)
-        for expert in self.experts:
+        for expert in experts:
             expert.session.model.save_caches()
-        ran = [
-            e.statistics for e, b in zip(self.experts, before, strict=True) if e.statistics is not b
-        ]
+        ran = [e.statistics for e, b in zip(experts, before, strict=True) if e.statistics is not b]
         seconds = {"denoise": denoised - began, "decode": time.perf_counter() - denoised}
         return Generation(frames, latents, RunStatistics.joined(ran), seconds, values)
 

@@ -105,6 +105,7 @@ class Recorder(Protocol):
     """Receives what a trace keeps."""
 
     wants_signals: bool
+    across_experts: bool  # whether it follows a run from one transformer to the next
 
     def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
         """Take the per-run tables [steps, …] when a run begins."""

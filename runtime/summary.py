@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .statistics import RunStatistics
 
-__all__ = ["counts", "summary"]
+__all__ = ["counts", "strip", "summary"]
 
 COMPUTED, REUSED = "█", "░"
 
@@ -15,6 +17,11 @@ def counts(statistics: RunStatistics) -> str:
     if not statistics.branches:
         return "no run yet"
     return f"{statistics.computed_steps:g} of {statistics.steps} steps computed"
+
+
+def strip(computed: Sequence[bool]) -> str:
+    """Return a character per step, full where it was computed."""
+    return "".join(COMPUTED if c else REUSED for c in computed)
 
 
 def summary(statistics: RunStatistics) -> str:
@@ -27,7 +34,6 @@ def summary(statistics: RunStatistics) -> str:
         head += [f"estimated {statistics.estimated_speedup:.2f}"]
     width = max((len(name) for name in statistics.branches), default=0)
     strips = [
-        f"{name:{width}} {''.join(COMPUTED if c else REUSED for c in branch.computed)}"
-        for name, branch in statistics.branches.items()
+        f"{name:{width}} {strip(branch.computed)}" for name, branch in statistics.branches.items()
     ]
     return "\n".join((", ".join(head), *strips))

@@ -14,6 +14,7 @@ from ..configs.overrides import apply_overrides
 from ..configs.policy_spec import GUARD_PARAMETERS, PolicySpec
 from ..configs.setting import CacheSetting
 from .replay import replay
+from .summary import strip
 from .table import markdown_table
 from .trace import Trace
 
@@ -45,9 +46,14 @@ class SweepRow:
 
     def cells(self) -> list[Any]:
         """Return the table's cells."""
-        marks = "".join("#" if c else "." for c in self.computed)
         errors = (None if e is None else round(e, 4) for e in (self.mean_error, self.worst_error))
-        return [self.value, self.computed_steps, round(self.ideal_speedup, 2), *errors, marks]
+        return [
+            self.value,
+            self.computed_steps,
+            round(self.ideal_speedup, 2),
+            *errors,
+            strip(self.computed),
+        ]
 
 
 def run_sweep(trace: Trace, setting: CacheSetting, spec: PolicySpec, sweep: str) -> list[SweepRow]:

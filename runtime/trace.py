@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -160,6 +160,7 @@ class TraceRecorder:
     """
 
     wants_signals: bool = False
+    across_experts: ClassVar[bool] = False
     tokens_per_frame: int | None = None
     _tables: dict[str, Array] = field(default_factory=dict)
     _steps: dict[str, dict[str, list[Any]]] = field(default_factory=dict)

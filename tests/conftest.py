@@ -46,11 +46,8 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a file's tests to one worker, since they share what the file builds; the longest first."""
+    """Begin with the longest files; ``--dist loadfile`` gives each to one worker."""
     names = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(names[item]))
     items.sort(key=lambda i: LONGEST.index(names[i]) if names[i] in LONGEST else len(LONGEST))
 
 

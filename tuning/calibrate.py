@@ -24,7 +24,7 @@ from ..policies.solved import HISTORY, SolvedConfig
 from ..policies.teacache import TeaCacheConfig
 from ..runtime.bench import Watcher
 from ..runtime.forecast import forecast
-from ..runtime.generate import GenerationRequest, Generator
+from ..runtime.generate import GenerationRequest, Generator, check_recordable
 from ..runtime.model import DeviceOptions, LoadedModel
 from ..runtime.settings import choose_setting
 from ..runtime.statistics import FEW_STEPS
@@ -148,6 +148,7 @@ def calibrate(
     ]  # fmt: skip
     for run in runs:
         run.check()
+    check_recordable(bundle)
     generator = Generator(bundle, backend=request.backend, options=request.options)
     model = generator.transformer.session.model
     recorder = GramRecorder(model, window=request.window)

@@ -84,6 +84,7 @@ class GramRecorder:
     """
 
     wants_signals = False
+    across_experts = False
 
     def __init__(self, model: LoadedModel, *, window: int = 16) -> None:
         """Prepare for runs of a model.

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import matplotlib as mpl
@@ -59,7 +59,7 @@ class _Section:
 
 @dataclass
 class ChangeRecorder:
-    """Keeps how much each step's residual differs from the step before, and nothing else.
+    """Keeps how much each step's residual of one run differs from the step before, and nothing else.
 
     Attributes:
         changes: Per branch, mean|r_t − r_{t−1}| / mean|r_{t−1}| at t = 1 …; r is the body's residual
@@ -67,13 +67,12 @@ class ChangeRecorder:
     """
 
     wants_signals: bool = False
+    across_experts: ClassVar[bool] = True
     changes: dict[str, list[float]] = field(default_factory=dict)
     _last: dict[str, Tensor] = field(default_factory=dict)
 
     def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
-        """Start over."""
-        self.changes.clear()
-        self._last.clear()
+        """Begin a run, or go on with its second expert."""
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Take one step of one branch."""

@@ -26,7 +26,7 @@ from ..policies.solved import SolvedConfig
 from ..policies.taylorseer import TaylorSeerConfig
 from ..policies.teacache import TeaCacheConfig
 from ..runtime.bench import BenchRequest, Watcher, bench_bundle
-from ..runtime.generate import GenerationRequest, Generator
+from ..runtime.generate import GenerationRequest, Generator, check_recordable
 from ..runtime.model import DeviceOptions
 from ..runtime.replay import replay
 from ..runtime.settings import choose_setting, config_entry, other_size
@@ -209,6 +209,7 @@ def tune(
     Raises:
         ConfigError, RequestError, BackendUnavailable: as for a run.
     """
+    check_recordable(bundle)
     replayed, confirming = request.prompts[: request.traces], request.prompts[request.traces :]
     if not confirming:
         warn("too few prompts to hold any out: those that were replayed confirm as well")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.configs.catalogue import describe_configs, model_of, table
+from freewheel.configs.catalogue import COLUMNS, cells, describe_configs, model_of
 from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import load_config, shipped_configs
 
@@ -21,11 +21,11 @@ def test_every_shipped_config_is_described() -> None:
 
 
 def test_the_table_has_a_row_per_config_with_size_and_steps() -> None:
-    lines = table(describe_configs(["wan_t2v_1_3b_tea_480p", "flux_dev_tea"]))
-    assert len(lines) == 3
-    assert lines[0].split()[:3] == ["config", "policy", "model"]
-    assert "Wan 2.1 text-to-video 1.3B  81×480×832" in lines[1]
-    assert lines[1].split()[-3:] == ["50", "6", "8"]
+    (entry,) = describe_configs(["wan_t2v_1_3b_tea_480p"])
+    row = dict(zip(COLUMNS, cells(entry), strict=True))
+    assert row["model"] == "Wan 2.1 text-to-video 1.3B"
+    assert row["frames×height×width"] == "81×480×832"
+    assert (row["steps"], row["guidance"], row["shift"]) == ("50", "6", "8")
 
 
 def test_a_config_that_does_not_ship_says_the_nearest() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -158,14 +159,20 @@ def test_the_pipeline_switches_and_no_cache_crosses(
         high = int((pipe.scheduler.timesteps >= 875).sum())
         assert 0 < high < steps
         assert (first.statistics.steps, second.statistics.steps) == (high, steps - high)
-    for transformer in (first, second):
-        transformer.use("taylorseer")
+    first.use("taylorseer")
+    assert second.setting == first.setting, "one choice for both"
+    copied = copy.deepcopy(pipe)
+    copied.transformer.freewheel.use("off")
+    assert copied.transformer_2.freewheel.setting.policy == "off"
+    assert second.setting.policy == "taylorseer", "a copy chooses for itself"
     cached = latents(pipe, 11)
     for transformer in (first, second):
         for branch in ("cond", "uncond"):
             computed = transformer.statistics.branches[branch].computed
             assert computed == [i % 4 == 0 for i in range(len(computed))], "begins its own history"
     assert torch.equal(latents(pipe, 11), cached)
+    second.use("off")
+    assert first.setting.policy == "taylorseer", "the second chooses for itself alone"
 
 
 def test_another_length_after_an_interrupted_run(bundle: Bundle, experts: tuple[Any, Any]) -> None:
@@ -186,6 +193,23 @@ def test_pipelines_that_switch_elsewhere_are_refused(
         attach(pipeline(experts, 0.9), bundle)
     with pytest.raises(RequestError, match=r"at timestep None, the bundle at 875"):
         attach(pipeline(experts, None), bundle)
+
+
+@pytest.mark.parametrize("verb", ["run", "calibrate", "tune"])
+def test_what_records_a_run_refuses_two_experts(bundle: Bundle, verb: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n", encoding="utf-8")
+    out = tmp_path / ("video.mp4" if verb == "run" else "out.json")
+    asked = {
+        "run": ("--prompt", "a red circle", "--record", tmp_path / "trace.npz"),
+        "calibrate": ("--prompts", prompts),
+        "tune": ("--prompts", prompts, "--target-speedup", 2),
+    }[verb]
+    command = (verb, bundle.folder, *asked, "--out", out, "--json")
+    done = CliRunner().invoke(app, [str(a) for a in command])
+    assert done.exit_code == 3, done.output
+    assert "has two transformers, and a recorded run is of one" in done.stdout
+    assert list(tmp_path.iterdir()) == [prompts]
 
 
 @pytest.mark.nightly
@@ -220,11 +244,9 @@ def test_a_whole_pipeline_of_two_experts_is_built_verified_and_run(
     marks = cached["branches"]["cond"]["computed"]
     assert cached["steps"] == len(marks) == 8
     assert 4 <= sum(marks) <= 5, "both experts compute every other step"
-    refused = CliRunner().invoke(
-        app, [str(a) for a in (*asked, "--record", tmp_path / "trace.npz", "--json")]
-    )
-    assert refused.exit_code == 3
-    assert "a trace is of one transformer" in refused.stdout
+    report = tmp_path / "report.html"
+    freewheel(*asked, "--cache", "taylorseer", "--report", report)
+    assert report.is_file()
 
 
 def test_experts_of_two_geometries_are_refused(checkpoint: Path, tmp_path: Path) -> None:
