@@ -113,6 +113,26 @@ TEST_F(CApiRun, RunsAndTellsWhatItDid) {
   EXPECT_EQ(freewheel_session_run(session_, &run_), FREEWHEEL_OK);
 }
 
+TEST_F(CApiRun, OffloadedWeightsGiveTheSame) {
+  const std::vector<float> noise = latents_;
+  ASSERT_EQ(freewheel_session_run(session_, &run_), FREEWHEEL_OK);
+  const std::vector<float> expected = latents_;
+  freewheel_model_options options = {};
+  options.struct_size = sizeof options;
+  options.offload = 1;
+  freewheel_model* model = nullptr;
+  ASSERT_EQ(freewheel_model_create(std::getenv("FREEWHEEL_TEST_BUNDLE"), &options, &model),
+            FREEWHEEL_OK);
+  freewheel_session* session = nullptr;
+  ASSERT_EQ(freewheel_session_create(model, &session), FREEWHEEL_OK);
+  latents_ = noise;
+  run_.latents = latents_.data();
+  EXPECT_EQ(freewheel_session_run(session, &run_), FREEWHEEL_OK);
+  EXPECT_EQ(latents_, expected);
+  freewheel_session_destroy(session);
+  freewheel_model_destroy(model);
+}
+
 TEST_F(CApiRun, ACallbackCancels) {
   run_.progress = [](const freewheel_progress* progress, void*) {
     return progress->step_index == 1 ? 1 : 0;

@@ -55,6 +55,41 @@ TEST_F(SessionTest, OffComputesEveryStep) {
   EXPECT_EQ(calls_->finish, 24);
 }
 
+TEST_F(SessionTest, OffloadedWeightsAreTheSameWeights) {
+  ModelOptions options;
+  options.custom_backend = testing::plain_backend(calls_);
+  options.offload = true;
+  const auto offloaded = Model::load(folder_.path(), options);
+  ASSERT_TRUE(offloaded.ok()) << offloaded.status().message();
+  const std::vector<float> expected = run(*session_, "motion");
+  std::vector<float> found[2];
+  std::thread others[2];  // both take turns at the two slabs
+  for (int index = 0; index < 2; ++index) {
+    others[index] = std::thread([&, index] {
+      auto session = Session::create(*offloaded);
+      ASSERT_TRUE(session.ok());
+      found[index] = run(**session, "motion");
+    });
+  }
+  for (std::thread& other : others) other.join();
+  EXPECT_EQ(found[0], expected);
+  EXPECT_EQ(found[1], expected);
+}
+
+TEST_F(SessionTest, WeightsInsideEnginesCanNotBeOffloaded) {
+  const testing::TemporaryFolder folder;
+  nlohmann::json manifest = testing::write_tiny_bundle(folder);
+  manifest["weights"] = "baked";
+  testing::write_manifest(folder, manifest);
+  ModelOptions options;
+  options.custom_backend = testing::plain_backend(calls_);
+  options.offload = true;
+  const auto model = Model::load(folder.path(), options);
+  ASSERT_FALSE(model.ok());
+  EXPECT_EQ(model.status().code(), Code::kRequest) << model.status().message();
+  EXPECT_NE(model.status().message().find("weights are inside its engines"), std::string::npos);
+}
+
 TEST_F(SessionTest, AFoldedPolicyDecidesAheadAndReuses) {
   run(*session_, "interval");
   EXPECT_EQ(computed(), (std::vector<char>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));

@@ -62,6 +62,18 @@ def test_a_bundle_of_each_family_runs_unchanged(
     assert report["branches"]["cond"]["computed"][0]
 
 
+def check_offload(loop: Loop, build: Path, folder: Path) -> None:
+    """Hold a run with its blocks' weights in host memory to one without."""
+    expected, _ = loop.in_cpp(build, BY_CONTENT, folder)
+    options = ("--backend", "openvino", "--offload")
+    found, _ = loop.in_cpp(build, BY_CONTENT, folder, options=options)
+    assert np.array_equal(found, expected)
+
+
+def test_offloaded_weights_give_the_same(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
+    check_offload(loop, cpp_build, tmp_path)
+
+
 def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
     report = check_equal(loop, cpp_build, BY_CONTENT, tmp_path)
     assert not report["folded"]
@@ -100,6 +112,10 @@ def test_two_experts_are_switched_as_python_switches_them(
         assert len(branch["computed"]) == experts.steps
         assert branch["computed"][0]
         assert branch["computed"][high], "the second expert begins with a computed step"
+
+
+def test_each_experts_weights_are_offloaded(experts: Loop, cpp_build: Path, tmp_path: Path) -> None:
+    check_offload(experts, cpp_build, tmp_path)
 
 
 def test_an_expert_alone_is_what_a_bundle_of_it_is(
