@@ -344,7 +344,7 @@ def several_sessions(rig: Rig) -> None:
         thread.join()
     rig.pause(0)
     rows = [
-        (policy, options or "plain", "equal" if policy in found and torch.equal(
+        (policy, " and ".join(options) or "plain", "equal" if policy in found and torch.equal(
             found[policy], expected[policy]) else "NOT EQUAL")
         for policy, options in jobs.items()
     ]  # fmt: skip
