@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class Recorder(Protocol):
     """Receives what a trace keeps."""
 
     wants_signals: bool
-    across_experts: bool  # whether it follows a run from one transformer to the next
+    across_experts: ClassVar[bool]  # whether it follows a run from one transformer to the next
 
     def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
         """Take the per-run tables [steps, …] when a run begins."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class GramRecorder:
     """
 
     wants_signals = False
-    across_experts = False
+    across_experts: ClassVar[bool] = False
 
     def __init__(self, model: LoadedModel, *, window: int = 16) -> None:
         """Prepare for runs of a model.
