@@ -34,8 +34,11 @@ PLAN = "model.plan"
 NO_GPU = "no NVIDIA GPU that this PyTorch can use"
 LEVELS = range(6)  # of effort that the builder spends
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")  # RTX 30, RTX 40 and L40S, RTX 50
-OLDEST = (10, 15)
+OLDEST = "10.15"
 OLDER_LACK = "attention came with 10.14, rotary embedding and RMS normalization with 10.15"
+COMPATIBILITY = "hardware_compatibility_level"
+COMPATIBLE_FROM = {"ampere_plus": "8.0", "same_compute_capability": "7.5"}
+"""Level of hardware compatibility → the oldest GPU that can build for it."""
 
 
 @dataclass
@@ -93,10 +96,9 @@ class TensorRT:
         if missing:
             return missing
         version = _import(cls.module).__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-            wanted = ".".join(map(str, OLDEST))
-            what = f"{cls.package} {version} is older than {wanted}: {OLDER_LACK}"
-            return Availability(False, what, f"pip install '{cls.package}>={wanted}'")
+        if _version(version) < _version(OLDEST):
+            what = f"{cls.package} {version} is older than {OLDEST}: {OLDER_LACK}"
+            return Availability(False, what, f"pip install '{cls.package}>={OLDEST}'")
         if not torch.cuda.is_available():
             return Availability(False, f"{cls.package} {version} is installed, but {NO_GPU}")
         return Availability(True, f"{cls.package} {version}, {torch.cuda.get_device_name()}")
@@ -108,14 +110,8 @@ class TensorRT:
             BackendUnavailable: this machine can't compile.
             BuildError: a compute capability, an option or its value is unknown.
         """
-        trt, where = self._compiler(), f"backend '{self.name}'"
-        check_options(target, OPTIONS, where)
-        level = target.options.get("builder_optimization_level")
-        if level is not None and level not in LEVELS:
-            what = f"is {level}, levels go from {LEVELS[0]} to {LEVELS[-1]}"
-            raise BuildError(f"{where}, option 'builder_optimization_level'", what, "3 is usual")
-        check_choices(trt, target.options, where)
-        return replace(target, compute_capabilities=self._capabilities(trt, target, where))
+        capabilities = self._check_target(self._compiler(), target, f"backend '{self.name}'")
+        return replace(target, compute_capabilities=capabilities)
 
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` as a strongly typed network.
@@ -135,8 +131,7 @@ class TensorRT:
         check_precision(target, self.precisions, str(graph), "choose one of them with --precision")
         model = load_graph(graph)
         inputs, outputs = specs_of(model.graph, str(graph))
-        check_choices(trt, target.options, str(graph))
-        capabilities = self._capabilities(trt, target, str(graph))
+        capabilities = self._check_target(trt, target, str(graph))
         plan = build_plan(
             trt, model, graph, target, inputs,
             capabilities=capabilities if self.module == "tensorrt_rtx" else (),
@@ -146,7 +141,7 @@ class TensorRT:
         record = EngineRecord(
             self.name,
             trt.__version__,
-            _machine(capabilities),
+            _served(capabilities, target),
             target.precision,
             inputs,
             outputs,
@@ -157,7 +152,7 @@ class TensorRT:
             record.write(folder)
 
     def load(self, compiled: Path) -> TensorRTEngine:
-        """Load an engine that was compiled for this version and this GPU.
+        """Load an engine that was compiled for this version and serves this GPU.
 
         Raises:
             BackendUnavailable: there is no GPU, or the package is missing.
@@ -170,7 +165,7 @@ class TensorRT:
         trt = _import(self.module)
         record.require(compiled, backend=self.name, version=trt.__version__, machine=record.machine)
         here = _capability_here(self.device)
-        if not _is_for(record, here):
+        if not _serves(record.machine, here):
             what = f"compiled for {record.machine}, but the GPU here is {_machine((here,))}"
             raise BundleError(str(compiled), what, f"rebuild it for {_machine((here,))}")
         with torch.cuda.device(self.device):
@@ -230,6 +225,16 @@ class TensorRT:
             raise BackendUnavailable(f"backend '{self.name}'", found.reason, found.install)
         return _import(self.module)
 
+    def _check_target(self, trt: Any, target: Target, where: str) -> tuple[str, ...]:
+        """Refuse unknown options, values and GPUs; return the compute capabilities to compile for."""
+        check_options(target, OPTIONS, where)
+        level = target.options.get("builder_optimization_level")
+        if level is not None and level not in LEVELS:
+            what = f"is {level}, levels go from {LEVELS[0]} to {LEVELS[-1]}"
+            raise BuildError(f"{where}, option 'builder_optimization_level'", what, "3 is usual")
+        check_choices(trt, target.options, where)
+        return self._capabilities(trt, target, where)
+
     def _capabilities(self, trt: Any, target: Target, where: str) -> tuple[str, ...]:
         here = _capability_here(self.device)
         asked = target.compute_capabilities or (here,)
@@ -237,6 +242,11 @@ class TensorRT:
             what = f"compute capability {', '.join(asked)} asked for, but the GPU here is {here}"
             hint = "TensorRT compiles for the GPU at hand; build there or use tensorrt-rtx"
             raise BuildError(where, what, hint)
+        level = _compatibility(target)
+        oldest = COMPATIBLE_FROM.get(level)
+        if oldest is not None and _version(here) < _version(oldest):
+            what = f"'{level}' is built on GPUs from {oldest} on, and the GPU here is {here}"
+            raise BuildError(f"{where}, option '{COMPATIBILITY}'", what, "build on such a GPU")
         return asked
 
     def _runtime_config(self, trt: Any, engine: Any) -> Any:
@@ -282,6 +292,12 @@ class TensorRTRTX(TensorRT):
         return Availability(True, f"{cls.package} {trt.__version__}, {name}")
 
     def _capabilities(self, trt: Any, target: Target, where: str) -> tuple[str, ...]:
+        if _compatibility(target) in COMPATIBLE_FROM:  # 1.7 takes it and makes the same plan
+            what = (
+                "TensorRT-RTX serves the compute capabilities that it compiles for, and no others"
+            )
+            hint = "name each with --compute-capability"
+            raise BuildError(f"{where}, option '{COMPATIBILITY}'", what, hint)
         known = known_capabilities(trt)
         asked = target.compute_capabilities or DEFAULT_CAPABILITIES
         for capability in asked:
@@ -333,16 +349,31 @@ def _capability_here(device: torch.device | None = None) -> str:
     return f"{major}.{minor}"
 
 
-def _is_for(record: EngineRecord, here: str) -> bool:
-    """Tell whether an engine runs on a compute capability, by what it was compiled for."""
-    if _machine((here,)) in record.machine.split(" "):
-        return True
-    level = str(record.details.get("options", {}).get("hardware_compatibility_level", ""))
-    return level.lower() == "ampere_plus" and int(here.split(".")[0]) >= 8
+def _compatibility(target: Target) -> str:
+    return str(target.options.get(COMPATIBILITY, "none")).lower()
+
+
+def _served(capabilities: Sequence[str], target: Target) -> str:
+    """Spell the GPUs that an engine will serve, as its record has them."""
+    if _compatibility(target) == "ampere_plus":
+        return f"sm{COMPATIBLE_FROM['ampere_plus']}+"
+    return _machine(capabilities)
+
+
+def _serves(machine: str, here: str) -> bool:
+    """Tell whether "sm8.9 sm12.0", or "sm8.0+" with every newer GPU, holds a compute capability."""
+    for known, and_newer in re.findall(r"(?<!\S)sm(\d+\.\d+)(\+?)(?!\S)", machine):
+        if known == here or (and_newer and _version(known) <= _version(here)):
+            return True
+    return False
 
 
 def _machine(capabilities: Sequence[str]) -> str:
     return " ".join(f"sm{capability}" for capability in capabilities)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def _details(plan: Plan, target: Target, inputs: Any) -> dict[str, Any]:

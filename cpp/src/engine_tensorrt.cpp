@@ -8,6 +8,7 @@
 
 #include <cctype>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -264,6 +265,20 @@ struct Shared {
 #endif
 };
 
+/// Whether "sm8.9 sm12.0", or "sm8.0+" with every newer GPU, holds compute capability major.minor.
+bool serves(const std::string& machine, int major, int minor) {
+  std::istringstream targets(machine);
+  for (std::string target; targets >> target;) {
+    int known_major = 0, known_minor = 0, end = 0;
+    if (std::sscanf(target.c_str(), "sm%d.%d%n", &known_major, &known_minor, &end) != 2) continue;
+    const std::string rest = target.substr(static_cast<std::size_t>(end));
+    const auto known = std::make_pair(known_major, known_minor);
+    const auto here = std::make_pair(major, minor);
+    if ((rest.empty() && known == here) || (rest == "+" && known <= here)) return true;
+  }
+  return false;
+}
+
 nvinfer1::Dims dims_of(const Shape& shape) {
   nvinfer1::Dims dims{};
   dims.nbDims = shape.rank();
@@ -445,12 +460,10 @@ class TensorRT final : public Backend {
 
   Status open() {
     FREEWHEEL_TRY(shared_->memory.open());
-    int major = 0, minor = 0;
     FREEWHEEL_TRY(
-        cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "GPU"));
+        cuda(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device_), "GPU"));
     FREEWHEEL_TRY(
-        cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "GPU"));
-    machine_ = "sm" + std::to_string(major) + "." + std::to_string(minor);
+        cuda(cudaDeviceGetAttribute(&minor_, cudaDevAttrComputeCapabilityMinor, device_), "GPU"));
     cudaDeviceProp properties{};
     FREEWHEEL_TRY(cuda(cudaGetDeviceProperties(&properties, device_), "GPU"));
     shared_->gpu = file_name(properties.name);
@@ -468,12 +481,10 @@ class TensorRT final : public Backend {
   Result<std::shared_ptr<Engine>> load(const std::string& folder) override {
     FREEWHEEL_ASSIGN(EngineRecord record, EngineRecord::read(folder));
     FREEWHEEL_TRY(record.require(folder, name(), version(), record.machine));
-    std::istringstream targets(record.machine);
-    bool is_ours = false;
-    for (std::string target; targets >> target;) is_ours = is_ours || target == machine_;
-    if (!is_ours) {
+    if (!serves(record.machine, major_, minor_)) {
       return Status(Code::kBundle, folder,
-                    "compiled for " + record.machine + ", but the GPU here is " + machine_,
+                    "compiled for " + record.machine + ", but the GPU here is sm" +
+                        std::to_string(major_) + "." + std::to_string(minor_),
                     kRebuild);
     }
 #ifdef FREEWHEEL_TENSORRT_RTX
@@ -547,7 +558,7 @@ class TensorRT final : public Backend {
 
   std::shared_ptr<Shared> shared_;
   int device_;
-  std::string machine_;
+  int major_ = 0, minor_ = 0;  ///< Of its compute capability.
 };
 
 }  // namespace

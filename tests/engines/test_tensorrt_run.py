@@ -17,9 +17,10 @@ from host_device import PLACE, RaceError
 from real_bindings import FOLDER
 from stand_in import plan_of
 
-from freewheel.configs.errors import BackendUnavailable, BundleError, RequestError
+from freewheel.configs.errors import BackendUnavailable, BuildError, BundleError, RequestError
 from freewheel.engines import Target
-from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
+from freewheel.engines.record import EngineRecord
+from freewheel.engines.tensorrt import TensorRT, TensorRTRTX, _serves
 
 pytestmark = pytest.mark.tensorrt
 every_tensorrt = pytest.mark.parametrize(
@@ -45,6 +46,17 @@ def compiled(backend, graph, feigned):
     target = Target("float32", PROFILE, ("8.9",))
     backend.compile(path, target, path.parent / "engine")
     return path.parent / "engine"
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """Return a function that makes the feigned GPU one of a compute capability."""
+
+    def set_capability(text):
+        found = tuple(map(int, text.split(".")))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found)
+
+    return set_capability
 
 
 @pytest.fixture
@@ -303,8 +315,7 @@ def test_a_timing_cache_of_another_gpu_is_an_empty_one(graph, feigned, real_trt,
 def test_options_and_previews_reach_the_builder(graph, backend, feigned, real_trt):
     options = {
         "builder_optimization_level": 1, "max_aux_streams": 0, "workspace_bytes": 2**20,
-        "hardware_compatibility_level": "ampere_plus", "tiling_optimization_level": "fast",
-        "preview_features": "aliased_plugin_io_10_03",
+        "tiling_optimization_level": "fast", "preview_features": "aliased_plugin_io_10_03",
     }  # fmt: skip
     path = graph("matmul")
     backend.compile(path, Target("float32", PROFILE, ("8.9",), options), path.parent / "engine")
@@ -315,19 +326,75 @@ def test_options_and_previews_reach_the_builder(graph, backend, feigned, real_tr
     assert config.builder_optimization_level == 1
     assert config.max_aux_streams == 0
     assert config._pools == {"WORKSPACE": 2**20}
-    assert config.hardware_compatibility_level == real_trt.HardwareCompatibilityLevel.AMPERE_PLUS
     assert config.tiling_optimization_level == real_trt.TilingOptimizationLevel.FAST
 
 
-def test_hardware_compatible_engines_run_on_later_gpus(graph, feigned, backend, monkeypatch):
+every_regular = pytest.mark.parametrize(
+    "real_trt", ["tensorrt newest", "tensorrt oldest"], indirect=True
+)
+
+
+@every_regular
+@pytest.mark.parametrize(
+    ("level", "served", "runs_on", "refused_on"),
+    [
+        ("none", "sm8.9", ["8.9"], ["8.6", "9.0"]),
+        ("same_compute_capability", "sm8.9", ["8.9"], ["8.6", "9.0"]),
+        ("ampere_plus", "sm8.0+", ["8.9", "8.0", "9.0", "12.0"], ["7.5"]),
+        ("AMPERE_PLUS", "sm8.0+", ["8.9", "8.0"], ["7.5"]),
+    ],
+)
+def test_an_engine_runs_on_the_gpus_that_its_hardware_compatibility_names(
+    graph, feigned, backend, gpu_of, real_trt, level, served, runs_on, refused_on
+):
     path, out = graph("matmul"), graph("matmul").parent / "engine"
-    options = {"hardware_compatibility_level": "ampere_plus"}
-    backend.compile(path, Target("float32", PROFILE, (), options), out)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    backend.load(out).bind(tensors()).run()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    with pytest.raises(BundleError, match=r"compiled for sm8\.9, but the GPU here is sm7\.5"):
-        backend.load(out)
+    target = Target("float32", PROFILE, (), {"hardware_compatibility_level": level})
+    backend.compile(path, target, out)
+    (config,) = feigned.configs
+    levels = real_trt.HardwareCompatibilityLevel.__members__
+    assert config.hardware_compatibility_level == levels[level.upper()]
+    assert EngineRecord.read(out).machine == served
+    for capability in runs_on:
+        gpu_of(capability)
+        bound = tensors()
+        backend.load(out).bind(bound).run()
+        torch.testing.assert_close(bound["out"], bound["x"] @ bound["w"])
+    for capability in refused_on:
+        gpu_of(capability)
+        with pytest.raises(BundleError) as caught:
+            backend.load(out)
+        assert caught.value.what == f"compiled for {served}, but the GPU here is sm{capability}"
+        assert caught.value.hint == f"rebuild it for sm{capability}"
+
+
+@pytest.mark.parametrize(
+    ("level", "here"), [("ampere_plus", "7.5"), ("same_compute_capability", "7.0")]
+)
+def test_a_gpu_too_old_to_build_for_others_is_refused_before_anything_is_traced(
+    backend, gpu_of, level, here
+):
+    gpu_of(here)
+    with pytest.raises(BuildError, match=rf"'{level}' is built on GPUs from .*here is {here}"):
+        backend.complete(Target(options={"hardware_compatibility_level": level}))
+
+
+@pytest.mark.parametrize("real_trt", ["tensorrt-rtx"], indirect=True)
+def test_rtx_serves_the_capabilities_it_compiles_for(backend):
+    with pytest.raises(BuildError, match="and no others; name each with --compute-capability"):
+        backend.complete(Target(options={"hardware_compatibility_level": "ampere_plus"}))
+    backend.complete(Target(options={"hardware_compatibility_level": "none"}))
+
+
+@pytest.mark.parametrize(
+    ("machine", "here", "is_served"),
+    [
+        ("sm8.6 sm12.0", "12.0", True), ("sm8.6 sm12.0", "8.9", False), ("sm12.0", "2.0", False),
+        ("sm7.5 sm8.0+", "12.0", True), ("sm7.5 sm8.0+", "7.5", True), ("sm9.0+", "12.0", True),
+        ("sm9.0+", "8.9", False), ("", "8.9", False), ("+ sm+ sm8+ xsm8.0+ sm8.0+x", "8.9", False),
+    ],
+)  # fmt: skip
+def test_a_plus_in_a_record_means_newer_gpus_too(machine, here, is_served):
+    assert _serves(machine, here) == is_served
 
 
 @pytest.mark.parametrize("real_trt", ["tensorrt-rtx"], indirect=True)
