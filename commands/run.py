@@ -125,7 +125,7 @@ def run(
         if warning is not None:
             screen.warn(warning)
         if not force:
-            warning = check_fit(opened, chosen, size, backend=backend, model=model)
+            warning = check_fit(opened, chosen, size, backend=backend, model=model, gpu=device)
             if warning is not None:
                 screen.warn(warning)
         generator = Generator(

@@ -23,7 +23,12 @@ __all__ = ["check_fit", "forecast_memory"]
 
 
 def forecast_memory(
-    footprint: Footprint, setting: str, *, device: str, beside: Mapping[str, int]
+    footprint: Footprint,
+    setting: str,
+    *,
+    device: str,
+    beside: Mapping[str, int],
+    gpu: int | None = None,
 ) -> dict[str, Any]:
     """Set a forecast against the memory that this machine has left.
 
@@ -32,10 +37,11 @@ def forecast_memory(
         setting: The cache setting that decides whether it fits.
         device: Backend that will run it.
         beside: Part → bytes of what a run on the host needs besides the model.
+        gpu: Index of the GPU that it runs on; the current one where none is named.
     """
     # Backends of the CPU say so as a class; the others find their GPU when made.
     is_on_cpu = getattr(backend_class(device), "device", None) == torch.device("cpu")
-    available = memory_available_bytes() if is_on_cpu else gpu_free_bytes()
+    available = memory_available_bytes() if is_on_cpu else gpu_free_bytes(gpu)
     parts = {**footprint.parts(setting), **(beside if is_on_cpu else {})}
     verdict = fit_verdict(parts, available, mapped=is_on_cpu)
     return {
@@ -51,7 +57,13 @@ def forecast_memory(
 
 
 def check_fit(
-    bundle: Bundle, entry: ConfigEntry, size: Size, *, backend: str | None, model: Path | None
+    bundle: Bundle,
+    entry: ConfigEntry,
+    size: Size,
+    *,
+    backend: str | None,
+    model: Path | None,
+    gpu: int | None = None,
 ) -> str | None:
     """Forecast a run's memory before anything of it is allocated.
 
@@ -61,6 +73,7 @@ def check_fit(
         size: What is asked for.
         backend: Name of a backend; None takes the bundle's first.
         model: Diffusers folder with the rest of the pipeline, where the bundle has none.
+        gpu: Index of the GPU that it runs on; the current one where none is named.
 
     Returns:
         What to warn of: weights that do not stay in memory. None where all is well.
@@ -76,7 +89,7 @@ def check_fit(
         specs={n: p.spec for n, p in bundle.manifest.policies.items()},
     )  # fmt: skip
     beside = memory_beside(cut, size, pipeline, backend=name, precision=bundle.manifest.precision)
-    memory = forecast_memory(footprint, "run", device=name, beside=beside)
+    memory = forecast_memory(footprint, "run", device=name, beside=beside, gpu=gpu)
     if memory["verdict"] is None or memory["runs"]:
         verdict: str | None = memory["verdict"]
         return verdict

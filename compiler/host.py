@@ -23,11 +23,11 @@ def memory_available_bytes() -> int | None:
     return min(left, default=None)
 
 
-def gpu_free_bytes() -> int | None:
-    """Return the free memory of the current GPU, or None without one."""
+def gpu_free_bytes(index: int | None = None) -> int | None:
+    """Return the free memory of a GPU, by default the current one, or None without one."""
     if not torch.cuda.is_available():
         return None
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(index)
     return int(free)
 
 

@@ -24,6 +24,7 @@ from ..engines.base import ALIGNMENT, BoundCall, Engine
 __all__ = ["HostBlock", "OffloadedCall", "OffloadedWeights"]
 
 SLABS = 2
+LOCKED_FOR_EVERY_GPU = 1  # cudaHostRegisterPortable: sessions on several GPUs share a block
 
 
 class HostBlock:
@@ -44,6 +45,7 @@ class HostBlock:
             RequestError: the system does not let that much memory be locked.
         """
         self._places: dict[str, tuple[int, Tensor]] = {}
+        self._devices: set[torch.device] = set()
         size = 0
         for name, tensor in tensors.items():
             self._places[name] = size, torch.empty_like(tensor, device="meta")
@@ -57,14 +59,21 @@ class HostBlock:
 
     def _lock(self, size: int) -> None:
         address, cuda = self.memory.data_ptr(), torch.cuda.cudart()
-        status = int(cuda.cudaHostRegister(address, size, 0))
+        status = int(cuda.cudaHostRegister(address, size, LOCKED_FOR_EVERY_GPU))
         if status:
             raise RequestError(
                 "--offload", f"{size} bytes of host memory can't be page-locked (CUDA error {status})",
                 "raise 'ulimit -l', free memory, or leave --offload out",
             )  # fmt: skip
-        unlock = weakref.finalize(self, _unlock, address, cuda, torch.cuda.synchronize)
+        unlock = weakref.finalize(
+            self, _unlock, address, cuda, torch.cuda.synchronize, self._devices
+        )
         unlock.atexit = False
+
+    def copy_to(self, slab: Tensor) -> None:
+        """Enqueue the copy of all weights into a slab, on the current stream of its device."""
+        self._devices.add(slab.device)
+        slab.copy_(self.memory, non_blocking=True)
 
     def views(self, slab: Tensor) -> dict[str, Tensor]:
         """Return the weights as they lie in a slab that ``memory`` was or will be copied to."""
@@ -74,8 +83,11 @@ class HostBlock:
         }
 
 
-def _unlock(address: int, cuda: Any, synchronize: Callable[[], None]) -> None:
-    synchronize()  # a copy may still be under way
+def _unlock(
+    address: int, cuda: Any, synchronize: Callable[[torch.device], None], devices: set[torch.device]
+) -> None:
+    for device in devices:
+        synchronize(device)  # a copy may still be under way
     cuda.cudaHostUnregister(address)
 
 
@@ -211,6 +223,6 @@ class _Lane:
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             if self._copies is not None:
                 self._copies.wait_event(target.free)
-            target.memory.copy_(self._stored[block].memory, non_blocking=True)
+            self._stored[block].copy_to(target.memory)
             if self._copies is not None:
                 target.arrived.record(self._copies)

@@ -89,3 +89,15 @@ def test_the_pipeline_may_lie_elsewhere(
     size = size_of(entry.generation, height=480, width=832, frames=81, steps=4)
     with pytest.raises(RequestError, match="VAE at work"):
         check_fit(tiny_bundle, entry, size, backend=None, model=i2v_checkpoint)
+
+
+def test_the_gpu_that_will_run_is_the_one_that_is_asked(
+    i2v_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {None: 100 * GB, 0: 100 * GB, 1: 10**7}
+    monkeypatch.setattr(fit, "gpu_free_bytes", lambda index=None: free[index])
+    size = size_of(entry.generation, height=480, width=832, frames=81, steps=4)
+    for gpu in (None, 0):
+        assert check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, gpu=gpu) is None
+    with pytest.raises(RequestError, match=r"98\.\d+ MB needed, 10\.00 MB available"):
+        check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, gpu=1)

@@ -144,6 +144,26 @@ def test_an_offloaded_block_is_one_copy_of_one_piece(
     assert host_device.largest == 2048 + 256
 
 
+def test_a_block_is_unlocked_once_every_gpu_has_done_its_copies(
+    weights: dict[str, torch.Tensor], host_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feign_cuda(monkeypatch, host_device)
+    done: list[Any] = []
+    flags: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda place=None: done.append(place))
+    feigned = SimpleNamespace(
+        cudaHostRegister=lambda *given: flags.append(given[2]) or 0,
+        cudaHostUnregister=lambda address: done.append("unlocked"),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: feigned)
+    block = HostBlock({n: weights[n] for n in names(0)}, pinned=True)
+    block.copy_to(torch.empty(2304, dtype=torch.uint8, device=PLACE))
+    del block
+    gc.collect()
+    assert done == [torch.device("cpu"), "unlocked"]
+    assert flags == [1]  # for every GPU's copies, not the current one's alone
+
+
 def test_memory_that_cannot_be_locked_is_an_error_of_ours(
     weights: dict[str, torch.Tensor], host_device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
