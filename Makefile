@@ -6,7 +6,7 @@ TRITON_BIN = $(TRITON_VENV)/bin
 DEMO = out/demo
 CONFIGS = teacache off taylorseer adacache custom
 
-PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder -rs
 
 .PHONY: help install demo test test-all lint cpp triton test-triton test-gpu bench clean
 

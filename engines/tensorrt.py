@@ -7,6 +7,7 @@ will run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ..configs.errors import BackendUnavailable, BuildError, BundleError
+from ..configs.errors import BackendUnavailable, BuildError, BundleError, OutputError
 from .base import Availability, BoundCall, Target
 from .bindings import load_graph, specs_of
 from .record import REBUILD, EngineRecord, engine_folder, write_whole
@@ -210,14 +211,19 @@ class TensorRT:
         torch.cuda.current_stream(self.device).synchronize()
 
     def save_caches(self) -> None:
-        """Keep the kernels that TensorRT-RTX compiled while running, for the next process."""
+        """Keep the kernels that TensorRT-RTX compiled while running, for the next process.
+
+        A folder that can't be written, as beside a bundle on a read-only disk, keeps none.
+        """
         if self._runtime_cache is None:
             return
         path = self._cache_file("runtime", self._gpu())
-        if path is not None:
-            content = bytes(self._runtime_cache.serialize())
-            if not path.is_file() or path.read_bytes() != content:
-                write_whole(path, content)
+        content = self._runtime_cache.serialize()
+        if path is None or content is None:
+            return
+        if not path.is_file() or path.read_bytes() != bytes(content):
+            with contextlib.suppress(OutputError):
+                write_whole(path, bytes(content))
 
     def _compiler(self) -> Any:
         found = self.probe()

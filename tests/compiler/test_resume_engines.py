@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 from host_device import PLACE
+from stand_in import MAGIC
+from typer.testing import CliRunner
 
 from freewheel.bundle.reader import Bundle
+from freewheel.cli import app
 from freewheel.compiler import graphs as tracing
 from freewheel.compiler.profiles import BuildSizes
 from freewheel.compiler.resume_engines import left_to_gpus, resume_engines
 from freewheel.configs.errors import BuildError, RequestError
-from freewheel.engines import Target
+from freewheel.engines import Availability, Target
+from freewheel.engines.record import EngineRecord
 from freewheel.engines.tensorrt import TensorRT
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
@@ -38,8 +44,6 @@ def bundle(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
 def test_a_machine_without_tensorrt_leaves_every_graph_to_others(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from freewheel.engines import Availability
-
     lacking = Availability(False, "not here")
     monkeypatch.setattr(TensorRT, "probe", classmethod(lambda cls: lacking))
     assert left_to_gpus(bundle.manifest) == list(bundle.manifest.graphs)
@@ -72,6 +76,51 @@ def test_only_engines_are_made_and_the_bundle_then_runs_with_them(
     assert bool(torch.isfinite(output).all())
     with pytest.raises(RequestError, match="backend 'tensorrt': has its engines"):
         resume_engines(bundle.folder, [TensorRT()], Target(), SIZES)
+
+
+def test_a_build_without_a_gpu_says_what_is_left_and_the_command_it_prints_does_that(
+    tiny_checkpoint: Path, build_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    lacking = Availability(False, "the package 'tensorrt' is not installed")
+    monkeypatch.setattr(TensorRT, "probe", classmethod(lambda cls: lacking))
+    out, runner = tmp_path / "bundle", CliRunner()
+    common = ["--build-cache", str(build_cache)]
+    built = runner.invoke(
+        app, ["build", str(tiny_checkpoint), "--out", str(out), "--backend", "onnxruntime", *common]
+    )
+    assert built.exit_code == 0, built.output
+    told = " ".join(built.stderr.split())
+    graphs = Bundle(out).manifest.graphs
+    assert f"TensorRT would compile {len(graphs)} graphs of it on a machine with a GPU" in told
+    assert f"({', '.join(graphs)})" in told
+    printed = re.search(
+        r"freewheel (build \S+ --out \S+ --resume-engines --backend tensorrt)", told
+    )
+    assert printed is not None
+
+    monkeypatch.undo()
+    feigned = request.getfixturevalue("feigned")
+    options = "--height 32:48:64 --width 64 --frames 9 --hardware-compatibility ampere_plus"
+    options += " --tiling fast --preview aliased_plugin_io_10_03 --optimization-level 2"
+    resumed = runner.invoke(app, [*printed[1].split(), *options.split(), *common])
+    assert resumed.exit_code == 0, resumed.output
+    engines = Bundle(out).engines("tensorrt")
+    assert engines is not None
+    assert set(engines.files) == set(graphs)
+    assert feigned.configs
+    for config in feigned.configs:
+        assert config.tiling_optimization_level.name == "FAST"
+        assert config._previews["ALIASED_PLUGIN_IO_10_03"]
+        assert config.builder_optimization_level == 2
+    record = EngineRecord.read(out / engines.files["head"])
+    assert record.machine == "sm8.0+"
+    smallest, usual, largest = record.details["profiles"]["latents"]
+    assert [smallest[-2], usual[-2], largest[-2]] == [4, 6, 8]
+    plan = (out / engines.files["head"] / "model.plan").read_bytes()
+    wide, narrow = json.loads(plan.removeprefix(MAGIC).partition(b"\n")[0])["profiles"]
+    assert wide["latents"] == [smallest, usual, largest]
+    assert narrow["latents"] == [usual, usual, usual]
 
 
 def test_a_failure_leaves_the_bundle_as_it_was(

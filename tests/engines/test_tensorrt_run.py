@@ -8,19 +8,20 @@ import functools
 import importlib.util
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import onnx
 import pytest
+import real_bindings
 import torch
 from host_device import PLACE, RaceError
-from real_bindings import FOLDER
 from stand_in import plan_of
 
 from freewheel.configs.errors import BackendUnavailable, BuildError, BundleError, RequestError
 from freewheel.engines import Target
 from freewheel.engines.record import EngineRecord
-from freewheel.engines.tensorrt import TensorRT, TensorRTRTX, _serves
+from freewheel.engines.tensorrt import OLDEST, TensorRT, TensorRTRTX, _serves
 
 pytestmark = pytest.mark.tensorrt
 every_tensorrt = pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_compiled_graph_runs_and_gives_what_onnxruntime_gives(engine, feigned)
 
 def test_the_wheel_disturbs_nothing(real_trt):
     found = importlib.util.find_spec("tensorrt")
-    assert found is None or not Path(str(found.origin)).is_relative_to(FOLDER)
+    assert found is None or not Path(str(found.origin)).is_relative_to(real_bindings.FOLDER)
     assert "tensorrt_bindings" not in sys.modules
     assert not hasattr(real_trt.IExecutionContext, "is_stream_capturable")
 
@@ -200,6 +201,7 @@ def test_what_cannot_be_captured_is_an_error_of_ours(real_trt, engine, backend, 
         backend.capture([Forbidding()])
 
 
+@every_tensorrt
 def test_rtx_engines_require_user_allocation_and_regular_ones_do_not_have_it(real_trt, engine):
     about = engine._plan._about
     assert ("REQUIRE_USER_ALLOCATION" in about["flags"]) == ("rtx" in real_trt.__name__)
@@ -284,6 +286,19 @@ def test_a_plan_that_the_runtime_refuses_is_a_bundle_error(backend, compiled):
         backend.load(compiled)
     assert "model.plan" in caught.value.where
     assert "Serialization assertion" in caught.value.what
+
+
+@every_tensorrt
+def test_what_logs_at_run_time_is_tensorrts_own(engine, real_trt):
+    """Its compile threads would wait for Python, which may wait for them."""
+    assert type(engine._runtime._logger) is real_trt.Logger
+
+
+def test_the_oldest_tensorrt_that_is_taken_stands_once(repository):
+    with (repository / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    assert extras["tensorrt"] == [f"tensorrt>={OLDEST}"]
+    assert real_bindings.OLDEST.startswith(f"{OLDEST}.")
 
 
 def test_a_runtime_that_cannot_be_made_says_why(backend, compiled, real_trt, feigned):
@@ -414,6 +429,21 @@ def test_rtx_shares_one_kernel_cache_and_keeps_it_by_gpu(compiled, feigned, real
     again = backend_of(real_trt, cache_folder=folder)
     again.load(compiled).bind(tensors()).run()
     assert feigned.contexts[-1]._config._cache._taken == [path.read_bytes()]
+
+
+@pytest.mark.parametrize("real_trt", ["tensorrt-rtx"], indirect=True)
+@pytest.mark.parametrize("lacking", ["folder", "content"])
+def test_a_run_is_not_undone_by_a_cache_that_cannot_be_kept(
+    compiled, feigned, real_trt, tmp_path, lacking
+):
+    (tmp_path / "file").touch()
+    folder = tmp_path / ("file/cache" if lacking == "folder" else "cache")
+    backend = backend_of(real_trt, cache_folder=folder)
+    backend.load(compiled).bind(tensors()).run()
+    if lacking == "content":
+        backend._runtime_cache._content = None
+    backend.save_caches()
+    assert not folder.exists()
 
 
 def test_the_device_of_an_index_is_where_streams_and_memory_are_made(
