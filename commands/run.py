@@ -216,12 +216,11 @@ def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
     rows = []
     for name, branch in data["branches"].items():
         spread = branch["percentiles"] or {}
-        computed = sum(branch["computed"])
         rows.append(
             [
                 name,
-                computed,
-                len(branch["computed"]) - computed,
+                branch["computed"].count(True),
+                branch["computed"].count(False),
                 *(spread.get(p) for p in ("p25", "p50", "p75", "max")),
             ]
         )

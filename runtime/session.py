@@ -308,7 +308,8 @@ class Session:
             cache.keep_output(state.model_output)
         self._has_failed = False
         state.last_step = self._last_step = step_index
-        self.statistics.branches.setdefault(branch, BranchStatistics()).add(
+        self.statistics.branches.setdefault(branch, BranchStatistics(self.steps)).add(
+            step_index,
             verdict.compute,
             verdict.distance,
             verdict.mix[: cache.depth],

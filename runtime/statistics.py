@@ -21,9 +21,10 @@ def mean_count(counts: Sequence[int]) -> int | float:
     return sum(counts) / len(counts) if rest else whole
 
 
-@dataclass
 class BranchStatistics:
-    """One branch, step by step.
+    """One branch, step by step; each list holds an entry for every step of the run.
+
+    A step that the branch did not run, as in a guidance interval, is None (of ``mix``: empty).
 
     Attributes:
         computed: Whether each step ran the body.
@@ -32,25 +33,51 @@ class BranchStatistics:
         seconds: Seconds of each whole step.
     """
 
-    computed: list[bool] = field(default_factory=list)
-    distance: list[float | None] = field(default_factory=list)
-    mix: list[list[float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    def __init__(self, steps: int) -> None:
+        """Make the record of a branch that has run none of its ``steps`` yet."""
+        self.computed: list[bool | None] = [None] * steps
+        self.distance: list[float | None] = [None] * steps
+        self.mix: list[list[float]] = [[] for _ in range(steps)]
+        self.seconds: list[float | None] = [None] * steps
 
     def add(
-        self, computed: bool, distance: float | None, mix: Sequence[float], seconds: float
+        self,
+        step_index: int,
+        computed: bool,
+        distance: float | None,
+        mix: Sequence[float],
+        seconds: float,
     ) -> None:
-        """Append one step."""
-        self.computed.append(computed)
-        self.distance.append(distance)
-        self.mix.append([] if computed else list(mix))
-        self.seconds.append(seconds)
+        """Note what a step did."""
+        self.computed[step_index] = computed
+        self.distance[step_index] = distance
+        self.mix[step_index] = [] if computed else list(mix)
+        self.seconds[step_index] = seconds
+
+    @property
+    def computed_steps(self) -> int:
+        """Number of steps that ran the body."""
+        return self.computed.count(True)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps that the branch did not run."""
+        return self.computed.count(None)
+
+    @property
+    def done_steps(self) -> int:
+        """Number of steps that the branch ran, computed or reused."""
+        return len(self.computed) - self.skipped_steps
+
+    def step_seconds(self, *, computed: bool) -> list[float]:
+        """Return the seconds of the computed or of the reused steps."""
+        pairs = zip(self.computed, self.seconds, strict=True)
+        return [s for c, s in pairs if c is computed and s is not None]
 
     def percentiles(self) -> dict[str, float] | None:
         """Return the distances' minimum, quartiles and maximum over reused steps."""
-        values = [
-            d for d, c in zip(self.distance, self.computed, strict=True) if d is not None and not c
-        ]
+        pairs = zip(self.distance, self.computed, strict=True)
+        values = [d for d, c in pairs if d is not None and c is False]
         if not values:
             return None
         names = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "max": 100}
@@ -83,11 +110,13 @@ class RunStatistics:
         first = parts[0]
         whole = cls(first.policy, all(p.folded for p in parts), sum(p.steps for p in parts))
         whole.form = first.form
+        names = dict.fromkeys(name for part in parts for name in part.branches)
+        whole.branches = {name: BranchStatistics(0) for name in names}
         for part in parts:
             for name, seconds in part.seconds.items():
                 whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
-            for name, branch in part.branches.items():
-                known = whole.branches.setdefault(name, BranchStatistics())
+            for name, known in whole.branches.items():
+                branch = part.branches.get(name) or BranchStatistics(part.steps)
                 known.computed += branch.computed
                 known.distance += branch.distance
                 known.mix += branch.mix
@@ -97,20 +126,21 @@ class RunStatistics:
     @property
     def computed_steps(self) -> int | float:
         """Computed steps of a branch; where branches differ, their mean."""
-        return mean_count([sum(b.computed) for b in self.branches.values()])
+        return mean_count([b.computed_steps for b in self.branches.values()])
 
     @property
     def ideal_speedup(self) -> float:
-        """Steps / computed steps, as if all but the body were free."""
-        computed = sum(sum(b.computed) for b in self.branches.values())
-        done = sum(len(b.computed) for b in self.branches.values())
+        """Steps that ran / computed steps, as if all but the body were free."""
+        computed = sum(b.computed_steps for b in self.branches.values())
+        done = sum(b.done_steps for b in self.branches.values())
         return done / computed if computed else 1.0
 
     def step_seconds(self) -> dict[str, float | None]:
         """Return the median seconds of computed and of reused steps."""
-        pairs = [p for b in self.branches.values() for p in zip(b.computed, b.seconds, strict=True)]
-        computed = [s for c, s in pairs if c]
-        reused = [s for c, s in pairs if not c]
+        computed, reused = (
+            [s for b in self.branches.values() for s in b.step_seconds(computed=is_computed)]
+            for is_computed in (True, False)
+        )
         return {
             "computed": float(np.median(computed)) if computed else None,
             "reused": float(np.median(reused)) if reused else None,
@@ -118,21 +148,21 @@ class RunStatistics:
 
     @property
     def estimated_speedup(self) -> float | None:
-        """Median seconds of a computed step, for every step / seconds of the steps taken.
+        """Median seconds of a computed step, for every step that ran / seconds of these steps.
 
         An estimate: no uncached run was timed. None where nothing could be reused or was computed.
         """
         computed = self.step_seconds()["computed"]
-        taken = sum(sum(b.seconds) for b in self.branches.values())
+        taken = sum(s for b in self.branches.values() for s in b.seconds if s is not None)
         if self.policy == "off" or computed is None or not taken:
             return None
-        return computed * sum(len(b.seconds) for b in self.branches.values()) / taken
+        return computed * sum(b.done_steps for b in self.branches.values()) / taken
 
     def warnings(self, parameters: Mapping[str, Any]) -> list[str]:
         """Return warnings, one per cause: too few steps, nothing reused, threshold never reached."""
         if self.policy == "off":
             return []
-        idle = [n for n, b in self.branches.items() if b.computed and all(b.computed)]
+        idle = [n for n, b in self.branches.items() if 0 < b.done_steps == b.computed_steps]
         where = f"branch {' and '.join(map(repr, idle))}"
         if 1 < self.steps <= FEW_STEPS:
             outcome = f"; policy '{self.policy}' reused nothing in {where}" if idle else ""

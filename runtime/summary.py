@@ -9,7 +9,7 @@ from .statistics import RunStatistics
 
 __all__ = ["counts", "strip", "summary"]
 
-COMPUTED, REUSED = "█", "░"
+COMPUTED, REUSED, SKIPPED = "█", "░", "·"
 
 
 def counts(statistics: RunStatistics) -> str:
@@ -19,9 +19,9 @@ def counts(statistics: RunStatistics) -> str:
     return f"{statistics.computed_steps:g} of {statistics.steps} steps computed"
 
 
-def strip(computed: Sequence[bool]) -> str:
-    """Return a character per step, full where it was computed."""
-    return "".join(COMPUTED if c else REUSED for c in computed)
+def strip(computed: Sequence[bool | None]) -> str:
+    """Return a character per step: full where computed, a dot where the branch did not run."""
+    return "".join({True: COMPUTED, False: REUSED, None: SKIPPED}[c] for c in computed)
 
 
 def summary(statistics: RunStatistics) -> str:

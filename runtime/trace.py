@@ -202,7 +202,18 @@ class TraceRecorder:
         return self._dims["tokens"] // self._dims["tokens_per_frame"]
 
     def trace(self) -> Trace:
-        """Return what was recorded."""
+        """Return what was recorded.
+
+        Raises:
+            RequestError: a branch left steps out, so a replay would miss what they were.
+        """
+        steps = len(self._tables["timesteps"])
+        for branch, recorded in self._steps.items():
+            if (count := len(recorded["computed"])) != steps:
+                raise RequestError(
+                    f"trace, branch '{branch}'", f"was recorded for {count} of {steps} steps",
+                    "record a whole run, without a guidance interval",
+                )  # fmt: skip
         dims = self._dims
         grid = {n: dims[n] for n in ("height", "width") if n in dims}
         ratio = (prod(grid.values()) // dims["tokens_per_frame"]) ** 0.5

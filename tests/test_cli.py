@@ -546,7 +546,7 @@ def test_summaries_say_which_form_of_the_law_ran(
     told = freewheel("replay", recorded, "--config", config, "--json")
     assert json.loads(told.stdout)["form"] == form
 
-    run = RunStatistics("custom", True, 2, {"cond": BranchStatistics()}, form=form)
+    run = RunStatistics("custom", True, 2, {"cond": BranchStatistics(2)}, form=form)
     run.branches["cond"].add(True, None, [], 1.0)
     assert run.as_dict()["form"] == form
     _run_tables(Screen(), {**run.as_dict(), "measured_speedup": None})

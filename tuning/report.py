@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,24 +63,30 @@ class ChangeRecorder:
     """Keeps how much each step's residual of one run differs from the step before, and nothing else.
 
     Attributes:
-        changes: Per branch, mean|r_t − r_{t−1}| / mean|r_{t−1}| at t = 1 …; r is the body's residual
-            or what was reused in its place.
+        changes: Per branch and step, mean|r_t − r_s| / mean|r_s|, s the step that the branch ran
+            before t; r is the body's residual or what was reused in its place. NaN at its first
+            step and where it did not run.
     """
 
     wants_signals: bool = False
     across_experts: ClassVar[bool] = True
     changes: dict[str, list[float]] = field(default_factory=dict)
     _last: dict[str, Tensor] = field(default_factory=dict)
+    _first: int = 0  # of the expert that runs
+    _steps: int = 0  # of the experts so far
 
     def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
         """Begin a run, or go on with its second expert."""
+        self._first, self._steps = self._steps, self._steps + len(timesteps)
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Take one step of one branch."""
         changes = self.changes.setdefault(record.branch, [])
+        changes += [math.nan] * (self._steps - len(changes))
         before = self._last.get(record.branch)
         if before is not None:
-            changes.append(float((record.residual - before).abs().mean() / before.abs().mean()))
+            change = (record.residual - before).abs().mean() / before.abs().mean()
+            changes[self._first + record.step_index] = float(change)
         self._last[record.branch] = record.residual.clone()
 
 
@@ -122,14 +129,15 @@ def write_run_report(
     sections = [
         _Section("Summary", rows=rows, columns=("", statistics.policy)),
         _Section(
-            "Decisions", "One row per branch: blue steps ran the body, gray ones reused residuals.",
+            "Decisions", "One row per branch: blue steps ran the body, gray ones reused residuals, "
+            "empty ones were not run.",
             pictures=[_timeline(data["branches"])],
         ),
         *_distance_section(data["branches"], threshold),
         _Section(
             "Residual change per step",
             "mean|r − r before| / mean|r before|, of what was computed or reused.",
-            pictures=[_lines(recorder.changes, "relative change", first_step=1)],
+            pictures=[_lines(recorder.changes, "relative change")],
         ),
         _Section(
             "Seconds by segment", pictures=[_bars(statistics.seconds, "seconds in the run")]
@@ -182,7 +190,7 @@ def write_bench_report(path: Path, report: BenchReport) -> None:
 
 def _distance_section(branches: Mapping[str, Any], threshold: Any) -> Iterable[_Section]:
     distances = {
-        n: [0.0 if d is None else d for d in b["distance"]]
+        n: [math.nan if d is None else d for d in b["distance"]]
         for n, b in branches.items()
         if any(d is not None for d in b["distance"])
     }
@@ -197,6 +205,8 @@ def _timeline(branches: Mapping[str, Any]) -> _Picture:
     axes = figure.subplots()
     for row, branch in enumerate(branches.values()):
         for step, computed in enumerate(branch["computed"]):
+            if computed is None:
+                continue
             axes.add_patch(
                 mpl.patches.Rectangle((step + 0.05, row + 0.1), 0.9, 0.8, color=COMPUTED if computed else REUSED)
             )  # fmt: skip
@@ -209,12 +219,13 @@ def _timeline(branches: Mapping[str, Any]) -> _Picture:
 
 
 def _lines(
-    values: Mapping[str, Sequence[float]], label: str, *, first_step: int = 0, bound: float | None = None
-) -> _Picture:  # fmt: skip
+    values: Mapping[str, Sequence[float]], label: str, *, bound: float | None = None
+) -> _Picture:
+    """Draw a line per branch over the steps, with a gap where a value is NaN."""
     figure = Figure(figsize=(9, 2.4))
     axes = figure.subplots()
     for (name, line), style in zip(values.items(), ("-o", "--s", ":^"), strict=False):
-        axes.plot(np.arange(len(line)) + first_step, line, style, ms=3, lw=1, label=name)
+        axes.plot(np.arange(len(line)), line, style, ms=3, lw=1, label=name)
     if bound is not None:
         axes.axhline(bound, color=ACCENT, lw=1, label="threshold")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

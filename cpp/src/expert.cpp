@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "timed.h"
 #include "try.h"
@@ -45,7 +46,9 @@ Status Expert::initialise() {
   return {};
 }
 
-Status Expert::begin(const std::vector<double>& timesteps, const CacheSetting& setting) {
+Status Expert::begin(const std::vector<double>& timesteps, std::int64_t first,
+                     const CacheSetting& setting) {
+  first_ = first;
   const bool is_same = setting == setting_;
   setting_ = setting;
   steps_ = static_cast<std::int64_t>(timesteps.size());
@@ -75,10 +78,10 @@ BranchStatistics& Expert::statistics_of(const Branch& branch) {
   BranchStatistics& fresh = known.emplace_back();
   fresh.name = branch.name;
   fresh.depth = branch.cache->depth();
-  fresh.computed.reserve(steps);
-  fresh.distance.reserve(steps);
-  fresh.seconds.reserve(steps);
-  fresh.mix.reserve(steps * static_cast<std::size_t>(fresh.depth));
+  fresh.decisions.assign(steps, Decision::kSkipped);
+  fresh.distance.assign(steps, std::numeric_limits<double>::quiet_NaN());
+  fresh.seconds.assign(steps, 0.0);
+  fresh.mix.assign(steps * static_cast<std::size_t>(fresh.depth), 0.0f);
   return fresh;
 }
 
@@ -381,11 +384,13 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   }
   branch->last_step = step_index;
   BranchStatistics& statistics = statistics_of(*branch);
-  statistics.computed.push_back(verdict.compute ? 1 : 0);
-  statistics.distance.push_back(verdict.distance);
-  statistics.seconds.push_back(seconds_since(began));
-  for (std::int64_t age = 0; age < statistics.depth; ++age) {
-    statistics.mix.push_back(verdict.compute ? 0.0f : verdict.mix[age]);
+  const auto at = static_cast<std::size_t>(first_ + step_index);
+  statistics.decisions[at] = verdict.compute ? Decision::kComputed : Decision::kReused;
+  statistics.distance[at] = verdict.distance;
+  statistics.seconds[at] = seconds_since(began);
+  const auto depth = static_cast<std::size_t>(statistics.depth);
+  for (std::size_t age = 0; age < depth && !verdict.compute; ++age) {
+    statistics.mix[at * depth + age] = verdict.mix[age];
   }
   return branch->model_output;
 }

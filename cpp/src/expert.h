@@ -30,7 +30,9 @@ class Expert {
                                                 const Cancellation& cancellation);
 
   /// Starts a run over those timesteps that it denoises, maybe none: forgets all state.
-  Status begin(const std::vector<double>& timesteps, const CacheSetting& setting);
+  /// @param first Step of the whole run that its first one is.
+  Status begin(const std::vector<double>& timesteps, std::int64_t first,
+               const CacheSetting& setting);
 
   Status set_prompt(const std::string& branch, const Tensors& states);
   Status prepare(const NamedTensor* inputs, std::size_t count);
@@ -105,7 +107,7 @@ class Expert {
   RunStatistics& statistics_;
   const Cancellation& cancellation_;
   CacheSetting setting_;
-  std::int64_t steps_ = 0;
+  std::int64_t steps_ = 0, first_ = 0;
   std::vector<double> timesteps_;  // that the tables are of
   BufferSet table_buffers_, row_buffers_, shared_buffers_;
   Tensors tables_, rows_views_, shared_;

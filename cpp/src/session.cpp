@@ -203,7 +203,7 @@ Status Session::Impl::share_out(const std::vector<double>& timesteps, const Cach
   }
   std::int64_t first = 0;
   for (std::size_t index = 0; index < experts_.size(); ++index) {
-    FREEWHEEL_TRY(experts_[index]->begin(shares[index], setting));
+    FREEWHEEL_TRY(experts_[index]->begin(shares[index], first, setting));
     firsts_[index] = first;
     first += experts_[index]->steps();
   }
@@ -343,8 +343,10 @@ Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& tab
       }
       if (request.on_branch_step) {
         const BranchStatistics& done = statistics_.branches[static_cast<std::size_t>(side)];
-        request.on_branch_step({name, step_index, statistics_.steps, done.computed.back() != 0,
-                                done.distance.back(), done.seconds.back()});
+        const auto step = static_cast<std::size_t>(step_index);
+        request.on_branch_step({name, step_index, statistics_.steps,
+                                done.decisions[step] == Decision::kComputed, done.distance[step],
+                                done.seconds[step]});
       }
     }
     const Timed timed(statistics_, Segment::kSampler);

@@ -16,12 +16,12 @@ nlohmann::json number_or_null(double value) {
   return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json();
 }
 
-/// Seconds of the steps that were computed, or of those that were not.
-std::vector<double> seconds_of(const RunStatistics& run, bool computed) {
+/// Seconds of the steps that were decided so.
+std::vector<double> seconds_of(const RunStatistics& run, Decision decision) {
   std::vector<double> found;
   for (const BranchStatistics& branch : run.branches) {
-    for (std::size_t step = 0; step < branch.computed.size(); ++step) {
-      if ((branch.computed[step] != 0) == computed) found.push_back(branch.seconds[step]);
+    for (std::size_t step = 0; step < branch.decisions.size(); ++step) {
+      if (branch.decisions[step] == decision) found.push_back(branch.seconds[step]);
     }
   }
   return found;
@@ -31,15 +31,17 @@ nlohmann::json branch_json(const BranchStatistics& branch) {
   nlohmann::json computed = nlohmann::json::array(), distance = nlohmann::json::array();
   nlohmann::json mix = nlohmann::json::array();
   std::vector<double> reused;
-  for (std::size_t step = 0; step < branch.computed.size(); ++step) {
-    const bool is_computed = branch.computed[step] != 0;
-    computed.push_back(is_computed);
+  for (std::size_t step = 0; step < branch.decisions.size(); ++step) {
+    const Decision decision = branch.decisions[step];
+    const bool is_reused = decision == Decision::kReused;
+    computed.push_back(decision == Decision::kSkipped
+                           ? nlohmann::json()
+                           : nlohmann::json(decision == Decision::kComputed));
     distance.push_back(number_or_null(branch.distance[step]));
     const float* factors = branch.mix.data() + step * static_cast<std::size_t>(branch.depth);
-    mix.push_back(is_computed ? std::vector<float>()
-                              : std::vector<float>(factors, factors + branch.depth));
-    if (!is_computed && std::isfinite(branch.distance[step]))
-      reused.push_back(branch.distance[step]);
+    mix.push_back(is_reused ? std::vector<float>(factors, factors + branch.depth)
+                            : std::vector<float>());
+    if (is_reused && std::isfinite(branch.distance[step])) reused.push_back(branch.distance[step]);
   }
   nlohmann::json percentiles;
   if (!reused.empty()) {
@@ -59,8 +61,7 @@ nlohmann::json warnings_of(const RunStatistics& run) {
   if (run.policy == "off") return warnings;
   std::string idle;
   for (const BranchStatistics& branch : run.branches) {
-    const auto steps = static_cast<std::int64_t>(branch.computed.size());
-    if (steps == 0 || branch.computed_steps() < steps) continue;
+    if (branch.count(Decision::kComputed) == 0 || branch.count(Decision::kReused) > 0) continue;
     idle += (idle.empty() ? "branch '" : " and '") + branch.name + "'";
   }
   const std::string outcome = "policy '" + run.policy + "' reused nothing in " + idle;
@@ -84,21 +85,22 @@ const char* segment_name(Segment segment) noexcept {
   return kNames[static_cast<std::size_t>(segment)];
 }
 
-std::int64_t BranchStatistics::computed_steps() const noexcept {
-  return std::count_if(computed.begin(), computed.end(), [](char c) { return c != 0; });
+std::int64_t BranchStatistics::count(Decision decision) const noexcept {
+  return std::count(decisions.begin(), decisions.end(), decision);
 }
 
 double RunStatistics::ideal_speedup() const noexcept {
   std::int64_t done = 0, computed = 0;
   for (const BranchStatistics& branch : branches) {
-    done += static_cast<std::int64_t>(branch.computed.size());
-    computed += branch.computed_steps();
+    computed += branch.count(Decision::kComputed);
+    done += branch.count(Decision::kComputed) + branch.count(Decision::kReused);
   }
   return computed > 0 ? static_cast<double>(done) / static_cast<double>(computed) : 1.0;
 }
 
 double RunStatistics::estimated_speedup() const {
-  const std::vector<double> computed = seconds_of(*this, true), reused = seconds_of(*this, false);
+  const std::vector<double> computed = seconds_of(*this, Decision::kComputed);
+  const std::vector<double> reused = seconds_of(*this, Decision::kReused);
   double taken = 0.0;
   for (double seconds : computed) taken += seconds;
   for (double seconds : reused) taken += seconds;
@@ -116,7 +118,7 @@ std::string RunStatistics::json() const {
   double computed = 0.0;
   for (const BranchStatistics& branch : branches) {
     found["branches"][branch.name] = branch_json(branch);
-    computed += static_cast<double>(branch.computed_steps());
+    computed += static_cast<double>(branch.count(Decision::kComputed));
   }
   const double speedup = estimated_speedup();
   found["estimated_speedup"] = speedup > 0.0 ? nlohmann::json(speedup) : nlohmann::json();
@@ -126,8 +128,11 @@ std::string RunStatistics::json() const {
     found["seconds"][segment_name(static_cast<Segment>(segment))] =
         seconds[static_cast<std::size_t>(segment)];
   }
-  found["step_seconds"] = {{"computed", number_or_null(percentile(seconds_of(*this, true), 50))},
-                           {"reused", number_or_null(percentile(seconds_of(*this, false), 50))}};
+  const auto median = [&](Decision decision) {
+    return number_or_null(percentile(seconds_of(*this, decision), 50));
+  };
+  found["step_seconds"] = {{"computed", median(Decision::kComputed)},
+                           {"reused", median(Decision::kReused)}};
   found["warnings"] = warnings_of(*this);
   return found.dump();
 }

@@ -37,8 +37,13 @@ class SessionTest : public ::testing::Test {
     EXPECT_TRUE(status.ok()) << status.message();
     return run.latents;
   }
-  std::vector<char> computed(std::size_t branch = 0) const {
-    return session_->statistics().branches.at(branch).computed;
+  /// 1 for each step that a branch computed, 0 for a reused one, -1 for one that it left out.
+  std::vector<int> computed(std::size_t branch = 0) const {
+    std::vector<int> found;
+    for (const Decision decision : session_->statistics().branches.at(branch).decisions) {
+      found.push_back(decision == Decision::kSkipped ? -1 : decision == Decision::kComputed);
+    }
+    return found;
   }
 
   testing::TemporaryFolder folder_;
@@ -49,7 +54,7 @@ class SessionTest : public ::testing::Test {
 
 TEST_F(SessionTest, OffComputesEveryStep) {
   run(*session_, "off");
-  EXPECT_EQ(computed(), std::vector<char>(12, 1));
+  EXPECT_EQ(computed(), std::vector<int>(12, 1));
   EXPECT_EQ(calls_->block, 2 * 12 * 3);
   EXPECT_EQ(calls_->delta, 0);
   EXPECT_EQ(calls_->finish, 24);
@@ -92,7 +97,7 @@ TEST_F(SessionTest, WeightsInsideEnginesCanNotBeOffloaded) {
 
 TEST_F(SessionTest, AFoldedPolicyDecidesAheadAndReuses) {
   run(*session_, "interval");
-  EXPECT_EQ(computed(), (std::vector<char>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
+  EXPECT_EQ(computed(), (std::vector<int>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
   EXPECT_EQ(computed(1), computed(0));
   EXPECT_TRUE(session_->statistics().is_folded);
   EXPECT_EQ(calls_->reuse, 16);
@@ -107,7 +112,7 @@ TEST_F(SessionTest, AFoldedPolicyDecidesAheadAndReuses) {
 TEST_F(SessionTest, AFeaturePolicyTapsItsBlock) {
   run(*session_, "motion");
   EXPECT_EQ(calls_->tapped, 4);  // two computed steps of two branches
-  EXPECT_EQ(computed(), (std::vector<char>{1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(computed(), (std::vector<int>{1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}));
 }
 
 TEST_F(SessionTest, ASignalOfEveryStepRotatesItsBuffers) {
@@ -129,7 +134,8 @@ TEST_F(SessionTest, AProbeRunsTheFirstBlockAlwaysAndReusesTheOthers) {
   const int before = calls_->block, deltas = calls_->delta;
   const std::vector<float> reused = run(*session_, "probe");
   const auto& branches = session_->statistics().branches;
-  const std::int64_t done = branches[0].computed_steps() + branches[1].computed_steps();
+  const std::int64_t done =
+      branches[0].count(Decision::kComputed) + branches[1].count(Decision::kComputed);
   EXPECT_GT(done, 2);
   EXPECT_LT(done, 24);
   EXPECT_EQ(calls_->block - before, 24 + 2 * done);
@@ -161,7 +167,7 @@ TEST_F(SessionTest, OneDecisionIsTakenForAllBranches) {
   ASSERT_TRUE(session_->run(run.request).ok());
   EXPECT_EQ(signals.size(), 12u) << "the second branch follows the first";
   EXPECT_EQ(computed(1), computed(0));
-  const std::int64_t done = session_->statistics().branches[0].computed_steps();
+  const std::int64_t done = session_->statistics().branches[0].count(Decision::kComputed);
   EXPECT_GT(done, 2);
   EXPECT_LT(done, 12);
   float past = 0.0f, feature = 0.0f;
@@ -205,7 +211,7 @@ TEST_F(SessionTest, GuardStepsAreExact) {
   run.request.cache.guard.exact_steps = {5};
   run.request.cache.guard.first_exact = 2;
   ASSERT_TRUE(session_->run(run.request).ok());
-  EXPECT_EQ(computed(), (std::vector<char>{1, 1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0}));
+  EXPECT_EQ(computed(), (std::vector<int>{1, 1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0}));
 }
 
 TEST_F(SessionTest, WithoutGuidanceOneBranchRuns) {
@@ -362,9 +368,10 @@ TEST_F(SessionTest, ABranchThatLeftStepsOutComputesAndCachesFromThere) {
       ASSERT_TRUE(output.ok()) << policy << step << output.status().message();
       if (step == 5) back = bytes_of(*output);
     }
-    const std::vector<char> alone = computed(0), interval = computed(1);
-    EXPECT_EQ(interval.size(), 8u);
-    EXPECT_EQ(interval[1], 1) << policy << " computes on its return";
+    const std::vector<int> alone = computed(0), interval = computed(1);
+    EXPECT_EQ((std::vector<int>(interval.begin() + 1, interval.begin() + 6)),
+              (std::vector<int>{-1, -1, -1, -1, 1}))
+        << policy << " computes on its return";
     EXPECT_FALSE(session_->step("cond", 7, &latents, 1).ok());
     // What it gives there is what a run that begins there gives.
     const auto fresh = make();
@@ -374,8 +381,8 @@ TEST_F(SessionTest, ABranchThatLeftStepsOutComputesAndCachesFromThere) {
     ASSERT_TRUE(first.ok());
     EXPECT_EQ(bytes_of(*first), back) << policy;
     if (std::string(policy) == "interval") {
-      EXPECT_EQ(interval, (std::vector<char>{1, 1, 1, 0, 0, 1, 0, 0}));
-      EXPECT_EQ(alone, (std::vector<char>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
+      EXPECT_EQ(interval, (std::vector<int>{1, -1, -1, -1, -1, 1, 1, 0, 0, 1, 0, 0}));
+      EXPECT_EQ(alone, (std::vector<int>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
     }
   }
 }
@@ -549,7 +556,7 @@ TEST_F(ExpertTest, EqualWeightsGiveWhatOneTransformerGives) {
   const std::vector<float> alone = run(*session_, "off");
   with_expert(800.0, 1.0f);
   EXPECT_EQ(run(*session_, "off"), alone);
-  EXPECT_EQ(session_->statistics().branches.at(0).computed.size(), 12u);
+  EXPECT_EQ(session_->statistics().branches.at(0).count(Decision::kComputed), 12);
 }
 
 TEST_F(ExpertTest, EachDenoisesItsOwnTimesteps) {
@@ -572,13 +579,13 @@ TEST_F(ExpertTest, EachDenoisesItsOwnTimesteps) {
 TEST_F(ExpertTest, NoCacheCrossesTheSwitch) {
   with_expert(800.0, 1.5f);
   run(*session_, "interval");  // 3 timesteps are above the boundary, 9 below
-  const std::vector<char> expected{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0};
+  const std::vector<int> expected{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0};
   EXPECT_EQ(computed(), expected);
   with_expert(700.0, 1.5f);
   const std::vector<float> fresh = run(*session_, "interval");
-  EXPECT_EQ(computed(), (std::vector<char>{1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0}));
+  EXPECT_EQ(computed(), (std::vector<int>{1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0}));
   run(*session_, "motion");
-  EXPECT_EQ(computed(), (std::vector<char>{1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(computed(), (std::vector<int>{1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0}));
   EXPECT_EQ(run(*session_, "interval"), fresh);
 }
 
@@ -620,8 +627,8 @@ TEST_F(SessionTest, ABranchMayHaveParametersOfItsOwn) {
   run.request.cache.policy = "interval";
   run.request.cache.branches["uncond"]["interval"] = std::int64_t{2};
   ASSERT_TRUE(session_->run(run.request).ok());
-  EXPECT_EQ(computed(0), (std::vector<char>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
-  EXPECT_EQ(computed(1), (std::vector<char>{1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0}));
+  EXPECT_EQ(computed(0), (std::vector<int>{1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0}));
+  EXPECT_EQ(computed(1), (std::vector<int>{1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0}));
   run.request.cache.branches["uncond"]["interval"] = std::int64_t{0};
   EXPECT_EQ(session_->run(run.request).code(), Code::kConfig);
 }

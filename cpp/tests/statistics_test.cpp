@@ -9,12 +9,20 @@
 namespace freewheel {
 namespace {
 
+constexpr Decision kReused = Decision::kReused, kComputed = Decision::kComputed;
+constexpr Decision kSkipped = Decision::kSkipped;
+
 RunStatistics sample() {
   RunStatistics run;
   run.policy = "teacache";
   run.steps = 20;
   run.depth = 1;
-  run.branches.push_back({"cond", {1, 0, 0, 1}, {0, 0.1, 0.2, 0}, {0, 1, 1, 0}, {4, 1, 1, 4}, 1});
+  run.branches.push_back({"cond",
+                          {kComputed, kReused, kReused, kComputed},
+                          {0, 0.1, 0.2, 0},
+                          {0, 1, 1, 0},
+                          {4, 1, 1, 4},
+                          1});
   return run;
 }
 
@@ -42,6 +50,27 @@ TEST(RunStatistics, JsonHoldsWhatPythonPrints) {
   EXPECT_TRUE(found["warnings"].empty());
 }
 
+TEST(RunStatistics, ASkippedStepCountsForNothing) {
+  RunStatistics run;
+  run.policy = "teacache";
+  run.steps = 20;
+  run.branches.push_back({"uncond",
+                          {kComputed, kSkipped, kSkipped, kReused},
+                          {0, NAN, NAN, 0.2},
+                          {0, 0, 0, 1},
+                          {4, 0, 0, 1},
+                          1});
+  EXPECT_DOUBLE_EQ(run.ideal_speedup(), 2.0);
+  EXPECT_DOUBLE_EQ(run.estimated_speedup(), 1.6);
+  const auto found = nlohmann::json::parse(run.json())["branches"]["uncond"];
+  EXPECT_EQ(found["computed"], nlohmann::json({true, nullptr, nullptr, false}));
+  EXPECT_EQ(found["distance"], nlohmann::json({0.0, nullptr, nullptr, 0.2}));
+  EXPECT_EQ(found["mix"].dump(), "[[],[],[],[1.0]]");
+  EXPECT_DOUBLE_EQ(found["percentiles"]["min"], 0.2);
+  run.branches[0].decisions[3] = kSkipped;
+  EXPECT_EQ(nlohmann::json::parse(run.json())["warnings"].size(), 1u);
+}
+
 TEST(RunStatistics, AnUncachedRunHasNoSpeedup) {
   RunStatistics run = sample();
   run.policy = "off";
@@ -50,7 +79,7 @@ TEST(RunStatistics, AnUncachedRunHasNoSpeedup) {
 
 TEST(RunStatistics, APolicyThatReusesNothingIsWarnedAbout) {
   RunStatistics run = sample();
-  run.branches[0].computed = {1, 1, 1, 1};
+  run.branches[0].decisions.assign(4, kComputed);
   run.branches[0].distance[1] = NAN;
   const auto found = nlohmann::json::parse(run.json());
   ASSERT_EQ(found["warnings"].size(), 1u);
@@ -59,7 +88,7 @@ TEST(RunStatistics, APolicyThatReusesNothingIsWarnedAbout) {
 
 TEST(RunStatistics, OneCauseIsOneWarning) {
   RunStatistics run = sample();
-  run.branches[0].computed = {1, 1, 1, 1};
+  run.branches[0].decisions.assign(4, kComputed);
   run.branches.push_back(run.branches[0]);
   run.branches[1].name = "uncond";
   auto warnings = nlohmann::json::parse(run.json())["warnings"];

@@ -24,6 +24,7 @@ namespace {
 
 using freewheel::Buffer;
 using freewheel::Code;
+using freewheel::Decision;
 using freewheel::DType;
 using freewheel::Result;
 using freewheel::Shape;
@@ -257,15 +258,14 @@ void show_summary(const freewheel::RunStatistics& statistics) {
   for (const freewheel::BranchStatistics& branch : statistics.branches) {
     std::vector<double> reused;
     double seconds = 0.0;
-    for (std::size_t step = 0; step < branch.computed.size(); ++step) {
+    for (std::size_t step = 0; step < branch.decisions.size(); ++step) {
       seconds += branch.seconds[step];
-      if (branch.computed[step] == 0) reused.push_back(branch.distance[step]);
+      if (branch.decisions[step] == Decision::kReused) reused.push_back(branch.distance[step]);
     }
-    const auto steps = static_cast<long long>(branch.computed.size());
-    const auto computed = static_cast<long long>(branch.computed_steps());
-    std::fprintf(stderr, "%-8s %9lld %7lld %9.4f %9.4f %9.3f\n", branch.name.c_str(), computed,
-                 steps - computed, freewheel::percentile(reused, 50),
-                 freewheel::percentile(reused, 100), seconds);
+    std::fprintf(stderr, "%-8s %9lld %7lld %9.4f %9.4f %9.3f\n", branch.name.c_str(),
+                 static_cast<long long>(branch.count(Decision::kComputed)),
+                 static_cast<long long>(branch.count(Decision::kReused)),
+                 freewheel::percentile(reused, 50), freewheel::percentile(reused, 100), seconds);
   }
   std::fprintf(stderr, "seconds:");
   for (int segment = 0; segment < freewheel::kSegments; ++segment) {

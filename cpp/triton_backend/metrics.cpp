@@ -68,23 +68,23 @@ void Metrics::add(Family& family, const Labels& labels, double value) {
 
 void Metrics::count(const std::string& model, const RunStatistics& run, const char* outcome) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  double all = 0.0, computed = 0.0;
+  double computed = 0.0, saved = 0.0;
   for (const BranchStatistics& branch : run.branches) {
-    all += static_cast<double>(branch.computed.size());
-    computed += static_cast<double>(branch.computed_steps());
+    computed += static_cast<double>(branch.count(Decision::kComputed));
+    saved += static_cast<double>(branch.count(Decision::kReused));
   }
   const std::string& policy = run.policy;
   add(runs_, {{"model", model}, {"policy", policy}, {"outcome", outcome}}, 1.0);
   add(steps_, {{"model", model}, {"policy", policy}, {"decision", "compute"}}, computed);
-  add(steps_, {{"model", model}, {"policy", policy}, {"decision", "reuse"}}, all - computed);
+  add(steps_, {{"model", model}, {"policy", policy}, {"decision", "reuse"}}, saved);
   for (int segment = 0; segment < kSegments; ++segment) {
     const char* name = segment_name(static_cast<Segment>(segment));
     add(seconds_, {{"model", model}, {"segment", name}},
         run.seconds[static_cast<std::size_t>(segment)]);
   }
   auto& [reused, steps] = reused_of_[{model, policy}];
-  reused += all - computed;
-  steps += all;
+  reused += saved;
+  steps += computed + saved;
   TRITONSERVER_Metric* rate = metric(hit_rate_, {{"model", model}, {"policy", policy}});
   if (rate != nullptr && steps > 0.0) done(TRITONSERVER_MetricSet(rate, reused / steps));
 }

@@ -33,10 +33,8 @@ std::string summary_json(const RunStatistics& run, std::optional<std::int64_t> s
   summary["seed"] = seed ? nlohmann::json(*seed) : nlohmann::json();
   summary["total_seconds"] = seconds;
   for (const BranchStatistics& branch : run.branches) {
-    const auto computed = branch.computed_steps();
-    summary["branches"][branch.name]["computed_steps"] = computed;
-    summary["branches"][branch.name]["reused_steps"] =
-        static_cast<std::int64_t>(branch.computed.size()) - computed;
+    summary["branches"][branch.name]["computed_steps"] = branch.count(Decision::kComputed);
+    summary["branches"][branch.name]["reused_steps"] = branch.count(Decision::kReused);
   }
   return summary.dump();
 }

@@ -209,7 +209,7 @@ def test_what_a_step_costs(bundle: Bundle, feigned: Any, options: str) -> None:
             device.reset_counts()
             feigned.counts.clear()
             session.step(branch, step, {"latents": latents})
-            is_computed = session.statistics.branches[branch].computed[-1]
+            is_computed = session.statistics.branches[branch].computed[step]
             counts = device.counts
             found = feigned.counts["enqueues"], counts["waits"], counts["replays"]
             assert found == COUNTED[options]["computed" if is_computed else "reused"]

@@ -28,6 +28,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import ConfigError, RequestError
 from freewheel.configs.setting import CacheSetting
 from freewheel.runtime.attach import attach
+from freewheel.runtime.trace import TraceRecorder
 
 PROMPT = "a red circle moving right on a gray background"
 
@@ -329,8 +330,13 @@ def test_a_guidance_interval_computes_on_its_return_and_caches_on(
     latents(pipe, 10, size=32, callback_on_step_end=interval)
     branches = transformer.statistics.branches
     assert branches["cond"].computed == [True, False] * 5
-    # Steps 0 and 4 to 9; step 4 is its first since 0.
-    assert branches["uncond"].computed == [True, True, False, True, False, True, False]
+    interval_of_uncond = [True, None, None, None, True, False, True, False, True, False]
+    assert branches["uncond"].computed == interval_of_uncond
+    assert transformer.summary().splitlines()[-1] == "uncond █···█░█░█░"
+    transformer.recorder = TraceRecorder()
+    latents(pipe, 10, size=32, callback_on_step_end=interval)
+    with pytest.raises(RequestError, match=r"branch 'uncond': was recorded for 7 of 10 steps"):
+        transformer.recorder.trace()
 
 
 def other_pipelines(pipe: Any) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from freewheel.runtime.statistics import BranchStatistics, RunStatistics
 
 
 def run_of(
-    computed: list[bool], distances: list[float | None] | None = None, policy: str = "teacache"
+    computed: Sequence[bool | None],
+    distances: list[float | None] | None = None,
+    policy: str = "teacache",
 ) -> RunStatistics:
-    branch = BranchStatistics()
-    for is_computed, distance in zip(computed, distances or [None] * len(computed), strict=True):
-        branch.add(is_computed, distance, [1.0, 0.5], 2.0 if is_computed else 0.5)
+    branch = BranchStatistics(len(computed))
+    for step, is_computed in enumerate(computed):
+        distance = None if distances is None else distances[step]
+        if is_computed is not None:
+            branch.add(step, is_computed, distance, [1.0, 0.5], 2.0 if is_computed else 0.5)
     return RunStatistics(policy, False, len(computed), {"cond": branch})
 
 
@@ -47,6 +53,33 @@ def test_percentiles_are_those_of_reused_steps() -> None:
     assert found is not None
     assert found == pytest.approx({"min": 0.1, "p25": 0.15, "p50": 0.2, "p75": 0.25, "max": 0.3})
     assert run_of([True, False]).branches["cond"].percentiles() is None
+
+
+def test_a_step_that_a_branch_left_out_counts_for_nothing() -> None:
+    run = run_of([True, None, None, False], [0.0, 9.0, 9.0, 0.2])
+    branch = run.branches["cond"]
+    assert (branch.computed_steps, branch.skipped_steps, branch.done_steps) == (1, 2, 2)
+    assert run.ideal_speedup == 2.0
+    assert run.estimated_speedup == pytest.approx(2 * 2.0 / 2.5)
+    assert run.step_seconds() == {"computed": 2.0, "reused": 0.5}
+    data = run.as_dict()["branches"]["cond"]
+    assert data["computed"] == [True, None, None, False]
+    assert data["distance"] == [0.0, None, None, 0.2]
+    assert data["mix"] == [[], [], [], [1.0, 0.5]]
+    assert data["percentiles"]["min"] == data["percentiles"]["max"] == 0.2
+    (idle,) = run_of([True, None] * 10).warnings({})
+    assert "reused nothing" in idle
+
+
+def test_experts_join_with_every_step_at_its_place() -> None:
+    high, low = run_of([True, False]), run_of([True, False, False])
+    low.branches["uncond"] = run_of([None, True, False]).branches["cond"]
+    whole = RunStatistics.joined([high, low])
+    assert whole.steps == 5
+    assert whole.branches["cond"].computed == [True, False, True, False, False]
+    assert whole.branches["uncond"].computed == [None, None, None, True, False]
+    lengths = {len(v) for b in whole.branches.values() for v in vars(b).values()}
+    assert lengths == {5}
 
 
 @pytest.mark.parametrize(

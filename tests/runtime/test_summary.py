@@ -7,10 +7,11 @@ from freewheel.runtime.statistics import BranchStatistics, RunStatistics, mean_c
 from freewheel.runtime.summary import counts, summary
 
 
-def branch(*computed: bool) -> BranchStatistics:
-    found = BranchStatistics()
-    for one in computed:
-        found.add(one, None, [1.0], 2.0 if one else 1.0)
+def branch(*computed: bool | None) -> BranchStatistics:
+    found = BranchStatistics(len(computed))
+    for step, one in enumerate(computed):
+        if one is not None:
+            found.add(step, one, None, [1.0], 2.0 if one else 1.0)
     return found
 
 
@@ -23,6 +24,15 @@ def test_counts_and_strips_of_every_branch() -> None:
         "cond   █░█░",
         "uncond █░░░",
     ]
+
+
+def test_the_strip_shows_steps_that_were_left_out_at_their_place() -> None:
+    run = RunStatistics("custom", folded=True, steps=4)
+    run.branches = {
+        "cond": branch(True, False, True, False),
+        "uncond": branch(True, None, None, True),
+    }
+    assert summary(run).splitlines()[1:] == ["cond   █░█░", "uncond █··█"]
 
 
 def test_a_run_that_was_not_has_nothing_to_tell() -> None:

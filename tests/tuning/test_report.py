@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -84,7 +85,7 @@ def test_every_section_has_its_picture(page: str) -> None:
 def test_timeline_shows_one_cell_per_branch_and_step(page: str, runs: Any) -> None:
     source = Pictures(page).images["decisions per branch and step"]
     svg = base64.b64decode(source.split(",", 1)[1]).decode()
-    computed = sum(sum(b.computed) for b in runs[0].statistics.branches.values())
+    computed = sum(b.computed_steps for b in runs[0].statistics.branches.values())
     assert svg.count("fill: #1f6feb") == computed
     assert svg.count("fill: #d0d7de") == 2 * STEPS - computed
 
@@ -120,8 +121,10 @@ def test_frames_stand_above_their_difference(page: str, runs: Any) -> None:
 def test_changes_are_recorded_for_reused_steps_too(runs: Any) -> None:
     cached, _, recorder = runs
     computed = cached.statistics.branches["cond"].computed
-    assert len(recorder.changes["cond"]) == STEPS - 1
-    held = [c for c, was in zip(recorder.changes["cond"], computed[1:], strict=True) if not was]
+    changes = recorder.changes["cond"]
+    assert len(changes) == STEPS
+    assert math.isnan(changes[0])
+    held = [c for c, was in zip(changes, computed, strict=True) if not was]
     assert held
     assert max(held) < 1e-6, "TeaCache holds"
 

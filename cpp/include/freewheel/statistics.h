@@ -24,17 +24,21 @@ enum class Segment : std::uint8_t {
 inline constexpr int kSegments = 8;
 const char* segment_name(Segment segment) noexcept;
 
-/// One branch, step by step. `distance` is NaN where the policy has none; `mix` holds `depth`
-/// factors per step, newest residual first, all 0 on computed steps.
+/// What a branch did at a step; `kSkipped`: it did not run, as in a guidance interval.
+enum class Decision : std::uint8_t { kReused, kComputed, kSkipped };
+
+/// One branch, with an entry for every step of the run. `distance` is NaN where the policy has none
+/// and at skipped steps; `mix` holds `depth` factors per step, newest residual first, all 0 but on
+/// reused steps.
 struct BranchStatistics {
   std::string name;
-  std::vector<char> computed;
+  std::vector<Decision> decisions;
   std::vector<double> distance;
   std::vector<float> mix;
   std::vector<double> seconds;
   std::int64_t depth = 0;
 
-  std::int64_t computed_steps() const noexcept;
+  std::int64_t count(Decision decision) const noexcept;
 };
 
 /// One run of a session.
@@ -46,10 +50,10 @@ struct RunStatistics {
   std::vector<BranchStatistics> branches;
   std::array<double, kSegments> seconds{};
 
-  /// Steps / computed steps over all branches, as if all but the body were free.
+  /// Steps that ran / computed steps over all branches, as if all but the body were free.
   double ideal_speedup() const noexcept;
 
-  /// Estimate: median seconds of a computed step for every step / seconds of the steps taken; no
+  /// Estimate: median seconds of a computed step for every step that ran / their seconds; no
   /// uncached run is timed. 0 where every step is computed by wish ("off") or none was.
   double estimated_speedup() const;
 

@@ -31,12 +31,13 @@ TEST(StepProgressTest, SpellsBothBranchesAndForgetsThem) {
 TEST(SummaryTest, CountsStepsOfEachBranch) {
   RunStatistics run;
   run.policy = "teacache";
-  run.steps = 3;
+  run.steps = 4;
   BranchStatistics branch;
   branch.name = "cond";
-  branch.computed = {1, 0, 0};
-  branch.distance = {kNone, 0.1, 0.2};
-  branch.seconds = {1.0, 0.5, 0.5};
+  branch.decisions = {Decision::kComputed, Decision::kReused, Decision::kReused,
+                      Decision::kSkipped};
+  branch.distance = {kNone, 0.1, 0.2, kNone};
+  branch.seconds = {1.0, 0.5, 0.5, 0.0};
   run.branches.push_back(branch);
   const auto summary = nlohmann::json::parse(summary_json(run, 7, 2.5));
   EXPECT_EQ(summary["event"], "done");
