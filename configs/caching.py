@@ -7,10 +7,9 @@ Keys are spelled as LightX2V's caching configs spell them, so that such a file w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_type_hints
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -43,8 +42,15 @@ PER_BRANCH = Discriminator(lambda value: BRANCHES if isinstance(value, dict) els
 """Tells the two apart, so that a fault is reported of the form that was meant alone."""
 
 
-class CachingConfig(BaseModel):
-    """What every caching config may say; subclasses add one policy's keys.
+def _guard_keys() -> Any:
+    """Return a model of the guard's limits as keys that a file may leave out."""
+    hints = get_type_hints(GuardSetting, include_extras=True)
+    fields: dict[str, Any] = {n: (hints[n] | None, None) for n in GuardSetting.model_fields}
+    return create_model("GuardKeys", **fields)
+
+
+class CachingConfig(_guard_keys()):  # type: ignore[misc]  # the guard's limits are declared once
+    """What every caching config may say, the guard's limits included; subclasses add one policy's keys.
 
     None means "choose for me": the model's or the policy's own default.
 
@@ -59,11 +65,6 @@ class CachingConfig(BaseModel):
         sample_shift: Flow shift of the scheduler.
         enable_cfg: False runs the conditional branch only.
         seed: Seed of the initial noise.
-        first_exact: Steps computed at the start of a run.
-        last_exact: Steps computed at the end of a run.
-        max_consecutive: Reuses allowed in a row; 0 is no limit.
-        max_reused: Reuses allowed in a run; 0 is no limit.
-        exact_steps: Step indices that are always computed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -89,11 +90,6 @@ class CachingConfig(BaseModel):
     sample_shift: Annotated[float, Field(gt=0)] | None = None
     enable_cfg: bool | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
-    first_exact: Count | None = None
-    last_exact: Count | None = None
-    max_consecutive: Count | None = None
-    max_reused: Count | None = None
-    exact_steps: list[Count] | None = None
 
     _name: str = PrivateAttr("")
     _ignored: tuple[str, ...] = PrivateAttr(())

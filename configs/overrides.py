@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError, nearest
-from .policy_spec import GUARD_PARAMETERS, ParameterSpec, PolicySpec, Value
-from .setting import CacheSetting
+from .policy_spec import ParameterSpec, PolicySpec, Value
+from .setting import GUARD_PARAMETERS, CacheSetting
 
 __all__ = ["apply_overrides"]
 

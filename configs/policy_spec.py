@@ -16,7 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from .errors import ConfigError, nearest
 
 __all__ = [
-    "GUARD_PARAMETERS",
     "GUARD_STATE",
     "HistorySpec",
     "ParameterSpec",
@@ -242,22 +241,6 @@ class PolicySpec(_Spec):
             self.parameters[name].tensor_values(name, value)
         return resolved
 
-
-GUARD_PARAMETERS: dict[str, ParameterSpec] = {
-    "first_exact": ParameterSpec(
-        default=1, dtype="int64", minimum=0, meaning="steps computed at the start of a run, >= 0"
-    ),
-    "last_exact": ParameterSpec(
-        default=0, dtype="int64", minimum=0, meaning="steps computed at the end of a run, >= 0"
-    ),
-    "max_consecutive": ParameterSpec(
-        default=0, dtype="int64", minimum=0, meaning="reuses allowed in a row; 0 is no limit"
-    ),
-    "max_reused": ParameterSpec(
-        default=0, dtype="int64", minimum=0, meaning="reuses allowed in a run; 0 is no limit"
-    ),
-}
-"""Runtime inputs ``guard.<name>`` of every decide graph."""
 
 GUARD_STATE: dict[str, StateSpec] = {
     "consecutive": StateSpec(dtype="int64"),

@@ -7,31 +7,37 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .policy_spec import Value
+from .policy_spec import ParameterSpec, Value
 
-__all__ = ["CacheSetting", "GuardSetting"]
+__all__ = ["GUARD_PARAMETERS", "CacheSetting", "GuardSetting"]
 
 Count = Annotated[int, Field(ge=0)]
 
 
 class GuardSetting(BaseModel):
-    """Limits that hold for every policy (ALGORITHMS: guards).
+    """Limits that hold for every policy (ALGORITHMS: guards), declared here and nowhere else.
 
-    Attributes:
-        first_exact: Steps computed at the start of a run.
-        last_exact: Steps computed at the end of a run.
-        max_consecutive: Reuses allowed in a row; 0 is no limit.
-        max_reused: Reuses allowed in a run; 0 is no limit.
-        exact_steps: Step indices that are always computed.
+    Config files have a key for each, decide graphs an input for each number; manifests carry them
+    with their defaults, from which C++ has them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    first_exact: Count = 1
-    last_exact: Count = 0
-    max_consecutive: Count = 0
-    max_reused: Count = 0
-    exact_steps: list[Count] = []
+    first_exact: Count = Field(1, description="steps computed at the start of a run, >= 0")
+    last_exact: Count = Field(0, description="steps computed at the end of a run, >= 0")
+    max_consecutive: Count = Field(0, description="reuses allowed in a row; 0 is no limit")
+    max_reused: Count = Field(0, description="reuses allowed in a run; 0 is no limit")
+    exact_steps: list[Count] = Field([], description="step indices that are always computed")
+
+
+GUARD_PARAMETERS: dict[str, ParameterSpec] = {
+    name: ParameterSpec(
+        default=field.default, dtype="int64", minimum=0, meaning=field.description or ""
+    )
+    for name, field in GuardSetting.model_fields.items()
+    if name != "exact_steps"
+}
+"""Runtime inputs ``guard.<name>`` of every decide graph: the numbers of `GuardSetting`."""
 
 
 class CacheSetting(BaseModel):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from ..configs.errors import ConfigError, nearest
-from ..configs.policy_spec import GUARD_PARAMETERS, ParameterSpec, PolicySpec
+from ..configs.policy_spec import ParameterSpec, PolicySpec
+from ..configs.setting import GUARD_PARAMETERS
 from . import POLICIES, policy_class, policy_config
 
 __all__ = ["TIMESTEP_SIGNALS", "describe_guard", "describe_policies", "render"]

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..configs.policy_spec import GUARD_PARAMETERS, GUARD_STATE, PolicySpec
+from ..configs.policy_spec import GUARD_STATE, PolicySpec
+from ..configs.setting import GUARD_PARAMETERS
 from .base import Policy, Step
 
 __all__ = ["Guarded", "Shape", "decide_inputs", "decide_outputs"]

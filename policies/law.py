@@ -16,14 +16,8 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import ConfigError, nearest
-from ..configs.policy_spec import (
-    GUARD_PARAMETERS,
-    GUARD_STATE,
-    ParameterSpec,
-    PolicySpec,
-    StateSpec,
-)
-from ..configs.setting import CacheSetting
+from ..configs.policy_spec import GUARD_STATE, ParameterSpec, PolicySpec, StateSpec
+from ..configs.setting import GUARD_PARAMETERS, CacheSetting
 from . import policy
 from .guard import Guarded
 

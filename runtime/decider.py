@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..bundle.manifest import PolicyEntry
-from ..configs.policy_spec import GUARD_PARAMETERS, GUARD_STATE, Value
-from ..configs.setting import GuardSetting
+from ..configs.policy_spec import GUARD_STATE, Value
+from ..configs.setting import GUARD_PARAMETERS, GuardSetting
 from ..engines.base import BoundCall
 from .model import LoadedModel
 

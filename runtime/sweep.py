@@ -11,8 +11,8 @@ import numpy as np
 
 from ..configs.errors import ConfigError
 from ..configs.overrides import apply_overrides
-from ..configs.policy_spec import GUARD_PARAMETERS, PolicySpec
-from ..configs.setting import CacheSetting
+from ..configs.policy_spec import PolicySpec
+from ..configs.setting import GUARD_PARAMETERS, CacheSetting
 from .replay import replay
 from .summary import strip
 from .table import markdown_table

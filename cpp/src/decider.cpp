@@ -11,14 +11,6 @@
 namespace freewheel {
 namespace {
 
-/// The limits as inputs of every decide graph.
-std::map<std::string, double> limits_of(const Guard& guard) {
-  return {{"guard.first_exact", static_cast<double>(guard.first_exact)},
-          {"guard.last_exact", static_cast<double>(guard.last_exact)},
-          {"guard.max_consecutive", static_cast<double>(guard.max_consecutive)},
-          {"guard.max_reused", static_cast<double>(guard.max_reused)}};
-}
-
 std::map<std::string, Io> without(std::map<std::string, Io> ios, const Tensors& names) {
   for (const auto& [name, tensor] : names) ios.erase(name);
   return ios;
@@ -41,7 +33,9 @@ Result<std::unique_ptr<Decider>> Decider::create(
       SmallTensors::create(model.memory(), without(graph.inputs, arrangements[0]), graph.outputs));
   SmallTensors& values = decider->values_;
   for (const auto& [name, numbers] : parameters) values.set("param." + name, numbers);
-  for (const auto& [name, limit] : limits_of(guard)) values.set(name, limit);
+  for (const auto& [name, limit] : guard.limits) {
+    values.set("guard." + name, static_cast<double>(limit));
+  }
   for (const Tensors& arrangement : arrangements) {
     Tensors bound = values.bound();
     bound.insert(arrangement.begin(), arrangement.end());

@@ -326,10 +326,10 @@ CacheSetting read_setting(Reader& reader, const json& entry, const std::string& 
   }
   const json& guard = reader.object(entry, path, "guard", true);
   const std::string place = path + ".guard";
-  setting.guard.first_exact = reader.integer(guard, place, "first_exact", 0, kMaxSize, 1);
-  setting.guard.last_exact = reader.integer(guard, place, "last_exact", 0, kMaxSize, 0);
-  setting.guard.max_consecutive = reader.integer(guard, place, "max_consecutive", 0, kMaxSize, 0);
-  setting.guard.max_reused = reader.integer(guard, place, "max_reused", 0, kMaxSize, 0);
+  for (const auto& [name, limit] : guard.items()) {
+    if (name == "exact_steps") continue;
+    setting.guard.limits[name] = reader.integer(guard, place, name.c_str(), 0, kMaxSize);
+  }
   for (const json& step : reader.array(guard, place, "exact_steps", true)) {
     setting.guard.exact_steps.push_back(reader.integer(step, place + ".exact_steps", 0, kMaxSize));
   }

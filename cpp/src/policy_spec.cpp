@@ -226,9 +226,9 @@ CacheSetting CacheSetting::for_branch(const std::string& name) const {
   return own;
 }
 
-std::vector<std::string> override_names(const PolicySpec& spec) {
-  std::vector<std::string> names = {"exact_steps",     "first_exact", "last_exact",
-                                    "max_consecutive", "max_reused",  "signal"};
+std::vector<std::string> override_names(const PolicySpec& spec, const Guard& guard) {
+  std::vector<std::string> names = {"exact_steps", "signal"};
+  for (const auto& [name, limit] : guard.limits) names.push_back(name);
   for (const auto& [name, parameter] : spec.parameters) names.push_back(name);
   return names;
 }
@@ -267,16 +267,12 @@ Status apply_override(const std::string& key, const Value& value, const PolicySp
     guard.exact_steps = std::move(steps);
     return {};
   }
-  const std::map<std::string, std::int64_t*> limits = {{"first_exact", &guard.first_exact},
-                                                       {"last_exact", &guard.last_exact},
-                                                       {"max_consecutive", &guard.max_consecutive},
-                                                       {"max_reused", &guard.max_reused}};
-  const auto limit = limits.find(key);
-  if (limit == limits.end()) {
+  const auto limit = guard.limits.find(key);
+  if (limit == guard.limits.end()) {
     return Status(Code::kConfig, where, "policy '" + spec.name + "' has none",
-                  nearest(key, override_names(spec)));
+                  nearest(key, override_names(spec, guard)));
   }
-  FREEWHEEL_ASSIGN(*limit->second, count_of(where, value));
+  FREEWHEEL_ASSIGN(limit->second, count_of(where, value));
   return {};
 }
 

@@ -68,6 +68,9 @@ Status apply_overrides(const Manifest& manifest,
                        CacheSetting& setting) {
   FREEWHEEL_ASSIGN(const PolicyEntry* policy, carried_policy(manifest, setting.policy));
   const PolicySpec& spec = policy->spec;
+  for (const auto& [name, limit] : policy->setting.guard.limits) {
+    setting.guard.limits.try_emplace(name, 0);
+  }
   std::vector<Status> faults;
   for (const auto& [key, text] : overrides) {
     const auto value = value_from_text(text);

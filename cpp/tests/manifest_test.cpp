@@ -39,7 +39,7 @@ TEST_F(ManifestTest, ReadsEveryField) {
   EXPECT_EQ(parsed->policies.at("interval").spec.history.maximum, 2);
   EXPECT_EQ(parsed->configs.at("plain").generation.guidance_scale, 2.0);
   EXPECT_EQ(parsed->configs.at("plain").generation.seed, 9);
-  EXPECT_EQ(parsed->policies.at("interval").setting.guard.last_exact, 1);
+  EXPECT_EQ(parsed->policies.at("interval").setting.guard.limits.at("last_exact"), 1);
   EXPECT_EQ(parsed->latent_scale.frames, 4);
   EXPECT_FALSE(parsed->vocabulary_size);
   EXPECT_EQ(parsed->graphs.at("block").weights.at("weight"), "blocks.{block}.weight");

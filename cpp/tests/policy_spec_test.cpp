@@ -92,10 +92,11 @@ PolicySpec spec_with_signal() {
 TEST(Overrides, ReachGuardAndSignal) {
   const PolicySpec spec = spec_with_signal();
   CacheSetting setting;
+  setting.guard.limits = {{"first_exact", 1}, {"last_exact", 0}};
   ASSERT_TRUE(apply_override("last_exact", std::int64_t{2}, spec, setting).ok());
   ASSERT_TRUE(apply_override("exact_steps", std::vector<std::int64_t>{3, 5}, spec, setting).ok());
   ASSERT_TRUE(apply_override("signal", std::string("temb"), spec, setting).ok());
-  EXPECT_EQ(setting.guard.last_exact, 2);
+  EXPECT_EQ(setting.guard.limits["last_exact"], 2);
   EXPECT_EQ(setting.guard.exact_steps.size(), 2u);
   EXPECT_EQ(*setting.signal, "temb");
   EXPECT_FALSE(apply_override("first_exact", -1.0, spec, setting).ok());

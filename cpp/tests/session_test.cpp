@@ -127,7 +127,7 @@ TEST_F(SessionTest, AProbeRunsTheFirstBlockAlwaysAndReusesTheOthers) {
   const int blocks = calls_->block;
   TinyRun never;
   never.request.cache.policy = "probe";
-  never.request.cache.guard.first_exact = 12;
+  never.request.cache.guard.limits["first_exact"] = 12;
   ASSERT_TRUE(session_->run(never.request).ok());
   EXPECT_EQ(never.latents, exact);
   EXPECT_EQ(calls_->block, 2 * blocks);
@@ -209,7 +209,7 @@ TEST_F(SessionTest, GuardStepsAreExact) {
   TinyRun run;
   run.request.cache.policy = "interval";
   run.request.cache.guard.exact_steps = {5};
-  run.request.cache.guard.first_exact = 2;
+  run.request.cache.guard.limits["first_exact"] = 2;
   ASSERT_TRUE(session_->run(run.request).ok());
   EXPECT_EQ(computed(), (std::vector<int>{1, 1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0}));
 }

@@ -45,6 +45,10 @@ json decide_outputs(int history) {
           {"new_guard_state.consecutive", number}};
 }
 
+json limits(int last_exact) {
+  return {{"first_exact", 1}, {"last_exact", last_exact}, {"exact_steps", json::array()}};
+}
+
 json graphs() {
   const json latents = io("float32", {"batch", 2, "frames", "height", "width"});
   const json hidden = io("float32", {"batch", "tokens", 2});
@@ -128,8 +132,9 @@ json policies() {
   follow["feature"] = "model_output";
   follow["kept"] = {"previous_signal", "computed_signal", "previous_feature"};
   follow["one_decision"] = true;
-  for (auto& [name, entry] : found.items()) entry["setting"] = {{"policy", name}};
-  found["interval"]["setting"]["guard"] = {{"last_exact", 1}};
+  for (auto& [name, entry] : found.items()) {
+    entry["setting"] = {{"policy", name}, {"guard", limits(name == "interval" ? 1 : 0)}};
+  }
   return found;
 }
 
@@ -416,7 +421,8 @@ json write_tiny_bundle(const TemporaryFolder& folder) {
       {"policies", policies()},
       {"configs",
        {{"plain",
-         {{"cache", {{"policy", "interval"}, {"parameters", {{"interval", 2}}}}},
+         {{"cache",
+           {{"policy", "interval"}, {"parameters", {{"interval", 2}}}, {"guard", limits(0)}}},
           {"generation",
            {{"steps", 4},
             {"height", 32},

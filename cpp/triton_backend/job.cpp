@@ -50,7 +50,7 @@ Status apply(const Manifest& manifest, const Parameters& overrides, CacheSetting
   FREEWHEEL_ASSIGN(const PolicyEntry* policy, carried_policy(manifest, setting.policy));
   const PolicySpec& spec = policy->spec;
   const std::string prefix = "policy.";
-  std::vector<std::string> known = override_names(spec);
+  std::vector<std::string> known = override_names(spec, setting.guard);
   for (const auto& [given, value] : overrides) {
     const bool has_prefix = given.rfind(prefix, 0) == 0;
     const std::string name = has_prefix ? given.substr(prefix.size()) : given;

@@ -13,8 +13,8 @@ from freewheel.compiler.policy_check import (
     nudged,
     random_settings,
 )
-from freewheel.configs.policy_spec import GUARD_PARAMETERS, GUARD_STATE
-from freewheel.configs.setting import CacheSetting
+from freewheel.configs.policy_spec import GUARD_STATE
+from freewheel.configs.setting import GUARD_PARAMETERS, CacheSetting
 from freewheel.policies import POLICIES, policy, policy_class
 from freewheel.policies.guard import Guarded
 

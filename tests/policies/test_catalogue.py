@@ -7,7 +7,7 @@ import pytest
 
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.errors import ConfigError
-from freewheel.configs.policy_spec import GUARD_PARAMETERS
+from freewheel.configs.setting import GUARD_PARAMETERS
 from freewheel.policies import POLICIES, policy_class
 from freewheel.policies.catalogue import (
     TIMESTEP_SIGNALS,

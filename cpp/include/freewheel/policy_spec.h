@@ -73,18 +73,15 @@ struct PolicySpec {
       const std::map<std::string, Value>& given) const;
 };
 
-/// Limits that hold for every policy. `exact_steps` are always computed; 0 is no limit.
+/// Limits that hold for every policy.
 struct Guard {
-  std::int64_t first_exact = 1;
-  std::int64_t last_exact = 0;
-  std::int64_t max_consecutive = 0;
-  std::int64_t max_reused = 0;
-  std::vector<std::int64_t> exact_steps;
+  /// Those that the manifest writes, such as `first_exact`: inputs `guard.<name>` of the policy's
+  /// graph. One that is not there is 0.
+  std::map<std::string, std::int64_t> limits;
+  std::vector<std::int64_t> exact_steps;  ///< Always computed.
 
   friend bool operator==(const Guard& a, const Guard& b) {
-    return a.first_exact == b.first_exact && a.last_exact == b.last_exact &&
-           a.max_consecutive == b.max_consecutive && a.max_reused == b.max_reused &&
-           a.exact_steps == b.exact_steps;
+    return a.limits == b.limits && a.exact_steps == b.exact_steps;
   }
 };
 
@@ -107,7 +104,7 @@ struct CacheSetting {
 };
 
 /// What an override may name: the policy's parameters, the guard's limits, `exact_steps`, `signal`.
-std::vector<std::string> override_names(const PolicySpec& spec);
+std::vector<std::string> override_names(const PolicySpec& spec, const Guard& guard);
 
 /// Replaces one of `override_names`, in every branch. The value is checked by its declaration.
 /// @param spec Of the setting's policy.

@@ -74,15 +74,15 @@ TEST_F(JobTest, WhatIsNotSaidIsTheBundles) {
   EXPECT_EQ(job->seed, 9);
   EXPECT_EQ(job->run.latents.shape, (Shape{1, 2, 2, 4, 6}));
   EXPECT_EQ(job->run.cache.policy, "interval");
-  EXPECT_EQ(job->run.cache.guard.last_exact, 0);
+  EXPECT_EQ(job->run.cache.guard.limits.at("last_exact"), 0);
   options_.policy = "interval";
-  EXPECT_EQ(make()->run.cache.guard.last_exact, 1) << "as the policy by its name";
+  EXPECT_EQ(make()->run.cache.guard.limits.at("last_exact"), 1) << "as the policy by its name";
 }
 
 TEST_F(JobTest, OverridesGoToThePolicyAndToItsGuard) {
   options_.policy = "interval";
   options_.overrides = {{"interval", std::int64_t{2}}, {"last_exact", std::int64_t{1}}};
-  EXPECT_EQ(make()->run.cache.guard.last_exact, 1);
+  EXPECT_EQ(make()->run.cache.guard.limits.at("last_exact"), 1);
   EXPECT_EQ(make()->run.cache.parameters.at("interval"), Value(std::int64_t{2}));
   options_.overrides = {{"policy.interval", std::int64_t{3}}};
   EXPECT_EQ(make()->run.cache.parameters.at("interval"), Value(std::int64_t{3}));
