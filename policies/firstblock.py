@@ -32,21 +32,28 @@ class FirstBlockConfig(CachingConfig):
 
     Attributes:
         firstblock_thresh: Relative change at which a step is computed; 0 never reuses.
-        residual_diff_threshold: The same, as LightX2V calls it; its class compares with the last
-            step, this policy with the last computed one.
+        residual_diff_threshold: LightX2V's threshold of another law, refused: its class compares with
+            the step before, computed or not, this policy with the last computed one.
         downsample_factor: LightX2V compares every n-th channel; here all count.
     """
 
     policy: ClassVar[str] = "firstblock"
-    keys: ClassVar[Mapping[str, str]] = {
-        "firstblock_thresh": "threshold",
-        "residual_diff_threshold": "threshold",
-    }
+    keys: ClassVar[Mapping[str, str]] = {"firstblock_thresh": "threshold"}
 
     feature_caching: Literal["FirstBlock"] = "FirstBlock"
     firstblock_thresh: Annotated[float, PARAMETERS["threshold"].check] | None = None
-    residual_diff_threshold: Annotated[float, PARAMETERS["threshold"].check] | None = None
+    residual_diff_threshold: float | None = None
     downsample_factor: int | None = None
+
+    @field_validator("residual_diff_threshold")
+    @classmethod
+    def _compares_with_the_computed_step(cls, value: float | None) -> float | None:
+        if value is not None:
+            raise ValueError(
+                "none: it is a distance to the step before, by which a slow drift is never computed;"
+                " the nearest is 'firstblock_thresh', to the last computed step"
+            )
+        return value
 
     @field_validator("downsample_factor")
     @classmethod

@@ -89,8 +89,8 @@ def test_mag_file_is_taken_with_a_list_of_ratios_per_branch(tmp_path: Path) -> N
     assert one.branches == {}
 
 
-def test_firstblock_file_is_taken_by_lightx2vs_name_of_its_threshold() -> None:
-    data = {"feature_caching": "FirstBlock", **RUN, "residual_diff_threshold": 0.03}
+def test_firstblock_file_is_taken_where_it_means_the_law_of_here() -> None:
+    data = {"feature_caching": "FirstBlock", **RUN, "firstblock_thresh": 0.03}
     for more in ({}, {"downsample_factor": 1}):
         setting = parse_config({**data, **more}, where="x").setting()
         assert (setting.policy, setting.parameters) == ("firstblock", {"threshold": 0.03})
@@ -111,6 +111,11 @@ def test_firstblock_file_is_taken_by_lightx2vs_name_of_its_threshold() -> None:
         (
             {"feature_caching": "FirstBlock", "downsample_factor": 2},
             "'downsample_factor': found 2, expected 1: every channel",
+        ),
+        (
+            {"feature_caching": "FirstBlock", "residual_diff_threshold": 0.03},
+            "'residual_diff_threshold': found 0.03, expected none: it is a distance to the step before, "
+            "by which a slow drift is never computed; the nearest is 'firstblock_thresh'",
         ),
         (
             {"feature_caching": "Tea", "changing_resolution": True, "resolution_rate": [1.0, 0.75]},
