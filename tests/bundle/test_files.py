@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,9 @@ from freewheel.bundle.files import (
     sha256_of_each,
 )
 from freewheel.configs.errors import BundleError
+
+HANG_SECONDS = 300
+"""Ends a test that hangs; nothing else depends on it."""
 
 
 def names_in(folder: Path) -> list[str]:
@@ -146,20 +148,21 @@ def test_digests_begun_ahead_are_taken_and_the_waiting_ones_computed(
     for name in "abc":
         (tmp_path / name).write_bytes(name.encode() * 99)
     read: list[str] = []
-    release = threading.Event()
+    begun, release = threading.Event(), threading.Event()
 
     def slow(path: Path) -> str:
         read.append(path.name)
         if path.name == "a":
-            release.wait(10)
+            begun.set()
+            assert release.wait(HANG_SECONDS), "'b' waits for 'a'"
+        if path.name == "b":
+            release.set()
         return sha256_of(path)
 
     expected = describe_files(tmp_path)
     monkeypatch.setattr(files, "sha256_of", slow)
     with digests_ahead([tmp_path / "a", tmp_path / "b"]) as ahead:
-        while "a" not in read:
-            time.sleep(0.001)
-        threading.Timer(0.05, release.set).start()
+        assert begun.wait(HANG_SECONDS)
         assert describe_files(tmp_path, ahead) == expected
     assert sorted(read) == ["a", "b", "c"], "each file once, 'b' without waiting for 'a'"
 
@@ -170,7 +173,7 @@ def test_digests_begun_ahead_are_left_when_the_block_fails(
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
     release = threading.Event()
-    monkeypatch.setattr(files, "sha256_of", lambda path: str(release.wait(10)))
+    monkeypatch.setattr(files, "sha256_of", lambda path: str(release.wait(HANG_SECONDS)))
     with (
         contextlib.suppress(RuntimeError),
         digests_ahead([tmp_path / "a", tmp_path / "b"]) as ahead,

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +26,8 @@ from freewheel.configs.errors import BundleError, FreewheelError, OutputError
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
 
-KILLS = 20
+KILLS, MOST_CHANGES = 20, 120
+CHANGES = ("open", "os.mkdir", "os.rename", "os.link", "os.remove")
 
 
 def request_of(checkpoint: Path, out: Path, cache: Path) -> BuildRequest:
@@ -56,10 +60,29 @@ def pieces(cache: Path) -> int:
     return sum(not p.name.startswith(".") for p in store.iterdir()) if store.is_dir() else 0
 
 
+def build_until(moment: int, checkpoint: Path, out: Path, cache: Path) -> None:
+    """Build, and die right before the ``moment``-th change under ``out``'s folder or the cache."""
+    roots, left = (str(out.parent), str(cache)), moment
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open" and not arguments[2] & writes:
+            return
+        if event in CHANGES and any(str(a).startswith(roots) for a in arguments[:2]):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    build_there(checkpoint, out, cache)
+
+
 @pytest.mark.nightly
-def test_builds_killed_at_random_moments_are_resumed(
+def test_builds_killed_at_any_change_of_the_disk_are_resumed(
     processes: Any, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    """Counted in changes, not in time: every machine kills at the same ones."""
     rng = random.Random(0)
     out, cache = tmp_path / "out" / "bundle", tmp_path / "cache"
     out.parent.mkdir()
@@ -67,16 +90,12 @@ def test_builds_killed_at_random_moments_are_resumed(
     while killed < KILLS:
         attempts += 1
         before = pieces(cache)
-        process = processes.Process(target=build_there, args=(tiny_checkpoint, out, cache))
+        given = rng.randrange(1, MOST_CHANGES), tiny_checkpoint, out, cache
+        process = processes.Process(target=build_until, args=given)
         process.start()
-        wanted = before + rng.randrange(4)
-        while process.is_alive() and pieces(cache) < wanted:
-            time.sleep(0.02)
-        process.join(rng.uniform(0.0, 0.5))
-        if process.is_alive():
-            process.kill()
-            process.join()
-            killed += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        killed += process.exitcode != 0
         grown += pieces(cache) > before
         assert pieces(cache) >= before, "what is finished stays"
         if out.exists():
@@ -143,7 +162,9 @@ def test_a_second_build_at_once_is_refused(
     first = processes.Process(target=build_there, args=(tiny_checkpoint, out, cache))
     first.start()
     while not staging(out).is_dir():
+        assert first.is_alive()
         time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it is under way, however long the second takes
     first_files = list(staging(out).iterdir())
     with pytest.raises(OutputError, match="another build of this target is running"):
         build(request_of(tiny_checkpoint, out, cache))

@@ -172,7 +172,8 @@ def test_activation_memory_is_shared_between_calls(graph):
     before = resident_bytes()
     for call in calls:
         call.run()
-    assert resident_bytes() - before < 64 * 2**20  # what one activation takes
+    one = 4096 * 4096 * 4
+    assert resident_bytes() - before < 3 * one, "seven more, if each call had its own"
 
 
 def resident_bytes() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
+from conftest import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / os.environ.get("FREEWHEEL_PYTHON", ".venv/bin/python")
@@ -68,7 +69,7 @@ class Stream:
             outputs=[triton.InferRequestedOutput(name) for name in outputs] or None,
         )  # fmt: skip
 
-    def next(self, timeout: float = 120) -> triton.InferResult:
+    def next(self, timeout: float = HANG_SECONDS) -> triton.InferResult:
         answer = self.answers.get(timeout=timeout)
         if isinstance(answer, Exception):
             raise answer
@@ -79,7 +80,7 @@ class Stream:
         self.client.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def until(condition: Callable[[], bool], seconds: float = HANG_SECONDS) -> None:
     """Wait for what the server does in its own time."""
     ends = time.monotonic() + seconds
     while not condition():

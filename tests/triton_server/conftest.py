@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PREPARED = ROOT / "out" / "triton-tests"
+HANG_SECONDS = 300
+"""Ends a wait that hangs; nothing else depends on it."""
 
 
 class RunningServer:
@@ -38,7 +40,9 @@ class RunningServer:
             )
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.http}{path}", timeout=HANG_SECONDS
+        ) as answer:
             return answer.read().decode()
 
     def is_ready(self, what: str = "ready") -> bool:
@@ -48,7 +52,7 @@ class RunningServer:
             return False
         return True
 
-    def wait(self, what: str = "ready", seconds: float = 60) -> None:
+    def wait(self, what: str = "ready", seconds: float = HANG_SECONDS) -> None:
         ends = time.monotonic() + seconds
         while not self.is_ready(what):
             assert self.process.poll() is None, self.log.read_text()[-4000:]
@@ -57,12 +61,12 @@ class RunningServer:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(60)
+        return self.process.wait(HANG_SECONDS)
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric over all label sets that hold these labels."""
         url = f"http://127.0.0.1:{self.metrics}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=HANG_SECONDS) as answer:
             lines = answer.read().decode().splitlines()
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         return sum(

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 
 from client import PYTHON, ask, run_alone, states
-from conftest import RunningServer, server_command
+from conftest import HANG_SECONDS, RunningServer, server_command
 
 pytestmark = [pytest.mark.triton, pytest.mark.nightly]
 
@@ -86,13 +86,15 @@ def test_a_rebuilt_bundle_is_loaded_while_serving(own_server, prepared, tmp_path
             )  # fmt: skip
             assert json.loads(served.stdout)["version"] == 2
             url = f"http://127.0.0.1:{server.http}/v2/repository/models/tiny/load"
-            with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=60) as answer:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, b"{}"), timeout=HANG_SECONDS
+            ) as answer:
                 assert answer.status == 200
             after = [ask(server.grpc, seed=5).latents for _ in range(3)]
         finally:
             done.set()
         for task in asking:
-            task.result(60)  # no request failed
+            task.result(HANG_SECONDS)  # no request failed
     for latents in after:
         np.testing.assert_array_equal(latents, new)
     is_old = [np.array_equal(r, old) for r in results]

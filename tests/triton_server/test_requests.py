@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 
 from client import COND, UNCOND, ask, run_alone
+from conftest import HANG_SECONDS
 
 pytestmark = pytest.mark.triton
 
@@ -155,7 +156,7 @@ def test_http_streams_events(server) -> None:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=HANG_SECONDS) as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         lines = answer.read().decode().splitlines()
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data")]
