@@ -12,7 +12,13 @@ import pytest
 import torch
 from bundles import TOLERANCE, check_attach, check_policies, save, session_output
 from chain import Chain, randomised, relative, taken_weights
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -189,6 +195,30 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
             num_inference_steps=2,
             joint_attention_kwargs={"ip_adapter_image_embeds": 1},
         )
+
+
+def test_an_image_to_image_run_begins_within_the_schedule(model: Any, bundle: Bundle) -> None:
+    """On latents: an image is the VAE's business."""
+    channels = TINY["in_channels"] // 4
+
+    def run(base: FluxPipeline) -> torch.Tensor:
+        pipe = FluxImg2ImgPipeline.from_pipe(base, torch_dtype=torch.float32)
+        pipe.latent_channels = channels
+        pipe.image_processor = VaeImageProcessor(vae_scale_factor=16, vae_latent_channels=channels)
+        seed = torch.Generator().manual_seed(0)
+        return pipe(
+            image=torch.randn(1, channels, 6, 8, generator=seed), strength=0.6, num_inference_steps=10,
+            prompt_embeds=torch.randn(1, 6, 12, generator=seed), height=48, width=64,
+            pooled_prompt_embeds=torch.randn(1, 10, generator=seed), generator=seed,
+            output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    base = FluxPipeline(scheduler, None, None, None, None, None, copy.deepcopy(model))
+    expected = run(base)
+    transformer = attach(base, bundle, "off", backend="onnxruntime")
+    assert relative(run(base), expected) < TOLERANCE
+    assert transformer.statistics.steps == 6
 
 
 def test_loras_of_flux_layouts_give_what_diffusers_gives(
