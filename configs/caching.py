@@ -7,9 +7,10 @@ Keys are spelled as LightX2V's caching configs spell them, so that such a file w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast, get_type_hints
 
 from pydantic import (
+    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -43,13 +44,19 @@ PER_BRANCH = Discriminator(lambda value: BRANCHES if isinstance(value, dict) els
 
 
 def _guard_keys() -> Any:
-    """Return a model of the guard's limits as keys that a file may leave out."""
+    """Return a model of the guard's limits, as keys that a file may leave out."""
     hints = get_type_hints(GuardSetting, include_extras=True)
     fields: dict[str, Any] = {n: (hints[n] | None, None) for n in GuardSetting.model_fields}
     return create_model("GuardKeys", **fields)
 
 
-class CachingConfig(_guard_keys()):  # type: ignore[misc]  # the guard's limits are declared once
+if TYPE_CHECKING:
+    GuardKeys = BaseModel  # a checker knows no computed fields
+else:
+    GuardKeys = _guard_keys()
+
+
+class CachingConfig(GuardKeys):
     """What every caching config may say, the guard's limits included; subclasses add one policy's keys.
 
     None means "choose for me": the model's or the policy's own default.

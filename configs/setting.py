@@ -23,11 +23,13 @@ class GuardSetting(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    first_exact: Count = Field(1, description="steps computed at the start of a run, >= 0")
-    last_exact: Count = Field(0, description="steps computed at the end of a run, >= 0")
-    max_consecutive: Count = Field(0, description="reuses allowed in a row; 0 is no limit")
-    max_reused: Count = Field(0, description="reuses allowed in a run; 0 is no limit")
-    exact_steps: list[Count] = Field([], description="step indices that are always computed")
+    first_exact: Count = Field(default=1, description="steps computed at the start of a run, >= 0")
+    last_exact: Count = Field(default=0, description="steps computed at the end of a run, >= 0")
+    max_consecutive: Count = Field(default=0, description="reuses allowed in a row; 0 is no limit")
+    max_reused: Count = Field(default=0, description="reuses allowed in a run; 0 is no limit")
+    exact_steps: list[Count] = Field(
+        default=[], description="step indices that are always computed"
+    )
 
 
 GUARD_PARAMETERS: dict[str, ParameterSpec] = {
