@@ -165,6 +165,11 @@ def test_a_policy_that_is_not_here_is_said_to_be_none_with_the_nearest(kind: str
     assert "faults" not in what
 
 
+def test_an_interval_of_guidance_can_not_be_asked_for() -> None:
+    with pytest.raises(ConfigError, match="'guidance_interval': is not a known key"):
+        parse_config({"feature_caching": "Tea", "guidance_interval": [0.2, 0.8]}, where="x")
+
+
 def test_one_error_names_each_unknown_key_once_and_the_known_ones_once() -> None:
     unknown = {"sead": 1, "teacache_treshold": 0.2, "zzz": 1}
     with pytest.raises(ConfigError) as caught:
