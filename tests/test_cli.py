@@ -13,6 +13,8 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from freewheel import __version__
@@ -162,6 +164,29 @@ def test_run_writes_a_video_and_says_what_it_did(
     assert result.stdout.strip() == str(tmp_path / "video.gif")
     result = freewheel("replay", trace, "--config", "taylorseer", "--set", "interval=2", "--json")
     assert json.loads(result.stdout)["computed_steps"] == 2
+
+
+def test_run_takes_a_lora_at_its_scale(freewheel: Run, demo_bundle: Bundle, tmp_path: Path) -> None:
+    file, generator = tmp_path / "lora.safetensors", torch.Generator().manual_seed(0)
+    state = {}
+    for name, entry in demo_bundle.manifest.tensors.items():
+        if name.endswith(("to_q.weight", "to_v.weight")):
+            rows, columns = entry.shape
+            place = f"transformer.{name.removesuffix('.weight')}"
+            state[f"{place}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
+            state[f"{place}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+    save_file(state, file)
+    frames = []
+    for given in ([], ["--lora", f"{file}:0"], ["--lora", file]):
+        out = tmp_path / f"{len(frames)}.gif"
+        result = freewheel(
+            "run", demo_bundle.folder, "--prompt", "a blue ring", "--out", out, "--cache", "off",
+            "--steps", 2, "--frames", 5, *given, "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        frames.append(iio.imread(out))
+    assert np.array_equal(frames[0], frames[1])
+    assert not np.array_equal(frames[0], frames[2])
 
 
 def test_run_says_when_a_policy_reused_nothing(
@@ -547,7 +572,7 @@ def test_summaries_say_which_form_of_the_law_ran(
     assert json.loads(told.stdout)["form"] == form
 
     run = RunStatistics("custom", True, 2, {"cond": BranchStatistics(2)}, form=form)
-    run.branches["cond"].add(True, None, [], 1.0)
+    run.branches["cond"].add(0, True, None, [], 1.0)
     assert run.as_dict()["form"] == form
     _run_tables(Screen(), {**run.as_dict(), "measured_speedup": None})
     assert f"policy custom, {form} (folded" in " ".join(capsys.readouterr().err.split())
