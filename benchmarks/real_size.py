@@ -56,26 +56,24 @@ def run_policy(session: Session, name: str, steps: int, latents: torch.Tensor) -
         output = session.step("cond", step, {"latents": latents * (1 - step / (2 * steps))})
         branch = session.statistics.branches["cond"]
         typer.echo(
-            f"{name}: step {step} {'computed' if branch.computed[-1] else 'reused'} in "
-            f"{branch.seconds[-1]:.3f} s",
+            f"{name}: step {step} {'computed' if branch.computed[step] else 'reused'} in "
+            f"{branch.seconds[step]:.3f} s",
             err=True,
         )
     taken, read = time.perf_counter() - began, read_bytes() - before
     sampler.stop()
-    pairs = list(zip(branch.computed, branch.seconds, strict=True))
-    computed = [s for c, s in pairs if c]
-    reused = [s for c, s in pairs if not c]
+    computed, reused = (branch.step_seconds(computed=is_computed) for is_computed in (True, False))
     step_seconds = statistics.median(computed)
-    speedup = len(pairs) * step_seconds / sum(branch.seconds)
-    ideal = len(pairs) / len(computed)
+    speedup = branch.done_steps * step_seconds / sum(computed + reused)
+    ideal = branch.done_steps / len(computed)
     peak = sampler.peak()
     return {
         "policy": name,
-        "steps": len(pairs),
+        "steps": branch.done_steps,
         "computed": len(computed),
         "computed_step_seconds": step_seconds,
         "reused_step_seconds": statistics.median(reused) if reused else None,
-        "all_seconds": branch.seconds,
+        "all_seconds": branch.seconds[: branch.done_steps],
         "speedup": speedup,
         "ideal_speedup": ideal,
         "efficiency": speedup / ideal,

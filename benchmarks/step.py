@@ -101,7 +101,7 @@ def measure_reuse(engines: str, session: Session, layers: int, rounds: int) -> l
             branch, kept = session.statistics.branches["cond"], samples[name]
             for computed, seconds in zip(branch.computed, branch.seconds, strict=True):
                 kept.setdefault("computed" if computed else "reused", []).append(seconds)
-            body = session.statistics.seconds["body"] / sum(branch.computed)
+            body = session.statistics.seconds["body"] / branch.computed_steps
             kept.setdefault("body", []).append(body)
     rows = []
     for name, kept in samples.items():

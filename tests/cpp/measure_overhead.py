@@ -46,7 +46,7 @@ def main(folder: str, policy: str) -> None:
                 session.step(branch, step, {"latents": latents})
                 record = session.statistics.branches[branch]
                 if run and step:
-                    outside[record.computed[-1]].append((record.seconds[-1] - spent) * 1e6)
+                    outside[record.computed[step]].append((record.seconds[step] - spent) * 1e6)
     found = {
         "policy": policy,
         "computed_us": round(float(np.median(outside[True])), 1),
