@@ -134,14 +134,17 @@ class InputEntry(IoEntry):
     """A tensor that callers hand in.
 
     Attributes:
-        argument: Keyword of the diffusers transformer's ``forward``.
+        argument: Keyword of the diffusers transformer's ``forward``, with the place in it where
+            that is nested (``img_shapes.0.0.1``).
         runs: When it may change.
         scale: What that argument is multiplied by.
+        absent: What stands for it where a pipeline leaves it out, or None.
     """
 
     argument: str
     runs: Literal["step", "run", "prompt"]
     scale: float = 1.0
+    absent: Literal["ones"] | None = None
 
 
 class SignalEntry(_Entry):
@@ -301,6 +304,7 @@ class Manifest(_Entry):
     weights: Literal["inputs", "baked"]
     inputs: dict[str, InputEntry]
     dims: dict[str, list[tuple[str, Positive]]]
+    sums: dict[str, list[str]] = {}
     latent_scale: LatentScale
     vocabulary_size: Positive | None = None
     graphs: dict[str, GraphEntry]

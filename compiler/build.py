@@ -55,10 +55,10 @@ from .bake import check_group_blocks, write_groups
 from .checkpoint import Checkpoint, open_checkpoint
 from .code_version import code_version
 from .completeness import CAST_DTYPES, check_tensors
+from .cut.declared import FIRST_BLOCK_RESIDUAL, StoredDtype
 from .decide import write_decide_graph
 from .defaults import policy_setting, resolve_configs, scheduler_shift
 from .families import Cut, Family, family_of
-from .families.base import FIRST_BLOCK_RESIDUAL, StoredDtype
 from .footprint import weights_of
 from .forecast_build import forecast_build
 from .graphs import wanted_weights, write_graphs
@@ -277,10 +277,12 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
                     dtype=i.spec.dtype,
                     shape=list(i.spec.shape),
                     scale=i.scale,
+                    absent=i.absent,
                 )
                 for n, i in cut.inputs.items()
             },
             dims={n: list(f) for n, f in cut.dims.items()},
+            sums={n: list(terms) for n, terms in cut.sums.items()},
             latent_scale=latent_scale(cut, checkpoint.pipeline),
             vocabulary_size=next((p.vocabulary_size for p in parts if p.vocabulary_size), None),
             graphs=graphs,

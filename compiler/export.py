@@ -20,7 +20,7 @@ import torch
 
 from ..configs.errors import ExportError
 from ..engines.base import TensorSpec
-from .families.base import Segment
+from .cut.declared import Segment
 
 __all__ = ["OPSET", "exporting", "trace"]
 

@@ -23,8 +23,8 @@ from ..configs.dtypes import ITEM_BYTES
 from ..configs.policy_spec import PolicySpec
 from ..configs.setting import CacheSetting
 from ..engines.base import TensorSpec
+from .cut.declared import FIRST_BLOCK_RESIDUAL
 from .families import Cut, Segment
-from .families.base import FIRST_BLOCK_RESIDUAL
 from .flops import meta_inputs
 from .sizes import shape_at
 

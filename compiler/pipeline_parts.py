@@ -25,7 +25,7 @@ from ..configs.errors import CheckpointError
 from ..engines.base import TensorSpec
 from .checkpoint import read_json, read_tensors
 from .completeness import check_keys, check_quantization, check_tensors
-from .families.base import Segment
+from .cut.declared import Segment
 
 __all__ = ["PipelinePart", "part_tensors", "text_encoder_part", "vae_decode_part"]
 

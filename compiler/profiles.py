@@ -12,7 +12,7 @@ from typing import Any
 from ..bundle.manifest import GraphEntry, PolicyEntry, ResolvedConfig
 from ..configs.errors import ConfigError, RequestError
 from .families import Cut
-from .sizes import Size, dims_of, size_of
+from .sizes import Size, dims_of, size_of, summed
 
 __all__ = ["BuildSizes", "Profile", "Range", "dim_ranges", "parse_range", "profiles_of"]
 
@@ -95,7 +95,8 @@ def dim_ranges(
             )  # fmt: skip
     ranges["text_tokens"] = (1, text[1], text[2])
     ranges["steps"] = (1, steps[1], max(MOST_STEPS, steps[2]))
-    return ranges
+    corners = [summed(cut.sums, {d: r[corner] for d, r in ranges.items()}) for corner in range(3)]
+    return ranges | {dim: (corners[0][dim], corners[1][dim], corners[2][dim]) for dim in corners[0]}
 
 
 def profiles_of(

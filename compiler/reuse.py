@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.base import TensorSpec
-from .families.base import FIRST_BLOCK_RESIDUAL, Segment
+from .cut.declared import FIRST_BLOCK_RESIDUAL, Segment
 
 __all__ = ["cache_segments"]
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -150,7 +150,16 @@ def derived(cut: Cut, dims: Mapping[str, int]) -> dict[str, int]:
     found = dict(dims)
     for name, factors in cut.dims.items():
         found[name] = prod(found[dim] // divisor for dim, divisor in factors)
-    return found
+    return found | summed(cut.sums, found)
+
+
+def summed(sums: Mapping[str, Sequence[str]], dims: Mapping[str, int]) -> dict[str, int]:
+    """Return the dimensions that are sums of known ones."""
+    return {
+        name: sum(dims[term] for term in terms)
+        for name, terms in sums.items()
+        if all(term in dims for term in terms)
+    }
 
 
 def shape_at(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:

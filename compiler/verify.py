@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..engines import backend as find_backend
 from ..engines.base import Backend, Engine, Target
 from ..engines.record import EngineRecord
 from ..passes import backend_pipeline, run_passes
+from ..runtime.dims import derive_dims
 from ..runtime.model import DeviceOptions, LoadedModel
 from .engine_check import (
     EngineCheck,
@@ -251,7 +253,7 @@ def check_engines(
                 subject = Subject(
                     prefix + name, model.backend.name, block, graph, model.engine(name),
                     _binder(model, name, block), reference,
-                    model.device, model.backend.synchronize, manifest.dims, taps,
+                    model.device, model.backend.synchronize, partial(derive_dims, manifest), taps,
                 )  # fmt: skip
                 checks += compare(subject, cases)
             reason = _not_portable(graph)
@@ -266,7 +268,7 @@ def check_engines(
             bind = _portable_binder(model.bundle, engine, name, block, prefix)
             subject = Subject(
                 prefix + name, PORTABLE, block, graph, engine, bind, reference,
-                CPU, _nothing, manifest.dims, taps,
+                CPU, _nothing, partial(derive_dims, manifest), taps,
             )  # fmt: skip
             checks += compare(subject, cases)
     return checks, skipped

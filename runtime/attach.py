@@ -23,6 +23,7 @@ from ..bundle.reader import Bundle
 from ..configs.errors import RequestError
 from ..configs.setting import CacheSetting
 from .adapters import Adapters, check_transformer
+from .dims import match_dims, shape_of
 from .lora import LoraFile, load_lora, parse_lora
 from .model import DeviceOptions, LoadedModel
 from .session import Recorder, Session
@@ -371,7 +372,8 @@ class FreewheelTransformer:
                 f"call pipe.set_adapters(NAME, {scale}) before the run",
             )  # fmt: skip
         inputs = self._model.manifest.inputs
-        prompt_arguments = [i.argument for i in inputs.values() if i.runs == "prompt"]
+        wanted = {n: i for n, i in inputs.items() if i.runs == "prompt"}
+        prompt_arguments = list(dict.fromkeys(i.argument.split(".")[0] for i in wanted.values()))
         if len(states) > len(prompt_arguments):
             raise RequestError(
                 "transformer", f"is given {len(states)} prompt inputs",
@@ -385,11 +387,18 @@ class FreewheelTransformer:
                 f"transformer argument '{unknown[0]}'", "is nothing that the bundle's model takes",
                 f"leave it out; it takes {', '.join(prompt_arguments)}",
             )  # fmt: skip
-        return {
-            n: _as_tensor(given[i.argument], i)
-            for n, i in inputs.items()
-            if i.runs == "prompt" and i.argument in given
+        found = {
+            n: _as_tensor(_leaf(given, i.argument), i)
+            for n, i in wanted.items()
+            if i.argument.split(".")[0] in given
         }
+        absent = {n: i for n, i in wanted.items() if i.absent == "ones" and n not in found}
+        sizes = {
+            dim: size
+            for name, tensor in (found.items() if absent else ())
+            for dim, size in match_dims(name, wanted[name], tensor.shape).items()
+        }
+        return found | {n: torch.ones(shape_of(i, sizes)) for n, i in absent.items()}
 
     def _place(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> tuple[str, int]:
         """Return the branch and step that this call is, beginning a run where one begins."""
@@ -532,6 +541,15 @@ class FreewheelTransformer:
             if text not in self._warned:
                 self._warned.add(text)
                 self.warn(text)
+
+
+def _leaf(given: Mapping[str, Any], path: str) -> Any:
+    """Return a leaf of a nested argument: ``img_shapes.0.0.1``."""
+    name, *indices = path.split(".")
+    value = given[name]
+    for index in indices:
+        value = value[int(index)]
+    return value
 
 
 def _as_tensor(value: Any, entry: InputEntry) -> Tensor:

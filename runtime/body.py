@@ -74,9 +74,11 @@ class Body:
         self._prompt = {n: t.clone() for n, t in prompt.items()}
         dims = derive_dims(self._manifest, {**dims, **self._prompt_dims(branch, dims)})
         self.dims = dims
-        made = allocate(self._manifest.graphs["prompt"].outputs, dims, model.device)
-        self.context = context = {**self._prompt, **made}
-        self._prompt_calls = [model.bind("prompt", context)]
+        by_prompt = {n: g for n, g in self._manifest.graphs.items() if g.runs == "prompt"}
+        self.context = context = dict(self._prompt)
+        for graph in by_prompt.values():
+            context |= allocate(graph.outputs, dims, model.device)
+        self._prompt_calls = [model.bind(n, {**shared, **context}) for n in by_prompt]
         self._calls: list[_Call] = []
         self._tapped: list[BoundCall] = []
         self._chains: dict[tuple[int | None, int, int], BoundCall] = {}

@@ -40,7 +40,7 @@ def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int
 
 
 def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Add the manifest's derived dimensions (such as ``tokens``) to the sizes known.
+    """Add the manifest's derived dimensions (such as ``tokens``) and sums to the sizes known.
 
     One that derives from a size not known yet (a prompt input's) is left out.
 
@@ -66,6 +66,9 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
                 f"dimension '{name}'", f"is {dims[name]}, but {parts} give {product}",
                 "give sizes that belong to the latents",
             )  # fmt: skip
+    for name, terms in manifest.sums.items():
+        if all(term in dims for term in terms):
+            dims[name] = sum(dims[term] for term in terms)
     return dims
 
 

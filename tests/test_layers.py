@@ -56,7 +56,7 @@ PEERS = {
     "compiler/geometry.py": "freewheel.runtime.settings",
     "compiler/host_memory.py": "freewheel.runtime.generate",
     "compiler/speedup.py": "freewheel.runtime.replay freewheel.runtime.trace",
-    "compiler/verify.py": "freewheel.runtime.model",
+    "compiler/verify.py": "freewheel.runtime.dims freewheel.runtime.model",
 }
 """`compiler`: what looks at a finished bundle as a runtime does, `inspect` and `verify`. `configs`: what
 reads files asks each policy for its keys."""
@@ -90,8 +90,8 @@ UNMIRRORED = {
     "runtime/__init__.py": "empty",
     "serving/__init__.py": "empty",
     "tuning/__init__.py": "empty",
-    "compiler/families/base.py": "data classes alone; families/test_init.py checks what fills them",
     "compiler/progress.py": "a protocol and its empty form",
+    "compiler/cut/declared.py": "data classes alone; families/test_init.py checks what fills them",
     "configs/tensor_spec.py": "one data class without behaviour",
 }
 """Source file → why it has no test file of its name."""

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...configs.errors import ExportError
 from .blocks import find_instances, find_templates
 from .classes import Classes, classify
 from .extract import extract
 from .models import Row
-from .names import fresh_name, value_name
+from .names import fresh_name, module_path, value_name
 from .partition import Partition, Region, partition
 from .rotary import compose_rotary
 from .sums import split_sums
@@ -33,13 +34,17 @@ AHEAD: tuple[Runs, ...] = ("context", "modulation")
 """Parts of a block that are called before the first step."""
 
 
-def cut_model(row: Row, model_class: Any, config: Mapping[str, Any]) -> Cut:
+def cut_model(
+    row: Row, model_class: Any, config: Mapping[str, Any], *, modulation: bool = True
+) -> Cut:
     """Cut a transformer.
 
     Args:
         row: What it takes.
         model_class: The diffusers class.
         config: Its config.
+        modulation: Whether products of vectors that see the timestep leave their block for a
+            segment of their own.
 
     Raises:
         ExportError: it can't be traced, or a segment lacks a size.
@@ -57,8 +62,27 @@ def cut_model(row: Row, model_class: Any, config: Mapping[str, Any]) -> Cut:
             break
         whole |= unequal
     classes = classify(traced, templates)
-    parts = partition(traced, instances, templates, classes)
-    return _Calls(traced, instances, templates, classes, parts).cut()
+    parts = partition(traced, instances, templates, classes, modulation=modulation)
+    told = {name: _last_of(traced, path) for name, path in row.signals.items()}
+    return _Calls(traced, instances, templates, classes, parts, told).cut()
+
+
+def _last_of(traced: Trace, path: str) -> fx.Node:
+    """Return what a module makes last."""
+    made: list[fx.Node] = [
+        n for n in traced.graph.nodes if is_operation(n) and _is_below(module_path(n), path)
+    ]
+    if not made:
+        raise ExportError(
+            f"transformer '{type(traced.model).__name__}'",
+            f"has no module '{path}', which its row takes a signal from",
+            "correct the row in compiler/cut/models.py",
+        )
+    return made[-1]
+
+
+def _is_below(module: str, path: str) -> bool:
+    return f"{module}.".startswith(f"{path}.")
 
 
 def _lists_to_trace_whole(
@@ -99,11 +123,14 @@ class _Calls:
         templates: Sequence[Template],
         classes: Classes,
         parts: Partition,
+        told: Mapping[str, fx.Node],
     ) -> None:
         self.traced, self.instances, self.classes, self.parts = traced, instances, classes, parts
+        self.told = told
         self.slots = {node for i in instances for node in i.slots}
         self.owner = {node: i for i in instances for node in i.nodes}
         self.names: dict[fx.Node, str] = {**traced.inputs, **traced.weights}
+        self.names.update((node, name) for name, node in told.items())
         self.segments: dict[str, Segment] = {}
         self.calls: list[Call] = []
         self.block_graphs: dict[str, _BlockGraphs] = {}
@@ -133,6 +160,8 @@ class _Calls:
             inputs={name: self.traced.declared[n] for n, name in self.traced.inputs.items()},
             results=tuple(self._name(node) for node in self.traced.results),
             domain=self.traced.domain,
+            sizes=self.traced.symbols,
+            told={name: self._name(node) for name, node in self.told.items()},
         )
 
     def _name(self, node: fx.Node) -> str:
@@ -160,6 +189,7 @@ class _Calls:
             for n in region.nodes
             if n in self.slots
             or n in self.traced.results
+            or n in self.told.values()
             or any(u in self.parts.live and u not in inside and not is_size(u) for u in n.users)
         ]
         outputs = [n for n in outputs if isinstance(value_of(n), torch.Tensor)]

@@ -31,7 +31,7 @@ __all__ = ["describe", "describe_model"]
 
 USUAL = {
     "batch": 1, "frames": 21, "height": 30, "width": 52, "tokens": 4096, "text_tokens": 512,
-    "text_tokens_2": 77, "image_tokens": 257, "audio_tokens": 512,
+    "text_tokens_2": 77, "image_tokens": 257, "audio_tokens": 512, "rows": 64, "columns": 64,
 }  # fmt: skip
 """Sizes to count operations at: a video of 81 frames at 480p, an image of 1024 × 1024. A model whose
 tables are too small for them, as a test's may be, is counted at the sizes it was traced with."""

@@ -16,7 +16,7 @@ from .sizes import SizeMaker, shape_donors
 from .trace import Trace, value_of
 from .words import is_operation, sizes_read, tensors_read
 
-__all__ = ["extract"]
+__all__ = ["extract", "hold"]
 
 KEPT_META = ("val", "nn_module_stack", "stack_trace")
 
@@ -63,18 +63,27 @@ def extract(
     for node in inputs:
         taken = {str(n.target) for n in new.values()}  # `input` is a name that fx spells `input_1`
         new[node] = graph.placeholder(_argument(trace, node, taken))
-    sizes = SizeMaker(graph, dict(new))
+    # A table comes in as one row for the whole batch: its length is no batch's size, and the batch's
+    # is no table's.
+    tables = {n: p for n, p in new.items() if classes.runs(n) == "run"}
+    others = {n: p for n, p in new.items() if n not in tables}
+    sizes = {
+        True: SizeMaker(graph, {**tables, **others}), False: SizeMaker(graph, {**others, **tables})
+    }  # fmt: skip
     for node, path in weights.items():
-        _hold(root, path, torch.empty(value_of(node).shape, device="meta"))
+        weight = torch.empty(value_of(node).shape, device="meta")
+        hold(root, path, nn.Parameter(weight, requires_grad=False))
         new[node] = graph.get_attr(path)
     for i, node in enumerate(constants):
         root.register_buffer(f"constant_{i}", trace.constants[node], persistent=False)
         new[node] = graph.get_attr(f"constant_{i}")
 
-    def argument(node: fx.Node) -> Any:
-        return new[node] if node in new else sizes(value_of(node).node.expr)
-
     for node in nodes:
+        size = sizes[classes.runs(node) == "run"]
+
+        def argument(read: fx.Node, size: SizeMaker = size) -> Any:
+            return new[read] if read in new else size(value_of(read).node.expr)
+
         target: Any = node.target
         new[node] = graph.call_function(
             target, fx.map_arg(node.args, argument), fx.map_arg(node.kwargs, argument)
@@ -118,11 +127,14 @@ def _argument(trace: Trace, node: fx.Node, taken: Collection[str]) -> str:
     return fresh_name(given.replace(".", "_") if given else value_name(node), taken)
 
 
-def _hold(root: nn.Module, path: str, weight: torch.Tensor) -> None:
-    """Register a weight under a dotted path."""
+def hold(root: nn.Module, path: str, value: torch.Tensor) -> None:
+    """Register a weight, or a constant, under a dotted path."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
-    root.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(name, value)
+    else:
+        root.register_buffer(name, value, persistent=False)

@@ -16,12 +16,13 @@ Changes = Literal["step", "run", "prompt", "shape"]
 """When an input may change: at every step (latents), with the timestep, with the prompt, or with
 the sizes of a run."""
 
-Fill = Literal["normal", "mask", "positions", "timestep"] | int
-"""Values to prove a cut with: normal, a prefix of ones, grid positions, a timestep, below a number."""
+Fill = Literal["normal", "mask", "positions", "timestep", "fraction"] | int
+"""Values to prove a cut with: normal, a prefix of ones, grid positions, a timestep of 0 … 1,000 or of
+0 … 1, below a number."""
 
 SIZES = {
     "batch": 2, "frames": 3, "height": 5, "width": 7, "tokens": 13, "text_tokens": 11,
-    "text_tokens_2": 8, "image_tokens": 6, "audio_tokens": 9,
+    "text_tokens_2": 8, "image_tokens": 6, "audio_tokens": 9, "rows": 4, "columns": 12,
 }  # fmt: skip
 """Dimensions that differ from run to run, and the sizes to trace with: no two of them equal."""
 
@@ -82,19 +83,28 @@ class Row:
 
     Attributes:
         model: Name of the class.
+        name: What manifests call the model's family; empty where no bundle is made by the row.
         inputs: Argument of `forward` → `Input`, a nested list or tuple of them, or a plain value.
         pipelines: Diffusers pipelines whose ``transformer`` it may be.
         multiples: Size → expression over the config of which it is a multiple (a patch).
         whole: Whether blocks must all be traced, because `forward` tells them apart by index.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
+        signals: Signal that policies may look at, beside those of every model → path of the
+            module that makes it, of timesteps alone.
+        timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's.
+        packed: Latent rows and columns in a token, where latents come as tokens.
     """
 
     model: str
     inputs: Mapping[str, Any]
     pipelines: tuple[str, ...] = ()
+    name: str = ""
     multiples: Mapping[str, str] = field(default_factory=dict)
     whole: bool = False
     latent_scale: tuple[int, int] = (4, 8)
+    signals: Mapping[str, str] = field(default_factory=dict)
+    timestep_scale: float = 1.0
+    packed: int = 1
 
     def sizes(self, config: Mapping[str, Any], counts: Mapping[str, int] = SIZES) -> dict[str, int]:
         """Return sizes that the model takes: ``counts`` of its patches in each dimension."""
@@ -122,12 +132,16 @@ MODELS = (
         },
         pipelines=("WanPipeline", "WanImageToVideoPipeline"),
         multiples=PATCH_VIDEO,
+        signals={
+            "temb": "condition_embedder.time_embedder",
+            "timestep_proj": "condition_embedder.time_proj",
+        },
     ),
     Row(
         "FluxTransformer2DModel",
         {
             "hidden_states": step("batch tokens in_channels"),
-            "timestep": run(),
+            "timestep": run(fill="fraction"),
             "guidance": prompt("batch", needs="guidance_embeds"),
             "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
             "pooled_projections": prompt("batch pooled_projection_dim"),
@@ -136,6 +150,8 @@ MODELS = (
         },
         pipelines=("FluxPipeline",),
         latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
     ),
     Row(
         "HunyuanVideoTransformer3DModel",
@@ -167,14 +183,17 @@ MODELS = (
     Row(
         "QwenImageTransformer2DModel",
         {
-            "hidden_states": step("batch height*width in_channels"),
-            "timestep": run(),
+            "hidden_states": step("batch rows*columns in_channels"),
+            "timestep": run(fill="fraction"),
             "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
             "encoder_hidden_states_mask": TEXT_MASK,
-            "img_shapes": [(1, size("height"), size("width"))],
+            "img_shapes": [[(1, size("rows"), size("columns"))]],
         },
         pipelines=("QwenImagePipeline",),
+        name="qwen_image",
         latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
     ),
     Row(
         "SD3Transformer2DModel",
@@ -185,6 +204,7 @@ MODELS = (
             "pooled_projections": prompt("batch pooled_projection_dim"),
         },
         pipelines=("StableDiffusion3Pipeline",),
+        name="sd3",
         multiples=PATCH_IMAGE,
         latent_scale=(1, 8),
     ),

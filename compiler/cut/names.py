@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import fx
 
-from .words import is_operation
+from .words import is_operation, operation
 
 __all__ = ["fresh_name", "module_path", "source_of", "value_name"]
 
@@ -28,10 +28,19 @@ TRANSFORMER = 2
 """Depth of the transformer's own `forward` among modules: what watches its blocks lies around it."""
 
 
+OPERANDS = ("query", "key", "value", "mask")
+"""What attention reads, in the order of its arguments."""
+
+
 def value_name(node: fx.Node) -> str:
-    """Return the variable that a value is assigned to, else its module and operation."""
+    """Return the variable that a value is assigned to, else its module and operation.
+
+    What an attention reads is its key or its value, whatever the variable was that held it.
+    """
     if "value_name" in node.meta:
         return str(node.meta["value_name"])
+    if (operand := _attention_operand(node)) is not None:
+        return operand
     lines = [(assignments(file).get(line, ()), False) for file, line in _lines(node)]
     lines += [(names, True) for names, _ in lines]
     is_element = node.target is operator.getitem
@@ -41,6 +50,17 @@ def value_name(node: fx.Node) -> str:
             return names[index if isinstance(index, int) and index < len(names) else 0]
     path = module_path(node).split(".")[-1]
     return f"{path}_{node.name}" if path else node.name
+
+
+def _attention_operand(node: fx.Node) -> str | None:
+    """Return ``attn2_key`` of what an attention of module ``attn2`` reads as its key."""
+    for user in node.users:
+        if is_operation(user) and operation(user) == "scaled_dot_product_attention":
+            module = module_path(user).split(".")[-1]
+            found = [w for w, read in zip(OPERANDS, user.args, strict=False) if read is node]
+            if module and found:
+                return f"{module}_{found[0]}"
+    return None
 
 
 def _lines(node: fx.Node) -> list[tuple[str, int]]:

@@ -62,9 +62,14 @@ class Partition:
 
 
 def partition(
-    trace: Trace, instances: Sequence[Instance], templates: Sequence[Template], classes: Classes
+    trace: Trace,
+    instances: Sequence[Instance],
+    templates: Sequence[Template],
+    classes: Classes,
+    *,
+    modulation: bool = True,
 ) -> Partition:
-    """Divide a traced graph."""
+    """Divide a traced graph; without ``modulation`` a block computes that itself at every step."""
     owner = {node: k for k, i in enumerate(instances) for node in i.nodes}
     live = _live(trace, instances, owner)
     place = _places(trace, owner, live, classes)
@@ -78,7 +83,7 @@ def partition(
             region.nodes.append(node)
     return Partition(
         [region for _, region in sorted(regions.items(), key=lambda item: item[0])],
-        [_block_parts(t.instances[0], classes) for t in templates],
+        [_block_parts(t.instances[0], classes, modulation=modulation) for t in templates],
         live,
     )
 
@@ -168,14 +173,16 @@ def _bring_home(
             place[node] = home
 
 
-def _block_parts(instance: Instance, classes: Classes) -> dict[Runs, list[int]]:
+def _block_parts(
+    instance: Instance, classes: Classes, *, modulation: bool
+) -> dict[Runs, list[int]]:
     """Divide a block: what it makes once per prompt, what once per run, and all else."""
     context = _context(instance, classes)
-    modulation = _modulation(instance, classes) - context
+    tabulated = _modulation(instance, classes) - context if modulation else set()
     parts: dict[Runs, list[int]] = {"context": [], "modulation": [], "block": []}
     for i, node in enumerate(instance.nodes):
         runs: Runs = "block"
-        if node in context or node in modulation:
+        if node in context or node in tabulated:
             runs = "context" if node in context else "modulation"
         parts[runs].append(i)
     return {runs: positions for runs, positions in parts.items() if positions}

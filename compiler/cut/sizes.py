@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.functions import FloorDiv
 
 from .trace import value_of
 from .words import expression_of
@@ -164,6 +165,13 @@ class SizeMaker:
         raise LookupError(symbol)
 
     def _compute(self, expression: Any) -> Any:
+        if isinstance(expression, FloorDiv) and expression.args[0].could_extract_minus_sign():
+            # ⌊−x / n⌋ is −⌊(x + n − 1) / n⌋: ONNX divides towards zero, Python towards −∞.
+            top, bottom = expression.args
+            floor = self._apply(
+                operator.floordiv, self._make(-top + bottom - 1), self._make(bottom)
+            )
+            return self._apply(operator.mul, floor, -1)
         arguments = [self._make(argument) for argument in expression.args]
         name = type(expression).__name__
         if name == "Pow":

@@ -173,8 +173,8 @@ def example(
     if declared.fill == "mask":  # each batch element has fewer ones than the one before it
         ones = torch.tensor([max(shape[-1] - 2 * i, 1) for i in range(shape[0])])
         return (torch.arange(shape[-1]) < ones[:, None]).to(dtype)
-    if declared.fill == "timestep":
-        return torch.full(shape, 437.0).to(dtype)
+    if declared.fill in ("timestep", "fraction"):
+        return torch.full(shape, 437.0 if declared.fill == "timestep" else 0.437).to(dtype)
     if declared.fill == "positions":
         return torch.randint(0, 9, shape, generator=generator).to(dtype)
     if isinstance(declared.fill, int):

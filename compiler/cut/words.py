@@ -177,6 +177,8 @@ class Cut:
         inputs: Name → declaration of everything that `forward` is given.
         results: Values that `forward` returns.
         domain: What tracing took for granted about sizes.
+        sizes: Symbolic size → the row's expression for it.
+        told: Name of a row's signal → the value that carries it.
     """
 
     segments: Mapping[str, Segment]
@@ -184,3 +186,5 @@ class Cut:
     inputs: Mapping[str, Input]
     results: tuple[str, ...]
     domain: tuple[Assumption, ...]
+    sizes: Mapping[sympy.Symbol, sympy.Basic]
+    told: Mapping[str, str]

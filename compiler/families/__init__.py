@@ -1,18 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families table: every diffusers transformer class that can be cut."""
+"""The families table: every diffusers transformer class that can be cut.
+
+Four are restated by hand. Each other one is a row of `compiler.cut.models`, and its cut is found in
+its own forward.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import diffusers
+
+from ...configs.dtypes import Precision
 from ...configs.errors import CheckpointError, nearest
-from .base import Cut, Family, ModelInput, Segment, Stage
+from ..cut.declare import declare
+from ..cut.declared import Cut, Family, ModelInput, Segment, Stage, StoredDtype
+from ..cut.models import MODELS, Row
 from .flux import FLUX
 from .hunyuan import HUNYUAN
+from .layers import on_meta
 from .ltx import LTX
 from .wan import WAN
 
 __all__ = ["FAMILIES", "Cut", "Family", "ModelInput", "Segment", "Stage", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (WAN, LTX, FLUX, HUNYUAN)
+BY_HAND = (WAN, LTX, FLUX, HUNYUAN)
+
+
+def _cut_by_row(
+    row: Row, config: Mapping[str, Any], precision: Precision, stored: StoredDtype
+) -> Cut:
+    """Cut a transformer by what its own forward does."""
+    model_class = getattr(diffusers, row.model)
+    with_defaults = on_meta(model_class, config).config
+    return declare(row, model_class, dict(with_defaults), precision, stored)
+
+
+def _found() -> tuple[Family, ...]:
+    by_hand = {family.transformer_class for family in BY_HAND}
+    return tuple(
+        Family(row.name, row.model, row.pipelines, partial(_cut_by_row, row))
+        for row in MODELS
+        if row.name and row.model not in by_hand
+    )
+
+
+FAMILIES: tuple[Family, ...] = (*BY_HAND, *_found())
 
 
 def family_of(transformer_class: str, where: str) -> Family:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...configs.dtypes import Precision
 from ...configs.errors import CheckpointError
 from ...engines.base import TensorSpec
-from .base import Cut, Family, ModelInput, Segment, Stage, StoredDtype
+from ..cut.declared import Cut, Family, ModelInput, Segment, Stage, StoredDtype
 from .layers import (
     Sinusoid,
     embed,

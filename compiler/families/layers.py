@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...configs.dtypes import Precision
 from ...configs.errors import CheckpointError
 from ..completeness import check_keys
-from .base import StoredDtype
+from ..cut.declared import StoredDtype
 
 __all__ = [
     "Sinusoid",

@@ -71,14 +71,19 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, std::size_t expert,
     FREEWHEEL_TRY(body->buffers_.allocate(memory, name, manifest.inputs.at(name), body->dims_,
                                           body->prompt_));
   }
-  Tensors context = body->prompt_;
-  FREEWHEEL_TRY(
-      body->buffers_.allocate(memory, manifest.graphs.at("prompt").outputs, body->dims_, context));
-  FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> prompt_call, body->bind("prompt", context));
-  body->prompt_calls_.push_back(std::move(prompt_call));
+  Tensors context = shared;
+  context.insert(body->prompt_.begin(), body->prompt_.end());
+  for (const auto& [name, graph] : manifest.graphs) {
+    if (graph.runs != "prompt") continue;
+    FREEWHEEL_TRY(body->buffers_.allocate(memory, graph.outputs, body->dims_, context));
+  }
+  for (const auto& [name, graph] : manifest.graphs) {
+    if (graph.runs != "prompt") continue;
+    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body->bind(name, context));
+    body->prompt_calls_.push_back(std::move(call));
+  }
   body->streams_["hidden"] = {shared.at("hidden"), shared.at("hidden_even"),
                               shared.at("hidden_odd")};
-  context.insert(shared.begin(), shared.end());
   body->values_ = std::move(context);
   for (const StageEntry& stage : manifest.stages) FREEWHEEL_TRY(body->bind_stage(stage));
   return body;

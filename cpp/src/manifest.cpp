@@ -376,6 +376,17 @@ void read_model(Reader& reader, const json& data, Manifest& manifest) {
       }
     }
   }
+  if (data.contains("sums")) {
+    for (const auto& [name, terms] : reader.object(data, "", "sums").items()) {
+      for (const json& term : terms) {
+        if (!term.is_string()) {
+          reader.fault("sums." + name, "should be names of dimensions");
+        } else {
+          manifest.sums[name].push_back(term.get<std::string>());
+        }
+      }
+    }
+  }
   const json& scale = reader.object(data, "", "latent_scale");
   manifest.latent_scale.frames =
       reader.integer(scale, "latent_scale", "frames", 1, kMaxLatentScale);
@@ -641,6 +652,17 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
                         std::to_string(product),
                     "give sizes that belong to the latents");
     }
+  }
+  for (const auto& [name, terms] : manifest.sums) {
+    std::int64_t sum = 0;
+    bool is_known = !terms.empty();
+    for (const std::string& term : terms) {
+      const auto found = dims.find(term);
+      is_known = is_known && found != dims.end();
+      if (!is_known) break;
+      sum = std::min(sum + found->second, kMaxSize);
+    }
+    if (is_known) dims[name] = sum;
   }
   return dims;
 }

@@ -60,7 +60,7 @@ def subject(function, *, outputs: str = "hidden_out", blocks: int = 1) -> Subjec
         "scale", "fake", None,
         GraphEntry(file="f", runs="block", inputs={"hidden": io}, outputs={outputs: io}),
         SimpleNamespace(inputs={"hidden": spec}, outputs={outputs: spec}), bind,
-        Reference(segment, weights, chain), torch.device("cpu"), lambda: None, {}, taps,
+        Reference(segment, weights, chain), torch.device("cpu"), lambda: None, dict, taps,
     )  # fmt: skip
 
 

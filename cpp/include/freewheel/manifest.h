@@ -117,6 +117,7 @@ struct Manifest {
   std::string freewheel_version, family, precision, weights;
   std::map<std::string, InputEntry> inputs;
   std::map<std::string, std::vector<std::pair<std::string, std::int64_t>>> dims;
+  std::map<std::string, std::vector<std::string>> sums;  ///< Dimension → those it is the sum of.
   LatentScale latent_scale;
   std::optional<std::int64_t> vocabulary_size;  ///< Of the text encoder: ids lie below it.
   std::map<std::string, GraphEntry> graphs;

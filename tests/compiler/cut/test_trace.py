@@ -72,7 +72,7 @@ def test_an_input_that_the_config_leaves_out_is_not_given() -> None:
 def test_nested_inputs_are_named_by_their_place() -> None:
     row = row_of("QwenImageTransformer2DModel")
     assert row is not None
-    assert {"img_shapes.0.1", "img_shapes.0.2"} <= set(leaves_of(row, {})[1])
+    assert {"img_shapes.0.0.1", "img_shapes.0.0.2"} <= set(leaves_of(row, {})[1])
 
 
 def test_the_domain_has_the_length_of_tables_over_the_rows_sizes(wan: Case) -> None:

@@ -74,7 +74,7 @@ class Chain:
                 self.values |= self.call(segment.name)
             elif segment.runs == "run":
                 tables = self.call(segment.name)
-                self.values |= {n: t.view(rows[n].shape) for n, t in tables.items()}
+                self.values |= {n: t.view(rows[n].shape) for n, t in tables.items() if n in rows}
         self.values |= self.call("head")
         self.values |= self.call("modulate")
         begun = {"hidden": self.values["hidden"]}

@@ -101,18 +101,21 @@ class ModelInput:
     """One tensor a caller hands in.
 
     Attributes:
-        argument: Keyword of the diffusers transformer's ``forward``. A whole number given for a
+        argument: Keyword of the diffusers transformer's ``forward``, with the place in it where
+            that is nested (``img_shapes.0.0.1``). A whole number given for a
             spec of one dimension stands for that many indices, 0 first.
         runs: ``step``, ``run`` or ``prompt``: when it may change. A step's inputs have every
             dimension of ``head``'s.
         spec: dtype and named dimensions.
         scale: What the argument is multiplied by; brings timesteps to the scheduler's values.
+        absent: What stands for it where a pipeline leaves it out, or None.
     """
 
     argument: str
     runs: Literal["step", "run", "prompt"]
     spec: TensorSpec
     scale: float = 1.0
+    absent: Literal["ones"] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Cut:
         dims: Derived dimension → product of floor divisions of others. Where an input has it too,
             both must agree. Those over ``frames``, ``height`` and ``width`` of the latents
             serve forecasts also where no input has these.
+        sums: Dimension → others whose sum it is, as text and image tokens in one sequence are.
         history_dtype: dtype in which residuals are kept.
         example_dims: Sizes to trace with.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
@@ -146,6 +150,7 @@ class Cut:
     example_dims: Mapping[str, int] = field(default_factory=dict)
     latent_scale: tuple[int, int] = (4, 8)
     limits: Mapping[str, int] = field(default_factory=dict)
+    sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Add the signals that need no segment of the family's own."""

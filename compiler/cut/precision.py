@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give a segment's graph its dtypes: low precision for products of tokens, float32 for all else.
+
+The rule is one for all models. Products that touch tokens take and give the body's precision; norms,
+rotary embeddings and products of conditioning vectors are float32; everything else follows PyTorch's
+own promotion, by which a stream stays float32 (float32 + low is float32) and what lies between two
+products stays low. A weight is taken in the dtype it is stored in and cast in the graph, except by
+products of the body, whose weights a build converts once.
+
+What depends on nothing is computed here and becomes a constant of the graph: another library's `exp`
+would turn the angles of large numbers (timesteps, guidance · 1,000) by 1e-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from .declared import StoredDtype
+from .extract import hold
+from .trace import value_of
+from .words import PRODUCTS, operation, sizes_of
+
+__all__ = ["typed"]
+
+EXACT = frozenset(
+    {
+        "group_norm", "layer_norm", "mean", "native_layer_norm", "rms_norm", "rotary_embedding",
+        "softmax", "var", "var_mean",
+    }
+)  # fmt: skip
+"""Operations in float32, as the published models compute them."""
+
+
+def typed(
+    module: fx.GraphModule,
+    given: Mapping[str, torch.dtype],
+    *,
+    precision: torch.dtype | None,
+    stored: StoredDtype,
+    batch: set[sympy.Symbol],
+    names: Mapping[str, str] = MappingProxyType({}),
+    returned: Mapping[int, torch.dtype] = MappingProxyType({}),
+    drop_unread: bool = False,
+    divisor: float = 1.0,
+) -> tuple[fx.GraphModule, list[torch.dtype]]:
+    """Copy a segment's graph with its dtypes.
+
+    Args:
+        module: The graph, all of it float32.
+        given: Argument → dtype that it comes in.
+        precision: Of products that touch tokens, whose weights are converted to it; None outside
+            the body, where every weight is as stored.
+        stored: dtype of each of the graph's own weights, by its name in the graph.
+        batch: Sizes that a vector without tokens may have.
+        names: Argument → what the copy calls it.
+        returned: Position of a result → dtype that it is cast to.
+        drop_unread: Whether to leave arguments out that nothing reads.
+        divisor: What the first argument is divided by.
+
+    Returns:
+        The graph, and the dtypes of what it returns. A whole number that the graph takes becomes
+        the length of a vector, as bundles hand it in.
+    """
+    typing = _Typing(module, given, precision, stored, batch)
+    return typing.run(names, returned, drop_unread=drop_unread, divisor=divisor)
+
+
+class _Typing:
+    """Copies a graph node by node; runs each on tensors without data to learn its dtype."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        given: Mapping[str, torch.dtype],
+        precision: torch.dtype | None,
+        stored: StoredDtype,
+        batch: set[sympy.Symbol],
+    ) -> None:
+        self.module, self.given, self.precision = module, given, precision
+        self.stored, self.batch = stored, batch
+        self.root, self.graph = nn.Module(), fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.weights: dict[fx.Node, Tensor] = {}
+        self.constants: dict[fx.Node, Any] = {}
+
+    def run(
+        self,
+        names: Mapping[str, str],
+        cast: Mapping[int, torch.dtype],
+        *,
+        drop_unread: bool,
+        divisor: float,
+    ) -> tuple[fx.GraphModule, list[torch.dtype]]:
+        """Copy the graph."""
+        returned: list[fx.Node] = []
+        for node in self.module.graph.nodes:
+            if node.op == "output":
+                results = [self.copies[one] for one in node.args[0]]
+                returned = [
+                    self._cast(one, cast[i]) if i in cast else one for i, one in enumerate(results)
+                ]
+            elif node.op == "placeholder":
+                copy = self._argument(node, names.get(node.name, node.name))
+                if divisor != 1.0 and not self.copies:
+                    copy = self._divided(copy, divisor)
+                self.copies[node] = copy
+            else:
+                self.copies[node] = self._copy(node)
+        dtypes = [self.values[one].dtype for one in returned]
+        self.graph.output(tuple(returned))
+        self.graph.eliminate_dead_code()
+        if drop_unread:
+            for node in self.graph.find_nodes(op="placeholder"):
+                if not node.users:
+                    self.graph.erase_node(node)
+        for node in self.graph.find_nodes(op="get_attr"):
+            hold(self.root, str(node.target), self.weights[node])
+        made = fx.GraphModule(self.root, self.graph, class_name=self.module._get_name())
+        # What no checkpoint holds is no part of a state dict; a graph module forgets that.
+        made._non_persistent_buffers_set.update(name for name, _ in made.named_buffers())
+        return made, dtypes
+
+    def _argument(self, node: fx.Node, name: str) -> fx.Node:
+        """Copy an argument; a whole number is the length of a vector."""
+        copy = self.graph.placeholder(name)
+        value = value_of(node)
+        if isinstance(value, Tensor):
+            self.values[copy] = _on_meta(value, self.given.get(node.name))
+        else:
+            self.values[copy] = torch.empty(hint(value), device="meta")
+            copy = self.graph.call_function(torch.ops.aten.sym_size.int, (copy, 0))
+            self.values[copy] = hint(value)
+        copy.meta = {**node.meta}
+        return copy
+
+    def _divided(self, node: fx.Node, divisor: float) -> fx.Node:
+        divided = self.graph.call_function(torch.ops.aten.div.Tensor, (node, divisor))
+        self._infer(divided)
+        return divided
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        copy = self._weight(node) if node.op == "get_attr" else self._operation(node)
+        copy.meta = {**node.meta, **copy.meta}
+        return copy
+
+    def _weight(self, node: fx.Node) -> fx.Node:
+        """Copy a weight; outside the body's products it is cast to float32."""
+        path = str(node.target)
+        value = _attribute(self.module, path)
+        copy = self.graph.get_attr(path)
+        if not isinstance(value, nn.Parameter):
+            self.constants[copy] = self.weights[copy] = self.values[copy] = value
+            return copy
+        taken = self.precision
+        if not node.users or not all(map(self._is_low, node.users)):
+            taken = None
+        dtype = taken or getattr(torch, self.stored(path))
+        weight = torch.empty(value.shape, dtype=dtype, device="meta")
+        self.values[copy] = weight
+        self.weights[copy] = nn.Parameter(weight, requires_grad=False)
+        return self._cast(copy, torch.float32) if taken is None else copy
+
+    def _is_low(self, node: fx.Node) -> bool:
+        """Say whether a node is a product of the body that touches tokens."""
+        if self.precision is None or operation(node) not in PRODUCTS:
+            return False
+        return any(sizes_of(n) - self.batch for n in (node, *node.all_input_nodes))
+
+    def _operation(self, node: fx.Node) -> fx.Node:
+        wanted: torch.dtype | None = None
+        if operation(node) in PRODUCTS:
+            wanted = (self._is_low(node) and self.precision) or torch.float32
+        elif operation(node) in EXACT:
+            wanted = torch.float32
+
+        read = [self.copies[one] for one in node.all_input_nodes]
+        if all(one in self.constants for one in read):
+            return self._constant(node)
+        placed = next(
+            (n for n in read if getattr(self.values[n], "device", None) == torch.device("meta")),
+            None,
+        )
+
+        def argument(one: fx.Node) -> fx.Node:
+            copy = self._beside(self.copies[one], placed)
+            return copy if wanted is None else self._cast(copy, wanted)
+
+        target: Any = node.target
+        copy = self.graph.call_function(
+            target, fx.map_arg(node.args, argument), fx.map_arg(node.kwargs, argument)
+        )
+        self._infer(copy)
+        return copy
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        """Compute what depends on nothing."""
+        copies, target = self.copies, node.target
+
+        def known(one: fx.Node) -> Any:
+            return self.constants[copies[one]]
+
+        with torch.no_grad():
+            value: Any = target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))  # type: ignore[operator]  # a function
+        if not isinstance(value, Tensor):  # a tuple, of which elements are taken
+            copy = self.graph.call_function(tuple, ())
+        else:
+            copy = self.graph.get_attr(f"constant_{node.name}")
+            self.weights[copy] = value.contiguous()
+        self.constants[copy] = self.values[copy] = value
+        return copy
+
+    def _beside(self, node: fx.Node, other: fx.Node | None) -> fx.Node:
+        """Return a constant, or what is made of constants and sizes, on another value's device."""
+        value = self.values[node]
+        if other is None or not isinstance(value, Tensor) or value.device.type == "meta":
+            return node
+        moved = self.graph.call_function(on_device_of, (node, other))
+        self.values[moved] = value.to("meta")
+        return moved
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Return a value in a dtype; the value itself if it has it, or holds no real numbers."""
+        value = self.values[node]
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return node
+        if (node, dtype) not in self.casts:
+            cast = self.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+            cast.meta = {key: kept for key, kept in node.meta.items() if key != "val"}
+            self._infer(cast)
+            self.casts[node, dtype] = cast
+        return self.casts[node, dtype]
+
+    def _infer(self, node: fx.Node) -> None:
+        target: Any = node.target
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        with torch.no_grad():
+            self.values[node] = target(*args, **kwargs)
+
+
+def on_device_of(constant: Tensor, other: Tensor) -> Tensor:
+    """Return a constant on the device of what it meets: weights lie on ``meta`` when a graph is exported."""
+    return constant.to(other.device)
+
+
+def _on_meta(value: Any, dtype: torch.dtype | None) -> Any:
+    """Return a traced value at the sizes it was traced with, without data."""
+    if not isinstance(value, Tensor):
+        return hint(value)
+    return torch.empty(
+        [hint(extent) for extent in value.shape], dtype=dtype or value.dtype, device="meta"
+    )
+
+
+def hint(extent: Any) -> Any:
+    """Return a size's value at the traced sizes."""
+    return extent.node.hint if hasattr(extent, "node") else extent
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(parent), name)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find in a block what policies look at: its modulated input, and what its attention adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from ...configs.errors import ExportError
+from .names import module_path
+from .trace import value_of
+from .words import PRODUCTS, expression_of, operation
+
+__all__ = ["attention_output", "modulated_input"]
+
+
+def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
+    """Return what a block's first product of the stream multiplies: its normed, modulated input.
+
+    Args:
+        module: The block's graph.
+        hidden: Argument that is the stream.
+
+    Raises:
+        ExportError: the block multiplies nothing of the stream's shape.
+    """
+    stream = _argument(module, hidden)
+    seen = {stream}
+    nodes: list[fx.Node] = list(module.graph.nodes)
+    for node in nodes:
+        if node.op != "call_function" or seen.isdisjoint(node.all_input_nodes):
+            continue
+        if operation(node) in PRODUCTS:
+            read = [n for n in node.all_input_nodes if n in seen and _shape(n) == _shape(stream)]
+            if read:
+                return read[0]
+        seen.add(node)
+    raise _missing(module, "no product reads the stream")
+
+
+def attention_output(module: fx.GraphModule, hidden: str) -> fx.GraphModule:
+    """Return a block's graph that also returns what its attention adds to the stream, gated.
+
+    Args:
+        module: The block's graph.
+        hidden: Argument that is the stream.
+
+    Raises:
+        ExportError: nothing is added to the stream.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result: Any = graph.graph_copy(module.graph, copies)
+    found = _first_added(module, hidden)
+    graph.output((*result, copies[found]))
+    for node, copy in copies.items():
+        copy.meta = dict(node.meta)
+    return fx.GraphModule(module, graph, class_name=module._get_name())
+
+
+def _first_added(module: fx.GraphModule, hidden: str) -> fx.Node:
+    stream = _argument(module, hidden)
+    for node in module.graph.nodes:
+        if node.op != "call_function" or operation(node) != "add" or len(node.args) != 2:
+            continue
+        one, two = node.args
+        if stream in (one, two):
+            added: Any = two if one is stream else one
+            if isinstance(added, fx.Node) and _shape(added) == _shape(stream):
+                return added
+    raise _missing(module, "nothing is added to the stream")
+
+
+def _argument(module: fx.GraphModule, name: str) -> fx.Node:
+    nodes: list[fx.Node] = list(module.graph.nodes)
+    return next(n for n in nodes if n.op == "placeholder" and n.name == name)
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    value = value_of(node)
+    return tuple(map(expression_of, value.shape)) if isinstance(value, Tensor) else ()
+
+
+def _missing(module: fx.GraphModule, what: str) -> ExportError:
+    path = next((module_path(n) for n in module.graph.nodes if module_path(n)), "")
+    return ExportError(
+        f"block '{path}'", f"can't be tapped: {what}", "report this with the model's config"
+    )

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bundles whose cut was found: engines equal diffusers at every size, and every policy runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, case
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+from bundles import TOLERANCE, check_attach, check_policies, save, session_output
+from chain import relative
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+)
+from test_prove import OTHER
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.models import SIZES
+from freewheel.compiler.cut.prove import eager, random_inputs
+from freewheel.compiler.verify import verify_bundle
+from freewheel.configs.setting import CacheSetting
+from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.session import Session
+
+NAMES = [pytest.param("qwen_image"), pytest.param("sd3"), pytest.param("sd35")]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def one(request: pytest.FixtureRequest) -> Case:
+    return case(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    one: Case, tmp_path_factory: pytest.TempPathFactory, build_bundle: Callable[..., Bundle]
+) -> Bundle:
+    return build_bundle(save(one.model, tmp_path_factory.mktemp(one.row.name) / "model"))
+
+
+def inputs_at(
+    one: Case, bundle: Bundle, counts: dict[str, int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return inputs by the bundle's names, and what diffusers gives for them."""
+    config: Any = one.model.config
+    raw = random_inputs(one.row, config, one.row.sizes(config, counts))
+    given = {}
+    for name, entry in bundle.manifest.inputs.items():
+        value = raw[entry.argument]
+        if isinstance(value, int):
+            value = torch.arange(value, dtype=torch.float32)
+        given[name] = value[:1] * entry.scale if entry.runs == "run" else value
+    return given, eager(one.row, one.model, raw)[0]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_engines_equal_the_transformer_at_every_size(
+    one: Case, bundle: Bundle, backend: str
+) -> None:
+    session = Session(LoadedModel(bundle, backend))
+    for counts in (SIZES, OTHER, dict.fromkeys(SIZES, 1)):
+        given, expected = inputs_at(one, bundle, counts)
+        found = session_output(session, given)
+        assert relative(found, expected) < TOLERANCE, counts
+
+
+def test_every_policy_runs_and_decides_by_content(one: Case, bundle: Bundle) -> None:
+    given, _ = inputs_at(one, bundle, SIZES)
+    check_policies(bundle, given, "modulated_input")
+
+
+def pipeline_of(one: Case) -> tuple[Any, dict[str, Any]]:
+    """Return the class's pipeline without text encoders or VAE, and what it is called with."""
+    generator = torch.Generator().manual_seed(0)
+    config: Any = one.model.config
+    width = config.joint_attention_dim
+    embeds = [torch.randn(1, 6, width, generator=generator) for _ in range(2)]
+    size = {"height": 64, "width": 96}
+    if one.row.name == "qwen_image":
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        pipe = QwenImagePipeline(scheduler, None, None, None, one.model)  # type: ignore[arg-type]  # parts not needed
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+        return pipe, {
+            "prompt_embeds": embeds[0], "prompt_embeds_mask": torch.ones(1, 6, dtype=torch.int64),
+            "negative_prompt_embeds": embeds[1], "negative_prompt_embeds_mask": mask,
+            "true_cfg_scale": 3.0, **size,
+        }  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = StableDiffusion3Pipeline(one.model, scheduler, *[None] * 7)  # type: ignore[arg-type]  # parts not needed
+    pooled = [torch.randn(1, config.pooled_projection_dim, generator=generator) for _ in range(2)]
+    return pipe, {
+        "prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1],
+        "pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1],
+        "guidance_scale": 3.0, **size,
+    }  # fmt: skip
+
+
+def test_its_pipeline_takes_the_bundle(one: Case, bundle: Bundle) -> None:
+    """Guidance in two branches; a mask of ones alone is left out by the pipeline."""
+    pipe, arguments = pipeline_of(one)
+    by_content = CacheSetting(policy="teacache", parameters={"threshold": 1e6})
+    transformer = check_attach(pipe, bundle, arguments, ["taylorseer", by_content])
+    assert transformer.session.resolved.signal_name == "modulated_input"
+
+
+def test_bundle_is_verified_against_its_own_cut(one: Case, bundle: Bundle) -> None:
+    """Engines of both backends, portable graphs and policies, as `freewheel verify` checks them."""
+    report = verify_bundle(bundle, "openvino")
+    assert report.ok, [check for check in report.engines if not check.ok]

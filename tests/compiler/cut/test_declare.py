@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A found cut in the bundle's words is the transformer, as a session calls its graphs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, EVERY_RUN, Case, case
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+from chain import Chain, relative, taken_weights
+from test_prove import OTHER
+
+from freewheel.compiler.cut.declare import declare
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.models import SIZES
+from freewheel.compiler.cut.prove import eager, random_inputs
+from freewheel.compiler.families import family_of
+from freewheel.configs.errors import ExportError
+
+DECLARED = [
+    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
+    for name in CASES
+    if name != "z_image"
+]
+BY_HAND = [
+    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
+    for name in ("wan", "wan_i2v", "flux", "hunyuan_video", "ltx")
+]
+
+ERRORS = {"bfloat16": 8e-3, "float16": 1e-3}
+"""Largest relative L2 of a low-precision body: 3e-3 to 6e-3 and 4e-4 to 8e-4 were seen."""
+
+
+def declared(one: Case, precision: Any = "float32", stored: str = "float32") -> Cut:
+    config: Any = one.model.config
+    return declare(one.row, type(one.model), dict(config), precision, lambda name: stored)
+
+
+def error(one: Case, cut: Cut, counts: dict[str, int]) -> float:
+    config: Any = one.model.config
+    raw = random_inputs(one.row, config, one.row.sizes(config, counts))
+    given: dict[str, Tensor] = {}
+    for name, taken in cut.inputs.items():
+        value = raw[taken.argument]
+        if isinstance(value, int):
+            value = torch.arange(value, dtype=torch.float32)
+        given[name] = value[:1] * taken.scale if taken.runs == "run" else value
+    return relative(Chain(cut, one.model).run(given), eager(one.row, one.model, raw)[0])
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_graphs_called_as_a_session_does_are_the_transformer(name: str) -> None:
+    one = case(name)
+    cut = declared(one)
+    for counts in (SIZES, OTHER, dict.fromkeys(SIZES, 1)):
+        assert error(one, cut, counts) < 1e-5, counts
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_body_of_low_precision_stays_close(name: str, precision: str) -> None:
+    one = case(name)
+    assert 1e-5 < error(one, declared(one, precision), SIZES) < ERRORS[precision]
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_tensor_of_the_checkpoint_is_some_graphs_weight(name: str) -> None:
+    one = case(name)
+    assert taken_weights(declared(one)) == set(one.model.state_dict())
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_words_are_those_of_the_cut_by_hand(name: str) -> None:
+    """Same inputs, signals, dimensions and tables; blocks in the same stages."""
+    one = case(name)
+    found = declared(one)
+    config: Any = one.model.config
+    by_hand = family_of(one.row.model, "").cut(config, "float32", lambda name: "float32")
+    assert found.inputs.keys() <= by_hand.inputs.keys()
+    for word, taken in found.inputs.items():
+        assert (taken.runs, taken.scale) == (by_hand.inputs[word].runs, by_hand.inputs[word].scale)
+    assert {"modulated_input", "latents"} <= found.signals.keys() <= by_hand.signals.keys()
+    assert found.dims["tokens"] == by_hand.dims["tokens"]
+    assert found.history_dtype == by_hand.history_dtype
+    assert [(s.count, s.first) for s in found.stages] == [
+        (s.count, s.first) for s in by_hand.stages
+    ]
+    assert found.feature_block == by_hand.feature_block
+
+
+def test_limits_are_whole_patches(wan: Case) -> None:
+    assert declared(wan).limits == {"frames": 32, "height": 64, "width": 64}
+
+
+def test_weights_are_taken_as_they_are_stored_but_for_the_bodys_products(wan: Case) -> None:
+    cut = declared(wan, "float16", stored="bfloat16")
+    block = next(s for s in cut.segments if s.name == "block")
+    dtypes = {n: str(p.dtype) for n, p in block.module.named_parameters()}
+    assert dtypes["attn1.to_q.weight"] == dtypes["ffn.net.2.bias"] == "torch.float16"
+    assert dtypes["scale_shift_table"] == dtypes["attn1.norm_q.weight"] == "torch.bfloat16"
+    head = next(s for s in cut.segments if s.name == "head")
+    assert {str(p.dtype) for p in head.module.parameters()} == {"torch.bfloat16"}
+
+
+def test_a_sequence_of_two_kinds_of_tokens_has_their_sum() -> None:
+    one = case("flux")
+    cut = declared(one)
+    assert cut.sums == {"text_tokens_plus_tokens": ("text_tokens", "tokens")}
+    rotary = cut.segments[0].outputs
+    assert any("text_tokens_plus_tokens" in spec.shape for spec in rotary.values())
+
+
+@pytest.mark.nightly
+def test_what_a_bundle_has_no_word_for_is_refused_by_name() -> None:
+    with pytest.raises(ExportError, match=r"ZImage.*between two blocks: bridge_\d"):
+        declared(case("z_image"))

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of tokens are low, everything that the published models keep in float32 is float32."""
+
+from __future__ import annotations
+
+import torch
+from cases import Case, traced
+from torch import Tensor, fx, nn
+
+from freewheel.compiler.cut.classes import classify
+from freewheel.compiler.cut.extract import extract
+from freewheel.compiler.cut.models import run, step
+from freewheel.compiler.cut.precision import typed
+from freewheel.compiler.cut.trace import Trace
+from freewheel.compiler.cut.words import is_operation, operation
+
+
+def graph_of(found: Trace) -> fx.GraphModule:
+    nodes = [node for node in found.graph.nodes if is_operation(node)]
+    return extract(found, classify(found), nodes, list(found.results), name="whole")[0]
+
+
+def dtypes_of(module: fx.GraphModule, *given: Tensor) -> dict[str, torch.dtype]:
+    """Return operation → dtype of its last result."""
+    seen: dict[str, torch.dtype] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            result = super().run_node(n)
+            if n.op == "call_function" and isinstance(result, Tensor):
+                seen[operation(n)] = result.dtype
+            return result
+
+    Watch(module).run(*given)
+    return seen
+
+
+def lowered(module: fx.GraphModule, batch: set[object] = frozenset()) -> fx.GraphModule:  # type: ignore[assignment]
+    given = {node.name: torch.float32 for node in module.graph.find_nodes(op="placeholder")}
+    return typed(
+        module, given, precision=torch.float16, stored=lambda name: "float32", batch=batch,  # type: ignore[arg-type]  # symbols
+    )[0]  # fmt: skip
+
+
+def test_tokens_products_are_low_norms_and_sums_with_the_stream_are_not() -> None:
+    def forward(x: Tensor) -> Tensor:
+        hidden = torch.nn.functional.layer_norm(x, (4,))
+        low = torch.nn.functional.gelu(hidden @ torch.ones(4, 4))
+        return x + low
+
+    module = lowered(graph_of(traced(forward, x=step("batch tokens 4"))))
+    seen = dtypes_of(module, torch.randn(2, 5, 4))
+    assert seen["matmul"] == seen["gelu"] == torch.float16
+    assert seen["layer_norm"] == seen["add"] == torch.float32
+
+
+def test_products_of_vectors_stay_float32() -> None:
+    found = traced(lambda t: t.unsqueeze(1) @ torch.ones(1, 4), t=run())
+    module = graph_of(found)
+    assert dtypes_of(lowered(module, set(found.symbols)), torch.randn(3))["matmul"] == torch.float32
+
+
+def test_what_depends_on_nothing_is_a_constant() -> None:
+    def forward(t: Tensor) -> Tensor:
+        return t.unsqueeze(1) * torch.exp(torch.arange(4, dtype=torch.float32) * -2.3)
+
+    module = lowered(graph_of(traced(forward, t=run())))
+    names = {operation(n) for n in module.graph.nodes if n.op == "call_function"}
+    assert not names & {"exp", "arange"}
+    expected = torch.exp(torch.arange(4, dtype=torch.float32) * -2.3)
+    assert any(torch.equal(b, expected) for b in module.buffers())
+    assert not module.state_dict(), "no checkpoint holds it"
+
+
+def test_a_whole_number_is_a_vectors_length(wan: Case) -> None:
+    graph = fx.Graph()
+    count = graph.placeholder("count")
+    count.meta["val"] = 5
+    graph.output((graph.call_function(torch.ops.aten.arange.default, (count,)),))
+    module = lowered(fx.GraphModule(nn.Module(), graph))
+    assert module(torch.zeros(3))[0].tolist() == [0, 1, 2]
+
+
+def test_a_scaled_timestep_is_divided_where_it_comes_in() -> None:
+    module = graph_of(traced(lambda t: t + 1, t=run()))
+    (name,) = (node.name for node in module.graph.find_nodes(op="placeholder"))
+    made, dtypes = typed(
+        module, {name: torch.float32}, precision=None, stored=lambda name: "float32",
+        batch=set(), names={name: "timesteps"}, divisor=1000.0,
+    )  # fmt: skip
+    assert made(timesteps=torch.tensor([500.0]))[0].tolist() == [1.5]
+    assert dtypes == [torch.float32]
