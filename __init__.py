@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .telemetry import turn_off
+from .core.telemetry import turn_off
 
 if TYPE_CHECKING:
-    from .configs.setting import CacheSetting, GuardSetting
-    from .runtime.attach import FreewheelTransformer, attach, attached
+    from .policies.setting import CacheSetting, GuardSetting
+    from .runtime.pipeline.attach import FreewheelTransformer, attach, attached
 
     __version__: str
 
@@ -32,11 +32,11 @@ def __getattr__(name: str) -> Any:
 
         return version("freewheel")
     if name in ("CacheSetting", "GuardSetting"):
-        from .configs import setting
+        from .policies import setting
 
         return getattr(setting, name)
     if name in ("FreewheelTransformer", "attach", "attached"):
-        from .runtime import attach as module
+        from .runtime.pipeline import attach as module
 
         return getattr(module, name)
     raise AttributeError(f"module 'freewheel' has no attribute '{name}'")

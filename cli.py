@@ -25,7 +25,7 @@ from freewheel.commands.screen import Screen
 from freewheel.commands.serve import serve
 from freewheel.commands.tune import tune
 from freewheel.commands.verify import verify
-from freewheel.configs.errors import FreewheelError
+from freewheel.core.errors import FreewheelError
 
 app = typer.Typer(
     name="freewheel",

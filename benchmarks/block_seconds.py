@@ -18,7 +18,7 @@ import typer
 from real_size import latents_of, prompt_states
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

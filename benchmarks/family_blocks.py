@@ -78,10 +78,10 @@ def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
     from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
     from freewheel.compiler.defaults import resolve_configs
     from freewheel.compiler.families import family_of
-    from freewheel.compiler.graphs import write_graphs
+    from freewheel.compiler.graphs.write import write_graphs
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
-    from freewheel.compiler.progress import Silent
-    from freewheel.configs.setting import CacheSetting
+    from freewheel.core.progress import Silent
+    from freewheel.policies.setting import CacheSetting
 
     model = MODELS[name]
     transformer = getattr(diffusers, model.transformer)

@@ -26,7 +26,7 @@ import torch
 import typer
 from quality import FIRST_SEED, MODEL, SPEEDUPS, captions, even_steps
 
-from freewheel.runtime.quality import Quality, compare_videos
+from freewheel.tuning.quality import Quality, compare_videos
 
 BRANCHES = 2
 RETENTION = 0.1

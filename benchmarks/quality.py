@@ -30,14 +30,14 @@ from scipy.stats import spearmanr
 from freewheel.bundle.reader import Bundle
 from freewheel.commands.screen import Screen
 from freewheel.configs.load import load_config, read_configs
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies.custom import DAMPED, PUBLISHED, CustomConfig
-from freewheel.runtime.bench import BenchReport, BenchRequest, bench_bundle
-from freewheel.runtime.generate import GenerationRequest, Generator
-from freewheel.runtime.replay import replay
+from freewheel.policies.setting import CacheSetting, GuardSetting
+from freewheel.runtime.pipeline.generate import GenerationRequest, Generator
 from freewheel.runtime.settings import choose_setting
-from freewheel.runtime.trace import Trace, TraceRecorder
+from freewheel.tuning.bench import BenchReport, BenchRequest, bench_bundle
 from freewheel.tuning.calibrate import CalibrationRequest, calibrate, save_calibration
+from freewheel.tuning.replay import replay
+from freewheel.tuning.trace import Trace, TraceRecorder
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0)

@@ -26,8 +26,8 @@ from synthetic import GEOMETRIES, write_checkpoint
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
-from freewheel.configs.setting import CacheSetting
 from freewheel.engines import backend
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from freewheel.bundle.safetensors_header import encode_header
-from freewheel.configs.dtypes import ITEM_BYTES
+from freewheel.core.dtypes import ITEM_BYTES
 
 SHARD_BYTES = 4 << 30
 TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "shapes_wan" / "tokenizer"

@@ -26,11 +26,11 @@ import typer
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
-from freewheel.configs.setting import CacheSetting
 from freewheel.engines import backend
-from freewheel.runtime.generate import GenerationRequest, Generator
-from freewheel.runtime.quality import compare_videos
+from freewheel.policies.setting import CacheSetting
+from freewheel.runtime.pipeline.generate import GenerationRequest, Generator
 from freewheel.runtime.settings import config_entries
+from freewheel.tuning.quality import compare_videos
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 PROMPTS = (

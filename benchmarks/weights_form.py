@@ -28,13 +28,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from freewheel.bundle.dims import derive_dims
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.bake import block_bytes
 from freewheel.compiler.build import BuildRequest, build
-from freewheel.configs.dtypes import Precision
+from freewheel.compiler.graphs.groups import block_bytes
+from freewheel.core.dtypes import Precision
 from freewheel.engines import backend
 from freewheel.runtime.body import Body, allocate
-from freewheel.runtime.dims import derive_dims
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.settings import config_entries
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from ..configs.errors import BundleError
+from ..core.errors import BundleError
 from .manifest import FileEntry
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..configs.dtypes import ITEM_BYTES, Precision
-from ..configs.limits import LARGEST_SEED
-from ..configs.policy_spec import PolicySpec
-from ..configs.setting import CacheSetting
+from ..core.dtypes import ITEM_BYTES, Precision
+from ..core.limits import LARGEST_SEED
+from ..policies.setting import CacheSetting
+from ..policies.spec import PolicySpec
 
 __all__ = [
     "MANIFEST",

@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from ..configs.errors import BundleError, CheckpointError, nearest
-from ..configs.strict_json import parse_json
+from ..core.errors import BundleError, CheckpointError, nearest
+from ..core.strict_json import parse_json
 from .files import safe_path, sha256_of, sha256_of_each
 from .manifest import MANIFEST, SCHEMA_VERSION, EngineSetEntry, Manifest, TensorEntry
 from .references import reference_faults

@@ -15,9 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..configs.dtypes import ITEM_BYTES, SAFETENSORS_DTYPES
-from ..configs.errors import CheckpointError
-from ..configs.strict_json import parse_json
+from ..core.dtypes import ITEM_BYTES, SAFETENSORS_DTYPES
+from ..core.errors import CheckpointError
+from ..core.strict_json import parse_json
 
 __all__ = ["StoredTensor", "encode_header", "read_header"]
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ..configs.errors import OutputError
-from ..configs.output import check_folder
+from ..core.errors import OutputError
+from ..core.output import check_folder
 from .manifest import MANIFEST
 
 __all__ = ["alone", "check_target", "staged_folder"]

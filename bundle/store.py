@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..configs.errors import OutputError
+from ..core.errors import OutputError
 from .files import link_or_none, sha256_of
 
 __all__ = ["NO_STORE", "Store"]

@@ -68,13 +68,13 @@ def bench(
     """
     with reporting("bench", as_json, quiet, debug) as screen:
         from ..bundle.reader import Bundle
-        from ..compiler.geometry import check_geometry
+        from ..compiler.forecast.geometry import check_geometry
         from ..compiler.sizes import size_of
-        from ..configs.extras import require_extra
-        from ..configs.output import check_file
-        from ..runtime.bench import BenchRequest, bench_bundle, read_prompts
+        from ..core.extras import require_extra
+        from ..core.output import check_file
         from ..runtime.model import DeviceOptions
         from ..runtime.settings import choose_setting
+        from ..tuning.bench import BenchRequest, bench_bundle, read_prompts
 
         require_extra("metrics", "bench")
         if out is not None:

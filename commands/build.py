@@ -122,7 +122,7 @@ def build(
         from ..bundle.staging import check_target
         from ..compiler.build import BuildRequest, plan
         from ..compiler.build import build as run_build
-        from ..compiler.forecast_build import render_plan
+        from ..compiler.forecast.build import render_plan
         from ..compiler.profiles import BuildSizes, parse_range
         from ..compiler.resume_engines import left_to_gpus
         from ..compiler.resume_engines import resume_engines as resume

@@ -60,9 +60,9 @@ def calibrate(
     """
     with reporting("calibrate", as_json, quiet, debug) as screen:
         from ..bundle.reader import Bundle
-        from ..configs.output import check_file
-        from ..runtime.bench import read_prompts
+        from ..core.output import check_file
         from ..runtime.model import DeviceOptions
+        from ..tuning.bench import read_prompts
         from ..tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from ..tuning.calibrate import calibrate as run_calibrate
 

@@ -27,7 +27,7 @@ def configs(
     """
     with reporting("configs", as_json, False, debug) as screen:
         from ..configs.catalogue import COLUMNS, cells, describe_configs
-        from ..runtime.table import markdown_table
+        from ..tuning.table import markdown_table
 
         described = describe_configs(names or ())
         lines = [markdown_table(COLUMNS, [cells(entry) for entry in described])]

@@ -26,7 +26,7 @@ def doctor(
     Example: freewheel doctor --json
     """
     with reporting("doctor", as_json, False, debug) as screen:
-        from ..compiler.doctor import examine, render
+        from ..engines.doctor import examine, render
 
         found = examine(folder)
         screen.result(found, render(found))

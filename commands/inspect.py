@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 from .options import DebugOption, JsonOption, backend_of, precision_of
 from .screen import Screen, reporting
 
@@ -55,7 +55,7 @@ def inspect(
             screen.result(data, render_cut(data))
             return
         if target.is_dir() and not (target / MANIFEST).is_file():
-            from ..compiler.forecast_build import render_plan
+            from ..compiler.forecast.build import render_plan
 
             data = _plan(target, config, backend, precision, screen, (height, width, frames, steps))
             screen.result(data, render_plan(data))
@@ -69,7 +69,7 @@ def inspect(
 def _cut(target: Path, *forecast: object) -> dict[str, Any]:
     """Describe the cut of a bundle's transformer, or of a diffusers folder's."""
     from ..bundle.reader import MANIFEST, Bundle
-    from ..compiler.checkpoint import read_config
+    from ..compiler.checkpoints.checkpoint import read_config
     from ..compiler.cut.describe import describe_model
     from ..compiler.draw_cut import mermaid
 

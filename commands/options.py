@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..configs.errors import ConfigError
+from ..core.errors import ConfigError
 from .screen import Screen
 
 __all__ = [

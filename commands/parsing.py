@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..configs.errors import FreewheelError
+from ..core.errors import FreewheelError
 from .screen import Screen
 
 __all__ = ["Command", "Commands", "UsageError"]

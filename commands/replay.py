@@ -39,12 +39,12 @@ def replay(
     """
     with reporting("replay", as_json, quiet, debug) as screen:
         from ..configs.load import load_config
-        from ..configs.overrides import apply_overrides
         from ..policies import policy
-        from ..runtime.replay import replay as run_replay
+        from ..policies.overrides import apply_overrides
         from ..runtime.settings import warn_of_ignored
         from ..runtime.summary import strip
-        from ..runtime.trace import load_trace
+        from ..tuning.replay import replay as run_replay
+        from ..tuning.trace import load_trace
 
         loaded = load_config(config)
         warn_of_ignored(loaded, config, screen.warn)
@@ -52,7 +52,7 @@ def replay(
         spec = policy(setting.policy).spec
         setting = apply_overrides(setting, pairs_of(set_), spec)
         if sweep is not None:
-            from ..runtime.sweep import run_sweep, sweep_table
+            from ..tuning.sweep import run_sweep, sweep_table
 
             rows = run_sweep(load_trace(trace), setting, spec, sweep)
             swept = {"policy": setting.policy, "sweep": [vars(r) for r in rows]}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 from .options import (
     BackendOption,
     BundleArgument,
@@ -83,17 +83,17 @@ def run(
     """
     with reporting("run", as_json, quiet, debug) as screen:
         from ..bundle.reader import Bundle
-        from ..compiler.fit import check_fit
-        from ..compiler.geometry import check_geometry
+        from ..compiler.forecast.fit import check_fit
+        from ..compiler.forecast.geometry import check_geometry
         from ..compiler.sizes import size_of
-        from ..configs.extras import require_extra
-        from ..configs.output import check_file
-        from ..runtime.forecast import forecast
-        from ..runtime.generate import GenerationRequest, Generator, check_recordable
+        from ..core.extras import require_extra
+        from ..core.output import check_file
+        from ..runtime.forecast.fold import forecast
         from ..runtime.model import DeviceOptions
+        from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
+        from ..runtime.pipeline.video import check_output, write_video
         from ..runtime.settings import choose_setting, stretch_warning
-        from ..runtime.trace import TraceRecorder
-        from ..runtime.video import check_output, write_video
+        from ..tuning.trace import TraceRecorder
 
         check_output(out, fps)
         if report is not None:
@@ -198,7 +198,7 @@ def _warm_up(generator: Any, request: Any) -> None:
     """Run a few steps with and without the cache, so that neither of two timed runs is the first."""
     from dataclasses import replace
 
-    from ..runtime.bench import WARM_UP_STEPS
+    from ..tuning.bench import WARM_UP_STEPS
 
     for each in (request, _uncached(request)):
         generator.generate(replace(each, steps=WARM_UP_STEPS))
@@ -207,7 +207,7 @@ def _warm_up(generator: Any, request: Any) -> None:
 def _uncached(request: Any) -> Any:
     from dataclasses import replace
 
-    from ..configs.setting import CacheSetting
+    from ..policies.setting import CacheSetting
 
     return replace(request, cache=CacheSetting())
 

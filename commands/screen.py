@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..configs.errors import FreewheelError
+from ..core.errors import FreewheelError
 
 __all__ = ["SCHEMA_VERSION", "Screen", "reporting"]
 
@@ -104,7 +104,7 @@ class Screen:
                 self._bar = None
 
     def phase(self, name: str, total: int) -> None:
-        """Begin a phase (see `freewheel.compiler.progress.Progress`)."""
+        """Begin a phase (see `freewheel.core.progress.Progress`)."""
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, what="")
         elif not self.quiet:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 from .options import (
     BackendOption,
     BundleArgument,
@@ -61,13 +61,13 @@ def tune(
     Example: freewheel tune out/bundle --prompts prompts.txt --target-speedup 2 --out tuned.json
     """
     with reporting("tune", as_json, quiet, debug) as screen:
-        from ..configs.extras import require_extra
+        from ..core.extras import require_extra
 
         require_extra("metrics", "tune")
         from ..bundle.reader import Bundle
-        from ..configs.output import check_file
-        from ..runtime.bench import read_prompts
+        from ..core.output import check_file
         from ..runtime.model import DeviceOptions
+        from ..tuning.bench import read_prompts
         from ..tuning.tune import Goal, TuneRequest, save_config
         from ..tuning.tune import tune as run_tune
 

@@ -33,11 +33,11 @@ def verify(
     Example: freewheel verify out/bundle
     """
     with reporting("verify", as_json, quiet, debug) as screen:
-        from ..configs.extras import require_extra
+        from ..core.extras import require_extra
 
         require_extra("verify", "verify")
         from ..bundle.reader import Bundle
-        from ..compiler.verify import verify_bundle
+        from ..compiler.verify.bundle import verify_bundle
         from ..runtime.model import DeviceOptions
 
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -22,7 +23,6 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 
-from .. import __version__
 from ..bundle.files import describe_files, digests_ahead, disk_use, link_or_none, sha256_of
 from ..bundle.manifest import (
     CheckpointEntry,
@@ -44,31 +44,31 @@ from ..bundle.manifest import (
 from ..bundle.reader import MANIFEST
 from ..bundle.staging import check_target, staged_folder
 from ..bundle.store import NO_STORE, Store
-from ..configs.dtypes import Precision
-from ..configs.errors import BuildError, CheckpointError, ConfigError, OutputError
-from ..configs.output import check_folder
+from ..core.dtypes import Precision
+from ..core.errors import BuildError, CheckpointError, ConfigError, OutputError
+from ..core.output import check_folder
+from ..core.progress import Progress, Silent
 from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
 from ..policies import policies
 from ..policies.base import Policy
-from .bake import check_group_blocks, write_groups
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.completeness import CAST_DTYPES, check_tensors
+from .checkpoints.weights import bring_weights
 from .code_version import code_version
-from .completeness import CAST_DTYPES, check_tensors
 from .cut.declared import FIRST_BLOCK_RESIDUAL, StoredDtype
-from .decide import write_decide_graph
 from .defaults import policy_setting, resolve_configs, scheduler_shift
 from .families import Cut, Family, family_of
-from .footprint import weights_of
-from .forecast_build import forecast_build
-from .graphs import wanted_weights, write_graphs
-from .pipeline_parts import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
+from .forecast.build import forecast_build
+from .forecast.footprint import weights_of
+from .graphs.caching import cache_segments
+from .graphs.decide import write_decide_graph
+from .graphs.ends import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
+from .graphs.groups import check_group_blocks, write_groups
+from .graphs.write import wanted_weights, write_graphs
 from .profiles import BuildSizes, Profile, Range, dim_ranges, profiles_of
-from .progress import Progress, Silent
-from .reuse import cache_segments
 from .samplers import write_tables
 from .sizes import Size, latent_scale, read_part
-from .weights import bring_weights
 
 __all__ = ["BuildReport", "BuildRequest", "build", "family_cut", "plan"]
 
@@ -258,7 +258,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             )  # fmt: skip
         files = describe_files(folder, ahead)
         manifest = Manifest(
-            freewheel_version=__version__,
+            freewheel_version=version("freewheel"),
             family=family.name,
             checkpoint=CheckpointEntry(
                 source=checkpoint.source,

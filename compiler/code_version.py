@@ -16,7 +16,7 @@ LIBRARIES = (
     "diffusers", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "polygraphy",
     "tensorrt", "tensorrt-rtx-cu12", "torch", "transformers",
 )  # fmt: skip
-PACKAGES = ("bundle", "compiler", "configs", "engines", "passes", "policies")
+PACKAGES = ("bundle", "compiler", "configs", "core", "engines", "passes", "policies")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -14,9 +14,9 @@ from ..bundle.manifest import (
     ResolvedConfig,
     ResolvedGeneration,
 )
-from ..configs.errors import CheckpointError, ConfigError
 from ..configs.load import load_config
-from ..configs.setting import CacheSetting
+from ..core.errors import CheckpointError, ConfigError
+from ..policies.setting import CacheSetting
 from .sizes import read_part
 
 __all__ = ["policy_setting", "resolve_configs", "resolve_generation", "scheduler_shift"]

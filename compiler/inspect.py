@@ -16,19 +16,19 @@ from rich.table import Table
 from ..bundle.files import disk_use
 from ..bundle.manifest import EngineSetEntry
 from ..bundle.reader import MANIFEST, Bundle
-from ..configs.errors import RequestError, nearest
-from ..configs.setting import CacheSetting
+from ..core.errors import RequestError, nearest
 from ..engines import backend_class
 from ..engines.record import EngineRecord
+from ..policies.setting import CacheSetting
 from .engine_layers import ENGINE_COLUMNS, LAYER_COLUMNS, attention_of, engine_rows, layer_rows
 from .families import Cut
-from .fit import forecast_memory
-from .flops import step_flops
-from .footprint import amount, footprint_of
-from .host_memory import memory_beside
+from .forecast.fit import forecast_memory
+from .forecast.flops import step_flops
+from .forecast.footprint import amount, footprint_of
+from .forecast.host_memory import memory_beside
+from .forecast.speedup import predict, timestep_tables, timesteps_of
 from .recut import cut_of
 from .sizes import Size, bundle_pipeline, dims_of, size_of
-from .speedup import predict, timestep_tables, timesteps_of
 
 __all__ = [
     "describe_flops",

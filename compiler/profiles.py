@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.manifest import GraphEntry, PolicyEntry, ResolvedConfig
-from ..configs.errors import ConfigError, RequestError
+from ..core.errors import ConfigError, RequestError
 from .families import Cut
 from .sizes import Size, dims_of, size_of, summed
 

@@ -15,13 +15,13 @@ from ..bundle.manifest import GraphEntry, Manifest
 from ..bundle.reader import MANIFEST, Bundle
 from ..bundle.staging import alone
 from ..bundle.store import Store
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
+from ..core.progress import Progress, Silent
 from ..engines import backend_class
 from ..engines.base import Backend, ProfiledBackend, Target
 from ..engines.record import write_whole
 from .build import STORE, compile_graphs, complete_target
 from .profiles import BuildSizes, dim_ranges, profiles_of
-from .progress import Progress, Silent
 from .recut import cut_of
 
 __all__ = ["left_to_gpus", "resume_engines"]

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..bundle.manifest import SamplerEntry
 from ..bundle.store import NO_STORE, Store
-from ..configs.errors import BuildError
+from ..core.errors import BuildError
 from .code_version import code_version
 
 __all__ = [

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
-from ..configs.errors import RequestError
-from ..configs.limits import check_size
+from ..core.errors import RequestError
+from ..core.limits import check_size
 from ..engines.base import TensorSpec
-from .checkpoint import read_json
+from .checkpoints.checkpoint import read_json
 from .families import Cut
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, nearest
+from ..core.errors import ConfigError, nearest
 from .load import load_config, shipped_configs
 
 __all__ = ["COLUMNS", "cells", "describe_configs", "model_of"]

@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
+from ..core.errors import ConfigError, guess, nearest
+from ..core.strict_json import parse_json
 from ..policies import POLICIES, config_kinds, policy_config
-from .caching import CachingConfig
-from .errors import ConfigError, guess, nearest
+from ..policies.config import CachingConfig
 from .foreign import ABSENT_POLICIES, is_without_effect, refusals
-from .strict_json import parse_json
 
 __all__ = ["load_config", "parse_config", "read_configs", "shipped_configs"]
 

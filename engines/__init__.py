@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 
-from ..configs.errors import BackendUnavailable, ConfigError, nearest
+from ..core.errors import BackendUnavailable, ConfigError, nearest
 from .base import (
     Availability,
     Backend,

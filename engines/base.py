@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..configs.tensor_spec import TensorSpec
+from ..core.tensor_spec import TensorSpec
 
 __all__ = [
     "ALIGNMENT",

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from ..configs.errors import BuildError, RequestError, nearest
+from ..core.errors import BuildError, RequestError, nearest
 from .base import Engine, TensorSpec
 
 __all__ = ["DTYPES", "check_bindings", "dtype_name", "load_graph", "specs_of"]

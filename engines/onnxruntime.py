@@ -20,7 +20,7 @@ import torch
 from onnx.external_data_helper import ExternalDataInfo
 from torch import Tensor
 
-from ..configs.errors import BackendUnavailable, BuildError, BundleError, RequestError
+from ..core.errors import BackendUnavailable, BuildError, BundleError, RequestError
 from .base import Availability, Target, TensorSpec
 from .bindings import DTYPES, check_bindings, dtype_name, load_graph, specs_of
 from .record import EngineRecord, engine_folder

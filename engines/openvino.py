@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configs.errors import BackendUnavailable, BuildError, BundleError, RequestError
+from ..core.errors import BackendUnavailable, BuildError, BundleError, RequestError
 from .base import Availability, Target, TensorSpec
 from .bindings import check_bindings, load_graph, specs_of
 from .record import REBUILD, RECORD_NAME, EngineRecord, engine_folder

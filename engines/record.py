@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..configs.errors import BundleError, OutputError
-from ..configs.strict_json import parse_json
+from ..core.errors import BundleError, OutputError
+from ..core.strict_json import parse_json
 from .base import TensorSpec
 
 __all__ = [

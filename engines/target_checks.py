@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..configs.errors import BuildError, nearest
+from ..core.errors import BuildError, nearest
 from .base import Target, TensorSpec
 
 __all__ = ["check_options", "check_precision", "check_profile"]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ..configs.errors import BackendUnavailable, BuildError, BundleError, OutputError
+from ..core.errors import BackendUnavailable, BuildError, BundleError, OutputError
 from .base import Availability, BoundCall, Target
 from .bindings import load_graph, specs_of
 from .record import REBUILD, EngineRecord, engine_folder, write_whole

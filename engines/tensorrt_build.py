@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
-from ..configs.errors import BuildError, nearest
+from ..core.errors import BuildError, nearest
 from .base import Target, TensorSpec
 from .record import write_whole
 from .target_checks import check_options, check_profile

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 from .base import ALIGNMENT, TensorSpec
 from .bindings import check_bindings
 from .record import EngineRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..configs.tensor_spec import TensorSpec
+from ..core.tensor_spec import TensorSpec
 from .base import Pass, PassResult, run_passes
 from .declare_interface import DeclareInterface
 from .decompose_rotary_embedding import DecomposeRotaryEmbedding

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ..configs.errors import PassError
+from ..core.errors import PassError
 
 __all__ = ["Pass", "PassResult", "run_passes"]
 

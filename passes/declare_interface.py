@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from ..configs.errors import PassError
-from ..configs.tensor_spec import TensorSpec
+from ..core.errors import PassError
+from ..core.tensor_spec import TensorSpec
 from .base import Pass, PassResult
 
 __all__ = ["DeclareInterface"]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..configs.errors import PassError
+from ..core.errors import PassError
 from .base import Pass, PassResult
 
 __all__ = ["DecomposeRotaryEmbedding"]

@@ -11,9 +11,9 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_args
 
-from ..configs.caching import CachingConfig, config_model
-from ..configs.errors import ConfigError, nearest
-from ..configs.policy_spec import PolicySpec
+from ..core.errors import ConfigError, nearest
+from .config import CachingConfig, config_model
+from .spec import PolicySpec
 
 if TYPE_CHECKING:
     from .base import Policy

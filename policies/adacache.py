@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ..configs.caching import CachingConfig
-from ..configs.errors import nearest
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
+from ..core.errors import nearest
 from .base import Decision, Policy, Step, hold
+from .config import CachingConfig
+from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
 
 __all__ = ["CODEBOOKS", "AdaCache", "AdaCacheConfig", "motion", "skip_from_codebook"]
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..configs.caching import CachingConfig
-from ..configs.policy_spec import PolicySpec
+from .config import CachingConfig
+from .spec import PolicySpec
 
 __all__ = ["Decision", "Policy", "Step", "hold"]
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from ..configs.errors import ConfigError, nearest
-from ..configs.policy_spec import ParameterSpec, PolicySpec
-from ..configs.setting import GUARD_PARAMETERS
+from ..core.errors import ConfigError, nearest
 from . import POLICIES, policy_class, policy_config
+from .setting import GUARD_PARAMETERS
+from .spec import ParameterSpec, PolicySpec
 
 __all__ = ["TIMESTEP_SIGNALS", "describe_guard", "describe_policies", "render"]
 

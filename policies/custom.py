@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, Value
 from .base import Decision, Policy, Step, hold
 from .forecast import taylor_mix
+from .spec import HistorySpec, ParameterSpec, PolicySpec, Value
 from .teacache import (
     TEACACHE_PARAMETERS,
     TEACACHE_SIGNALS,

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..configs.caching import CachingConfig
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 from .base import Decision, Policy, Step, hold
+from .config import CachingConfig
+from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
 __all__ = ["EasyCache", "EasyCacheConfig"]
 

@@ -10,9 +10,9 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from ..configs.caching import CachingConfig
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 from .base import Decision, Policy, Step, hold
+from .config import CachingConfig
+from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
 __all__ = ["FirstBlock", "FirstBlockConfig"]
 

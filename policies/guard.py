@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..configs.policy_spec import GUARD_STATE, PolicySpec
-from ..configs.setting import GUARD_PARAMETERS
 from .base import Policy, Step
+from .setting import GUARD_PARAMETERS
+from .spec import GUARD_STATE, PolicySpec
 
 __all__ = ["Guarded", "Shape", "decide_inputs", "decide_outputs"]
 

@@ -15,13 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configs.errors import ConfigError, nearest
-from ..configs.policy_spec import GUARD_STATE, ParameterSpec, PolicySpec, StateSpec
-from ..configs.setting import GUARD_PARAMETERS, CacheSetting
+from ..core.errors import ConfigError, nearest
 from . import policy
 from .guard import Guarded
+from .setting import GUARD_PARAMETERS, CacheSetting
+from .spec import GUARD_STATE, ParameterSpec, PolicySpec, StateSpec
 
-__all__ = ["DecideFunction", "DecisionRecord", "Law", "initial_tensors", "parameter_tensors"]
+__all__ = [
+    "Array",
+    "DecideFunction",
+    "DecisionRecord",
+    "Law",
+    "initial_tensors",
+    "parameter_tensors",
+]
 
 Array = Tensor | np.ndarray[Any, Any]
 

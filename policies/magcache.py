@@ -10,9 +10,9 @@ import torch
 from pydantic import Tag, field_validator
 from torch import Tensor
 
-from ..configs.caching import ALL, BRANCHES, PER_BRANCH, CachingConfig
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
 from .base import Decision, Policy, Step, hold
+from .config import ALL, BRANCHES, PER_BRANCH, CachingConfig
+from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
 
 __all__ = ["MAXIMUM_STEPS", "MagCache", "MagCacheConfig"]
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..configs.caching import CachingConfig
-from ..configs.policy_spec import HistorySpec, PolicySpec
 from .base import Decision, Policy, Step, hold
+from .config import CachingConfig
+from .spec import HistorySpec, PolicySpec
 
 __all__ = ["Off", "OffConfig"]
 

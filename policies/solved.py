@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, Tag, model_validator
 from torch import Tensor
 
-from ..configs.caching import ALL, BRANCHES, PER_BRANCH, CachingConfig
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, Value
 from .base import Decision, Policy, Step, hold
+from .config import ALL, BRANCHES, PER_BRANCH, CachingConfig
+from .spec import HistorySpec, ParameterSpec, PolicySpec, Value
 
 __all__ = ["HISTORY", "MAXIMUM_STEPS", "Solved", "SolvedConfig"]
 

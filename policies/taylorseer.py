@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..configs.caching import CachingConfig
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
 from .base import Decision, Policy, Step
+from .config import CachingConfig
 from .forecast import newton_mix, taylor_mix
+from .spec import HistorySpec, ParameterSpec, PolicySpec
 
 __all__ = ["TaylorSeer", "TaylorSeerConfig"]
 

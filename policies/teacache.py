@@ -11,9 +11,9 @@ import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from ..configs.caching import CachingConfig
-from ..configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value, one_of
 from .base import Decision, Policy, Step, hold
+from .config import CachingConfig
+from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value, one_of
 
 __all__ = [
     "TEACACHE_PARAMETERS",

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..bundle.dims import derive_dims, match_dims, shape_of
 from ..bundle.manifest import GraphEntry, IoEntry, StageEntry
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 from ..engines.base import BoundCall
-from .dims import derive_dims, match_dims, shape_of
 from .finite import is_finite
 from .model import LoadedModel
 

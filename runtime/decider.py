@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..bundle.manifest import PolicyEntry
-from ..configs.policy_spec import GUARD_STATE, Value
-from ..configs.setting import GUARD_PARAMETERS, GuardSetting
 from ..engines.base import BoundCall
+from ..policies.setting import GUARD_PARAMETERS, GuardSetting
+from ..policies.spec import GUARD_STATE, Value
 from .model import LoadedModel
 
 __all__ = ["Decider", "Verdict"]

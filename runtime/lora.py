@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 
 __all__ = ["LoraFile", "load_lora", "parse_lora"]
 

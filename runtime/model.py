@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bundle.files import cache_beside
 from ..bundle.reader import Bundle
-from ..configs.errors import BackendUnavailable, BundleError, RequestError
+from ..core.errors import BackendUnavailable, BundleError, RequestError
 from ..engines import BACKENDS
 from ..engines import backend as find_backend
 from ..engines.base import (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 from ..engines.base import ALIGNMENT, BoundCall, Engine
 
 __all__ = ["HostBlock", "OffloadedCall", "OffloadedWeights"]

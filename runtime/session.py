@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..configs.errors import ConfigError, NotFiniteError, RequestError, nearest
-from ..configs.setting import CacheSetting
+from ..bundle.dims import derive_dims, match_dims
+from ..core.errors import ConfigError, NotFiniteError, RequestError, nearest
 from ..engines.base import BoundCall
 from ..policies import form_of
+from ..policies.setting import CacheSetting
 from .body import Body, allocate
-from .cache import BranchCache, ResolvedSetting
+from .branch_cache import BranchCache, ResolvedSetting
 from .decider import Verdict
-from .dims import derive_dims, match_dims
 from .finite import is_finite
 from .model import LoadedModel
 from .settings import carried_policy

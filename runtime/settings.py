@@ -14,11 +14,11 @@ from ..bundle.manifest import (
     ResolvedConfig,
 )
 from ..bundle.reader import Bundle
-from ..configs.caching import CachingConfig
-from ..configs.errors import ConfigError, nearest
 from ..configs.load import load_config
-from ..configs.overrides import apply_overrides
-from ..configs.setting import CacheSetting
+from ..core.errors import ConfigError, nearest
+from ..policies.config import CachingConfig
+from ..policies.overrides import apply_overrides
+from ..policies.setting import CacheSetting
 
 __all__ = [
     "carried_policy",

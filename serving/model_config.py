@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..bundle.manifest import IoEntry, Manifest
-from ..configs.errors import RequestError
+from ..core.errors import RequestError
 
 __all__ = ["ServedModel", "config_text", "served_backend"]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from ..bundle.files import link_or_none, safe_path
 from ..bundle.manifest import MANIFEST
 from ..bundle.reader import Bundle
-from ..configs.errors import OutputError, RequestError
-from ..configs.output import check_folder
+from ..core.errors import OutputError, RequestError
+from ..core.output import check_folder
 from .model_config import ServedModel, config_text, served_backend
 
 __all__ = ["CONFIG", "ServeRequest", "Written", "write_repository"]

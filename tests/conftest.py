@@ -17,11 +17,11 @@ from PIL import Image
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
-from freewheel.configs.setting import CacheSetting
 from freewheel.engines import backend
-from freewheel.runtime.generate import GenerationRequest, Generator
+from freewheel.policies.setting import CacheSetting
+from freewheel.runtime.pipeline.generate import GenerationRequest, Generator
 from freewheel.runtime.settings import config_entries
-from freewheel.runtime.trace import Trace, TraceRecorder
+from freewheel.tuning.trace import Trace, TraceRecorder
 
 # The NumPy transcription of the policies serves several folders, and so do synthetic checkpoints
 # and the stand-in for TensorRT.
@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 
 LONGEST = (
     "cpp/test_families.py", "test_docs.py", "tuning/test_calibrate.py", "tuning/test_tune.py",
-    "compiler/test_bake.py", "cpp/test_parity.py", "cpp/test_frames.py",
+    "compiler/graphs/test_groups.py", "cpp/test_parity.py", "cpp/test_frames.py",
 )  # fmt: skip
 """What takes longest, in seconds of a processor: begun first, workers end together."""
 

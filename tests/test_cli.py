@@ -22,10 +22,10 @@ from freewheel.bundle.reader import Bundle
 from freewheel.cli import app, main
 from freewheel.commands.run import _run_tables
 from freewheel.commands.screen import Screen
-from freewheel.configs.extras import EXTRAS
-from freewheel.runtime.generate import Generator
+from freewheel.core.extras import EXTRAS
+from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.statistics import BranchStatistics, RunStatistics
-from freewheel.runtime.trace import Trace
+from freewheel.tuning.trace import Trace
 
 Run = Callable[..., Result]
 
@@ -93,7 +93,7 @@ def test_run_refuses_what_memory_cannot_hold_unless_told_otherwise(
     freewheel: Run, i2v_bundle: Bundle, first_frame: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("freewheel.compiler.fit.memory_available_bytes", lambda: 1000)
+    monkeypatch.setattr("freewheel.compiler.forecast.fit.memory_available_bytes", lambda: 1000)
     out = tmp_path / "frame.png"
     arguments = (
         "run", i2v_bundle.folder, "--prompt", "a red circle", "--image", first_frame, "--out", out,
@@ -421,7 +421,7 @@ def test_every_command_judges_its_outputs_before_it_works(
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    for name in ("runtime.bench", "tuning.calibrate", "tuning.tune"):
+    for name in ("tuning.bench", "tuning.calibrate", "tuning.tune"):
         monkeypatch.setattr(f"freewheel.{name}.Generator", None)
     monkeypatch.setattr("freewheel.compiler.build.open_checkpoint", None)
     failure(freewheel(*arguments, "--json"), 3, "output")
@@ -619,7 +619,7 @@ def test_a_command_names_the_package_that_it_wants_before_it_reads_anything(
     if extra == "report":
         lacking -= set(EXTRAS["metrics"])
     monkeypatch.setattr(
-        "freewheel.configs.extras.find_spec", lambda name: None if name in lacking else name
+        "freewheel.core.extras.find_spec", lambda name: None if name in lacking else name
     )
     error = failure(freewheel(*arguments, "--json"), 4, "dependency")
     assert all(package in error["message"] for package in (EXTRAS[extra][m] for m in lacking))

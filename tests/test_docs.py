@@ -19,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from freewheel.cli import app
-from freewheel.configs import errors
+from freewheel.core import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]

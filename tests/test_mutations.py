@@ -25,8 +25,8 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
     "a sign in reuse": Mutation(
-        "compiler/reuse.py", "return hidden + torch", "return hidden - torch",
-        "tests/compiler/test_reuse.py",
+        "compiler/graphs/caching.py", "return hidden + torch", "return hidden - torch",
+        "tests/compiler/graphs/test_caching.py",
     ),
     "a stale state": Mutation(
         "runtime/decider.py", "            self._set(name, initial)\n",
@@ -54,8 +54,8 @@ MUTATIONS = {
         "tests/bundle/test_store.py",
     ),
     "a graph of other code": Mutation(
-        "compiler/graphs.py", '"graph", code_version(),', '"graph",',
-        "tests/compiler/test_graphs.py",
+        "compiler/graphs/write.py", '"graph", code_version(),', '"graph",',
+        "tests/compiler/graphs/test_write.py",
     ),
     "a sampler's factor": Mutation(
         "compiler/samplers.py", "total += row[window + age]", "total += row[age]",

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 
 from ..bundle.reader import Bundle
-from ..configs.caching import CachingConfig
-from ..configs.errors import RequestError
-from ..configs.output import write_text
+from ..core.errors import RequestError
+from ..core.output import write_text
+from ..policies.config import CachingConfig
 from ..policies.custom import DAMPED, CustomConfig
 from ..policies.magcache import MagCacheConfig
 from ..policies.solved import HISTORY, SolvedConfig
 from ..policies.teacache import TeaCacheConfig
-from ..runtime.bench import Watcher
-from ..runtime.forecast import forecast
-from ..runtime.generate import GenerationRequest, Generator, check_recordable
+from ..runtime.forecast.fold import forecast
 from ..runtime.model import DeviceOptions, LoadedModel
+from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
 from ..runtime.settings import choose_setting
 from ..runtime.statistics import FEW_STEPS
+from .bench import Watcher
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
 from .lockstep import Lockstep, SamplerRows, sampler_rows

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from ..bundle.reader import Bundle
-from ..configs.setting import CacheSetting
+from ..policies.setting import CacheSetting
 from ..runtime.model import LoadedModel
 from ..runtime.session import OpenStep, Session
 from .gram import PERTURBATION, Start

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..configs.output import write_text
-from ..runtime.bench import BenchReport
-from ..runtime.generate import Generation
-from ..runtime.quality import compare_videos
+from ..core.output import write_text
+from ..runtime.pipeline.generate import Generation
 from ..runtime.session import StepRecord
+from .bench import BenchReport
+from .quality import compare_videos
 
 __all__ = ["ChangeRecorder", "write_bench_report", "write_run_report"]
 

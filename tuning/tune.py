@@ -15,23 +15,23 @@ from scipy.stats import spearmanr
 
 from ..bundle.manifest import ResolvedConfig
 from ..bundle.reader import Bundle
-from ..configs.caching import CachingConfig
-from ..configs.errors import RequestError
 from ..configs.load import read_configs
-from ..configs.output import write_text
+from ..core.errors import RequestError
+from ..core.output import write_text
 from ..policies.adacache import CODEBOOKS, AdaCacheConfig
+from ..policies.config import CachingConfig
 from ..policies.custom import DAMPED, CustomConfig
 from ..policies.magcache import MagCacheConfig
 from ..policies.solved import SolvedConfig
 from ..policies.taylorseer import TaylorSeerConfig
 from ..policies.teacache import TeaCacheConfig
-from ..runtime.bench import BenchRequest, Watcher, bench_bundle
-from ..runtime.generate import GenerationRequest, Generator, check_recordable
 from ..runtime.model import DeviceOptions
-from ..runtime.replay import replay
+from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
 from ..runtime.settings import choose_setting, config_entry, other_size
-from ..runtime.table import spread_cell
-from ..runtime.trace import Trace, TraceRecorder
+from .bench import BenchRequest, Watcher, bench_bundle
+from .replay import replay
+from .table import spread_cell
+from .trace import Trace, TraceRecorder
 
 __all__ = ["Candidate", "Goal", "TuneReport", "TuneRequest", "calibrated", "save_config", "tune"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ...configs.errors import ExportError
+from ...core.errors import ExportError
 from .names import module_path, source_of
 from .rewrite import infer, insert, operations, replace
 from .trace import Trace, value_of

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...configs.errors import ExportError
+from ...core.errors import ExportError
 from .blocks import find_instances, find_templates
 from .classes import Classes, classify
 from .extract import extract

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.functions import FloorDiv
 
-from ...configs.dtypes import Precision
-from ...configs.errors import ExportError
+from ...core.dtypes import Precision
+from ...core.errors import ExportError
 from ...engines.base import TensorSpec
 from .cut import cut_model
 from .declared import Cut as Declared

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...configs.dtypes import Precision
+from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 
 __all__ = [

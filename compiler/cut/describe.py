@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tell what a model's cut consists of: segments, stages, weights, operations; what no step computes.
 
-Operations are counted as `compiler.flops` counts them, by PyTorch's own counter, on tensors without
+Operations are counted as `compiler.forecast.flops` counts them, by PyTorch's own counter, on tensors without
 data. They are those of one step; what is computed ahead of the steps counts as if each step did it.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...configs.errors import CheckpointError, nearest
+from ...core.errors import CheckpointError, nearest
 from .cut import cut_model
 from .models import MODELS, Row, row_of
 from .prove import random_inputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...configs.errors import ExportError
+from ...core.errors import ExportError
 from .classes import Classes
 from .names import fresh_name, module_path, source_of, value_name
 from .sizes import SizeMaker, shape_donors

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ...configs.errors import ExportError
+from ...core.errors import ExportError
 from .names import module_path
 from .trace import value_of
 from .words import PRODUCTS, expression_of, operation

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ...configs.errors import ExportError
+from ...core.errors import ExportError
 from .models import SIZES, Input, Row
 from .symbolic import symbolic_python
 

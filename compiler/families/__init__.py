@@ -13,8 +13,8 @@ from typing import Any
 
 import diffusers
 
-from ...configs.dtypes import Precision
-from ...configs.errors import CheckpointError, nearest
+from ...core.dtypes import Precision
+from ...core.errors import CheckpointError, nearest
 from ..cut.declare import declare
 from ..cut.declared import Cut, Family, ModelInput, Segment, Stage, StoredDtype
 from ..cut.models import MODELS, Row

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
-from ...configs.dtypes import Precision
-from ...configs.errors import CheckpointError
+from ...core.dtypes import Precision
+from ...core.errors import CheckpointError
 from ...engines.base import TensorSpec
 from ..cut.declared import Cut, Family, ModelInput, Segment, Stage, StoredDtype
 from .layers import (

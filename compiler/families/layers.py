@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...configs.dtypes import Precision
-from ...configs.errors import CheckpointError
-from ..completeness import check_keys
+from ...core.dtypes import Precision
+from ...core.errors import CheckpointError
+from ..checkpoints.completeness import check_keys
 from ..cut.declared import StoredDtype
 
 __all__ = [

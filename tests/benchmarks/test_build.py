@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from synthetic import write_transformer
 
-from freewheel.compiler.checkpoint import open_checkpoint
+from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from synthetic import GEOMETRIES, random_tensor, write_checkpoint, write_transformer
 
-from freewheel.compiler.checkpoint import open_checkpoint
+from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 
 TINY = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 36, "out_channels": 16,

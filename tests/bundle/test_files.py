@@ -21,7 +21,7 @@ from freewheel.bundle.files import (
     sha256_of,
     sha256_of_each,
 )
-from freewheel.configs.errors import BundleError
+from freewheel.core.errors import BundleError
 
 HANG_SECONDS = 300
 """Ends a test that hangs; nothing else depends on it."""

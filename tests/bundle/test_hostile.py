@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from freewheel.bundle.reader import MANIFEST, Bundle, parse_manifest
-from freewheel.configs.errors import BundleError, FreewheelError
+from freewheel.core.errors import BundleError, FreewheelError
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from freewheel.bundle.manifest import SCHEMA_VERSION
 from freewheel.bundle.reader import MANIFEST, Bundle
-from freewheel.configs.errors import BundleError
+from freewheel.core.errors import BundleError
 
 Edit = Callable[[dict[str, Any]], object]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from freewheel.bundle.reader import parse_manifest
-from freewheel.configs.errors import BundleError
+from freewheel.core.errors import BundleError
 
 TABLE = {"dtype": "float32", "shape": ["steps", 3]}
 Edit = Callable[[dict[str, Any]], object]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from freewheel.bundle.safetensors_header import ALIGNMENT_BYTES, encode_header, read_header
-from freewheel.configs.dtypes import SAFETENSORS_DTYPES
-from freewheel.configs.errors import CheckpointError
+from freewheel.core.dtypes import SAFETENSORS_DTYPES
+from freewheel.core.errors import CheckpointError
 
 DTYPES = sorted(SAFETENSORS_DTYPES.values())
 

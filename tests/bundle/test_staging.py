@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from freewheel.bundle.staging import check_target, staged_folder
-from freewheel.configs.errors import OutputError
+from freewheel.core.errors import OutputError
 
 
 def names_in(folder: Path) -> list[str]:

@@ -13,8 +13,8 @@ import pytest
 
 from freewheel.bundle import store as storing
 from freewheel.bundle.store import NO_STORE, Store
-from freewheel.configs.errors import OutputError
-from freewheel.configs.tensor_spec import TensorSpec
+from freewheel.core.errors import OutputError
+from freewheel.core.tensor_spec import TensorSpec
 
 Make = Callable[[Path], None]
 

@@ -15,8 +15,8 @@ from diffusers import WanTransformer3DModel
 from freewheel.bundle.manifest import GraphEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.families import Cut, family_of
-from freewheel.compiler.graphs import write_graphs
-from freewheel.compiler.progress import Silent
+from freewheel.compiler.graphs.write import write_graphs
+from freewheel.core.progress import Silent
 
 sys.path.insert(0, str(Path(__file__).parent))
 

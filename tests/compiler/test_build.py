@@ -26,9 +26,11 @@ from freewheel.bundle.manifest import (
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.store import Store
 from freewheel.compiler import build as building
-from freewheel.compiler import decide, graphs, samplers
+from freewheel.compiler import samplers
 from freewheel.compiler.build import BuildRequest, build, compile_graph, target_label
-from freewheel.configs.errors import (
+from freewheel.compiler.graphs import decide
+from freewheel.compiler.graphs import write as graphs
+from freewheel.core.errors import (
     BuildError,
     CheckpointError,
     ConfigError,
@@ -36,9 +38,9 @@ from freewheel.configs.errors import (
     FreewheelError,
     OutputError,
 )
-from freewheel.configs.setting import CacheSetting
 from freewheel.engines import Target
 from freewheel.policies import POLICIES
+from freewheel.policies.setting import CacheSetting
 
 CONFIGS = {
     "mine": ConfigEntry(cache=CacheSetting(policy="teacache"), generation=GenerationDefaults()),

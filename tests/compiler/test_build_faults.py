@@ -20,9 +20,9 @@ import torch
 
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.store import Store
-from freewheel.compiler import graphs
 from freewheel.compiler.build import BuildRequest, build
-from freewheel.configs.errors import BundleError, FreewheelError, OutputError
+from freewheel.compiler.graphs import write as graphs
+from freewheel.core.errors import BundleError, FreewheelError, OutputError
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
 

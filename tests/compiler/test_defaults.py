@@ -19,8 +19,8 @@ from freewheel.compiler.defaults import (
     resolve_generation,
     scheduler_shift,
 )
-from freewheel.configs.errors import CheckpointError, ConfigError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import CheckpointError, ConfigError
+from freewheel.policies.setting import CacheSetting
 
 
 def config(**values: float) -> ConfigEntry:

@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler import fit
+from freewheel.compiler.forecast import fit
 from freewheel.compiler.inspect import inspect_bundle, render
-from freewheel.configs.errors import RequestError
+from freewheel.core.errors import RequestError
 
 SIZE = {"height": 64, "width": 96, "frames": 9, "steps": 10}
 

@@ -14,8 +14,8 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.families import Cut
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
 from freewheel.compiler.recut import cut_of
-from freewheel.configs.errors import ConfigError, RequestError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import ConfigError, RequestError
+from freewheel.policies.setting import CacheSetting
 
 SIZES = BuildSizes(height=(64, 96, 96), width=(64, 96, 128), frames=(1, 9, 17), batch=(1, 1, 2))
 

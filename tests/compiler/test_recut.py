@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.graphs import io_entries
+from freewheel.compiler.graphs.write import io_entries
 from freewheel.compiler.recut import cut_of
 
 

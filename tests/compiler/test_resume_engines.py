@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
-from freewheel.compiler import graphs as tracing
+from freewheel.compiler.graphs import write as tracing
 from freewheel.compiler.profiles import BuildSizes
 from freewheel.compiler.resume_engines import left_to_gpus, resume_engines
-from freewheel.configs.errors import BuildError, RequestError
+from freewheel.core.errors import BuildError, RequestError
 from freewheel.engines import Availability, Target
 from freewheel.engines.record import EngineRecord
 from freewheel.engines.tensorrt import TensorRT

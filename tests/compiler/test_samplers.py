@@ -6,7 +6,7 @@ import torch
 from safetensors.numpy import load_file
 
 from freewheel.compiler.samplers import SAMPLERS, make_scheduler, probe, sampler_name, write_tables
-from freewheel.configs.errors import BuildError
+from freewheel.core.errors import BuildError
 
 WINDOWS = {"euler": 1, "dpmpp_2m": 2, "unipc": 3}
 

@@ -12,7 +12,7 @@ from generations import generation_of
 from freewheel.compiler.families import Cut
 from freewheel.compiler.families.wan import WAN
 from freewheel.compiler.sizes import IMAGE_TOKENS, dims_of, latent_scale, shape_at, size_of
-from freewheel.configs.errors import RequestError
+from freewheel.core.errors import RequestError
 from freewheel.engines.base import TensorSpec
 
 

@@ -28,14 +28,14 @@ from freewheel.compiler import build as building
 from freewheel.compiler.build import BuildRequest, build, compile_graph
 from freewheel.compiler.defaults import resolve_configs
 from freewheel.compiler.families import Cut
-from freewheel.compiler.graphs import write_graphs
+from freewheel.compiler.graphs.write import write_graphs
 from freewheel.compiler.inspect import inspect_bundle, render
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
-from freewheel.compiler.progress import Silent
-from freewheel.configs.errors import BuildError, OutputError, RequestError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import BuildError, OutputError, RequestError
+from freewheel.core.progress import Silent
 from freewheel.engines import Target
 from freewheel.engines.tensorrt import TensorRTRTX
+from freewheel.policies.setting import CacheSetting
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytestmark = pytest.mark.tensorrt

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from freewheel.configs.catalogue import COLUMNS, cells, describe_configs, model_of
-from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import load_config, shipped_configs
+from freewheel.core.errors import ConfigError
 
 
 def test_every_shipped_config_is_described() -> None:

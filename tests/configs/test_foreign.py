@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from freewheel.configs.errors import ConfigError
 from freewheel.configs.foreign import ABSENT_POLICIES, is_without_effect, refusals
 from freewheel.configs.load import load_config, parse_config
+from freewheel.core.errors import ConfigError
 from freewheel.policies import config_kinds
 
 RUN = {

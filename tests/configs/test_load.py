@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import load_config, parse_config, read_configs, shipped_configs
+from freewheel.core.errors import ConfigError
 from freewheel.policies import POLICIES, config_kinds, policy_class
 from freewheel.policies.adacache import CODEBOOKS
 

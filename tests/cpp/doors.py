@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.settings import choose_setting
 
 Array = NDArray[np.float32]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.samplers import SamplerTable
-from freewheel.configs.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
 from freewheel.engines.openvino import OpenVinoCall
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

@@ -20,8 +20,8 @@ import torch
 from loop import Loop, check_equal, crossed
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies import POLICIES
+from freewheel.policies.setting import CacheSetting, GuardSetting
 
 pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 

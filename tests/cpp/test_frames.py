@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from freewheel.bundle.reader import Bundle
-from freewheel.runtime.attach import attach
+from freewheel.runtime.pipeline.attach import attach
 
 pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 

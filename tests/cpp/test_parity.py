@@ -19,7 +19,7 @@ from loop import Loop, check_equal
 from safetensors.numpy import save_file
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting, GuardSetting
+from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 

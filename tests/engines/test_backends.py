@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from freewheel.configs.errors import BackendUnavailable, ConfigError
+from freewheel.core.errors import BackendUnavailable, ConfigError
 from freewheel.engines import BACKENDS, Availability, auto_backend, backend, backend_class
 
 

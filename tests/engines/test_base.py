@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freewheel.configs.errors import BuildError, BundleError, OutputError, RequestError
+from freewheel.core.errors import BuildError, BundleError, OutputError, RequestError
 from freewheel.engines import Availability, Target, backend
 
 CPU_BACKENDS = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.openvino)]

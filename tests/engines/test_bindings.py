@@ -3,7 +3,7 @@
 import onnx.parser
 import pytest
 
-from freewheel.configs.errors import BuildError
+from freewheel.core.errors import BuildError
 from freewheel.engines import TensorSpec
 from freewheel.engines.bindings import load_graph, specs_of
 

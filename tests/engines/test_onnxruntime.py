@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from freewheel.configs.errors import BackendUnavailable, BuildError
+from freewheel.core.errors import BackendUnavailable, BuildError
 from freewheel.engines import Target
 from freewheel.engines.onnxruntime import OnnxRuntime
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from freewheel.configs.errors import BuildError, BundleError
+from freewheel.core.errors import BuildError, BundleError
 from freewheel.engines import Target, openvino
 from freewheel.engines.openvino import OpenVino
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from freewheel.configs.errors import BundleError, OutputError
+from freewheel.core.errors import BundleError, OutputError
 from freewheel.engines import TensorSpec
 from freewheel.engines.record import EngineRecord, engine_folder, write_whole
 

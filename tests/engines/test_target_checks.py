@@ -2,7 +2,7 @@
 
 import pytest
 
-from freewheel.configs.errors import BuildError
+from freewheel.core.errors import BuildError
 from freewheel.engines import Target, TensorSpec
 from freewheel.engines.target_checks import check_options, check_precision, check_profile
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freewheel.configs.errors import BackendUnavailable, BuildError, BundleError
+from freewheel.core.errors import BackendUnavailable, BuildError, BundleError
 from freewheel.engines import Target, backend
 from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
 from freewheel.engines.tensorrt_journal import fault_recorder

@@ -18,7 +18,7 @@ import torch
 from host_device import PLACE, RaceError
 from stand_in import plan_of
 
-from freewheel.configs.errors import BackendUnavailable, BuildError, BundleError, RequestError
+from freewheel.core.errors import BackendUnavailable, BuildError, BundleError, RequestError
 from freewheel.engines import Target
 from freewheel.engines.record import EngineRecord
 from freewheel.engines.tensorrt import OLDEST, TensorRT, TensorRTRTX, _serves

@@ -21,10 +21,10 @@ from graft import grafted
 from host_device import PLACE
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import RequestError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import RequestError
 from freewheel.engines import backend_class
 from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import DeviceOptions, LoadedModel
 from freewheel.runtime.session import Session
 

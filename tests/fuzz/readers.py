@@ -11,10 +11,10 @@ from pathlib import Path
 
 from freewheel.bundle.reader import parse_manifest
 from freewheel.bundle.safetensors_header import read_header
-from freewheel.configs.errors import FreewheelError
 from freewheel.configs.load import load_config
+from freewheel.core.errors import FreewheelError
 from freewheel.engines.record import EngineRecord
-from freewheel.runtime.trace import load_trace
+from freewheel.tuning.trace import load_trace
 
 Reader = Callable[[bytes], object]
 

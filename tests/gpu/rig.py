@@ -136,10 +136,10 @@ def _trace_wide(folder: Path, other: Any) -> tuple[Any, Any]:
     from synthetic import GEOMETRIES
 
     from freewheel.compiler.families import family_of
-    from freewheel.compiler.graphs import write_graphs
+    from freewheel.compiler.graphs.caching import cache_segments
+    from freewheel.compiler.graphs.write import write_graphs
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
-    from freewheel.compiler.progress import Silent
-    from freewheel.compiler.reuse import cache_segments
+    from freewheel.core.progress import Silent
     from freewheel.engines import TensorSpec
 
     config = {**GEOMETRIES["wan2.1-t2v-1.3b"], "num_layers": 1}
@@ -257,7 +257,7 @@ def steps(rig: Rig, session: Any, policy: str) -> Iterator[tuple[str, Any]]:
     import torch
     from driven_runs import PARAMETERS, STEPS
 
-    from freewheel.configs.setting import CacheSetting
+    from freewheel.policies.setting import CacheSetting
 
     generator = torch.Generator().manual_seed(0)
     for branch in ("cond", "uncond"):

@@ -10,7 +10,7 @@ import pytest
 from gpu_report import Report
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.verify import VerifyReport, verify_bundle
+from freewheel.compiler.verify.bundle import VerifyReport, verify_bundle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

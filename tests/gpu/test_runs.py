@@ -11,10 +11,10 @@ import pytest
 from gpu_report import Report
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
-from freewheel.runtime.generate import Generation, GenerationRequest, Generator
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import DeviceOptions
-from freewheel.runtime.quality import compare_videos
+from freewheel.runtime.pipeline.generate import Generation, GenerationRequest, Generator
+from freewheel.tuning.quality import compare_videos
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -13,7 +13,7 @@ import torch
 from gpu_report import Report
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import DeviceOptions, LoadedModel
 from freewheel.runtime.session import Session
 

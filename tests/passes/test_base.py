@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from freewheel.configs.errors import PassError
+from freewheel.core.errors import PassError
 from freewheel.passes import OptimizeGraph, Pass, PassResult, RemoveNoOpCasts, run_passes
 
 NEGATE = "g (float[n] x) => (float[n] y) { y = Neg(x) }"

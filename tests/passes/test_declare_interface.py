@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freewheel.configs.errors import PassError
-from freewheel.configs.tensor_spec import TensorSpec
+from freewheel.core.errors import PassError
+from freewheel.core.tensor_spec import TensorSpec
 from freewheel.passes import DeclareInterface, run_passes
 
 TWO_OUTPUTS = """

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freewheel.configs.errors import PassError
+from freewheel.core.errors import PassError
 from freewheel.passes import DecomposeRotaryEmbedding, run_passes
 
 ROTARY = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from freewheel.configs.tensor_spec import TensorSpec
+from freewheel.core.tensor_spec import TensorSpec
 from freewheel.passes import PASSES, backend_pipeline, run_passes, template_pipeline
 
 # A linear layer as the exporter leaves it: weights inside, symbols of its own, a cast for nothing.

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import numpy_reference as reference
 
-from freewheel.configs.policy_spec import PolicySpec
-from freewheel.configs.setting import CacheSetting
 from freewheel.policies import policy_class
 from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.setting import CacheSetting
+from freewheel.policies.spec import PolicySpec
 
 IDENTITY = [1.0, 0.0]
 TIE = 1e-5

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from freewheel.configs.setting import CacheSetting, GuardSetting
+from freewheel.policies.setting import CacheSetting, GuardSetting
 
 FAST = {
     "codebook_thresholds": [0.08, 0.16, 0.24, 0.32, 0.4, 1.0],

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies.adacache import AdaCache, motion, skip_from_codebook
 from freewheel.policies.base import Step
 from freewheel.policies.law import Law, parameter_tensors
+from freewheel.policies.setting import CacheSetting, GuardSetting
 
 STILL = {"moreg_power": 0.0, "mograd": 0.0}
 """Motion always 1, its growth ignored: the codebook sees the feature's change alone."""

@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import ConfigError
-from freewheel.configs.setting import GUARD_PARAMETERS
+from freewheel.core.errors import ConfigError
 from freewheel.policies import POLICIES, policy_class
 from freewheel.policies.catalogue import (
     TIMESTEP_SIGNALS,
@@ -15,6 +14,7 @@ from freewheel.policies.catalogue import (
     describe_policies,
     render,
 )
+from freewheel.policies.setting import GUARD_PARAMETERS
 
 
 def test_every_policy_is_described_with_every_parameter() -> None:

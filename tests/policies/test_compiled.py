@@ -15,8 +15,8 @@ import torch
 from runs import TIE, fold, random_run
 from settings import SETTINGS
 
-from freewheel.compiler.decide import write_decide_graph
-from freewheel.configs.errors import ExportError
+from freewheel.compiler.graphs.decide import write_decide_graph
+from freewheel.core.errors import ExportError
 from freewheel.policies import POLICIES, policies, policy_class
 from freewheel.policies.base import Decision, Policy, hold
 from freewheel.policies.guard import decide_inputs, decide_outputs

@@ -11,9 +11,9 @@ import pytest
 from runs import assert_equals_law, fold, forecasts, random_run
 
 from freewheel.configs.load import load_config, parse_config
-from freewheel.configs.setting import CacheSetting
 from freewheel.policies.custom import DAMPED, Custom
 from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.setting import CacheSetting
 
 TRACE = Path(__file__).parents[1] / "traces" / "shapes_wan_timesteps_30.npz"
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.setting import CacheSetting, GuardSetting
 
 
 def fold(

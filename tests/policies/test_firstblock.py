@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from freewheel.configs.setting import CacheSetting
 from freewheel.policies.law import Law
+from freewheel.policies.setting import CacheSetting
 
 
 def decisions(signal: list[float], threshold: float) -> str:

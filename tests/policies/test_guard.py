@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from runs import fold, random_run
 from settings import SETTINGS
 
-from freewheel.configs.policy_spec import HistorySpec, PolicySpec, StateSpec
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies import POLICIES, policy_class
 from freewheel.policies.base import Decision, Policy, hold
 from freewheel.policies.guard import Guarded, decide_inputs, decide_outputs
 from freewheel.policies.law import Law
+from freewheel.policies.setting import CacheSetting, GuardSetting
+from freewheel.policies.spec import HistorySpec, PolicySpec, StateSpec
 
 
 class Eager(Policy):

@@ -11,10 +11,8 @@ from typing import Any, ClassVar
 import pytest
 
 from freewheel import policies as table
-from freewheel.configs.caching import CachingConfig
-from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import load_config, parse_config
-from freewheel.configs.policy_spec import HistorySpec, ParameterSpec, PolicySpec
+from freewheel.core.errors import ConfigError
 from freewheel.policies import (
     POLICIES,
     config_kinds,
@@ -25,6 +23,8 @@ from freewheel.policies import (
     policy_config,
 )
 from freewheel.policies.base import Decision, Policy
+from freewheel.policies.config import CachingConfig
+from freewheel.policies.spec import HistorySpec, ParameterSpec, PolicySpec
 
 PACE = PolicySpec(
     name="pace",

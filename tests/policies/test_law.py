@@ -9,11 +9,11 @@ import torch
 from runs import fold, random_run
 from settings import SETTINGS
 
-from freewheel.configs.errors import ConfigError
-from freewheel.configs.setting import CacheSetting, GuardSetting
+from freewheel.core.errors import ConfigError
 from freewheel.policies import policy_class
 from freewheel.policies.guard import decide_inputs
 from freewheel.policies.law import Law, initial_tensors, parameter_tensors
+from freewheel.policies.setting import CacheSetting, GuardSetting
 
 
 class Recorder:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from freewheel.configs.setting import CacheSetting
 from freewheel.policies.law import Law
+from freewheel.policies.setting import CacheSetting
 
 
 def decisions(steps: int, **parameters: object) -> str:

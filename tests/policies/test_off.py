@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from freewheel.configs.setting import CacheSetting
 from freewheel.policies import policy_class
 from freewheel.policies.law import Law
+from freewheel.policies.setting import CacheSetting
 
 
 def test_off_computes_every_step_and_keeps_nothing() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.policies.solved import HISTORY
 
 REUSE = [0, 0, 1, 0, 1, 1]

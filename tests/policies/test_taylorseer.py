@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies import policy_class
 from freewheel.policies.law import Law
+from freewheel.policies.setting import CacheSetting, GuardSetting
 
 
 def records(steps: int, guard: GuardSetting | None = None, **parameters: object):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from runs import assert_equals_reference, fold, random_run
 
 from freewheel.configs.load import load_config, shipped_configs
-from freewheel.configs.setting import CacheSetting, GuardSetting
 from freewheel.policies import policy_class
 from freewheel.policies.law import Law
+from freewheel.policies.setting import CacheSetting, GuardSetting
 
 TRACE = Path(__file__).parents[1] / "traces" / "shapes_wan_timesteps_30.npz"
 

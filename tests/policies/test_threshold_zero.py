@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
 from freewheel.policies import policies, policy_class
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

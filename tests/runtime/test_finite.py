@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import NotFiniteError, RequestError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import NotFiniteError, RequestError
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.finite import is_finite
 from freewheel.runtime.model import DeviceOptions, LoadedModel
 from freewheel.runtime.session import Session

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

@@ -12,9 +12,9 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import RequestError
-from freewheel.runtime.attach import attach
+from freewheel.core.errors import RequestError
 from freewheel.runtime.lora import parse_lora
+from freewheel.runtime.pipeline.attach import attach
 
 Write = Callable[..., str]
 

@@ -12,8 +12,8 @@ import torch
 from host_device import PLACE, feign_cuda
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import RequestError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import RequestError
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import DeviceOptions, LoadedModel, uploaded
 from freewheel.runtime.offload import HostBlock, OffloadedWeights
 from freewheel.runtime.session import Session

@@ -9,8 +9,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import ConfigError, RequestError
-from freewheel.configs.setting import CacheSetting, GuardSetting
+from freewheel.core.errors import ConfigError, RequestError
+from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

@@ -10,9 +10,9 @@ import pytest
 from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import ConfigError
 from freewheel.configs.load import parse_config
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import ConfigError
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.settings import choose_setting, config_entries, config_entry, stretch_warning
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import RequestError
+from freewheel.core.errors import RequestError
 from freewheel.serving.model_config import ServedModel, config_text, served_backend
 
 

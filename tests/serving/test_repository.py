@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.errors import OutputError, RequestError
+from freewheel.core.errors import OutputError, RequestError
 from freewheel.serving import repository
 from freewheel.serving.repository import CONFIG, ServeRequest, write_repository
 

@@ -14,8 +14,8 @@ import pytest
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
-from freewheel.runtime.generate import Generator
+from freewheel.policies.setting import CacheSetting
+from freewheel.runtime.pipeline.generate import Generator
 from freewheel.tuning.gram import GramRecorder
 from freewheel.tuning.lockstep import Lockstep, sampler_rows
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.progress import Silent
-from freewheel.configs.errors import OutputError, RequestError
 from freewheel.configs.load import load_config, read_configs
-from freewheel.runtime.generate import Generator
+from freewheel.core.errors import OutputError, RequestError
+from freewheel.core.progress import Silent
+from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.settings import config_entry
 from freewheel.tuning.calibrate import (
     Calibration,

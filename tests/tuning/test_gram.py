@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from freewheel.configs.setting import CacheSetting
-from freewheel.runtime.generate import Generator
+from freewheel.policies.setting import CacheSetting
+from freewheel.runtime.pipeline.generate import Generator
 from freewheel.tuning.gram import GramRecorder
 
 STEPS, GUIDANCE = 24, 3.0

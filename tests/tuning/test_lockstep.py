@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting
 from freewheel.policies.solved import SolvedConfig
-from freewheel.runtime.generate import Generator
+from freewheel.runtime.pipeline.generate import Generator
 from freewheel.tuning.lockstep import Lockstep, sampler_rows
 from freewheel.tuning.solve import early_weights, solve
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freewheel.configs.errors import OutputError
-from freewheel.configs.setting import CacheSetting
-from freewheel.runtime.bench import BenchReport
-from freewheel.runtime.generate import Generation, Generator
+from freewheel.core.errors import OutputError
+from freewheel.policies.setting import CacheSetting
+from freewheel.runtime.pipeline.generate import Generation, Generator
+from freewheel.tuning.bench import BenchReport
 from freewheel.tuning.report import ChangeRecorder, write_bench_report, write_run_report
 
 STEPS = 10

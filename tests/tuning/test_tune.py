@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.progress import Silent
-from freewheel.configs.errors import ConfigError, RequestError
 from freewheel.configs.load import load_config
+from freewheel.core.errors import ConfigError, RequestError
+from freewheel.core.progress import Silent
 from freewheel.tuning.tune import Goal, TuneReport, TuneRequest, calibrated, save_config, tune
 
 PROMPTS = [

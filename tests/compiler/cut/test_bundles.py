@@ -26,8 +26,8 @@ from test_prove import OTHER
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import eager, random_inputs
-from freewheel.compiler.verify import verify_bundle
-from freewheel.configs.setting import CacheSetting
+from freewheel.compiler.verify.bundle import verify_bundle
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

@@ -14,7 +14,7 @@ from freewheel.compiler.cut.complex_as_real import complex_as_real
 from freewheel.compiler.cut.models import step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.trace import value_of
-from freewheel.configs.errors import ExportError
+from freewheel.core.errors import ExportError
 
 TABLE = torch.polar(
     torch.ones(64, 4), torch.randn(64, 4, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import eager, random_inputs
 from freewheel.compiler.families import family_of
-from freewheel.configs.errors import ExportError
+from freewheel.core.errors import ExportError
 
 DECLARED = [
     pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)

@@ -16,7 +16,7 @@ from freewheel.compiler.cut.describe import describe, describe_model
 from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import eager, random_inputs
 from freewheel.compiler.draw_cut import mermaid
-from freewheel.configs.errors import CheckpointError
+from freewheel.core.errors import CheckpointError
 
 
 def described(one: Case) -> dict[str, Any]:

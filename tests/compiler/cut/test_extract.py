@@ -12,7 +12,7 @@ from freewheel.compiler.cut.classes import Classes, classify
 from freewheel.compiler.cut.extract import extract
 from freewheel.compiler.cut.models import step
 from freewheel.compiler.cut.words import is_operation
-from freewheel.configs.errors import ExportError
+from freewheel.core.errors import ExportError
 
 
 def test_a_blocks_weights_are_named_below_the_block_and_on_meta(wan: Case) -> None:

@@ -11,7 +11,7 @@ from cases import Case
 from torch import fx, nn
 
 from freewheel.compiler.cut.taps import attention_output, modulated_input
-from freewheel.configs.errors import ExportError
+from freewheel.core.errors import ExportError
 
 
 def test_the_signal_is_the_first_products_input_and_the_feature_what_attention_adds(

@@ -20,7 +20,7 @@ from freewheel.compiler.cut.trace import (
     skeleton,
     trace,
 )
-from freewheel.configs.errors import ExportError
+from freewheel.core.errors import ExportError
 
 
 def test_two_blocks_stand_for_all_and_keep_their_names() -> None:

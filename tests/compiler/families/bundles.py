@@ -12,9 +12,9 @@ from chain import relative
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.configs.setting import CacheSetting, GuardSetting
-from freewheel.runtime.attach import attach
+from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
 # Sums in another order; sines of timesteps in float32 weigh most: 3e-6 was seen.

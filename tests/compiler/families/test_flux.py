@@ -25,10 +25,10 @@ from torch import Tensor
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.families import Cut
 from freewheel.compiler.families.flux import FLUX
-from freewheel.configs.errors import CheckpointError, RequestError
-from freewheel.configs.setting import CacheSetting
-from freewheel.runtime.attach import attach
+from freewheel.core.errors import CheckpointError, RequestError
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
 TINY = {

@@ -20,8 +20,8 @@ from torch import Tensor
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.families import Cut
 from freewheel.compiler.families.hunyuan import HUNYUAN
-from freewheel.configs.errors import CheckpointError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import CheckpointError
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

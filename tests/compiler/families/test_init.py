@@ -14,8 +14,8 @@ from freewheel.compiler.families import FAMILIES, Cut, Family, family_of
 from freewheel.compiler.families.flux import FLUX
 from freewheel.compiler.families.hunyuan import HUNYUAN
 from freewheel.compiler.families.ltx import LTX
-from freewheel.configs.errors import CheckpointError
 from freewheel.configs.load import load_config
+from freewheel.core.errors import CheckpointError
 from freewheel.runtime.settings import config_entry
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.families import Cut
 from freewheel.compiler.families.ltx import LTX
-from freewheel.configs.errors import CheckpointError, RequestError
-from freewheel.configs.setting import CacheSetting
+from freewheel.core.errors import CheckpointError, RequestError
+from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 

@@ -12,8 +12,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from freewheel.compiler.families import Cut, Segment, Stage
-from freewheel.configs.dtypes import PRECISIONS
-from freewheel.configs.errors import CheckpointError
+from freewheel.core.dtypes import PRECISIONS
+from freewheel.core.errors import CheckpointError
 
 # Same float32 operations in another association; 2.3e-7 was seen.
 TOLERANCE = 1e-6

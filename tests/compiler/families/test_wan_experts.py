@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 from freewheel.bundle.reader import MANIFEST, Bundle
 from freewheel.cli import app
 from freewheel.compiler.build import BuildRequest, build
-from freewheel.compiler.checkpoint import open_checkpoint
-from freewheel.compiler.verify import verify_bundle
-from freewheel.configs.errors import BundleError, CheckpointError, ConfigError, RequestError
+from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
+from freewheel.compiler.verify.bundle import verify_bundle
+from freewheel.core.errors import BundleError, CheckpointError, ConfigError, RequestError
 from freewheel.engines import backend
-from freewheel.runtime.attach import attach
 from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 

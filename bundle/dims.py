@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named dimensions: read from what the caller hands in, derived where the manifest says how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from ..core.errors import BundleError, RequestError
+from .manifest import MAX_SIZE, IoEntry, Manifest
+
+__all__ = ["derive_dims", "match_dims", "shape_of"]
+
+
+def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int]:
+    """Match a tensor's shape with its declaration.
+
+    Args:
+        name: Input name, for the message.
+        entry: Declared dtype and shape.
+        shape: Shape found.
+
+    Returns:
+        Size of each named dimension.
+
+    Raises:
+        RequestError: rank or a fixed dimension differs, or a dimension is 0.
+    """
+    declared = f"[{', '.join(map(str, entry.shape))}]"
+    sizes: dict[str, int] = {}
+    fits = len(shape) == len(entry.shape) and all(size > 0 for size in shape)
+    for dim, size in zip(entry.shape, shape, strict=False):
+        fits &= sizes.setdefault(dim, size) == size if isinstance(dim, str) else dim == size
+    if not fits:
+        raise RequestError(
+            f"input '{name}'", f"has shape {list(shape)}, the bundle takes {declared}",
+            "give latents and embeddings of the model that the bundle was built from",
+        )  # fmt: skip
+    return sizes
+
+
+def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Add the manifest's derived dimensions (such as ``tokens``) and sums to the sizes known.
+
+    One that derives from a size not known yet (a prompt input's) is left out.
+
+    Raises:
+        RequestError: a size is not divisible by its patch, or an input has another one than what
+            it derives from.
+    """
+    dims = dict(sizes)
+    for name, factors in manifest.dims.items():
+        if any(dim not in dims for dim, _ in factors):
+            continue
+        product = 1
+        for dim, divisor in factors:
+            if dims[dim] % divisor:
+                raise RequestError(
+                    f"dimension '{dim}'", f"is {dims[dim]}, which {divisor} does not divide",
+                    "choose a size that the model's patches divide",
+                )  # fmt: skip
+            product *= dims[dim] // divisor
+        if dims.setdefault(name, product) != product:
+            parts = " · ".join(dim for dim, _ in factors)
+            raise RequestError(
+                f"dimension '{name}'", f"is {dims[name]}, but {parts} give {product}",
+                "give sizes that belong to the latents",
+            )  # fmt: skip
+    for name, terms in manifest.sums.items():
+        if all(term in dims for term in terms):
+            dims[name] = sum(dims[term] for term in terms)
+    return dims
+
+
+def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a declared tensor for these sizes.
+
+    Raises:
+        BundleError: it has a dimension whose size nothing tells.
+        RequestError: it has more elements than the bundle format allows.
+    """
+    unknown = [d for d in entry.shape if isinstance(d, str) and d not in dims]
+    if unknown:
+        raise BundleError(
+            f"dimension '{unknown[0]}'", "has a size that nothing tells", "build the bundle again"
+        )
+    shape = tuple(dims[d] if isinstance(d, str) else d for d in entry.shape)
+    if prod(shape) > MAX_SIZE:
+        raise RequestError(
+            f"tensor [{', '.join(map(str, entry.shape))}]", f"is absurdly large: {list(shape)}",
+            "choose a smaller size",
+        )  # fmt: skip
+    return shape

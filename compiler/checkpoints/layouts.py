@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what a folder or file holds that is no diffusers checkpoint, and how to get one from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from ...core.errors import CheckpointError
+
+__all__ = ["file_fault", "folder_fault", "original_fault", "weights_fault"]
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+ORIGINAL_CLASSES = {"WanModel": "Wan"}
+"""``_class_name`` in the config of a model's own repository → the model."""
+
+FROM_SINGLE_FILE = (
+    "convert it: load it with the from_single_file() of the diffusers class, such as "
+    "WanTransformer3DModel, and call save_pretrained(folder)"
+)
+TO_SAFETENSORS = (
+    "convert them: load with diffusers and call save_pretrained(folder, safe_serialization=True)"
+)
+PICKLED = "pickled weights, which Freewheel never opens"
+
+
+def file_fault(file: Path) -> CheckpointError:
+    """Say what a file is that was given in place of a folder."""
+    suffix = file.suffix.lower()
+    if suffix == ".gguf":
+        return CheckpointError(str(file), *_gguf(file.name))
+    if suffix in PICKLES:
+        return CheckpointError(str(file), f"is a file of {PICKLED}", TO_SAFETENSORS)
+    if suffix == ".safetensors":
+        return CheckpointError(
+            str(file), "is a single file, and a build takes a folder in diffusers layout",
+            "give its folder if that has a 'config.json' of diffusers; else " + FROM_SINGLE_FILE,
+        )  # fmt: skip
+    return CheckpointError(
+        str(file), "is a file, and a build takes a folder in diffusers layout",
+        "give the folder with 'model_index.json', or with the transformer's 'config.json'",
+    )  # fmt: skip
+
+
+def folder_fault(folder: Path) -> CheckpointError:
+    """Say what a folder holds that has neither ``model_index.json`` nor ``config.json``."""
+    if (folder / "transformer" / "config.json").is_file():
+        return CheckpointError(
+            str(folder), "has a folder 'transformer' and no 'model_index.json'",
+            f"fetch 'model_index.json' too, or give '{folder / 'transformer'}'",
+        )  # fmt: skip
+    for config in sorted(folder.glob("*/config.json")):
+        original = original_fault(config)
+        if original is not None:
+            return original
+    found = _found(folder)
+    if found is not None:
+        return CheckpointError(str(folder), *found)
+    return CheckpointError(
+        str(folder), f"has neither 'model_index.json' nor 'config.json'; {_listing(folder)}",
+        "give a checkpoint in diffusers layout",
+    )  # fmt: skip
+
+
+def original_fault(config: Path) -> CheckpointError | None:
+    """Say that a config is of a model's own repository; None where it is not."""
+    try:
+        data = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    name = data.get("_class_name") if isinstance(data, dict) else None
+    if not isinstance(name, str) or name not in ORIGINAL_CLASSES:
+        return None
+    return CheckpointError(
+        str(config),
+        f"is of '{name}': the weights are in {ORIGINAL_CLASSES[name]}'s original layout, "
+        "not in diffusers'",
+        "take the same model in diffusers layout: on the hub its name ends in '-Diffusers', as "
+        "'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'",
+    )
+
+
+def weights_fault(folder: Path, stem: str) -> CheckpointError:
+    """Say which weights a part's folder has instead of ``<stem>.safetensors`` or an index of shards."""
+    single = f"{stem}.safetensors"
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    numbered = [n for n in names if re.fullmatch(rf"{re.escape(stem)}-\d+-of-\d+\.safetensors", n)]
+    if numbered:
+        return CheckpointError(
+            str(folder),
+            f"has {len(numbered)} shards, such as '{numbered[0]}', and no index of them",
+            f"fetch '{single}.index.json' from where the shards come from",
+        )
+    number = r"(?:-\d+-of-\d+)?"
+    of_variant = re.compile(rf"{re.escape(stem)}{number}\.([\w]+?){number}\.safetensors")
+    variants = {n: m[1] for n in names if (m := of_variant.fullmatch(n))}
+    if variants:
+        name, variant = next(iter(variants.items()))
+        way = (
+            f"rename or link '{name}' to '{single}'" if len(variants) == 1
+            else f"load with diffusers, from_pretrained(folder, variant='{variant}'), and call "
+            "save_pretrained(other_folder)"
+        )  # fmt: skip
+        return CheckpointError(
+            str(folder), f"has the weights as variant '{variant}' only, in '{name}'", way
+        )
+    found = _found(folder)
+    if found is not None:
+        return CheckpointError(str(folder), *found)
+    return CheckpointError(
+        str(folder), f"has no '{single}' and no index of shards", "fetch the weights"
+    )
+
+
+def _found(folder: Path) -> tuple[str, str] | None:
+    """Say what weights of other layouts a folder holds, and what to do about them."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    by_suffix = {
+        s: [f.name for f in files if f.suffix.lower() == s] for s in {f.suffix for f in files}
+    }
+    single = by_suffix.get(".safetensors", [])
+    if single:
+        return f"has '{single[0]}', which is not in diffusers layout", FROM_SINGLE_FILE
+    if by_suffix.get(".gguf"):
+        return _gguf(by_suffix[".gguf"][0])
+    if any(by_suffix.get(s) for s in PICKLES):
+        return f"holds {PICKLED}", TO_SAFETENSORS
+    return None
+
+
+def _gguf(name: str) -> tuple[str, str]:
+    return (
+        f"holds '{name}': GGUF, whose weights are quantised in blocks",
+        "take the checkpoint in diffusers layout, in bfloat16, float16 or float32",
+    )
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    shown = ", ".join(f"'{n}'" for n in names[:5])
+    return f"it holds {shown}" if names else "it is empty"

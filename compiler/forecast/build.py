@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forecast what a build and its runs will need, from a checkpoint's config and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...bundle.manifest import ResolvedConfig
+from ...core.dtypes import ITEM_BYTES
+from ...engines.host import disk_free_bytes, existing_parent
+from ...policies import policies
+from ..checkpoints.checkpoint import Checkpoint
+from ..defaults import policy_setting
+from ..families import Cut
+from ..inspect import describe_flops, render_forecast
+from ..sizes import Size, dims_of, size_of
+from .fit import forecast_memory
+from .footprint import amount, footprint_of, weights_of
+from .host_memory import memory_beside
+
+__all__ = ["forecast_build", "forecast_disk", "render_plan"]
+
+LINKING_BACKENDS = ("onnxruntime",)
+"""Whose engines share baked weights with the bundle; the others' hold a copy."""
+
+
+def forecast_build(
+    checkpoint: Checkpoint,
+    cut: Cut,
+    configs: Mapping[str, ResolvedConfig],
+    *,
+    precision: str,
+    backends: Sequence[str],
+    baked: bool,
+    out: Path,
+    size: Size | None = None,
+) -> dict[str, Any]:
+    """Forecast memory and operations of a run under the default config, and the disk for a bundle.
+
+    Args:
+        checkpoint: Where weights and pipeline lie.
+        cut: The checkpoint's model, cut.
+        configs: Configs to be carried; the first is the default.
+        precision: Precision of the body.
+        backends: Backends to compile for; the first runs it.
+        baked: Whether engines hold weights.
+        out: The bundle's folder to be.
+        size: Size of the run; None takes the default config's.
+
+    Raises:
+        RequestError: a size that VAE or patches do not divide.
+    """
+    default, laws = next(iter(configs)), policies()
+    size = size or size_of(configs[default].generation)
+    dims = dims_of(cut, size, checkpoint.pipeline)
+    settings = {n: policy_setting(n, cut.signals) for n in laws}
+    settings |= {n: c.cache for n, c in configs.items()}
+    footprint = footprint_of(
+        cut, dims, branches=size.branches, settings=settings,
+        specs={n: p.spec for n, p in laws.items()},
+    )  # fmt: skip
+    beside = memory_beside(cut, size, checkpoint.pipeline, backend=backends[0], precision=precision)
+    return {
+        "size": vars(size),
+        "dims": dims,
+        "flops": describe_flops(cut, dims, size),
+        "memory": forecast_memory(footprint, default, device=backends[0], beside=beside),
+        "disk": forecast_disk(checkpoint, cut, backends=backends, baked=baked, out=out),
+    }
+
+
+def forecast_disk(
+    checkpoint: Checkpoint, cut: Cut, *, backends: Sequence[str], baked: bool, out: Path
+) -> dict[str, Any]:
+    """Forecast the disk that a bundle takes; graphs and template engines, a few MB, are left out.
+
+    Args:
+        checkpoint: Where weights lie, and in what dtype.
+        cut: The checkpoint's model, cut.
+        backends: Backends to compile for.
+        baked: Whether engines hold weights.
+        out: The bundle's folder to be.
+    """
+    stored = checkpoint.tensors
+    in_body = _body_weights(cut)
+    linkable = converted = body = 0
+    for name, (dtype, shape) in weights_of(cut).items():
+        size = prod(shape) * ITEM_BYTES[dtype]
+        is_as_stored = name in stored and stored[name].dtype == dtype
+        linkable += size if is_as_stored else 0
+        converted += 0 if is_as_stored else size
+        body += size if name in in_body else 0
+    copies = sum(b not in LINKING_BACKENDS for b in backends) if baked else 0
+    source = existing_parent(checkpoint.transformer.resolve())
+    links = source.stat().st_dev == existing_parent(out).stat().st_dev
+    needed = converted + (0 if links else linkable) + copies * body
+    free = disk_free_bytes(out)
+    verdict = None
+    if needed > free:
+        verdict = (
+            f"will not fit: {amount(needed)} of disk needed, {amount(free)} free "
+            f"where '{out}' would lie"
+        )
+    return {
+        "linked_bytes": linkable if links else 0,
+        "converted_bytes": converted + (0 if links else linkable),
+        "baked_bytes": copies * body,
+        "needed_bytes": needed,
+        "free_bytes": free,
+        "verdict": verdict,
+    }
+
+
+def _body_weights(cut: Cut) -> set[str]:
+    blocks = {s.block for s in cut.stages}
+    body = replace(cut, segments=tuple(s for s in cut.segments if s.name in blocks))
+    return set(weights_of(body))
+
+
+def render_plan(planned: Mapping[str, Any]) -> list[str]:
+    """Turn what ``build --dry-run`` found into lines for people."""
+    forecast = planned["forecast"]
+    disk = forecast["disk"]
+    lines = [f"{n}: {v}" for n, v in planned.items() if n != "forecast"]
+    lines.append(
+        f"disk: {amount(disk['needed_bytes'])} written beside "
+        f"{amount(disk['linked_bytes'])} linked, {amount(disk['free_bytes'])} free"
+    )
+    lines += ["", *render_forecast(forecast)]
+    return lines if disk["verdict"] is None else [*lines, disk["verdict"]]

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trace a segment to ONNX without ever holding its weights.
+
+The module lives on the ``meta`` device, so tracing costs no memory; its parameters come out as
+initializers without data, which the passes then turn into graph inputs (block templates) or into
+references to the bundle's weight files (baked form).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+
+import onnx_ir as ir
+import torch
+
+from ...core.errors import ExportError
+from ...engines.base import TensorSpec
+from ..cut.declared import Segment
+
+__all__ = ["OPSET", "exporting", "trace"]
+
+OPSET = 23
+"""First opset with `Attention`, `RotaryEmbedding` and `RMSNormalization`."""
+
+BATCH_DIMS = {"batch": 2, "text_tokens": 11, "image_tokens": 13, "steps": 5, "slots": 3}
+
+
+def trace(segment: Segment, example_dims: Mapping[str, int]) -> ir.Model:
+    """Trace ``segment`` with every named dimension dynamic.
+
+    Args:
+        segment: What to trace.
+        example_dims: Sizes of the family's own dimensions to trace with (any will do that its
+            patches divide).
+
+    Returns:
+        The traced model, unoptimised: parameters are initializers without data.
+
+    Raises:
+        ExportError: torch could not export the module.
+    """
+    sizes = {**BATCH_DIMS, **example_dims}
+    example = {n: _example(s, sizes) for n, s in segment.inputs.items()}
+    dynamic = {
+        n: {i: torch.export.Dim.DYNAMIC if d in BATCH_DIMS else torch.export.Dim.AUTO
+            for i, d in enumerate(s.shape) if isinstance(d, str)}
+        for n, s in segment.inputs.items()
+    }  # fmt: skip
+    names = list(segment.inputs)
+    try:
+        with exporting():
+            program = torch.onnx.export(
+                segment.module.eval(),
+                kwargs=example,
+                input_names=names,
+                output_names=list(segment.outputs),
+                dynamic_shapes=dynamic,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"segment '{segment.name}'",
+            f"torch could not export it: {error}",
+            "report this with the model's config",
+        ) from error
+    assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
+    return program.model
+
+
+def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
+    shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+    return torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Let `torch.onnx.export` neither talk nor prepare again what it prepared before."""
+    with warnings.catch_warnings(), _quiet(), _one_operator_registry():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own progress lines out of ours."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _one_operator_registry() -> Iterator[None]:
+    """Let exports of one process share torch's operator registry.
+
+    `torch.onnx.export` builds it anew each time (2 of 3 seconds of a small export, torch 2.13).
+    Should torch move it, exports are slower and nothing else.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    registry_class = getattr(_registration, "ONNXRegistry", None)
+    original = getattr(registry_class, "from_torchlib", None)
+    if registry_class is None or original is None:
+        yield
+        return
+    registry_class.from_torchlib = classmethod(
+        lambda cls, **options: _registry(original, **options)
+    )
+    try:
+        yield
+    finally:
+        registry_class.from_torchlib = original
+
+
+@cache
+def _registry(build: Callable[..., object], **options: object) -> object:
+    return build(**options)

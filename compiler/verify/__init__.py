@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a bundle right: its bytes, its engines, its policies."""

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of one branch: residual history, signals, and the compiled policy that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bundle.dims import shape_of
+from ..bundle.manifest import PolicyEntry, SignalEntry
+from ..engines.base import BoundCall
+from ..policies.setting import CacheSetting
+from ..policies.spec import Value
+from .body import Body
+from .decider import Decider, Verdict
+from .model import LoadedModel
+from .ring import ResidualRing
+from .signals import ROLES, SignalBuffers
+
+__all__ = ["BranchCache", "ResolvedSetting"]
+
+
+@dataclass(frozen=True)
+class ResolvedSetting:
+    """A cache setting checked against the bundle.
+
+    Attributes:
+        setting: As asked for.
+        policy: The policy's entry in the manifest.
+        parameters: Every parameter, defaults filled in.
+        signal_name: Signal kind given to the policy, or None.
+        signal: The signal's entry, or None.
+    """
+
+    setting: CacheSetting
+    policy: PolicyEntry
+    parameters: Mapping[str, Value]
+    signal_name: str | None
+    signal: SignalEntry | None
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether decisions depend on timesteps alone, and so can be taken ahead of the loop."""
+        if self.policy.spec.feature is not None:
+            return False
+        return self.signal is None or self.signal.known == "run"
+
+    @property
+    def depth(self) -> int:
+        """Residuals that the policy mixes."""
+        return self.policy.spec.history.kept(self.parameters)
+
+
+class BranchCache:
+    """Everything one branch remembers between steps of a run."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        resolved: ResolvedSetting,
+        body: Body,
+        shared: Mapping[str, Tensor],
+        *,
+        record: bool,
+    ) -> None:
+        """Allocate history, signal and feature buffers; bind ``delta``, ``reuse`` and the policy.
+
+        Args:
+            model: Engines.
+            resolved: Policy and parameters.
+            body: The branch's body.
+            shared: Buffers that branches share.
+            record: Whether features and residuals are wanted for a trace, whatever the policy.
+        """
+        self._resolved, self._body, self._record = resolved, body, record
+        spec, graphs = resolved.policy.spec, model.manifest.graphs
+        hidden, dims = shared["hidden"], body.dims
+        self.computed_steps: list[int] = []
+        self._is_probed = any(
+            g.runs == "probe" and resolved.signal is not None and resolved.signal.value in g.outputs
+            for g in graphs.values()
+        )
+        # With a probe, what is reused is what the blocks after it add.
+        base = body.bind_probe() if self._is_probed else hidden
+        self.wants_tap = spec.feature == "attention_output" or record
+        if self.wants_tap:
+            body.bind_taps()
+        self._features: list[Tensor] = []
+        if spec.feature == "attention_output":
+            frame = (dims["tokens_per_frame"], body.taps[0].shape[-1])
+            self._features = [tap[0].view(-1, *frame) for tap in body.taps]
+        elif spec.feature == "model_output":
+            declared = graphs["finish"].outputs["model_output"]
+            output = shape_of(declared, dims)
+            self._features = [
+                torch.zeros(output[1:], device=model.device).view(-1, *output[-2:])
+                for _ in range(2)
+            ]
+        depth = max(resolved.depth, 1) if record else resolved.depth
+        self.ring: ResidualRing | None = None
+        if depth:
+            declared = graphs["delta"].outputs["residual"]
+            shape, dtype = shape_of(declared, dims), getattr(torch, declared.dtype)
+            self.ring = ResidualRing(depth, shape, dtype, model.device)
+            before = {"hidden": base, "hidden_out": body.hidden_out}
+            self._deltas = [
+                model.bind("delta", {**before, "residual": self.ring.slot(i)}) for i in range(depth)
+            ]
+            past = {"history": self.ring.history, "mix": self.ring.mix}
+            self._reuse = model.chain([model.bind("reuse", {**before, **past})])
+            self._replay: BoundCall | None = None
+            if record:
+                self._replayed = torch.zeros(shape, dtype=dtype, device=model.device)
+                whole = {**before, "hidden": hidden}
+                self._replay = model.bind("delta", {**whole, "residual": self._replayed})
+        self._tables: Mapping[str, Tensor] = {}
+        self._signals = self._bind_signal(model, shared)
+        self._decider = Decider(
+            model,
+            resolved.policy,
+            resolved.parameters,
+            resolved.setting.guard,
+            self._arrangements(),
+        )
+        self._verdicts: list[Verdict] | None = None
+
+    def _bind_signal(
+        self, model: LoadedModel, shared: Mapping[str, Tensor]
+    ) -> SignalBuffers | None:
+        """Prepare the signal's buffers, and what fills each: copies of rows or inputs, or graphs."""
+        signal = self._resolved.signal
+        if signal is None:
+            return None
+        roles = [role for role in ROLES if role in self._resolved.policy.spec.kept]
+        spots = range(1 + len(roles))
+        graph = next(
+            (n for n, g in model.manifest.graphs.items()
+             if g.runs in ("signal", "probe") and signal.value in g.outputs), None,
+        )  # fmt: skip
+        if graph is None:
+            source = shared[signal.value]
+            shape = (1, -1) if signal.known == "run" else (-1, source.shape[-1])
+            buffers = [torch.zeros_like(source).view(shape) for _ in spots]
+            read = self._table_row if signal.known == "run" else lambda step_index: source
+
+            def copy_to(buffer: Tensor) -> Callable[[int], object]:
+                return lambda step_index: buffer.copy_(read(step_index).view(buffer.shape))
+
+            return SignalBuffers(roles, buffers, [copy_to(b) for b in buffers])
+        values = {**shared, **self._body.context}
+        if self._is_probed:
+            values["hidden_out"] = self._body.bind_probe()
+        buffers = [torch.zeros_like(shared["hidden"]) for _ in spots]
+        calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
+
+        def run(call: BoundCall) -> Callable[[int], object]:
+            return lambda step_index: self._run_signal(call)
+
+        flat = [b.flatten(0, -2) for b in buffers]
+        return SignalBuffers(roles, flat, [run(c) for c in calls])
+
+    def _table_row(self, step_index: int) -> Tensor:
+        assert self._resolved.signal is not None, "called where there is one"
+        return self._tables[self._resolved.signal.value][step_index]
+
+    def _run_signal(self, call: BoundCall) -> None:
+        if self._is_probed:
+            self._body.run_probe(self._next_tap)
+        call.run()
+
+    def _arrangements(self) -> dict[Hashable, dict[str, Tensor]]:
+        """List the ways in which rotating buffers can stand: those of signals, then the feature."""
+        stands: Iterable[tuple[tuple[int, ...], dict[str, Tensor]]] = [((), {})]
+        if self._signals is not None:
+            stands = self._signals.arrangements()
+        found: dict[Hashable, dict[str, Tensor]] = {}
+        for stand, values in stands:
+            if not self._features:
+                found[stand, 0] = values
+            for turn, feature in enumerate(self._features):
+                pair = {"feature": feature, "previous_feature": self._features[1 - turn]}
+                found[stand, turn] = {**values, **pair}
+        return found
+
+    def reset(self, tables: Mapping[str, Tensor], step_count: int) -> None:
+        """Forget the last run; take every decision of the coming one now, if they fold."""
+        self._tables, self._step_count = tables, step_count
+        self.rejoin(0)
+
+    def rejoin(self, step_index: int) -> None:
+        """Forget what came before a gap: the branch computes at ``step_index`` and caches on."""
+        self._forget()
+        self._first, self._verdicts = step_index, None
+        if self._resolved.is_folded:
+            steps = range(step_index, self._step_count)
+            self._verdicts = [self._decide_and_assume(t) for t in steps]
+            self._forget()
+
+    def _forget(self) -> None:
+        self.computed_steps.clear()
+        if self.ring is not None:
+            self.ring.reset()
+        for tap in self._body.taps if self.wants_tap else ():
+            tap.zero_()
+        for feature in self._features:
+            feature.zero_()
+        if self._signals is not None:
+            self._signals.reset()
+        self._decider.reset(self._step_count)
+
+    def _decide_and_assume(self, step_index: int) -> Verdict:
+        verdict = self._ask(step_index)
+        if verdict.compute:
+            self._note_computed(step_index)
+        return verdict
+
+    def _note_computed(self, step_index: int) -> None:
+        self.computed_steps.insert(0, step_index)
+        if self._signals is not None:
+            self._signals.mark_computed()
+
+    @property
+    def depth(self) -> int:
+        """Residuals that the policy mixes."""
+        return self._resolved.depth
+
+    @property
+    def folded(self) -> list[Verdict] | None:
+        """Every decision from `reset` or `rejoin` on where they are known ahead, else None."""
+        return self._verdicts
+
+    def decide(self, step_index: int) -> Verdict:
+        """Decide about the coming step; ``hidden`` holds its input already."""
+        if self._verdicts is not None:
+            return self._verdicts[step_index - self._first]
+        return self._ask(step_index)
+
+    def affordable(self, verdict: Verdict) -> Verdict:
+        """Return a verdict that computes in place of one that mixes more residuals than are held.
+
+        A table of mixes, or another branch's decision, knows nothing of this branch's gaps.
+        """
+        if verdict.compute or not any(verdict.mix[len(self.computed_steps) :]):
+            return verdict
+        return Verdict(True, (), verdict.distance)
+
+    def _ask(self, step_index: int) -> Verdict:
+        stand: tuple[int, ...] = ()
+        if self._signals is not None:
+            self._signals.advance(step_index)
+            stand = self._signals.stand
+        turn = self._last_tap if self._features else 0
+        held = self.computed_steps[: self._resolved.depth]
+        return self.affordable(self._decider.decide(step_index, held, (stand, turn)))
+
+    @property
+    def _last_tap(self) -> int:
+        return (len(self.computed_steps) - 1) % 2
+
+    @property
+    def _next_tap(self) -> int | None:
+        return len(self.computed_steps) % 2 if self.wants_tap else None
+
+    def compute(self, step_index: int) -> None:
+        """Run the body, or what a probe left of it; write its residual to the next slot, for `keep`."""
+        tap = self._next_tap
+        self._note_computed(step_index)
+        if self._is_probed:
+            self._body.run_after_probe(tap)
+        else:
+            self._body.run(tap)
+        if self.ring is not None:
+            self._deltas[self.ring.next_slot].run()
+
+    @property
+    def computed_residual(self) -> Tensor | None:
+        """What `compute` wrote and `keep` has not taken yet; None where no history is kept."""
+        return None if self.ring is None else self.ring.slot(self.ring.next_slot)
+
+    def keep(self, step_index: int) -> None:
+        """Take the residual that `compute` wrote into the history."""
+        if self.ring is not None:
+            self.ring.push(step_index)
+
+    def keep_output(self, model_output: Tensor) -> None:
+        """Take what ``finish`` gave after a computation, where the policy looks at it."""
+        if self._resolved.policy.spec.feature == "model_output":
+            kept = self._features[self._last_tap]
+            kept.copy_(model_output[0].view(kept.shape))
+
+    def reuse(self, verdict: Verdict) -> None:
+        """Write hidden states as the mix of past residuals has them."""
+        assert self.ring is not None, "the guard computes until a residual exists"
+        self.ring.set_mix(verdict.mix)
+        self._reuse.run()
+
+    def recorded(self, verdict: Verdict) -> tuple[Tensor, Tensor | None]:
+        """Return the residual and, after a computation, the feature of the step just run."""
+        assert self._record, "only a recording cache keeps them for every step"
+        assert self._replay is not None, "bound when recording"
+        self._replay.run()
+        return self._replayed, self._body.taps[self._last_tap] if verdict.compute else None

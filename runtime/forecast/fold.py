@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell a run's decisions before it starts, where they depend on timesteps alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ...policies import policy as find_policy
+from ...policies.law import Array, DecisionRecord, Law
+from ...policies.setting import CacheSetting
+from ..body import allocate
+from ..model import LoadedModel
+from ..statistics import mean_count
+
+__all__ = ["Folded", "fold", "forecast", "is_folded"]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The decisions of a whole run, known before it starts; every prompt gets the same.
+
+    Attributes:
+        branches: Branch → its decisions, one a step.
+    """
+
+    branches: Mapping[str, list[DecisionRecord]]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return len(next(iter(self.branches.values())))
+
+    @property
+    def computed_steps(self) -> int | float:
+        """Computed steps of a branch; where branches differ, their mean."""
+        return mean_count([sum(d.compute for d in b) for b in self.branches.values()])
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Steps / computed steps."""
+        return self.steps / self.computed_steps
+
+
+def fold(setting: CacheSetting, tables: Mapping[str, Array], *, steps: int) -> Folded:
+    """Take every decision of a run from the tables that depend on timesteps alone.
+
+    Args:
+        setting: Policy, parameters, guard; the policy looks at no content.
+        tables: Name → [steps, width].
+        steps: Steps of the run.
+
+    Raises:
+        ConfigError: unknown policy, parameter or signal.
+    """
+    spec = find_policy(setting.policy).spec
+    signal = setting.signal or next((s for s in spec.signals if s in tables), None)
+    branches = {}
+    for branch in sorted(setting.branches) or ["cond"]:
+        law = Law.eager(setting.for_branch(branch), step_count=steps)
+        seen = [None] * steps if signal is None else list(tables[signal])
+        branches[branch] = [
+            law.decide(None if s is None else s.reshape(-1, s.shape[-1])) for s in seen
+        ]
+    return Folded(branches)
+
+
+def is_folded(model: LoadedModel, setting: CacheSetting) -> bool:
+    """Tell whether a setting's decisions depend on timesteps alone."""
+    spec = find_policy(setting.policy).spec
+    signals = model.manifest.signals
+    signal = setting.signal or next((s for s in spec.signals if s in signals), None)
+    return spec.feature is None and (signal is None or signals[signal].known == "run")
+
+
+def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting) -> Folded | None:
+    """Fold a policy over a schedule.
+
+    Args:
+        model: Engines; only those that run once per run are used.
+        timesteps: [steps], as the scheduler has them.
+        setting: Policy, parameters, guard.
+
+    Returns:
+        The decisions of every branch and prompt, or None where they depend on content.
+
+    Raises:
+        ConfigError: unknown policy, parameter or signal.
+    """
+    if not is_folded(model, setting):
+        return None
+    wanted = timesteps.detach().to(model.device, torch.float32)
+    known: dict[str, torch.Tensor] = {}
+    for name, graph in model.manifest.graphs.items():
+        if graph.runs == "run":
+            tables = allocate(graph.outputs, {"steps": len(wanted)}, model.device)
+            model.bind(name, {"timesteps": wanted, **tables}).run()
+            model.backend.synchronize()
+            known |= {n: t.float().cpu() for n, t in tables.items()}
+    return fold(setting, known, steps=len(wanted))

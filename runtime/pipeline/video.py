@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write frames as mp4, gif or png, and videos side by side as a contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ...core.errors import OutputError, RequestError
+from ...core.extras import require_extra
+from ...core.output import check_file, replaced_whole
+
+__all__ = ["SUFFIXES", "check_output", "contact_sheet", "write_video"]
+
+Frames = NDArray[np.uint8]
+SUFFIXES = (".mp4", ".gif", ".png")
+MOST_FPS = 1000
+
+
+def check_output(path: Path, fps: int = 8) -> None:
+    """Fail before a long run rather than after it; nothing is made or written.
+
+    Args:
+        path: The video to be written later; its folder may be missing.
+        fps: Frames per second.
+
+    Raises:
+        OutputError: unknown suffix, or the file can't be written there.
+        RequestError: ``fps`` is outside [1, 1000].
+        DependencyError: it is an mp4, and what writes those is not installed.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise OutputError(
+            str(path), f"has suffix '{path.suffix}'", f"use one of {', '.join(SUFFIXES)}"
+        )
+    if not 1 <= fps <= MOST_FPS:
+        raise RequestError(f"--fps {fps}", f"is outside [1, {MOST_FPS}]", "use 8 to 30")
+    if path.suffix.lower() == ".mp4":
+        require_extra("video", f"--out {path}")
+    check_file(path, "--out")
+
+
+def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
+    """Write ``frames`` in the format of the suffix, whole or not at all.
+
+    Args:
+        frames: uint8 [frames, height, width, 3]; a png shows them side by side.
+        path: ``.mp4`` (H.264), ``.gif`` or ``.png``. Its folder is made where there is none.
+        fps: Frames per second, 1 to 1000; a png has none.
+
+    Raises:
+        OutputError: it can't be written.
+        RequestError: ``fps`` is out of range.
+        DependencyError: it is an mp4, and what writes those is not installed.
+    """
+    check_output(path, fps)
+    with replaced_whole(path, "choose another --out") as partial:
+        if path.suffix.lower() == ".mp4":
+            import imageio.v3 as iio
+
+            even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+            iio.imwrite(partial, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2,
+                        output_params=["-crf", "14"])  # fmt: skip
+        elif path.suffix.lower() == ".gif":
+            first, *others = [Image.fromarray(frame) for frame in frames]
+            first.save(partial, save_all=True, append_images=others, duration=1000 / fps, loop=0)
+        else:
+            Image.fromarray(np.concatenate(list(frames), axis=1)).save(partial)
+
+
+def contact_sheet(videos: Mapping[str, Frames], columns: int = 5, scale: int = 2) -> Frames:
+    """Draw labelled videos as rows of a few frames each.
+
+    Args:
+        videos: Label → uint8 [frames, height, width, 3], all of one shape.
+        columns: Frames shown of each, evenly spread.
+        scale: Enlargement of each frame.
+
+    Returns:
+        uint8 [rows, columns, 3], one picture.
+    """
+    shape = next(iter(videos.values())).shape
+    height, width = shape[1] * scale, shape[2] * scale
+    label, gap = 20, 4
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, len(videos) * (height + label + gap)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, frames) in enumerate(videos.items()):
+        top = row * (height + label + gap)
+        draw.text((gap, top + 4), name, fill="black")
+        for column, index in enumerate(
+            np.linspace(0, len(frames) - 1, columns).round().astype(int)
+        ):
+            frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(frame, (gap + column * (width + gap), top + label))
+    return np.asarray(sheet)

@@ -1,0 +1,45 @@
+"""Named dimensions: what fits, what follows, and what is said of the rest."""
+
+from __future__ import annotations
+
+import pytest
+
+from freewheel.bundle.dims import derive_dims, match_dims, shape_of
+from freewheel.bundle.manifest import IoEntry
+from freewheel.bundle.reader import Bundle
+from freewheel.core.errors import RequestError
+
+ENTRY = IoEntry(dtype="float32", shape=["batch", 4, "side", "side"])
+
+
+def test_names_get_the_sizes_found() -> None:
+    assert match_dims("latents", ENTRY, (2, 4, 6, 6)) == {"batch": 2, "side": 6}
+    assert shape_of(ENTRY, {"batch": 2, "side": 6}) == (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 6), (2, 5, 6, 6), (2, 4, 6, 7), (0, 4, 6, 6), (2, 4, 6, 6, 1), ()]
+)
+def test_other_shapes_are_refused_with_what_is_taken(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match=r"input 'latents'.*takes \[batch, 4, side, side\]"):
+        match_dims("latents", ENTRY, shape)
+
+
+def test_tokens_follow_from_the_patches(tiny_bundle: Bundle) -> None:
+    sizes = {"batch": 1, "frames": 3, "height": 8, "width": 6}
+    assert derive_dims(tiny_bundle.manifest, sizes)["tokens"] == 3 * 4 * 3
+    with pytest.raises(RequestError, match=r"dimension 'width'.*is 7, which 2 does not divide"):
+        derive_dims(tiny_bundle.manifest, {**sizes, "width": 7})
+
+
+def test_dimensions_of_inputs_still_to_come_wait_for_them(tiny_bundle: Bundle) -> None:
+    assert derive_dims(tiny_bundle.manifest, {"batch": 1, "tokens": 36}) == {
+        "batch": 1, "tokens": 36,
+    }  # fmt: skip
+
+
+def test_a_dimension_given_and_derived_has_one_size(tiny_bundle: Bundle) -> None:
+    sizes = {"batch": 1, "frames": 3, "height": 8, "width": 6, "tokens": 36}
+    assert derive_dims(tiny_bundle.manifest, sizes)["tokens"] == 36
+    with pytest.raises(RequestError, match=r"'tokens'.*is 35, but frames · height · width give 36"):
+        derive_dims(tiny_bundle.manifest, {**sizes, "tokens": 35})

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files as users have them: each other layout is named, with the way to one that a build takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
+from freewheel.core.errors import CheckpointError
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint without its weights, which lie beside it as ``weights``."""
+    target = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    (target / f"{STEM}.safetensors").rename(tmp_path / "weights")
+    return target
+
+
+@pytest.fixture
+def put(folder: Path) -> Callable[..., None]:
+    """Return a function that puts the weights into the folder under other names."""
+
+    def copy(*names: str) -> None:
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder.parent / "weights", folder / name)
+
+    return copy
+
+
+def refusal(model: Path) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(model))
+    assert "fetch the weights" not in caught.value.hint
+    return caught.value
+
+
+def test_a_variant_alone_is_named(folder: Path, put: Callable[..., None]) -> None:
+    put(f"{STEM}.fp16.safetensors")
+    error = refusal(folder)
+    assert error.where == str(folder)
+    assert f"as variant 'fp16' only, in '{STEM}.fp16.safetensors'" in error.what
+    assert error.hint == f"rename or link '{STEM}.fp16.safetensors' to '{STEM}.safetensors'"
+    (folder / f"{STEM}.fp16.safetensors").rename(folder / f"{STEM}.safetensors")
+    assert open_checkpoint(str(folder)).tensors
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{STEM}.bf16-0000{n}-of-00002.safetensors" for n in (1, 2)],
+        [f"{STEM}-0000{n}-of-00002.bf16.safetensors" for n in (1, 2)],
+    ],
+    ids=["before the number", "behind it"],
+)
+def test_shards_of_a_variant_are_named(
+    folder: Path, put: Callable[..., None], names: list[str]
+) -> None:
+    put(*names)
+    error = refusal(folder)
+    assert f"as variant 'bf16' only, in '{names[0]}'" in error.what
+    assert "variant='bf16'" in error.hint
+
+
+def test_shards_without_an_index_are_counted(folder: Path, put: Callable[..., None]) -> None:
+    put(*(f"{STEM}-0000{n}-of-00003.safetensors" for n in (1, 2, 3)))
+    error = refusal(folder)
+    assert f"has 3 shards, such as '{STEM}-00001-of-00003.safetensors', and no index" in error.what
+    assert f"fetch '{STEM}.safetensors.index.json'" in error.hint
+
+
+def test_a_single_original_file_is_named(folder: Path, put: Callable[..., None]) -> None:
+    put("wan2.1_t2v_1.3B_fp16.safetensors")
+    expected = "has 'wan2.1_t2v_1.3B_fp16.safetensors', which is not in diffusers layout"
+    for config in (True, False):
+        if not config:
+            (folder / "config.json").unlink()
+        error = refusal(folder)
+        assert expected in error.what, config
+        assert "from_single_file()" in error.hint
+
+
+def test_a_gguf_is_named(folder: Path, put: Callable[..., None]) -> None:
+    put("wan2.1-t2v-14b-Q4_K_M.gguf")
+    for place in (folder, folder / "wan2.1-t2v-14b-Q4_K_M.gguf"):
+        error = refusal(place)
+        assert error.where == str(place)
+        assert "'wan2.1-t2v-14b-Q4_K_M.gguf': GGUF, whose weights are quantised" in error.what
+        assert "bfloat16, float16 or float32" in error.hint
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "ckpt"])
+def test_pickles_are_named(folder: Path, put: Callable[..., None], suffix: str) -> None:
+    put(f"model.{suffix}")
+    for place in (folder, folder / f"model.{suffix}"):
+        error = refusal(place)
+        assert "pickled weights, which Freewheel never opens" in error.what
+        assert "safe_serialization=True" in error.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
+def test_a_file_in_place_of_a_folder_is_named(
+    folder: Path, put: Callable[..., None], name: str
+) -> None:
+    put(name)
+    error = refusal(folder / name)
+    assert error.where == str(folder / name)
+    assert "and a build takes a folder in diffusers layout" in error.what
+    assert "'config.json'" in error.hint
+
+
+@pytest.mark.parametrize("place", ["", "high_noise_model"])
+def test_an_original_wan_folder_is_named(
+    tmp_path: Path, folder: Path, put: Callable[..., None], place: str
+) -> None:
+    """Wan 2.1 has its config at the top, Wan 2.2 one per expert; both hold pickles beside it."""
+    original = tmp_path / "Wan2.1-T2V-1.3B"
+    (original / place).mkdir(parents=True)
+    (original / place / "config.json").write_text(
+        json.dumps({"_class_name": "WanModel", "dim": 1536, "model_type": "t2v"})
+    )
+    shutil.copyfile(folder.parent / "weights", original / place / f"{STEM}.safetensors")
+    (original / "Wan2.1_VAE.pth").write_bytes(b"")
+    error = refusal(original)
+    assert error.where == str(original / place / "config.json")
+    assert "'WanModel': the weights are in Wan's original layout" in error.what
+    assert "'-Diffusers'" in error.hint
+
+
+def test_a_pipeline_without_its_index_is_named(folder: Path, put: Callable[..., None]) -> None:
+    put(f"{STEM}.safetensors")
+    pipeline = folder.with_name("pipeline")
+    pipeline.mkdir()
+    folder.rename(pipeline / "transformer")
+    error = refusal(pipeline)
+    assert "has a folder 'transformer' and no 'model_index.json'" in error.what
+    assert str(pipeline / "transformer") in error.hint
+    assert open_checkpoint(str(pipeline / "transformer")).tensors
+
+
+def test_a_folder_of_something_else_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "config.json.part").write_text("")
+    error = refusal(tmp_path)
+    assert "it holds 'README.md', 'config.json.part'" in error.what
+
+
+def test_a_folder_without_weights_is_told_to_fetch_them(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no index of shards; fetch the weights"):
+        open_checkpoint(str(folder))

@@ -1,0 +1,103 @@
+"""A run that memory can't hold is refused before anything of it is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from generations import generation_of
+
+from freewheel.bundle.manifest import ResolvedConfig
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.forecast import fit
+from freewheel.compiler.forecast.fit import check_fit
+from freewheel.compiler.sizes import size_of
+from freewheel.core.errors import RequestError
+from freewheel.policies.setting import CacheSetting
+
+GB = 10**9
+
+
+@pytest.fixture
+def entry() -> ResolvedConfig:
+    return ResolvedConfig(cache=CacheSetting(policy="taylorseer"), generation=generation_of())
+
+
+def check(bundle: Bundle, entry: ResolvedConfig, frames: int = 81) -> str | None:
+    size = size_of(entry.generation, height=480, width=832, frames=frames, steps=4)
+    return check_fit(bundle, entry, size, backend=None, model=None)
+
+
+def available(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(fit, "memory_available_bytes", lambda: count)
+
+
+def test_what_fits_is_not_mentioned(
+    i2v_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available(monkeypatch, 100 * GB)
+    assert check(i2v_bundle, entry) is None
+
+
+def test_a_size_beyond_the_memory_is_refused_with_the_number_that_decides(
+    i2v_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available(monkeypatch, GB)
+    with pytest.raises(RequestError) as caught:
+        check(i2v_bundle, entry)
+    assert caught.value.where == "run at 832x480, 81 frames"
+    assert "1.00 GB available; VAE at work decide: " in caught.value.what
+    assert "--force" in caught.value.hint
+    assert check(i2v_bundle, entry, frames=1) is None, "one frame of it fits"
+
+
+def test_mapped_weights_alone_are_a_warning(
+    tiny_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "memory_beside", lambda *args, **options: {})
+    monkeypatch.setattr(
+        fit, "footprint_of", lambda *args, **options: _Parts({"weights": 30 * GB, "rest": GB})
+    )
+    available(monkeypatch, 20 * GB)
+    warning = check(tiny_bundle, entry)
+    assert warning is not None
+    assert "weights decide: 30.00 GB" in warning
+    assert "memory-mapped, so it runs" in warning
+
+
+class _Parts:
+    """A forecast of given parts."""
+
+    def __init__(self, parts: dict[str, int]) -> None:
+        self._parts = parts
+
+    def parts(self, setting: str) -> dict[str, int]:
+        return self._parts
+
+    def as_dict(self) -> dict[str, object]:
+        return {}
+
+
+def test_the_pipeline_may_lie_elsewhere(
+    tiny_bundle: Bundle,
+    i2v_checkpoint: Path,
+    entry: ResolvedConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    available(monkeypatch, GB)
+    assert check(tiny_bundle, entry) is None, "nothing is known of a pipeline"
+    size = size_of(entry.generation, height=480, width=832, frames=81, steps=4)
+    with pytest.raises(RequestError, match="VAE at work"):
+        check_fit(tiny_bundle, entry, size, backend=None, model=i2v_checkpoint)
+
+
+def test_the_gpu_that_will_run_is_the_one_that_is_asked(
+    i2v_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {None: 100 * GB, 0: 100 * GB, 1: 10**7}
+    monkeypatch.setattr(fit, "gpu_free_bytes", lambda index=None: free[index])
+    size = size_of(entry.generation, height=480, width=832, frames=81, steps=4)
+    for gpu in (None, 0):
+        assert check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, gpu=gpu) is None
+    with pytest.raises(RequestError, match=r"98\.\d+ MB needed, 10\.00 MB available"):
+        check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, gpu=1)
