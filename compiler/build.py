@@ -60,7 +60,6 @@ from .cut.declared import FIRST_BLOCK_RESIDUAL, StoredDtype
 from .defaults import policy_setting, resolve_configs, scheduler_shift
 from .families import Cut, Family, family_of
 from .forecast.build import forecast_build
-from .forecast.footprint import weights_of
 from .graphs.caching import cache_segments
 from .graphs.decide import write_decide_graph
 from .graphs.ends import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
@@ -484,10 +483,10 @@ def family_cut(checkpoint: Checkpoint, precision: Precision) -> tuple[Family, Cu
     where = str(checkpoint.transformer / "config.json")
     family = family_of(checkpoint.transformer_class, where)
     cut = family.cut(checkpoint.config, precision, _stored_dtype(checkpoint))
-    wanted = {n: shape for n, (_, shape) in weights_of(cut).items()}
+    wanted = {n: shape for n, (_, shape) in cut.weights().items()}
     for part in [part for part, _ in checkpoint.experts] or ["transformer"]:
         folder = checkpoint.pipeline / part if checkpoint.pipeline else checkpoint.transformer
-        check_tensors(checkpoint.of_part(part), wanted, folder)
+        check_tensors(checkpoint.of_part(part), wanted, folder, unread=cut.unread)
     return family, cut
 
 
@@ -505,7 +504,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
 def _shards_to_link(checkpoint: Checkpoint, cut: Cut, folder: Path) -> list[Path]:
     """List the checkpoint's files that the bundle will share, as far as headers tell."""
     stored = checkpoint.tensors
-    names = [n for n, (d, _) in weights_of(cut).items() if n in stored and stored[n].dtype == d]
+    names = [n for n, (d, _) in cut.weights().items() if n in stored and stored[n].dtype == d]
     device = folder.stat().st_dev
     return sorted({stored[n].file for n in names if stored[n].file.stat().st_dev == device})
 

@@ -72,6 +72,7 @@ def check_tensors(
     *,
     part: str = "transformer",
     cast: bool = True,
+    unread: Collection[str] = (),
 ) -> None:
     """Refuse tensors that the model would not get, or would get and not use.
 
@@ -81,13 +82,16 @@ def check_tensors(
         place: The part's folder, for messages.
         part: Key of `UNUSED_TENSORS`.
         cast: Whether dtypes of `CAST_DTYPES` are cast on the way.
+        unread: Tensors that the model has and its `forward` does not read.
 
     Raises:
         CheckpointError: the part is quantised, of another layout, incomplete, or has a tensor that
             the model does not.
     """
     known = UNUSED_TENSORS[part]
-    odd = [n for n in stored if n not in wanted and not n.startswith(tuple(known))]
+    odd = [
+        n for n in stored if n not in wanted and n not in unread and not n.startswith(tuple(known))
+    ]
     for pattern, kind in QUANTISED:
         marks = [n for n in odd if re.search(pattern, n)]
         if marks:

@@ -43,9 +43,12 @@ INPUT_NAMES = {
     "encoder_hidden_states": "text_states",
     "encoder_hidden_states_image": "image_states",
     "encoder_hidden_states_mask": "text_mask",
+    "height": "row_index",
     "img_ids": "image_ids",
+    "num_frames": "frame_index",
     "pooled_projections": "pooled_states",
     "txt_ids": "text_ids",
+    "width": "column_index",
 }
 """Argument of a transformer's `forward` → the bundle's name for it."""
 
@@ -538,6 +541,10 @@ class _Declaration:
         for segment, group in groupby(self.blocks, key=lambda call: call.segment):
             calls = list(group)
             first = int(calls[0].block.rpartition(".")[2])
+            prefix = next(c for c in self.blocks if c.segment == segment).block.rpartition(".")[0]
+            for i, call in enumerate(calls):
+                if call.block != f"{prefix}.{first + i}":
+                    self._refuse("shares a graph between lists of blocks", [prefix, call.block])
             stages.append(
                 Stage(
                     segment,

@@ -134,6 +134,7 @@ class Cut:
             both must agree. Those over ``frames``, ``height`` and ``width`` of the latents
             serve forecasts also where no input has these.
         sums: Dimension → others whose sum it is, as text and image tokens in one sequence are.
+        unread: Tensors that the model has and its `forward` does not read.
         history_dtype: dtype in which residuals are kept.
         example_dims: Sizes to trace with.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
@@ -151,6 +152,7 @@ class Cut:
     latent_scale: tuple[int, int] = (4, 8)
     limits: Mapping[str, int] = field(default_factory=dict)
     sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Add the signals that need no segment of the family's own."""
@@ -169,12 +171,27 @@ class Cut:
         outputs = {n: spec for s in self.segments for n, spec in s.outputs.items()}
         return outputs["hidden"] if value == FIRST_BLOCK_RESIDUAL else outputs[value]
 
-    def blocks_of(self, segment: str) -> range:
+    def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return every checkpoint tensor that the graphs take: name → dtype and shape."""
+        return {
+            segment.prefix.replace("{block}", str(index)) + name: (
+                str(parameter.dtype).removeprefix("torch."),
+                tuple(parameter.shape),
+            )
+            for segment in self.segments
+            for name, parameter in segment.module.named_parameters()
+            for index in self.blocks_of(segment.name)
+        }
+
+    def blocks_of(self, segment: str) -> list[int]:
         """Return which blocks' weights a segment takes; one nominal block outside ``body``."""
-        for stage in self.stages:
-            if segment in (stage.block, stage.context, stage.tapped):
-                return range(stage.first, stage.first + stage.count)
-        return range(1)
+        blocks = [
+            block
+            for stage in self.stages
+            if segment in (stage.block, stage.context, stage.tapped)
+            for block in range(stage.first, stage.first + stage.count)
+        ]
+        return blocks or [0]
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,10 @@ class _Typing:
             return copy if wanted is None else self._cast(copy, wanted)
 
         target: Any = node.target
-        copy = self.graph.call_function(
-            target, fx.map_arg(node.args, argument), fx.map_arg(node.kwargs, argument)
-        )
+        kwargs = dict(fx.map_arg(node.kwargs, argument))
+        if placed is not None:
+            kwargs.pop("device", None)  # a graph lies on one device, whichever that is
+        copy = self.graph.call_function(target, fx.map_arg(node.args, argument), kwargs)
         self._infer(copy)
         return copy
 

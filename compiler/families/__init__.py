@@ -8,6 +8,7 @@ its own forward.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,8 +35,9 @@ def _cut_by_row(
 ) -> Cut:
     """Cut a transformer by what its own forward does."""
     model_class = getattr(diffusers, row.model)
-    with_defaults = on_meta(model_class, config).config
-    return declare(row, model_class, dict(with_defaults), precision, stored)
+    model = on_meta(model_class, config)
+    cut = declare(row, model_class, dict(model.config), precision, stored)
+    return replace(cut, unread=frozenset(model.state_dict()) - cut.weights().keys())
 
 
 def _found() -> tuple[Family, ...]:

@@ -19,7 +19,7 @@ from ..families import Cut
 from ..inspect import describe_flops, render_forecast
 from ..sizes import Size, dims_of, size_of
 from .fit import forecast_memory
-from .footprint import amount, footprint_of, weights_of
+from .footprint import amount, footprint_of
 from .host_memory import memory_beside
 
 __all__ = ["forecast_build", "forecast_disk", "render_plan"]
@@ -88,7 +88,7 @@ def forecast_disk(
     stored = checkpoint.tensors
     in_body = _body_weights(cut)
     linkable = converted = body = 0
-    for name, (dtype, shape) in weights_of(cut).items():
+    for name, (dtype, shape) in cut.weights().items():
         size = prod(shape) * ITEM_BYTES[dtype]
         is_as_stored = name in stored and stored[name].dtype == dtype
         linkable += size if is_as_stored else 0
@@ -118,7 +118,7 @@ def forecast_disk(
 def _body_weights(cut: Cut) -> set[str]:
     blocks = {s.block for s in cut.stages}
     body = replace(cut, segments=tuple(s for s in cut.segments if s.name in blocks))
-    return set(weights_of(body))
+    return set(body.weights())
 
 
 def render_plan(planned: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,6 @@ __all__ = [
     "cache_bytes",
     "fit_verdict",
     "footprint_of",
-    "weights_of",
 ]
 
 HIDDEN_BUFFERS = 3
@@ -155,7 +154,7 @@ def footprint_of(
     finish = next(s for s in cut.segments if "model_output" in s.outputs)
     return Footprint(
         branches=branches,
-        weight_bytes=sum(_size(*w) for w in weights_of(cut).values()),
+        weight_bytes=sum(_size(*w) for w in cut.weights().values()),
         shared_bytes=shared,
         branch_bytes={
             "prompt states": PROMPT_COPIES * prompt,
@@ -204,17 +203,6 @@ def cache_bytes(
         signal_bytes=signal_bytes,
         feature_bytes=feature_bytes,
     )
-
-
-def weights_of(cut: Cut) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return every checkpoint tensor that the model takes: name → dtype and shape."""
-    found = {}
-    for segment in cut.segments:
-        for name, parameter in segment.module.named_parameters():
-            entry = (str(parameter.dtype).removeprefix("torch."), tuple(parameter.shape))
-            for index in cut.blocks_of(segment.name):
-                found[segment.prefix.replace("{block}", str(index)) + name] = entry
-    return found
 
 
 def hidden_spec(cut: Cut) -> TensorSpec:

@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -129,6 +131,53 @@ TEST_F(CApiRun, OffloadedWeightsGiveTheSame) {
   run_.latents = latents_.data();
   EXPECT_EQ(freewheel_session_run(session, &run_), FREEWHEEL_OK);
   EXPECT_EQ(latents_, expected);
+  freewheel_session_destroy(session);
+  freewheel_model_destroy(model);
+}
+
+TEST_F(CApiRun, TwoExpertsOfEqualWeightsGiveWhatOneGives) {
+  const std::vector<float> noise = latents_;
+  run_.cache = "off";
+  ASSERT_EQ(freewheel_session_run(session_, &run_), FREEWHEEL_OK);
+  const std::vector<float> expected = latents_;
+
+  freewheel::testing::TemporaryFolder folder;
+  const std::filesystem::path whole = folder.path() + "/bundle";
+  std::filesystem::copy(
+      std::getenv("FREEWHEEL_TEST_BUNDLE"), whole,
+      std::filesystem::copy_options::recursive | std::filesystem::copy_options::create_hard_links);
+  std::ifstream read(whole / "manifest.json");
+  auto manifest = nlohmann::json::parse(read);
+  const nlohmann::json tensors = manifest["tensors"];
+  for (const auto& [name, tensor] : tensors.items()) {
+    manifest["tensors"]["transformer_2." + name] = tensor;
+  }
+  manifest["experts"] = {
+      {{"part", "transformer"}, {"prefix", ""}, {"from_timestep", 700.0}},
+      {{"part", "transformer_2"}, {"prefix", "transformer_2."}, {"from_timestep", 0.0}}};
+  std::filesystem::remove(whole / "manifest.json");
+  std::ofstream(whole / "manifest.json") << manifest.dump();
+
+  freewheel_model_options options = {};
+  options.struct_size = sizeof options;
+  freewheel_model* model = nullptr;
+  ASSERT_EQ(freewheel_model_create(whole.c_str(), &options, &model), FREEWHEEL_OK)
+      << freewheel_model_last_error(model);
+  freewheel_session* session = nullptr;
+  ASSERT_EQ(freewheel_session_create(model, &session), FREEWHEEL_OK);
+  latents_ = noise;
+  run_.latents = latents_.data();
+  EXPECT_EQ(freewheel_session_run(session, &run_), FREEWHEEL_OK)
+      << freewheel_session_last_error(session);
+  EXPECT_EQ(latents_, expected);
+  // No cache crosses the switch: each expert computes its first step.
+  run_.cache = "taylorseer";
+  ASSERT_EQ(freewheel_session_run(session, &run_), FREEWHEEL_OK);
+  const char* json = nullptr;
+  ASSERT_EQ(freewheel_session_statistics(session, &json), FREEWHEEL_OK);
+  const auto computed = nlohmann::json::parse(json)["branches"]["cond"]["computed"];
+  ASSERT_EQ(computed.size(), 4u);
+  EXPECT_TRUE(computed[0] && computed[2]);
   freewheel_session_destroy(session);
   freewheel_model_destroy(model);
 }

@@ -19,7 +19,6 @@ from freewheel.compiler.build import BuildRequest, build, family_cut, plan
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 from freewheel.compiler.checkpoints.completeness import check_keys, check_tensors
 from freewheel.compiler.checkpoints.weights import bring_weights
-from freewheel.compiler.forecast.footprint import weights_of
 from freewheel.compiler.graphs.ends import text_encoder_part, vae_decode_part
 from freewheel.core.errors import CheckpointError
 from freewheel.engines import backend
@@ -152,7 +151,7 @@ def test_float8_without_scales_and_float64_are_plain_casts(model: Path, tmp_path
     )
     checkpoint = open_checkpoint(str(model))
     plan(request_for(model))
-    wanted = weights_of(family_cut(checkpoint, "float32")[1])
+    wanted = family_cut(checkpoint, "float32")[1].weights()
     assert {d for d, _ in wanted.values()} == {"float32", "bfloat16"}
     entries = bring_weights(wanted, checkpoint.tensors, tmp_path)
     given = load_file(model / WEIGHTS)

@@ -75,6 +75,65 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "SD3Transformer2DModel",
         {**SD3, "dual_attention_layers": [0, 1, 2], "qk_norm": "rms_norm"},
     ),
+    "bria": (
+        "BriaTransformer2DModel",
+        {
+            "attention_head_dim": 8, "axes_dims_rope": [0, 4, 4], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": None,
+        },
+    ),
+    "ovis_image": (
+        "OvisImageTransformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "out_channels": 4, "patch_size": 1,
+        },
+    ),
+    "chrono_edit": (
+        "ChronoEditTransformer3DModel",
+        {
+            "attention_head_dim": 8, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 16,
+            "in_channels": 16, "num_attention_heads": 2, "num_layers": 4, "out_channels": 16,
+            "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 64,
+            "rope_temporal_skip_len": 8, "text_dim": 32,
+        },
+    ),
+    "sana_video": (
+        "SanaVideoTransformer3DModel",
+        {
+            "attention_head_dim": 12, "caption_channels": 16, "cross_attention_dim": 24,
+            "cross_attention_head_dim": 12, "in_channels": 16, "mlp_ratio": 2.5,
+            "num_attention_heads": 2, "num_cross_attention_heads": 2, "num_layers": 4,
+            "out_channels": 16, "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 32, "sample_size": 8,
+        },
+    ),
+    "krea_2": (
+        "Krea2Transformer2DModel",
+        {
+            "attention_head_dim": 8, "axes_dims_rope": [4, 2, 2], "in_channels": 16,
+            "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_layers": 4, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+            "num_text_layers": 3, "text_hidden_dim": 16, "text_intermediate_size": 16,
+            "text_num_attention_heads": 2, "text_num_key_value_heads": 1, "timestep_embed_dim": 8,
+        },
+    ),
+    "prx": (
+        "PRXTransformer2DModel",
+        {
+            "axes_dim": [8, 8], "context_in_dim": 16, "depth": 4, "hidden_size": 32,
+            "in_channels": 16, "num_heads": 2, "patch_size": 2,
+        },
+    ),
+    "joy_image_edit": (
+        "JoyImageEditTransformer3DModel",
+        {
+            "hidden_size": 32, "in_channels": 16, "num_attention_heads": 2, "num_layers": 4,
+            "patch_size": [1, 2, 2], "rope_dim_list": [4, 6, 6], "text_dim": 16, "theta": 256,
+        },
+    ),
     "z_image": (
         "ZImageTransformer2DModel",
         {

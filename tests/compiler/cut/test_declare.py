@@ -34,7 +34,8 @@ BY_HAND = [
 ]
 
 ERRORS = {"bfloat16": 8e-3, "float16": 1e-3}
-"""Largest relative L2 of a low-precision body: 3e-3 to 6e-3 and 4e-4 to 8e-4 were seen."""
+"""Largest relative L2 of a low-precision body: 3e-3 to 6e-3 and 4e-4 to 8e-4 were seen; Krea 2 lies
+above and gives no bundle."""
 
 
 def declared(one: Case, precision: Any = "float32", stored: str = "float32") -> Cut:
@@ -63,7 +64,7 @@ def test_graphs_called_as_a_session_does_are_the_transformer(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("name", [p for p in DECLARED if p.values != ("krea_2",)])
 def test_a_body_of_low_precision_stays_close(name: str, precision: str) -> None:
     one = case(name)
     assert 1e-5 < error(one, declared(one, precision), SIZES) < ERRORS[precision]

@@ -18,7 +18,6 @@ from freewheel.compiler.forecast.footprint import (
     amount,
     fit_verdict,
     footprint_of,
-    weights_of,
 )
 from freewheel.compiler.recut import cut_of
 from freewheel.policies import policies
@@ -106,7 +105,7 @@ def test_guidance_doubles_what_a_branch_holds_and_nothing_else(cut: Cut) -> None
 
 def test_weights_are_the_tensors_that_a_bundle_brings(tiny_bundle: Bundle, cut: Cut) -> None:
     tensors = tiny_bundle.manifest.tensors
-    assert weights_of(cut) == {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    assert cut.weights() == {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
     assert forecast(cut, CacheSetting()).weight_bytes == sum(t.bytes for t in tensors.values())
 
 
