@@ -729,4 +729,31 @@ Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::i
   return shape_of("latents", manifest.graphs.at("finish").outputs.at("model_output"), dims);
 }
 
+Result<std::string> check_geometry(const Manifest& manifest, const std::string& config,
+                                   const Shape& latents, bool force) {
+  const auto found = manifest.configs.find(config);
+  if (found == manifest.configs.end()) return std::string();
+  const GenerationDefaults& made = found->second.generation;
+  const GenerationDefaults& own = manifest.configs.at(manifest.default_config).generation;
+  if (made.width == own.width && made.height == own.height && made.frames == own.frames) {
+    return std::string();
+  }
+  const auto text = [](const GenerationDefaults& size) {
+    return std::to_string(size.width) + "x" + std::to_string(size.height) + ", " +
+           std::to_string(size.frames) + " frames";
+  };
+  FREEWHEEL_ASSIGN(const Shape usual, latent_shape(manifest, own.frames, own.height, own.width));
+  const std::int64_t times = latents.elements() / std::max<std::int64_t>(1, usual.elements());
+  const std::string what = "was made for " + text(made) + ", and the bundle's own size is " +
+                           text(own) + ": this run has " + std::to_string(times) +
+                           " times its latents";
+  if (times >= kFarBeyond && !force) {
+    return Status(Code::kRequest, "config '" + config + "'", what,
+                  "run at the bundle's size with --height " + std::to_string(own.height) +
+                      " --width " + std::to_string(own.width) + " --frames " +
+                      std::to_string(own.frames) + ", or pass --force");
+  }
+  return "config '" + config + "' " + what;
+}
+
 }  // namespace freewheel

@@ -112,6 +112,29 @@ TEST_F(ManifestTest, NoDefaultIsLeftOpen) {
       "generation.seed' is 9223372036854775808");
 }
 
+TEST_F(ManifestTest, AConfigOfAnotherSizeIsWarnedOfAndFarBeyondRefused) {
+  json& configs = manifest_["configs"];
+  configs["wide"] = configs["plain"];
+  configs["wide"]["generation"]["width"] = 96;
+  configs["huge"] = configs["plain"];
+  configs["huge"]["generation"]["height"] = 640;
+  const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  const Shape own = *latent_shape(*parsed, 5, 32, 48), huge = *latent_shape(*parsed, 5, 640, 48);
+  EXPECT_EQ(*check_geometry(*parsed, "plain", huge, false), "");
+  EXPECT_EQ(*check_geometry(*parsed, "interval", huge, false), "");
+  EXPECT_EQ(*check_geometry(*parsed, "wide", *latent_shape(*parsed, 5, 32, 96), false),
+            "config 'wide' was made for 96x32, 5 frames, and the bundle's own size is 48x32, 5 "
+            "frames: this run has 2 times its latents");
+  EXPECT_NE(check_geometry(*parsed, "huge", own, false)->find("1 times its latents"),
+            std::string::npos);
+  const auto refused = check_geometry(*parsed, "huge", huge, false);
+  ASSERT_EQ(refused.status().code(), Code::kRequest);
+  EXPECT_EQ(refused.status().hint(),
+            "run at the bundle's size with --height 32 --width 48 --frames 5, or pass --force");
+  EXPECT_NE(check_geometry(*parsed, "huge", huge, true)->find("20 times"), std::string::npos);
+}
+
 TEST_F(ManifestTest, LatentsTakeTheShapeThatTheModelGives) {
   const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
   ASSERT_TRUE(parsed.ok()) << parsed.status().message();

@@ -46,6 +46,7 @@ struct Options {
   int device = 0;
   bool cuda_graphs = false;
   bool offload = false;
+  bool force = false;
   bool json = false, allow_compile = false, check_finite = true, quiet = false;
 };
 
@@ -214,6 +215,9 @@ Status read_latents(const Options& options, const freewheel::Manifest& manifest,
                                                options.height.value_or(defaults.height),
                                                options.width.value_or(defaults.width));
     if (!shape.ok()) return shape.status();
+    const auto warning = freewheel::check_geometry(manifest, options.cache, *shape, options.force);
+    if (!warning.ok()) return warning.status();
+    if (!warning->empty()) std::cerr << "warning: " << *warning << "\n";
     const std::int64_t seed = options.seed.value_or(defaults.seed);
     if (seed < 0) {
       return Status(Code::kRequest, "--seed", "is " + std::to_string(seed),
@@ -420,6 +424,8 @@ int main(int argc, char** argv) {
                "Replay each engine call as one CUDA graph (TensorRT)");
   app.add_flag("--offload", options.offload,
                "Keep the blocks' weights in host memory, two blocks on the device");
+  app.add_flag("--force", options.force,
+               "Run a config whose size is 20 times the bundle's own or more");
   app.add_flag("--allow-compile", options.allow_compile,
                "Compile engines that don't fit this machine anew");
   app.add_flag("--check-finite,!--no-check-finite", options.check_finite,

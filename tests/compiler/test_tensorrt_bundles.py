@@ -98,8 +98,9 @@ def test_every_graph_has_an_engine_and_every_build_tells_its_steps(
     steps = [what for what, count in watcher.told if count == 0]
     assert any(s.startswith("block: building engine ") for s in steps)
     assert {s.split(":")[0] for s in steps} == set(bundle.manifest.graphs)
-    (timing,) = (bundle.folder.parent / "cache").glob("*.timing")
-    assert timing.stat().st_size > 0
+    timings = list((bundle.folder.parent / "cache").glob("*.timing"))
+    assert timings
+    assert all(timing.stat().st_size > 0 for timing in timings)
 
 
 def test_no_engine_wants_an_input_in_host_memory(built: tuple[Bundle, Watcher]) -> None:

@@ -86,6 +86,23 @@ def test_a_bad_value_is_refused_before_the_first_step(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_config_of_a_far_greater_size_asks_for_force(
+    doors: Doors, linked_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    def with_a_large_config(manifest: dict[str, Any]) -> None:
+        large = json.loads(json.dumps(manifest["configs"][manifest["default_config"]]))
+        large["generation"]["height"] *= 20
+        manifest["configs"]["large"] = large
+
+    bundle = linked_bundle(doors.bundle, with_a_large_config)
+    arguments = ["--embeddings", doors.folder / "cond.npy", "--negative", doors.folder / "uncond.npy",
+                 "--cache", "large"]  # fmt: skip
+    error = refused(doors.build, bundle, tmp_path / "x.npy", *arguments)
+    assert "was made for" in error["message"]
+    assert "20 times its latents" in error["message"]
+    assert "--force" in error["hint"]
+
+
 def test_a_family_s_own_scale_and_order_make_the_latents(
     doors: Doors, linked_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:

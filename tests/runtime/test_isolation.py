@@ -129,5 +129,8 @@ def test_runs_leave_nothing_behind(tiny_bundle: Bundle) -> None:
         for request in requests:
             request.run(session)
         after.append(held())
-    assert after[0] == after[1] == after[2]
+    # What other tests left may go meanwhile; nothing may come.
+    grown = after[2][0] - after[0][0]
+    assert not grown
+    assert after[2][1] <= after[0][1]
     assert after[0][0]["Session"] >= 1

@@ -153,4 +153,15 @@ Result<Shape> shape_of(const std::string& name, const Io& io, const Dims& dims);
 Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::int64_t height,
                            std::int64_t width);
 
+/// Times the bundle's own latents from which a run has to be asked for twice.
+constexpr std::int64_t kFarBeyond = 20;
+
+/// Sets a run with a carried config that was made for another size beside the bundle's own run.
+/// @param config Name of a config; of anything else nothing is said.
+/// @param latents Shape of what runs.
+/// @param force Lets a run pass that is `kFarBeyond` times the bundle's own or more.
+/// @return What to warn of; empty where config and bundle agree.
+Result<std::string> check_geometry(const Manifest& manifest, const std::string& config,
+                                   const Shape& latents, bool force);
+
 }  // namespace freewheel
