@@ -64,7 +64,7 @@ def cut_model(
     classes = classify(traced, templates)
     parts = partition(traced, instances, templates, classes, modulation=modulation)
     told = {name: _last_of(traced, path) for name, path in row.signals.items()}
-    return _Calls(traced, instances, templates, classes, parts, told).cut()
+    return _Calls(row.model, traced, instances, templates, classes, parts, told).cut()
 
 
 def _last_of(traced: Trace, path: str) -> fx.Node:
@@ -118,6 +118,7 @@ class _Calls:
 
     def __init__(
         self,
+        model: str,
         traced: Trace,
         instances: Sequence[Instance],
         templates: Sequence[Template],
@@ -126,7 +127,7 @@ class _Calls:
         told: Mapping[str, fx.Node],
     ) -> None:
         self.traced, self.instances, self.classes, self.parts = traced, instances, classes, parts
-        self.told = told
+        self.model, self.told = model, told
         self.slots = {node for i in instances for node in i.slots}
         self.owner = {node: i for i in instances for node in i.nodes}
         self.names: dict[fx.Node, str] = {**traced.inputs, **traced.weights}
@@ -155,6 +156,7 @@ class _Calls:
                 if region.behind == position:
                     self._call_region(region)
         return Cut(
+            model=self.model,
             segments=self.segments,
             calls=tuple(self.calls),
             inputs={name: self.traced.declared[n] for n, name in self.traced.inputs.items()},

@@ -23,10 +23,12 @@ __all__ = [
     "Runs",
     "Segment",
     "Template",
+    "arguments",
     "expression_of",
     "is_operation",
     "is_size",
     "operation",
+    "results",
     "sizes_of",
     "sizes_read",
     "tensors_read",
@@ -92,6 +94,18 @@ def sizes_of(node: fx.Node) -> set[sympy.Symbol]:
     value = value_of(node)
     extents = value.shape if isinstance(value, torch.Tensor) else (value,)
     return {s for e in extents if isinstance(e, torch.SymInt) for s in e.node.expr.free_symbols}
+
+
+def arguments(module: fx.GraphModule) -> list[fx.Node]:
+    """Return a graph's arguments, in order."""
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def results(module: fx.GraphModule) -> list[fx.Node]:
+    """Return what a graph returns, in order."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    found: Any = output.args[0]
+    return list(found)
 
 
 @dataclass
@@ -171,6 +185,7 @@ class Cut:
     """A transformer, cut: segments, and the order in which they are called.
 
     Attributes:
+        model: Its class.
         segments: By name.
         calls: In an order in which each value is made before it is read; whatever runs more
             seldom comes first.
@@ -181,6 +196,7 @@ class Cut:
         told: Name of a row's signal → the value that carries it.
     """
 
+    model: str
     segments: Mapping[str, Segment]
     calls: tuple[Call, ...]
     inputs: Mapping[str, Input]
