@@ -9,7 +9,7 @@ from math import prod
 from ..core.errors import BundleError, RequestError
 from .manifest import MAX_SIZE, IoEntry, Manifest
 
-__all__ = ["derive_dims", "match_dims", "shape_of"]
+__all__ = ["derive_dims", "match_dims", "shape_of", "summed"]
 
 
 def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int]:
@@ -66,10 +66,16 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
                 f"dimension '{name}'", f"is {dims[name]}, but {parts} give {product}",
                 "give sizes that belong to the latents",
             )  # fmt: skip
-    for name, terms in manifest.sums.items():
-        if all(term in dims for term in terms):
-            dims[name] = sum(dims[term] for term in terms)
-    return dims
+    return dims | summed(manifest.sums, dims)
+
+
+def summed(sums: Mapping[str, Sequence[str]], dims: Mapping[str, int]) -> dict[str, int]:
+    """Return the dimensions that are sums of known ones."""
+    return {
+        name: sum(dims[term] for term in terms)
+        for name, terms in sums.items()
+        if all(term in dims for term in terms)
+    }
 
 
 def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:

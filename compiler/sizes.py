@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..bundle.dims import summed
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..core.errors import RequestError
@@ -151,15 +152,6 @@ def derived(cut: Cut, dims: Mapping[str, int]) -> dict[str, int]:
     for name, factors in cut.dims.items():
         found[name] = prod(found[dim] // divisor for dim, divisor in factors)
     return found | summed(cut.sums, found)
-
-
-def summed(sums: Mapping[str, Sequence[str]], dims: Mapping[str, int]) -> dict[str, int]:
-    """Return the dimensions that are sums of known ones."""
-    return {
-        name: sum(dims[term] for term in terms)
-        for name, terms in sums.items()
-        if all(term in dims for term in terms)
-    }
 
 
 def shape_at(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:

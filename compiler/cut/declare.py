@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -25,7 +26,7 @@ from .declared import ModelInput, Stage, StoredDtype
 from .declared import Runs as GraphRuns
 from .declared import Segment as Graph
 from .dimensions import Dimensions
-from .models import Row, row_of
+from .models import SIZES, Row, row_of
 from .names import fresh_name
 from .precision import typed
 from .refusal import refuse
@@ -57,6 +58,9 @@ MOMENTS: Mapping[str, GraphRuns] = {
 
 BODY = ("context", "block")
 """Moments of segments that compute in the body's precision."""
+
+SMALL = 3
+"""Patches in each dimension up to which sizes are tried for a branch that was not traced."""
 
 FEATURE = "attention_output"
 SIGNAL = "modulated_input"
@@ -162,6 +166,28 @@ class _Declaration:
             )
         if not any(self._runs(call) == "prompt" for call in self.cut.calls):
             refuse(self.cut.model, "makes nothing of the prompt alone")
+        for one in self.cut.domain:
+            sizes = self._breaks(one.condition)
+            if sizes is not None:
+                refuse(self.cut.model, f"computes otherwise at {sizes}", [one.where])
+        ahead = [c for c in self.cut.calls if not c.block and self._runs(c) in ("shape", "prompt")]
+        made = {value for call in ahead for value in call.outputs}
+        for call in ahead:
+            if made & set(call.inputs):
+                refuse(self.cut.model, f"needs an order of graphs, of '{call.segment}'")
+
+    def _breaks(self, condition: sympy.Basic) -> str | None:
+        """Return small sizes at which the traced branch is not the model's, if there are any.
+
+        What breaks at large sizes alone is a table's length: the engine has no row for it.
+        """
+        patches = self.row.sizes(self.config, dict.fromkeys(SIZES, 1))
+        symbols = sorted(condition.free_symbols, key=str)
+        for counts in product(range(1, SMALL + 1), repeat=len(symbols)):
+            sizes = {s: n * patches.get(str(s), 1) for s, n in zip(symbols, counts, strict=True)}
+            if condition.xreplace(sizes) == sympy.false:
+                return ", ".join(f"{size} = {value}" for size, value in sizes.items())
+        return None
 
     def _runs(self, call: Call) -> str:
         return self.cut.segments[call.segment].runs

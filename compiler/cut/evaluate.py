@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .trace import Trace, value_of
+from .trace import Trace, hint, value_of
 from .words import is_size, tensors_read
 
 __all__ = ["Evaluator"]
@@ -48,7 +48,7 @@ class Evaluator:
         values = {**self.values, **given}
 
         def argument(node: fx.Node) -> Any:
-            return _hint(value_of(node)) if is_size(node) else values[node]
+            return hint(value_of(node)) if is_size(node) else values[node]
 
         for node in nodes:
             target: Any = node.target
@@ -61,9 +61,4 @@ class Evaluator:
     @staticmethod
     def shape(node: fx.Node) -> Iterable[int]:
         """Return a node's shape at the traced sizes."""
-        return (_hint(extent) for extent in value_of(node).shape)
-
-
-def _hint(extent: Any) -> Any:
-    """Return a size's value at the traced sizes."""
-    return extent.node.hint if hasattr(extent, "node") else extent
+        return (hint(extent) for extent in value_of(node).shape)

@@ -248,7 +248,6 @@ MODELS = (
             ),
         },
         pipelines=("ChronoEditPipeline",),
-        name="chrono_edit",
         multiples=PATCH_VIDEO,
     ),
     Row(

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from .declared import StoredDtype
 from .extract import hold
-from .trace import value_of
+from .trace import hint, value_of
 from .words import PRODUCTS, operation, sizes_of
 
 __all__ = ["typed"]
@@ -259,11 +259,6 @@ def _on_meta(value: Any, dtype: torch.dtype | None) -> Any:
     return torch.empty(
         [hint(extent) for extent in value.shape], dtype=dtype or value.dtype, device="meta"
     )
-
-
-def hint(extent: Any) -> Any:
-    """Return a size's value at the traced sizes."""
-    return extent.node.hint if hasattr(extent, "node") else extent
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

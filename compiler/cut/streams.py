@@ -6,13 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
-
-from torch import Tensor, fx
 
 from .refusal import refuse
-from .trace import value_of
-from .words import Call, Cut, arguments, expression_of, results
+from .words import Call, Cut, arguments, results, shape_of
 
 __all__ = ["Streams", "find_streams"]
 
@@ -118,15 +114,10 @@ class _Streams:
     def _alike(self, call: Call, output: int) -> int | None:
         """Return the stream's argument whose shape a result has."""
         segment = self.cut.segments[call.segment]
-        wanted = _shape(results(segment.module)[output])
+        wanted = shape_of(results(segment.module)[output])
         for i, node in enumerate(arguments(segment.module)):
             made = self.maker.get(call.inputs[i])
             is_stream = made is not None and (made.block or self._runs(made) in ("step", "prompt"))
-            if is_stream and _shape(node) == wanted:
+            if is_stream and shape_of(node) == wanted:
                 return i
         return None
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    value = value_of(node)
-    return tuple(map(expression_of, value.shape)) if isinstance(value, Tensor) else ()

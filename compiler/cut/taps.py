@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from ...core.errors import ExportError
 from .names import module_path
-from .trace import value_of
-from .words import PRODUCTS, expression_of, operation
+from .words import PRODUCTS, operation, shape_of
 
 __all__ = ["attention_output", "modulated_input"]
 
@@ -32,7 +31,9 @@ def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
         if node.op != "call_function" or seen.isdisjoint(node.all_input_nodes):
             continue
         if operation(node) in PRODUCTS:
-            read = [n for n in node.all_input_nodes if n in seen and _shape(n) == _shape(stream)]
+            read = [
+                n for n in node.all_input_nodes if n in seen and shape_of(n) == shape_of(stream)
+            ]
             if read:
                 return read[0]
         seen.add(node)
@@ -67,7 +68,7 @@ def _first_added(module: fx.GraphModule, hidden: str) -> fx.Node:
         one, two = node.args
         if stream in (one, two):
             added: Any = two if one is stream else one
-            if isinstance(added, fx.Node) and _shape(added) == _shape(stream):
+            if isinstance(added, fx.Node) and shape_of(added) == shape_of(stream):
                 return added
     raise _missing(module, "nothing is added to the stream")
 
@@ -75,11 +76,6 @@ def _first_added(module: fx.GraphModule, hidden: str) -> fx.Node:
 def _argument(module: fx.GraphModule, name: str) -> fx.Node:
     nodes: list[fx.Node] = list(module.graph.nodes)
     return next(n for n in nodes if n.op == "placeholder" and n.name == name)
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    value = value_of(node)
-    return tuple(map(expression_of, value.shape)) if isinstance(value, Tensor) else ()
 
 
 def _missing(module: fx.GraphModule, what: str) -> ExportError:

@@ -33,6 +33,7 @@ __all__ = [
     "Assumption",
     "Trace",
     "example",
+    "hint",
     "leaves_of",
     "skeleton",
     "tensors_of",
@@ -353,6 +354,11 @@ def _read(
 def value_of(node: fx.Node) -> Any:
     """Return a node's fake tensor or symbolic size."""
     return node.meta.get("val")
+
+
+def hint(extent: Any) -> Any:
+    """Return a size's value at the traced sizes; a number as it is."""
+    return extent.node.hint if hasattr(extent, "node") else extent
 
 
 def _symbols(declared: Mapping[fx.Node, Input]) -> dict[sympy.Symbol, sympy.Basic]:

@@ -29,6 +29,7 @@ __all__ = [
     "is_size",
     "operation",
     "results",
+    "shape_of",
     "sizes_of",
     "sizes_read",
     "tensors_read",
@@ -94,6 +95,12 @@ def sizes_of(node: fx.Node) -> set[sympy.Symbol]:
     value = value_of(node)
     extents = value.shape if isinstance(value, torch.Tensor) else (value,)
     return {s for e in extents if isinstance(e, torch.SymInt) for s in e.node.expr.free_symbols}
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Return the expressions of a tensor's shape; empty of a size."""
+    value = value_of(node)
+    return tuple(map(expression_of, value.shape)) if isinstance(value, torch.Tensor) else ()
 
 
 def arguments(module: fx.GraphModule) -> list[fx.Node]:

@@ -31,7 +31,7 @@ from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
-FOUND = ("bria", "ovis_image", "chrono_edit", "prx", "joy_image_edit")
+FOUND = ("bria", "ovis_image", "prx", "joy_image_edit")
 EVERY_RUN = ("qwen_image", "sd35")
 WITH_PIPELINE = ("qwen_image", "sd3", "sd35")
 NAMES = [
