@@ -17,9 +17,12 @@ import test_hunyuan as hunyuan
 import test_ltx as ltx
 import test_wan_experts as wan
 import torch
+from cases import case
 from loop import Loop, check_equal, crossed
+from test_bundles import inputs_at
 
 from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.models import SIZES
 from freewheel.policies import POLICIES
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
@@ -35,18 +38,28 @@ BY_CONTENT = CacheSetting(
 FAMILIES = {"flux": flux, "hunyuan": hunyuan, "ltx": ltx}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+FOUND = ("qwen_image", "sd35")
+"""Models whose cut is found: several graphs of the prompt, masks, three kinds of blocks."""
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *FOUND])
 def loop(
     request: pytest.FixtureRequest,
     build_bundle: Callable[..., Bundle],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Loop:
     """A loop of one branch over a batch of two, at the family's second size."""
-    family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    family.model_of(family.TINY).save_pretrained(folder)
-    bundle = build_bundle(folder, ("openvino",))
-    inputs = family.inputs_of(family.TINY, family.SIZES[1])
+    if request.param in FOUND:
+        one = case(request.param)
+        one.model.save_pretrained(folder)
+        bundle = build_bundle(folder, ("openvino",))
+        inputs, _ = inputs_at(one, bundle, SIZES)
+    else:
+        family = FAMILIES[request.param]
+        family.model_of(family.TINY).save_pretrained(folder)
+        bundle = build_bundle(folder, ("openvino",))
+        inputs = family.inputs_of(family.TINY, family.SIZES[1])
     declared = bundle.manifest.inputs
     prompt = {n: inputs[n].numpy() for n, i in declared.items() if i.runs == "prompt"}
     return Loop(bundle, inputs["latents"].numpy(), {"cond": prompt}, STEPS, 1.0)
