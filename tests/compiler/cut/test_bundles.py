@@ -123,3 +123,22 @@ def test_bundle_is_verified_against_its_own_cut(one: Case, bundle: Bundle) -> No
     """Engines of both backends, portable graphs and policies, as `freewheel verify` checks them."""
     report = verify_bundle(bundle, "openvino")
     assert report.ok, [check for check in report.engines if not check.ok]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [({"weights": "baked"}, TOLERANCE), ({"precision": "bfloat16"}, 3e-2)],
+    ids=["baked", "converted"],
+)
+def test_other_forms_of_weights_give_the_same(
+    options: dict[str, Any],
+    bound: float,
+    tmp_path: Path,
+    build_bundle: Callable[..., Bundle],
+) -> None:
+    """Three kinds of blocks in groups; weights converted to the body's precision."""
+    one = case("sd35")
+    bundle = build_bundle(save(one.model, tmp_path / "model"), ("openvino",), **options)
+    given, expected = inputs_at(one, bundle, SIZES)
+    assert relative(session_output(Session(LoadedModel(bundle)), given), expected) < bound
