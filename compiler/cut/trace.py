@@ -432,12 +432,14 @@ SAMPLES = (1, 2, 3, 8, 100, 5_000, 1_000_000)
 def _may_fail(assumption: Assumption) -> bool:
     """Say whether some sizes break an assumption.
 
-    torch's own questions whether two extents differ, or one is 1, choose strides: the graph is
+    torch's own questions whether two extents differ, or one is 0 or 1, choose strides: the graph is
     right either way (every cut is proved at sizes of 1).
     """
+    condition = assumption.condition
     if not assumption.where:  # asked again when the graph was made functional
         return False
-    if isinstance(assumption.condition, sympy.Ne) and not assumption.by_model:
+    asks_if_empty = isinstance(condition, sympy.Le) and condition.lhs == 1
+    if not assumption.by_model and (asks_if_empty or isinstance(condition, sympy.Ne)):
         return False
     symbols = sorted(assumption.condition.free_symbols, key=str)
     draw = random.Random(0)
