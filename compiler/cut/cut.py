@@ -22,6 +22,7 @@ from .extract import extract
 from .models import Row
 from .names import fresh_name, module_path, value_name
 from .partition import Partition, Region, partition
+from .parts import join_once
 from .rotary import compose_rotary
 from .sums import split_sums
 from .tidy import tidy
@@ -54,6 +55,7 @@ def cut_model(
         traced = trace(row, model_class, config, whole)
         tidy(traced)
         compose_rotary(traced, find_instances(traced))
+        join_once(traced, find_instances(traced))
         split_sums(traced)
         instances = find_instances(traced)
         templates = find_templates(traced, instances)

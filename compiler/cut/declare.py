@@ -9,12 +9,11 @@ cached, ``model_output`` goes out. What a bundle has no word for is refused by n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby, product
+from itertools import groupby
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -26,13 +25,13 @@ from .declared import ModelInput, Stage, StoredDtype
 from .declared import Runs as GraphRuns
 from .declared import Segment as Graph
 from .dimensions import Dimensions
-from .models import SIZES, Row, row_of
+from .models import Row, row_of
 from .names import fresh_name
 from .precision import typed
-from .refusal import refuse
+from .refusal import refuse, refuse_what_has_no_word
 from .streams import find_streams
 from .taps import attention_output, modulated_input
-from .words import Call, Cut, arguments, operation, results
+from .words import PRODUCTS, Call, Cut, arguments, operation, results
 
 __all__ = ["declare"]
 
@@ -58,9 +57,6 @@ MOMENTS: Mapping[str, GraphRuns] = {
 
 BODY = ("context", "block")
 """Moments of segments that compute in the body's precision."""
-
-SMALL = 3
-"""Patches in each dimension up to which sizes are tried for a branch that was not traced."""
 
 FEATURE = "attention_output"
 SIGNAL = "modulated_input"
@@ -110,7 +106,7 @@ class _Declaration:
         self.precision, self.stored = precision, stored
         self.batch = {s for s, name in cut.sizes.items() if str(name) == "batch"}
         self.maker = {name: call for call in cut.calls for name in call.outputs}
-        self._refuse_what_has_no_word()
+        refuse_what_has_no_word(row, cut, config)
         self.streams = find_streams(cut)
         self.words = self._words()
         self.aliases = self._aliases()
@@ -144,50 +140,6 @@ class _Declaration:
             limits=self.dimensions.limits(),
             sums=self.dimensions.sums,
         )
-
-    def _refuse_what_has_no_word(self) -> None:
-        """Refuse cuts that need a graph or a value that no bundle has."""
-        steps = [n for n, one in self.cut.inputs.items() if one.changes == "step"]
-        runs = [n for n, one in self.cut.inputs.items() if one.changes == "run"]
-        bridges = [c for c in self.cut.calls if not c.block and self._runs(c) == "block"]
-        if len(steps) != 1:
-            refuse(self.cut.model, f"takes {len(steps)} inputs that change at every step", steps)
-        if len(runs) != 1:
-            refuse(self.cut.model, f"takes {len(runs)} timesteps", runs)
-        if len(self.cut.results) != 1:
-            refuse(self.cut.model, f"returns {len(self.cut.results)} values", self.cut.results)
-        if not any(call.block for call in self.cut.calls):
-            refuse(self.cut.model, "has no blocks")
-        if bridges:
-            refuse(
-                self.cut.model,
-                "computes something between two blocks",
-                [c.segment for c in bridges],
-            )
-        if not any(self._runs(call) == "prompt" for call in self.cut.calls):
-            refuse(self.cut.model, "makes nothing of the prompt alone")
-        for one in self.cut.domain:
-            sizes = self._breaks(one.condition)
-            if sizes is not None:
-                refuse(self.cut.model, f"computes otherwise at {sizes}", [one.where])
-        ahead = [c for c in self.cut.calls if not c.block and self._runs(c) in ("shape", "prompt")]
-        made = {value for call in ahead for value in call.outputs}
-        for call in ahead:
-            if made & set(call.inputs):
-                refuse(self.cut.model, f"needs an order of graphs, of '{call.segment}'")
-
-    def _breaks(self, condition: sympy.Basic) -> str | None:
-        """Return small sizes at which the traced branch is not the model's, if there are any.
-
-        What breaks at large sizes alone is a table's length: the engine has no row for it.
-        """
-        patches = self.row.sizes(self.config, dict.fromkeys(SIZES, 1))
-        symbols = sorted(condition.free_symbols, key=str)
-        for counts in product(range(1, SMALL + 1), repeat=len(symbols)):
-            sizes = {s: n * patches.get(str(s), 1) for s, n in zip(symbols, counts, strict=True)}
-            if condition.xreplace(sizes) == sympy.false:
-                return ", ".join(f"{size} = {value}" for size, value in sizes.items())
-        return None
 
     def _runs(self, call: Call) -> str:
         return self.cut.segments[call.segment].runs
@@ -293,9 +245,7 @@ class _Declaration:
             return self.stored(block_prefix + path)
 
         given = {a: self.dtypes[v] for a, v in zip(segment.inputs, call.inputs, strict=True)}
-        returned = dict.fromkeys(
-            (j for j, o in enumerate(outputs) if o.endswith("_out") or o == FEATURE), torch.float32
-        ) if segment.runs == "block" else {}  # fmt: skip
+        returned = self._returned(call, outputs)
         made, dtypes = typed(
             module, given, stored=stored, batch=self.batch,
             precision=getattr(torch, precision) if segment.runs in BODY else None,
@@ -338,6 +288,29 @@ class _Declaration:
             {SIGNAL: self.dimensions.spec(signal, torch.float32)}, block_prefix,
         )  # fmt: skip
         return [modulate, graph, whole]
+
+    def _returned(self, call: Call, outputs: Sequence[str]) -> dict[int, torch.dtype]:
+        """Return dtypes that results are cast to: streams are float32, what products read is low."""
+        runs = self.cut.segments[call.segment].runs
+        if runs == "block":
+            streams = (j for j, o in enumerate(outputs) if o.endswith("_out") or o == FEATURE)
+            return dict.fromkeys(streams, torch.float32)
+        if runs != "context":
+            return {}
+        low = getattr(torch, self.precision)
+        return {j: low for j, v in enumerate(call.outputs) if self._is_for_products(v)}
+
+    def _is_for_products(self, value: str) -> bool:
+        """Say whether nothing but products of a block reads a value."""
+        readers = {
+            node
+            for call in self.cut.calls
+            for node, read in zip(
+                arguments(self.cut.segments[call.segment].module), call.inputs, strict=True
+            )
+            if read == value
+        }
+        return all(operation(user) in PRODUCTS for node in readers for user in node.users)
 
     def _argument_spec(self, node: fx.Node, value: str, dtype: torch.dtype) -> TensorSpec:
         """Return what a graph takes: of a table its step's row, of a whole number its indices."""

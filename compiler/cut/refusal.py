@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, NoReturn
+
+import sympy
 
 from ...core.errors import ExportError
+from .models import SIZES, Row
+from .words import Cut
 
-__all__ = ["refuse"]
+__all__ = ["refuse", "refuse_what_has_no_word"]
+
+SMALL = 3
+"""Patches in each dimension up to which sizes are tried for a branch that was not traced."""
 
 
 def refuse(model: str, what: str, names: Sequence[str] = ()) -> NoReturn:
@@ -27,3 +35,56 @@ def refuse(model: str, what: str, names: Sequence[str] = ()) -> NoReturn:
         what + (f": {', '.join(names)}" if names else ""),
         "a bundle has no word for that yet",
     )
+
+
+def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> None:
+    """Refuse a cut that needs a graph or a value that no bundle has.
+
+    Args:
+        row: What the transformer takes.
+        cut: Its cut.
+        config: Its config.
+
+    Raises:
+        ExportError: says which graph, value or line of source stands in the way.
+    """
+    model = cut.model
+    steps = [n for n, one in cut.inputs.items() if one.changes == "step"]
+    runs = [n for n, one in cut.inputs.items() if one.changes == "run"]
+    outside = [(c, cut.segments[c.segment].runs) for c in cut.calls if not c.block]
+    bridges = [call.segment for call, moment in outside if moment == "block"]
+    if len(steps) != 1:
+        refuse(model, f"takes {len(steps)} inputs that change at every step", steps)
+    if len(runs) != 1:
+        refuse(model, f"takes {len(runs)} timesteps", runs)
+    if len(cut.results) != 1:
+        refuse(model, f"returns {len(cut.results)} values", cut.results)
+    if not any(call.block for call in cut.calls):
+        refuse(model, "has no blocks")
+    if bridges:
+        refuse(model, "computes something between two blocks", bridges)
+    if not any(segment.runs == "prompt" for segment in cut.segments.values()):
+        refuse(model, "makes nothing of the prompt alone")
+    patches = row.sizes(config, dict.fromkeys(SIZES, 1))
+    for one in cut.domain:
+        sizes = _breaks(one.condition, patches)
+        if sizes is not None:
+            refuse(model, f"computes otherwise at {sizes}", [one.where])
+    ahead = [call for call, moment in outside if moment in ("shape", "prompt")]
+    made = {value for call in ahead for value in call.outputs}
+    for call in ahead:
+        if made & set(call.inputs):
+            refuse(model, f"needs an order of graphs, of '{call.segment}'")
+
+
+def _breaks(condition: sympy.Basic, patches: Mapping[str, int]) -> str | None:
+    """Return small sizes at which the traced branch is not the model's, if there are any.
+
+    What breaks at large sizes alone is a table's length: the engine has no row for it.
+    """
+    symbols = sorted(condition.free_symbols, key=str)
+    for counts in product(range(1, SMALL + 1), repeat=len(symbols)):
+        sizes = {s: n * patches.get(str(s), 1) for s, n in zip(symbols, counts, strict=True)}
+        if condition.xreplace(sizes) == sympy.false:
+            return ", ".join(f"{size} = {value}" for size, value in sizes.items())
+    return None

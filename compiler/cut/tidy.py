@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from .complex_as_real import complex_as_real
+from .parts import divide_once
 from .rewrite import insert, operations, replace
 from .trace import Trace, value_of
 from .words import operation
@@ -45,9 +46,11 @@ def tidy(trace: Trace) -> None:
     drop_assertions(trace)
     take_no_tensor_for_its_shape(trace)
     spell_views(trace)
+    spell_permutations(trace)
     pad_no_lone_sequence(trace)
     complex_as_real(trace)
     drop_no_ops(trace)
+    divide_once(trace)
     stack_what_is_written_in_turn(trace)
     compose_rms_norms(trace)
     trace.graph.eliminate_dead_code()
@@ -115,6 +118,17 @@ def spell_views(trace: Trace) -> None:
                 for asked, extent in zip(shape, value_of(node).shape, strict=True)
             ]
             node.target, node.args = ATEN.reshape.default, (source, spelled)
+
+
+def spell_permutations(trace: Trace) -> None:
+    """`transpose` becomes `permute`."""
+    for node, name in operations(trace):
+        if name == "transpose":
+            source, *axes = cast("tuple[fx.Node, int, int]", node.args)
+            order = list(range(value_of(source).ndim))
+            one, two = (axis % len(order) for axis in axes)
+            order[one], order[two] = order[two], order[one]
+            node.target, node.args = ATEN.permute.default, (source, order)
 
 
 def pad_no_lone_sequence(trace: Trace) -> None:
