@@ -57,6 +57,7 @@ from .checkpoints.completeness import CAST_DTYPES, check_tensors
 from .checkpoints.weights import bring_weights
 from .code_version import code_version
 from .cut.declared import FIRST_BLOCK_RESIDUAL, StoredDtype
+from .cut.document import CUT, write_cut
 from .defaults import policy_setting, resolve_configs, scheduler_shift
 from .families import Cut, Family, family_of
 from .forecast.build import forecast_build
@@ -161,7 +162,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     clock = _Clock()
     checkpoint = open_checkpoint(request.model, request.revision)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
-    family, cut = family_cut(checkpoint, request.precision)
+    store = Store(request.cache / STORE if request.cache is not None else None)
+    family, cut = family_cut(checkpoint, request.precision, store)
     targets = [complete_target(b, request.target) for b in request.backends]
     ranges = _ranges(request, cut, checkpoint, configs)
     parts = pipeline_parts(request, checkpoint, configs)
@@ -176,7 +178,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         digests_ahead(_shards_to_link(checkpoint, cut, folder)) as ahead,
     ):
         (folder / "graphs").mkdir()
-        store = Store(request.cache / STORE if request.cache is not None else None)
+        if family.is_found:
+            write_cut(cut, folder / CUT)
         clock.start("trace")
         signals = _signals(cut, request.weights)
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
@@ -474,7 +477,9 @@ def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
     ]
 
 
-def family_cut(checkpoint: Checkpoint, precision: Precision) -> tuple[Family, Cut]:
+def family_cut(
+    checkpoint: Checkpoint, precision: Precision, store: Store = NO_STORE
+) -> tuple[Family, Cut]:
     """Cut the transformer, and account for every tensor of each expert.
 
     Raises:
@@ -482,7 +487,8 @@ def family_cut(checkpoint: Checkpoint, precision: Precision) -> tuple[Family, Cu
     """
     where = str(checkpoint.transformer / "config.json")
     family = family_of(checkpoint.transformer_class, where)
-    cut = family.cut(checkpoint.config, precision, _stored_dtype(checkpoint))
+    kept = {"store": store} if family.is_found else {}
+    cut = family.cut(checkpoint.config, precision, _stored_dtype(checkpoint), **kept)
     wanted = {n: shape for n, (_, shape) in cut.weights().items()}
     for part in [part for part, _ in checkpoint.experts] or ["transformer"]:
         folder = checkpoint.pipeline / part if checkpoint.pipeline else checkpoint.transformer

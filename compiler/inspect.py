@@ -70,7 +70,7 @@ def inspect_bundle(
         RequestError: a size that VAE or patches do not divide, or an engine that there isn't.
         BundleError: an engine's record or a graph can't be read.
     """
-    manifest, cut = bundle.manifest, cut_of(bundle.manifest)
+    manifest, cut = bundle.manifest, cut_of(bundle)
     if engine is not None and engine not in manifest.graphs:
         hint = nearest(engine, list(manifest.graphs))
         raise RequestError(f"engine '{engine}'", "is not in the bundle", hint)

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut a model again from its manifest, for what needs its PyTorch modules: `verify` and `inspect`."""
+"""Give the cut that a bundle was built of, for what needs its PyTorch modules or its dimensions."""
 
 from __future__ import annotations
 
-from ..bundle.manifest import Manifest
+from ..bundle.reader import Bundle
+from .cut.document import CUT, read_cut
 from .families import Cut, family_of
 
 __all__ = ["cut_of"]
 
 
-def cut_of(manifest: Manifest) -> Cut:
-    """Cut the model that a bundle was built from; its modules are on ``meta``.
+def cut_of(bundle: Bundle) -> Cut:
+    """Read a bundle's cut, or cut its model again by hand; its modules are on ``meta``.
 
     Raises:
-        CheckpointError: no family of this Freewheel cuts it.
+        BundleError: the bundle's cut can't be read.
+        CheckpointError: no family of this Freewheel cuts the model.
     """
+    if (bundle.folder / CUT).exists():
+        return read_cut(bundle.folder / CUT)
+    manifest = bundle.manifest
     family = family_of(manifest.checkpoint.transformer_class, "manifest.json")
     tensors = manifest.tensors
     return family.cut(

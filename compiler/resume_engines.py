@@ -76,7 +76,7 @@ def resume_engines(
     graphs = _compiled(manifest)
     profiles = {}
     if any(isinstance(backend, ProfiledBackend) for backend in backends):
-        cut, pipeline = cut_of(manifest), manifest.pipeline.folder
+        cut, pipeline = cut_of(bundle), manifest.pipeline.folder
         scale = folder / pipeline if pipeline is not None else None
         ranges = dim_ranges(cut, sizes, manifest.configs, scale)
         profiles = profiles_of(graphs, manifest.policies, cut, ranges)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -203,9 +203,12 @@ class Family:
         transformer_class: Diffusers class as ``_class_name`` in the transformer's config spells it.
         pipelines: Diffusers pipelines whose ``transformer`` it may be.
         cut: Config, body precision and stored dtypes → the cut model.
+        is_found: Whether its cut is found in the transformer's own forward; ``cut`` takes a ``store``
+            then, where cuts are kept.
     """
 
     name: str
     transformer_class: str
     pipelines: tuple[str, ...]
-    cut: Callable[[Mapping[str, Any], Precision, StoredDtype], Cut]
+    cut: Callable[..., Cut]
+    is_found: bool = False

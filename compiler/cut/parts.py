@@ -163,9 +163,10 @@ def _of_two_slices(parts: list[fx.Node], axis: int) -> fx.Node | None:
 
 def _bounds(part: fx.Node) -> tuple[int, Any, Any]:
     """Return a slice's axis, first index and last; None where it has no end, or skips some."""
-    source, axis, start, end, step = (*part.args, *(0, None, None, 1)[len(part.args) - 1 :])
-    value = value_of(cast("fx.Node", source))
-    axis = cast("int", axis) % value.ndim
+    given: tuple[Any, ...] = (*part.args, *(0, None, None, 1)[len(part.args) - 1 :])
+    source, axis, start, end, step = given
+    value = value_of(source)
+    axis %= value.ndim
     if isinstance(end, int) and (end >= 2**62 or end == value.shape[axis]):
         end = None
     return (axis, start, end) if step == 1 else (-1, None, None)

@@ -66,7 +66,7 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
     if not any(segment.runs == "prompt" for segment in cut.segments.values()):
         refuse(model, "makes nothing of the prompt alone")
     patches = row.sizes(config, dict.fromkeys(SIZES, 1))
-    for one in cut.domain:
+    for one in (a for a in cut.domain if a.by_model):  # torch asks which strides to choose
         sizes = _breaks(one.condition, patches)
         if sizes is not None:
             refuse(model, f"computes otherwise at {sizes}", [one.where])

@@ -7,21 +7,14 @@ its own forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import diffusers
-
-from ...core.dtypes import Precision
 from ...core.errors import CheckpointError, nearest
-from ..cut.declare import declare
-from ..cut.declared import Cut, Family, ModelInput, Segment, Stage, StoredDtype
-from ..cut.models import MODELS, Row
+from ..cut.declared import Cut, Family, ModelInput, Segment, Stage
+from ..cut.models import MODELS
+from ..cut.transformer import cut_transformer
 from .flux import FLUX
 from .hunyuan import HUNYUAN
-from .layers import on_meta
 from .ltx import LTX
 from .wan import WAN
 
@@ -30,20 +23,10 @@ __all__ = ["FAMILIES", "Cut", "Family", "ModelInput", "Segment", "Stage", "famil
 BY_HAND = (WAN, LTX, FLUX, HUNYUAN)
 
 
-def _cut_by_row(
-    row: Row, config: Mapping[str, Any], precision: Precision, stored: StoredDtype
-) -> Cut:
-    """Cut a transformer by what its own forward does."""
-    model_class = getattr(diffusers, row.model)
-    model = on_meta(model_class, config)
-    cut = declare(row, model_class, dict(model.config), precision, stored)
-    return replace(cut, unread=frozenset(model.state_dict()) - cut.weights().keys())
-
-
 def _found() -> tuple[Family, ...]:
     by_hand = {family.transformer_class for family in BY_HAND}
     return tuple(
-        Family(row.name, row.model, row.pipelines, partial(_cut_by_row, row))
+        Family(row.name, row.model, row.pipelines, partial(cut_transformer, row), is_found=True)
         for row in MODELS
         if row.name and row.model not in by_hand
     )

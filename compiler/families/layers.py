@@ -7,9 +7,8 @@ restate what those compute so that it exports cleanly and says its dtypes.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.dtypes import Precision
-from ...core.errors import CheckpointError
-from ..checkpoints.completeness import check_keys
 from ..cut.declared import StoredDtype
 
 __all__ = [
@@ -31,7 +28,6 @@ __all__ = [
     "merge_heads",
     "modulate",
     "modulation",
-    "on_meta",
     "rms_norm",
     "rotate",
     "set_weight_dtypes",
@@ -142,25 +138,6 @@ def rotate(x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
     batch = x.shape[0]
     cos, sin = rope_cos.expand(batch, -1, -1), rope_sin.expand(batch, -1, -1)
     return torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=True)
-
-
-def on_meta(model_class: Any, config: Mapping[str, Any]) -> Any:
-    """Return a diffusers transformer on ``meta``, which no weight is loaded for.
-
-    Raises:
-        CheckpointError: the class can't be made of that config, or would drop some of its keys.
-    """
-    known = list(inspect.signature(model_class.__init__).parameters)[1:]
-    check_keys(config, known, "transformer/config.json")
-    try:
-        with torch.device("meta"):
-            return model_class.from_config(dict(config)).eval()
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise CheckpointError(
-            "transformer/config.json",
-            f"has values that '{model_class.__name__}' can't be made of: {error}",
-            "it belongs to another model; fetch it again",
-        ) from error
 
 
 def set_weight_dtypes(

@@ -21,6 +21,7 @@ from ...core.dtypes import Precision
 from ...core.errors import CheckpointError
 from ...engines.base import TensorSpec
 from ..cut.declared import Cut, Family, ModelInput, Segment, Stage, StoredDtype
+from ..cut.transformer import on_meta
 from .layers import (
     Sinusoid,
     embed,
@@ -29,7 +30,6 @@ from .layers import (
     layer_norm,
     linear,
     merge_heads,
-    on_meta,
     rms_norm,
     rotate,
     set_weight_dtypes,

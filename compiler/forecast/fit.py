@@ -83,7 +83,7 @@ def check_fit(
     """
     name = backend or bundle.manifest.engines[0].backend
     pipeline = model or bundle_pipeline(bundle)
-    cut = cut_of(bundle.manifest)
+    cut = cut_of(bundle)
     footprint = footprint_of(
         cut, dims_of(cut, size, pipeline), branches=size.branches, settings={"run": entry.cache},
         specs={n: p.spec for n, p in bundle.manifest.policies.items()},

@@ -46,7 +46,7 @@ def check_geometry(
     own = size_of(manifest.configs[manifest.default_config].generation)
     if (size.height, size.width, size.frames) == (own.height, own.width, own.frames):
         return f"config '{name}' {found}: its thresholds and tables are untried at this size"
-    cut, pipeline = cut_of(manifest), bundle_pipeline(bundle)
+    cut, pipeline = cut_of(bundle), bundle_pipeline(bundle)
     dims = dims_of(cut, size, pipeline)
     run = describe_flops(cut, dims, size)["uncached_run"]
     usual = describe_flops(cut, dims_of(cut, own, pipeline), own)["uncached_run"]

@@ -225,7 +225,7 @@ def check_engines(
     Returns:
         The checks, and why portable graphs were left out.
     """
-    manifest, cut = model.manifest, cut_of(model.manifest)
+    manifest, cut = model.manifest, cut_of(model.bundle)
     hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
     segments = {s.name: s for s in (*cut.segments, *cache_segments(hidden, cut.history_dtype))}
     prefix = model.prefix

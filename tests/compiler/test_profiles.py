@@ -26,7 +26,7 @@ def config(**generation: int) -> ResolvedConfig:
 
 @pytest.fixture(scope="module")
 def cut(tiny_bundle: Bundle) -> Cut:
-    return cut_of(tiny_bundle.manifest)
+    return cut_of(tiny_bundle)
 
 
 @pytest.mark.parametrize(

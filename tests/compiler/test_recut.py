@@ -9,7 +9,7 @@ from freewheel.compiler.recut import cut_of
 
 
 def test_the_cut_declares_what_the_manifest_does(tiny_bundle: Bundle) -> None:
-    manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle.manifest)
+    manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle)
     assert cut.history_dtype == manifest.history_dtype
     assert [s.count for s in cut.stages] == [s.count for s in manifest.stages]
     for segment in cut.segments:

@@ -26,6 +26,8 @@ from test_prove import OTHER
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import eager, random_inputs
+from freewheel.compiler.graphs.write import io_entries
+from freewheel.compiler.recut import cut_of
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
@@ -142,3 +144,14 @@ def test_other_forms_of_weights_give_the_same(
     bundle = build_bundle(save(one.model, tmp_path / "model"), ("openvino",), **options)
     given, expected = inputs_at(one, bundle, SIZES)
     assert relative(session_output(Session(LoadedModel(bundle)), given), expected) < bound
+
+
+def test_a_bundles_cut_is_read_not_traced(
+    one: Case, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freewheel.compiler.cut.declare.cut_model", None)
+    cut = cut_of(bundle)
+    for segment in cut.segments:
+        kept = {n: s for n, s in segment.outputs.items() if n not in segment.dropped}
+        assert io_entries(kept) == bundle.manifest.graphs[segment.name].outputs
+    assert cut.weights().keys() == bundle.manifest.tensors.keys()

@@ -35,7 +35,7 @@ HIDDEN = 420 * 32 * 4
 
 @pytest.fixture(scope="module")
 def cut(tiny_bundle: Bundle) -> Cut:
-    return cut_of(tiny_bundle.manifest)
+    return cut_of(tiny_bundle)
 
 
 def forecast(cut: Cut, setting: CacheSetting, branches: int = 1) -> Footprint:

@@ -52,7 +52,7 @@ def test_one_of_a_far_greater_size_is_refused_with_inspects_forecast(demo_bundle
     with pytest.raises(RequestError) as caught:
         check(demo_bundle, entry)
     own = inspect_bundle(demo_bundle)["flops"]["uncached_run"]
-    cut, size = cut_of(demo_bundle.manifest), size_of(entry.generation)
+    cut, size = cut_of(demo_bundle), size_of(entry.generation)
     dims = dims_of(cut, size, bundle_pipeline(demo_bundle))
     run = describe_flops(cut, dims, size)["uncached_run"]
     assert (size.width, size.height, size.frames, size.steps) == (832, 480, 81, 50)

@@ -24,7 +24,7 @@ SIZE = size_of(generation_of(height=64, width=96, frames=9))
 
 @pytest.fixture(scope="module")
 def cut(i2v_bundle: Bundle) -> Cut:
-    return cut_of(i2v_bundle.manifest)
+    return cut_of(i2v_bundle)
 
 
 def test_parts_are_counted_as_they_are_loaded(i2v_bundle: Bundle, i2v_checkpoint: Path) -> None:

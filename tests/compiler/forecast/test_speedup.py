@@ -23,7 +23,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def known(tiny_bundle: Bundle):
-    cut = cut_of(tiny_bundle.manifest)
+    cut = cut_of(tiny_bundle)
     dims = dims_of(cut, size_of(generation_of(height=64, width=96, frames=5)), None)
     timesteps = timesteps_of(tiny_bundle, generation_of(flow_shift=3.0), STEPS)
     return cut, dims, timesteps, timestep_tables(tiny_bundle, cut, timesteps)

@@ -220,7 +220,7 @@ def test_a_report_of_changed_files_is_plain_data() -> None:
 def test_engines_of_a_range_are_given_sizes_inside_it(
     tiny_bundle: Bundle, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle.manifest)
+    manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle)
     sizes = BuildSizes((96, 128, 160), (128, 128, 128), (9, 9, 17))
     ranges = dim_ranges(
         cut, sizes, resolve_configs(config_entries(["off"], lambda text: None), None), None

@@ -128,7 +128,7 @@ def test_interfaces_are_held_to_the_manifest(inputs, outputs, said) -> None:
 
 
 def test_sample_sizes_are_not_those_that_graphs_are_traced_with(tiny_bundle: Bundle) -> None:
-    cut = cut_of(tiny_bundle.manifest)
+    cut = cut_of(tiny_bundle)
     traced = {**BATCH_DIMS, **cut.example_dims}
     first, second = sample_dims(cut, 0), sample_dims(cut, 1)
     assert all(first[n] != second[n] for n in ("batch", "frames", "height", "text_tokens", "slots"))
@@ -137,7 +137,7 @@ def test_sample_sizes_are_not_those_that_graphs_are_traced_with(tiny_bundle: Bun
 
 
 def test_sample_inputs_are_seeded_and_timesteps_lie_in_their_range(tiny_bundle: Bundle) -> None:
-    manifest, dims = tiny_bundle.manifest, sample_dims(cut_of(tiny_bundle.manifest), 0)
+    manifest, dims = tiny_bundle.manifest, sample_dims(cut_of(tiny_bundle), 0)
     entry = manifest.graphs["timestep"]
     first, again = (sample_inputs(entry, manifest, dims, seed=3) for _ in range(2))
     assert torch.equal(first["timesteps"], again["timesteps"])
