@@ -44,6 +44,7 @@ INPUT_NAMES = {
     "img_ids": "image_ids",
     "num_frames": "frame_index",
     "pooled_projections": "pooled_states",
+    "rope_interpolation_scale": "rope_scale",
     "txt_ids": "text_ids",
     "width": "column_index",
 }

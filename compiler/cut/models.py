@@ -7,7 +7,7 @@ A row says nothing about how the model computes: that is found in its own `forwa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = ["MODELS", "Changes", "Input", "Row", "row_of"]
@@ -51,6 +51,11 @@ class Input:
         names = {**config, **sizes}
         return tuple(eval(word, {"__builtins__": {}}, names) for word in self.shape.split())
 
+    def with_fixed(self, fixed: Mapping[str, str]) -> Input:
+        """Return the input with numbers in place of some sizes."""
+        words = (fixed.get(word, word) for word in self.shape.split())
+        return replace(self, shape=" ".join(words))
+
     def dynamic(self) -> tuple[int, ...]:
         """Return which dimensions differ from run to run."""
         words = (compile(word, word, "eval").co_names for word in self.shape.split())
@@ -93,6 +98,8 @@ class Row:
             module that makes it, of timesteps alone.
         timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's.
         packed: Latent rows and columns in a token, where latents come as tokens.
+        fixed: Size → config key with which `forward` takes one value of it alone, and the value.
+        refused: Config key with which a model is of another kind → what kind, and what to use.
     """
 
     model: str
@@ -105,6 +112,8 @@ class Row:
     signals: Mapping[str, str] = field(default_factory=dict)
     timestep_scale: float = 1.0
     packed: int = 1
+    fixed: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    refused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def sizes(self, config: Mapping[str, Any], counts: Mapping[str, int] = SIZES) -> dict[str, int]:
         """Return sizes that the model takes: ``counts`` of its patches in each dimension."""
@@ -135,6 +144,13 @@ MODELS = (
         signals={
             "temb": "condition_embedder.time_embedder",
             "timestep_proj": "condition_embedder.time_proj",
+        },
+        fixed={"text_tokens": ("image_dim", 512)},
+        refused={
+            "pos_embed_seq_len": (
+                "first-and-last-frame models (two images per batch element) can't be cut yet",
+                "use a text-to-video or image-to-video checkpoint",
+            )
         },
     ),
     Row(
@@ -176,6 +192,7 @@ MODELS = (
             "num_frames": size("frames"),
             "height": size("height"),
             "width": size("width"),
+            "rope_interpolation_scale": prompt("3"),
         },
         pipelines=("LTXPipeline",),
         latent_scale=(8, 32),

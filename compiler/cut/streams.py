@@ -117,7 +117,7 @@ class _Streams:
         wanted = shape_of(results(segment.module)[output])
         for i, node in enumerate(arguments(segment.module)):
             made = self.maker.get(call.inputs[i])
-            is_stream = made is not None and (made.block or self._runs(made) in ("step", "prompt"))
+            is_stream = made is not None and self._runs(made) in ("block", "step", "prompt")
             if is_stream and shape_of(node) == wanted:
                 return i
         return None

@@ -46,7 +46,7 @@ def tidy(trace: Trace) -> None:
     drop_assertions(trace)
     take_no_tensor_for_its_shape(trace)
     spell_views(trace)
-    spell_permutations(trace)
+    spell_by_one_name(trace)
     pad_no_lone_sequence(trace)
     complex_as_real(trace)
     drop_no_ops(trace)
@@ -120,9 +120,11 @@ def spell_views(trace: Trace) -> None:
             node.target, node.args = ATEN.reshape.default, (source, spelled)
 
 
-def spell_permutations(trace: Trace) -> None:
-    """`transpose` becomes `permute`."""
+def spell_by_one_name(trace: Trace) -> None:
+    """`transpose` becomes `permute`, `concat` becomes `cat`."""
     for node, name in operations(trace):
+        if name in ("concat", "concatenate"):
+            node.target = ATEN.cat.default
         if name == "transpose":
             source, *axes = cast("tuple[fx.Node, int, int]", node.args)
             order = list(range(value_of(source).ndim))

@@ -151,6 +151,12 @@ def leaves_of(row: Row, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         for name, value in row.inputs.items()
         if not isinstance(value, Input) or value.needs is None or config.get(value.needs)
     }
+    fixed = {name: str(value) for name, (key, value) in row.fixed.items() if config.get(key)}
+    arguments = pytree.tree_map(
+        lambda leaf: leaf.with_fixed(fixed) if isinstance(leaf, Input) else leaf,
+        arguments,
+        is_leaf=is_leaf,
+    )
     leaves, _ = pytree.tree_flatten_with_path(arguments, is_leaf=is_leaf)
     named = {
         ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf

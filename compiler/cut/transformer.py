@@ -43,9 +43,12 @@ def cut_transformer(
         store: Where cuts are kept.
 
     Raises:
-        CheckpointError: the class can't be made of that config.
+        CheckpointError: the class can't be made of that config, or is of a kind that the row refuses.
         ExportError: it can't be traced, or a bundle has no word for something in its cut.
     """
+    for key, (kind, remedy) in row.refused.items():
+        if config.get(key):
+            raise CheckpointError(f"transformer/config.json, '{key}'", kind, remedy)
     model = on_meta(getattr(diffusers, row.model), config)
     own = dict(model.config)
     tensors = list(model.state_dict())

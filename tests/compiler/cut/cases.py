@@ -54,6 +54,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "pooled_projection_dim": 8, "rope_axes_dim": [2, 4, 4], "text_embed_dim": 16,
         },
     ),
+    "hunyuan_one_refiner": (
+        "HunyuanVideoTransformer3DModel",
+        {
+            "attention_head_dim": 10, "guidance_embeds": False, "in_channels": 4,
+            "num_attention_heads": 2, "num_layers": 2, "num_refiner_layers": 1,
+            "num_single_layers": 2, "out_channels": 4, "patch_size": 1, "patch_size_t": 1,
+            "pooled_projection_dim": 8, "rope_axes_dim": [2, 4, 4], "text_embed_dim": 16,
+        },
+    ),
     "ltx": (
         "LTXVideoTransformer3DModel",
         {

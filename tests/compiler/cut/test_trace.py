@@ -67,6 +67,13 @@ def test_an_input_that_the_config_leaves_out_is_not_given() -> None:
     image = "encoder_hidden_states_image"
     assert image not in leaves_of(row, {})[1]
     assert image in leaves_of(row, {"image_dim": 8})[1]
+    # With an image, `forward` takes all tokens but the last 512 for the image's.
+    text = {c: leaves_of(row, {"image_dim": c})[1]["encoder_hidden_states"] for c in (None, 8)}
+    assert [text[c].shape for c in (None, 8)] == [
+        "batch text_tokens text_dim",
+        "batch 512 text_dim",
+    ]
+    assert [text[c].dynamic() for c in (None, 8)] == [(0, 1), (0,)]
 
 
 def test_nested_inputs_are_named_by_their_place() -> None:

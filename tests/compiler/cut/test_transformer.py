@@ -79,3 +79,12 @@ def test_a_config_of_another_model_is_refused(config: dict[str, Any], message: s
     with pytest.raises(CheckpointError, match=message) as caught:
         on_meta(WanTransformer3DModel, config)
     assert caught.value.where.startswith("transformer/config.json")
+
+
+def test_a_model_of_a_kind_that_its_row_refuses_is_refused_by_name(wan: Case) -> None:
+    config: Any = wan.model.config
+    with pytest.raises(CheckpointError, match="first-and-last-frame") as caught:
+        cut_transformer(
+            wan.row, {**config, "pos_embed_seq_len": 514}, "float32", lambda name: "float32"
+        )
+    assert caught.value.where == "transformer/config.json, 'pos_embed_seq_len'"
