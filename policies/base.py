@@ -30,12 +30,21 @@ class Step(NamedTuple):
         computed_steps: int64 [history.maximum], indices of the last computed steps, newest first,
             -1 where the history does not reach.
         must_compute: bool [], the guard's verdict: this step is computed whatever the law says.
+        timestep: float32 [], what the model is conditioned on at this step.
+        sigma: float32 [], noise level that this step starts from; 1 is pure noise in flow models.
+        computed_timesteps: float32 [history.maximum], of the steps in ``computed_steps``; 0 where
+            the history does not reach.
+        computed_sigmas: float32 [history.maximum], likewise.
     """
 
     step_index: Tensor
     step_count: Tensor
     computed_steps: Tensor
     must_compute: Tensor
+    timestep: Tensor
+    sigma: Tensor
+    computed_timesteps: Tensor
+    computed_sigmas: Tensor
 
 
 class Decision(NamedTuple):

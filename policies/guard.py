@@ -27,8 +27,9 @@ FEATURE: Shape = ("frames", "tokens_per_frame", "channels")
 def decide_inputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
     """Return every input of a policy's decide graph: name → dtype and shape, dynamic sizes named.
 
-    ``step_index``, ``step_count``, ``computed_steps``, ``exact``, then what the policy declares of
-    ``signal``, ``feature`` and their past (``kept``), then ``state.<name>``, ``param.<name>``,
+    ``step_index``, ``step_count``, ``computed_steps``, ``exact``, ``timestep``, ``sigma``,
+    ``computed_timesteps``, ``computed_sigmas``, then what the policy declares of ``signal``,
+    ``feature`` and their past (``kept``), then ``state.<name>``, ``param.<name>``,
     ``guard.<name>`` (the guard's parameters) and ``guard_state.<name>``.
     """
     inputs: dict[str, tuple[str, Shape]] = {
@@ -36,6 +37,10 @@ def decide_inputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
         "step_count": ("int64", ()),
         "computed_steps": ("int64", (spec.history.maximum,)),
         "exact": ("bool", ()),
+        "timestep": ("float32", ()),
+        "sigma": ("float32", ()),
+        "computed_timesteps": ("float32", (spec.history.maximum,)),
+        "computed_sigmas": ("float32", (spec.history.maximum,)),
     }
     if spec.signals:
         inputs["signal"] = ("float32", SIGNAL)
@@ -95,7 +100,8 @@ class Guarded(torch.nn.Module):
         if self.spec.signals:
             must = must | ~torch.isfinite(signal.abs().mean())
 
-        step = Step(inputs["step_index"], inputs["step_count"], inputs["computed_steps"], must)
+        known = {name: inputs[name] for name in Step._fields if name != "must_compute"}
+        step = Step(must_compute=must, **known)
         kept: dict[str, Tensor] = {name: inputs[name] for name in self.spec.kept}
         state, parameters = _group(inputs, "state."), _group(inputs, "param.")
         law = self.policy.decide(step, signal, feature, kept, state, parameters)

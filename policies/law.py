@@ -7,7 +7,7 @@ return tensors by the same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.errors import ConfigError, nearest
 from . import policy
 from .guard import Guarded
+from .schedule import Schedule
 from .setting import GUARD_PARAMETERS, CacheSetting
 from .spec import GUARD_STATE, ParameterSpec, PolicySpec, StateSpec
 
@@ -98,13 +99,20 @@ class Law:
         decide: Eager `Guarded` module or a compiled graph.
         setting: Parameters and guard; its ``policy`` must be ``spec.name``.
         step_count: Steps of the run.
+        schedule: Their timesteps and noise levels; None takes evenly falling ones.
 
     Raises:
         ConfigError: a parameter is unknown, of the wrong type or out of range.
     """
 
     def __init__(
-        self, spec: PolicySpec, decide: DecideFunction, setting: CacheSetting, *, step_count: int
+        self,
+        spec: PolicySpec,
+        decide: DecideFunction,
+        setting: CacheSetting,
+        *,
+        step_count: int,
+        schedule: Schedule | None = None,
     ) -> None:
         assert setting.policy == spec.name, f"setting is for '{setting.policy}', not '{spec.name}'"
         if setting.signal is not None and setting.signal not in spec.signals:
@@ -115,6 +123,8 @@ class Law:
             )
         self.spec = spec
         self.step_count = step_count
+        self._schedule = schedule or Schedule.even(step_count)
+        assert len(self._schedule) == step_count, "a schedule of as many steps"
         self._decide = decide
         self._exact_steps = frozenset(setting.guard.exact_steps)
         limits = setting.guard.model_dump(include=set(GUARD_PARAMETERS))
@@ -127,14 +137,16 @@ class Law:
         self.reset()
 
     @classmethod
-    def eager(cls, setting: CacheSetting, *, step_count: int) -> Law:
+    def eager(
+        cls, setting: CacheSetting, *, step_count: int, schedule: Schedule | None = None
+    ) -> Law:
         """Return the Python law of the setting's policy.
 
         Raises:
             ConfigError: policy or parameter unknown, or a bad value.
         """
         module = Guarded(policy(setting.policy))
-        return cls(module.spec, module, setting, step_count=step_count)
+        return cls(module.spec, module, setting, step_count=step_count, schedule=schedule)
 
     def reset(self) -> None:
         """Forget the run: the next decision is about step 0."""
@@ -173,12 +185,16 @@ class Law:
         return record
 
     def _inputs(self, signal: Array | None, feature: Array | None) -> dict[str, Tensor]:
-        steps = self.computed_steps + [-1] * self.spec.history.maximum
+        held, schedule = self.computed_steps, self._schedule
         inputs = {
             "step_index": torch.tensor(self.step_index),
             "step_count": torch.tensor(self.step_count),
-            "computed_steps": torch.tensor(steps[: self.spec.history.maximum]),
+            "computed_steps": self._padded(held, -1),
             "exact": torch.tensor(self.step_index in self._exact_steps),
+            "timestep": torch.tensor(schedule.timesteps[self.step_index]),
+            "sigma": torch.tensor(schedule.sigmas[self.step_index]),
+            "computed_timesteps": self._padded([schedule.timesteps[s] for s in held], 0.0),
+            "computed_sigmas": self._padded([schedule.sigmas[s] for s in held], 0.0),
             **self._constants,
             **self._state,
         }
@@ -191,6 +207,10 @@ class Law:
             tapped = _float32(feature) if feature is not None else torch.zeros(1, 1, 1)
             inputs |= self._rotate("feature", tapped, is_new=is_new)
         return inputs
+
+    def _padded(self, values: Sequence[float], rest: float) -> Tensor:
+        size = self.spec.history.maximum
+        return torch.tensor([*values, *[rest] * size][:size])
 
     def _rotate(self, name: str, value: Tensor, *, is_new: bool) -> dict[str, Tensor]:
         """Return a tensor and its predecessor, moving on by one where the value is a new one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..bundle.dims import shape_of
 from ..bundle.manifest import PolicyEntry, SignalEntry
 from ..engines.base import BoundCall
+from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from ..policies.spec import Value
 from .body import Body
@@ -185,9 +186,9 @@ class BranchCache:
                 found[stand, turn] = {**values, **pair}
         return found
 
-    def reset(self, tables: Mapping[str, Tensor], step_count: int) -> None:
+    def reset(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
         """Forget the last run; take every decision of the coming one now, if they fold."""
-        self._tables, self._step_count = tables, step_count
+        self._tables, self._schedule = tables, schedule
         self.rejoin(0)
 
     def rejoin(self, step_index: int) -> None:
@@ -195,7 +196,7 @@ class BranchCache:
         self._forget()
         self._first, self._verdicts = step_index, None
         if self._resolved.is_folded:
-            steps = range(step_index, self._step_count)
+            steps = range(step_index, len(self._schedule))
             self._verdicts = [self._decide_and_assume(t) for t in steps]
             self._forget()
 
@@ -209,7 +210,7 @@ class BranchCache:
             feature.zero_()
         if self._signals is not None:
             self._signals.reset()
-        self._decider.reset(self._step_count)
+        self._decider.reset(self._schedule)
 
     def _decide_and_assume(self, step_index: int) -> Verdict:
         verdict = self._ask(step_index)

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ..bundle.manifest import PolicyEntry
+from ..core.errors import BundleError
 from ..engines.base import BoundCall
+from ..policies.guard import decide_inputs
+from ..policies.schedule import Schedule
 from ..policies.setting import GUARD_PARAMETERS, GuardSetting
 from ..policies.spec import GUARD_STATE, Value
 from .model import LoadedModel
@@ -57,9 +60,18 @@ class Decider:
             guard: Limits.
             arrangements: For each way the rotating buffers can stand: ``signal``, ``feature`` and
                 those of the past, as far as the policy declares them.
+
+        Raises:
+            BundleError: the graph takes an input that is not known.
         """
         self._spec, self._guard = policy.spec, guard
         graph = model.manifest.graphs[policy.graph]
+        unknown = sorted(set(graph.inputs) - set(decide_inputs(policy.spec)))
+        if unknown:
+            raise BundleError(
+                f"graph '{policy.graph}', input '{unknown[0]}'", "is nothing that a session gives",
+                "update Freewheel, or build the bundle again",
+            )  # fmt: skip
         device = model.device
         self._values = {
             n: torch.zeros([s for s in e.shape if isinstance(s, int)], dtype=getattr(torch, e.dtype), device=device)
@@ -77,14 +89,14 @@ class Decider:
             key: model.bind(policy.graph, {**self._values, **arrangement})
             for key, arrangement in arrangements.items()
         }
-        self._computed = self._values.get("computed_steps")
-        self.reset(1)
+        self.reset(Schedule.even(1))
 
-    def reset(self, step_count: int) -> None:
-        """Start a run of ``step_count`` steps: every state tensor gets its initial value."""
+    def reset(self, schedule: Schedule) -> None:
+        """Start a run of these steps: every state tensor gets its initial value."""
+        self._schedule = schedule
         for name, initial in self._initial.items():
             self._set(name, initial)
-        self._set("step_count", step_count)
+        self._set("step_count", len(schedule))
 
     def decide(
         self, step_index: int, computed_steps: Sequence[int], arrangement: Hashable
@@ -99,9 +111,12 @@ class Decider:
         values = self._values
         self._set("step_index", step_index)
         self._set("exact", step_index in self._guard.exact_steps)
-        if self._computed is not None:
-            for age in range(len(self._computed)):
-                self._computed[age] = computed_steps[age] if age < len(computed_steps) else -1
+        timesteps, sigmas = self._schedule.timesteps, self._schedule.sigmas
+        self._set("timestep", timesteps[step_index])
+        self._set("sigma", sigmas[step_index])
+        self._set_padded("computed_steps", computed_steps, -1)
+        self._set_padded("computed_timesteps", [timesteps[s] for s in computed_steps], 0.0)
+        self._set_padded("computed_sigmas", [sigmas[s] for s in computed_steps], 0.0)
         self._calls[arrangement].run()
         compute = bool(values["compute"].item())
         mix = () if compute else tuple(values["mix"].tolist())
@@ -112,6 +127,11 @@ class Decider:
         return Verdict(
             compute, mix, None if distance is None else float(values[f"new_state.{distance}"])
         )
+
+    def _set_padded(self, name: str, values: Sequence[float], rest: float) -> None:
+        if (tensor := self._values.get(name)) is not None:
+            size = len(tensor)
+            self._set(name, [*values, *[rest] * size][:size])
 
     def _set(self, name: str, value: float | bool | Sequence[float]) -> None:
         """Write an input of the graph; inputs that the graph does not use are not there."""

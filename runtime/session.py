@@ -21,6 +21,7 @@ from ..bundle.dims import derive_dims, match_dims
 from ..core.errors import ConfigError, NotFiniteError, RequestError, nearest
 from ..engines.base import BoundCall
 from ..policies import form_of
+from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from .body import Body, allocate
 from .branch_cache import BranchCache, ResolvedSetting
@@ -107,7 +108,7 @@ class Recorder(Protocol):
     wants_signals: bool
     across_experts: ClassVar[bool]  # whether it follows a run from one transformer to the next
 
-    def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
+    def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
         """Take the per-run tables [steps, …] when a run begins."""
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
@@ -138,6 +139,7 @@ class Session:
         self._recorder: Recorder | None = None
         self._shared_verdict: tuple[int, Verdict] | None = None
         self._timesteps = torch.zeros(0)
+        self._schedule = Schedule.of(())
         self._tables: dict[str, Tensor] = {}
         self._rows = self._allocate_rows()
         self._row = -1
@@ -154,6 +156,8 @@ class Session:
         timesteps: Tensor,
         setting: CacheSetting | None = None,
         recorder: Recorder | None = None,
+        *,
+        sigmas: Tensor | None = None,
     ) -> None:
         """Start a run: forget all state, compute what depends on timesteps alone.
 
@@ -161,15 +165,24 @@ class Session:
             timesteps: [steps], the values the model is conditioned on, in order.
             setting: Policy, parameters and guard; None is ``off``.
             recorder: Gets signals, features and residuals as they arise.
+            sigmas: [steps], noise level that each step starts from; None takes a flow model's,
+                ``timesteps / 1000``.
 
         Raises:
             ConfigError: unknown policy, parameter or signal.
-            RequestError: no timesteps, or they are not finite.
+            RequestError: no timesteps, not as many sigmas, or they are not finite.
         """
         if timesteps.ndim != 1 or not len(timesteps) or not bool(torch.isfinite(timesteps).all()):
             raise RequestError(
                 "timesteps", f"are {tuple(timesteps.shape)}, expected [steps] finite values",
                 "call scheduler.set_timesteps() first",
+            )  # fmt: skip
+        if sigmas is not None and not (
+            sigmas.shape == timesteps.shape and bool(torch.isfinite(sigmas).all())
+        ):
+            raise RequestError(
+                "sigmas", f"are {tuple(sigmas.shape)}, expected [{len(timesteps)}] finite values",
+                "give the scheduler's, one per step, or leave them out",
             )  # fmt: skip
         resolved = self.resolve(setting or CacheSetting())
         self._has_failed = True  # until the run is set up
@@ -184,12 +197,15 @@ class Session:
             form=form_of(resolved.policy.spec.name, resolved.parameters),
         )  # fmt: skip
         self._compute_tables(timesteps)
+        self._schedule = Schedule.of(
+            self._timesteps.tolist(), None if sigmas is None else sigmas.float().tolist()
+        )
         for branch in self._branches.values():
             branch.last_step = -1
             if branch.cache is not None:
-                branch.cache.reset(self._tables, len(timesteps))
+                branch.cache.reset(self._tables, self._schedule)
         if recorder is not None:
-            recorder.on_run(self._tables, self._timesteps)
+            recorder.on_run(self._tables, self._schedule)
         self._has_failed = False
 
     @property
@@ -479,7 +495,7 @@ class Session:
                     self.model, resolved, branch.body, self._shared,
                     record=self._recorder is not None,
                 )  # fmt: skip
-                branch.cache.reset(self._tables, self.steps)
+                branch.cache.reset(self._tables, self._schedule)
         return branch
 
     def _make_branch(self, name: str) -> _Branch:

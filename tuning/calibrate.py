@@ -232,7 +232,7 @@ def _solved(
     factors = dict.fromkeys(grams.branches, 1.0)
     if len(grams.branches) == 2:
         factors = dict(zip(grams.branches, (guidance, 1.0 - guidance), strict=True))
-    sigmas = np.append(recorder.tables["timesteps"] / 1000.0, 0.0)
+    sigmas = np.append(recorder.tables["sigmas"], 0.0)
     wanted = {int(grams.steps // speedup) for speedup in request.speedups}
     starts = recorder.starts[: request.refine]
     lockstep = None

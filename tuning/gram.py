@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engines.base import BoundCall
+from ..policies.schedule import Schedule
 from ..runtime.body import allocate
 from ..runtime.model import LoadedModel
 from ..runtime.session import StepRecord
@@ -105,14 +106,15 @@ class GramRecorder:
         self._sums: dict[int, Array] = {}
         self._runs = 0
 
-    def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
+    def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
         """Start a run: forget the last one's residuals."""
         self._add_up()
         self._past.clear()
         self._calls.clear()
         self._runs += 1
         self.tables = {n: t.float().cpu().numpy().copy() for n, t in tables.items()}
-        self.tables["timesteps"] = timesteps.float().cpu().numpy().copy()
+        self.tables["timesteps"] = np.array(schedule.timesteps, np.float32)
+        self.tables["sigmas"] = np.array(schedule.sigmas, np.float32)
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Take one step of one branch."""

@@ -14,13 +14,14 @@ from ..core.errors import ConfigError, RequestError, nearest
 from ..policies import form_of
 from ..policies import policy as find_policy
 from ..policies.law import DecisionRecord, Law
+from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from ..runtime.statistics import mean_count
 from .trace import Trace
 
 __all__ = ["BranchReplay", "Replay", "replay"]
 
-LawFactory = Callable[[CacheSetting, int], Law]
+LawFactory = Callable[[CacheSetting, Schedule], Law]
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Replay:
         }
 
 
-def eager_law(setting: CacheSetting, step_count: int) -> Law:
+def eager_law(setting: CacheSetting, schedule: Schedule) -> Law:
     """Return the Python law of a setting."""
-    return Law.eager(setting, step_count=step_count)
+    return Law.eager(setting, step_count=len(schedule), schedule=schedule)
 
 
 def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> Replay:
@@ -115,7 +116,7 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
             )  # fmt: skip
         decided = _decide(
             trace, leader if spec.one_decision else branch,
-            law(setting.for_branch(branch), trace.steps), signal,
+            law(setting.for_branch(branch), trace.schedule), signal,
         )  # fmt: skip
         branches[branch] = _replay_branch(trace, branch, decided)
     form = form_of(setting.policy, spec.resolve(setting.parameters))

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.output import write_text
+from ..policies.schedule import Schedule
 from ..runtime.pipeline.generate import Generation
 from ..runtime.session import StepRecord
 from .bench import BenchReport
@@ -75,9 +76,9 @@ class ChangeRecorder:
     _first: int = 0  # of the expert that runs
     _steps: int = 0  # of the experts so far
 
-    def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
+    def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
         """Begin a run, or go on with its second expert."""
-        self._first, self._steps = self._steps, self._steps + len(timesteps)
+        self._first, self._steps = self._steps, self._steps + len(schedule)
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Take one step of one branch."""

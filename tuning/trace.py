@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recorded runs: what a policy would have seen at every step, in one npz file.
 
-Format (DESIGN 9): ``timesteps`` [S], ``branches``; per branch b ``b/temb`` [S, C],
+Format (DESIGN 9): ``timesteps`` and ``sigmas`` [S], ``branches``; per branch b ``b/temb`` [S, C],
 ``b/timestep_proj`` [S, 6C], ``b/modulated_input`` and ``b/first_block_residual`` [S, N, C] where
 recorded, ``b/feature`` and ``b/residual`` [S, N, C], ``b/latents`` and ``b/model_output`` (the last
 two dimensions as the model has them, the others flattened), ``b/computed`` [S]; scalars ``frames``,
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..core.errors import RequestError
 from ..core.output import replaced_whole
+from ..policies.schedule import Schedule
 from ..runtime.session import StepRecord
 
 __all__ = ["Trace", "TraceRecorder", "load_trace"]
@@ -35,6 +36,9 @@ Array = NDArray[np.float32]
 SIGNALS = (
     "temb", "timestep_proj", "modulated_input", "first_block_residual", "latents", "model_output",
 )  # fmt: skip
+
+RUN_ARRAYS = ("timesteps", "sigmas")
+"""[S], of the run and not of a branch."""
 
 UNREADABLE = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile,
@@ -61,6 +65,13 @@ class Trace:
     def steps(self) -> int:
         """Steps of the run."""
         return len(self.arrays["timesteps"])
+
+    @property
+    def schedule(self) -> Schedule:
+        """Timesteps and noise levels; those of a flow model where a file holds no ``sigmas``."""
+        sigmas = self.arrays.get("sigmas")
+        timesteps = self.arrays["timesteps"].tolist()
+        return Schedule.of(timesteps, None if sigmas is None else sigmas.tolist())
 
     def get(self, branch: str, name: str) -> Array:
         """Return ``branch/name``.
@@ -137,6 +148,12 @@ def load_trace(path: Path | str) -> Trace:
             where, "has 'timesteps' or 'branches' that are no list", "record it again"
         )
     trace = Trace(arrays)
+    if "sigmas" in arrays and arrays["sigmas"].shape != arrays["timesteps"].shape:
+        raise RequestError(
+            f"{where}, array 'sigmas'",
+            f"has shape {list(arrays['sigmas'].shape)}, 'timesteps' has {trace.steps} steps",
+            "record it again",
+        )
     for branch in trace.branches:
         for name in (*SIGNALS, "feature", "residual", "computed"):
             shape = trace.get(branch, name).shape if trace.has(branch, name) else (trace.steps,)
@@ -167,11 +184,12 @@ class TraceRecorder:
     _dims: dict[str, int] = field(default_factory=dict)
     _index: Tensor | None = None
 
-    def on_run(self, tables: Mapping[str, Tensor], timesteps: Tensor) -> None:
+    def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
         """Start over with a new run's tables."""
         self._steps.clear()
         self._tables = {n: t.float().cpu().numpy().copy() for n, t in tables.items()}
-        self._tables["timesteps"] = timesteps.float().cpu().numpy().copy()
+        self._tables["timesteps"] = np.array(schedule.timesteps, np.float32)
+        self._tables["sigmas"] = np.array(schedule.sigmas, np.float32)
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Keep one step."""
@@ -218,7 +236,7 @@ class TraceRecorder:
         grid = {n: dims[n] for n in ("height", "width") if n in dims}
         ratio = (prod(grid.values()) // dims["tokens_per_frame"]) ** 0.5
         arrays: dict[str, NDArray[Any]] = {
-            "timesteps": self._tables["timesteps"],
+            **{name: self._tables[name] for name in RUN_ARRAYS},
             "branches": np.array(list(self._steps)),
             "frames": np.array(self._frames()),
             "tokens_per_frame": np.array(dims["tokens_per_frame"]),
@@ -228,7 +246,7 @@ class TraceRecorder:
             arrays["token_index"] = self._index.numpy()
         for branch, recorded in self._steps.items():
             for name, table in self._tables.items():
-                if name != "timesteps":
+                if name not in RUN_ARRAYS:
                     arrays[f"{branch}/{name}"] = table
             for name, values in recorded.items():
                 arrays[f"{branch}/{name}"] = (

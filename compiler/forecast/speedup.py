@@ -15,6 +15,7 @@ from torch.func import functional_call
 from ...bundle.manifest import ResolvedGeneration
 from ...bundle.reader import Bundle
 from ...policies import policy_class
+from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ...runtime.forecast.fold import fold
 from ..families import Cut
@@ -75,7 +76,7 @@ def predict(
         seen = signal
     if seen is not None:
         return Prediction(setting.policy, steps, reason=f"depends on content: looks at '{seen}'")
-    folded = fold(setting, tables, steps=steps)
+    folded = fold(setting, tables, Schedule.of(tables["timesteps"].tolist()))
     computed = round(folded.computed_steps)
     slots = max(1, spec.history.kept(spec.resolve(setting.parameters)))
     flops = step_flops(cut, dims, slots)

@@ -211,8 +211,8 @@ std::vector<Tensors> BranchCache::arrangements() {
   return found;
 }
 
-Status BranchCache::reset(const Tensors& tables, std::int64_t step_count) {
-  step_count_ = step_count;
+Status BranchCache::reset(const Tensors& tables, const Schedule& schedule) {
+  schedule_ = &schedule;
   if (signal_ != nullptr && signal_->is_known_per_run) source_ = tables.at(signal_->value);
   return rejoin(0);
 }
@@ -224,7 +224,7 @@ Status BranchCache::rejoin(std::int64_t first) {
   if (!is_folded_) return {};
   const Cancellation never;
   const auto size = static_cast<std::size_t>(decider_->mix_size());
-  const auto steps = static_cast<std::size_t>(step_count_ - first);
+  const auto steps = static_cast<std::size_t>(schedule_->steps() - first);
   std::vector<Verdict> verdicts(steps);
   folded_mix_.assign(steps * size, 0.0f);
   for (std::size_t step = 0; step < steps; ++step) {
@@ -249,7 +249,7 @@ Status BranchCache::forget() {
     for (const Tensor& tensor : *tensors) FREEWHEEL_TRY(memory.zero(tensor.data, tensor.bytes()));
   }
   roles_.reset();
-  decider_->reset(step_count_);
+  decider_->reset(*schedule_);
   return {};
 }
 

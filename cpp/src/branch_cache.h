@@ -46,7 +46,8 @@ class BranchCache {
 
   /// Forgets the last run; takes every decision of the coming one now, if they fold.
   /// @param tables Per-run tables in the backend's memory, valid during the run.
-  Status reset(const Tensors& tables, std::int64_t step_count);
+  /// @param schedule Likewise.
+  Status reset(const Tensors& tables, const Schedule& schedule);
 
   /// Forgets what came before a gap: the branch computes at step `first` and caches from there.
   Status rejoin(std::int64_t first);
@@ -97,7 +98,8 @@ class BranchCache {
   const PolicySpec* spec_ = nullptr;
   const SignalEntry* signal_ = nullptr;
   bool is_folded_ = false;
-  std::int64_t depth_ = 0, step_count_ = 0;
+  std::int64_t depth_ = 0;
+  const Schedule* schedule_ = nullptr;
   std::int64_t first_ = 0;  // step of the first folded verdict
   BufferSet buffers_;
   ResidualRing ring_;

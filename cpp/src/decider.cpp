@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
+#include <string_view>
 
 #include "try.h"
 
@@ -16,6 +18,19 @@ std::map<std::string, Io> without(std::map<std::string, Io> ios, const Tensors& 
   return ios;
 }
 
+/// Whether a session gives an input of this name to a policy's graph.
+bool is_given(const std::string& name) {
+  constexpr const char* kNames[] = {"step_index",         "step_count",      "exact",
+                                    "timestep",           "sigma",           "computed_steps",
+                                    "computed_timesteps", "computed_sigmas", "signal",
+                                    "previous_signal",    "computed_signal", "feature",
+                                    "previous_feature"};
+  constexpr std::string_view kPrefixes[] = {"state.", "param.", "guard.", "guard_state."};
+  const auto begins = [&](std::string_view p) { return name.compare(0, p.size(), p) == 0; };
+  return std::any_of(std::begin(kPrefixes), std::end(kPrefixes), begins) ||
+         std::find(std::begin(kNames), std::end(kNames), name) != std::end(kNames);
+}
+
 }  // namespace
 
 Result<std::unique_ptr<Decider>> Decider::create(
@@ -24,6 +39,11 @@ Result<std::unique_ptr<Decider>> Decider::create(
     const std::vector<Tensors>& arrangements) {
   auto decider = std::make_unique<Decider>();
   const GraphEntry& graph = model.manifest().graphs.at(policy.graph);
+  for (const auto& [name, io] : graph.inputs) {
+    if (is_given(name)) continue;
+    return Status(Code::kBundle, "graph '" + policy.graph + "', input '" + name + "'",
+                  "is nothing that a session gives", "update Freewheel, or build the bundle again");
+  }
   decider->spec_ = &policy.spec;
   decider->memory_ = &model.memory();
   decider->exact_steps_ = guard.exact_steps;
@@ -55,33 +75,42 @@ Result<std::unique_ptr<Decider>> Decider::create(
   }
   decider->step_index_ = values.host("step_index");
   decider->exact_ = values.host("exact");
+  decider->timestep_ = values.host("timestep");
+  decider->sigma_ = values.host("sigma");
   decider->computed_steps_ = values.host("computed_steps");
+  decider->computed_timesteps_ = values.host("computed_timesteps");
+  decider->computed_sigmas_ = values.host("computed_sigmas");
   decider->compute_ = values.host("compute");
   decider->mix_ = values.host("mix");
   if (policy.spec.distance) {
     decider->distance_ = values.host("new_state." + *policy.spec.distance);
   }
+  const auto is_history = [&](const Tensor& tensor, DType dtype) {
+    return tensor.data == nullptr ||
+           (tensor.dtype == dtype && tensor.shape.elements() == policy.spec.history.maximum);
+  };
   const bool is_usable =
       decider->compute_.dtype == DType::kBool && decider->compute_.data != nullptr &&
       decider->mix_.dtype == DType::kFloat32 && decider->mix_.data != nullptr &&
       decider->mix_size() == policy.spec.history.maximum &&
-      (decider->computed_steps_.data == nullptr ||
-       decider->computed_steps_.dtype == DType::kInt64) &&
+      is_history(decider->computed_steps_, DType::kInt64) &&
+      is_history(decider->computed_timesteps_, DType::kFloat32) &&
+      is_history(decider->computed_sigmas_, DType::kFloat32) &&
       (decider->distance_.data == nullptr || decider->distance_.dtype == DType::kFloat32);
   if (!is_usable) {
     return Status(Code::kBundle, "graph '" + policy.graph + "'",
                   "lacks 'compute' or 'mix', or declares them in another dtype or size",
                   "build the bundle again");
   }
-  decider->reset(1);
   return decider;
 }
 
-void Decider::reset(std::int64_t step_count) {
+void Decider::reset(const Schedule& schedule) {
+  schedule_ = &schedule;
   for (const auto& [name, state] : spec_->state) values_.set("state." + name, state.initial);
   values_.set("guard_state.consecutive", 0.0);
   values_.set("guard_state.reused", 0.0);
-  values_.set("step_count", static_cast<double>(step_count));
+  values_.set("step_count", static_cast<double>(schedule.steps()));
 }
 
 Result<Verdict> Decider::decide(std::int64_t step_index, const std::int64_t* computed_steps,
@@ -91,9 +120,20 @@ Result<Verdict> Decider::decide(std::int64_t step_index, const std::int64_t* com
     const bool is_exact = std::binary_search(exact_steps_.begin(), exact_steps_.end(), step_index);
     store_number(exact_, 0, is_exact ? 1.0 : 0.0);
   }
-  if (computed_steps_.data != nullptr) {
-    for (std::int64_t age = 0; age < computed_steps_.shape.elements(); ++age) {
-      computed_steps_.as<std::int64_t>()[age] = age < held ? computed_steps[age] : -1;
+  const auto& [timesteps, sigmas] = *schedule_;
+  const auto now = static_cast<std::size_t>(step_index);
+  if (timestep_.data != nullptr) store_number(timestep_, 0, timesteps[now]);
+  if (sigma_.data != nullptr) store_number(sigma_, 0, sigmas[now]);
+  for (std::int64_t age = 0; age < spec_->history.maximum; ++age) {
+    const bool is_held = age < held;
+    const std::size_t past = is_held ? static_cast<std::size_t>(computed_steps[age]) : 0;
+    const double step = is_held ? static_cast<double>(past) : -1.0;
+    if (computed_steps_.data != nullptr) store_number(computed_steps_, age, step);
+    if (computed_timesteps_.data != nullptr) {
+      store_number(computed_timesteps_, age, is_held ? timesteps[past] : 0.0);
+    }
+    if (computed_sigmas_.data != nullptr) {
+      store_number(computed_sigmas_, age, is_held ? sigmas[past] : 0.0);
     }
   }
   FREEWHEEL_TRY(values_.upload());

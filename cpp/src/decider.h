@@ -10,6 +10,7 @@
 
 #include "freewheel/model.h"
 #include "freewheel/policy_spec.h"
+#include "schedule.h"
 #include "small_tensors.h"
 
 namespace freewheel {
@@ -31,8 +32,9 @@ class Decider {
       const std::map<std::string, std::vector<double>>& parameters, const Guard& guard,
       const std::vector<Tensors>& arrangements);
 
-  /// Starts a run: every state tensor gets its initial value.
-  void reset(std::int64_t step_count);
+  /// Starts a run of these steps: every state tensor gets its initial value.
+  /// @param schedule Valid during the run.
+  void reset(const Schedule& schedule);
 
   /// Decides about the coming step.
   /// @param computed_steps Indices of the residuals held, newest first, `held` of them.
@@ -52,7 +54,10 @@ class Decider {
   SmallTensors values_;
   std::vector<std::unique_ptr<BoundCall>> calls_;
   std::vector<Carried> carried_;
-  Tensor step_index_, exact_, computed_steps_, compute_, mix_, distance_;
+  const Schedule* schedule_ = nullptr;
+  Tensor step_index_, exact_, timestep_, sigma_;
+  Tensor computed_steps_, computed_timesteps_, computed_sigmas_;
+  Tensor compute_, mix_, distance_;
 };
 
 }  // namespace freewheel

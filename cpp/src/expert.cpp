@@ -46,12 +46,11 @@ Status Expert::initialise() {
   return {};
 }
 
-Status Expert::begin(const std::vector<double>& timesteps, std::int64_t first,
-                     const CacheSetting& setting) {
+Status Expert::begin(Schedule schedule, std::int64_t first, const CacheSetting& setting) {
   first_ = first;
   const bool is_same = setting == setting_;
   setting_ = setting;
-  steps_ = static_cast<std::int64_t>(timesteps.size());
+  schedule_ = std::move(schedule);
   row_ = -1;
   shared_step_ = -1;
   is_one_decision_ = manifest().policies.at(setting.policy).spec.is_one_decision;
@@ -59,10 +58,10 @@ Status Expert::begin(const std::vector<double>& timesteps, std::int64_t first,
     branch->last_step = -1;
     if (!is_same) branch->cache.reset();
   }
-  if (timesteps.empty()) return {};
-  FREEWHEEL_TRY(compute_tables(timesteps));
+  if (schedule_.timesteps.empty()) return {};
+  FREEWHEEL_TRY(compute_tables(schedule_.timesteps));
   for (const auto& branch : branches_) {
-    if (branch->cache != nullptr) FREEWHEEL_TRY(branch->cache->reset(tables_, steps_));
+    if (branch->cache != nullptr) FREEWHEEL_TRY(branch->cache->reset(tables_, schedule_));
   }
   return {};
 }
@@ -284,7 +283,7 @@ Status Expert::bind_branch(Branch& branch) {
     FREEWHEEL_ASSIGN(std::unique_ptr<BranchCache> cache,
                      BranchCache::create(model_, resolved, *branch.body, branch.body->values(),
                                          branch.body->dims()));
-    FREEWHEEL_TRY(cache->reset(tables_, steps_));
+    FREEWHEEL_TRY(cache->reset(tables_, schedule_));
     branch.cache = std::move(cache);
   }
   return {};

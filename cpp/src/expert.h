@@ -31,8 +31,7 @@ class Expert {
 
   /// Starts a run over those timesteps that it denoises, maybe none: forgets all state.
   /// @param first Step of the whole run that its first one is.
-  Status begin(const std::vector<double>& timesteps, std::int64_t first,
-               const CacheSetting& setting);
+  Status begin(Schedule schedule, std::int64_t first, const CacheSetting& setting);
 
   Status set_prompt(const std::string& branch, const Tensors& states);
   Status prepare(const NamedTensor* inputs, std::size_t count);
@@ -44,7 +43,7 @@ class Expert {
                       std::size_t count);
 
   /// Steps of the current run.
-  std::int64_t steps() const noexcept { return steps_; }
+  std::int64_t steps() const noexcept { return schedule_.steps(); }
 
   /// Its step that `branch` ran last in this run, or -1.
   std::int64_t last_step(std::string_view branch) const noexcept;
@@ -107,7 +106,8 @@ class Expert {
   RunStatistics& statistics_;
   const Cancellation& cancellation_;
   CacheSetting setting_;
-  std::int64_t steps_ = 0, first_ = 0;
+  Schedule schedule_;  // of the current run
+  std::int64_t first_ = 0;
   std::vector<double> timesteps_;  // that the tables are of
   BufferSet table_buffers_, row_buffers_, shared_buffers_;
   Tensors tables_, rows_views_, shared_;

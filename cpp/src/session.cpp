@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "branch_cache.h"
 #include "cancellation.h"
@@ -125,7 +126,8 @@ class Session::Impl {
 
   Status initialise();
   Status run(const RunRequest& request);
-  Status begin(const std::vector<double>& timesteps, const CacheSetting& setting);
+  Status begin(const std::vector<double>& timesteps, const std::vector<double>& sigmas,
+               const CacheSetting& setting);
   Status set_prompt(const std::string& branch, const Tensors& states);
   Status prepare(const NamedTensor* inputs, std::size_t count);
   Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
@@ -137,8 +139,8 @@ class Session::Impl {
 
  private:
   const Manifest& manifest() const { return model_->manifest(); }
-  Status start(const std::vector<double>& timesteps, const CacheSetting& setting);
-  Status share_out(const std::vector<double>& timesteps, const CacheSetting& setting);
+  Status start(const Schedule& schedule, const CacheSetting& setting);
+  Status share_out(const Schedule& schedule, const CacheSetting& setting);
   std::size_t expert_of(std::int64_t step_index) const noexcept;
   std::int64_t last_step(std::string_view branch) const noexcept;
   Status denoise(const RunRequest& request, const SamplerTable& table);
@@ -160,18 +162,32 @@ Status Session::Impl::initialise() {
   return {};
 }
 
-Status Session::Impl::begin(const std::vector<double>& timesteps, const CacheSetting& setting) {
+Status Session::Impl::begin(const std::vector<double>& timesteps, const std::vector<double>& sigmas,
+                            const CacheSetting& setting) {
   steps_ = 0;  // no step may run on what is half set up
   last_step_ = -1;
-  FREEWHEEL_TRY(start(timesteps, setting));
+  Schedule schedule{timesteps, sigmas};
+  if (sigmas.empty()) {
+    std::transform(timesteps.begin(), timesteps.end(), std::back_inserter(schedule.sigmas),
+                   Schedule::flow_sigma);
+  }
+  FREEWHEEL_TRY(start(schedule, setting));
   steps_ = statistics_.steps;
   return {};
 }
 
-Status Session::Impl::start(const std::vector<double>& timesteps, const CacheSetting& setting) {
-  const bool is_finite_list = std::all_of(timesteps.begin(), timesteps.end(),
-                                          [](double value) { return std::isfinite(value); });
-  if (timesteps.empty() || !is_finite_list) {
+Status Session::Impl::start(const Schedule& schedule, const CacheSetting& setting) {
+  const auto& [timesteps, sigmas] = schedule;
+  const auto are_finite = [](const std::vector<double>& values) {
+    return std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); });
+  };
+  if (sigmas.size() != timesteps.size() || !are_finite(sigmas)) {
+    return Status(Code::kRequest, "sigmas",
+                  "are [" + std::to_string(sigmas.size()) + "], expected [" +
+                      std::to_string(timesteps.size()) + "] finite values",
+                  "take them from a sampler's table, or leave them out");
+  }
+  if (timesteps.empty() || !are_finite(timesteps)) {
     return Status(Code::kRequest, "timesteps",
                   "are [" + std::to_string(timesteps.size()) + "], expected [steps] finite values",
                   "take them from a sampler's table");
@@ -183,14 +199,15 @@ Status Session::Impl::start(const std::vector<double>& timesteps, const CacheSet
   statistics_.steps = static_cast<std::int64_t>(timesteps.size());
   statistics_.depth = resolved.depth();
   statistics_.branches.reserve(8);
-  return share_out(timesteps, setting);
+  return share_out(schedule, setting);
 }
 
 /// Begins a run of every expert over the timesteps that are its own.
-Status Session::Impl::share_out(const std::vector<double>& timesteps, const CacheSetting& setting) {
-  std::vector<std::vector<double>> shares(experts_.size());
+Status Session::Impl::share_out(const Schedule& schedule, const CacheSetting& setting) {
+  std::vector<Schedule> shares(experts_.size());
   std::size_t current = 0;
-  for (const double timestep : timesteps) {
+  for (std::size_t step = 0; step < schedule.timesteps.size(); ++step) {
+    const double timestep = schedule.timesteps[step];
     const std::size_t wanted = expert_at(manifest().experts, timestep);
     if (wanted < current) {
       return Status(Code::kRequest, "timesteps",
@@ -199,11 +216,12 @@ Status Session::Impl::share_out(const std::vector<double>& timesteps, const Cach
                     "give falling timesteps");
     }
     current = wanted;
-    shares[wanted].push_back(timestep);
+    shares[wanted].timesteps.push_back(timestep);
+    shares[wanted].sigmas.push_back(schedule.sigmas[step]);
   }
   std::int64_t first = 0;
   for (std::size_t index = 0; index < experts_.size(); ++index) {
-    FREEWHEEL_TRY(experts_[index]->begin(shares[index], first, setting));
+    FREEWHEEL_TRY(experts_[index]->begin(std::move(shares[index]), first, setting));
     firsts_[index] = first;
     first += experts_[index]->steps();
   }
@@ -269,7 +287,7 @@ Status Session::Impl::run(const RunRequest& request) {
   const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
   FREEWHEEL_ASSIGN(const SamplerTable table,
                    model_->bundle().sampler(request.sampler, shift, request.steps));
-  FREEWHEEL_TRY(begin(table.timesteps, request.cache));
+  FREEWHEEL_TRY(begin(table.timesteps, table.sigmas, request.cache));
   const bool has_uncond = request.guidance_scale > 1.0;
   for (const char* branch : {"cond", "uncond"}) {
     if (branch[0] == 'c' || has_uncond) {
@@ -413,8 +431,9 @@ void Session::cancel() noexcept {
   impl_->cancellation_.state.compare_exchange_strong(running, Cancellation::kStopping);
 }
 
-Status Session::begin(const std::vector<double>& timesteps, const CacheSetting& setting) {
-  return impl_->begin(timesteps, setting);
+Status Session::begin(const std::vector<double>& timesteps, const CacheSetting& setting,
+                      const std::vector<double>& sigmas) {
+  return impl_->begin(timesteps, sigmas, setting);
 }
 Status Session::set_prompt(const std::string& branch, const Tensors& states) {
   return impl_->set_prompt(branch, states);

@@ -109,6 +109,52 @@ TEST_F(SessionTest, AFoldedPolicyDecidesAheadAndReuses) {
   EXPECT_DOUBLE_EQ(session_->statistics().ideal_speedup(), 3.0);
 }
 
+TEST_F(SessionTest, APolicyIsGivenTheScheduleOfThisStepAndOfTheComputedOnes) {
+  std::vector<std::vector<float>> seen;
+  calls_->on_schedule = [&](const std::vector<float>& given) { seen.push_back(given); };
+  CacheSetting setting;
+  setting.policy = "interval";
+  const TinyRun tiny;
+  const auto first = [&](const std::vector<double>& timesteps, const std::vector<double>& sigmas) {
+    seen.clear();
+    ASSERT_TRUE(session_->begin(timesteps, setting, sigmas).ok());
+    ASSERT_TRUE(session_->set_prompt("cond", tiny.request.prompts.at("cond")).ok());
+    const NamedTensor latents{"latents", tiny.request.latents};
+    ASSERT_TRUE(session_->step("cond", 0, &latents, 1).ok());
+  };
+  first({900, 800, 700, 600, 500}, {5, 4, 3, 2, 1});  // folded: all are asked for at once
+  EXPECT_EQ(seen, (std::vector<std::vector<float>>{{900, 5, 0, 0, 0, 0},
+                                                   {800, 4, 900, 5, 0, 0},
+                                                   {700, 3, 900, 5, 0, 0},
+                                                   {600, 2, 900, 5, 0, 0},
+                                                   {500, 1, 600, 2, 900, 5}}));
+  first({900, 500}, {});  // a flow model's
+  EXPECT_EQ(seen, (std::vector<std::vector<float>>{{900, 0.9f, 0, 0, 0, 0},
+                                                   {500, 0.5f, 900, 0.9f, 0, 0}}));
+  const Status status = session_->begin({900, 500}, setting, {1.0});
+  EXPECT_EQ(status.message().find("sigmas: are [1], expected [2] finite values"), 0u)
+      << status.message();
+}
+
+TEST_F(SessionTest, APolicyThatTakesWhatNoSessionGivesIsRefused) {
+  const testing::TemporaryFolder folder;
+  nlohmann::json manifest = testing::write_tiny_bundle(folder);
+  manifest["graphs"]["decide.interval"]["inputs"]["weather"] = {{"dtype", "float32"},
+                                                                {"shape", nlohmann::json::array()}};
+  testing::write_manifest(folder, manifest);
+  auto model = testing::load_tiny(folder, calls_);
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  auto session = Session::create(*model);
+  ASSERT_TRUE(session.ok());
+  TinyRun tiny;
+  tiny.request.cache.policy = "interval";
+  EXPECT_NE((*session)
+                ->run(tiny.request)
+                .message()
+                .find("graph 'decide.interval', input 'weather': is nothing that a session gives"),
+            std::string::npos);
+}
+
 TEST_F(SessionTest, AFeaturePolicyTapsItsBlock) {
   run(*session_, "motion");
   EXPECT_EQ(calls_->tapped, 4);  // two computed steps of two branches

@@ -80,6 +80,8 @@ json graphs() {
   inputs["param.interval"] = io("int64", json::array());
   inputs["state.distance"] = scalar;
   outputs["new_state.distance"] = scalar;
+  inputs["timestep"] = inputs["sigma"] = scalar;
+  inputs["computed_timesteps"] = inputs["computed_sigmas"] = io("float32", {2});
   found["decide.interval"] = graph("decide", inputs, outputs);
   inputs = decide_inputs(1);
   inputs["feature"] = inputs["previous_feature"] =
@@ -201,6 +203,10 @@ class PlainCall final : public BoundCall {
                                            "previous_signal",
                                            "computed_signal",
                                            "first_block_residual",
+                                           "timestep",
+                                           "sigma",
+                                           "computed_timesteps",
+                                           "computed_sigmas",
                                            "guard.first_exact",
                                            "guard_state.reused",
                                            "new_guard_state.reused",
@@ -233,6 +239,10 @@ class PlainCall final : public BoundCall {
     kPreviousSignal,
     kComputedSignal,
     kFirstResidual,
+    kTimestep,
+    kSigma,
+    kComputedTimesteps,
+    kComputedSigmas,
     kFirstExact,
     kReused,
     kNewReused,
@@ -309,6 +319,12 @@ class PlainCall final : public BoundCall {
     }
     if (calls_->on_decide) {
       calls_->on_decide(at(kSignal), at(kPreviousSignal), at(kComputedSignal), at(kFeature));
+    }
+    if (calls_->on_schedule && at(kSigma).data != nullptr) {
+      const float* past = floats(kComputedTimesteps);
+      const float* levels = floats(kComputedSigmas);
+      calls_->on_schedule(
+          {floats(kTimestep)[0], floats(kSigma)[0], past[0], levels[0], past[1], levels[1]});
     }
     *at(kCompute).as<std::uint8_t>() = compute ? 1 : 0;
     for (std::int64_t k = 0; k < at(kMix).shape[0]; ++k) floats(kMix)[k] = k == 0 ? 1.0f : 0.0f;

@@ -40,6 +40,9 @@ struct Calls {
   std::function<void(const std::string&)> on_call;
   /// Called with what a policy looks at: signal, previous and computed one, feature.
   std::function<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)> on_decide;
+  /// Called by "interval" with timestep and sigma of the step, of the last computed one, and of the
+  /// one before that.
+  std::function<void(const std::vector<float>&)> on_schedule;
 };
 
 /// The manifest of the tiny bundle; `write_tiny_bundle` puts it with its files into a folder.

@@ -10,6 +10,7 @@ import torch
 
 from ...policies import policy as find_policy
 from ...policies.law import Array, DecisionRecord, Law
+from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ..body import allocate
 from ..model import LoadedModel
@@ -44,22 +45,22 @@ class Folded:
         return self.steps / self.computed_steps
 
 
-def fold(setting: CacheSetting, tables: Mapping[str, Array], *, steps: int) -> Folded:
+def fold(setting: CacheSetting, tables: Mapping[str, Array], schedule: Schedule) -> Folded:
     """Take every decision of a run from the tables that depend on timesteps alone.
 
     Args:
         setting: Policy, parameters, guard; the policy looks at no content.
         tables: Name → [steps, width].
-        steps: Steps of the run.
+        schedule: Steps of the run.
 
     Raises:
         ConfigError: unknown policy, parameter or signal.
     """
-    spec = find_policy(setting.policy).spec
+    spec, steps = find_policy(setting.policy).spec, len(schedule)
     signal = setting.signal or next((s for s in spec.signals if s in tables), None)
     branches = {}
     for branch in sorted(setting.branches) or ["cond"]:
-        law = Law.eager(setting.for_branch(branch), step_count=steps)
+        law = Law.eager(setting.for_branch(branch), step_count=steps, schedule=schedule)
         seen = [None] * steps if signal is None else list(tables[signal])
         branches[branch] = [
             law.decide(None if s is None else s.reshape(-1, s.shape[-1])) for s in seen
@@ -80,7 +81,7 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
 
     Args:
         model: Engines; only those that run once per run are used.
-        timesteps: [steps], as the scheduler has them.
+        timesteps: [steps], as the scheduler has them; noise levels are a flow model's.
         setting: Policy, parameters, guard.
 
     Returns:
@@ -99,4 +100,4 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
             model.bind(name, {"timesteps": wanted, **tables}).run()
             model.backend.synchronize()
             known |= {n: t.float().cpu() for n, t in tables.items()}
-    return fold(setting, known, steps=len(wanted))
+    return fold(setting, known, Schedule.of(wanted.tolist()))

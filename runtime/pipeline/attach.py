@@ -482,10 +482,14 @@ class FreewheelTransformer:
         if not found or (said and not self._model.expert):
             raise self._unplaced(timestep)
         rest = timesteps[found[0] :]
-        mine = rest[self._model.serves(rest)]
+        is_mine = self._model.serves(rest)
+        mine = rest[is_mine]
         if not len(mine) or not _is_at(mine[0], timestep):
             raise self._unplaced(timestep)
-        self.session.begin(mine, self.setting, self.recorder)
+        sigmas = getattr(scheduler, "sigmas", None)  # diffusers' end in one more, the last level
+        if sigmas is not None:
+            sigmas = torch.as_tensor(sigmas)[found[0] : len(timesteps)].to(rest)[is_mine]
+        self.session.begin(mine, self.setting, self.recorder, sigmas=sigmas)
         self._scheduler, self._source = scheduler, scheduler.timesteps
         self._offset, self._done, self._last, self._unnamed = said or 0, {}, -1, {}
 

@@ -82,7 +82,8 @@ class Loop:
             mine = session.model.serves(timesteps)
             if not bool(mine.any()):
                 continue
-            session.begin(timesteps[mine], setting)
+            sigmas = torch.from_numpy(table.sigmas.astype(np.float32))
+            session.begin(timesteps[mine], setting, sigmas=sigmas[mine])
             first, scale = (
                 int(mine.long().argmax()),
                 self.guidance[min(index, len(self.guidance) - 1)],

@@ -13,6 +13,7 @@ from freewheel.core.errors import ConfigError
 from freewheel.policies import policy_class
 from freewheel.policies.guard import decide_inputs
 from freewheel.policies.law import Law, initial_tensors, parameter_tensors
+from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 
@@ -65,6 +66,29 @@ def test_computed_steps_are_those_of_the_residuals_kept() -> None:
         law.decide()
     expected = [[-1, -1], [0, -1], [1, 0], [1, 0], [3, 1]]
     assert [s["computed_steps"].tolist() for s in decide.seen] == [e + [-1] * 3 for e in expected]
+
+
+def test_schedule_is_that_of_the_step_and_of_the_residuals_kept() -> None:
+    decide = Recorder("custom", [True, False, True, True])
+    schedule = Schedule.of([900.0, 800.0, 700.0, 600.0], [4.0, 3.0, 2.0, 1.0])
+    setting = CacheSetting(policy="custom")
+    law = Law(decide.spec, decide, setting, step_count=4, schedule=schedule)
+    for _ in range(4):
+        law.decide(constant(1, 1, 2))
+    seen = [(s["timestep"].item(), s["sigma"].item()) for s in decide.seen]
+    assert seen == [(900, 4), (800, 3), (700, 2), (600, 1)]
+    past = [s["computed_timesteps"].tolist() for s in decide.seen]
+    assert past == [[0, 0], [900, 0], [900, 0], [700, 900]]
+    assert [s["computed_sigmas"].tolist() for s in decide.seen] == [[0, 0], [4, 0], [4, 0], [2, 4]]
+
+
+def test_without_a_schedule_noise_falls_evenly() -> None:
+    decide = Recorder("teacache", [True] * 4)
+    law = Law(decide.spec, decide, CacheSetting(policy="teacache"), step_count=4)
+    for _ in range(4):
+        law.decide(constant(1, 1, 2))
+    assert [s["sigma"].item() for s in decide.seen] == [1, 0.75, 0.5, 0.25]
+    assert [s["timestep"].item() for s in decide.seen] == [1000, 750, 500, 250]
 
 
 def test_state_and_mask_are_fed_back() -> None:

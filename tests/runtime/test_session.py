@@ -180,6 +180,9 @@ def test_bad_requests_name_where_what_and_what_to_do(tiny_bundle: Bundle) -> Non
         ConfigError, match=r"parameter 'threshold'.*expected a number, found 'high'"
     ):
         session.begin(STEPS, CacheSetting(policy="teacache", parameters={"threshold": "high"}))
+    for sigmas in (STEPS[:2], STEPS * float("nan")):
+        with pytest.raises(RequestError, match=r"sigmas: are .*finite values; give the scheduler"):
+            session.begin(STEPS, sigmas=sigmas)
     session.begin(STEPS)
     with pytest.raises(RequestError, match=r"branch 'cond'.*no prompt.*set_prompt"):
         session.step("cond", 0, {"latents": inputs(0)})

@@ -49,7 +49,7 @@ def small_demo(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 def recorded(demo_bundle: Bundle, generator: Generator, request_of: Any) -> Recorded:
     recorder = GramRecorder(generator.transformer.session.model, window=8)
     result = generator.generate(request_of(CacheSetting(), steps=STEPS), recorder=recorder)
-    sigmas = np.append(recorder.tables["timesteps"] / 1000.0, 0.0)
+    sigmas = np.append(recorder.tables["sigmas"], 0.0)
     return Recorded(recorder, result.latents, sigmas)
 
 

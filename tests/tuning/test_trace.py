@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from freewheel.core.errors import OutputError, RequestError
+from freewheel.policies.schedule import Schedule
 from freewheel.tuning.trace import Trace, load_trace
 
 
@@ -33,7 +34,15 @@ def test_trace_holds_what_the_format_says(trace: Trace, tmp_path: Path) -> None:
     assert {n: int(loaded.arrays[n]) for n in ("frames", "tokens_per_frame", "height", "width")} == {
         "frames": 2, "tokens_per_frame": 36, "height": 6, "width": 6
     }  # fmt: skip
+    assert loaded.arrays["timesteps"].shape == loaded.arrays["sigmas"].shape == (20,)
+    assert loaded.schedule.sigmas == tuple(loaded.arrays["sigmas"].tolist())
     assert all(a.dtype in (np.float32, np.bool_) for n, a in loaded.arrays.items() if "/" in n)
+
+
+def test_a_trace_without_noise_levels_has_a_flow_models(trace: Trace) -> None:
+    arrays = {n: a for n, a in trace.arrays.items() if n != "sigmas"}
+    timesteps = trace.arrays["timesteps"].tolist()
+    assert Trace(arrays).schedule == Schedule.of(timesteps)
 
 
 def test_residual_is_body_output_minus_input(trace: Trace) -> None:
@@ -44,7 +53,9 @@ def test_residual_is_body_output_minus_input(trace: Trace) -> None:
     assert not np.allclose(residual, trace.get("cond", "feature"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "text", "truncated", "pickle", "ragged", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "text", "truncated", "pickle", "ragged", "sigmas", "empty"]
+)
 def test_files_that_are_no_trace_are_refused(trace: Trace, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "trace.npz"
     if damage == "text":
@@ -57,6 +68,8 @@ def test_files_that_are_no_trace_are_refused(trace: Trace, tmp_path: Path, damag
     elif damage == "ragged":
         arrays = {**trace.arrays, "cond/residual": trace.get("cond", "residual")[:5]}
         np.savez(path, **arrays)
+    elif damage == "sigmas":
+        np.savez(path, **{**trace.arrays, "sigmas": np.ones(3)})
     elif damage == "empty":
         np.savez(path, other=np.zeros(1))
     with pytest.raises(RequestError, match=r"trace.npz.*; record"):

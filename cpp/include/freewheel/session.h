@@ -94,7 +94,10 @@ class Session {
   void cancel() noexcept;
 
   /// Starts a run: forgets all state, computes what depends on timesteps alone.
-  Status begin(const std::vector<double>& timesteps, const CacheSetting& setting);
+  /// @param sigmas Noise level that each step starts from, as a sampler's table has them; empty
+  /// takes a flow model's, timestep / 1000.
+  Status begin(const std::vector<double>& timesteps, const CacheSetting& setting,
+               const std::vector<double>& sigmas = {});
 
   /// Gives a branch its prompt (host tensors); its context is computed unless the prompt is the
   /// same as before.

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 import freewheel
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import ConfigError, RequestError
+from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.tuning.trace import TraceRecorder
@@ -388,6 +389,29 @@ def test_a_video_to_video_run_begins_within_the_schedule(
     assert relative_l1(run(WanVideoToVideoPipeline.from_pipe(base)), expected) < 1e-4
     assert transformer.statistics.steps == 6
     assert torch.equal(latents(base, 6, size=32), latents(base, 6, size=32))
+
+
+def test_policies_are_given_the_schedulers_own_noise_levels(
+    demo_bundle: Bundle, repository: Path
+) -> None:
+    class Kept:
+        wants_signals = across_experts = False
+        schedule: Schedule
+
+        def on_run(self, tables: object, schedule: Schedule) -> None:
+            self.schedule = schedule
+
+        def on_step(self, record: object, dims: object) -> None:
+            pass
+
+    pipe = load(repository)
+    transformer = attach(pipe, demo_bundle, "off", backend="onnxruntime")
+    transformer.recorder = kept = Kept()
+    latents(pipe, 4, size=32)
+    assert kept.schedule.timesteps == tuple(pipe.scheduler.timesteps.tolist())
+    assert kept.schedule.sigmas == tuple(pipe.scheduler.sigmas[:4].tolist())
+    # UniPC rounds its timesteps down, so that they tell the levels roughly alone.
+    assert kept.schedule != Schedule.of(kept.schedule.timesteps)
 
 
 def test_a_loop_by_hand_needs_no_cache_contexts(demo_bundle: Bundle, repository: Path) -> None:
