@@ -42,6 +42,8 @@ SETTINGS: dict[str, CacheSetting] = {
     "firstblock": CacheSetting(policy="firstblock", parameters={"threshold": ALWAYS}),
     "magcache": CacheSetting(policy="magcache", parameters={"threshold": ALWAYS}),
     "solved": CacheSetting(policy="solved", parameters={"steps": 2}),
+    "spectrum": CacheSetting(policy="spectrum", parameters={"warmup": 1, "window": 4.0}),
+    "hermite": CacheSetting(policy="hermite", parameters={"interval": 3}),
 }
 
 

@@ -38,6 +38,8 @@ POLICIES: dict[str, str] = {
     "easycache": "easycache:EasyCache",
     "firstblock": "firstblock:FirstBlock",
     "solved": "solved:Solved",
+    "spectrum": "spectrum:Spectrum",
+    "hermite": "hermite:Hermite",
 }
 """Name → ``module:Class`` in this folder."""
 

@@ -72,10 +72,13 @@ class Policy(torch.nn.Module):
         spec: What runtimes need to know to run the policy.
         config: The keys of its JSON configs; None takes the policy's name as ``feature_caching``
             and every parameter by its own name.
+        mix_tolerance: How far a factor of the mix may lie from another right float32 computation of
+            it, absolute below 1 and relative above: a handful of operations, or a small solve.
     """
 
     spec: ClassVar[PolicySpec]
     config: ClassVar[type[CachingConfig] | None] = None
+    mix_tolerance: ClassVar[float] = 1e-6
 
     @classmethod
     def form(cls, parameters: Mapping[str, Any]) -> str:

@@ -42,7 +42,6 @@ from .engines import (
     sample_inputs,
 )
 from .policies import (
-    MIX_TOLERANCE,
     SHAPES,
     CompiledDecide,
     PolicyCheck,
@@ -107,7 +106,7 @@ class VerifyReport:
         ]  # fmt: skip
         policies = [
             [f"decide.{c.policy} ({c.form})", None, f"{c.decisions} decisions, {c.reused} reuses",
-             _short(c.mix_error), _short(MIX_TOLERANCE), _word(c.ok)]
+             _short(c.mix_error), _short(c.mix_tolerance), _word(c.ok)]
             for c in self.policies
         ]  # fmt: skip
         return [*engines, *policies]
@@ -294,7 +293,7 @@ def check_policies(
         ):
             fault = interface_fault(manifest.graphs[entry.graph], engine)
             if fault is not None:
-                checks.append(PolicyCheck(name, form, 0, 0, 0, 0, 0.0, (fault,)))
+                checks.append(PolicyCheck(name, form, 0, 0, 0, 0, 0.0, 0.0, (fault,)))
                 continue
             compiled = CompiledDecide(engine, device, synchronize)
             checks.append(check_policy(entry.spec, compiled, settings, form=form, shapes=shapes))

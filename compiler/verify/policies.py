@@ -29,7 +29,6 @@ from ...policies.setting import CacheSetting, GuardSetting
 from ...policies.spec import ParameterSpec, PolicySpec, Value
 
 __all__ = [
-    "MIX_TOLERANCE",
     "SHAPES",
     "CompiledDecide",
     "PolicyCheck",
@@ -39,9 +38,6 @@ __all__ = [
 
 TIE = 1e-5
 """Relative distance from a threshold within which both answers are right."""
-
-MIX_TOLERANCE = 1e-6
-"""Of each factor, absolute below 1 and relative above: a handful of float32 operations."""
 
 STATE_TOLERANCE = 1e-5
 """Of each float state, absolute below 1 and relative above: it ends a mean over a signal."""
@@ -68,6 +64,7 @@ class PolicyCheck:
         reused: Of these, reuses.
         ties: Differences that lie within `TIE` of a threshold.
         mix_error: Greatest difference of a mix factor, in units of max(1, its size).
+        mix_tolerance: Greatest one that is no fault: the policy's own.
         faults: Differences, each told in a line.
     """
 
@@ -78,6 +75,7 @@ class PolicyCheck:
     reused: int
     ties: int
     mix_error: float
+    mix_tolerance: float
     faults: tuple[str, ...]
 
     @property
@@ -131,9 +129,11 @@ class _Judge:
         expected: Mapping[str, Tensor] = self._eager(inputs)
         found = self._compiled(dict(inputs))
         self.decisions += 1
-        fault = disagreement(expected, found)
+        tolerance = self._eager.policy.mix_tolerance
+        fault = disagreement(expected, found, tolerance)
         if fault is not None:
-            if any(disagreement(self._eager(v), found) is None for v in nudged(inputs)):
+            nearby = (disagreement(self._eager(v), found, tolerance) for v in nudged(inputs))
+            if any(other is None for other in nearby):
                 self.ties += 1
             else:
                 self.faults.append(f"{self._about}, step {int(inputs['step_index'])}: {fault}")
@@ -179,6 +179,7 @@ def check_policy(
         reused=sum(j.reused for j in judges),
         ties=sum(j.ties for j in judges),
         mix_error=max((j.mix_error for j in judges), default=0.0),
+        mix_tolerance=eager.policy.mix_tolerance,
         faults=tuple(f for j in judges for f in j.faults),
     )
 
@@ -227,14 +228,14 @@ def drive(law: Law, rng: np.random.Generator, shapes: Shapes = SHAPES) -> None:
         law.decide(signals[step], tapped)
 
 
-def disagreement(expected: Tensors, found: Tensors) -> str | None:
+def disagreement(expected: Tensors, found: Tensors, mix_tolerance: float) -> str | None:
     """Say in what two answers differ beyond tolerance, or None. A mix counts on reused steps."""
     if bool(expected["compute"]) != bool(found["compute"]):
         law, graph = ("compute" if bool(a["compute"]) else "reuse" for a in (expected, found))
         return f"law says {law}, graph says {graph}"
     if not bool(expected["compute"]):
         error = _mix_error(expected["mix"], found["mix"])
-        if not error <= MIX_TOLERANCE:
+        if not error <= mix_tolerance:
             return f"mix is {found['mix'].tolist()}, law says {expected['mix'].tolist()}"
     for name, value in expected.items():
         if name in ("compute", "mix"):

@@ -63,6 +63,10 @@ SETTINGS = {
             "mix": [1.0, *[0.0] * 5] * 2 + [1.5, -0.5, *[0.0] * 4] * 3, "history": 2,
         },
     ),
+    "spectrum": CacheSetting(
+        policy="spectrum", parameters={"warmup": 2, "clock": "sigma", "blend": 0.7, "history": 4}
+    ),
+    "hermite": CacheSetting(policy="hermite", parameters={"interval": 3}),
 }  # fmt: skip
 
 

@@ -350,3 +350,69 @@ class Solved(_Law):
         if not any(factors) or any(factors[len(history) :]):
             return history[0][1]
         return sum(f * r for f, (_, r) in zip(factors, history, strict=False))
+
+
+class Hermite(_Law):
+    """ALGORITHMS 9: the Taylor differences, times scale^i H_i(scale (t − s)) / i!."""
+
+    def __init__(self, interval, order, scale):
+        self.interval, self.order, self.scale = interval, order, scale
+
+    def wants_computation(self, t, must, signals):
+        return t % self.interval == 0
+
+    def forecast(self, t, history):
+        def difference(i, at):
+            if i == 0:
+                return history[at][1]
+            gap = history[at][0] - history[at + 1][0]
+            return (difference(i - 1, at) - difference(i - 1, at + 1)) / gap
+
+        # NumPy's own physicists' polynomials: H_i has the series coefficients 0, …, 0, 1.
+        reach = min(self.order, len(history) - 1)
+        x = self.scale * (t - history[0][0])
+        return sum(
+            difference(i, 0)
+            * self.scale**i
+            * np.polynomial.hermite.hermval(x, [0] * i + [1])
+            / math.factorial(i)
+            for i in range(reach + 1)
+        )
+
+
+class Spectrum(_Law):
+    """ALGORITHMS 9, with the authors' schedule: a window that each computed step widens."""
+
+    def __init__(
+        self, warmup, window, growth, degree, ridge, blend, clock, history, step_count, sigmas=None
+    ):
+        self.warmup, self.window, self.growth = warmup, window, growth
+        self.degree, self.ridge, self.blend, self.history = degree, ridge, blend, history
+        steps = np.arange(step_count)
+        sigmas = 1 - steps / step_count if sigmas is None else np.asarray(sigmas)
+        bounded = np.clip(sigmas, 1e-3, 1 - 1e-3)
+        self.times = {
+            "step": 2 * steps / step_count - 1,
+            "sigma": 1 - 2 * sigmas,
+            "logsnr": np.log((1 - bounded) / bounded) / math.log(999),
+        }[clock]
+        self.since = 0
+
+    def wants_computation(self, t, must, signals):
+        self.since += 1
+        compute = must or t < self.warmup or self.since >= math.floor(round(self.window, 3))
+        if compute:
+            self.since = 0
+            self.window += self.growth if t >= self.warmup else 0
+        return compute
+
+    def forecast(self, t, history):
+        past = history[: self.history]
+        basis = np.polynomial.chebyshev.chebvander(self.times[[s for s, _ in past]], self.degree)
+        values = np.stack([r for _, r in past])
+        # Ridge regression as least squares over rows that pull each coefficient towards 0.
+        pull = math.sqrt(self.ridge) * np.eye(self.degree + 1)
+        targets = np.concatenate([values, np.zeros((self.degree + 1, values.shape[1]))])
+        fitted = np.linalg.lstsq(np.concatenate([basis, pull]), targets, rcond=None)[0]
+        fit = np.polynomial.chebyshev.chebvander(self.times[[t]], self.degree)[0] @ fitted
+        return self.blend * fit + (1 - self.blend) * taylor(t, history[:2])

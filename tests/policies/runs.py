@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 import numpy_reference as reference
+import torch
 
 from freewheel.policies import policy_class
+from freewheel.policies.base import Step
 from freewheel.policies.law import DecisionRecord, Law
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.spec import PolicySpec
@@ -28,6 +30,22 @@ def random_run(
         return (np.cumsum(moves, axis=0) + rng.standard_normal(shape)).astype(np.float32)
 
     return {"signal": walk(3, 8), "feature": walk(frames, 5, 6), "residual": walk(7)}
+
+
+def step_at(index: int, computed: list[int], size: int = 5, count: int = 100) -> Step:
+    """Return where a run of ``count`` steps stands, whose noise level falls evenly from 1."""
+    steps = torch.tensor((computed + [-1] * size)[:size])
+    sigmas = torch.where(steps >= 0, 1 - steps / count, 0.0)
+    return Step(
+        step_index=torch.tensor(index),
+        step_count=torch.tensor(count),
+        computed_steps=steps,
+        must_compute=torch.tensor(False),
+        timestep=torch.tensor(1000.0 * (1 - index / count)),
+        sigma=torch.tensor(1 - index / count),
+        computed_timesteps=1000 * sigmas,
+        computed_sigmas=sigmas,
+    )
 
 
 def fold(law: Law, run: dict[str, np.ndarray]) -> list[DecisionRecord]:
@@ -69,6 +87,10 @@ def reference_law(
     if setting.policy in ("easycache", "firstblock"):
         law = reference.EasyCache if setting.policy == "easycache" else reference.FirstBlock
         return law(**p)
+    if setting.policy == "hermite":
+        return reference.Hermite(**p)
+    if setting.policy == "spectrum":
+        return reference.Spectrum(**p, step_count=step_count)
     if setting.policy == "solved":
         p.pop("history")
         return reference.Solved(**p, step_count=step_count)

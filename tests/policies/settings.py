@@ -84,4 +84,19 @@ SETTINGS: dict[str, CacheSetting] = {
     "solved_guarded": CacheSetting(
         policy="solved", parameters=SOLVED, guard=GuardSetting(first_exact=3, max_consecutive=2)
     ),
-}
+    "hermite": CacheSetting(policy="hermite"),
+    "hermite_uneven": CacheSetting(
+        policy="hermite",
+        parameters={"interval": 5, "order": 4, "scale": 0.7},
+        guard=GuardSetting(first_exact=2, exact_steps=[8, 11]),
+    ),
+    "spectrum": CacheSetting(policy="spectrum"),
+    "spectrum_blended": CacheSetting(
+        policy="spectrum",
+        parameters={
+            "warmup": 3, "window": 2.5, "growth": 0.4, "degree": 2, "ridge": 0.5, "blend": 0.4,
+            "history": 3,
+        },
+        guard=GuardSetting(last_exact=2, max_consecutive=3, exact_steps=[13]),
+    ),
+}  # fmt: skip

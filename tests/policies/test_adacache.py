@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from runs import step_at
 
 from freewheel.policies.adacache import AdaCache, motion, skip_from_codebook
-from freewheel.policies.base import Step
 from freewheel.policies.law import Law, parameter_tensors
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
@@ -97,12 +97,7 @@ def test_motion_counts_in_the_inclusive_window(steps: int) -> None:
     law = AdaCache()
     parameters = parameter_tensors(law.spec.parameters, {})
     inside = [
-        t
-        for t in range(steps)
-        if law._in_moreg_window(
-            Step(torch.tensor(t + 1), torch.tensor(steps), torch.tensor([t]), torch.tensor(False)),
-            parameters,
-        )
+        t for t in range(steps) if law._in_moreg_window(step_at(t + 1, [t], 1, steps), parameters)
     ]
     assert inside == list(range(int(0.1 * steps), int(0.9 * steps) + 1))
 

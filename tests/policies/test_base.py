@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from runs import step_at
 
 from freewheel.policies import POLICIES, policy_class
-from freewheel.policies.base import Step, hold
+from freewheel.policies.base import hold
 
 
 def test_hold_repeats_the_newest_residual() -> None:
-    zero = torch.tensor(0)
-    assert hold(Step(zero, zero, torch.tensor([4, 2, -1]), zero)).tolist() == [1, 0, 0]
+    assert hold(step_at(5, [4, 2], 3)).tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", POLICIES)

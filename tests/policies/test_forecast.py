@@ -8,25 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import step_at as step
 
-from freewheel.policies.base import Step
 from freewheel.policies.forecast import newton_mix, taylor_mix
-
-
-def step(index: int, computed: list[int], size: int = 5) -> Step:
-    steps = torch.tensor((computed + [-1] * size)[:size])
-    sigmas = torch.where(steps >= 0, 1 - steps / 100, 0.0)
-    return Step(
-        step_index=torch.tensor(index),
-        step_count=torch.tensor(100),
-        computed_steps=steps,
-        must_compute=torch.tensor(False),
-        timestep=torch.tensor(1000.0 * (1 - index / 100)),
-        sigma=torch.tensor(1 - index / 100),
-        computed_timesteps=1000 * sigmas,
-        computed_sigmas=sigmas,
-    )
-
 
 histories = st.sets(st.integers(0, 30), min_size=1, max_size=5).map(
     lambda s: sorted(s, reverse=True)

@@ -21,6 +21,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "mix": [1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1.5, -0.5, 0, 0, 0, 0],
         "history": 2,
     },
+    "spectrum": {"warmup": 2},
+    "hermite": {},
 }
 """Policy → parameters."""
 

@@ -26,6 +26,8 @@ POLICIES = {
     "easycache": {"threshold": 2.0},
     "firstblock": {"threshold": 0.5},
     "solved": {},
+    "spectrum": {"warmup": 2},
+    "hermite": {"interval": 3},
 }
 
 
