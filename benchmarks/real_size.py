@@ -44,6 +44,7 @@ SETTINGS: dict[str, CacheSetting] = {
     "solved": CacheSetting(policy="solved", parameters={"steps": 2}),
     "spectrum": CacheSetting(policy="spectrum", parameters={"warmup": 1, "window": 4.0}),
     "hermite": CacheSetting(policy="hermite", parameters={"interval": 3}),
+    "foca": CacheSetting(policy="foca", parameters={"interval": 3}),
 }
 
 

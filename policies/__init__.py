@@ -40,6 +40,7 @@ POLICIES: dict[str, str] = {
     "solved": "solved:Solved",
     "spectrum": "spectrum:Spectrum",
     "hermite": "hermite:Hermite",
+    "foca": "foca:FoCa",
 }
 """Name → ``module:Class`` in this folder."""
 

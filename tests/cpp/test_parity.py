@@ -67,6 +67,7 @@ SETTINGS = {
         policy="spectrum", parameters={"warmup": 2, "clock": "sigma", "blend": 0.7, "history": 4}
     ),
     "hermite": CacheSetting(policy="hermite", parameters={"interval": 3}),
+    "foca": CacheSetting(policy="foca", parameters={"interval": 4, "history": 3}),
 }  # fmt: skip
 
 

@@ -416,3 +416,45 @@ class Spectrum(_Law):
         fitted = np.linalg.lstsq(np.concatenate([basis, pull]), targets, rcond=None)[0]
         fit = np.polynomial.chebyshev.chebvander(self.times[[t]], self.degree)[0] @ fitted
         return self.blend * fit + (1 - self.blend) * taylor(t, history[:2])
+
+
+class FoCa(_Law):
+    """ALGORITHMS 9; every step so far as factors of computed steps, those no longer kept moved on to
+    the oldest that is."""
+
+    def __init__(self, interval, history):
+        self.interval, self.history, self.seen = interval, history, []
+
+    def wants_computation(self, t, must, signals):
+        return t % self.interval == 0
+
+    def _kept(self, factors, steps):
+        kept = sorted(steps, reverse=True)[: self.history]
+        moved = dict.fromkeys(kept, 0.0)
+        for s, factor in factors.items():
+            moved[max(s, kept[-1])] += factor
+        return moved
+
+    def forecast(self, t, history):
+        steps = [s for s, _ in history]
+        for known in range(len(self.seen), t):
+            self.seen.append({known: 1.0})  # computed since the last forecast
+            held = [s for s in steps if s <= known]
+            self.seen = [self._kept(f, held) for f in self.seen]
+        value = {steps[0]: 1.0}
+        if len(steps) > 1:
+            e = t - steps[0]
+            trend = dict.fromkeys(steps, 0.0)
+            for factors, sign in (
+                ({steps[0]: 1.0}, 1),
+                ({steps[1]: 1.0}, -1),
+                (self.seen[-1], 1),
+                (self.seen[-2], -1),
+            ):
+                for s, factor in factors.items():
+                    trend[s] += sign * factor
+            reach = e / 2 if e <= 3 else 3 / e * 3 / 2
+            value = {s: value.get(s, 0.0) + reach * f for s, f in trend.items()}
+        self.seen.append(value)
+        residuals = dict(history)
+        return sum(f * residuals[s] for s, f in value.items())

@@ -87,8 +87,9 @@ def reference_law(
     if setting.policy in ("easycache", "firstblock"):
         law = reference.EasyCache if setting.policy == "easycache" else reference.FirstBlock
         return law(**p)
-    if setting.policy == "hermite":
-        return reference.Hermite(**p)
+    if setting.policy in ("hermite", "foca"):
+        law = reference.Hermite if setting.policy == "hermite" else reference.FoCa
+        return law(**p)
     if setting.policy == "spectrum":
         return reference.Spectrum(**p, step_count=step_count)
     if setting.policy == "solved":

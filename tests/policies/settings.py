@@ -90,6 +90,15 @@ SETTINGS: dict[str, CacheSetting] = {
         parameters={"interval": 5, "order": 4, "scale": 0.7},
         guard=GuardSetting(first_exact=2, exact_steps=[8, 11]),
     ),
+    "foca": CacheSetting(policy="foca"),
+    "foca_short": CacheSetting(
+        policy="foca",
+        parameters={"interval": 5, "history": 2},
+        guard=GuardSetting(last_exact=1, exact_steps=[3, 4, 16]),
+    ),
+    "foca_long": CacheSetting(
+        policy="foca", parameters={"interval": 7, "history": 8}, guard=GuardSetting(first_exact=2)
+    ),
     "spectrum": CacheSetting(policy="spectrum"),
     "spectrum_blended": CacheSetting(
         policy="spectrum",

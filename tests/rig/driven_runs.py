@@ -23,6 +23,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "spectrum": {"warmup": 2},
     "hermite": {},
+    "foca": {},
 }
 """Policy → parameters."""
 

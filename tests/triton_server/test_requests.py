@@ -28,6 +28,7 @@ POLICIES = {
     "solved": {},
     "spectrum": {"warmup": 2},
     "hermite": {"interval": 3},
+    "foca": {"interval": 3},
 }
 
 
