@@ -45,6 +45,8 @@ SETTINGS: dict[str, CacheSetting] = {
     "spectrum": CacheSetting(policy="spectrum", parameters={"warmup": 1, "window": 4.0}),
     "hermite": CacheSetting(policy="hermite", parameters={"interval": 3}),
     "foca": CacheSetting(policy="foca", parameters={"interval": 3}),
+    "dmd": CacheSetting(policy="dmd", parameters={"interval": 3}),
+    "sencache": CacheSetting(policy="sencache", parameters={"threshold": ALWAYS, "early": 0.0}),
 }
 
 

@@ -71,6 +71,7 @@ def _groups_cover(stage: StageEntry) -> bool:
 
 def _policy_faults(manifest: Manifest) -> Iterator[str]:
     taps = any(s.tapped is not None for s in manifest.stages)
+    gives_gram = "gram" in manifest.graphs and "gram" in manifest.graphs["gram"].outputs
     for name, policy in manifest.policies.items():
         spec = policy.spec
         if policy.graph not in manifest.graphs:
@@ -79,6 +80,8 @@ def _policy_faults(manifest: Manifest) -> Iterator[str]:
             yield f"'policies.{name}.spec.history.parameter' names no parameter"
         if spec.distance is not None and spec.distance not in spec.state:
             yield f"'policies.{name}.spec.distance' names no state"
+        if "gram" in spec.kept and not gives_gram:
+            yield f"'policies.{name}.spec.kept' has 'gram', which no graph 'gram' gives"
         if spec.feature is not None and not taps:
             yield f"'policies.{name}.spec.feature' is tapped by no stage"
     if manifest.default_config not in manifest.configs:

@@ -41,6 +41,8 @@ POLICIES: dict[str, str] = {
     "spectrum": "spectrum:Spectrum",
     "hermite": "hermite:Hermite",
     "foca": "foca:FoCa",
+    "sencache": "sencache:SenCache",
+    "dmd": "dmd:DMD",
 }
 """Name → ``module:Class`` in this folder."""
 
@@ -159,6 +161,11 @@ def _faults(name: str, found: object) -> list[str]:
         kept = [role for role in roles if role in spec.kept]
         if kept and not getattr(spec, source):
             faults.append(f"keeps '{kept[0]}' and declares no {source}")
+    history = spec.history
+    if "gram" in spec.kept and (history.parameter is not None or history.depth != history.maximum):
+        faults.append(
+            "keeps 'gram' and not all residuals, expected history.depth = history.maximum"
+        )
     return faults + _config_faults(found.config, spec)
 
 

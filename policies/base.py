@@ -107,8 +107,10 @@ class Policy(torch.nn.Module):
                 the policy declares none.
             feature: float32 [frames, tokens_per_frame, channels], the declared feature of the last
                 computed step (batch element 0 of the branch); [1, 1, 1] zeros where none.
-            kept: The declared tensors of the past, shaped like ``signal`` or ``feature``. Before
-                there is a past they hold zeros.
+            kept: The declared tensors of the past, shaped like ``signal`` or ``feature``, and
+                ``gram``: float32 [history.maximum, history.maximum], mean products of the elements
+                of the newest residual, of it minus the one before it, of that one minus the next,
+                and so on. Before there is a past they hold zeros.
             state: The declared state, as the last step returned it or as declared initially.
             parameters: The declared parameters, as tensors of their declared dtype and shape.
 

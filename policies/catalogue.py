@@ -104,12 +104,14 @@ def _looks_at(spec: PolicySpec) -> str:
     text = " or ".join(looked_at)
     if spec.feature is not None:
         text = f"{text} and {spec.feature}" if text else spec.feature
+    if "gram" in spec.kept:
+        text = f"{text} and its residuals" if text else "its residuals"
     return text or "nothing but the step"
 
 
 def _folds(spec: PolicySpec) -> list[str] | bool:
     """Return with which signals all decisions are known before step 0; a bool if none matters."""
-    if spec.feature is not None:
+    if spec.feature is not None or "gram" in spec.kept:
         return False
     if not spec.signals:
         return True

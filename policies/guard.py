@@ -46,8 +46,9 @@ def decide_inputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
         inputs["signal"] = ("float32", SIGNAL)
     if spec.feature:
         inputs["feature"] = ("float32", FEATURE)
+    shapes = {"previous_feature": FEATURE, "gram": (spec.history.maximum,) * 2}
     for name in spec.kept:
-        inputs[name] = ("float32", FEATURE if name == "previous_feature" else SIGNAL)
+        inputs[name] = ("float32", shapes.get(name, SIGNAL))
     inputs |= {f"state.{n}": (s.dtype, tuple(s.shape)) for n, s in spec.state.items()}
     inputs |= {f"param.{n}": (p.dtype, tuple(p.shape)) for n, p in spec.parameters.items()}
     inputs |= {f"guard.{n}": (p.dtype, tuple(p.shape)) for n, p in GUARD_PARAMETERS.items()}

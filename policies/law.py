@@ -27,6 +27,7 @@ __all__ = [
     "DecideFunction",
     "DecisionRecord",
     "Law",
+    "difference_gram",
     "initial_tensors",
     "parameter_tensors",
 ]
@@ -159,19 +160,26 @@ class Law:
             **_prefixed("guard_state.", initial_tensors(GUARD_STATE)),
         }
 
-    def decide(self, signal: Array | None = None, feature: Array | None = None) -> DecisionRecord:
+    def decide(
+        self,
+        signal: Array | None = None,
+        feature: Array | None = None,
+        gram: Array | None = None,
+    ) -> DecisionRecord:
         """Decide about the next step and move on to the one after it.
 
         Args:
             signal: float32 [rows, width], at this step; needed where the policy declares one.
             feature: float32 [frames, tokens_per_frame, channels], tapped at the last computed step;
                 needed where the policy declares one and a step was computed.
+            gram: float32 [history.maximum, history.maximum], of the residuals of ``computed_steps``;
+                needed where the policy keeps it and a step was computed. `difference_gram` makes it.
 
         Returns:
             The decision; it is taken to be followed.
         """
         assert self.step_index < self.step_count, f"the run has {self.step_count} steps only"
-        inputs = self._inputs(signal, feature)
+        inputs = self._inputs(signal, feature, gram)
         with torch.no_grad():
             outputs = self._decide(inputs)
         self._state = {name: outputs[f"new_{name}"].clone() for name in self._state}
@@ -184,7 +192,9 @@ class Law:
         self.step_index += 1
         return record
 
-    def _inputs(self, signal: Array | None, feature: Array | None) -> dict[str, Tensor]:
+    def _inputs(
+        self, signal: Array | None, feature: Array | None, gram: Array | None
+    ) -> dict[str, Tensor]:
         held, schedule = self.computed_steps, self._schedule
         inputs = {
             "step_index": torch.tensor(self.step_index),
@@ -206,6 +216,10 @@ class Law:
             assert feature is not None or not is_new, f"policy '{self.spec.name}' needs a feature"
             tapped = _float32(feature) if feature is not None else torch.zeros(1, 1, 1)
             inputs |= self._rotate("feature", tapped, is_new=is_new)
+        if "gram" in self.spec.kept:
+            size = self.spec.history.maximum
+            assert gram is not None or not held, f"policy '{self.spec.name}' needs a gram"
+            inputs["gram"] = _float32(np.zeros((size, size)) if gram is None else gram)
         return inputs
 
     def _padded(self, values: Sequence[float], rest: float) -> Tensor:
@@ -228,6 +242,26 @@ class Law:
             mix=[float(factor) for factor in outputs["mix"]],
             distance=None if reported is None else float(outputs[f"new_state.{reported}"]),
         )
+
+
+def difference_gram(residuals: Sequence[Array], size: int) -> Tensor:
+    """Return what sessions give a policy that keeps ``gram``.
+
+    Args:
+        residuals: Newest first, of any shape, at most ``size`` of them.
+        size: The policy's ``history.maximum``.
+
+    Returns:
+        float32 [size, size]: mean products of the elements of the newest residual and of each
+        difference of one and the next older one; zeros where there are none.
+    """
+    if not residuals:
+        return torch.zeros(size, size)
+    flat = torch.stack([torch.as_tensor(r).double().flatten() for r in residuals])
+    rows = torch.cat([flat[:1], flat[:-1] - flat[1:]])
+    found = torch.zeros(size, size, dtype=torch.float64)
+    found[: len(rows), : len(rows)] = rows @ rows.T / rows.shape[1]
+    return found.float()
 
 
 def _float32(array: Array) -> Tensor:

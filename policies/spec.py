@@ -200,9 +200,10 @@ class PolicySpec(_Spec):
         signals: Signal kinds its graph may be given, the first being the default; empty for none.
         feature: Tensor of the last computed step that it looks at, or None: ``attention_output``,
             tapped inside ``body``, or ``model_output``, what ``finish`` gave.
-        kept: Inputs of the past which the session keeps by rotating buffers:
+        kept: Inputs of the past which the session keeps, most by rotating buffers:
             ``previous_signal`` (of the last step), ``computed_signal`` (of the last computed
-            step), ``previous_feature`` (of the last but one computed step).
+            step), ``previous_feature`` (of the last but one computed step); and ``gram``, the inner
+            products of the residuals that it mixes, which needs all of ``history.maximum``.
         one_decision: Whether all branches follow the one that runs a step first.
         history: Residuals it mixes.
         state: Small tensors carried from step to step.
@@ -215,7 +216,7 @@ class PolicySpec(_Spec):
     summary: str
     signals: list[str] = []
     feature: Literal["attention_output", "model_output"] | None = None
-    kept: list[Literal["previous_signal", "computed_signal", "previous_feature"]] = []
+    kept: list[Literal["previous_signal", "computed_signal", "previous_feature", "gram"]] = []
     one_decision: bool = False
     history: HistorySpec
     state: dict[str, StateSpec] = {}

@@ -45,7 +45,7 @@ class ResolvedSetting:
     @property
     def is_folded(self) -> bool:
         """Whether decisions depend on timesteps alone, and so can be taken ahead of the loop."""
-        if self.policy.spec.feature is not None:
+        if self.policy.spec.feature is not None or "gram" in self.policy.spec.kept:
             return False
         return self.signal is None or self.signal.known == "run"
 
@@ -102,6 +102,7 @@ class BranchCache:
             ]
         depth = max(resolved.depth, 1) if record else resolved.depth
         self.ring: ResidualRing | None = None
+        self._gram: Tensor | None = None
         if depth:
             declared = graphs["delta"].outputs["residual"]
             shape, dtype = shape_of(declared, dims), getattr(torch, declared.dtype)
@@ -112,6 +113,7 @@ class BranchCache:
             ]
             past = {"history": self.ring.history, "mix": self.ring.mix}
             self._reuse = model.chain([model.bind("reuse", {**before, **past})])
+            self._bind_gram(model)
             self._replay: BoundCall | None = None
             if record:
                 self._replayed = torch.zeros(shape, dtype=dtype, device=model.device)
@@ -127,6 +129,17 @@ class BranchCache:
             self._arrangements(),
         )
         self._verdicts: list[Verdict] | None = None
+
+    def _bind_gram(self, model: LoadedModel) -> None:
+        """Prepare the inner products of all slots, where the policy keeps them."""
+        if "gram" not in self._resolved.policy.spec.kept:
+            return
+        assert self.ring is not None, "called where history is kept"
+        size = self._resolved.policy.spec.history.maximum
+        self._factors = torch.zeros(size, size, device=model.device)
+        self._gram = torch.zeros(size, size, device=model.device)
+        values = {"history": self.ring.history, "factors": self._factors, "gram": self._gram}
+        self._gram_call = model.bind("gram", values)
 
     def _bind_signal(
         self, model: LoadedModel, shared: Mapping[str, Tensor]
@@ -178,7 +191,9 @@ class BranchCache:
         if self._signals is not None:
             stands = self._signals.arrangements()
         found: dict[Hashable, dict[str, Tensor]] = {}
-        for stand, values in stands:
+        steady = {} if self._gram is None else {"gram": self._gram}
+        for stand, rotated in stands:
+            values = {**rotated, **steady}
             if not self._features:
                 found[stand, 0] = values
             for turn, feature in enumerate(self._features):
@@ -208,6 +223,8 @@ class BranchCache:
             tap.zero_()
         for feature in self._features:
             feature.zero_()
+        if self._gram is not None:
+            self._gram.zero_()
         if self._signals is not None:
             self._signals.reset()
         self._decider.reset(self._schedule)
@@ -283,8 +300,12 @@ class BranchCache:
 
     def keep(self, step_index: int) -> None:
         """Take the residual that `compute` wrote into the history."""
-        if self.ring is not None:
-            self.ring.push(step_index)
+        if self.ring is None:
+            return
+        self.ring.push(step_index)
+        if self._gram is not None:
+            self._factors.copy_(self.ring.differences())
+            self._gram_call.run()
 
     def keep_output(self, model_output: Tensor) -> None:
         """Take what ``finish`` gave after a computation, where the policy looks at it."""

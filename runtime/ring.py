@@ -65,6 +65,20 @@ class ResidualRing:
         self.computed_steps.insert(0, step_index)
         del self.computed_steps[self.slots :]
 
+    def differences(self) -> Tensor:
+        """Return the factors of slots that make what ``gram`` multiplies, float32 [slots, slots].
+
+        Row 0 is the newest residual, row k that of age k − 1 minus that of age k; rows of zeros
+        stand for what is not held.
+        """
+        factors = torch.zeros(self.slots, self.slots)
+        for age in range(len(self.computed_steps)):
+            slot = (self._newest - age) % self.slots
+            factors[age, slot] = -1.0 if age else 1.0
+            if age + 1 < len(self.computed_steps):
+                factors[age + 1, slot] = 1.0
+        return factors
+
     def set_mix(self, mix: Sequence[float]) -> None:
         """Set the factors of the next reuse, given newest first."""
         self._host_mix.zero_()

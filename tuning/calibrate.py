@@ -17,9 +17,11 @@ import torch
 from ..bundle.reader import Bundle
 from ..core.errors import RequestError
 from ..core.output import write_text
+from ..policies import policy_config
 from ..policies.config import CachingConfig
 from ..policies.custom import DAMPED, CustomConfig
 from ..policies.magcache import MagCacheConfig
+from ..policies.schedule import Schedule
 from ..policies.solved import HISTORY, SolvedConfig
 from ..policies.teacache import TeaCacheConfig
 from ..runtime.forecast.fold import forecast
@@ -32,6 +34,7 @@ from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
 from .lockstep import Lockstep, SamplerRows, sampler_rows
 from .search import candidates, search
+from .sensitivity import computed_steps, measure
 from .solve import early_weights, solve
 
 __all__ = [
@@ -164,9 +167,9 @@ def calibrate(
     if rows is None and request.refine:
         warn("the bundle has no sampler table for this run, so solved mixes are not refined")
     scale = resolved["guidance_scale"]
-    configs, left_out = _solved(model, recorder, request, rows, scale, common, watcher)
+    configs, left_out, lockstep = _solved(model, recorder, request, rows, scale, common, watcher)
     fits = _fits(recorder, warn)
-    found, missing = _by_threshold(model, recorder, fits, request.speedups, common)
+    found, missing = _by_threshold(model, recorder, fits, request.speedups, common, lockstep)
     about = {
         "checkpoint": bundle.manifest.checkpoint.source,
         "steps": resolved["steps"],
@@ -227,7 +230,7 @@ def _solved(
     guidance: float,
     common: dict[str, Any],
     watcher: Watcher,
-) -> tuple[dict[str, CachingConfig], dict[str, str]]:
+) -> tuple[dict[str, CachingConfig], dict[str, str], Lockstep | None]:
     grams = recorder.grams()
     factors = dict.fromkeys(grams.branches, 1.0)
     if len(grams.branches) == 2:
@@ -268,7 +271,7 @@ def _solved(
                 "refined_on": len(starts) if lockstep else 0,
             },
         )
-    return configs, left_out
+    return configs, left_out, lockstep
 
 
 def _fits(recorder: GramRecorder, warn: Callable[[str], None]) -> dict[str, PolynomialFit]:
@@ -287,8 +290,10 @@ def _by_threshold(
     fits: dict[str, PolynomialFit],
     speedups: Sequence[float],
     common: dict[str, Any],
+    lockstep: Lockstep | None,
 ) -> tuple[dict[str, CachingConfig], dict[str, str]]:
     """Find, for each policy with a threshold, the least one that reaches each speedup."""
+    schedule = Schedule.of(*(recorder.tables[n].tolist() for n in ("timesteps", "sigmas")))
     timesteps = torch.from_numpy(recorder.tables["timesteps"])
     ratios = {
         n: [1.0, *(round(float(r), 5) for r in np.mean(runs, axis=0))]
@@ -312,6 +317,17 @@ def _by_threshold(
         makers["custom"] = lambda t: CustomConfig(
             **common, **DAMPED, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
         )
+    if lockstep is not None:
+        tables = measure(lockstep, next(iter(recorder.ratios)), schedule)
+        makers["sencache"] = lambda t: policy_config("sencache").model_validate(
+            {
+                **common,
+                "threshold": t,
+                "timesteps": tables.timesteps,
+                "latent_sensitivity": tables.latents,
+                "timestep_sensitivity": tables.timestep,
+            }
+        )
     configs: dict[str, CachingConfig] = {}
     left_out: dict[str, str] = {}
     for policy, make in makers.items():
@@ -319,8 +335,11 @@ def _by_threshold(
         for threshold in np.geomspace(0.01, 4.0, SEARCHED_THRESHOLDS):
             config = make(round(float(threshold), 4))
             told = forecast(model, timesteps, config.setting())
-            assert told is not None, "these policies look at timesteps alone"
-            reached.append((told.ideal_speedup, config))
+            if told is not None:
+                reached.append((told.ideal_speedup, config))
+            elif lockstep is not None:  # it looks at the latents, and the uncached ones are here
+                computed = computed_steps(lockstep, config.setting(), schedule)
+                reached.append((len(schedule) / computed, config))
         for speedup in speedups:
             name = f"{policy}_{speedup:g}x"
             found = next((c for ideal, c in reached if ideal >= speedup), None)

@@ -184,12 +184,20 @@ class Lockstep:
         tiny = torch.finfo(torch.float32).tiny
         return float((10 * torch.log10(apart.clamp(min=tiny) / size)).mean())
 
+    def inputs(self, sample: Tensor) -> Tensor:
+        """Return what the model takes as latents: the sample and the condition of every run."""
+        return torch.cat([sample, self._condition], dim=1)
+
+    def output(self, branch: str, step: int, sample: Tensor) -> Tensor:
+        """Return a branch's model output of any sample at any step, every block computed."""
+        opened = self._opened(branch, step, sample)
+        return torch.cat([own.finish(own.compute()) for own in opened])
+
     def _opened(self, branch: str, step: int, sample: Tensor) -> Iterator[OpenStep]:
         """Open one step of every run in turn; each is good until the next is asked for."""
         for index, session in enumerate(self._sessions):
             own = slice(index, index + 1)
-            latents = torch.cat([sample[own], self._condition[own]], dim=1)
-            yield session.open_step(branch, step, {"latents": latents})
+            yield session.open_step(branch, step, {"latents": self.inputs(sample)[own]})
 
     def _finish(
         self, branch: str, step: int, sample: Tensor, residuals: Sequence[Tensor]

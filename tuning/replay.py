@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..core.errors import ConfigError, RequestError, nearest
 from ..policies import form_of
 from ..policies import policy as find_policy
-from ..policies.law import DecisionRecord, Law
+from ..policies.law import DecisionRecord, Law, difference_gram
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from ..runtime.statistics import mean_count
@@ -140,6 +140,7 @@ def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> list[_De
         features = features.reshape(trace.steps, *trace.frame_shape(), features.shape[-1])
     elif law.spec.feature is not None:
         features = trace.get(branch, law.spec.feature)
+    residuals = trace.get(branch, "residual") if "gram" in law.spec.kept else None
     decided = []
     for step in range(trace.steps):
         held = list(law.computed_steps)
@@ -147,7 +148,10 @@ def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> list[_De
         feature = None
         if features is not None and law.last_computed is not None:
             feature = features[law.last_computed]
-        decided.append(_Decided(law.decide(seen, feature), held))
+        gram = None
+        if residuals is not None:
+            gram = difference_gram([residuals[s] for s in held], law.spec.history.maximum)
+        decided.append(_Decided(law.decide(seen, feature, gram), held))
     return decided
 
 

@@ -71,7 +71,7 @@ def predict(
     spec = policy_class(setting.policy).spec
     steps = len(tables["timesteps"])
     signal = setting.signal or next((s for s in spec.signals if s in cut.signals), None)
-    seen: str | None = spec.feature
+    seen: str | None = spec.feature or next((k for k in spec.kept if k == "gram"), None)
     if seen is None and signal is not None and cut.signals[signal][1] != "run":
         seen = signal
     if seen is not None:

@@ -37,8 +37,21 @@ class Reuse(nn.Module):
         return hidden + torch.matmul(mix.unsqueeze(0), flat).reshape(hidden.shape)
 
 
+class Gram(nn.Module):
+    """Past residuals → the inner products of those linear combinations that ``factors`` names.
+
+    Combinations are made before they are multiplied: products of neighbouring residuals differ in
+    digits that float32 sums don't have.
+    """
+
+    def forward(self, history: Tensor, factors: Tensor) -> Tensor:
+        """Return the mean products of elements, float32 [slots, slots]."""
+        rows = torch.matmul(factors, history.to(torch.float32).flatten(1))
+        return torch.matmul(rows, rows.transpose(0, 1)) / rows.shape[1]
+
+
 def cache_segments(hidden: TensorSpec, history_dtype: str) -> tuple[Segment, ...]:
-    """Return ``delta``, ``reuse`` and the probe's signal for hidden states of this spec."""
+    """Return ``delta``, ``reuse``, ``gram`` and the probe's signal for hidden states of this spec."""
     residual = TensorSpec(history_dtype, hidden.shape)
     history = TensorSpec(history_dtype, ("slots", *hidden.shape))
     return (
@@ -50,6 +63,11 @@ def cache_segments(hidden: TensorSpec, history_dtype: str) -> tuple[Segment, ...
             "reuse", "reused", Reuse(),
             {"hidden": hidden, "history": history, "mix": TensorSpec("float32", ("slots",))},
             {"hidden_out": hidden},
+        ),
+        Segment(
+            "gram", "computed", Gram(),
+            {"history": history, "factors": TensorSpec("float32", ("slots", "slots"))},
+            {"gram": TensorSpec("float32", ("slots", "slots"))},
         ),
         Segment(
             FIRST_BLOCK_RESIDUAL, "probe", Delta(torch.float32),

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...engines.base import BoundCall, Engine
 from ...policies import policy as find_policy
 from ...policies.guard import Guarded
-from ...policies.law import DecideFunction, Law
+from ...policies.law import DecideFunction, Law, difference_gram
 from ...policies.setting import CacheSetting, GuardSetting
 from ...policies.spec import ParameterSpec, PolicySpec, Value
 
@@ -222,10 +222,12 @@ def drive(law: Law, rng: np.random.Generator, shapes: Shapes = SHAPES) -> None:
     """Let a law decide about every step of a random run: smooth walks of signal and feature."""
     signals = _walk(law.step_count, shapes["signal"], rng)
     features = _walk(law.step_count, shapes["feature"], rng)
+    residuals = _walk(law.step_count, (16,), rng)
     for step in range(law.step_count):
         # Before the first computed step zeros stand in, of the size that a session allocates.
         tapped = 0 * features[0] if law.last_computed is None else features[law.last_computed]
-        law.decide(signals[step], tapped)
+        held = [residuals[s] for s in law.computed_steps]
+        law.decide(signals[step], tapped, difference_gram(held, law.spec.history.maximum))
 
 
 def disagreement(expected: Tensors, found: Tensors, mix_tolerance: float) -> str | None:

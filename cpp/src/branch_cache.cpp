@@ -65,6 +65,7 @@ Result<std::unique_ptr<BranchCache>> BranchCache::create(Model& model,
   FREEWHEEL_TRY(cache->find_signal_graph());
   if (cache->is_probed_) FREEWHEEL_TRY(body.bind_probe());
   if (cache->depth_ > 0) FREEWHEEL_TRY(cache->bind_history(shared, dims));
+  if (cache->spec_->keeps_gram) FREEWHEEL_TRY(cache->bind_gram());
   FREEWHEEL_TRY(cache->bind_signal(shared, dims));
   if (cache->spec_->wants_feature) FREEWHEEL_TRY(cache->bind_feature(dims));
   FREEWHEEL_ASSIGN(cache->decider_, Decider::create(model, *resolved.policy, resolved.parameters,
@@ -110,6 +111,22 @@ Status BranchCache::bind_history(const Tensors& shared, const Dims& dims) {
   values["history"] = ring_.history();
   values["mix"] = ring_.mix();
   FREEWHEEL_ASSIGN(reuse_, body_->bind("reuse", values));
+  return {};
+}
+
+/// Prepares the inner products of all slots; the manifest's reader saw that the graph is there and
+/// that the policy keeps as many residuals as it mixes.
+Status BranchCache::bind_gram() {
+  Io square;
+  square.shape = {depth_, depth_};
+  for (const auto& [name, tensor] : {std::pair{"factors", &factors_}, {"gram", &gram_}}) {
+    Tensors made;
+    FREEWHEEL_TRY(buffers_.allocate(model_->memory(), name, square, {}, made));
+    *tensor = made.at(name);
+  }
+  host_factors_.resize(static_cast<std::size_t>(depth_ * depth_));
+  const Tensors values = {{"history", ring_.history()}, {"factors", factors_}, {"gram", gram_}};
+  FREEWHEEL_ASSIGN(gram_call_, body_->bind("gram", values));
   return {};
 }
 
@@ -200,6 +217,7 @@ std::vector<Tensors> BranchCache::arrangements() {
     for (const auto& [role, buffer] : roles) {
       if (buffer >= 0) values[role] = signals_[static_cast<std::size_t>(buffer)];
     }
+    if (gram_.data != nullptr) values["gram"] = gram_;
     for (std::size_t turn = 0; turn < turns; ++turn) {
       if (!features_.empty()) {
         values["feature"] = features_[turn];
@@ -248,6 +266,7 @@ Status BranchCache::forget() {
   for (const auto* tensors : {&features_, &signals_}) {
     for (const Tensor& tensor : *tensors) FREEWHEEL_TRY(memory.zero(tensor.data, tensor.bytes()));
   }
+  if (gram_.data != nullptr) FREEWHEEL_TRY(memory.zero(gram_.data, gram_.bytes()));
   roles_.reset();
   decider_->reset(*schedule_);
   return {};
@@ -314,7 +333,14 @@ Status BranchCache::compute(std::int64_t step_index, const Cancellation& cancell
   return deltas_[static_cast<std::size_t>(ring_.next_slot())]->run();
 }
 
-Status BranchCache::keep() noexcept { return depth_ > 0 ? ring_.push() : Status(); }
+Status BranchCache::keep() noexcept {
+  if (depth_ == 0) return {};
+  FREEWHEEL_TRY(ring_.push());
+  if (gram_call_ == nullptr) return {};
+  ring_.differences(host_factors_.data());
+  FREEWHEEL_TRY(model_->memory().upload(factors_.data, host_factors_.data(), factors_.bytes()));
+  return gram_call_->run();
+}
 
 Tensor BranchCache::computed_residual() const noexcept {
   return depth_ > 0 ? ring_.slot(ring_.next_slot()) : Tensor{};

@@ -29,7 +29,8 @@ struct ResolvedSetting {
 
   /// Whether decisions depend on timesteps alone, and so can be taken ahead of the loop.
   bool is_folded() const noexcept {
-    return !policy->spec.wants_feature && (signal == nullptr || signal->is_known_per_run);
+    return !policy->spec.wants_feature && !policy->spec.keeps_gram &&
+           (signal == nullptr || signal->is_known_per_run);
   }
 
   /// Residuals that the policy mixes.
@@ -81,6 +82,7 @@ class BranchCache {
  private:
   Status find_signal_graph();
   Status bind_history(const Tensors& shared, const Dims& dims);
+  Status bind_gram();
   Status bind_signal(const Tensors& shared, const Dims& dims);
   Status bind_feature(const Dims& dims);
   std::vector<Tensors> arrangements();
@@ -105,6 +107,9 @@ class BranchCache {
   ResidualRing ring_;
   std::vector<std::unique_ptr<BoundCall>> deltas_;
   std::unique_ptr<BoundCall> reuse_;
+  Tensor factors_, gram_;  // of all slots, where the policy keeps it
+  std::vector<float> host_factors_;
+  std::unique_ptr<BoundCall> gram_call_;
   std::string signal_graph_;     // empty where the signal is copied from a table or an input
   bool is_probed_ = false;       // the graph looks at what the first block gave
   std::vector<Tensor> signals_;  // flattened to [rows, width]

@@ -18,13 +18,11 @@ std::map<std::string, Io> without(std::map<std::string, Io> ios, const Tensors& 
   return ios;
 }
 
-/// Whether a session gives an input of this name to a policy's graph.
+/// Whether every session gives an input of this name to a policy's graph.
 bool is_given(const std::string& name) {
-  constexpr const char* kNames[] = {"step_index",         "step_count",      "exact",
-                                    "timestep",           "sigma",           "computed_steps",
-                                    "computed_timesteps", "computed_sigmas", "signal",
-                                    "previous_signal",    "computed_signal", "feature",
-                                    "previous_feature"};
+  constexpr const char* kNames[] = {"step_index",         "step_count",     "exact",
+                                    "timestep",           "sigma",          "computed_steps",
+                                    "computed_timesteps", "computed_sigmas"};
   constexpr std::string_view kPrefixes[] = {"state.", "param.", "guard.", "guard_state."};
   const auto begins = [&](std::string_view p) { return name.compare(0, p.size(), p) == 0; };
   return std::any_of(std::begin(kPrefixes), std::end(kPrefixes), begins) ||
@@ -40,7 +38,7 @@ Result<std::unique_ptr<Decider>> Decider::create(
   auto decider = std::make_unique<Decider>();
   const GraphEntry& graph = model.manifest().graphs.at(policy.graph);
   for (const auto& [name, io] : graph.inputs) {
-    if (is_given(name)) continue;
+    if (is_given(name) || arrangements[0].count(name) != 0) continue;
     return Status(Code::kBundle, "graph '" + policy.graph + "', input '" + name + "'",
                   "is nothing that a session gives", "update Freewheel, or build the bundle again");
   }

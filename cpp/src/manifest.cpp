@@ -270,6 +270,8 @@ PolicySpec read_policy_spec(Reader& reader, const json& entry, const std::string
       spec.keeps_computed_signal = true;
     } else if (kept == "previous_feature") {
       spec.keeps_previous_feature = true;
+    } else if (kept == "gram") {
+      spec.keeps_gram = true;
     } else {
       reader.fault(path + ".kept", "names " + kept.dump() + ", which this version can't keep");
     }
@@ -535,6 +537,15 @@ void check_references(Reader& reader, const Manifest& manifest) {
   }
   for (const auto& [name, policy] : manifest.policies) {
     wants_graph("policies." + name + ".graph", policy.graph);
+    if (!policy.spec.keeps_gram) continue;
+    const auto gram = manifest.graphs.find("gram");
+    if (gram == manifest.graphs.end() || gram->second.outputs.count("gram") == 0) {
+      reader.fault("policies." + name + ".spec.kept", "has 'gram', which no graph 'gram' gives");
+    }
+    const HistorySpec& history = policy.spec.history;
+    if (history.parameter || history.depth != history.maximum) {
+      reader.fault("policies." + name + ".spec.history", "keeps 'gram' and not all residuals");
+    }
   }
   if (has_graph("finish") && manifest.graphs.at("finish").outputs.count("model_output") == 0) {
     reader.fault("graphs.finish.outputs", "lack 'model_output'");

@@ -53,6 +53,15 @@ Status ResidualRing::reset() noexcept {
   return memory_->zero(history().data, history().bytes());
 }
 
+void ResidualRing::differences(float* factors) const noexcept {
+  std::fill(factors, factors + slots_ * slots_, 0.0f);
+  for (std::int64_t age = 0; age < held_; ++age) {
+    const std::int64_t slot = ((newest_ - age) % slots_ + slots_) % slots_;
+    factors[age * slots_ + slot] = age == 0 ? 1.0f : -1.0f;
+    if (age + 1 < held_) factors[(age + 1) * slots_ + slot] = 1.0f;
+  }
+}
+
 Status ResidualRing::set_mix(const float* mix, std::int64_t count) noexcept {
   std::fill(host_mix_.begin(), host_mix_.end(), 0.0f);
   for (std::int64_t age = 0; age < std::min(held_, count); ++age) {

@@ -37,6 +37,10 @@ class ResidualRing {
   /// Forgets everything; zeros, since 0 · NaN of an old run would be NaN.
   Status reset() noexcept;
 
+  /// Writes the factors of slots that make what `gram` multiplies, [slots, slots]: row 0 is the
+  /// newest residual, row k that of age k - 1 minus that of age k, zeros what is not held.
+  void differences(float* factors) const noexcept;
+
   /// Sets the factors of the next reuse, given newest first.
   Status set_mix(const float* mix, std::int64_t count) noexcept;
 

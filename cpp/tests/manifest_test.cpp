@@ -86,6 +86,10 @@ TEST_F(ManifestTest, ReadsWhatAPolicyKeeps) {
 }
 
 TEST_F(ManifestTest, NewerSchemasAreRefusedWithTheVersion) {
+  expect_holds(fault([](json& m) { m["graphs"].erase("gram"); }),
+               "'policies.alike.spec.kept' has 'gram', which no graph 'gram' gives");
+  expect_holds(fault([](json& m) { m["policies"]["alike"]["spec"]["history"]["depth"] = 1; }),
+               "'policies.alike.spec.history' keeps 'gram' and not all residuals");
   expect_holds(fault([](json& m) { m["schema_version"] = 3; }),
                "has schema_version 3; this Freewheel reads up to 2; update Freewheel");
   expect_holds(fault([](json& m) { m["schema_version"] = 1; }),

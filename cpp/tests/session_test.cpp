@@ -136,6 +136,49 @@ TEST_F(SessionTest, APolicyIsGivenTheScheduleOfThisStepAndOfTheComputedOnes) {
       << status.message();
 }
 
+TEST_F(SessionTest, InnerProductsAreThoseOfTheResidualsHeldNewestFirst) {
+  std::vector<std::vector<float>> seen, residuals;
+  calls_->on_gram = [&](const std::vector<float>& given) { seen.push_back(given); };
+  CacheSetting setting;
+  setting.policy = "alike";
+  ASSERT_TRUE(session_->begin({900, 800, 700, 600, 500, 400}, setting).ok());
+  EXPECT_FALSE(session_->statistics().is_folded);
+  const TinyRun tiny;
+  ASSERT_TRUE(session_->set_prompt("cond", tiny.request.prompts.at("cond")).ok());
+  for (std::int64_t step = 0; step < 6; ++step) {
+    const NamedTensor latents{"latents", tiny.request.latents};
+    const auto output = session_->step("cond", step, &latents, 1);
+    ASSERT_TRUE(output.ok()) << output.status().message();
+    if (step % 2 != 0) continue;
+    residuals
+        .emplace_back();  // the tiny model's output is its hidden states, its input the latents
+    for (std::int64_t i = 0; i < output->shape.elements(); ++i) {
+      residuals.back().push_back(output->as<float>()[i] -
+                                 tiny.latents[static_cast<std::size_t>(i)]);
+    }
+  }
+  const auto expected = [&](std::size_t held) {
+    std::vector<float> found(4, 0.0f);
+    for (std::size_t i = 0; held > 0 && i < residuals[0].size(); ++i) {
+      const float newest = residuals[held - 1][i];
+      const float change = held > 1 ? residuals[held - 2][i] - newest : 0.0f;
+      found[0] += newest * newest;
+      found[1] -= newest * change;
+      found[2] -= newest * change;
+      found[3] += change * change;
+    }
+    return found;
+  };
+  ASSERT_EQ(seen.size(), 6u);
+  for (std::size_t step = 0; step < 6; ++step) {
+    const std::vector<float> wanted = expected((step + 1) / 2);
+    for (std::size_t i = 0; i < 4; ++i) {
+      EXPECT_NEAR(seen[step][i], wanted[i], 1e-4f * std::fabs(wanted[i]) + 1e-6f)
+          << step << " " << i;
+    }
+  }
+}
+
 TEST_F(SessionTest, APolicyThatTakesWhatNoSessionGivesIsRefused) {
   const testing::TemporaryFolder folder;
   nlohmann::json manifest = testing::write_tiny_bundle(folder);
@@ -444,8 +487,8 @@ TEST_F(SessionTest, BadRequestsAreRefusedWithThreeParts) {
     return status;
   };
   EXPECT_EQ(fault([](TinyRun& r) { r.request.cache.policy = "intervall"; }).message(),
-            "policy 'intervall': is not in the bundle; did you mean 'interval'? known: follow, "
-            "interval, motion, off, probe, signal");
+            "policy 'intervall': is not in the bundle; did you mean 'interval'? known: alike, "
+            "follow, interval, motion, off, probe, signal");
   EXPECT_EQ(fault([](TinyRun& r) {
               r.request.cache.policy = "interval";
               r.request.cache.parameters["interval"] = std::int64_t{0};

@@ -75,6 +75,10 @@ json graphs() {
                           {"history", io("float32", {"slots", "batch", "tokens", 2})},
                           {"mix", io("float32", {"slots"})}},
                          {{"hidden_out", hidden}});
+  found["gram"] = graph("computed",
+                        {{"history", io("float32", {"slots", "batch", "tokens", 2})},
+                         {"factors", io("float32", {"slots", "slots"})}},
+                        {{"gram", io("float32", {"slots", "slots"})}});
   found["decide.off"] = graph("decide", decide_inputs(1), decide_outputs(1));
   json inputs = decide_inputs(2), outputs = decide_outputs(2);
   inputs["param.interval"] = io("int64", json::array());
@@ -98,6 +102,9 @@ json graphs() {
   inputs["previous_signal"] = io("float32", {"rows", "width"});
   inputs["feature"] = inputs["previous_feature"] =
       io("float32", {"frames", "tokens_per_frame", "channels"});
+  json alike = decide_inputs(2);
+  alike["gram"] = io("float32", {2, 2});
+  found["decide.alike"] = graph("decide", alike, decide_outputs(2));
   found["decide.follow"] = graph("decide", inputs, decide_outputs(1));
   return found;
 }
@@ -113,7 +120,9 @@ json policy(const char* name, int history, int depth) {
 json policies() {
   json found = {{"off", policy("off", 1, 0)},       {"interval", policy("interval", 2, 2)},
                 {"motion", policy("motion", 1, 1)}, {"signal", policy("signal", 1, 1)},
-                {"probe", policy("probe", 1, 1)},   {"follow", policy("follow", 1, 1)}};
+                {"probe", policy("probe", 1, 1)},   {"follow", policy("follow", 1, 1)},
+                {"alike", policy("alike", 2, 2)}};
+  found["alike"]["spec"]["kept"] = {"gram"};
   json& interval = found["interval"]["spec"];
   interval["state"] = {
       {"distance", {{"shape", json::array()}, {"dtype", "float32"}, {"initial", 0}}}};
@@ -172,6 +181,7 @@ class PlainCall final : public BoundCall {
     if (name_ == "first_block_residual") return difference(kFirstResidual);
     if (name_ == "delta") return ++calls_->delta, difference(kResidual);
     if (name_ == "reuse") return reuse();
+    if (name_ == "gram") return gram();
     if (name_ == "finish") return finish();
     return decide();
   }
@@ -203,6 +213,8 @@ class PlainCall final : public BoundCall {
                                            "previous_signal",
                                            "computed_signal",
                                            "first_block_residual",
+                                           "factors",
+                                           "gram",
                                            "timestep",
                                            "sigma",
                                            "computed_timesteps",
@@ -239,6 +251,8 @@ class PlainCall final : public BoundCall {
     kPreviousSignal,
     kComputedSignal,
     kFirstResidual,
+    kFactors,
+    kGram,
     kTimestep,
     kSigma,
     kComputedTimesteps,
@@ -293,6 +307,25 @@ class PlainCall final : public BoundCall {
     }
     return {};
   }
+  Status gram() {
+    const std::int64_t slots = at(kFactors).shape[0];
+    const std::int64_t count = at(kHistory).shape.elements() / slots;
+    std::vector<float> rows(static_cast<std::size_t>(slots * count), 0.0f);
+    for (std::int64_t i = 0; i < slots * slots; ++i) {
+      for (std::int64_t e = 0; e < count; ++e) {
+        rows[static_cast<std::size_t>(i / slots * count + e)] +=
+            floats(kFactors)[i] * floats(kHistory)[i % slots * count + e];
+      }
+    }
+    for (std::int64_t i = 0; i < slots * slots; ++i) {
+      floats(kGram)[i] = 0.0f;
+      for (std::int64_t e = 0; e < count; ++e) {
+        floats(kGram)[i] += rows[static_cast<std::size_t>(i / slots * count + e)] *
+                            rows[static_cast<std::size_t>(i % slots * count + e)];
+      }
+    }
+    return {};
+  }
   Status finish() {
     ++calls_->finish;
     if (calls_->fail_finish) return Status(Code::kFailed, "engine 'finish'", "was told to fail");
@@ -319,6 +352,10 @@ class PlainCall final : public BoundCall {
     }
     if (calls_->on_decide) {
       calls_->on_decide(at(kSignal), at(kPreviousSignal), at(kComputedSignal), at(kFeature));
+    }
+    if (at(kGram).data != nullptr) {
+      compute = compute || index % 2 == 0;
+      if (calls_->on_gram) calls_->on_gram({floats(kGram), floats(kGram) + 4});
     }
     if (calls_->on_schedule && at(kSigma).data != nullptr) {
       const float* past = floats(kComputedTimesteps);

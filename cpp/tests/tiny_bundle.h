@@ -43,13 +43,15 @@ struct Calls {
   /// Called by "interval" with timestep and sigma of the step, of the last computed one, and of the
   /// one before that.
   std::function<void(const std::vector<float>&)> on_schedule;
+  /// Called by "alike" with the four inner products that it is given.
+  std::function<void(const std::vector<float>&)> on_gram;
 };
 
 /// The manifest of the tiny bundle; `write_tiny_bundle` puts it with its files into a folder.
 /// Policies: "off"; "interval" (computes every `interval` steps, keeps 2 residuals, reports a
 /// distance); "motion" (looks at the feature); "signal" (looks at the hidden states); "probe" (at
 /// what the first block adds to them); "follow" (at latents and output, one decision for all
-/// branches).
+/// branches); "alike" (at the inner products of two residuals; computes every other step).
 nlohmann::json write_tiny_bundle(const TemporaryFolder& folder);
 
 /// Writes a changed manifest over the bundle's.

@@ -73,7 +73,9 @@ def is_folded(model: LoadedModel, setting: CacheSetting) -> bool:
     spec = find_policy(setting.policy).spec
     signals = model.manifest.signals
     signal = setting.signal or next((s for s in spec.signals if s in signals), None)
-    return spec.feature is None and (signal is None or signals[signal].known == "run")
+    if spec.feature is not None or "gram" in spec.kept:
+        return False
+    return signal is None or signals[signal].known == "run"
 
 
 def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting) -> Folded | None:

@@ -32,6 +32,7 @@ def group(first: int, count: int) -> dict[str, Any]:
         (lambda d: d["graphs"].pop("reuse"), "'graphs.reuse' is missing"),
         (lambda d: d["graphs"].update(text_encoder=d["graphs"]["prompt"]), "'vocabulary_size' is missing"),
         (lambda d: d["graphs"]["delta"]["outputs"].pop("residual"), "lack 'residual'"),
+        (lambda d: d["policies"]["off"]["spec"].update(kept=["gram"]), "'policies.off.spec.kept' has 'gram'"),
         (lambda d: d["graphs"]["timestep"]["outputs"].update(odd=TABLE), "table 'odd'"),
         (lambda d: d["signals"]["temb"].update(value="nothing"), "'signals.temb.value' 'nothing'"),
         (lambda d: d.update(stages=[]), "'stages' is empty"),

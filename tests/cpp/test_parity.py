@@ -68,6 +68,11 @@ SETTINGS = {
     ),
     "hermite": CacheSetting(policy="hermite", parameters={"interval": 3}),
     "foca": CacheSetting(policy="foca", parameters={"interval": 4, "history": 3}),
+    "dmd": CacheSetting(policy="dmd", parameters={"interval": 2}),
+    "sencache": CacheSetting(
+        policy="sencache", parameters={"threshold": 0.5, "early": 0.1, "timesteps": [1000.0, 500.0],
+        "latent_sensitivity": [1.0, 0.5]}
+    ),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ differences of arrays. Nothing here imports torch or freewheel.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -458,3 +459,83 @@ class FoCa(_Law):
         self.seen.append(value)
         residuals = dict(history)
         return sum(f * residuals[s] for s, f in value.items())
+
+
+class SenCache(_Law):
+    """ALGORITHMS 10, in the form of its authors' code: against the last computed step."""
+
+    def __init__(
+        self,
+        threshold,
+        early_threshold,
+        early,
+        max_skip,
+        timesteps,
+        latent_sensitivity,
+        timestep_sensitivity,
+        step_count,
+    ):
+        self.threshold, self.max_skip, self.distance = threshold, max_skip, 0.0
+        self.early_threshold, self.early_steps = early_threshold, np.float32(early) * step_count
+        self.table = np.array(timesteps)
+        size = len(timesteps)
+        tables = (latent_sensitivity, timestep_sensitivity)
+        self.by_latents, self.by_timestep = (
+            np.array([*table, *[table[-1]] * size][:size]) for table in tables
+        )
+        self.step_count, self.last, self.skipped = step_count, None, 0
+
+    def wants_computation(self, t, must, signals):
+        self.margin, timestep = math.inf, 1000 * (1 - t / self.step_count)
+        wants = must or self.last is None
+        if not wants:
+            then, x = self.last
+            nearest = np.argmin(np.abs(self.table - then))
+            moved = np.sqrt(np.square(signals[t].astype(np.float64) - x).mean())
+            self.distance = self.by_latents[nearest] * moved
+            self.distance += self.by_timestep[nearest] * abs(timestep - then)
+            threshold = self.threshold
+            if t < self.early_steps:
+                threshold = min(threshold, self.early_threshold)
+            if threshold > 0:
+                self.margin = abs(self.distance - threshold) / threshold
+            self.skipped += 1
+            wants = not self.distance < threshold or self.skipped > self.max_skip
+        if wants:
+            self.distance, self.skipped = 0.0, 0
+            self.last = timestep, signals[t].astype(np.float64)
+        return wants
+
+
+class DMD(_Law):
+    """ALGORITHMS 9, on the residuals themselves: linear prediction, a cubic in between."""
+
+    def __init__(self, interval, ridge, growth):
+        self.interval, self.ridge, self.growth = interval, ridge, growth
+
+    def wants_computation(self, t, must, signals):
+        return t % self.interval == 0
+
+    def forecast(self, t, history):
+        steps, past = [s for s, _ in history[:6]], [r for _, r in history[:6]]
+        gaps = [a - b for a, b in itertools.pairwise(steps)]
+        even = next((i for i, g in enumerate(gaps) if g != gaps[0]), len(gaps))
+        line = taylor(t, history[:2])
+        if even < 3:
+            return line
+        k, y = (t - steps[0]) / gaps[0], past[: even + 1]
+        basis = [y[1], *(y[j] - y[j + 1] for j in range(1, even))]
+        norms = np.array([np.linalg.norm(b) for b in basis])
+        directions = np.stack([b.ravel() / n for b, n in zip(basis, norms, strict=True)], axis=1)
+        normal = directions.T @ directions + self.ridge * np.eye(even)
+        weights = np.linalg.solve(normal, directions.T @ (y[0] - y[1]).ravel()) / norms
+        seen = list(reversed(y))
+        for _ in range(2):
+            newest = seen[::-1]
+            ahead = (1 + weights[0]) * newest[0]
+            ahead = ahead + sum(w * (newest[j] - newest[j + 1]) for j, w in enumerate(weights[1:]))
+            seen.append(ahead)
+        previous, now, first, second = seen[-4:]
+        if k > 2 or np.linalg.norm(first - now) > self.growth * np.linalg.norm(y[0] - y[1]):
+            return line
+        return newton(k, [(2, second), (1, first), (0, now), (-1, previous)])

@@ -9,7 +9,7 @@ import torch
 
 from freewheel.policies import policy_class
 from freewheel.policies.base import Step
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.law import DecisionRecord, Law, difference_gram
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.spec import PolicySpec
 
@@ -53,7 +53,11 @@ def fold(law: Law, run: dict[str, np.ndarray]) -> list[DecisionRecord]:
     records = []
     for t in range(law.step_count):
         feature = None if law.last_computed is None else run["feature"][law.last_computed]
-        records.append(law.decide(run["signal"][t], feature))
+        gram = None
+        if "gram" in law.spec.kept:
+            held = [run["residual"][s] for s in law.computed_steps]
+            gram = difference_gram(held, law.spec.history.maximum)
+        records.append(law.decide(run["signal"][t], feature, gram))
     return records
 
 
@@ -87,9 +91,11 @@ def reference_law(
     if setting.policy in ("easycache", "firstblock"):
         law = reference.EasyCache if setting.policy == "easycache" else reference.FirstBlock
         return law(**p)
-    if setting.policy in ("hermite", "foca"):
-        law = reference.Hermite if setting.policy == "hermite" else reference.FoCa
-        return law(**p)
+    if setting.policy == "sencache":
+        return reference.SenCache(**p, step_count=step_count)
+    if setting.policy in ("hermite", "foca", "dmd"):
+        laws = {"hermite": reference.Hermite, "foca": reference.FoCa, "dmd": reference.DMD}
+        return laws[setting.policy](**p)
     if setting.policy == "spectrum":
         return reference.Spectrum(**p, step_count=step_count)
     if setting.policy == "solved":

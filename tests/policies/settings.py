@@ -17,6 +17,12 @@ MIX_ROWS = ([1], [1], [1.5, -0.5], [1], [1.8, -1.1, 0.3], [1], [1.9, -1.2, 0.4, 
 MIXES = [factor for row in MIX_ROWS for factor in (*row, *[0] * (6 - len(row)))]
 SOLVED = {"steps": 7, "reuse": [0, 0, 1, 0, 1, 0, 1], "mix": MIXES}
 
+SENSITIVITIES = {
+    "timesteps": [1000.0, 800.0, 450.0, 200.0],
+    "latent_sensitivity": [0.5, 0.8, 1.2, 1.0],
+    "timestep_sensitivity": [0.0005, 0.001, 0.0015],
+}
+
 SETTINGS: dict[str, CacheSetting] = {
     "off": CacheSetting(policy="off"),
     "tea": CacheSetting(policy="teacache", parameters={"threshold": 0.25}),
@@ -98,6 +104,21 @@ SETTINGS: dict[str, CacheSetting] = {
     ),
     "foca_long": CacheSetting(
         policy="foca", parameters={"interval": 7, "history": 8}, guard=GuardSetting(first_exact=2)
+    ),
+    "dmd": CacheSetting(policy="dmd", parameters={"interval": 3}),
+    "dmd_pulled": CacheSetting(
+        policy="dmd",
+        parameters={"interval": 2, "ridge": 0.1, "growth": 1.0},
+        guard=GuardSetting(last_exact=1, exact_steps=[11]),
+    ),
+    "sencache": CacheSetting(
+        policy="sencache",
+        parameters={**SENSITIVITIES, "threshold": 0.5, "early_threshold": 0.3},
+    ),
+    "sencache_strict": CacheSetting(
+        policy="sencache",
+        parameters={**SENSITIVITIES, "threshold": 0.8, "early": 0.5, "max_skip": 2},
+        guard=GuardSetting(last_exact=2, exact_steps=[20]),
     ),
     "spectrum": CacheSetting(policy="spectrum"),
     "spectrum_blended": CacheSetting(

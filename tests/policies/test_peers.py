@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runs import fold, forecasts, random_run
+from test_dmd import swing
 
 from freewheel.policies.law import DecisionRecord, Law
 from freewheel.policies.setting import CacheSetting, GuardSetting
@@ -53,3 +54,32 @@ def test_foca_forecasts_as_cache_dits_calibrator(
         np.testing.assert_allclose(mixed, theirs, atol=tolerance)
         compared += count > 1
     assert compared > STEPS // 3
+
+
+@pytest.mark.parametrize("interval", [2, 3, 4])
+def test_dmd_forecasts_as_near_as_cache_dits_calibrator(interval: int) -> None:
+    """Exponentials are both laws' case; ours interpolates where cache-dit takes powers.
+
+    Compared from four residuals on: with fewer, cache-dit's differences are those of the computed step
+    before the last one, over the last one's distance.
+    """
+    calibrators = pytest.importorskip(
+        "cache_dit.caching.cache_contexts.calibrators.dmd", reason="cache-dit is not installed"
+    )
+    run = random_run(0, STEPS)
+    run["residual"] = swing()
+    setting = CacheSetting(policy="dmd", parameters={"interval": interval, "ridge": 1e-5})
+    records = fold(Law.eager(setting, step_count=STEPS), run)
+    peer, last = calibrators.DMDState(history=6), 0
+    mixes = forecasts(records, run["residual"])
+    for t, (record, mixed) in enumerate(zip(records, mixes, strict=True)):
+        peer.mark_step_begin()
+        residual = run["residual"][t]
+        if record.compute:
+            peer.update(torch.from_numpy(residual).double().unsqueeze(0))
+            last = t
+            continue
+        theirs = peer.approximate().numpy()[0]
+        step = np.linalg.norm(residual - run["residual"][last])
+        if sum(r.compute for r in records[:t]) >= 4:
+            assert np.linalg.norm(mixed - theirs) < 0.03 * step, t

@@ -24,6 +24,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "spectrum": {"warmup": 2},
     "hermite": {},
     "foca": {},
+    "sencache": {"threshold": 100.0, "early": 0.0},
+    "dmd": {"interval": 2},
 }
 """Policy → parameters."""
 

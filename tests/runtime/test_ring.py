@@ -86,3 +86,15 @@ def test_delta_writes_where_engines_take_an_address(
     ring.set_mix([1.0, 10.0, 100.0])
     mixed = torch.tensordot(ring.mix, ring.history.float(), dims=1)
     assert torch.equal(mixed, torch.full(shape, 4.0 + 30.0 + 200.0))
+
+
+def test_differences_follow_the_slots_as_the_ring_turns() -> None:
+    ring = ResidualRing(3, (1, 2, 4), torch.float32, torch.device("cpu"))
+    assert ring.differences().abs().sum() == 0
+    values = torch.tensor([3.0, 5.0, 10.0, 20.0])
+    expected = [[3, 0, 0], [5, 5 - 3, 0], [10, 10 - 5, 5 - 3], [20, 20 - 10, 10 - 5]]
+    for step, wanted in enumerate(expected):
+        ring.slot(ring.next_slot).fill_(float(values[step]))
+        ring.push(step)
+        made = ring.differences() @ ring.history.flatten(1)[:, 0]
+        assert made.tolist() == wanted

@@ -29,6 +29,8 @@ POLICIES = {
     "spectrum": {"warmup": 2},
     "hermite": {"interval": 3},
     "foca": {"interval": 3},
+    "sencache": {"threshold": 100.0, "early": 0.0},
+    "dmd": {"interval": 3},
 }
 
 

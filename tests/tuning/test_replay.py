@@ -11,7 +11,7 @@ from runs import assert_equals_reference
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import ConfigError, RequestError
 from freewheel.policies import policy_class
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.law import DecisionRecord, Law, difference_gram
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.forecast.fold import forecast, is_folded
 from freewheel.runtime.pipeline.generate import Generator
@@ -28,6 +28,7 @@ SETTINGS = [
     CacheSetting(policy="adacache"),
     CacheSetting(policy="adacache", parameters={"mograd": 0.0, "moreg_power": 0.0}),
     CacheSetting(policy="custom", signal="temb", parameters={"threshold": 0.4}),
+    CacheSetting(policy="dmd", parameters={"interval": 2, "ridge": 0.01}),
 ]  # fmt: skip
 names = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.policy}-{s.signal}")
 
@@ -52,7 +53,12 @@ def test_replay_equals_the_numpy_transcription(trace: Trace, setting: CacheSetti
         assert_equals_reference(records, setting, parameters, recorded)
 
 
-@names
+SAMPLERS_TIME = CacheSetting(policy="spectrum", parameters={"clock": "sigma", "warmup": 3})
+
+
+@pytest.mark.parametrize(
+    "setting", [*SETTINGS, SAMPLERS_TIME], ids=lambda s: f"{s.policy}-{s.signal}"
+)
 def test_a_real_run_decides_as_the_eager_law_on_what_it_saw(
     generator: Generator, request_of: Any, setting: CacheSetting
 ) -> None:
@@ -62,16 +68,23 @@ def test_a_real_run_decides_as_the_eager_law_on_what_it_saw(
     trace = recorder.trace()
     frames, tokens = trace.frame_shape()
     for name, branch in statistics.branches.items():
-        law = Law.eager(setting, step_count=trace.steps)
+        law = Law.eager(setting, step_count=trace.steps, schedule=trace.schedule)
+        tolerance = policy_class(setting.policy).mix_tolerance
+        residuals = trace.get(name, "residual")
         features = trace.get(name, "feature").reshape(trace.steps, frames, tokens, -1)
         signals = trace.get(name, setting.signal or "temb")
         for step in range(trace.steps):
             seen = None if law.last_computed is None else features[law.last_computed]
-            expected = law.decide(signals[step].reshape(-1, signals.shape[-1]), seen)
+            gram = difference_gram(
+                [residuals[s] for s in law.computed_steps], law.spec.history.maximum
+            )
+            expected = law.decide(signals[step].reshape(-1, signals.shape[-1]), seen, gram)
             assert branch.computed[step] == expected.compute
             if not expected.compute:
                 mix = branch.mix[step]
-                np.testing.assert_allclose(mix, expected.mix[: len(mix)], rtol=1e-6)
+                np.testing.assert_allclose(
+                    mix, expected.mix[: len(mix)], rtol=tolerance, atol=tolerance
+                )
 
 
 @names

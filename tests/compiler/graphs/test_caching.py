@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.graphs.caching import Delta, Reuse, cache_segments
+from freewheel.compiler.graphs.caching import Delta, Gram, Reuse, cache_segments
 from freewheel.core.tensor_spec import TensorSpec
+from freewheel.policies.law import difference_gram
 
 HIDDEN = TensorSpec("float32", ("batch", "tokens", 6))
 
@@ -66,7 +67,7 @@ def test_history_in_bfloat16_is_mixed_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_segments_are_declared_for_any_hidden_states(dtype: str) -> None:
-    delta, reuse, probe = cache_segments(HIDDEN, dtype)
+    delta, reuse, gram, probe = cache_segments(HIDDEN, dtype)
     assert (probe.name, probe.runs) == ("first_block_residual", "probe")
     assert probe.outputs["first_block_residual"].dtype == "float32"
     assert (delta.name, delta.runs, reuse.name, reuse.runs) == (
@@ -79,8 +80,28 @@ def test_segments_are_declared_for_any_hidden_states(dtype: str) -> None:
     assert reuse.inputs["history"] == TensorSpec(dtype, ("slots", *HIDDEN.shape))
     assert reuse.inputs["mix"] == TensorSpec("float32", ("slots",))
     assert reuse.outputs == {"hidden_out": HIDDEN}
+    assert (gram.name, gram.runs, gram.inputs["history"]) == (
+        "gram",
+        "computed",
+        reuse.inputs["history"],
+    )
+    assert (
+        gram.inputs["factors"] == gram.outputs["gram"] == TensorSpec("float32", ("slots", "slots"))
+    )
     residual = delta.module(torch.ones(1, 2, 6), torch.zeros(1, 2, 6))
     assert str(residual.dtype) == f"torch.{dtype}"
+
+
+def test_gram_multiplies_differences_that_float32_products_would_lose() -> None:
+    first = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0)) + 100
+    second = first + 1e-3 * torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
+    found = Gram()(torch.stack([first, second]), torch.tensor([[0.0, 1.0], [-1.0, 1.0]]))
+    assert found.shape == (2, 2)
+    np.testing.assert_allclose(found, difference_gram([second, first], 2), rtol=1e-5)
+    plain = torch.stack([first, second]).flatten(1)
+    products = plain @ plain.T / plain.shape[1]
+    lost = products[0, 0] + products[1, 1] - 2 * products[0, 1]
+    assert abs(float(lost) / float(found[1, 1]) - 1) > 0.5
 
 
 @pytest.mark.parametrize(("batch", "tokens", "slots"), [(1, 3, 1), (2, 9, 5)])
