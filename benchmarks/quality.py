@@ -43,6 +43,15 @@ MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0)
 PROBED = ("taylorseer", "easycache", "firstblock")
 PROBE_ROUNDS = 8
+EVEN: dict[str, dict[str, Any]] = {
+    "taylorseer": {"interval": 1000, "order": 1},
+    "hermite": {"interval": 1000},
+    "foca": {"interval": 1000},
+    "dmd": {"interval": 1000},
+    "spectrum": {"warmup": 1, "window": 1000.0},
+}
+"""Forecasts that are compared at even schedules → parameters that compute nothing by themselves."""
+
 Ideals = Mapping[float, float]
 """Steps over computed steps, by the speedup in the heading."""
 
@@ -63,25 +72,26 @@ def settings(calibration: Path, steps: int, ideals: Ideals) -> dict[str, CacheSe
     configs = read_configs(calibration)
     found: dict[str, CacheSetting] = {}
     for speedup, ideal in ideals.items():
-        for policy in ("teacache", "custom", "magcache", "solved"):
+        for policy in ("teacache", "custom", "magcache", "sencache", "solved"):
             config = configs.get(f"{policy}_{ideal:g}x")
             if config is not None:
                 found[f"{policy} {speedup:g}"] = config.setting()
             if isinstance(config, CustomConfig):
                 for name, form in (("custom", DAMPED), ("custom published", PUBLISHED)):
                     found[f"{name} {speedup:g}"] = config.model_copy(update=form).setting()
-        found[f"taylorseer {speedup:g}"] = evenly(ideal, steps)
+        for policy in EVEN:
+            found[f"{policy} {speedup:g}"] = evenly(policy, ideal, steps)
     for codebook in ("steps_30_slow", "steps_30_fast", "steps_100"):
         config = load_config("adacache").model_copy(update={"codebook": _codebook(codebook)})
         found[f"adacache {codebook}"] = config.setting()
     return found
 
 
-def evenly(speedup: float, steps: int) -> CacheSetting:
-    """Return TaylorSeer of order 1 that computes steps / speedup steps, as evenly as can be."""
+def evenly(policy: str, speedup: float, steps: int) -> CacheSetting:
+    """Return a forecast of `EVEN` that computes steps / speedup steps, as evenly as can be."""
     return CacheSetting(
-        policy="taylorseer",
-        parameters={"interval": 1000, "order": 1},
+        policy=policy,
+        parameters=EVEN[policy],
         guard=GuardSetting(exact_steps=even_steps(int(steps // speedup), steps)),
     )
 
@@ -134,7 +144,7 @@ def measured_ideals(bundle: Bundle, trace: Trace, steps: int, screen: Screen) ->
     """
     four = {4.0: 4.0}
     caches = dict(content_settings(trace, steps, {"easycache": four, "firstblock": four}))
-    caches["taylorseer 4"] = evenly(4, steps)
+    caches["taylorseer 4"] = evenly("taylorseer", 4, steps)
     prompt = captions(1, held_out=False)
     wanted = BenchRequest(
         prompts=prompt, seeds=[FIRST_SEED], steps=steps, rounds=PROBE_ROUNDS, caches=caches

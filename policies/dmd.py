@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Decision, Policy, Step
-from .forecast import taylor_mix
+from .forecast import line_mix
 from .linear import solve
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
@@ -141,5 +141,5 @@ class DMD(Policy):
         """Decide from the step index alone, mix by the residuals; see `Policy.decide`."""
         due = step.step_index % parameters["interval"] == 0
         mix, is_sound = prony_mix(step, kept["gram"], parameters["ridge"], parameters["growth"])
-        mix = torch.where(is_sound, mix, taylor_mix(step, 1))
+        mix = torch.where(is_sound, mix, line_mix(step))
         return Decision(step.must_compute | due, mix, {})

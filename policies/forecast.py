@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import Step
 
-__all__ = ["difference_mix", "hermite_mix", "newton_mix", "taylor_mix"]
+__all__ = ["difference_mix", "hermite_mix", "line_mix", "newton_mix", "taylor_mix"]
 
 
 def difference_mix(step: Step, order: Tensor | int, factors: Sequence[Tensor]) -> Tensor:
@@ -65,6 +65,16 @@ def taylor_mix(step: Step, order: Tensor | int) -> Tensor:
         factor = factor * ahead / level
         factors.append(factor)
     return difference_mix(step, order, factors)
+
+
+def line_mix(step: Step) -> Tensor:
+    """Return the mix of the straight line through the two newest residuals: Taylor's of order 1.
+
+    Returns:
+        float32 [history.maximum], at least two; [1, 0, …] where one residual exists.
+    """
+    two = step._replace(computed_steps=step.computed_steps[:2])
+    return torch.cat([taylor_mix(two, 1), torch.zeros(step.computed_steps.shape[0] - 2)])
 
 
 def hermite_mix(step: Step, order: Tensor | int, scale: Tensor) -> Tensor:

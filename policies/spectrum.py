@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Decision, Policy, Step
-from .forecast import taylor_mix
+from .forecast import line_mix
 from .linear import gram, solve
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
@@ -158,7 +158,7 @@ class Spectrum(Policy):
         held = torch.where(age < parameters["history"], step.computed_steps, -1)
         step = step._replace(computed_steps=held)
         fit = chebyshev_mix(step, parameters["degree"], parameters["ridge"], parameters["clock"])
-        line = taylor_mix(step, 1)
+        line = line_mix(step)
         mix = line + parameters["blend"] * (fit - line)
         return Decision(
             compute, mix, {"grown": state["grown"] + (compute & is_warm).to(torch.int64)}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import step_at as step
 
-from freewheel.policies.forecast import newton_mix, taylor_mix
+from freewheel.policies.forecast import line_mix, newton_mix, taylor_mix
 
 histories = st.sets(st.integers(0, 30), min_size=1, max_size=5).map(
     lambda s: sorted(s, reverse=True)
@@ -81,3 +81,9 @@ def test_order_falls_back_to_what_the_history_has(
 def test_order_may_be_a_tensor() -> None:
     at = step(9, [7, 4, 2])
     assert torch.equal(taylor_mix(at, torch.tensor(2)), taylor_mix(at, 2))
+
+
+@pytest.mark.parametrize("history", [[], [4], [9, 4], [9, 7, 2]])
+def test_line_is_taylors_first_order(history: list[int]) -> None:
+    at = step(12, history)
+    assert torch.equal(line_mix(at), taylor_mix(at, 1))
