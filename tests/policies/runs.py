@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy_forecasts
 import numpy_reference as reference
 import torch
 
@@ -94,10 +95,14 @@ def reference_law(
     if setting.policy == "sencache":
         return reference.SenCache(**p, step_count=step_count)
     if setting.policy in ("hermite", "foca", "dmd"):
-        laws = {"hermite": reference.Hermite, "foca": reference.FoCa, "dmd": reference.DMD}
+        laws = {
+            "hermite": numpy_forecasts.Hermite,
+            "foca": numpy_forecasts.FoCa,
+            "dmd": numpy_forecasts.DMD,
+        }
         return laws[setting.policy](**p)
     if setting.policy == "spectrum":
-        return reference.Spectrum(**p, step_count=step_count)
+        return numpy_forecasts.Spectrum(**p, step_count=step_count)
     if setting.policy == "solved":
         p.pop("history")
         return reference.Solved(**p, step_count=step_count)

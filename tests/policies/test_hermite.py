@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hermite's forecast, one property at a time; its law is transcribed in `numpy_reference`."""
+"""Hermite's forecast, one property at a time; its law is transcribed in `numpy_forecasts`."""
 
 from __future__ import annotations
 

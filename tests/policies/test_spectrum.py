@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numpy_reference import Guard, Spectrum
+from numpy_forecasts import Spectrum
+from numpy_reference import Guard
 from runs import assert_equals_law, fold, random_run, step_at
 
 from freewheel.policies import policy_class
