@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +200,27 @@ class _WeightFile:
     """A safetensors file whose tensors are found by place, as the manifest gives it.
 
     A linked file names its tensors as the checkpoint does: without an expert's prefix, and a tied
-    weight by one of its names.
+    weight by one of its names. A weight may also be a part of a tensor of the file, as the query
+    projection is of one that holds query, key and value.
     """
 
     def __init__(self, path: Path) -> None:
-        self._names = {(t.offset, t.bytes): n for n, t in read_header(path).items()}
+        self._tensors = sorted(read_header(path).values(), key=lambda t: (t.offset, t.bytes))
+        self._offsets = [t.offset for t in self._tensors]
         self._file: Any = safe_open(path, framework="pt")
 
     def at(self, entry: TensorEntry) -> torch.Tensor:
-        """Return the tensor at an entry's place; `LookupError` where none has that place."""
-        name = self._names.get((entry.offset, entry.bytes))
-        if name is None:
+        """Return the tensor at an entry's place; `LookupError` where none of its dtype has it."""
+        end = entry.offset + entry.bytes
+        index = bisect_right(self._offsets, entry.offset) - 1
+        whole = self._tensors[index] if index >= 0 else None
+        if whole is None or end > whole.offset + whole.bytes:
             raise LookupError(f"no tensor lies in its {entry.bytes} bytes from {entry.offset}")
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
+        tensor: torch.Tensor = self._file.get_tensor(whole.name)
+        if (whole.offset, whole.bytes) == (entry.offset, entry.bytes):
+            return tensor
+        first, rest = divmod(entry.offset - whole.offset, tensor.element_size())
+        if rest or whole.dtype != entry.dtype:
+            raise LookupError(f"it is no part of tensor '{whole.name}', which is {whole.dtype}")
+        count = entry.bytes // tensor.element_size()
+        return tensor.flatten()[first : first + count].view(entry.shape)

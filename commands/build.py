@@ -17,7 +17,7 @@ REMEDY = "run the same command again: finished graphs and engines are taken over
 
 
 def build(
-    model: Annotated[str, typer.Argument(help="Diffusers folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Diffusers folder, single file or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     config: Annotated[
         list[str] | None,
@@ -96,6 +96,20 @@ def build(
             help="Carry Wan's VAE decoder too, at the size that the first config names.",
         ),
     ] = False,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Diffusers folder or hub id with text encoder, VAE and configs, where MODEL is a "
+            "transformer alone."
+        ),
+    ] = None,
+    low_noise_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Transformer of the low noise levels, where MODEL is that of the high ones alone "
+            "(Wan 2.2)."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     resume_engines: Annotated[
@@ -161,6 +175,8 @@ def build(
             dump=dump_passes,
             with_text_encoder=with_text_encoder,
             with_vae=with_vae,
+            pipeline=pipeline,
+            low_noise=low_noise_model,
         )
         if resume_engines:
             with screen.progress():
@@ -177,6 +193,8 @@ def build(
             return
         with screen.progress():
             report = run_build(request, screen)
+        for text in report.notes:
+            screen.note(text)
         for name, entry in report.manifest.configs.items():
             other = other_size(report.manifest, entry.generation)
             if other is not None:
@@ -190,6 +208,7 @@ def build(
             "seconds": dict(report.seconds),
             "bytes": report.bytes,
             "written_bytes": report.written_bytes,
+            "notes": list(report.notes),
         }
         screen.result(data, [str(out)])
         screen.note(

@@ -17,7 +17,7 @@ __all__ = ["inspect"]
 
 def inspect(
     target: Annotated[
-        Path, typer.Argument(help="Bundle, or the diffusers folder that one is to be built from.")
+        Path, typer.Argument(help="Bundle, or the folder or file that one is to be built from.")
     ],
     height: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels to forecast for.")] = None,
@@ -39,7 +39,7 @@ def inspect(
 ) -> None:
     """Show graphs, engines, memory, FLOPs and the speedup each policy can give.
 
-    Of a diffusers folder, before building, what a build and a run of it will need; with --cut, of
+    Of a checkpoint, before building, what a build and a run of it will need; with --cut, of
     either, the segments that the cutter finds.
 
     Example: freewheel inspect out/bundle --frames 81
@@ -54,7 +54,7 @@ def inspect(
             data = _cut(target, height, width, frames, steps, engine)
             screen.result(data, render_cut(data))
             return
-        if target.is_dir() and not (target / MANIFEST).is_file():
+        if target.exists() and not (target / MANIFEST).is_file():
             from ..compiler.forecast.build import render_plan
 
             data = _plan(target, config, backend, precision, screen, (height, width, frames, steps))
@@ -67,9 +67,10 @@ def inspect(
 
 
 def _cut(target: Path, *forecast: object) -> dict[str, Any]:
-    """Describe the cut of a bundle's transformer, or of a diffusers folder's."""
+    """Describe the cut of a bundle's transformer, or of a checkpoint's."""
     from ..bundle.reader import MANIFEST, Bundle
-    from ..compiler.checkpoints.checkpoint import read_config
+    from ..compiler.checkpoints.checkpoint import open_checkpoint
+    from ..compiler.checkpoints.folders import read_config
     from ..compiler.cut.describe import describe_model
     from ..compiler.draw_cut import mermaid
 
@@ -81,9 +82,12 @@ def _cut(target: Path, *forecast: object) -> dict[str, Any]:
     if where.is_file():
         origin = Bundle(target).manifest.checkpoint
         model, config = origin.transformer_class, dict(origin.config)
+    elif target.is_file():
+        where, config = target, dict(open_checkpoint(str(target)).config)
+        model = str(config.get("_class_name"))
     else:
         folder = target if (target / "config.json").is_file() else target / "transformer"
-        where, config = folder / "config.json", read_config(folder)
+        where, config = folder / "config.json", read_config(folder / "config.json")
         model = str(config.get("_class_name"))
     data = describe_model(model, config, where=str(where))
     return {**data, "mermaid": mermaid(data)}

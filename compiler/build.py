@@ -42,6 +42,7 @@ from ..bundle.manifest import (
     TensorEntry,
 )
 from ..bundle.reader import MANIFEST
+from ..bundle.safetensors_header import StoredTensor
 from ..bundle.staging import check_target, staged_folder
 from ..bundle.store import NO_STORE, Store
 from ..core.dtypes import Precision
@@ -54,6 +55,7 @@ from ..policies import policies
 from ..policies.base import Policy
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.completeness import CAST_DTYPES, check_tensors
+from .checkpoints.sources import lies_as
 from .checkpoints.weights import bring_weights
 from .code_version import code_version
 from .cut.declared import FIRST_BLOCK_RESIDUAL, StoredDtype
@@ -87,7 +89,7 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        model: A diffusers folder or a hub id.
+        model: A diffusers folder, a transformer's single file, or a hub id.
         out: The bundle's folder.
         backends: Compile the engines; the first is what runs use by default.
         configs: Name → config to carry; the first is the default. What they leave open is filled
@@ -107,6 +109,8 @@ class BuildRequest:
         dump: Folder for graphs as text after each pass, or None.
         with_text_encoder: Whether to carry the text encoder as a graph, for programs without Python.
         with_vae: Likewise for the VAE's decoder, at the default config's size.
+        pipeline: Folder or hub id of the pipeline, where ``model`` is a transformer alone.
+        low_noise: Folder or file of the second expert, where ``model`` is the first alone.
     """
 
     model: str
@@ -124,6 +128,8 @@ class BuildRequest:
     dump: Path | None = None
     with_text_encoder: bool = False
     with_vae: bool = False
+    pipeline: str | None = None
+    low_noise: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,12 +139,14 @@ class BuildReport:
     Attributes:
         manifest: The manifest as written.
         seconds: Phase → seconds.
+        notes: What a user should know of how the weights were read.
         bytes: Bytes of the bundle, weights that are hard links to the checkpoint's included.
         written_bytes: Bytes really written.
     """
 
     manifest: Manifest
     seconds: Mapping[str, float]
+    notes: tuple[str, ...]
     bytes: int
     written_bytes: int
 
@@ -160,7 +168,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             check_folder(folder, option)
     progress = progress or Silent()
     clock = _Clock()
-    checkpoint = open_checkpoint(request.model, request.revision)
+    checkpoint = _open(request)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     store = Store(request.cache / STORE if request.cache is not None else None)
     family, cut = family_cut(checkpoint, request.precision, store)
@@ -304,7 +312,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         clock.stop()
     store.trim()
-    return BuildReport(manifest, clock.seconds, *disk_use(request.out, files))
+    return BuildReport(manifest, clock.seconds, checkpoint.notes, *disk_use(request.out, files))
 
 
 def compile_graphs(
@@ -451,7 +459,8 @@ def bring_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineEntry:
     target.mkdir()
     shutil.copyfile(checkpoint.pipeline / "model_index.json", target / "model_index.json")
     (target / "transformer").mkdir()
-    shutil.copyfile(checkpoint.transformer / "config.json", target / "transformer" / "config.json")
+    config = json.dumps(checkpoint.config, indent=2)
+    (target / "transformer" / "config.json").write_text(config, encoding="utf-8")
     for part in PIPELINE_PARTS:
         for source in sorted((checkpoint.pipeline / part).glob("**/*")):
             if not source.is_file():
@@ -477,6 +486,12 @@ def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
     ]
 
 
+def _open(request: BuildRequest) -> Checkpoint:
+    return open_checkpoint(
+        request.model, request.revision, pipeline=request.pipeline, low_noise=request.low_noise
+    )
+
+
 def family_cut(
     checkpoint: Checkpoint, precision: Precision, store: Store = NO_STORE
 ) -> tuple[Family, Cut]:
@@ -485,14 +500,15 @@ def family_cut(
     Raises:
         CheckpointError: no family cuts it, or a tensor is missing, quantised or not understood.
     """
-    where = str(checkpoint.transformer / "config.json")
+    transformer = checkpoint.transformer
+    where = str(transformer / "config.json" if transformer.is_dir() else transformer)
     family = family_of(checkpoint.transformer_class, where)
     kept = {"store": store} if family.is_found else {}
     cut = family.cut(checkpoint.config, precision, _stored_dtype(checkpoint), **kept)
     wanted = {n: shape for n, (_, shape) in cut.weights().items()}
     for part in [part for part, _ in checkpoint.experts] or ["transformer"]:
-        folder = checkpoint.pipeline / part if checkpoint.pipeline else checkpoint.transformer
-        check_tensors(checkpoint.of_part(part), wanted, folder, unread=cut.unread)
+        place = checkpoint.place_of(part)
+        check_tensors(checkpoint.of_part(part), wanted, place, unread=cut.unread)
     return family, cut
 
 
@@ -510,9 +526,9 @@ def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
 def _shards_to_link(checkpoint: Checkpoint, cut: Cut, folder: Path) -> list[Path]:
     """List the checkpoint's files that the bundle will share, as far as headers tell."""
     stored = checkpoint.tensors
-    names = [n for n, (d, _) in cut.weights().items() if n in stored and stored[n].dtype == d]
-    device = folder.stat().st_dev
-    return sorted({stored[n].file for n in names if stored[n].file.stat().st_dev == device})
+    wanted = [(stored[n], d) for n, (d, _) in cut.weights().items() if n in stored]
+    files = {w.file for w, d in wanted if isinstance(w, StoredTensor) and lies_as(w, d)}
+    return sorted(f for f in files if f.stat().st_dev == folder.stat().st_dev)
 
 
 def _hidden_spec(cut: Cut) -> TensorSpec:
@@ -538,7 +554,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         RequestError: the size does not fit the model.
     """
     check_group_blocks(request.group_blocks, request.weights)
-    checkpoint = open_checkpoint(request.model, request.revision)
+    checkpoint = _open(request)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     family, cut = family_cut(checkpoint, request.precision)
     stored = sum(t.bytes for t in checkpoint.tensors.values())
@@ -553,6 +569,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         + len(_policies(cut))
         + len(pipeline_parts(request, checkpoint, configs)),
         "tensors": len(checkpoint.tensors),
+        "notes": list(checkpoint.notes),
         "checkpoint_bytes": stored,
         "backends": [b.name for b in request.backends],
         "precision": request.precision,

@@ -15,7 +15,7 @@ from ..bundle.reader import Bundle
 from ..core.errors import RequestError
 from ..core.limits import check_size
 from ..engines.base import TensorSpec
-from .checkpoints.checkpoint import read_json
+from .checkpoints.folders import read_json
 from .families import Cut
 
 __all__ = [

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find a diffusers checkpoint: on disk or on the hub, whole or sharded, never loading a tensor."""
+"""Find a checkpoint: a diffusers folder, a single file or a hub id, never loading a tensor."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...bundle.safetensors_header import StoredTensor, read_header
+from ...bundle.safetensors_header import read_header
 from ...core.errors import CheckpointError, nearest
-from .completeness import check_quantization
-from .layouts import file_fault, folder_fault, original_fault, weights_fault
+from .folders import read_config, read_json, read_tensors
+from .layouts import file_fault, folder_fault
+from .original import ORIGINAL_CONFIGS, original_transformer
+from .sources import Weight
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_config", "read_json", "read_tensors"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
-WEIGHTS_STEM = "diffusion_pytorch_model"
 SECOND = "transformer_2"
 """Where a pipeline has the transformer of the low noise levels, if that is another one."""
+
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,17 @@ class Checkpoint:
     """A transformer's config and where its tensors lie.
 
     Attributes:
-        source: What the user gave: a folder or a hub id.
+        source: What the user gave: a folder, a file or a hub id.
         revision: Commit of a hub checkpoint.
         pipeline: Folder with ``model_index.json``, or None when a bare transformer was given.
-        transformer: Folder with the transformer's ``config.json``.
-        config: That config.
-        tensors: Tensor name → place, from the headers; an expert's names begin with its part's.
+        transformer: Folder or file of the transformer's weights.
+        config: Its config, as diffusers' class takes it.
+        tensors: diffusers' name of a tensor → its place, or what it is made of; an expert's names
+            begin with its part's.
         experts: The pipeline's transformers by falling noise level, and the fraction of the
             training timesteps from which on each denoises; empty where there is one.
+        second: Folder or file of the second expert's weights.
+        notes: What a user should know of how the weights were read, one sentence each.
     """
 
     source: str
@@ -41,15 +46,17 @@ class Checkpoint:
     pipeline: Path | None
     transformer: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Weight]
     experts: tuple[tuple[str, float], ...] = ()
+    second: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def transformer_class(self) -> str:
         """Diffusers class of the transformer."""
         return str(self.config.get("_class_name", ""))
 
-    def of_part(self, part: str) -> dict[str, StoredTensor]:
+    def of_part(self, part: str) -> dict[str, Weight]:
         """Return the tensors of one of the pipeline's transformers, by its own names."""
         second = f"{SECOND}."
         if part == SECOND:
@@ -58,66 +65,159 @@ class Checkpoint:
             }
         return {n: t for n, t in self.tensors.items() if not n.startswith(second)}
 
-
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
-    """Open ``model``: a diffusers pipeline folder, a transformer folder, or a hub id.
-
-    Raises:
-        CheckpointError: nothing there, another layout, no config, a missing or truncated shard,
-            quantised weights, or experts that differ in more than their weights.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_file():
-        raise file_fault(folder)
-    if not folder.exists():
-        _check_is_hub_id(model)
-        folder, revision = _download(model, revision)
-    pipeline = folder if (folder / "model_index.json").is_file() else None
-    if pipeline is None and not (folder / "config.json").is_file():
-        raise folder_fault(folder)
-    transformer = folder / "transformer" if pipeline else folder
-    config = read_config(transformer)
-    tensors = read_tensors(transformer)
-    experts: tuple[tuple[str, float], ...] = ()
-    index = read_json(pipeline / "model_index.json") if pipeline else {}
-    boundary = index.get("boundary_ratio")
-    if pipeline is not None and boundary is not None and index.get(SECOND, [None])[0] is not None:
-        other = read_config(pipeline / SECOND)
-        if _geometry(other) != _geometry(config):
-            raise CheckpointError(
-                f"{pipeline / SECOND}/config.json", "differs from the first transformer's",
-                "build each transformer's folder by itself",
-            )  # fmt: skip
-        tensors |= {f"{SECOND}.{n}": t for n, t in read_tensors(pipeline / SECOND).items()}
-        experts = (("transformer", float(boundary)), (SECOND, 0.0))
-    return Checkpoint(model, revision, pipeline, transformer, config, tensors, experts)
+    def place_of(self, part: str) -> Path:
+        """Return the folder or file of one of the pipeline's transformers."""
+        return self.second if part == SECOND and self.second is not None else self.transformer
 
 
-def read_tensors(folder: Path, stem: str = WEIGHTS_STEM) -> dict[str, StoredTensor]:
-    """Return the tensors of a part's folder from its files' headers.
+def open_checkpoint(
+    model: str,
+    revision: str | None = None,
+    *,
+    pipeline: str | None = None,
+    low_noise: str | None = None,
+) -> Checkpoint:
+    """Open ``model``: a pipeline's folder, a transformer's folder or single file, or a hub id.
 
     Args:
-        folder: Holds one file or shards with their index.
-        stem: What the files' names begin with.
+        model: Weights in diffusers layout or in their authors' (`original_transformer`).
+        revision: Commit, if ``model`` is a hub id.
+        pipeline: For a transformer alone: the pipeline's folder or hub id, which has the
+            transformer's config and the other parts; the transformer's weights may lack there.
+        low_noise: Folder or file of the second expert, where ``model`` is the first one alone.
 
     Raises:
-        CheckpointError: there are none in this layout, or a file is missing or truncated.
+        CheckpointError: nothing there, an unknown layout, no config, a missing or truncated shard,
+            quantised weights, experts that differ in more than their weights, or one without the other.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for shard in _shards(folder, stem):
-        tensors |= read_header(shard)
-    return tensors
+    place, revision = _locate(model, revision)
+    whole = place if (place / "model_index.json").is_file() else None
+    parts = _pipeline(model, whole, pipeline)
+    index = read_json(parts / "model_index.json") if parts else {}
+    boundary = index.get("boundary_ratio")
+    has_second = boundary is not None and index.get(SECOND, [None])[0] is not None
+    _check_experts(model, whole, parts if has_second else None, low_noise)
+    first = _read(whole / "transformer" if whole else place, parts, "transformer")
+    second = None
+    if has_second:
+        other = whole / SECOND if whole else _locate(str(low_noise), None)[0]
+        second = _read(other, parts, SECOND)
+    tensors, notes = dict(first.tensors), first.notes
+    experts: tuple[tuple[str, float], ...] = ()
+    if second is not None:
+        if _geometry(second.config) != _geometry(first.config):
+            where = f"{second.place}/config.json" if second.place.is_dir() else str(second.place)
+            raise CheckpointError(
+                where, "differs from the first transformer's",
+                "build each transformer's folder by itself",
+            )  # fmt: skip
+        tensors |= {f"{SECOND}.{n}": t for n, t in second.tensors.items()}
+        experts = (("transformer", float(boundary)), (SECOND, 0.0))  # type: ignore[arg-type]
+        notes = tuple(dict.fromkeys((*notes, *second.notes)))
+    return Checkpoint(
+        model, revision, parts, first.place, first.config, tensors, experts,
+        second.place if second else None, notes,
+    )  # fmt: skip
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a transformer's config, refusing what is not diffusers' or names a quantisation."""
-    path = folder / "config.json"
-    original = original_fault(path)
-    if original is not None:
-        raise original
-    config = read_json(path)
-    check_quantization(config, path)
-    return config
+def _check_experts(
+    model: str, whole: Path | None, of_two: Path | None, low_noise: str | None
+) -> None:
+    """Refuse one expert without the other, or a third; ``of_two`` is a pipeline that has two."""
+    if whole and low_noise:
+        raise CheckpointError(
+            "--low-noise-model", f"'{model}' is a pipeline's folder, which has its own transformers",
+            "leave it out, or give the first transformer's file or folder as MODEL",
+        )  # fmt: skip
+    if of_two and not whole and not low_noise:
+        raise CheckpointError(
+            model, f"is one transformer, and the pipeline '{of_two}' has two",
+            "give the one of the low noise levels too, by --low-noise-model",
+        )  # fmt: skip
+    if low_noise and not of_two:
+        raise CheckpointError(
+            "--low-noise-model", "no pipeline says from which noise level on it denoises",
+            "give --pipeline, a folder whose model_index.json has 'transformer_2' and "
+            "'boundary_ratio'; or build each transformer by itself",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Transformer:
+    """One transformer's weights, its config, and notes for people."""
+
+    place: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Weight]
+    notes: tuple[str, ...] = ()
+
+
+def _read(place: Path, pipeline: Path | None, part: str) -> _Transformer:
+    """Read one transformer from a folder or file; its config is there, or the pipeline has it."""
+    beside = pipeline / part / "config.json" if pipeline else None
+    if place.is_file():
+        config = beside if beside and beside.is_file() else _config_beside(place)
+        tensors, found, notes = original_transformer(
+            read_weights_file(place), place, read_config(config) if config else None
+        )
+        return _Transformer(place, found, tensors, notes)
+    own = place / "config.json"
+    if not own.is_file() and beside is not None and beside.is_file():
+        own = beside
+    elif not own.is_file() and (pipeline is None or pipeline / part != place):
+        raise folder_fault(place)
+    config_of = read_config(own)
+    if config_of.get("_class_name") not in ORIGINAL_CONFIGS:
+        return _Transformer(place, config_of, read_tensors(place))
+    theirs = read_config(beside) if beside is not None and beside.is_file() else config_of
+    tensors, found, notes = original_transformer(read_tensors(place), place, theirs)
+    return _Transformer(place, found, tensors, notes)
+
+
+def read_weights_file(file: Path) -> Mapping[str, Weight]:
+    """Return the tensors of a single file, by the names that it has.
+
+    Raises:
+        CheckpointError: it is of a kind that is not read, or damaged.
+    """
+    if file.suffix.lower() == ".safetensors":
+        return read_header(file)
+    raise file_fault(file)
+
+
+def _config_beside(file: Path) -> Path | None:
+    """Return the ``config.json`` in a file's folder, if it is of a model's class."""
+    path = file.parent / "config.json"
+    return path if path.is_file() and "_class_name" in read_json(path) else None
+
+
+def _pipeline(model: str, whole: Path | None, pipeline: str | None) -> Path | None:
+    """Return the folder of the pipeline's other parts."""
+    if pipeline is None:
+        return whole
+    if whole is not None:
+        raise CheckpointError(
+            "--pipeline", f"'{model}' is a pipeline's folder itself",
+            "leave it out, or give a transformer's file or folder as MODEL",
+        )  # fmt: skip
+    folder, _ = _locate(pipeline, None, ignore=["transformer*/*.safetensors"])
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"--pipeline {pipeline}", "has no 'model_index.json'",
+            "give the folder or hub id of a diffusers pipeline",
+        )  # fmt: skip
+    return folder
+
+
+def _locate(
+    model: str, revision: str | None, ignore: list[str] | None = None
+) -> tuple[Path, str | None]:
+    """Return the file or folder of a path or hub id, and the commit of the latter."""
+    place = Path(model).expanduser()
+    if place.exists():
+        return place, revision
+    _check_is_hub_id(model)
+    return _download(model, revision, ignore)
 
 
 def _geometry(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,16 +240,16 @@ def _check_is_hub_id(model: str) -> None:
     )  # fmt: skip
 
 
-def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
+def _download(
+    model: str, revision: str | None, ignore: list[str] | None
+) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     hint = "give a diffusers folder, or a hub id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"
     try:
         path = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            model, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=ignore
         )
     except HFValidationError as error:
         raise CheckpointError(model, "is neither a folder nor a hub id", hint) from error
@@ -159,46 +259,3 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
             model, f"is no folder here, and can't be had from the hub: {reason}", hint
         ) from error
     return Path(path), Path(path).name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one of a checkpoint's JSON files.
-
-    Raises:
-        CheckpointError: it can't be read, or is not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            str(path), f"can't be read: {error.strerror}", "give a checkpoint in diffusers layout"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), f"is not JSON: {error}", "fetch the file again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(str(path), "is not a JSON object", "fetch the file again")
-    return data
-
-
-def _shards(folder: Path, stem: str) -> list[Path]:
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
-    if single.is_file() and not index.is_file():
-        return [single]
-    if not index.is_file():
-        raise weights_fault(folder, stem)
-    weight_map = read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    odd = [n for n in names if not isinstance(n, str) or Path(n).name != n]
-    if odd or not names:
-        found = f"names shards outside its folder: {odd[0]!r}" if odd else "names no shards"
-        raise CheckpointError(str(index), found, "fetch the file again")
-    shards = [folder / name for name in sorted(set(names))]
-    missing = [s.name for s in shards if not s.is_file()]
-    if missing:
-        raise CheckpointError(
-            str(folder),
-            f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing)}",
-            "fetch them into the folder",
-        )
-    return shards

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ...bundle.safetensors_header import StoredTensor
 from ...core.errors import CheckpointError, nearest
+from .sources import Weight
 
 __all__ = ["CAST_DTYPES", "UNUSED_KEYS", "check_keys", "check_quantization", "check_tensors"]
 
@@ -66,7 +66,7 @@ UNUSED_KEYS: Mapping[str, str] = MappingProxyType(
 
 
 def check_tensors(
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, Weight],
     wanted: Mapping[str, tuple[int, ...]],
     place: Path,
     *,

@@ -1,24 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what a folder or file holds that is no diffusers checkpoint, and how to get one from it."""
+"""Say what a folder or file holds that a build does not take, and how to get what it takes from it."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from ...core.errors import CheckpointError
 
-__all__ = ["file_fault", "folder_fault", "original_fault", "weights_fault"]
+__all__ = ["file_fault", "folder_fault", "weights_fault"]
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-ORIGINAL_CLASSES = {"WanModel": "Wan"}
-"""``_class_name`` in the config of a model's own repository → the model."""
-
-FROM_SINGLE_FILE = (
-    "convert it: load it with the from_single_file() of the diffusers class, such as "
-    "WanTransformer3DModel, and call save_pretrained(folder)"
-)
 TO_SAFETENSORS = (
     "convert them: load with diffusers and call save_pretrained(folder, safe_serialization=True)"
 )
@@ -32,14 +24,10 @@ def file_fault(file: Path) -> CheckpointError:
         return CheckpointError(str(file), *_gguf(file.name))
     if suffix in PICKLES:
         return CheckpointError(str(file), f"is a file of {PICKLED}", TO_SAFETENSORS)
-    if suffix == ".safetensors":
-        return CheckpointError(
-            str(file), "is a single file, and a build takes a folder in diffusers layout",
-            "give its folder if that has a 'config.json' of diffusers; else " + FROM_SINGLE_FILE,
-        )  # fmt: skip
     return CheckpointError(
-        str(file), "is a file, and a build takes a folder in diffusers layout",
-        "give the folder with 'model_index.json', or with the transformer's 'config.json'",
+        str(file), "is a file of no kind that holds weights",
+        "give a .safetensors file, the folder with 'model_index.json', or the one with the "
+        "transformer's 'config.json'",
     )  # fmt: skip
 
 
@@ -50,10 +38,13 @@ def folder_fault(folder: Path) -> CheckpointError:
             str(folder), "has a folder 'transformer' and no 'model_index.json'",
             f"fetch 'model_index.json' too, or give '{folder / 'transformer'}'",
         )  # fmt: skip
-    for config in sorted(folder.glob("*/config.json")):
-        original = original_fault(config)
-        if original is not None:
-            return original
+    high, low = (folder / f"{level}_noise_model" for level in ("high", "low"))
+    if high.is_dir() and low.is_dir():
+        return CheckpointError(
+            str(folder), f"holds two transformers, '{high.name}' and '{low.name}'",
+            f"give '{high}' as MODEL, --low-noise-model '{low}', and --pipeline with the same model "
+            "in diffusers layout (its transformers' weights may lack)",
+        )  # fmt: skip
     found = _found(folder)
     if found is not None:
         return CheckpointError(str(folder), *found)
@@ -61,24 +52,6 @@ def folder_fault(folder: Path) -> CheckpointError:
         str(folder), f"has neither 'model_index.json' nor 'config.json'; {_listing(folder)}",
         "give a checkpoint in diffusers layout",
     )  # fmt: skip
-
-
-def original_fault(config: Path) -> CheckpointError | None:
-    """Say that a config is of a model's own repository; None where it is not."""
-    try:
-        data = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    name = data.get("_class_name") if isinstance(data, dict) else None
-    if not isinstance(name, str) or name not in ORIGINAL_CLASSES:
-        return None
-    return CheckpointError(
-        str(config),
-        f"is of '{name}': the weights are in {ORIGINAL_CLASSES[name]}'s original layout, "
-        "not in diffusers'",
-        "take the same model in diffusers layout: on the hub its name ends in '-Diffusers', as "
-        "'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'",
-    )
 
 
 def weights_fault(folder: Path, stem: str) -> CheckpointError:
@@ -121,7 +94,10 @@ def _found(folder: Path) -> tuple[str, str] | None:
     }
     single = by_suffix.get(".safetensors", [])
     if single:
-        return f"has '{single[0]}', which is not in diffusers layout", FROM_SINGLE_FILE
+        return (
+            f"has '{single[0]}', which is not named as diffusers names weights",
+            f"give the file itself: '{folder / single[0]}'",
+        )
     if by_suffix.get(".gguf"):
         return _gguf(by_suffix[".gguf"][0])
     if any(by_suffix.get(s) for s in PICKLES):

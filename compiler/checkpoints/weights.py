@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ...bundle.files import link_or_none
 from ...bundle.manifest import TensorEntry
 from ...bundle.safetensors_header import StoredTensor, encode_header
 from ...core.dtypes import ITEM_BYTES
 from ...core.errors import OutputError
+from .sources import Weight, lies_as, read_weight
 
 __all__ = ["bring_weights"]
 
@@ -22,15 +23,15 @@ CONVERTED_FILE_BYTES = 4 << 30
 
 def bring_weights(
     wanted: Mapping[str, tuple[str, tuple[int, ...]]],
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, Weight],
     bundle: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TensorEntry]:
     """Make every wanted tensor readable below ``bundle/weights``.
 
     A tensor stored in the wanted dtype is referenced where it lies, through a hard link of its
-    file. The rest (other dtype, or a file system that can't link) is streamed into new files, one
-    tensor in memory at a time.
+    file. The rest (other dtype, made of other tensors, or a file system that can't link) is streamed
+    into new files: in memory is one tensor at a time, with what it is made of.
 
     Args:
         wanted: Tensor name → (dtype, shape) that the graphs take.
@@ -46,7 +47,8 @@ def bring_weights(
     """
     folder = bundle / "weights"
     folder.mkdir(exist_ok=True)
-    sources = sorted({stored[n].file for n in wanted if stored[n].dtype == wanted[n][0]})
+    lying = {n: w for n, w in stored.items() if isinstance(w, StoredTensor)}
+    sources = sorted({w.file for n, w in lying.items() if n in wanted and w.dtype == wanted[n][0]})
     names = {source: f"weights/{source.name}" for source in sources}
     if len(set(names.values())) < len(names):  # shards of several experts have the same names
         names = {source: f"weights/{source.parent.name}-{source.name}" for source in sources}
@@ -54,8 +56,8 @@ def bring_weights(
     entries: dict[str, TensorEntry] = {}
     streamed = []
     for name, (dtype, shape) in wanted.items():
-        place = stored[name]
-        if place.dtype == dtype and place.file in linked:
+        place = lying.get(name)
+        if place is not None and lies_as(place, dtype) and place.file in linked:
             entries[name] = TensorEntry(
                 file=names[place.file], dtype=dtype, shape=list(shape), offset=place.offset, bytes=place.bytes
             )  # fmt: skip
@@ -108,7 +110,8 @@ def _batches(
         yield batch
 
 
-def _converted_bytes(place: StoredTensor, dtype: str) -> memoryview:
-    with safe_open(place.file, framework="pt") as file:
-        tensor = file.get_tensor(place.name).to(getattr(torch, dtype)).contiguous()
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+def _converted_bytes(weight: Weight, dtype: str) -> memoryview:
+    target: torch.dtype = getattr(torch, dtype)
+    tensor = read_weight(weight).to(target).contiguous()
+    content: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(content)

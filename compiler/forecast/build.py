@@ -14,6 +14,7 @@ from ...core.dtypes import ITEM_BYTES
 from ...engines.host import disk_free_bytes, existing_parent
 from ...policies import policies
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.sources import lies_as
 from ..defaults import policy_setting
 from ..families import Cut
 from ..inspect import describe_flops, render_forecast
@@ -90,7 +91,7 @@ def forecast_disk(
     linkable = converted = body = 0
     for name, (dtype, shape) in cut.weights().items():
         size = prod(shape) * ITEM_BYTES[dtype]
-        is_as_stored = name in stored and stored[name].dtype == dtype
+        is_as_stored = name in stored and lies_as(stored[name], dtype)
         linkable += size if is_as_stored else 0
         converted += 0 if is_as_stored else size
         body += size if name in in_body else 0
@@ -125,7 +126,8 @@ def render_plan(planned: Mapping[str, Any]) -> list[str]:
     """Turn what ``build --dry-run`` found into lines for people."""
     forecast = planned["forecast"]
     disk = forecast["disk"]
-    lines = [f"{n}: {v}" for n, v in planned.items() if n != "forecast"]
+    lines = [f"{n}: {v}" for n, v in planned.items() if n not in ("forecast", "notes")]
+    lines += planned["notes"]
     lines.append(
         f"disk: {amount(disk['needed_bytes'])} written beside "
         f"{amount(disk['linked_bytes'])} linked, {amount(disk['free_bytes'])} free"

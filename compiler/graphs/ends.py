@@ -23,8 +23,8 @@ from ...bundle.manifest import GraphEntry, ResolvedGeneration, TensorEntry
 from ...bundle.safetensors_header import StoredTensor
 from ...core.errors import CheckpointError
 from ...engines.base import TensorSpec
-from ..checkpoints.checkpoint import read_json, read_tensors
 from ..checkpoints.completeness import check_keys, check_quantization, check_tensors
+from ..checkpoints.folders import read_json, read_tensors
 from ..cut.declared import Segment
 
 __all__ = ["PipelinePart", "part_tensors", "text_encoder_part", "vae_decode_part"]

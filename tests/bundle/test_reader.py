@@ -245,6 +245,33 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused(folder: Path) -> None:
         bundle.tensor("proj_out.weight")
 
 
+def test_a_weight_is_read_as_a_part_of_the_tensor_that_holds_it(folder: Path) -> None:
+    whole = Bundle(folder).tensor("proj_out.weight").clone()
+    rows, columns = whole.shape
+
+    def edit(data: dict[str, Any], **change: object) -> None:
+        entry = data["tensors"]["proj_out.weight"]
+        part = {
+            "shape": [2, columns],
+            "bytes": 8 * columns,
+            "offset": entry["offset"] + 4 * columns,
+        }
+        data["tensors"]["proj_out.bias"] |= {**part, "file": entry["file"], **change}
+
+    rewrite(folder, edit)
+    assert torch.equal(Bundle(folder).tensor("proj_out.bias"), whole[1:3])
+    rewrite(folder, lambda data: edit(data, dtype="int32"))
+    with pytest.raises(BundleError, match=r"no part of tensor 'proj_out.weight', which is float32"):
+        Bundle(folder).tensor("proj_out.bias")
+    start = Bundle(folder).manifest.tensors["proj_out.weight"].offset
+    rewrite(folder, lambda data: edit(data, offset=start + 2))
+    with pytest.raises(BundleError, match=r"no part of tensor 'proj_out.weight'"):
+        Bundle(folder).tensor("proj_out.bias")
+    rewrite(folder, lambda data: edit(data, offset=start + 4 * columns * (rows - 1)))
+    with pytest.raises(BundleError, match=f"no tensor lies in its {8 * columns} bytes from"):
+        Bundle(folder).tensor("proj_out.bias")
+
+
 def test_a_weight_file_full_of_garbage_is_refused(folder: Path) -> None:
     path = weight_file(folder)
     overwrite(path, b"\xa5" * path.stat().st_size)

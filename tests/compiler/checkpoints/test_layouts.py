@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,15 +76,15 @@ def test_shards_without_an_index_are_counted(folder: Path, put: Callable[..., No
     assert f"fetch '{STEM}.safetensors.index.json'" in error.hint
 
 
-def test_a_single_original_file_is_named(folder: Path, put: Callable[..., None]) -> None:
+def test_a_folder_of_a_single_file_names_it(folder: Path, put: Callable[..., None]) -> None:
     put("wan2.1_t2v_1.3B_fp16.safetensors")
-    expected = "has 'wan2.1_t2v_1.3B_fp16.safetensors', which is not in diffusers layout"
+    expected = "has 'wan2.1_t2v_1.3B_fp16.safetensors', which is not named as diffusers names"
     for config in (True, False):
         if not config:
             (folder / "config.json").unlink()
         error = refusal(folder)
         assert expected in error.what, config
-        assert "from_single_file()" in error.hint
+        assert f"give the file itself: '{folder}/wan2.1_t2v_1.3B_fp16.safetensors'" in error.hint
 
 
 def test_a_gguf_is_named(folder: Path, put: Callable[..., None]) -> None:
@@ -106,33 +105,21 @@ def test_pickles_are_named(folder: Path, put: Callable[..., None], suffix: str) 
         assert "safe_serialization=True" in error.hint
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
-def test_a_file_in_place_of_a_folder_is_named(
-    folder: Path, put: Callable[..., None], name: str
-) -> None:
-    put(name)
-    error = refusal(folder / name)
-    assert error.where == str(folder / name)
-    assert "and a build takes a folder in diffusers layout" in error.what
+def test_a_file_of_no_weights_is_named(folder: Path, put: Callable[..., None]) -> None:
+    put("notes.txt")
+    error = refusal(folder / "notes.txt")
+    assert error.where == str(folder / "notes.txt")
+    assert "is a file of no kind that holds weights" in error.what
     assert "'config.json'" in error.hint
 
 
-@pytest.mark.parametrize("place", ["", "high_noise_model"])
-def test_an_original_wan_folder_is_named(
-    tmp_path: Path, folder: Path, put: Callable[..., None], place: str
-) -> None:
-    """Wan 2.1 has its config at the top, Wan 2.2 one per expert; both hold pickles beside it."""
-    original = tmp_path / "Wan2.1-T2V-1.3B"
-    (original / place).mkdir(parents=True)
-    (original / place / "config.json").write_text(
-        json.dumps({"_class_name": "WanModel", "dim": 1536, "model_type": "t2v"})
-    )
-    shutil.copyfile(folder.parent / "weights", original / place / f"{STEM}.safetensors")
-    (original / "Wan2.1_VAE.pth").write_bytes(b"")
-    error = refusal(original)
-    assert error.where == str(original / place / "config.json")
-    assert "'WanModel': the weights are in Wan's original layout" in error.what
-    assert "'-Diffusers'" in error.hint
+def test_a_folder_of_two_experts_is_told_how_to_name_them(tmp_path: Path) -> None:
+    for level in ("high", "low"):
+        (tmp_path / f"{level}_noise_model").mkdir()
+    error = refusal(tmp_path)
+    assert "holds two transformers, 'high_noise_model' and 'low_noise_model'" in error.what
+    assert f"give '{tmp_path}/high_noise_model' as MODEL" in error.hint
+    assert f"--low-noise-model '{tmp_path}/low_noise_model'" in error.hint
 
 
 def test_a_pipeline_without_its_index_is_named(folder: Path, put: Callable[..., None]) -> None:

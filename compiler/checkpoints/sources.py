@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a weight comes from: a place in a file, or other weights of which it is made when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ...bundle.safetensors_header import StoredTensor
+from ...core.dtypes import ITEM_BYTES
+from ...core.errors import CheckpointError
+
+__all__ = ["MadeTensor", "Weight", "lies_as", "read_weight"]
+
+
+@dataclass(frozen=True)
+class MadeTensor:
+    """A weight that lies in no file byte for byte.
+
+    Attributes:
+        dtype: In which graphs take it where they have no dtype of their own for it.
+        shape: Its shape.
+        reason: Why it has to be made, in a few words, for messages: ``"fused or split"``.
+        make: Reads what it is made of, and returns it with this shape; its dtype may be wider.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    reason: str
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in ``dtype``."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+Weight = StoredTensor | MadeTensor
+
+
+def lies_as(weight: Weight, dtype: str) -> bool:
+    """Ask whether the bytes of a weight in ``dtype`` lie aligned in its file: a link to it serves."""
+    if not isinstance(weight, StoredTensor) or weight.dtype != dtype:
+        return False
+    return weight.offset % ITEM_BYTES[dtype] == 0
+
+
+def read_weight(weight: Weight) -> Tensor:
+    """Read a weight into memory of its own, on the CPU; with it what it is made of, and no more.
+
+    Raises:
+        CheckpointError: its file has become shorter since its header was read.
+        OSError: its file can't be read.
+    """
+    if isinstance(weight, MadeTensor):
+        made = weight.make()
+        assert made.shape == weight.shape, f"made {list(made.shape)}, not {list(weight.shape)}"
+        return made
+    content = bytearray(weight.bytes)
+    with weight.file.open("rb") as stream:
+        stream.seek(weight.offset)
+        read = stream.readinto(content)
+    if read != weight.bytes:
+        raise CheckpointError(
+            f"{weight.file}, tensor '{weight.name}'", "is cut short", "fetch the file again"
+        )
+    dtype: torch.dtype = getattr(torch, weight.dtype)
+    if not content:
+        return torch.empty(weight.shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype).view(weight.shape)
