@@ -110,6 +110,12 @@ def build(
             "(Wan 2.2)."
         ),
     ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of several sets of weights the folders have, such as fp16 or bf16."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     resume_engines: Annotated[
@@ -177,6 +183,7 @@ def build(
             with_vae=with_vae,
             pipeline=pipeline,
             low_noise=low_noise_model,
+            variant=variant,
         )
         if resume_engines:
             with screen.progress():

@@ -55,6 +55,7 @@ from ..policies import policies
 from ..policies.base import Policy
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.completeness import CAST_DTYPES, check_tensors
+from .checkpoints.folders import linked_names
 from .checkpoints.sources import lies_as
 from .checkpoints.weights import bring_weights
 from .code_version import code_version
@@ -111,6 +112,7 @@ class BuildRequest:
         with_vae: Likewise for the VAE's decoder, at the default config's size.
         pipeline: Folder or hub id of the pipeline, where ``model`` is a transformer alone.
         low_noise: Folder or file of the second expert, where ``model`` is the first alone.
+        variant: Which of several sets of weights the folders have, as ``fp16``.
     """
 
     model: str
@@ -130,6 +132,7 @@ class BuildRequest:
     with_vae: bool = False
     pipeline: str | None = None
     low_noise: str | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             )
             graphs |= groups
 
-        tensors |= part_tensors(parts, graphs)
+        tensors |= part_tensors(parts, graphs, checkpoint.variant)
 
         clock.start("engines")
         engines = []
@@ -427,10 +430,10 @@ def pipeline_parts(
         )  # fmt: skip
     parts = []
     if request.with_text_encoder:
-        parts.append(text_encoder_part(checkpoint.pipeline))
+        parts.append(text_encoder_part(checkpoint.pipeline, checkpoint.variant))
     if request.with_vae:
         size = next(iter(configs.values())).generation
-        parts.append(vae_decode_part(checkpoint.pipeline, size))
+        parts.append(vae_decode_part(checkpoint.pipeline, size, checkpoint.variant))
     return parts
 
 
@@ -462,10 +465,8 @@ def bring_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineEntry:
     config = json.dumps(checkpoint.config, indent=2)
     (target / "transformer" / "config.json").write_text(config, encoding="utf-8")
     for part in PIPELINE_PARTS:
-        for source in sorted((checkpoint.pipeline / part).glob("**/*")):
-            if not source.is_file():
-                continue
-            place = target / source.relative_to(checkpoint.pipeline)
+        for source, name in linked_names(checkpoint.pipeline / part, checkpoint.variant).items():
+            place = target / part / name
             place.parent.mkdir(parents=True, exist_ok=True)
             if link_or_none(source, place) is not None:
                 continue
@@ -488,7 +489,11 @@ def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
 
 def _open(request: BuildRequest) -> Checkpoint:
     return open_checkpoint(
-        request.model, request.revision, pipeline=request.pipeline, low_noise=request.low_noise
+        request.model,
+        request.revision,
+        pipeline=request.pipeline,
+        low_noise=request.low_noise,
+        variant=request.variant,
     )
 
 

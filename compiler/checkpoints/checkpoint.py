@@ -39,6 +39,8 @@ class Checkpoint:
             training timesteps from which on each denoises; empty where there is one.
         second: Folder or file of the second expert's weights.
         notes: What a user should know of how the weights were read, one sentence each.
+        variant: Which of several sets of weights the pipeline's other parts are taken in, where
+            they have it.
     """
 
     source: str
@@ -50,6 +52,7 @@ class Checkpoint:
     experts: tuple[tuple[str, float], ...] = ()
     second: Path | None = None
     notes: tuple[str, ...] = ()
+    variant: str | None = None
 
     @property
     def transformer_class(self) -> str:
@@ -76,6 +79,7 @@ def open_checkpoint(
     *,
     pipeline: str | None = None,
     low_noise: str | None = None,
+    variant: str | None = None,
 ) -> Checkpoint:
     """Open ``model``: a pipeline's folder, a transformer's folder or single file, or a hub id.
 
@@ -85,6 +89,7 @@ def open_checkpoint(
         pipeline: For a transformer alone: the pipeline's folder or hub id, which has the
             transformer's config and the other parts; the transformer's weights may lack there.
         low_noise: Folder or file of the second expert, where ``model`` is the first one alone.
+        variant: Which of several sets of weights a folder has, as ``fp16``.
 
     Raises:
         CheckpointError: nothing there, an unknown layout, no config, a missing or truncated shard,
@@ -97,11 +102,11 @@ def open_checkpoint(
     boundary = index.get("boundary_ratio")
     has_second = boundary is not None and index.get(SECOND, [None])[0] is not None
     _check_experts(model, whole, parts if has_second else None, low_noise)
-    first = _read(whole / "transformer" if whole else place, parts, "transformer")
+    first = _read(whole / "transformer" if whole else place, parts, "transformer", variant)
     second = None
     if has_second:
         other = whole / SECOND if whole else _locate(str(low_noise), None)[0]
-        second = _read(other, parts, SECOND)
+        second = _read(other, parts, SECOND, variant)
     tensors, notes = dict(first.tensors), first.notes
     experts: tuple[tuple[str, float], ...] = ()
     if second is not None:
@@ -116,7 +121,7 @@ def open_checkpoint(
         notes = tuple(dict.fromkeys((*notes, *second.notes)))
     return Checkpoint(
         model, revision, parts, first.place, first.config, tensors, experts,
-        second.place if second else None, notes,
+        second.place if second else None, notes, variant,
     )  # fmt: skip
 
 
@@ -152,10 +157,11 @@ class _Transformer:
     notes: tuple[str, ...] = ()
 
 
-def _read(place: Path, pipeline: Path | None, part: str) -> _Transformer:
+def _read(place: Path, pipeline: Path | None, part: str, variant: str | None) -> _Transformer:
     """Read one transformer from a folder or file; its config is there, or the pipeline has it."""
     beside = pipeline / part / "config.json" if pipeline else None
     if place.is_file():
+        _check_no_variant(place, variant, pipeline)
         config = beside if beside and beside.is_file() else _config_beside(place)
         tensors, found, notes = original_transformer(
             read_weights_file(place), place, read_config(config) if config else None
@@ -168,10 +174,20 @@ def _read(place: Path, pipeline: Path | None, part: str) -> _Transformer:
         raise folder_fault(place)
     config_of = read_config(own)
     if config_of.get("_class_name") not in ORIGINAL_CONFIGS:
-        return _Transformer(place, config_of, read_tensors(place))
+        return _Transformer(place, config_of, read_tensors(place, variant=variant))
     theirs = read_config(beside) if beside is not None and beside.is_file() else config_of
-    tensors, found, notes = original_transformer(read_tensors(place), place, theirs)
+    tensors, found, notes = original_transformer(
+        read_tensors(place, variant=variant), place, theirs
+    )
     return _Transformer(place, found, tensors, notes)
+
+
+def _check_no_variant(file: Path, variant: str | None, pipeline: Path | None) -> None:
+    if variant is not None and pipeline is None:
+        raise CheckpointError(
+            f"--variant {variant}", f"means a folder's weights, and '{file}' is a file",
+            "leave it out, or give the folder",
+        )  # fmt: skip
 
 
 def read_weights_file(file: Path) -> Mapping[str, Weight]:

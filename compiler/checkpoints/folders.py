@@ -12,25 +12,67 @@ from ...core.errors import CheckpointError
 from .completeness import check_quantization
 from .layouts import weights_fault
 
-__all__ = ["WEIGHTS_STEM", "read_config", "read_json", "read_tensors"]
+__all__ = [
+    "WEIGHTS_STEM", "has_variant", "linked_names", "plain_name", "read_config", "read_json",
+    "read_tensors",
+]  # fmt: skip
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 
 
-def read_tensors(folder: Path, stem: str = WEIGHTS_STEM) -> dict[str, StoredTensor]:
+def read_tensors(
+    folder: Path, stem: str = WEIGHTS_STEM, variant: str | None = None
+) -> dict[str, StoredTensor]:
     """Return the tensors of a part's folder from its files' headers.
 
     Args:
         folder: Holds one file or shards with their index.
         stem: What the files' names begin with.
+        variant: Which of several sets of weights, as ``fp16``; None takes the plain one.
 
     Raises:
         CheckpointError: there are none in this layout, or a file is missing or truncated.
     """
     tensors: dict[str, StoredTensor] = {}
-    for shard in _shards(folder, stem):
+    for shard in _shards(folder, stem, variant):
         tensors |= read_header(shard)
     return tensors
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Ask whether a part has weights of a variant; diffusers takes the plain ones where it has none."""
+    return any(folder.glob(f"*.{variant}.safetensors")) or any(
+        folder.glob(f"*.safetensors.index.{variant}.json")
+    )
+
+
+def linked_names(folder: Path, variant: str | None = None) -> dict[Path, str]:
+    """Return every file below a part's folder that a bundle takes, with its name there.
+
+    Of a part that has ``variant``, the variant's weights get the plain names, and others stay away;
+    shards keep theirs, by which their index calls them.
+    """
+    names = {
+        p: p.relative_to(folder).as_posix() for p in sorted(folder.glob("**/*")) if p.is_file()
+    }
+    if variant is None or not has_variant(folder, variant):
+        return names
+    chosen = {p: n for p, n in names.items() if ".safetensors" not in p.name}
+    for path, name in names.items():
+        if name.endswith(f".{variant}.safetensors"):
+            chosen[path] = plain_name(name, variant)
+        elif name.endswith(f".safetensors.index.{variant}.json"):
+            chosen[path] = name.removesuffix(f".{variant}.json") + ".json"
+            weight_map = read_json(path).get("weight_map")
+            shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+            chosen |= {p: n for p, n in names.items() if n in shards}
+    return chosen
+
+
+def plain_name(name: str, variant: str | None) -> str:
+    """Return the name of a weight file without its variant; that of a shard as it is."""
+    suffix = f".{variant}.safetensors"
+    return name.removesuffix(suffix) + ".safetensors" if name.endswith(suffix) else name
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -59,13 +101,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _shards(folder: Path, stem: str) -> list[Path]:
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
+def _shards(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    infix = "" if variant is None else f".{variant}"
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    single = folder / f"{stem}{infix}.safetensors"
     if single.is_file() and not index.is_file():
         return [single]
     if not index.is_file():
-        raise weights_fault(folder, stem)
+        raise weights_fault(folder, stem, variant)
     weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     odd = [n for n in names if not isinstance(n, str) or Path(n).name != n]

@@ -54,12 +54,12 @@ def folder_fault(folder: Path) -> CheckpointError:
     )  # fmt: skip
 
 
-def weights_fault(folder: Path, stem: str) -> CheckpointError:
-    """Say which weights a part's folder has instead of ``<stem>.safetensors`` or an index of shards."""
+def weights_fault(folder: Path, stem: str, variant: str | None = None) -> CheckpointError:
+    """Say which weights a part's folder has instead of those wanted, whole or an index of shards."""
     single = f"{stem}.safetensors"
     names = sorted(p.name for p in folder.glob("*.safetensors"))
     numbered = [n for n in names if re.fullmatch(rf"{re.escape(stem)}-\d+-of-\d+\.safetensors", n)]
-    if numbered:
+    if numbered and variant is None:
         return CheckpointError(
             str(folder),
             f"has {len(numbered)} shards, such as '{numbered[0]}', and no index of them",
@@ -68,16 +68,24 @@ def weights_fault(folder: Path, stem: str) -> CheckpointError:
     number = r"(?:-\d+-of-\d+)?"
     of_variant = re.compile(rf"{re.escape(stem)}{number}\.([\w]+?){number}\.safetensors")
     variants = {n: m[1] for n in names if (m := of_variant.fullmatch(n))}
-    if variants:
-        name, variant = next(iter(variants.items()))
-        way = (
-            f"rename or link '{name}' to '{single}'" if len(variants) == 1
-            else f"load with diffusers, from_pretrained(folder, variant='{variant}'), and call "
-            "save_pretrained(other_folder)"
-        )  # fmt: skip
+    there = sorted(set(variants.values()) - {variant})
+    if variant in variants.values() and not there:
         return CheckpointError(
-            str(folder), f"has the weights as variant '{variant}' only, in '{name}'", way
-        )
+            str(folder), f"has shards of variant '{variant}', and no index of them",
+            f"fetch '{single}.index.{variant}.json' from where the shards come from",
+        )  # fmt: skip
+    if there:
+        name = next(n for n, v in variants.items() if v == there[0])
+        only = "only" if variant is None else f"and not as '{variant}'"
+        return CheckpointError(
+            str(folder), f"has the weights as variant '{there[0]}' {only}, in '{name}'",
+            f"give --variant {there[0]}",
+        )  # fmt: skip
+    if variant is not None:
+        return CheckpointError(
+            str(folder), f"has no weights of variant '{variant}'",
+            "leave --variant out" if (folder / single).is_file() else "fetch them",
+        )  # fmt: skip
     found = _found(folder)
     if found is not None:
         return CheckpointError(str(folder), *found)

@@ -24,7 +24,7 @@ from ...bundle.safetensors_header import StoredTensor
 from ...core.errors import CheckpointError
 from ...engines.base import TensorSpec
 from ..checkpoints.completeness import check_keys, check_quantization, check_tensors
-from ..checkpoints.folders import read_json, read_tensors
+from ..checkpoints.folders import has_variant, plain_name, read_json, read_tensors
 from ..cut.declared import Segment
 
 __all__ = ["PipelinePart", "part_tensors", "text_encoder_part", "vae_decode_part"]
@@ -109,13 +109,13 @@ class VaeDecode(nn.Module):
         return (frames / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
 
 
-def text_encoder_part(pipeline: Path) -> PipelinePart:
+def text_encoder_part(pipeline: Path, variant: str | None = None) -> PipelinePart:
     """Describe the text encoder of a Wan pipeline; any batch and length.
 
     Raises:
         CheckpointError: the pipeline has none, it is no UMT5 encoder, or it is quantised.
     """
-    config, stored = _open(pipeline, "text_encoder", "UMT5EncoderModel", "architectures")
+    config, stored = _open(pipeline, "text_encoder", "UMT5EncoderModel", "architectures", variant)
     check_keys(config, UMT5Config().to_dict().keys(), str(pipeline / "text_encoder/config.json"))
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config)).eval()
@@ -132,7 +132,9 @@ def text_encoder_part(pipeline: Path) -> PipelinePart:
     return PipelinePart("text_encoder", config, segment, stored, model.shared.num_embeddings)
 
 
-def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelinePart:
+def vae_decode_part(
+    pipeline: Path, generation: ResolvedGeneration, variant: str | None = None
+) -> PipelinePart:
     """Describe the VAE's decoder for the one size that ``generation`` names.
 
     Its causal cache makes the calls depend on the number of frames, so the shape is fixed.
@@ -140,7 +142,7 @@ def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelineP
     Raises:
         CheckpointError: the pipeline has none, it is no Wan VAE, or it is quantised.
     """
-    config, stored = _open(pipeline, "vae", "AutoencoderKLWan", "_class_name")
+    config, stored = _open(pipeline, "vae", "AutoencoderKLWan", "_class_name", variant)
     known = list(inspect.signature(AutoencoderKLWan.__init__).parameters)[1:]
     check_keys(config, known, str(pipeline / "vae" / "config.json"))
     with torch.device("meta"):
@@ -163,7 +165,7 @@ def vae_decode_part(pipeline: Path, generation: ResolvedGeneration) -> PipelineP
 
 
 def part_tensors(
-    parts: Sequence[PipelinePart], graphs: Mapping[str, GraphEntry]
+    parts: Sequence[PipelinePart], graphs: Mapping[str, GraphEntry], variant: str | None = None
 ) -> dict[str, TensorEntry]:
     """Return manifest entries of the parts' weights, where the bundle's pipeline folder has them."""
     found = {}
@@ -171,7 +173,7 @@ def part_tensors(
         for name in graphs[part.segment.name].weights:
             stored = part.stored[name]
             found[part.segment.prefix + name] = TensorEntry(
-                file=f"pipeline/{part.folder}/{stored.file.name}",
+                file=f"pipeline/{part.folder}/{plain_name(stored.file.name, variant)}",
                 dtype=stored.dtype,
                 shape=list(stored.shape),
                 offset=stored.offset,
@@ -195,7 +197,7 @@ def _store_as(module: nn.Module, stored: Mapping[str, StoredTensor], folder: Pat
 
 
 def _open(
-    pipeline: Path, part: str, wanted: str, key: str
+    pipeline: Path, part: str, wanted: str, key: str, variant: str | None
 ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     folder = pipeline / part
     config = read_json(folder / "config.json")
@@ -206,4 +208,5 @@ def _open(
             "only Wan's text encoder and VAE can be exported",
         )  # fmt: skip
     check_quantization(config, folder / "config.json")
-    return config, read_tensors(folder, STEMS[part])
+    own = variant if variant and has_variant(folder, variant) else None
+    return config, read_tensors(folder, STEMS[part], own)

@@ -126,6 +126,20 @@ def pipeline(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_variant_is_built_and_its_pipeline_has_plain_names(request_for, pipeline: Path) -> None:
+    plain = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (pipeline / "text_encoder" / "model.fp16.safetensors").write_text("half")
+    (pipeline / "vae" / "diffusion_pytorch_model.safetensors").write_text("whole")
+    request = request_for(model=str(pipeline), variant="fp16")
+    build(request)
+    assert Bundle(request.out).digests() == []
+    parts = request.out / "pipeline"
+    assert (parts / "text_encoder" / "model.safetensors").read_text() == "half"
+    assert (parts / "vae" / "diffusion_pytorch_model.safetensors").read_text() == "whole"
+    assert [p.name for p in (parts / "text_encoder").iterdir()] == ["model.safetensors"]
+
+
 def test_a_build_is_a_bundle_that_opens(request_for) -> None:
     request = request_for()
     report = build(request)

@@ -10,8 +10,14 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
 
-from freewheel.compiler.checkpoints.folders import read_config, read_json, read_tensors
+from freewheel.compiler.checkpoints.folders import (
+    linked_names,
+    read_config,
+    read_json,
+    read_tensors,
+)
 from freewheel.compiler.checkpoints.sources import read_weight
 from freewheel.core.errors import CheckpointError
 
@@ -29,6 +35,50 @@ def test_tensors_are_those_that_diffusers_wrote(folder: Path, tiny_checkpoint: P
     found = read_tensors(folder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(read_weight(found[n]), t) for n, t in expected.items())
+
+
+@pytest.mark.parametrize("size", [None, "40KB"], ids=["whole", "shards"])
+def test_a_variant_is_read_as_diffusers_reads_it(
+    tiny_checkpoint: Path, tmp_path: Path, size: str | None
+) -> None:
+    """The plain weights lie beside it, and are others."""
+    model = WanTransformer3DModel.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(tmp_path)
+    options = {"max_shard_size": size} if size else {}
+    model.to(torch.float16).save_pretrained(tmp_path, variant="fp16", **options)
+    expected = WanTransformer3DModel.from_pretrained(
+        tmp_path, variant="fp16", torch_dtype=torch.float16
+    ).state_dict()
+    found = read_tensors(tmp_path, variant="fp16")
+    assert {t.dtype for t in found.values()} == {"float16"}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(read_weight(found[n]), t) for n, t in expected.items())
+    assert {t.dtype for t in read_tensors(tmp_path).values()} == {"float32"}
+
+
+@pytest.mark.parametrize("size", [None, "3KB"], ids=["whole", "shards"])
+def test_a_variant_linked_by_plain_names_loads_without_one(
+    tmp_path: Path, size: str | None
+) -> None:
+    config = UMT5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=100)
+    model = UMT5EncoderModel(config)
+    folder = tmp_path / "text_encoder"
+    model.save_pretrained(folder)
+    options = {"max_shard_size": size} if size else {}
+    half = model.half()
+    half.save_pretrained(folder, variant="fp16", **options)
+    (folder / "notes.txt").write_text("")
+    assert set(linked_names(folder).values()) == {p.name for p in folder.iterdir()}
+    for source, name in linked_names(folder, "fp16").items():
+        (tmp_path / "linked").mkdir(exist_ok=True)
+        (tmp_path / "linked" / name).hardlink_to(source)
+    names = {p.name for p in (tmp_path / "linked").iterdir()}
+    assert {"config.json", "notes.txt"} < names
+    assert ("model.safetensors" in names) == (size is None)
+    loaded = UMT5EncoderModel.from_pretrained(tmp_path / "linked", dtype=torch.float16)
+    expected = half.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in loaded.state_dict().items())
+    assert linked_names(folder, "bf16") == linked_names(folder), "a part without the variant"
 
 
 def test_another_stem_is_another_part(tmp_path: Path) -> None:

@@ -47,9 +47,8 @@ def test_a_variant_alone_is_named(folder: Path, put: Callable[..., None]) -> Non
     error = refusal(folder)
     assert error.where == str(folder)
     assert f"as variant 'fp16' only, in '{STEM}.fp16.safetensors'" in error.what
-    assert error.hint == f"rename or link '{STEM}.fp16.safetensors' to '{STEM}.safetensors'"
-    (folder / f"{STEM}.fp16.safetensors").rename(folder / f"{STEM}.safetensors")
-    assert open_checkpoint(str(folder)).tensors
+    assert error.hint == "give --variant fp16"
+    assert open_checkpoint(str(folder), variant="fp16").tensors
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,27 @@ def test_shards_of_a_variant_are_named(
     put(*names)
     error = refusal(folder)
     assert f"as variant 'bf16' only, in '{names[0]}'" in error.what
-    assert "variant='bf16'" in error.hint
+    assert error.hint == "give --variant bf16"
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(folder), variant="bf16")
+    assert "has shards of variant 'bf16', and no index of them" in caught.value.what
+    assert f"fetch '{STEM}.safetensors.index.bf16.json'" in caught.value.hint
+
+
+def test_a_variant_that_is_not_there_is_named(folder: Path, put: Callable[..., None]) -> None:
+    put(f"{STEM}.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(folder), variant="fp16")
+    assert caught.value.what == "has no weights of variant 'fp16'"
+    assert caught.value.hint == "leave --variant out"
+    put(f"{STEM}.bf16.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(folder), variant="fp16")
+    assert "as variant 'bf16' and not as 'fp16', in" in caught.value.what
+    assert caught.value.hint == "give --variant bf16"
+    with pytest.raises(CheckpointError, match="means a folder's weights") as caught:
+        open_checkpoint(str(folder / f"{STEM}.safetensors"), variant="fp16")
+    assert caught.value.where == "--variant fp16"
 
 
 def test_shards_without_an_index_are_counted(folder: Path, put: Callable[..., None]) -> None:

@@ -77,6 +77,19 @@ def test_weights_lie_in_the_pipelines_files(pipeline):
     )
 
 
+def test_a_variant_of_a_part_lies_under_its_plain_name(pipeline, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline, folder)
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.rename(weights.with_name("model.fp16.safetensors"))
+    part = text_encoder_part(folder, "fp16")
+    assert {t.file.name for t in part.stored.values()} == {"model.fp16.safetensors"}
+    names = {n: "text_encoder." + n for n, _ in part.segment.module.named_parameters()}
+    graph = GraphEntry(file="x", runs="text_encoder", inputs={}, outputs={}, weights=names)
+    entries = part_tensors([part], {"text_encoder": graph}, "fp16")
+    assert {e.file for e in entries.values()} == {"pipeline/text_encoder/model.safetensors"}
+
+
 def test_the_vocabulary_is_the_embeddings(pipeline):
     config = json.loads((pipeline / "text_encoder" / "config.json").read_text())
     assert text_encoder_part(pipeline).vocabulary_size == config["vocab_size"]
