@@ -13,6 +13,7 @@ from ...core.errors import CheckpointError, nearest
 from .folders import read_config, read_json, read_tensors
 from .layouts import file_fault, folder_fault
 from .original import ORIGINAL_CONFIGS, original_transformer
+from .scaled import without_scales
 from .sources import Weight
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -163,23 +164,23 @@ def _read(place: Path, pipeline: Path | None, part: str, variant: str | None) ->
     if place.is_file():
         _check_no_variant(place, variant, pipeline)
         config = beside if beside and beside.is_file() else _config_beside(place)
+        stored, scaled = without_scales(read_weights_file(place), place)
         tensors, found, notes = original_transformer(
-            read_weights_file(place), place, read_config(config) if config else None
+            stored, place, read_config(config) if config else None
         )
-        return _Transformer(place, found, tensors, notes)
+        return _Transformer(place, found, tensors, (*notes, *scaled))
     own = place / "config.json"
     if not own.is_file() and beside is not None and beside.is_file():
         own = beside
     elif not own.is_file() and (pipeline is None or pipeline / part != place):
         raise folder_fault(place)
     config_of = read_config(own)
+    stored, scaled = without_scales(read_tensors(place, variant=variant), place)
     if config_of.get("_class_name") not in ORIGINAL_CONFIGS:
-        return _Transformer(place, config_of, read_tensors(place, variant=variant))
+        return _Transformer(place, config_of, stored, scaled)
     theirs = read_config(beside) if beside is not None and beside.is_file() else config_of
-    tensors, found, notes = original_transformer(
-        read_tensors(place, variant=variant), place, theirs
-    )
-    return _Transformer(place, found, tensors, notes)
+    tensors, found, notes = original_transformer(stored, place, theirs)
+    return _Transformer(place, found, tensors, (*notes, *scaled))
 
 
 def _check_no_variant(file: Path, variant: str | None, pipeline: Path | None) -> None:

@@ -15,7 +15,10 @@ from typing import Any
 from ...core.errors import CheckpointError, nearest
 from .sources import Weight
 
-__all__ = ["CAST_DTYPES", "UNUSED_KEYS", "check_keys", "check_quantization", "check_tensors"]
+__all__ = [
+    "CAST_DTYPES", "UNUSED_KEYS", "check_keys", "check_marks", "check_quantization",
+    "check_tensors",
+]  # fmt: skip
 
 PLAIN_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 CAST_DTYPES: Mapping[str, str] = MappingProxyType(
@@ -92,10 +95,7 @@ def check_tensors(
     odd = [
         n for n in stored if n not in wanted and n not in unread and not n.startswith(tuple(known))
     ]
-    for pattern, kind in QUANTISED:
-        marks = [n for n in odd if re.search(pattern, n)]
-        if marks:
-            raise _quantised(place, f"tensor '{marks[0]}'", f"belongs to {kind}", len(marks))
+    check_marks(odd, place)
     plain = PLAIN_DTYPES | (CAST_DTYPES.keys() if cast else set())
     narrow = [n for n in wanted if n in stored and stored[n].dtype not in plain]
     if narrow:
@@ -128,6 +128,18 @@ def check_tensors(
             "they belong to a variant of the model or to an adapter, and the pictures would lack "
             "them; take the plain checkpoint, and an adapter by --lora",
         )
+
+
+def check_marks(odd: Collection[str], place: Path) -> None:
+    """Refuse names of tensors, of no use to the model, that mark a kind of quantisation.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    for pattern, kind in QUANTISED:
+        marks = [n for n in odd if re.search(pattern, n)]
+        if marks:
+            raise _quantised(place, f"tensor '{marks[0]}'", f"belongs to {kind}", len(marks))
 
 
 def check_quantization(config: Mapping[str, Any], where: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from ...bundle.safetensors_header import StoredTensor
 from ...core.errors import CheckpointError
+from .completeness import check_marks
 from .conversion import convert
 from .geometry import class_by_names, config_from_shapes
 from .sources import MadeTensor, Weight
@@ -171,6 +172,7 @@ def _converted(name: str, own: Mapping[str, Weight], where: Path) -> dict[str, W
             str(where), f"diffusers' converter of '{name}' stops at it: {type(error).__name__} {error}",
             "it is another model or another layout: take its checkpoint in diffusers layout",
         ) from error  # fmt: skip
+    check_marks(aside, where)
     if aside:
         raise CheckpointError(
             str(where), f"has {len(aside)} tensors that diffusers' converter of '{name}' leaves aside, "

@@ -107,12 +107,18 @@ def replaced(state: dict[str, torch.Tensor], *names: str) -> None:
 
 
 QUANTISED: Mapping[str, tuple[Change, str]] = {
-    "ComfyUI": (float8_with(f"{NAME}.scale_weight"), "scaled float8 of ComfyUI"),
-    "ComfyUI's mark": (float8_with("scaled_fp8"), "scaled float8 of ComfyUI"),
-    "ComfyUI's inputs": (
-        float8_with(f"{NAME}.scale_weight", f"{NAME}.scale_input"), "and so does 1 more",
+    "two scales": (
+        float8_with(f"{NAME}.scale_weight", f"{NAME}.weight_scale"), "weights with scales",
     ),
-    "weight_scale": (float8_with(f"{NAME}.weight_scale"), "weights with scales"),
+    "blocks of scales": (
+        lambda s: (float8(s), s.update({f"{NAME}.weight_scale": torch.ones(2, 3)})),
+        "weights with scales",
+    ),
+    "ComfyUI's mark": (float8_with("scaled_fp8"), "scaled float8 of ComfyUI"),
+    "ComfyUI's inputs": (float8_with(f"{NAME}.scale_input"), "scaled float8 of ComfyUI"),
+    "two levels": (
+        float8_with(f"{NAME}.weight_scale", f"{NAME}.weight_scale_2"), "weights with scales",
+    ),
     "weight_scale_inv": (float8_with(f"{NAME}.weight_scale_inv"), "weights with scales"),
     "input_scale": (float8_with(f"{NAME}.input_scale"), "optimum-quanto or ModelOpt"),
     "bitsandbytes int8": (int8_with(f"{NAME}.SCB"), "int8 of bitsandbytes"),
@@ -205,9 +211,9 @@ def test_the_second_expert_is_accounted_for_too(model: Path, tmp_path: Path) -> 
         shutil.copytree(model, pipeline / part)
     index = {"boundary_ratio": 0.9, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     (pipeline / "model_index.json").write_text(json.dumps(index))
-    change_weights(pipeline / "transformer_2" / WEIGHTS, float8_with(f"{NAME}.scale_weight"))
+    change_weights(pipeline / "transformer_2" / WEIGHTS, float8_with(f"{NAME}.weight_scale_inv"))
     error = refusal(pipeline)
-    assert error.where == f"{pipeline / 'transformer_2'}, tensor '{NAME}.scale_weight'"
+    assert error.where == f"{pipeline / 'transformer_2'}, tensor '{NAME}.weight_scale_inv'"
 
 
 def test_config_keys_that_diffusers_would_drop_are_refused(model: Path) -> None:
