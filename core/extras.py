@@ -21,6 +21,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "metrics": METRICS,
     "report": {"jinja2": "jinja2", "matplotlib": "matplotlib", **METRICS},
     "verify": {"onnxruntime": "onnxruntime", "polygraphy": "polygraphy"},
+    "gguf": {"gguf": "gguf"},
     "serve": {"tokenizers": "tokenizers", "tritonclient": "tritonclient"},
 }
 """Extra → module to import → package that brings it. `pyproject.toml` has their versions."""

@@ -55,6 +55,7 @@ ALLOWED = {
 
 ONLY_IN = {
     "diffusers": ("commands/options.py", "compiler", "runtime", "tuning/bench.py"),
+    "gguf": ("compiler/checkpoints/gguf_file.py",),
     "huggingface_hub": ("compiler/checkpoints/checkpoint.py",),
     "imageio": ("runtime/pipeline/video.py",),
     "onnx": ("compiler", "engines"),

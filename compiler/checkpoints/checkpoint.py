@@ -11,6 +11,7 @@ from typing import Any
 from ...bundle.safetensors_header import read_header
 from ...core.errors import CheckpointError, nearest
 from .folders import read_config, read_json, read_tensors
+from .gguf_file import read_gguf
 from .layouts import file_fault, folder_fault
 from .original import ORIGINAL_CONFIGS, original_transformer
 from .scaled import without_scales
@@ -164,7 +165,7 @@ def _read(place: Path, pipeline: Path | None, part: str, variant: str | None) ->
     if place.is_file():
         _check_no_variant(place, variant, pipeline)
         config = beside if beside and beside.is_file() else _config_beside(place)
-        stored, scaled = without_scales(read_weights_file(place), place)
+        stored, scaled = _read_file(place)
         tensors, found, notes = original_transformer(
             stored, place, read_config(config) if config else None
         )
@@ -191,14 +192,12 @@ def _check_no_variant(file: Path, variant: str | None, pipeline: Path | None) ->
         )  # fmt: skip
 
 
-def read_weights_file(file: Path) -> Mapping[str, Weight]:
-    """Return the tensors of a single file, by the names that it has.
-
-    Raises:
-        CheckpointError: it is of a kind that is not read, or damaged.
-    """
+def _read_file(file: Path) -> tuple[Mapping[str, Weight], tuple[str, ...]]:
+    """Return the tensors of a single file, by the names that it has, and notes for people."""
     if file.suffix.lower() == ".safetensors":
-        return read_header(file)
+        return without_scales(read_header(file), file)
+    if file.suffix.lower() == ".gguf":
+        return read_gguf(file)
     raise file_fault(file)
 
 

@@ -20,13 +20,11 @@ PICKLED = "pickled weights, which Freewheel never opens"
 def file_fault(file: Path) -> CheckpointError:
     """Say what a file is that was given in place of a folder."""
     suffix = file.suffix.lower()
-    if suffix == ".gguf":
-        return CheckpointError(str(file), *_gguf(file.name))
     if suffix in PICKLES:
         return CheckpointError(str(file), f"is a file of {PICKLED}", TO_SAFETENSORS)
     return CheckpointError(
         str(file), "is a file of no kind that holds weights",
-        "give a .safetensors file, the folder with 'model_index.json', or the one with the "
+        "give a .safetensors or .gguf file, the folder with 'model_index.json', or the one with the "
         "transformer's 'config.json'",
     )  # fmt: skip
 
@@ -100,24 +98,15 @@ def _found(folder: Path) -> tuple[str, str] | None:
     by_suffix = {
         s: [f.name for f in files if f.suffix.lower() == s] for s in {f.suffix for f in files}
     }
-    single = by_suffix.get(".safetensors", [])
+    single = by_suffix.get(".safetensors", []) or by_suffix.get(".gguf", [])
     if single:
         return (
             f"has '{single[0]}', which is not named as diffusers names weights",
             f"give the file itself: '{folder / single[0]}'",
         )
-    if by_suffix.get(".gguf"):
-        return _gguf(by_suffix[".gguf"][0])
     if any(by_suffix.get(s) for s in PICKLES):
         return f"holds {PICKLED}", TO_SAFETENSORS
     return None
-
-
-def _gguf(name: str) -> tuple[str, str]:
-    return (
-        f"holds '{name}': GGUF, whose weights are quantised in blocks",
-        "take the checkpoint in diffusers layout, in bfloat16, float16 or float32",
-    )
 
 
 def _listing(folder: Path) -> str:
