@@ -12,7 +12,9 @@ __all__ = ["file_fault", "folder_fault", "weights_fault"]
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 TO_SAFETENSORS = (
-    "convert them: load with diffusers and call save_pretrained(folder, safe_serialization=True)"
+    "convert them: load with diffusers and call save_pretrained(folder, safe_serialization=True); a "
+    "single file's tensors alone by python -c \"import torch, safetensors.torch as s; "
+    "s.save_file(torch.load('{0}', weights_only=True), '{0}.safetensors')\""
 )
 PICKLED = "pickled weights, which Freewheel never opens"
 
@@ -21,7 +23,7 @@ def file_fault(file: Path) -> CheckpointError:
     """Say what a file is that was given in place of a folder."""
     suffix = file.suffix.lower()
     if suffix in PICKLES:
-        return CheckpointError(str(file), f"is a file of {PICKLED}", TO_SAFETENSORS)
+        return CheckpointError(str(file), f"is a file of {PICKLED}", TO_SAFETENSORS.format(file))
     return CheckpointError(
         str(file), "is a file of no kind that holds weights",
         "give a .safetensors or .gguf file, the folder with 'model_index.json', or the one with the "
@@ -104,8 +106,9 @@ def _found(folder: Path) -> tuple[str, str] | None:
             f"has '{single[0]}', which is not named as diffusers names weights",
             f"give the file itself: '{folder / single[0]}'",
         )
-    if any(by_suffix.get(s) for s in PICKLES):
-        return f"holds {PICKLED}", TO_SAFETENSORS
+    pickled = [name for suffix in sorted(PICKLES) for name in by_suffix.get(suffix, [])]
+    if pickled:
+        return f"holds {PICKLED}", TO_SAFETENSORS.format(folder / pickled[0])
     return None
 
 

@@ -21,6 +21,7 @@ from ...core.errors import CheckpointError
 from .completeness import check_marks
 from .conversion import convert
 from .geometry import class_by_names, config_from_shapes
+from .kinds import refuse_other_kinds
 from .sources import MadeTensor, Weight
 
 __all__ = ["ORIGINAL_CONFIGS", "original_transformer"]
@@ -92,6 +93,8 @@ def original_transformer(
     told = None if config is None else str(config.get("_class_name"))
     name = ORIGINAL_CONFIGS[str(told)][0] if authors else told
     by_names = class_by_names(own)
+    if by_names is None:
+        refuse_other_kinds(own or stored, where)
     name = name or by_names or _detected(own, where)
     if by_names is None and name in SINGLE_FILE_LOADABLE_CLASSES:
         tensors = _converted(name, own, where)
@@ -149,6 +152,7 @@ def _detected(own: Mapping[str, Weight], where: Path) -> str:
         if kind.startswith(begin):
             return name
     if kind == UNDETECTED:
+        _check_quantised(own, where)
         shown = ", ".join(f"'{n}'" for n in list(own)[:3])
         raise CheckpointError(
             str(where), f"holds no transformer that diffusers recognises; its tensors are {shown}, …",
@@ -168,6 +172,7 @@ def _converted(name: str, own: Mapping[str, Weight], where: Path) -> dict[str, W
     try:
         tensors, aside = convert(own, lambda state: converter(checkpoint=state, config=None))
     except Exception as error:  # of diffusers' making: KeyError, RuntimeError, …
+        _check_quantised(own, where)
         raise CheckpointError(
             str(where), f"diffusers' converter of '{name}' stops at it: {type(error).__name__} {error}",
             "it is another model or another layout: take its checkpoint in diffusers layout",
@@ -181,6 +186,11 @@ def _converted(name: str, own: Mapping[str, Weight], where: Path) -> dict[str, W
             "them; take the plain checkpoint, and an adapter by --lora",
         )  # fmt: skip
     return tensors
+
+
+def _check_quantised(own: Mapping[str, Weight], where: Path) -> None:
+    """Name a quantisation where the names of a file's tensors tell one."""
+    check_marks([n for n in own if not n.endswith("norm.scale")], where)  # FLUX.1's norms
 
 
 def _told(own: Mapping[str, Weight], tensors: Mapping[str, Weight]) -> tuple[str, ...]:

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 from freewheel.core.errors import CheckpointError
@@ -120,6 +125,18 @@ def test_pickles_are_named(folder: Path, put: Callable[..., None], suffix: str) 
         error = refusal(place)
         assert "pickled weights, which Freewheel never opens" in error.what
         assert "safe_serialization=True" in error.hint
+        file = folder / f"model.{suffix}"
+        assert f"torch.load('{file}', weights_only=True), '{file}.safetensors')" in error.hint
+
+
+def test_the_command_that_converts_a_pickle_does(folder: Path) -> None:
+    """As it stands in the message; what it writes is a file that a build takes."""
+    state = load_file(folder.parent / "weights")
+    torch.save(state, folder / "wan.pt")
+    command = re.search(r'python -c "(.*)"$', refusal(folder / "wan.pt").hint)
+    assert command
+    subprocess.run([sys.executable, "-c", command[1]], check=True)
+    assert open_checkpoint(str(folder / "wan.pt.safetensors")).tensors.keys() == state.keys()
 
 
 def test_a_file_of_no_weights_is_named(folder: Path, put: Callable[..., None]) -> None:
