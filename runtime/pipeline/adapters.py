@@ -204,8 +204,9 @@ class Adapters:
             loadable = getattr(options.get("_pipeline"), "_lora_loadable_modules", ())
             others = [k for k in state if k.split(".")[0] not in (prefix, *loadable)]
             if others:
+                module = others[0].rpartition(".lora")[0] or others[0].rpartition(".")[0]
                 raise RequestError(
-                    f"{place}, module '{others[0].rpartition('.lora')[0]}'",
+                    f"{place}, module '{module}'",
                     f"is not part of '{prefix}'", "give a LoRA of this model",
                 )  # fmt: skip
             state = {
