@@ -98,6 +98,8 @@ UNMIRRORED = {
 
 TESTED_THROUGH = {
     "__init__.py": "runtime/pipeline/test_attach.py",
+    "compiler/cut/image_models.py": "compiler/cut/test_models.py",
+    "compiler/cut/video_models.py": "compiler/cut/test_models.py",
     "configs/__init__.py": "configs/test_load.py",
     "policies/config.py": "configs/test_load.py",
     "commands": "test_cli.py",

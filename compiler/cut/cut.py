@@ -19,11 +19,11 @@ from ...core.errors import ExportError
 from .blocks import find_instances, find_templates
 from .classes import Classes, classify
 from .extract import extract
-from .models import Row
 from .names import fresh_name, module_path, value_name
 from .partition import Partition, Region, partition
 from .parts import join_once
 from .rotary import compose_rotary
+from .row import Row
 from .sums import split_sums
 from .tidy import tidy
 from .trace import Trace, trace, value_of
@@ -78,7 +78,7 @@ def _last_of(traced: Trace, path: str) -> fx.Node:
         raise ExportError(
             f"transformer '{type(traced.model).__name__}'",
             f"has no module '{path}', which its row takes a signal from",
-            "correct the row in compiler/cut/models.py",
+            "correct the row in the table of models",
         )
     return made[-1]
 

@@ -25,10 +25,11 @@ from .declared import ModelInput, Stage, StoredDtype
 from .declared import Runs as GraphRuns
 from .declared import Segment as Graph
 from .dimensions import Dimensions
-from .models import Row, row_of
+from .models import row_of
 from .names import fresh_name
 from .precision import typed
 from .refusal import refuse, refuse_what_has_no_word
+from .row import Row
 from .streams import find_streams
 from .taps import attention_output, modulated_input
 from .words import PRODUCTS, Call, Cut, arguments, operation, results

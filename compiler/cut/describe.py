@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...core.errors import CheckpointError, nearest
 from .cut import cut_model
-from .models import MODELS, Row, row_of
+from .models import MODELS, row_of
 from .prove import random_inputs
+from .row import Row
 from .trace import skeleton
 from .words import Call, Cut, Segment
 

@@ -14,8 +14,8 @@ from torch.utils._sympy.functions import FloorDiv
 
 from ...engines.base import TensorSpec
 from .declared import DimFactor
-from .models import Row
 from .refusal import refuse
+from .row import Row
 from .trace import value_of
 from .words import Cut, expression_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .models import Input, Row
+from .row import Input, Row
 from .trace import example, is_leaf, leaves_of, tensors_of
 from .words import Call, Cut, Segment
 

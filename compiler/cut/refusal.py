@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import sympy
 
 from ...core.errors import ExportError
-from .models import SIZES, Row
+from .row import SIZES, Row
 from .words import Cut
 
 __all__ = ["refuse", "refuse_what_has_no_word"]

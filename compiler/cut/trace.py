@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ...core.errors import ExportError
-from .models import SIZES, Input, Row
+from .row import SIZES, Input, Row
 from .symbolic import symbolic_python
 
 __all__ = [

@@ -21,7 +21,7 @@ from ..code_version import code_version
 from .declare import declare
 from .declared import Cut, StoredDtype
 from .document import read_cut, write_cut
-from .models import Row
+from .row import Row
 
 __all__ = ["cut_transformer", "on_meta"]
 

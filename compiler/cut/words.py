@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx
 
-from .models import Input
+from .row import Input
 from .trace import Assumption, value_of
 
 __all__ = [

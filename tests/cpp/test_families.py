@@ -22,7 +22,7 @@ from loop import Loop, check_equal, crossed
 from test_bundles import inputs_at
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.cut.models import SIZES
+from freewheel.compiler.cut.row import SIZES
 from freewheel.policies import POLICIES
 from freewheel.policies.setting import CacheSetting, GuardSetting
 

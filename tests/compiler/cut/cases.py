@@ -16,8 +16,9 @@ from held_out import HELD_OUT
 from torch import Tensor, fx, nn
 
 from freewheel.compiler.cut.cut import cut_model
-from freewheel.compiler.cut.models import MODELS, Row, row_of
+from freewheel.compiler.cut.models import MODELS, row_of
 from freewheel.compiler.cut.prove import random_weights
+from freewheel.compiler.cut.row import Row
 from freewheel.compiler.cut.trace import Trace, trace
 from freewheel.compiler.cut.words import Cut
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from freewheel.compiler.cut.models import PATCH_IMAGE, PATCH_VIDEO, Row, prompt, run, step
+from freewheel.compiler.cut.row import PATCH_IMAGE, PATCH_VIDEO, Row, prompt, run, step
 
 IMAGE = step("batch in_channels height width")
 

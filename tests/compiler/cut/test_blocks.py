@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from freewheel.compiler.cut.blocks import find_instances, find_templates
-from freewheel.compiler.cut.models import Row, prompt, step
+from freewheel.compiler.cut.row import Row, prompt, step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.trace import Trace, trace
 

@@ -24,8 +24,8 @@ from diffusers import (
 from test_prove import OTHER
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import eager, random_inputs
+from freewheel.compiler.cut.row import SIZES
 from freewheel.compiler.graphs.write import io_entries
 from freewheel.compiler.recut import cut_of
 from freewheel.compiler.verify.bundle import verify_bundle

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from freewheel.compiler.cut.classes import classify
 from freewheel.compiler.cut.cut import cut_model
-from freewheel.compiler.cut.models import Row, prompt, run, step
 from freewheel.compiler.cut.prove import chain
+from freewheel.compiler.cut.row import Row, prompt, run, step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.words import is_operation
 

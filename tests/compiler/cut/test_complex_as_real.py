@@ -11,7 +11,7 @@ from cases import run, traced
 from torch import Tensor
 
 from freewheel.compiler.cut.complex_as_real import complex_as_real
-from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.row import step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.trace import value_of
 from freewheel.core.errors import ExportError

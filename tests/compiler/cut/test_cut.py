@@ -12,8 +12,8 @@ from cases import EVERY_RUN, Case, case
 from torch import Tensor, nn
 
 from freewheel.compiler.cut.cut import cut_model
-from freewheel.compiler.cut.models import Row, prompt, step
 from freewheel.compiler.cut.prove import chain
+from freewheel.compiler.cut.row import Row, prompt, step
 
 ORDER = ("shape", "prompt", "run", "context", "modulation", "step", "block")
 

@@ -18,8 +18,8 @@ from test_prove import OTHER
 
 from freewheel.compiler.cut.declare import declare
 from freewheel.compiler.cut.declared import Cut
-from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import eager, random_inputs
+from freewheel.compiler.cut.row import SIZES
 from freewheel.compiler.families import family_of
 from freewheel.core.errors import ExportError
 

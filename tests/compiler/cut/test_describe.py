@@ -13,8 +13,8 @@ from cases import Case, case
 from torch.utils.flop_counter import FlopCounterMode
 
 from freewheel.compiler.cut.describe import describe, describe_model
-from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import eager, random_inputs
+from freewheel.compiler.cut.row import SIZES
 from freewheel.compiler.draw_cut import mermaid
 from freewheel.core.errors import CheckpointError
 

@@ -14,7 +14,7 @@ from cases import EVERY_RUN, Case, case
 from test_declare import DECLARED, declared, error
 
 from freewheel.compiler.cut.document import CONSTANTS, DOCUMENT, read_cut, write_cut
-from freewheel.compiler.cut.models import SIZES
+from freewheel.compiler.cut.row import SIZES
 from freewheel.core.errors import BundleError
 
 ANSWER = "print(6 * 7)"

@@ -7,7 +7,7 @@ import torch
 from cases import traced
 
 from freewheel.compiler.cut.evaluate import Evaluator
-from freewheel.compiler.cut.models import SIZES, step
+from freewheel.compiler.cut.row import SIZES, step
 from freewheel.compiler.cut.words import is_operation
 
 

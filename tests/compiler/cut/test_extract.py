@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freewheel.compiler.cut.classes import Classes, classify
 from freewheel.compiler.cut.extract import extract
-from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.row import step
 from freewheel.compiler.cut.words import is_operation
 from freewheel.core.errors import ExportError
 

@@ -10,8 +10,8 @@ import torch
 from cases import Case, traced
 from torch import Tensor, fx, nn
 
-from freewheel.compiler.cut.models import Row, step
 from freewheel.compiler.cut.names import assignments, fresh_name, source_of, value_name
+from freewheel.compiler.cut.row import Row, step
 from freewheel.compiler.cut.trace import trace
 from freewheel.compiler.cut.words import is_operation
 

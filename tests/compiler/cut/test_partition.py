@@ -9,8 +9,8 @@ from cases import Case, case, traced
 from torch import Tensor
 
 from freewheel.compiler.cut.classes import classify
-from freewheel.compiler.cut.models import run, step
 from freewheel.compiler.cut.partition import partition
+from freewheel.compiler.cut.row import run, step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.words import PRODUCTS, Segment, operation
 

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from freewheel.compiler.cut.classes import classify
 from freewheel.compiler.cut.extract import extract
-from freewheel.compiler.cut.models import run, step
 from freewheel.compiler.cut.precision import typed
+from freewheel.compiler.cut.row import run, step
 from freewheel.compiler.cut.trace import Trace
 from freewheel.compiler.cut.words import is_operation, operation
 

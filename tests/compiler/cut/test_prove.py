@@ -10,7 +10,6 @@ import torch
 from cases import CASES, EVERY_RUN, Case, case
 from held_out import HELD_OUT
 
-from freewheel.compiler.cut.models import SIZES
 from freewheel.compiler.cut.prove import (
     chain,
     eager,
@@ -18,6 +17,7 @@ from freewheel.compiler.cut.prove import (
     random_weights,
     relative_error,
 )
+from freewheel.compiler.cut.row import SIZES
 
 TOLERANCE = 1e-5
 """Relative L2 in float32 (DESIGN 5)."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from cases import run, traced
 
-from freewheel.compiler.cut.models import step
 from freewheel.compiler.cut.rewrite import infer, insert, operations, replace
+from freewheel.compiler.cut.row import step
 from freewheel.compiler.cut.trace import value_of
 
 

@@ -13,8 +13,8 @@ from cases import EVERY_RUN, case, run
 from torch import Tensor, nn
 
 from freewheel.compiler.cut.blocks import find_instances
-from freewheel.compiler.cut.models import Row, step
 from freewheel.compiler.cut.rotary import compose_rotary
+from freewheel.compiler.cut.row import Row, step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.trace import Trace, trace, value_of
 from freewheel.compiler.cut.words import is_size, operation, sizes_of

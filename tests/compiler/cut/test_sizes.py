@@ -9,7 +9,7 @@ import torch
 from cases import traced
 from torch import fx, nn
 
-from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.row import step
 from freewheel.compiler.cut.sizes import SizeMaker, line, shape_donors
 from freewheel.compiler.cut.trace import Trace, value_of
 from freewheel.compiler.cut.words import expression_of, is_operation

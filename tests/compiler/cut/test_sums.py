@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from freewheel.compiler.cut.classes import classify
 from freewheel.compiler.cut.cut import cut_model
-from freewheel.compiler.cut.models import Row, prompt, step
-from freewheel.compiler.cut.models import run as timestep
 from freewheel.compiler.cut.prove import chain
+from freewheel.compiler.cut.row import Row, prompt, step
+from freewheel.compiler.cut.row import run as timestep
 from freewheel.compiler.cut.sums import split_sums
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.words import is_operation, tensors_read

@@ -8,7 +8,7 @@ import torch
 from cases import run, traced
 from torch import Tensor
 
-from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.row import step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.trace import Trace
 from freewheel.compiler.cut.words import is_operation, operation, tensors_read

@@ -11,7 +11,8 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
-from freewheel.compiler.cut.models import Row, row_of, step
+from freewheel.compiler.cut.models import row_of
+from freewheel.compiler.cut.row import Row, step
 from freewheel.compiler.cut.trace import (
     Assumption,
     _may_fail,

@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.store import Store
 from freewheel.compiler.cut import declare as declaring
-from freewheel.compiler.cut.models import Row
+from freewheel.compiler.cut.row import Row
 from freewheel.compiler.cut.transformer import cut_transformer, on_meta
 from freewheel.core.errors import CheckpointError
 

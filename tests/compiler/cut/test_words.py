@@ -7,7 +7,7 @@ import torch
 from cases import traced
 from torch import fx
 
-from freewheel.compiler.cut.models import step
+from freewheel.compiler.cut.row import step
 from freewheel.compiler.cut.trace import Trace
 from freewheel.compiler.cut.words import (
     is_operation,

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that make or edit images."""
+
+from __future__ import annotations
+
+from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
+
+__all__ = ["IMAGE_MODELS"]
+
+IMAGE_MODELS = (
+    Row(
+        "QwenImageTransformer2DModel",
+        {
+            "hidden_states": step("batch rows*columns in_channels"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "encoder_hidden_states_mask": TEXT_MASK,
+            "img_shapes": [[(1, size("rows"), size("columns"))]],
+        },
+        pipelines=("QwenImagePipeline",),
+        name="qwen_image",
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
+    ),
+    Row(
+        "SD3Transformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "pooled_projections": prompt("batch pooled_projection_dim"),
+        },
+        pipelines=("StableDiffusion3Pipeline",),
+        name="sd3",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+    ),
+    Row(
+        "BriaTransformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "img_ids": prompt("tokens 3", fill="positions"),
+            "txt_ids": prompt("text_tokens 3", fill="positions"),
+        },
+        pipelines=("BriaPipeline",),
+        name="bria",
+        latent_scale=(1, 8),
+        packed=2,
+    ),
+    Row(
+        "OvisImageTransformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "img_ids": prompt("tokens 3", fill="positions"),
+            "txt_ids": prompt("text_tokens 3", fill="positions"),
+        },
+        pipelines=("OvisImagePipeline",),
+        name="ovis_image",
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
+    ),
+    Row(
+        "Krea2Transformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens num_text_layers text_hidden_dim"),
+            "position_ids": prompt("text_tokens+tokens 3", fill="positions"),
+            "encoder_attention_mask": TEXT_MASK,
+        },
+        pipelines=("Krea2Pipeline",),
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
+    ),
+    Row(
+        "PRXTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens context_in_dim"),
+            "attention_mask": TEXT_MASK,
+        },
+        pipelines=("PRXPipeline",),
+        name="prx",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+    ),
+    Row(
+        "JoyImageEditTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_dim"),
+        },
+        pipelines=("JoyImageEditPipeline",),
+        name="joy_image_edit",
+        multiples=PATCH_VIDEO,
+    ),
+    Row(
+        "ZImageTransformer2DModel",
+        {
+            "x": [step("in_channels 1 height width")],
+            "t": run("1"),
+            "cap_feats": [prompt("text_tokens cap_feat_dim")],
+        },
+        pipelines=("ZImagePipeline",),
+        multiples={"height": "all_patch_size[0]", "width": "all_patch_size[0]"},
+        latent_scale=(1, 8),
+    ),
+)
+"""In the order in which each came to be cut."""

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows: shapes over a config and sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from freewheel.compiler.cut.row import SIZES, Input, Row, prompt, size, step
+
+
+def test_a_shape_is_read_from_config_and_sizes() -> None:
+    latents = step("batch in_channels 1+frames height*width")
+    sizes = {**SIZES, "frames": 2, "height": 3, "width": 4}
+    assert latents.dimensions({"in_channels": 16}, sizes) == (2, 16, 3, 12)
+    assert latents.dynamic() == (0, 2, 3)
+    assert size("height").dynamic() == (0,)
+    assert prompt("2 in_channels").dynamic() == ()
+
+
+def test_sizes_are_multiples_of_patches() -> None:
+    row = Row("X", {}, multiples={"height": "patch[1]"})
+    assert row.sizes({"patch": [1, 4]}, {"height": 5, "width": 7}) == {"height": 20, "width": 7}
+
+
+def test_no_two_traced_sizes_are_equal() -> None:
+    assert len(set(SIZES.values())) == len(SIZES)
+
+
+def test_a_shape_can_name_nothing_but_numbers() -> None:
+    with pytest.raises(NameError):
+        Input("step", "open").dimensions({}, SIZES)
