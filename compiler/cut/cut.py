@@ -19,6 +19,7 @@ from ...core.errors import ExportError
 from .blocks import find_instances, find_templates
 from .classes import Classes, classify
 from .extract import extract
+from .joint import divide_joint
 from .names import fresh_name, module_path, value_name
 from .partition import Partition, Region, partition
 from .parts import join_once
@@ -54,6 +55,7 @@ def cut_model(
     while True:
         traced = trace(row, model_class, config, whole)
         tidy(traced)
+        divide_joint(traced, find_instances(traced))
         compose_rotary(traced, find_instances(traced))
         join_once(traced, find_instances(traced))
         split_sums(traced)

@@ -15,7 +15,7 @@ from torch.utils._sympy.functions import FloorDiv
 from ...engines.base import TensorSpec
 from .declared import DimFactor
 from .refusal import refuse
-from .row import Row
+from .row import Row, size_expression
 from .trace import value_of
 from .words import Cut, expression_of
 
@@ -50,10 +50,7 @@ class Dimensions:
 
     def of_word(self, word: str) -> str:
         """Name a dimension that a row spells."""
-        plain = {
-            n: sympy.Symbol(n, integer=True, positive=True) for n in self.row.sizes(self.config)
-        }
-        is_tokens = sympy.sympify(word, locals=plain) == self.tokens
+        is_tokens = size_expression(word, self.config) == self.tokens
         if not is_tokens and not word.isidentifier():
             refuse(self.cut.model, "takes an input of a size that has no name", [word])
         return "tokens" if is_tokens else word

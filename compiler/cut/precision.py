@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give a segment's graph its dtypes: low precision for products of tokens, float32 for all else.
 
-The rule is one for all models. Products that touch tokens take and give the body's precision; norms,
-rotary embeddings and products of conditioning vectors are float32; everything else follows PyTorch's
+The rule is one for all models. Attention and weights' products with tokens take and give the body's
+precision; norms, rotary embeddings, products of conditioning vectors and of two computed values (linear
+attention sums over tokens, and divides by such a sum) are float32; everything else follows PyTorch's
 own promotion, by which a stream stays float32 (float32 + low is float32) and what lies between two
 products stays low. A weight is taken in the dtype it is stored in and cast in the graph, except by
 products of the body, whose weights a build converts once.
@@ -169,10 +170,14 @@ class _Typing:
         return self._cast(copy, torch.float32) if taken is None else copy
 
     def _is_low(self, node: fx.Node) -> bool:
-        """Say whether a node is a product of the body that touches tokens."""
+        """Say whether a node is attention, or a weight's product with tokens, of the body."""
         if self.precision is None or operation(node) not in PRODUCTS:
             return False
-        return any(sizes_of(n) - self.batch for n in (node, *node.all_input_nodes))
+        read = node.all_input_nodes
+        computed = [n for n in read if getattr(n.meta.get("dependency"), "on", None)]
+        if len(computed) > 1 and operation(node) != "scaled_dot_product_attention":
+            return False
+        return any(sizes_of(n) - self.batch for n in (node, *read))
 
     def _operation(self, node: fx.Node) -> fx.Node:
         wanted: torch.dtype | None = None

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import sympy
+from torch.utils._sympy.functions import FloorDiv
+
 __all__ = [
     "PATCH_IMAGE",
     "PATCH_VIDEO",
@@ -18,6 +21,7 @@ __all__ = [
     "prompt",
     "run",
     "size",
+    "size_expression",
     "step",
 ]
 
@@ -69,6 +73,15 @@ class Input:
         """Return which dimensions differ from run to run."""
         words = (compile(word, word, "eval").co_names for word in self.shape.split())
         return tuple(i for i, names in enumerate(words) if SIZES.keys() & set(names))
+
+
+def size_expression(word: str, config: Mapping[str, Any]) -> Any:
+    """Return a dimension that a row spells (``height // patch_size``) over the names of `SIZES`."""
+    numbers = {name: value for name, value in config.items() if isinstance(value, int)}
+    plain = {name: sympy.Symbol(name, integer=True, positive=True) for name in SIZES}
+    return sympy.sympify(word, locals={**numbers, **plain}).replace(
+        sympy.floor, lambda ratio: FloorDiv(*ratio.as_numer_denom())
+    )
 
 
 def step(shape: str, **options: Any) -> Input:

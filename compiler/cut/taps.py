@@ -17,6 +17,8 @@ __all__ = ["attention_output", "modulated_input"]
 def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
     """Return what a block's first product of the stream multiplies: its normed, modulated input.
 
+    Where a block joins it with a text first, it is the stream's part.
+
     Args:
         module: The block's graph.
         hidden: Argument that is the stream.
@@ -31,13 +33,16 @@ def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
         if node.op != "call_function" or seen.isdisjoint(node.all_input_nodes):
             continue
         if operation(node) in PRODUCTS:
-            read = [
-                n for n in node.all_input_nodes if n in seen and shape_of(n) == shape_of(stream)
-            ]
-            if read:
-                return read[0]
+            for read in (part for n in node.all_input_nodes for part in _parts(n)):
+                if read in seen and shape_of(read) == shape_of(stream):
+                    return read
         seen.add(node)
     raise _missing(module, "no product reads the stream")
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """Return a value and, if it joins two sequences, those."""
+    return [node, *(node.all_input_nodes if operation(node) == "cat" else ())]
 
 
 def attention_output(module: fx.GraphModule, hidden: str) -> fx.GraphModule:

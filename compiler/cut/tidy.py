@@ -34,7 +34,7 @@ FILLS = {
 NO_OPS = frozenset(  # where they change neither shape nor dtype
     {
         "_to_copy", "alias", "clone", "contiguous", "detach", "dropout", "expand", "lift_fresh_copy",
-        "reshape", "slice", "to", "type_as", "view", "view_as",
+        "reshape", "slice", "squeeze", "to", "type_as", "view", "view_as",
     }
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ...core.errors import ExportError
-from .row import SIZES, Input, Row
+from .row import Input, Row, size_expression
 from .symbolic import symbolic_python
 
 __all__ = [
@@ -314,12 +314,13 @@ def trace(
             f"torch can't trace its forward: {error}",
             "report this with the model's config",
         ) from error
-    return _read(program, model, dict(zip(named, leaves, strict=True)), named, runs, domain)
+    return _read(program, model, config, dict(zip(named, leaves, strict=True)), named, runs, domain)
 
 
 def _read(
     program: torch.export.ExportedProgram,
     model: nn.Module,
+    config: Mapping[str, Any],
     examples: Mapping[str, Any],
     named: Mapping[str, Input],
     runs: dict[str, int],
@@ -347,7 +348,7 @@ def _read(
     changed = len(signature.output_specs) - structure.num_leaves
     count = structure.children()[0].num_leaves
     mode = next(v.fake_mode for v in map(value_of, inputs) if hasattr(v, "fake_mode"))
-    symbols = _symbols(declared)
+    symbols = _symbols(declared, config)
     return Trace(
         model=model, graph=program.graph, inputs=inputs, declared=declared,
         examples={node: examples[name] for node, name in inputs.items()}, weights=weights,
@@ -367,15 +368,16 @@ def hint(extent: Any) -> Any:
     return extent.node.hint if hasattr(extent, "node") else extent
 
 
-def _symbols(declared: Mapping[fx.Node, Input]) -> dict[sympy.Symbol, sympy.Basic]:
+def _symbols(
+    declared: Mapping[fx.Node, Input], config: Mapping[str, Any]
+) -> dict[sympy.Symbol, sympy.Basic]:
     """Name each symbolic size by the expression that a row gives for it."""
-    plain = {name: sympy.Symbol(name, integer=True, positive=True) for name in SIZES}
     names: dict[sympy.Symbol, sympy.Basic] = {}
     for node, one in declared.items():
         value = value_of(node)
         for word, extent in zip(one.shape.split(), getattr(value, "shape", (value,)), strict=True):
             if isinstance(extent, torch.SymInt) and extent.node.expr.is_Symbol:
-                names.setdefault(extent.node.expr, sympy.sympify(word, locals=plain))
+                names.setdefault(extent.node.expr, size_expression(word, config))
     return names
 
 
@@ -438,14 +440,12 @@ SAMPLES = (1, 2, 3, 8, 100, 5_000, 1_000_000)
 def _may_fail(assumption: Assumption) -> bool:
     """Say whether some sizes break an assumption.
 
-    torch's own questions whether two extents differ, or one is 0 or 1, choose strides: the graph is
-    right either way (every cut is proved at sizes of 1).
+    What chooses strides breaks nothing: the graph is right either way (every cut is proved at sizes of 1).
     """
     condition = assumption.condition
     if not assumption.where:  # asked again when the graph was made functional
         return False
-    asks_if_empty = isinstance(condition, sympy.Le) and condition.lhs == 1
-    if not assumption.by_model and (asks_if_empty or isinstance(condition, sympy.Ne)):
+    if not assumption.by_model and _chooses_strides(condition):
         return False
     symbols = sorted(assumption.condition.free_symbols, key=str)
     draw = random.Random(0)
@@ -457,3 +457,15 @@ def _may_fail(assumption: Assumption) -> bool:
         except ZeroDivisionError:  # a latent smaller than one patch: no such size is run
             continue
     return False
+
+
+def _chooses_strides(condition: sympy.Basic) -> bool:
+    """Say whether torch asks if extents differ, if one is 0 or 1, or which of two strides is longer."""
+    if isinstance(condition, sympy.Ne):
+        return True
+    if not isinstance(condition, (sympy.Le, sympy.Lt)):
+        return False
+    sides = (sympy.Mul.make_args(side) for side in condition.args)
+    return condition.args[0] == 1 or all(
+        type(factor).__name__ == "Max" and 1 in factor.args for side in sides for factor in side
+    )

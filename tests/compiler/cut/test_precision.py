@@ -60,6 +60,19 @@ def test_products_of_vectors_stay_float32() -> None:
     assert dtypes_of(lowered(module, set(found.symbols)), torch.randn(3))["matmul"] == torch.float32
 
 
+def test_linear_attention_is_float32_and_attention_low() -> None:
+    """Sums over tokens overflow float16, and a sum of none divides by an epsilon that it lacks."""
+
+    def forward(x: Tensor) -> Tensor:
+        low = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return torch.bmm(low, low.transpose(1, 2))
+
+    module = lowered(graph_of(traced(forward, x=step("batch tokens 4"))))
+    seen = dtypes_of(module, torch.randn(2, 5, 4))
+    assert seen["scaled_dot_product_attention"] == torch.float16
+    assert seen["bmm"] == torch.float32
+
+
 def test_what_depends_on_nothing_is_a_constant() -> None:
     def forward(t: Tensor) -> Tensor:
         return t.unsqueeze(1) * torch.exp(torch.arange(4, dtype=torch.float32) * -2.3)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import pytest
+import sympy
+from torch.utils._sympy.functions import FloorDiv
 
-from freewheel.compiler.cut.row import SIZES, Input, Row, prompt, size, step
+from freewheel.compiler.cut.row import SIZES, Input, Row, prompt, size, size_expression, step
 
 
 def test_a_shape_is_read_from_config_and_sizes() -> None:
@@ -29,3 +31,10 @@ def test_no_two_traced_sizes_are_equal() -> None:
 def test_a_shape_can_name_nothing_but_numbers() -> None:
     with pytest.raises(NameError):
         Input("step", "open").dimensions({}, SIZES)
+
+
+def test_a_dimension_is_an_expression_over_sizes_alone() -> None:
+    height, width = (sympy.Symbol(n, integer=True, positive=True) for n in ("height", "width"))
+    found = size_expression("(height//patch_size)*width", {"patch_size": 2, "name": "x"})
+    assert found == FloorDiv(height, 2) * width
+    assert size_expression("2*width-1", {}) == 2 * width - 1

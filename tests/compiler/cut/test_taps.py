@@ -73,3 +73,18 @@ def test_a_block_without_products_or_sums_cant_be_tapped() -> None:
         modulated_input(module, "x")
     with pytest.raises(ExportError, match="nothing is added to the stream"):
         attention_output(module, "x")
+
+
+def test_of_a_product_of_a_joint_sequence_the_streams_part_is_the_signal() -> None:
+    graph = fx.Graph()
+    text, x = graph.placeholder("text"), graph.placeholder("x")
+    text.meta["val"], x.meta["val"] = torch.zeros(1, 2, 4), torch.zeros(1, 3, 4)
+    normed = graph.call_function(torch.ops.aten.silu.default, (x,))
+    normed.meta["val"] = x.meta["val"]
+    joint = graph.call_function(torch.ops.aten.cat.default, ([text, normed], 1))
+    joint.meta["val"] = torch.zeros(1, 5, 4)
+    product = graph.call_function(torch.ops.aten.matmul.default, (joint, graph.get_attr("w")))
+    graph.output((product,))
+    root = nn.Module()
+    root.w = nn.Parameter(torch.zeros(4, 4))
+    assert modulated_input(fx.GraphModule(root, graph), "x") is normed

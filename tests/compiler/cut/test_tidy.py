@@ -67,6 +67,15 @@ def test_one_sequence_is_not_padded(batch_first: bool) -> None:
     assert torch.equal(run(found, x=x), forward(x))
 
 
+def test_an_axis_of_another_size_than_one_is_not_squeezed() -> None:
+    """What does nothing at the traced sizes does nothing at a size of 1 either."""
+    found = traced(lambda x: x.squeeze(1) * 2, x=ROWS)
+    tidy(found)
+    assert names(found) == ["mul"]
+    x = torch.randn(2, 1, 8)
+    assert torch.equal(run(found, x=x), x * 2)
+
+
 def test_two_sequences_are_padded_still() -> None:
     found = traced(lambda x: torch.nn.utils.rnn.pad_sequence([x, x * 2]), x=ROWS)
     tidy(found)

@@ -9,7 +9,7 @@ import torch
 from cases import WAN, Case
 from diffusers import WanTransformer3DModel
 from torch import nn
-from torch.utils._sympy.functions import FloorDiv, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, PythonMod
 
 from freewheel.compiler.cut.models import row_of
 from freewheel.compiler.cut.row import Row, step
@@ -112,6 +112,15 @@ def test_an_assumption_counts_if_some_size_breaks_it() -> None:
     assert asked(sympy.Ne(frames, 1), by_model=True)
     assert not asked(sympy.Ne(frames, 1))
     assert not _may_fail(Assumption(sympy.Le(frames, 32), ""))
+
+
+def test_which_of_two_strides_is_longer_breaks_nothing() -> None:
+    height, width = (sympy.Symbol(n, integer=True, positive=True) for n in ("height", "width"))
+    rows, columns = Max(1, FloorDiv(height, 2)), Max(1, FloorDiv(width, 2))
+    assert not _may_fail(Assumption(sympy.Lt(columns, rows * columns), "model.py:1"))
+    assert not _may_fail(Assumption(sympy.Lt(1, height * width), "model.py:1"))
+    assert _may_fail(Assumption(sympy.Lt(columns, rows), "model.py:1", by_model=True))
+    assert _may_fail(Assumption(sympy.Lt(columns, 32), "model.py:1"))
 
 
 def test_a_size_at_which_an_assumption_has_no_value_breaks_nothing() -> None:

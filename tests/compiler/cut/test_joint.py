@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A joint sequence goes from block to block as its parts, and no part is computed for nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import run, traced
+from torch import Tensor, nn
+
+from freewheel.compiler.cut.cut import cut_model
+from freewheel.compiler.cut.joint import divide_joint
+from freewheel.compiler.cut.prove import chain
+from freewheel.compiler.cut.row import Row, prompt, step
+from freewheel.compiler.cut.streams import find_streams
+from freewheel.compiler.cut.words import Cut, operation
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.scaled_dot_product_attention(
+            self.query(x), self.key(x), self.value(x)
+        )
+
+
+class Model(nn.Module):
+    """Blocks of one sequence, joined before them and divided after a norm behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(5)])
+        self.embed = nn.Linear(4, 4)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Model:
+        return cls()
+
+    def forward(self, x: Tensor, text: Tensor, return_dict: bool) -> Tensor:
+        joint = torch.cat([self.embed(text), self.embed(x)], dim=1)
+        for block in self.blocks:
+            joint = block(joint)
+        return nn.functional.layer_norm(joint, [4])[:, text.shape[1] :] + x
+
+
+ROW = Row("Model", {"x": step("batch tokens 4"), "text": prompt("batch text_tokens 4")})
+
+
+@pytest.fixture(scope="module")
+def cut() -> Cut:
+    return cut_model(ROW, Model, {})
+
+
+def test_a_cut_of_divided_blocks_is_the_model(cut: Cut) -> None:
+    model = Model()
+    for tokens, text_tokens in ((5, 3), (1, 1), (3, 7)):
+        inputs = {"x": torch.randn(2, tokens, 4), "text": torch.randn(2, text_tokens, 4)}
+        found = chain(cut, dict(model.named_parameters()), inputs)[0]
+        assert torch.allclose(found, model(**inputs, return_dict=False), atol=1e-6)
+
+
+def test_each_block_hands_on_the_latents_and_the_text(cut: Cut) -> None:
+    streams = find_streams(cut)
+    assert [call.block for call in streams.blocks] == [f"blocks.{i}" for i in range(5)]
+    assert set(streams.outputs["block"].values()) == {"hidden", "text"}
+
+
+def test_between_and_behind_the_blocks_the_text_is_not_read(cut: Cut) -> None:
+    assert [c.segment for c in cut.calls if not c.block] == ["prompt", "head", "finish"]
+    last = [c for c in cut.calls if c.block][-1]
+    read = [value for value in cut.calls[-1].inputs if value in last.outputs]
+    assert len(read) == 1
+    assert last.outputs.index(read[0]) == 1  # the parts come out as they were joined
+
+
+def kinds(forward: Any) -> tuple[list[str], Any]:
+    found = traced(forward, x=step("batch tokens 4"), y=step("batch text_tokens 4"))
+    divide_joint(found, [])
+    return [operation(n) for n in found.graph.nodes if n.op == "call_function"], found
+
+
+def test_a_part_of_what_was_joined_is_taken_before_it_is_computed_with() -> None:
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        table = torch.cat([y[0], x[0]]).unsqueeze(0)
+        joint = torch.cat([y, x], dim=1) + table
+        return nn.functional.gelu(joint)[:, y.shape[1] :]
+
+    names, found = kinds(forward)
+    assert "cat" not in names
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    assert torch.allclose(run(found, x=x, y=y), forward(x, y))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x, y: torch.cat([y, x], dim=1)[:, 1:],  # no operand's border
+        lambda x, y: torch.cat([y, x], dim=1).softmax(1)[:, y.shape[1] :],  # sees all tokens
+        lambda x, y: torch.cat([y, x], dim=1)[:, :: y.shape[1]],
+    ],
+)
+def test_what_is_no_part_is_left_alone(forward: Any) -> None:
+    names, found = kinds(forward)
+    assert "cat" in names
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    assert torch.allclose(run(found, x=x, y=y), forward(x, y))
