@@ -106,9 +106,8 @@ class GraphEntry(_Entry):
 
     @property
     def streams(self) -> list[str]:
-        """What the graph passes on: streams it takes as ``<stream>`` and gives as ``<stream>_out``."""
-        ends = [n.removesuffix("_out") for n in self.outputs if n.endswith("_out")]
-        return [stream for stream in ends if stream in self.inputs]
+        """What a block's graph passes on, or begins: streams that it gives as ``<stream>_out``."""
+        return [n.removesuffix("_out") for n in self.outputs if n.endswith("_out")]
 
 
 class GroupEntry(_Entry):

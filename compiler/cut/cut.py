@@ -199,7 +199,8 @@ class _Calls:
             or any(u in self.parts.live and u not in inside and not is_size(u) for u in n.users)
         ]
         outputs = [n for n in outputs if isinstance(value_of(n), torch.Tensor)]
-        module, read = extract(self.traced, self.classes, region.nodes, outputs, name=region.name)
+        nodes = [*region.again, *region.nodes]
+        module, read = extract(self.traced, self.classes, nodes, outputs, name=region.name)
         made = tuple(self._name(node) for node in outputs)
         self.segments[region.name] = Segment(
             region.name, region.runs, module, arguments_of(module), made

@@ -19,6 +19,7 @@ from torch import fx
 
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
+from .alone import alone
 from .cut import cut_model
 from .declared import Cut as Declared
 from .declared import ModelInput, Stage, StoredDtype
@@ -162,7 +163,7 @@ class _Declaration:
                     continue
                 if value in self.streams.of:
                     stream = self.streams.of[value]
-                    words[value] = f"{stream}_out" if call.block else stream
+                    words[value] = f"{stream}_out" if self._runs(call) == "block" else stream
                 elif call.block:
                     words[value] = value.removeprefix(f"{call.block}.")
                 else:
@@ -280,16 +281,26 @@ class _Declaration:
         if not tapped or signal is None:
             return [graph]
         whole = Graph(f"{segment.name}_tapped", "block", made, inputs, specs, prefix, precision)
-        looked_at, _ = typed(
-            _only(module, signal), given, precision=None, stored=stored,
-            batch=self.batch, names=names, returned={}, drop_unread=True,
-        )  # fmt: skip
-        read = [n.name for n in looked_at.graph.nodes if n.op == "placeholder"]
-        modulate = Graph(
-            "modulate", "signal", looked_at, {n: inputs[n] for n in read},
-            {SIGNAL: self.dimensions.spec(signal, torch.float32)}, block_prefix,
-        )  # fmt: skip
-        return [modulate, graph, whole]
+        return [self._modulate(call, module, signal, streams), graph, whole]
+
+    def _modulate(
+        self, call: Call, module: fx.GraphModule, signal: fx.Node, streams: Mapping[int, str]
+    ) -> Graph:
+        """Declare the graph of the first block's modulated input."""
+        looked_at, read = alone(self.cut, call, module, signal, name="modulate")
+        of_stream = {call.inputs[i]: stream for i, stream in streams.items()}
+        values = {a: self.aliases.get(v, v) for a, v in read.items()}
+        names = {a: of_stream.get(v) or self.words[values[a]] for a, v in read.items()}
+        given = {a: self.dtypes[v] for a, v in read.items()}
+        made, _ = typed(
+            looked_at, given, precision=None, stored=self.stored, batch=self.batch, names=names
+        )
+        specs = {
+            names[node.name]: self._argument_spec(node, read[node.name], given[node.name])
+            for node in arguments(looked_at)
+        }
+        outputs = {SIGNAL: self.dimensions.spec(signal, torch.float32)}
+        return Graph("modulate", "signal", made, specs, outputs)
 
     def _returned(self, call: Call, outputs: Sequence[str]) -> dict[int, torch.dtype]:
         """Return dtypes that results are cast to: streams are float32, what products read is low."""
@@ -337,6 +348,9 @@ class _Declaration:
         stages = []
         for segment, group in groupby(self.streams.blocks, key=lambda call: call.segment):
             calls = list(group)
+            if not calls[0].block:  # before the first block, or between two
+                stages.append(Stage(segment, None, None, 1))
+                continue
             first = int(calls[0].block.rpartition(".")[2])
             prefix = next(c for c in self.streams.blocks if c.segment == segment).block.rpartition(
                 "."
@@ -358,18 +372,3 @@ class _Declaration:
                 )
             )
         return tuple(stages)
-
-
-def _only(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
-    """Return a graph that returns one node's value alone."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for one in module.graph.nodes:
-        if one.op == "output":
-            continue
-        copies[one] = graph.node_copy(one, copies.__getitem__)
-        if one is node:
-            break
-    graph.output((copies[node],))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph, class_name="modulate")

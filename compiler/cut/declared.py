@@ -78,8 +78,9 @@ class Stage:
 
     A block passes streams on: each output ``<stream>_out`` whose input ``<stream>`` it takes goes
     to the next block. ``hidden``, which ``head`` begins, is the one whose residual is cached;
-    others (a text stream) begin as an output of ``prompt`` and end with the last block. A block
-    need not write every stream.
+    others (a text stream) begin as an output of ``prompt``, or of a block, and end with the last
+    block. A block need not write every stream. What is computed once per computed step, before the
+    first block or between two, is a stage of one block whose weights are nobody else's.
 
     Attributes:
         block: Segment name of the block template.

@@ -7,7 +7,16 @@ from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, st
 
 __all__ = ["IMAGE_MODELS"]
 
-IMAGE_MODELS = (
+COGVIEW = {
+    "hidden_states": step("batch in_channels height width"),
+    "timestep": run(),
+    "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+    "original_size": prompt("batch 2", fill=9),
+    "target_size": prompt("batch 2", fill=9),
+    "crop_coords": prompt("batch 2", fill=9),
+}
+
+IMAGE_MODELS: tuple[Row, ...] = (
     Row(
         "QwenImageTransformer2DModel",
         {
@@ -75,6 +84,7 @@ IMAGE_MODELS = (
             "encoder_attention_mask": TEXT_MASK,
         },
         pipelines=("Krea2Pipeline",),
+        name="krea_2",
         latent_scale=(1, 8),
         timestep_scale=1000.0,
         packed=2,
@@ -114,6 +124,111 @@ IMAGE_MODELS = (
         pipelines=("ZImagePipeline",),
         multiples={"height": "all_patch_size[0]", "width": "all_patch_size[0]"},
         latent_scale=(1, 8),
+    ),
+    Row(
+        "PixArtTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens caption_channels"),
+            "encoder_attention_mask": TEXT_MASK,
+            "added_cond_kwargs": {
+                "resolution": prompt("batch 2", needs="use_additional_conditions"),
+                "aspect_ratio": prompt("batch 1", needs="use_additional_conditions"),
+            },
+        },
+        pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+        name="pixart",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+    ),
+    Row(
+        "SanaTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens caption_channels"),
+            "encoder_attention_mask": TEXT_MASK,
+        },
+        pipelines=("SanaPipeline",),
+        name="sana",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 32),
+    ),
+    Row(
+        "CogView3PlusTransformer2DModel",
+        COGVIEW,
+        pipelines=("CogView3PlusPipeline",),
+        name="cogview3_plus",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+    ),
+    Row(
+        "CogView4Transformer2DModel",
+        COGVIEW,
+        pipelines=("CogView4Pipeline",),
+        name="cogview4",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+    ),
+    Row(
+        "HunyuanImageTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "encoder_attention_mask": TEXT_MASK,
+        },
+        pipelines=("HunyuanImagePipeline",),
+        name="hunyuan_image",
+        multiples={"height": "patch_size[0]", "width": "patch_size[1]"},
+        latent_scale=(1, 32),
+    ),
+    Row(
+        "LongCatImageTransformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "img_ids": prompt("tokens 3", fill="positions"),
+            "txt_ids": prompt("text_tokens 3", fill="positions"),
+        },
+        pipelines=("LongCatImagePipeline",),
+        name="longcat_image",
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
+    ),
+    Row(
+        "NucleusMoEImageTransformer2DModel",
+        {
+            "hidden_states": step("batch rows*columns in_channels"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "encoder_hidden_states_mask": TEXT_MASK,
+            "img_shapes": [(1, size("rows"), size("columns"))],
+        },
+        pipelines=("NucleusMoEImagePipeline",),
+        name="nucleus_image",
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
+    ),
+    Row(
+        "Flux2Transformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(fill="fraction"),
+            "guidance": prompt("batch", needs="guidance_embeds"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "img_ids": prompt("batch tokens 4", fill="positions"),
+            "txt_ids": prompt("batch text_tokens 4", fill="positions"),
+        },
+        pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+        name="flux_2",
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
     ),
 )
 """In the order in which each came to be cut."""

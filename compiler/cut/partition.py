@@ -2,9 +2,10 @@
 """Say which segment each node of a traced graph belongs to.
 
 Outside blocks a node goes where its dependencies send it; what every step computes is `head` before
-the blocks, `bridge` between two, `finish` if no block needs it. Inside blocks, what depends on the
-prompt alone and has a matrix product behind it is `context`; products of vectors that see the
-timestep and no latent are `modulation`; all else is the block's own graph.
+the blocks, `condition` if it sees the prompt too, `bridge` between two, `finish` if no block needs it.
+Inside blocks, what depends on the prompt alone and has a matrix product behind it is `context`;
+products of vectors that see the timestep and no latent are `modulation`; all else is the block's own
+graph.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Region:
         runs: When.
         nodes: In the graph's order.
         behind: Position of the block behind which it runs; −1 before all.
+        again: What `finish` computes again, in the graph's order: a reused step has no `condition`.
     """
 
     name: str
     runs: Runs
     nodes: list[fx.Node]
     behind: int = -1
+    again: Sequence[fx.Node] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Partition:
     """Where every node goes.
 
     Attributes:
-        regions: Outside blocks; in the order of `MOMENTS`, then `head`, bridges, `finish`.
+        regions: Outside blocks; in the order of `MOMENTS`, then `head`, `condition`, bridges, `finish`.
         blocks: One per template: a segment's moment → positions of its nodes among an instance's.
         live: Nodes that the results need.
     """
@@ -81,6 +84,9 @@ def partition(
             _, name, behind, runs = place[node]
             region = regions.setdefault(place[node], Region(name, runs, [], behind))
             region.nodes.append(node)
+    for region in regions.values():
+        if region.name == "finish":
+            region.again = _computed_again(trace, region.nodes, place, classes)
     return Partition(
         [region for _, region in sorted(regions.items(), key=lambda item: item[0])],
         [_block_parts(t.instances[0], classes, modulation=modulation) for t in templates],
@@ -124,13 +130,30 @@ def _places(
             name, moment = MOMENTS[runs]
             place[node] = (ranks[runs], name, -1, moment)
         elif behind[node] < 0:
-            place[node] = (len(ranks) + 2, "finish", max(owner.values(), default=-1), "step")
-        elif ahead[node] < 0:
-            place[node] = (len(ranks), "head", -1, "step")
-        else:
+            place[node] = (len(ranks) + 3, "finish", max(owner.values(), default=-1), "step")
+        elif ahead[node] >= 0:
             block = ahead[node]
-            place[node] = (len(ranks) + 1, f"bridge_{block}", block, "block")
+            place[node] = (len(ranks) + 2, f"bridge_{block}", block, "block")
+        elif "prompt" in classes.of[node].on:
+            place[node] = (len(ranks) + 1, "condition", -1, "block")
+        else:
+            place[node] = (len(ranks), "head", -1, "step")
     return place
+
+
+def _computed_again(
+    trace: Trace, nodes: Sequence[fx.Node], place: dict[fx.Node, Place], classes: Classes
+) -> list[fx.Node]:
+    """Return what nodes need of `condition` that sees no latents."""
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        for node in tensors_read(waiting.pop()):
+            is_condition = node in place and place[node][1] == "condition"
+            if is_condition and node not in found and "step" not in classes.of[node].on:
+                found.add(node)
+                waiting.append(node)
+    return [node for node in trace.graph.nodes if node in found]
 
 
 def _blocks_ahead(trace: Trace, owner: dict[fx.Node, int]) -> dict[fx.Node, int]:

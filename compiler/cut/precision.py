@@ -47,7 +47,6 @@ def typed(
     batch: set[sympy.Symbol],
     names: Mapping[str, str] = MappingProxyType({}),
     returned: Mapping[int, torch.dtype] = MappingProxyType({}),
-    drop_unread: bool = False,
     divisor: float = 1.0,
 ) -> tuple[fx.GraphModule, list[torch.dtype]]:
     """Copy a segment's graph with its dtypes.
@@ -61,7 +60,6 @@ def typed(
         batch: Sizes that a vector without tokens may have.
         names: Argument → what the copy calls it.
         returned: Position of a result → dtype that it is cast to.
-        drop_unread: Whether to leave arguments out that nothing reads.
         divisor: What the first argument is divided by.
 
     Returns:
@@ -69,7 +67,7 @@ def typed(
         the length of a vector, as bundles hand it in.
     """
     typing = _Typing(module, given, precision, stored, batch)
-    return typing.run(names, returned, drop_unread=drop_unread, divisor=divisor)
+    return typing.run(names, returned, divisor=divisor)
 
 
 class _Typing:
@@ -97,7 +95,6 @@ class _Typing:
         names: Mapping[str, str],
         cast: Mapping[int, torch.dtype],
         *,
-        drop_unread: bool,
         divisor: float,
     ) -> tuple[fx.GraphModule, list[torch.dtype]]:
         """Copy the graph."""
@@ -118,10 +115,6 @@ class _Typing:
         dtypes = [self.values[one].dtype for one in returned]
         self.graph.output(tuple(returned))
         self.graph.eliminate_dead_code()
-        if drop_unread:
-            for node in self.graph.find_nodes(op="placeholder"):
-                if not node.users:
-                    self.graph.erase_node(node)
         for node in self.graph.find_nodes(op="get_attr"):
             hold(self.root, str(node.target), self.weights[node])
         made = fx.GraphModule(self.root, self.graph, class_name=self.module._get_name())

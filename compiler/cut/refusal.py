@@ -52,7 +52,6 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
     steps = [n for n, one in cut.inputs.items() if one.changes == "step"]
     runs = [n for n, one in cut.inputs.items() if one.changes == "run"]
     outside = [(c, cut.segments[c.segment].runs) for c in cut.calls if not c.block]
-    bridges = [call.segment for call, moment in outside if moment == "block"]
     if len(steps) != 1:
         refuse(model, f"takes {len(steps)} inputs that change at every step", steps)
     if len(runs) != 1:
@@ -61,8 +60,6 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
         refuse(model, f"returns {len(cut.results)} values", cut.results)
     if not any(call.block for call in cut.calls):
         refuse(model, "has no blocks")
-    if bridges:
-        refuse(model, "computes something between two blocks", bridges)
     if not any(segment.runs == "prompt" for segment in cut.segments.values()):
         refuse(model, "makes nothing of the prompt alone")
     patches = row.sizes(config, dict.fromkeys(SIZES, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follow what blocks hand on: ``hidden``, whose residual is cached, and text streams beside it."""
+"""Follow what blocks hand on: ``hidden``, whose residual is cached, and other streams beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from .names import fresh_name
 from .refusal import refuse
 from .words import Call, Cut, arguments, results, shape_of
 
@@ -18,7 +19,7 @@ class Streams:
     """What goes from block to block.
 
     Attributes:
-        blocks: The blocks' calls, in order.
+        blocks: The blocks' calls, in order, with what runs before the first or between two.
         of: Value → its stream.
         inputs: Template → position of an argument → stream.
         outputs: Template → position of a result → stream.
@@ -36,10 +37,10 @@ class Streams:
 
 
 def find_streams(cut: Cut) -> Streams:
-    """Follow what blocks hand on: ``hidden`` comes from `head`, others from the prompt.
+    """Follow what blocks hand on: ``hidden`` comes from `head`, others from the prompt or a block.
 
     Raises:
-        ExportError: a block reads or begins what no stream of a bundle can be.
+        ExportError: a block, or what is behind the last, reads what no stream of a bundle can be.
     """
     return _Streams(cut).found()
 
@@ -47,7 +48,7 @@ def find_streams(cut: Cut) -> Streams:
 class _Streams:
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
-        self.blocks = [c for c in cut.calls if c.block and cut.segments[c.segment].runs == "block"]
+        self.blocks = [c for c in cut.calls if cut.segments[c.segment].runs == "block"]
         self.maker = {name: call for call in cut.calls for name in call.outputs}
 
     def _runs(self, call: Call) -> str:
@@ -62,35 +63,41 @@ class _Streams:
         if len(begun) != 1:
             refuse(self.cut.model, f"hands {len(begun)} values of the latents to its blocks", begun)
         found.of[begun[0]] = "hidden"
-        texts = 0
-        for position, call in enumerate(self.blocks):
-            handed = (*begun, *(self.blocks[position - 1].outputs if position else ()))
+        now = {"hidden": begun[0]}
+        for call in self.blocks:
             passed = carried[call.segment]
             inputs = found.inputs.setdefault(call.segment, {})
             for i, value in enumerate(call.inputs):
                 if value not in found.of and i in passed.values():
-                    texts += 1
-                    found.of[value] = "text" if texts == 1 else f"text_{texts}"
-                if value in found.of and value not in handed and self._is_of_block(value):
+                    found.of[value] = fresh_name("text", now)
+                    now[found.of[value]] = value
+                stream = found.of.get(value)
+                if stream is None:
+                    continue
+                if now[stream] == value:
+                    if inputs.setdefault(i, stream) != stream:
+                        refuse(self.cut.model, "hands different streams to equal blocks", [value])
+                elif self._is_of_body(value):
                     refuse(
                         self.cut.model,
                         "reads in one block what a block before the last made",
                         [value],
                     )
-                if value in found.of and (i in passed.values() or value in handed):
-                    known = inputs.setdefault(i, found.of[value])
-                    if known != found.of[value]:
-                        refuse(self.cut.model, "hands different streams to equal blocks", [value])
             outputs = found.outputs.setdefault(call.segment, {})
             for j, value in enumerate(call.outputs):
-                if passed.get(j) not in inputs:
-                    refuse(self.cut.model, "has a block that begins a stream", [value])
-                outputs[j] = found.of[value] = inputs[passed[j]]
+                begins = fresh_name(value.rpartition(".")[2], {*now, *outputs.values()})
+                stream = inputs.get(passed.get(j, -1)) or outputs.get(j, begins)
+                outputs[j] = found.of[value] = stream
+                now[stream] = value
+        behind = self.cut.calls[-1]
+        read = [v for v in behind.inputs if self._is_of_body(v) and found.of[v] != "hidden"]
+        if read:
+            refuse(self.cut.model, "reads behind its blocks more than the latents' stream", read)
         return found
 
-    def _is_of_block(self, value: str) -> bool:
-        """Say whether a block makes a value."""
-        return value in self.maker and bool(self.maker[value].block)
+    def _is_of_body(self, value: str) -> bool:
+        """Say whether a block makes a value, or what runs before or between blocks."""
+        return value in self.maker and self._runs(self.maker[value]) == "block"
 
     def _carried(self) -> dict[str, dict[int, int]]:
         """Return template → position of a result → argument of the next equal block that takes it.
@@ -118,6 +125,8 @@ class _Streams:
         for i, node in enumerate(arguments(segment.module)):
             made = self.maker.get(call.inputs[i])
             is_stream = made is not None and self._runs(made) in ("block", "step", "prompt")
+            if not call.block and made is not None and self._runs(made) == "prompt":
+                continue  # what is made of a prompt between blocks is another value
             if is_stream and shape_of(node) == wanted:
                 return i
         return None

@@ -147,9 +147,7 @@ def tensors_of(values: Any) -> list[Tensor]:
 def leaves_of(row: Row, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Input]]:
     """Return `forward`'s arguments for a config, and their inputs by name (``img_shapes.0.1``)."""
     arguments: dict[str, Any] = {
-        name: value
-        for name, value in row.inputs.items()
-        if not isinstance(value, Input) or value.needs is None or config.get(value.needs)
+        name: value for name, value in row.inputs.items() if _is_taken(value, config)
     }
     fixed = {name: str(value) for name, (key, value) in row.fixed.items() if config.get(key)}
     arguments = pytree.tree_map(
@@ -164,6 +162,12 @@ def leaves_of(row: Row, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         if isinstance(leaf, Input)
     }
     return {**arguments, "return_dict": False}, named
+
+
+def _is_taken(argument: Any, config: Mapping[str, Any]) -> bool:
+    """Say whether a model of a config takes an argument: one that has no input, or one that it takes."""
+    inputs = [i for i in pytree.tree_leaves(argument, is_leaf=is_leaf) if isinstance(i, Input)]
+    return not inputs or any(i.needs is None or config.get(i.needs) for i in inputs)
 
 
 def example(

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-from .row import PATCH_VIDEO, TEXT_MASK, Row, prompt, run, step
+from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, step
 
 __all__ = ["VIDEO_MODELS"]
 
-VIDEO_MODELS = (
+COGVIDEO_TABLE = prompt(
+    "frames*(height//patch_size)*(width//patch_size) attention_head_dim",
+    needs="use_rotary_positional_embeddings",
+)
+
+VIDEO_MODELS: tuple[Row, ...] = (
     Row(
         "ChronoEditTransformer3DModel",
         {
@@ -30,7 +35,45 @@ VIDEO_MODELS = (
             "encoder_attention_mask": TEXT_MASK,
         },
         pipelines=("SanaVideoPipeline",),
+        name="sana_video",
         multiples=PATCH_VIDEO,
+    ),
+    Row(
+        "CogVideoXTransformer3DModel",
+        {
+            "hidden_states": step("batch frames in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "image_rotary_emb": (COGVIDEO_TABLE, COGVIDEO_TABLE),
+        },
+        pipelines=("CogVideoXPipeline",),
+        name="cogvideox",
+        multiples=PATCH_IMAGE,
+    ),
+    Row(
+        "SkyReelsV2Transformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_dim"),
+            "encoder_hidden_states_image": prompt(
+                "batch image_tokens image_dim", needs="image_dim"
+            ),
+        },
+        pipelines=("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"),
+        name="skyreels_v2",
+        multiples=PATCH_VIDEO,
+    ),
+    Row(
+        "MotifVideoTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+        },
+        pipelines=("MotifVideoPipeline",),
+        name="motif_video",
+        multiples={"frames": "patch_size_t", **PATCH_IMAGE},
     ),
 )
 """In the order in which each came to be cut."""

@@ -46,7 +46,7 @@ PRODUCTS = frozenset(
 Runs = Literal["shape", "prompt", "run", "context", "modulation", "step", "block"]
 """When a segment runs: once per shape; once per prompt; once per run, all timesteps in one batch; once
 per prompt and block; once per run and block, all timesteps in one batch; every step; on computed
-steps, once per block or between two."""
+steps, once per block, or before the first or between two."""
 
 
 def operation(node: fx.Node) -> str:

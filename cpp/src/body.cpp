@@ -11,12 +11,11 @@ namespace {
 constexpr char kFeature[] = "attention_output";
 constexpr char kOut[] = "_out";
 
-/// The stream that a graph passes on by this output, or nothing.
-std::string stream_of(const GraphEntry& graph, const std::string& output) {
+/// The stream that a block's graph passes on, or begins, by this output, or nothing.
+std::string stream_of(const std::string& output) {
   const std::size_t end = sizeof kOut - 1;
   if (output.size() <= end || output.compare(output.size() - end, end, kOut) != 0) return {};
-  std::string stream = output.substr(0, output.size() - end);
-  return graph.inputs.count(stream) != 0 ? stream : std::string();
+  return output.substr(0, output.size() - end);
 }
 
 /// Adds the prompt's own dimensions to the latents'; they must agree.
@@ -137,7 +136,7 @@ Status Body::add_call(const std::string& graph, std::int64_t first, std::int64_t
   const GraphEntry& entry = model_->manifest().graphs.at(graph);
   const auto& outputs = entry.outputs;
   for (const auto& [name, io] : outputs) {
-    const std::string stream = stream_of(entry, name);
+    const std::string stream = stream_of(name);
     if (!stream.empty()) FREEWHEEL_TRY(advance(stream, io, values[name]));
   }
   const auto feature = outputs.find(kFeature);

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small configs of diffusers transformers, and one proof of each, shared by all tests of the cutter.
-
-Blocks are more than are traced, so that a proof covers those that were left out.
-"""
+"""One cut of each small model, shared by all tests of the cutter."""
 
 from __future__ import annotations
 
@@ -15,146 +12,14 @@ import diffusers
 from held_out import HELD_OUT
 from torch import Tensor, fx, nn
 
+from configs import CASES
 from freewheel.compiler.cut.cut import cut_model
 from freewheel.compiler.cut.models import MODELS, row_of
 from freewheel.compiler.cut.prove import random_weights
-from freewheel.compiler.cut.row import Row
+from freewheel.compiler.cut.row import Row, prompt, step
+from freewheel.compiler.cut.row import run as timestep
 from freewheel.compiler.cut.trace import Trace, trace
 from freewheel.compiler.cut.words import Cut
-
-WAN = {
-    "attention_head_dim": 12, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 32,
-    "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
-    "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
-    "text_dim": 16,
-}  # fmt: skip
-SD3 = {
-    "attention_head_dim": 8, "caption_projection_dim": 32, "in_channels": 4,
-    "joint_attention_dim": 32, "num_attention_heads": 4, "num_layers": 5, "out_channels": 4,
-    "patch_size": 1, "pooled_projection_dim": 64, "pos_embed_max_size": 96, "sample_size": 32,
-}  # fmt: skip
-
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "wan": ("WanTransformer3DModel", WAN),
-    "wan_i2v": ("WanTransformer3DModel", {**WAN, "image_dim": 16, "added_kv_proj_dim": 24}),
-    "flux": (
-        "FluxTransformer2DModel",
-        {
-            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
-            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
-            "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": 32,
-            "guidance_embeds": True,
-        },
-    ),
-    "hunyuan_video": (
-        "HunyuanVideoTransformer3DModel",
-        {
-            "attention_head_dim": 10, "guidance_embeds": True, "in_channels": 4,
-            "num_attention_heads": 2, "num_layers": 3, "num_refiner_layers": 3,
-            "num_single_layers": 3, "out_channels": 4, "patch_size": 1, "patch_size_t": 1,
-            "pooled_projection_dim": 8, "rope_axes_dim": [2, 4, 4], "text_embed_dim": 16,
-        },
-    ),
-    "hunyuan_one_refiner": (
-        "HunyuanVideoTransformer3DModel",
-        {
-            "attention_head_dim": 10, "guidance_embeds": False, "in_channels": 4,
-            "num_attention_heads": 2, "num_layers": 2, "num_refiner_layers": 1,
-            "num_single_layers": 2, "out_channels": 4, "patch_size": 1, "patch_size_t": 1,
-            "pooled_projection_dim": 8, "rope_axes_dim": [2, 4, 4], "text_embed_dim": 16,
-        },
-    ),
-    "ltx": (
-        "LTXVideoTransformer3DModel",
-        {
-            "attention_head_dim": 8, "caption_channels": 16, "cross_attention_dim": 16,
-            "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
-            "qk_norm": "rms_norm_across_heads",
-        },
-    ),
-    "qwen_image": (
-        "QwenImageTransformer2DModel",
-        {
-            "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4], "in_channels": 16,
-            "joint_attention_dim": 16, "num_attention_heads": 4, "num_layers": 4,
-            "out_channels": 4, "patch_size": 2,
-        },
-    ),
-    "sd3": ("SD3Transformer2DModel", SD3),
-    "sd35": (
-        "SD3Transformer2DModel",
-        {**SD3, "dual_attention_layers": [0, 1, 2], "qk_norm": "rms_norm"},
-    ),
-    "bria": (
-        "BriaTransformer2DModel",
-        {
-            "attention_head_dim": 8, "axes_dims_rope": [0, 4, 4], "in_channels": 4,
-            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
-            "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": None,
-        },
-    ),
-    "ovis_image": (
-        "OvisImageTransformer2DModel",
-        {
-            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
-            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
-            "num_single_layers": 4, "out_channels": 4, "patch_size": 1,
-        },
-    ),
-    "chrono_edit": (
-        "ChronoEditTransformer3DModel",
-        {
-            "attention_head_dim": 8, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 16,
-            "in_channels": 16, "num_attention_heads": 2, "num_layers": 4, "out_channels": 16,
-            "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 64,
-            "rope_temporal_skip_len": 8, "text_dim": 32,
-        },
-    ),
-    "sana_video": (
-        "SanaVideoTransformer3DModel",
-        {
-            "attention_head_dim": 12, "caption_channels": 16, "cross_attention_dim": 24,
-            "cross_attention_head_dim": 12, "in_channels": 16, "mlp_ratio": 2.5,
-            "num_attention_heads": 2, "num_cross_attention_heads": 2, "num_layers": 4,
-            "out_channels": 16, "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads",
-            "rope_max_seq_len": 32, "sample_size": 8,
-        },
-    ),
-    "krea_2": (
-        "Krea2Transformer2DModel",
-        {
-            "attention_head_dim": 8, "axes_dims_rope": [4, 2, 2], "in_channels": 16,
-            "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "num_layers": 4, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
-            "num_text_layers": 3, "text_hidden_dim": 16, "text_intermediate_size": 16,
-            "text_num_attention_heads": 2, "text_num_key_value_heads": 1, "timestep_embed_dim": 8,
-        },
-    ),
-    "prx": (
-        "PRXTransformer2DModel",
-        {
-            "axes_dim": [8, 8], "context_in_dim": 16, "depth": 4, "hidden_size": 32,
-            "in_channels": 16, "num_heads": 2, "patch_size": 2,
-        },
-    ),
-    "joy_image_edit": (
-        "JoyImageEditTransformer3DModel",
-        {
-            "hidden_size": 32, "in_channels": 16, "num_attention_heads": 2, "num_layers": 4,
-            "patch_size": [1, 2, 2], "rope_dim_list": [4, 6, 6], "text_dim": 16, "theta": 256,
-        },
-    ),
-    "z_image": (
-        "ZImageTransformer2DModel",
-        {
-            "all_f_patch_size": [1], "all_patch_size": [2], "axes_dims": [8, 4, 4],
-            "axes_lens": [256, 32, 32], "cap_feat_dim": 16, "dim": 16, "in_channels": 16,
-            "n_heads": 1, "n_kv_heads": 2, "n_layers": 4, "n_refiner_layers": 2, "qk_norm": True,
-            "rope_theta": 256.0, "t_scale": 1000.0,
-        },
-    ),
-}  # fmt: skip
-"""Name → class and config."""
 
 EVERY_RUN = ("wan", "flux", "qwen_image")
 """Cases of `make test`: one stream with cross-attention, two kinds of blocks, complex numbers."""
@@ -213,3 +78,48 @@ def run(found: Trace, **inputs: Tensor) -> Tensor:
         if node.op == "placeholder"
     ]
     return module(*given)[0]
+
+
+class Conditioned(nn.Module):
+    """Scales of timestep and prompt together, which blocks and what is behind them read."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            scaled = nn.functional.layer_norm(x, [4]) * scale.unsqueeze(1)
+            return x + nn.functional.scaled_dot_product_attention(
+                self.query(scaled), self.key(scaled), self.value(scaled)
+            )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block() for _ in range(4)])
+        self.embed, self.pool, self.scale = nn.Linear(1, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Conditioned:
+        return cls()
+
+    def forward(self, x: Tensor, t: Tensor, pooled: Tensor, *, return_dict: bool) -> Tensor:
+        scale = self.scale((self.embed(t.unsqueeze(1)) + self.pool(pooled)).tanh())
+        hidden = x.sin()
+        for block in self.blocks:
+            hidden = block(hidden, scale)
+        return hidden * scale.unsqueeze(1)
+
+
+CONDITIONED = Row(
+    "Conditioned",
+    {"x": step("batch tokens 4"), "t": timestep(), "pooled": prompt("batch 4")},
+)
+
+
+@cache
+def conditioned() -> Case:
+    """Cut `Conditioned` once."""
+    model = random_weights(Conditioned())
+    cut = cut_model(CONDITIONED, Conditioned, {})
+    return Case(CONDITIONED, model, dict(model.named_parameters()), cut)

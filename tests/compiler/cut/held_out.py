@@ -5,97 +5,101 @@ from __future__ import annotations
 
 from typing import Any
 
-from freewheel.compiler.cut.row import PATCH_IMAGE, PATCH_VIDEO, Row, prompt, run, step
+from freewheel.compiler.cut.row import PATCH_IMAGE, Row, prompt, run, step
 
-IMAGE = step("batch in_channels height width")
+WHOLE = "text_tokens+tokens"
+HUNYUAN_TABLE = prompt("(height//patch_size)*(width//patch_size) attention_head_dim")
 
 HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
-    "cogview4": (
+    "ideogram_4": (
         Row(
-            "CogView4Transformer2DModel",
+            "Ideogram4Transformer2DModel",
             {
-                "hidden_states": IMAGE,
+                "hidden_states": step(f"batch {WHOLE} in_channels"),
+                "timestep": run(fill="fraction"),
+                "encoder_hidden_states": prompt(f"batch {WHOLE} llm_features_dim"),
+                "position_ids": prompt(f"batch {WHOLE} 3", dtype="int64", fill=9),
+                "segment_ids": prompt(f"batch {WHOLE}", dtype="int64", fill=1),
+                "indicator": prompt(f"batch {WHOLE}", dtype="int64", fill=4),
+            },
+        ),
+        {
+            "adaln_dim": 16, "attention_head_dim": 8, "in_channels": 16, "intermediate_size": 32,
+            "llm_features_dim": 24, "mrope_section": [2, 1, 1], "num_attention_heads": 4,
+            "num_layers": 4,
+        },
+    ),
+    "hunyuan_dit": (
+        Row(
+            "HunyuanDiT2DModel",
+            {
+                "hidden_states": step("batch in_channels height width"),
                 "timestep": run(),
-                "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
-                "original_size": prompt("batch 2", fill=9),
-                "target_size": prompt("batch 2", fill=9),
-                "crop_coords": prompt("batch 2", fill=9),
+                "encoder_hidden_states": prompt("batch text_len cross_attention_dim"),
+                "text_embedding_mask": prompt("batch text_len", fill="mask"),
+                "encoder_hidden_states_t5": prompt("batch text_len_t5 cross_attention_dim_t5"),
+                "text_embedding_mask_t5": prompt("batch text_len_t5", fill="mask"),
+                "image_meta_size": prompt("batch 6"),
+                "style": prompt("batch", dtype="int64", fill=1),
+                "image_rotary_emb": [HUNYUAN_TABLE, HUNYUAN_TABLE],
             },
             multiples=PATCH_IMAGE,
+            whole=True,
         ),
         {
-            "attention_head_dim": 4, "condition_dim": 4, "in_channels": 4,
-            "num_attention_heads": 4, "num_layers": 4, "out_channels": 4, "patch_size": 2,
-            "text_embed_dim": 8, "time_embed_dim": 8,
+            "activation_fn": "gelu-approximate", "attention_head_dim": 8,
+            "cross_attention_dim": 8, "cross_attention_dim_t5": 8, "hidden_size": 16,
+            "in_channels": 4, "num_attention_heads": 2, "num_layers": 6, "patch_size": 2,
+            "pooled_projection_dim": 4, "sample_size": 8, "text_len": 4, "text_len_t5": 4,
         },
     ),
-    "pixart": (
+    "longcat_audio": (
         Row(
-            "PixArtTransformer2DModel",
+            "LongCatAudioDiTTransformer",
             {
-                "hidden_states": IMAGE,
-                "timestep": run(),
-                "encoder_hidden_states": prompt("batch text_tokens cross_attention_dim"),
-                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-            },
-            multiples=PATCH_IMAGE,
-        ),
-        {
-            "attention_head_dim": 2, "caption_channels": None, "cross_attention_dim": 8,
-            "in_channels": 4, "norm_type": "ada_norm_single", "num_attention_heads": 2,
-            "num_embeds_ada_norm": 8, "num_layers": 4, "out_channels": 8, "patch_size": 2,
-            "sample_size": 8, "use_additional_conditions": False,
-        },
-    ),
-    "longcat_image": (
-        Row(
-            "LongCatImageTransformer2DModel",
-            {
-                "hidden_states": step("batch tokens in_channels"),
-                "timestep": run(),
-                "guidance": prompt("batch"),
-                "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
-                "img_ids": prompt("tokens 3", fill="positions"),
-                "txt_ids": prompt("text_tokens 3", fill="positions"),
+                "hidden_states": step("batch tokens latent_dim"),
+                "timestep": run(fill="fraction"),
+                "encoder_hidden_states": prompt("batch text_tokens dit_text_dim"),
+                "encoder_attention_mask": prompt("batch text_tokens", dtype="bool", fill="mask"),
+                "attention_mask": prompt("batch tokens", dtype="bool", fill="mask"),
             },
         ),
         {
-            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
-            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
-            "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": 32,
+            "dit_depth": 4, "dit_dim": 64, "dit_heads": 4, "dit_text_dim": 32, "latent_dim": 8,
+            "text_conv": False,
         },
     ),
-    "skyreels_v2": (
+    "minimax_music_3": (
         Row(
-            "SkyReelsV2Transformer3DModel",
+            "MiniMaxMusic3Transformer1DModel",
             {
-                "hidden_states": step("batch in_channels frames height width"),
-                "timestep": run(),
-                "encoder_hidden_states": prompt("batch text_tokens text_dim"),
-            },
-            multiples=PATCH_VIDEO,
-        ),
-        {
-            "attention_head_dim": 12, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 32,
-            "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
-            "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
-            "text_dim": 16,
-        },
-    ),
-    "sana": (
-        Row(
-            "SanaTransformer2DModel",
-            {
-                "hidden_states": IMAGE,
-                "timestep": run(),
-                "encoder_hidden_states": prompt("batch text_tokens caption_channels"),
+                "hidden_states": step("batch in_channels tokens"),
+                "timestep": run(fill="fraction"),
+                "encoder_hidden_states": prompt("batch tokens condition_dim"),
             },
         ),
         {
-            "attention_head_dim": 4, "caption_channels": 8, "cross_attention_dim": 8,
-            "cross_attention_head_dim": 4, "in_channels": 4, "num_attention_heads": 2,
-            "num_cross_attention_heads": 2, "num_layers": 4, "out_channels": 4, "patch_size": 1,
-            "sample_size": 32,
+            "attention_head_dim": 8, "condition_dim": 16, "ff_inner_dim": 32,
+            "fourier_embedding_dim": 8, "in_channels": 8, "num_attention_heads": 2,
+            "num_layers": 4, "rotary_dim": 4,
+        },
+    ),
+    "stable_audio": (
+        Row(
+            "StableAudioDiTModel",
+            {
+                "hidden_states": step("batch in_channels tokens"),
+                "timestep": run(),
+                "encoder_hidden_states": prompt("batch text_tokens cross_attention_input_dim"),
+                "global_hidden_states": prompt("batch 1 global_states_input_dim"),
+                "rotary_embedding": (prompt("tokens+1 4"), prompt("tokens+1 4")),
+            },
+        ),
+        {
+            "attention_head_dim": 8, "cross_attention_dim": 8, "cross_attention_input_dim": 8,
+            "global_states_input_dim": 8, "in_channels": 4, "num_attention_heads": 2,
+            "num_key_value_attention_heads": 1, "num_layers": 4, "out_channels": 4,
+            "sample_size": 32, "time_proj_dim": 16,
         },
     ),
 }  # fmt: skip

@@ -33,8 +33,12 @@ from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
-FOUND = ("bria", "ovis_image", "prx", "joy_image_edit")
-EVERY_RUN = ("qwen_image", "sd35")
+FOUND = (
+    "bria", "ovis_image", "prx", "joy_image_edit", "krea_2", "pixart", "pixart_alpha", "sana",
+    "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "nucleus_image", "sana_video",
+    "cogvideox", "skyreels_v2", "motif_video", "flux_2",
+)  # fmt: skip
+EVERY_RUN = ("qwen_image", "sd35", "cogvideox")
 WITH_PIPELINE = ("qwen_image", "sd3", "sd35")
 NAMES = [
     pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, EVERY_RUN, Case, case
+from cases import EVERY_RUN, Case, case
 from torch import Tensor
+
+from configs import CASES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 from chain import Chain, relative, taken_weights
@@ -34,8 +37,12 @@ BY_HAND = [
 ]
 
 ERRORS = {"bfloat16": 8e-3, "float16": 1e-3}
-"""Largest relative L2 of a low-precision body: 3e-3 to 6e-3 and 4e-4 to 8e-4 were seen; Krea 2 lies
-above and gives no bundle."""
+"""Largest relative L2 of a low-precision body, unless diffusers' own in that precision is larger: 3e-3
+to 6e-3 and 4e-4 to 8e-4 were seen."""
+
+
+UNREAD = {"motif_video": ("image_embedder.",), "nucleus_image": (".norm_added_q.",)}
+"""Case → parts of the names of weights that its forward does not read."""
 
 
 def declared(one: Case, precision: Any = "float32", stored: str = "float32") -> Cut:
@@ -64,16 +71,33 @@ def test_graphs_called_as_a_session_does_are_the_transformer(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", [p for p in DECLARED if p.values != ("krea_2",)])
+@pytest.mark.parametrize("name", DECLARED)
 def test_a_body_of_low_precision_stays_close(name: str, precision: str) -> None:
     one = case(name)
-    assert 1e-5 < error(one, declared(one, precision), SIZES) < ERRORS[precision]
+    found = error(one, declared(one, precision), SIZES)
+    assert found > 1e-5
+    assert found < ERRORS[precision] or found < own_error(one, getattr(torch, precision))
+
+
+def own_error(one: Case, dtype: torch.dtype) -> float:
+    """Return how far diffusers' transformer lies from itself in another dtype, inputs rounded to it."""
+    config: Any = one.model.config
+    raw = random_inputs(one.row, config, one.row.sizes(config))
+    rounded = {
+        name: value.to(dtype)
+        if one.cut.inputs[name].fill == "normal" and isinstance(value, Tensor)
+        else value
+        for name, value in raw.items()
+    }
+    lowered = deepcopy(one.model).to(dtype)
+    return relative(eager(one.row, lowered, rounded)[0].float(), eager(one.row, one.model, raw)[0])
 
 
 @pytest.mark.parametrize("name", DECLARED)
 def test_every_tensor_of_the_checkpoint_is_some_graphs_weight(name: str) -> None:
     one = case(name)
-    assert taken_weights(declared(one)) == set(one.model.state_dict())
+    unread = {n for n in one.model.state_dict() if any(part in n for part in UNREAD.get(name, ()))}
+    assert taken_weights(declared(one)) == set(one.model.state_dict()) - unread
 
 
 @pytest.mark.parametrize("name", BY_HAND)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, case, traced
+from cases import Case, case, conditioned, traced
 from torch import Tensor
 
 from freewheel.compiler.cut.classes import classify
 from freewheel.compiler.cut.partition import partition
+from freewheel.compiler.cut.prove import chain
 from freewheel.compiler.cut.row import run, step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.words import PRODUCTS, Segment, operation
@@ -99,3 +100,21 @@ def test_a_constant_of_the_batchs_size_stays_with_the_timestep() -> None:
     classes = classify(found, [])
     parts = partition(found, [], [], classes)
     assert [region.name for region in parts.regions] == ["timestep", "finish"]
+
+
+def test_what_sees_timestep_and_prompt_runs_once_per_computed_step() -> None:
+    """`finish`, which a reused step runs too, computes it again."""
+    cut = conditioned().cut
+    assert cut.segments["condition"].runs == "block"
+    body = [c.segment for c in cut.calls if cut.segments[c.segment].runs == "block"]
+    assert body == ["condition", *["blocks_block"] * 4] or body == ["condition", *["block"] * 4]
+    finish = cut.segments["finish"]
+    assert set(finish.inputs).isdisjoint(cut.segments["condition"].outputs)
+    assert {n for n, _ in finish.module.named_parameters()} == {"scale.weight", "scale.bias"}
+
+
+def test_a_cut_with_a_condition_is_the_model() -> None:
+    one = conditioned()
+    given = {"x": torch.randn(2, 5, 4), "t": torch.full((2,), 0.3), "pooled": torch.randn(2, 4)}
+    found = chain(one.cut, one.weights, given)[0]
+    assert torch.allclose(found, one.model(**given, return_dict=False), atol=1e-6)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, EVERY_RUN, Case, case
+from cases import EVERY_RUN, Case, case
 from held_out import HELD_OUT
 
+from configs import CASES
 from freewheel.compiler.cut.prove import (
     chain,
     eager,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cases import Case, case
+from cases import Case, case, conditioned
 
 from freewheel.compiler.cut.streams import find_streams
 from freewheel.core.errors import ExportError
@@ -39,3 +39,23 @@ def test_what_skips_a_block_is_refused(wan: Case) -> None:
     ))  # fmt: skip
     with pytest.raises(ExportError, match=r"a block before the last made: blocks\.0\.hidden"):
         find_streams(replace(wan.cut, calls=(*others, skipped, finish)))
+
+
+def test_a_stream_may_begin_before_the_first_block() -> None:
+    streams = find_streams(conditioned().cut)
+    assert [call.block for call in streams.blocks] == ["", *(f"blocks.{i}" for i in range(4))]
+    (scale,) = streams.outputs["condition"].values()
+    assert scale != "hidden"
+    block = streams.blocks[-1].segment
+    assert sorted(streams.inputs[block].values()) == sorted(["hidden", scale])
+    assert list(streams.outputs[block].values()) == ["hidden"]
+
+
+def test_behind_the_blocks_no_other_stream_is_read() -> None:
+    """A reused step runs no block: only the latents' stream is known then."""
+    cut = conditioned().cut
+    *others, finish = cut.calls
+    (scale,) = next(c for c in others if c.segment == "condition").outputs
+    reading = replace(finish, inputs=(*finish.inputs, scale))
+    with pytest.raises(ExportError, match="behind its blocks more than the latents' stream"):
+        find_streams(replace(cut, calls=(*others, reading)))

@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 import sympy
 import torch
-from cases import WAN, Case
+from cases import Case
 from diffusers import WanTransformer3DModel
 from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Max, PythonMod
 
+from configs import WAN
 from freewheel.compiler.cut.models import row_of
 from freewheel.compiler.cut.row import Row, step
 from freewheel.compiler.cut.trace import (

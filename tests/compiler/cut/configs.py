@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small configs of diffusers transformers.
+
+Blocks are more than are traced, so that a proof covers those that were left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+WAN = {
+    "attention_head_dim": 12, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 32,
+    "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
+    "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+    "text_dim": 16,
+}  # fmt: skip
+SD3 = {
+    "attention_head_dim": 8, "caption_projection_dim": 32, "in_channels": 4,
+    "joint_attention_dim": 32, "num_attention_heads": 4, "num_layers": 5, "out_channels": 4,
+    "patch_size": 1, "pooled_projection_dim": 64, "pos_embed_max_size": 96, "sample_size": 32,
+}  # fmt: skip
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "wan": ("WanTransformer3DModel", WAN),
+    "wan_i2v": ("WanTransformer3DModel", {**WAN, "image_dim": 16, "added_kv_proj_dim": 24}),
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": 32,
+            "guidance_embeds": True,
+        },
+    ),
+    "hunyuan_video": (
+        "HunyuanVideoTransformer3DModel",
+        {
+            "attention_head_dim": 10, "guidance_embeds": True, "in_channels": 4,
+            "num_attention_heads": 2, "num_layers": 3, "num_refiner_layers": 3,
+            "num_single_layers": 3, "out_channels": 4, "patch_size": 1, "patch_size_t": 1,
+            "pooled_projection_dim": 8, "rope_axes_dim": [2, 4, 4], "text_embed_dim": 16,
+        },
+    ),
+    "hunyuan_one_refiner": (
+        "HunyuanVideoTransformer3DModel",
+        {
+            "attention_head_dim": 10, "guidance_embeds": False, "in_channels": 4,
+            "num_attention_heads": 2, "num_layers": 2, "num_refiner_layers": 1,
+            "num_single_layers": 2, "out_channels": 4, "patch_size": 1, "patch_size_t": 1,
+            "pooled_projection_dim": 8, "rope_axes_dim": [2, 4, 4], "text_embed_dim": 16,
+        },
+    ),
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        {
+            "attention_head_dim": 8, "caption_channels": 16, "cross_attention_dim": 16,
+            "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
+            "qk_norm": "rms_norm_across_heads",
+        },
+    ),
+    "qwen_image": (
+        "QwenImageTransformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4], "in_channels": 16,
+            "joint_attention_dim": 16, "num_attention_heads": 4, "num_layers": 4,
+            "out_channels": 4, "patch_size": 2,
+        },
+    ),
+    "sd3": ("SD3Transformer2DModel", SD3),
+    "sd35": (
+        "SD3Transformer2DModel",
+        {**SD3, "dual_attention_layers": [0, 1, 2], "qk_norm": "rms_norm"},
+    ),
+    "bria": (
+        "BriaTransformer2DModel",
+        {
+            "attention_head_dim": 8, "axes_dims_rope": [0, 4, 4], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": None,
+        },
+    ),
+    "ovis_image": (
+        "OvisImageTransformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "out_channels": 4, "patch_size": 1,
+        },
+    ),
+    "chrono_edit": (
+        "ChronoEditTransformer3DModel",
+        {
+            "attention_head_dim": 8, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 16,
+            "in_channels": 16, "num_attention_heads": 2, "num_layers": 4, "out_channels": 16,
+            "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 64,
+            "rope_temporal_skip_len": 8, "text_dim": 32,
+        },
+    ),
+    "sana_video": (
+        "SanaVideoTransformer3DModel",
+        {
+            "attention_head_dim": 12, "caption_channels": 16, "cross_attention_dim": 24,
+            "cross_attention_head_dim": 12, "in_channels": 16, "mlp_ratio": 2.5,
+            "num_attention_heads": 2, "num_cross_attention_heads": 2, "num_layers": 4,
+            "out_channels": 16, "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 32, "sample_size": 8,
+        },
+    ),
+    "krea_2": (
+        "Krea2Transformer2DModel",
+        {
+            "attention_head_dim": 8, "axes_dims_rope": [4, 2, 2], "in_channels": 16,
+            "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_layers": 4, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+            "num_text_layers": 3, "text_hidden_dim": 16, "text_intermediate_size": 16,
+            "text_num_attention_heads": 2, "text_num_key_value_heads": 1, "timestep_embed_dim": 8,
+        },
+    ),
+    "prx": (
+        "PRXTransformer2DModel",
+        {
+            "axes_dim": [8, 8], "context_in_dim": 16, "depth": 4, "hidden_size": 32,
+            "in_channels": 16, "num_heads": 2, "patch_size": 2,
+        },
+    ),
+    "joy_image_edit": (
+        "JoyImageEditTransformer3DModel",
+        {
+            "hidden_size": 32, "in_channels": 16, "num_attention_heads": 2, "num_layers": 4,
+            "patch_size": [1, 2, 2], "rope_dim_list": [4, 6, 6], "text_dim": 16, "theta": 256,
+        },
+    ),
+    "z_image": (
+        "ZImageTransformer2DModel",
+        {
+            "all_f_patch_size": [1], "all_patch_size": [2], "axes_dims": [8, 4, 4],
+            "axes_lens": [256, 32, 32], "cap_feat_dim": 16, "dim": 16, "in_channels": 16,
+            "n_heads": 1, "n_kv_heads": 2, "n_layers": 4, "n_refiner_layers": 2, "qk_norm": True,
+            "rope_theta": 256.0, "t_scale": 1000.0,
+        },
+    ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {
+            "attention_head_dim": 8, "caption_channels": 8, "cross_attention_dim": 16,
+            "in_channels": 4, "norm_type": "ada_norm_single", "num_attention_heads": 2,
+            "num_embeds_ada_norm": 8, "num_layers": 4, "out_channels": 8, "patch_size": 2,
+            "sample_size": 8, "use_additional_conditions": False,
+        },
+    ),
+    "pixart_alpha": (
+        "PixArtTransformer2DModel",
+        {
+            "attention_head_dim": 12, "caption_channels": 8, "cross_attention_dim": 24,
+            "in_channels": 4, "norm_type": "ada_norm_single", "num_attention_heads": 2,
+            "num_embeds_ada_norm": 8, "num_layers": 4, "out_channels": 8, "patch_size": 2,
+            "sample_size": 8, "use_additional_conditions": True,
+        },
+    ),
+    "sana": (
+        "SanaTransformer2DModel",
+        {
+            "attention_head_dim": 8, "caption_channels": 8, "cross_attention_dim": 16,
+            "cross_attention_head_dim": 8, "in_channels": 4, "num_attention_heads": 2,
+            "num_cross_attention_heads": 2, "num_layers": 4, "out_channels": 4, "patch_size": 1,
+            "sample_size": 32,
+        },
+    ),
+    "cogview3_plus": (
+        "CogView3PlusTransformer2DModel",
+        {
+            "attention_head_dim": 4, "condition_dim": 2, "in_channels": 4,
+            "num_attention_heads": 4, "num_layers": 4, "out_channels": 4, "patch_size": 2,
+            "pos_embed_max_size": 32, "sample_size": 8, "text_embed_dim": 8, "time_embed_dim": 8,
+        },
+    ),
+    "cogview4": (
+        "CogView4Transformer2DModel",
+        {
+            "attention_head_dim": 4, "condition_dim": 4, "in_channels": 4,
+            "num_attention_heads": 4, "num_layers": 4, "out_channels": 4, "patch_size": 2,
+            "text_embed_dim": 8, "time_embed_dim": 8,
+        },
+    ),
+    "hunyuan_image": (
+        "HunyuanImageTransformer2DModel",
+        {
+            "attention_head_dim": 8, "in_channels": 4, "num_attention_heads": 2, "num_layers": 3,
+            "num_refiner_layers": 3, "num_single_layers": 3, "out_channels": 4,
+            "patch_size": [1, 1], "rope_axes_dim": [4, 4], "text_embed_dim": 16,
+        },
+    ),
+    "longcat_image": (
+        "LongCatImageTransformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": 32,
+        },
+    ),
+    "nucleus_image": (
+        "NucleusMoEImageTransformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4],
+            "capacity_factors": [8.0, 8.0, 8.0, 8.0], "in_channels": 16,
+            "joint_attention_dim": 16, "moe_enabled": False, "num_attention_heads": 4,
+            "num_layers": 4, "out_channels": 4, "patch_size": 2,
+        },
+    ),
+    "flux_2": (
+        "Flux2Transformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 4, 4], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "patch_size": 1, "timestep_guidance_channels": 32,
+        },
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {
+            "attention_head_dim": 8, "in_channels": 4, "max_text_seq_length": 11,
+            "num_attention_heads": 2, "num_layers": 4, "out_channels": 4, "patch_size": 2,
+            "sample_frames": 9, "sample_height": 8, "sample_width": 8, "text_embed_dim": 8,
+            "time_embed_dim": 8, "use_rotary_positional_embeddings": True,
+        },
+    ),
+    "skyreels_v2": (
+        "SkyReelsV2Transformer3DModel",
+        {
+            "attention_head_dim": 12, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 32,
+            "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
+            "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+            "text_dim": 16,
+        },
+    ),
+    "motif_video": (
+        "MotifVideoTransformer3DModel",
+        {
+            "attention_head_dim": 12, "image_embed_dim": 4, "in_channels": 33,
+            "num_attention_heads": 2, "num_decoder_layers": 0, "num_layers": 3,
+            "num_single_layers": 3, "out_channels": 16, "patch_size": 1, "patch_size_t": 1,
+            "rope_axes_dim": [4, 4, 4], "text_embed_dim": 32,
+        },
+    ),
+}  # fmt: skip
+"""Name → class and config."""
