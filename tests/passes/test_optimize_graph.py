@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from freewheel.passes import OptimizeGraph
 
@@ -47,3 +48,17 @@ def test_a_transposed_weight_input_is_not_folded_away(parse, rewrite) -> None:
     )
     assert not rewrite(model, OptimizeGraph())
     assert [n.op_type for n in model.graph] == ["Transpose", "MatMul"]
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["<float small = {1e-15}> {", "{ small = Constant <value = float {1e-15}> ()"],
+    ids=["initializer", "node"],
+)
+def test_a_small_number_is_no_zero(parse, rewrite, evaluate, number: str) -> None:
+    model = parse(
+        f"g (float[n] x) => (float[n] y) {number} sum = Add(x, small)  y = Div(x, sum) }}"
+    )
+    rewrite(model, OptimizeGraph())
+    found = evaluate(model, {"x": np.zeros(2, dtype=np.float32)})["y"]
+    np.testing.assert_array_equal(found, [0, 0])
