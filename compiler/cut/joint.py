@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from .classes import classify
 from .rewrite import insert, operations, replace
 from .trace import Trace, value_of
-from .words import Instance, expression_of, operation, shape_of
+from .words import Instance, expression_of, is_size, operation, shape_of
 
 __all__ = ["divide_joint"]
 
@@ -58,7 +58,7 @@ def _follow(trace: Trace, joint: fx.Node, instances: Sequence[Instance]) -> None
             inner = insert(trace, readers[0], ATEN.cat.default, list(parts), axis)
         for reader in readers:
             reader.replace_input_with(joint, inner)
-        outside = [u for u in made.users if u.op != "output" and u not in instance.index]
+        outside = _readers_outside(made, instance)
         with trace.graph.inserting_before(_after(instance.nodes[-1])):
             divided = _divide(trace, made, parts, axis)
             joint = insert(trace, made, ATEN.cat.default, divided, axis)
@@ -73,10 +73,15 @@ def _handed_on(joint: fx.Node, instance: Instance) -> fx.Node | None:
     found = [
         node
         for node in instance.nodes
-        if shape_of(node) == shape_of(joint)
-        and any(user.op != "output" and user not in instance.index for user in node.users)
+        if shape_of(node) == shape_of(joint) and _readers_outside(node, instance)
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _readers_outside(node: fx.Node, instance: Instance) -> list[fx.Node]:
+    """Return what reads a block's value outside of it; what looks at its shape does not."""
+    others = [user for user in node.users if user not in instance.index]
+    return [user for user in others if user.op != "output" and not is_size(user)]
 
 
 def _divide(trace: Trace, made: fx.Node, parts: Sequence[fx.Node], axis: int) -> list[fx.Node]:

@@ -39,7 +39,8 @@ FAMILIES = {"flux": flux, "hunyuan": hunyuan, "ltx": ltx}
 
 
 FOUND = ("qwen_image", "sd35", "flux_2")
-"""Models whose cut is found: several graphs of the prompt, masks, three kinds of blocks, streams that a block begins."""
+"""Models whose cut is found: several graphs of the prompt, masks, three kinds of blocks, streams that a
+block begins."""
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *FOUND])

@@ -10,9 +10,9 @@ from typing import Any
 
 import diffusers
 from held_out import HELD_OUT
+from small_configs import CASES
 from torch import Tensor, fx, nn
 
-from configs import CASES
 from freewheel.compiler.cut.cut import cut_model
 from freewheel.compiler.cut.models import MODELS, row_of
 from freewheel.compiler.cut.prove import random_weights

@@ -34,9 +34,9 @@ from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
 FOUND = (
-    "bria", "ovis_image", "prx", "joy_image_edit", "krea_2", "pixart", "pixart_alpha", "sana",
+    "bria", "ovis_image", "prx", "joy_image_edit", "krea_2", "pixart", "pixart_alpha",
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "nucleus_image", "sana_video",
-    "cogvideox", "skyreels_v2", "motif_video", "flux_2",
+    "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "cogvideox")
 WITH_PIPELINE = ("qwen_image", "sd3", "sd35")

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from cases import EVERY_RUN, Case, case
+from small_configs import CASES
 from torch import Tensor
-
-from configs import CASES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 from chain import Chain, relative, taken_weights

@@ -9,8 +9,8 @@ import pytest
 import torch
 from cases import EVERY_RUN, Case, case
 from held_out import HELD_OUT
+from small_configs import CASES
 
-from configs import CASES
 from freewheel.compiler.cut.prove import (
     chain,
     eager,

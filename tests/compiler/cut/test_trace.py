@@ -8,10 +8,10 @@ import sympy
 import torch
 from cases import Case
 from diffusers import WanTransformer3DModel
+from small_configs import WAN
 from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Max, PythonMod
 
-from configs import WAN
 from freewheel.compiler.cut.models import row_of
 from freewheel.compiler.cut.row import Row, step
 from freewheel.compiler.cut.trace import (
