@@ -50,10 +50,14 @@ class Dimensions:
 
     def of_word(self, word: str) -> str:
         """Name a dimension that a row spells."""
-        is_tokens = size_expression(word, self.config) == self.tokens
-        if not is_tokens and not word.isidentifier():
+        expression = size_expression(word, self.config)
+        if expression == self.tokens:
+            return "tokens"
+        if expression.is_Add:
+            return self._sum(expression)
+        if not word.isidentifier():
             refuse(self.cut.model, "takes an input of a size that has no name", [word])
-        return "tokens" if is_tokens else word
+        return word
 
     def derived(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Add all that follows from the sizes that a model is traced with."""

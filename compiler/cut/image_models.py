@@ -84,7 +84,6 @@ IMAGE_MODELS: tuple[Row, ...] = (
             "encoder_attention_mask": TEXT_MASK,
         },
         pipelines=("Krea2Pipeline",),
-        name="krea_2",
         latent_scale=(1, 8),
         timestep_scale=1000.0,
         packed=2,

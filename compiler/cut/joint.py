@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -112,7 +112,8 @@ def _after(node: fx.Node) -> fx.Node:
 
 def _axis(cat: fx.Node) -> int:
     axis: Any = cat.args[1] if len(cat.args) > 1 else 0
-    return int(axis) % value_of(cat).ndim
+    found: int = axis % value_of(cat).ndim
+    return found
 
 
 def take_parts(trace: Trace, inside: set[fx.Node]) -> None:
@@ -134,8 +135,8 @@ def take_parts(trace: Trace, inside: set[fx.Node]) -> None:
 
 def _wanted(node: fx.Node) -> Part | None:
     """Return which part a slice takes; None of every second element."""
-    read: Any = node.args
-    source, axis, begin, _, step = (*read, *(None, 0, None, None, 1)[len(read) :])
+    given = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    source, axis, begin, _, step = cast("tuple[Any, ...]", given)
     if step != 1:
         return None
     if isinstance(begin, fx.Node):

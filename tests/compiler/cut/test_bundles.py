@@ -34,7 +34,7 @@ from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
 FOUND = (
-    "bria", "ovis_image", "prx", "joy_image_edit", "krea_2", "pixart", "pixart_alpha",
+    "bria", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "nucleus_image", "sana_video",
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana",
 )  # fmt: skip

@@ -45,5 +45,6 @@ def test_limits_are_those_of_the_models_tables(dimensions: Dimensions) -> None:
 
 def test_a_size_without_a_name_is_refused(dimensions: Dimensions) -> None:
     assert dimensions.of_word("text_tokens") == "text_tokens"
+    assert dimensions.of_word("text_tokens+image_tokens") == "image_tokens_plus_text_tokens"
     with pytest.raises(ExportError, match=r"no name: text_tokens\*2"):
         dimensions.of_word("text_tokens*2")
