@@ -208,7 +208,6 @@ IMAGE_MODELS: tuple[Row, ...] = (
             "img_shapes": [(1, size("rows"), size("columns"))],
         },
         pipelines=("NucleusMoEImagePipeline",),
-        name="nucleus_image",
         latent_scale=(1, 8),
         timestep_scale=1000.0,
         packed=2,

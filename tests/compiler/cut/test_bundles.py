@@ -35,7 +35,7 @@ from freewheel.runtime.session import Session
 
 FOUND = (
     "bria", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
-    "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "nucleus_image", "sana_video",
+    "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "sana_video",
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "cogvideox")

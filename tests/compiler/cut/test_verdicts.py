@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of models is true, and names every DiT of the installed diffusers."""
+
+from __future__ import annotations
+
+import pytest
+from small_configs import CASES
+from test_bundles import FOUND, WITH_PIPELINE
+from verdicts import KINDS, OTHERS, Verdict, classes, listed, verdict
+
+from freewheel.compiler.cut.models import MODELS, row_of
+from freewheel.compiler.families import FAMILIES
+
+
+def test_every_dit_has_a_verdict() -> None:
+    assert list(listed()) == classes()
+    assert {one.kind for one in listed().values()} <= KINDS.keys()
+
+
+def test_a_bundle_is_said_of_what_a_family_cuts_and_of_nothing_else() -> None:
+    bundles = {model for model, one in listed().items() if one.kind == "bundle"}
+    assert bundles == {family.transformer_class for family in FAMILIES}
+
+
+def test_whatever_has_a_row_with_a_name_is_among_the_tests_of_bundles() -> None:
+    tested = {CASES[name][0] for name in (*FOUND, *WITH_PIPELINE)}
+    assert {row.model for row in MODELS if row.name} <= tested
+
+
+def test_a_class_has_one_small_model() -> None:
+    assert not [model for model in OTHERS if row_of(model) is not None]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("model", classes())
+def test_the_verdict_is_what_is_found(model: str) -> None:
+    assert verdict(model) == listed().get(model, Verdict(""))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes of each DiT of the installed diffusers: a bundle, a cut, or the reason why not.
+
+``python tests/compiler/cut/verdicts.py`` writes `docs/reference/models.md`; ``test_verdicts.py`` holds it
+to be true.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import diffusers
+from cases import Case
+from held_out import HELD_OUT
+from small_configs import CASES
+from test_declare import error
+from test_prove import OTHER
+
+from freewheel.compiler.cut.cut import cut_model
+from freewheel.compiler.cut.declare import _Declaration
+from freewheel.compiler.cut.models import row_of
+from freewheel.compiler.cut.prove import eager, random_inputs, random_weights
+from freewheel.compiler.cut.row import SIZES, Input, Row
+from freewheel.compiler.families import FAMILIES
+from freewheel.core.errors import ExportError
+
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "models.md"
+OTHERS = json.loads((Path(__file__).parent / "others.json").read_text())
+"""Class without a row → config, and inputs as ``"changes dimensions; dtype fill=values"``."""
+
+NO_DIT = {
+    "DreamLiteTransformer2DModel", "MiniMaxMusic3RVQDepthDecoder", "PriorTransformer",
+    "T5FilmDecoder", "Transformer2DModel", "TransformerTemporalModel",
+}  # fmt: skip
+"""Classes among diffusers' transformers that denoise nothing, or are layers of a U-Net."""
+
+LONGEST = 110
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One class's verdict: one of `KINDS`, and the reason."""
+
+    kind: str
+    why: str = ""
+
+
+KINDS = {
+    "bundle": "built, and equal on ONNX Runtime and OpenVINO",
+    "words": "equal when its graphs are called as a session calls them; no bundle is built",
+    "refused": "cut, but a bundle has no word for something",
+    "not equal": "cut, but not equal at every size",
+    "not traced": "torch can't trace it",
+    "not tried": "no small model of it was made",
+}
+
+
+def classes() -> list[str]:
+    """Return every DiT of the installed diffusers."""
+    named = {
+        name: getattr(diffusers, name)
+        for name in dir(diffusers)
+        if name.endswith(("Model", "Transformer"))
+    }
+    return sorted(
+        name
+        for name, one in named.items()
+        if inspect.isclass(one)
+        and one.__module__.startswith("diffusers.models.transformers.")
+        and issubclass(one, diffusers.ModelMixin)
+        and name not in NO_DIT
+    )
+
+
+def proof_of(model: str) -> tuple[Row, dict[str, Any]] | None:
+    """Return a class's row and a small config; None if there is none."""
+    row = row_of(model)
+    if row is not None:
+        return row, next(config for name, config in CASES.values() if name == model)
+    held = next((both for both in HELD_OUT.values() if both[0].model == model), None)
+    if held is not None or model not in OTHERS:
+        return held
+    entry = OTHERS[model]
+    inputs = {name: _input(spelled) for name, spelled in entry["inputs"].items()}
+    row = Row(model, inputs, multiples=entry.get("multiples", {}), whole=entry.get("whole", False))
+    return row, entry["config"]
+
+
+def _input(spelled: Any) -> Any:
+    if isinstance(spelled, dict):
+        return {name: _input(one) for name, one in spelled.items()}
+    if isinstance(spelled, list):
+        return [_input(one) for one in spelled]
+    if not isinstance(spelled, str):
+        return spelled
+    words, _, options = spelled.partition("; ")
+    changes, _, shape = words.partition(" ")
+    fill: Any = "timestep" if changes == "run" else "normal"
+    dtype = "int64" if changes == "shape" else "float32"
+    for option in options.split():
+        if option.startswith("fill="):
+            fill = option.removeprefix("fill=")
+            fill = int(fill) if fill.isdigit() else fill
+        else:
+            dtype = option
+    return Input(changes, shape, dtype, fill)  # type: ignore[arg-type]  # a word of the file
+
+
+def verdict(model: str) -> Verdict:
+    """Cut a class and compare it with itself."""
+    found = proof_of(model)
+    if found is None:
+        return Verdict("not tried")
+    row, config = found
+    model_class = getattr(diffusers, model)
+    whole = random_weights(model_class.from_config(config).eval())
+    weights = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    kind = "not traced"
+    try:
+        cut = cut_model(row, model_class, config, modulation=False)
+        kind = "refused"
+        one = Case(row, whole, weights, cut)
+        settings: Any = whole.config
+        declared = _Declaration(row, cut, settings, "float32", lambda name: "float32").declared()
+    except ExportError as reason:
+        return Verdict(kind, _short(reason.what.removeprefix("torch can't trace its forward: ")))
+    except Exception as reason:
+        return Verdict(kind, _short(f"{type(reason).__name__}: {reason}"))
+    try:
+        worst = max(error(one, declared, counts) for counts in (SIZES, OTHER) if _runs(one, counts))
+    except Exception as reason:
+        return Verdict("not equal", _short(f"{type(reason).__name__}: {reason}"))
+    if worst > 1e-5:
+        return Verdict("not equal", f"relative L2 {worst:.0e}")
+    cut_by = {family.transformer_class for family in FAMILIES}
+    return Verdict("bundle" if model in cut_by else "words")
+
+
+def _runs(one: Case, counts: Mapping[str, int]) -> bool:
+    """Say whether the model itself runs at a size."""
+    config: Any = one.model.config
+    try:
+        eager(one.row, one.model, random_inputs(one.row, config, one.row.sizes(config, counts)))
+    except Exception:
+        return False
+    return True
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.replace("|", "/").split("\n")[0].split())
+    line = re.sub(r"<eval_with_key>\.\d+", "generated code", line)
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
+
+
+def page(verdicts: Mapping[str, Verdict]) -> str:
+    """Return the page."""
+    counts = Counter(v.kind for v in verdicts.values())
+    kinds = "\n".join(f"| {kind} | {counts[kind]} | {text} |" for kind, text in KINDS.items())
+    rows = "\n".join(f"| `{model}` | {v.kind} | {v.why} |" for model, v in verdicts.items())
+    return PAGE_HEAD.format(version=diffusers.__version__, kinds=kinds, rows=rows)
+
+
+PAGE_HEAD = """\
+# Models
+
+Every DiT of diffusers {version}, and what comes of [cutting it](../explanation/cutting.md): a small
+random model is cut, and compared with itself at two sizes. `tests/compiler/cut/verdicts.py` writes
+this page; `pytest -m nightly tests/compiler/cut/test_verdicts.py` shows that it is true.
+
+| verdict | classes | means |
+|---|--:|---|
+{kinds}
+
+| class | verdict | why |
+|---|---|---|
+{rows}
+"""
+
+
+def listed() -> dict[str, Verdict]:
+    """Return the page's verdicts."""
+    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    return {row[1].strip(" `"): Verdict(row[2].strip(), row[3].strip()) for row in rows}
+
+
+if __name__ == "__main__":
+    asked = sys.argv[1:] or classes()
+    found = listed() if PAGE.exists() else {}
+    for name in asked:
+        found[name] = verdict(name)
+        print(name, found[name], flush=True)
+        PAGE.write_text(page({n: found[n] for n in classes() if n in found}))
