@@ -41,7 +41,7 @@ def divide_joint(trace: Trace, instances: Sequence[Instance]) -> None:
     for node, name in operations(trace):
         if name == "cat" and node not in inside and "step" in of[node].on:
             _follow(trace, node, instances)
-    take_parts(trace, inside)
+    take_parts(trace, inside, fixed={node for node in of if "step" not in of[node].on})
     trace.graph.eliminate_dead_code()
 
 
@@ -110,21 +110,26 @@ def _after(node: fx.Node) -> fx.Node:
     return following
 
 
+def _is_cat(node: fx.Node) -> bool:
+    return node.op == "call_function" and operation(node) == "cat"
+
+
 def _axis(cat: fx.Node) -> int:
     axis: Any = cat.args[1] if len(cat.args) > 1 else 0
     found: int = axis % value_of(cat).ndim
     return found
 
 
-def take_parts(trace: Trace, inside: set[fx.Node]) -> None:
+def take_parts(trace: Trace, inside: set[fx.Node], fixed: set[fx.Node]) -> None:
     """Outside blocks, a slice of what was joined becomes the part that it is.
 
-    What is computed between the two, token by token, is computed of the part.
+    What is computed between the two, token by token, is computed of the part. A block takes parts of
+    what is no stream, and is itself the concatenation.
     """
     for node, name in operations(trace):
-        if name != "slice" or node in inside:
+        source: Any = node.args[0] if name == "slice" else None
+        if source is None or (node in inside and not (source in fixed and _is_cat(source))):
             continue
-        source: Any = node.args[0]
         wanted = _wanted(node)
         if wanted is None or not _is_joined(source, wanted, inside):
             continue

@@ -8,10 +8,9 @@ tokens only to join them again. A graph says each of these once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from typing import Any, cast
 
-import sympy
 import torch
 from torch import fx
 
@@ -29,10 +28,9 @@ SPLITS = frozenset({"split", "split_with_sizes"})
 
 
 def divide_once(trace: Trace) -> None:
-    """Unsqueeze before a split, split in place of unbind, take what was joined, repeat no mask."""
+    """Unsqueeze before a split, split in place of unbind, repeat no mask."""
     unsqueeze_before_splitting(trace)
     split_in_place_of_unbind(trace)
-    take_what_was_joined(trace)
     repeat_no_mask(trace)
 
 
@@ -191,35 +189,6 @@ def _of_a_split(parts: list[fx.Node], axis: int) -> fx.Node | None:
     along = (split.args[2] if len(split.args) > 2 else 0) % value_of(split.args[0]).ndim
     in_order = [part.args[1] for part in parts] == list(range(len(value_of(split))))
     return cast("fx.Node", split.args[0]) if in_order and along == axis else None
-
-
-def take_what_was_joined(trace: Trace) -> None:
-    """A slice of a concatenation that is one of its operands is that operand."""
-    for node, name in operations(trace):
-        joined: Any = node.args[0] if name == "slice" else None
-        if joined is None or operation(joined) != "cat":
-            continue
-        parts = cast("list[fx.Node]", joined.args[0])
-        axis = cast("int", joined.args[1] if len(joined.args) > 1 else 0) % value_of(node).ndim
-        along, start, end = _bounds(node)
-        if along != axis:
-            continue
-        ends = list(accumulate((shape_of(part)[axis] for part in parts), initial=sympy.S.Zero))
-        first, last = _place(start, ends[-1], 0), _place(end, ends[-1], ends[-1])
-        for part, begin, until in zip(parts, ends, ends[1:], strict=False):
-            if (begin, until) == (first, last):
-                replace(trace, node, part)
-                break
-
-
-def _place(bound: Any, length: sympy.Basic, absent: Any) -> sympy.Basic:
-    """Return a slice's bound as it is counted from the front."""
-    value = sympy.sympify(absent if bound is None else _size(bound))
-    return length + value if value.is_negative else value
-
-
-def _size(bound: Any) -> Any:
-    return expression_of(value_of(bound)) if isinstance(bound, fx.Node) else bound
 
 
 def repeat_no_mask(trace: Trace) -> None:

@@ -109,3 +109,39 @@ def test_what_is_no_part_is_left_alone(forward: Any) -> None:
     assert "cat" in names
     x, y = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
     assert torch.allclose(run(found, x=x, y=y), forward(x, y))
+
+
+class Guided(nn.Module):
+    """Blocks that each divide what was joined of the prompt, as Wan's image-to-video blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([GuidedBlock() for _ in range(3)])
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Guided:
+        return cls()
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor, return_dict: bool) -> Tensor:
+        context = torch.concat([image * 2, text * 3], dim=1)
+        for block in self.blocks:
+            x = block(x, context, image.shape[1])
+        return x
+
+
+class GuidedBlock(Block):
+    def forward(self, x: Tensor, context: Tensor, length: int) -> Tensor:  # type: ignore[override]  # of a context
+        image, text = context[:, :length], context[:, length:]
+        return super().forward(x) + self.key(image).mean(1, keepdim=True) + text.mean(1, True)
+
+
+def test_blocks_read_the_parts_of_what_was_joined_of_the_prompt() -> None:
+    sizes = {"x": step("batch tokens 4"), "text": prompt("batch text_tokens 4")}
+    cut = cut_model(Row("Guided", {**sizes, "image": prompt("batch image_tokens 4")}), Guided, {})
+    nodes = [operation(n) for s in cut.segments.values() for n in s.module.graph.nodes]
+    assert "cat" not in nodes
+    assert "slice" not in nodes
+    model = Guided()
+    inputs = {name: torch.randn(2, size, 4) for name, size in (("x", 5), ("text", 3), ("image", 2))}
+    found = chain(cut, dict(model.named_parameters()), inputs)[0]
+    assert torch.allclose(found, model(**inputs, return_dict=False), atol=1e-6)

@@ -131,28 +131,6 @@ def test_what_a_block_divides_and_the_next_joins_stays_two_streams() -> None:
     assert "cat" in names(found)
 
 
-def test_a_slice_of_what_was_joined_is_what_was_joined() -> None:
-    def forward(x: Tensor) -> Tensor:
-        y = x * 2
-        joined = torch.concat([x, y], dim=1)
-        length = x.shape[1]
-        return (joined[:, :length] + joined[:, length:]) * joined[:, -length:]
-
-    assert tidied(forward) == ["mul", "add", "mul"]
-
-
-def test_another_slice_of_what_was_joined_stays() -> None:
-    def across(x: Tensor) -> Tensor:
-        return torch.cat([x, x * 2], dim=1)[:, 1 : x.shape[1] + 1]
-
-    def otherwise(x: Tensor) -> Tensor:
-        return torch.cat([x, x * 2], dim=-1)[:, : x.shape[1]]
-
-    assert "slice" in tidied(across)
-    assert "cat" in tidied(across)
-    assert "cat" in tidied(otherwise)
-
-
 def test_a_mask_is_not_repeated_for_each_head() -> None:
     def forward(x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
