@@ -73,7 +73,7 @@ class Model(nn.Module):
         return x
 
 
-def test_products_and_tokens_of_both_are_made_once_a_step_and_the_rest_in_blocks() -> None:
+def test_products_and_tokens_of_both_are_made_once_a_computed_step_and_the_rest_in_blocks() -> None:
     row = Row(
         "Model",
         {"x": step("batch tokens 4"), "t": timestep(), "text": prompt("batch text_tokens 4")},
@@ -83,7 +83,8 @@ def test_products_and_tokens_of_both_are_made_once_a_step_and_the_rest_in_blocks
     assert {cut.segments[c.segment].runs for c in cut.calls if set(c.outputs) & set(first.inputs)} == {
         "run", "prompt"
     }  # fmt: skip
-    assert cut.segments["head"].outputs == ("tokens",)
+    assert cut.segments["condition"].outputs == ("tokens",)
+    assert cut.segments["condition"].runs == "block"
     model = Model()
     inputs = {
         "x": torch.randn(3, 5, 4), "t": torch.full((3,), 0.7), "text": torch.randn(3, 6, 4)
