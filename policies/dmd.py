@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Decision, Policy, Step
-from .forecast import line_mix
+from .forecast import INTERVAL, line_mix
 from .linear import solve
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
@@ -108,12 +108,7 @@ class DMD(Policy):
         kept=["gram"],
         history=HistorySpec(maximum=HISTORY, depth=HISTORY),
         parameters={
-            "interval": ParameterSpec(
-                default=4,
-                dtype="int64",
-                minimum=1,
-                meaning="steps per computed step, the first being computed, >= 1; 1 never reuses",
-            ),
+            "interval": INTERVAL,
             "ridge": ParameterSpec(
                 default=1e-4,
                 minimum=1e-5,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Decision, Policy, Step, hold
+from .forecast import INTERVAL
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
 __all__ = ["FoCa"]
@@ -37,12 +38,7 @@ class FoCa(Policy):
         history=HistorySpec(maximum=HISTORY, parameter="history"),
         state={name: StateSpec(shape=[HISTORY]) for name in ("newest", "before", "forecast")},
         parameters={
-            "interval": ParameterSpec(
-                default=4,
-                dtype="int64",
-                minimum=1,
-                meaning="steps per computed step, the first being computed, >= 1; 1 never reuses",
-            ),
+            "interval": INTERVAL,
             "history": ParameterSpec(
                 default=4,
                 dtype="int64",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .base import Decision, Policy, Step
-from .forecast import hermite_mix
+from .forecast import INTERVAL, hermite_mix
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
 __all__ = ["Hermite"]
@@ -30,12 +30,7 @@ class Hermite(Policy):
         summary="computes one step in N, forecasts the others by Hermite polynomials",
         history=HistorySpec(maximum=5, parameter="order", offset=1),
         parameters={
-            "interval": ParameterSpec(
-                default=4,
-                dtype="int64",
-                minimum=1,
-                meaning="steps per computed step, the first being computed, >= 1; 1 never reuses",
-            ),
+            "interval": INTERVAL,
             "order": ParameterSpec(
                 default=2,
                 dtype="int64",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import Decision, Policy, Step
 from .config import CachingConfig
-from .forecast import newton_mix, taylor_mix
+from .forecast import INTERVAL, newton_mix, taylor_mix
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
 __all__ = ["TaylorSeer", "TaylorSeerConfig"]
@@ -20,12 +20,7 @@ VARIANTS = ["taylor", "newton"]
 
 
 PARAMETERS = {
-    "interval": ParameterSpec(
-        default=4,
-        dtype="int64",
-        minimum=1,
-        meaning="steps per computed step, the first being computed, >= 1; 1 never reuses",
-    ),
+    "interval": INTERVAL,
     "order": ParameterSpec(
         default=1,
         dtype="int64",
