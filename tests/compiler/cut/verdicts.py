@@ -176,7 +176,8 @@ PAGE_HEAD = """\
 
 Every DiT of diffusers {version}, and what comes of [cutting it](../explanation/cutting.md): a small
 random model is cut, and compared with itself at two sizes. `tests/compiler/cut/verdicts.py` writes
-this page; `pytest -m nightly tests/compiler/cut/test_verdicts.py` shows that it is true.
+this page; `pytest -m nightly tests/compiler/cut/test_verdicts.py` shows that it is true, and
+`test_bundles.py` beside it that the bundles are.
 
 | verdict | classes | means |
 |---|--:|---|
