@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from ..bundle.reader import Bundle
-from .cut.document import CUT, read_cut
+from .cut.document import CONSTANTS, CUT, DOCUMENT, read_cut
 from .families import Cut, family_of
 
 __all__ = ["cut_of"]
+
+FILES = {f"{CUT}/{name}" for name in (DOCUMENT, CONSTANTS)}
 
 
 def cut_of(bundle: Bundle) -> Cut:
@@ -17,9 +19,9 @@ def cut_of(bundle: Bundle) -> Cut:
         BundleError: the bundle's cut can't be read.
         CheckpointError: no family of this Freewheel cuts the model.
     """
-    if (bundle.folder / CUT).exists():
-        return read_cut(bundle.folder / CUT)
     manifest = bundle.manifest
+    if manifest.files.keys() >= FILES:  # those that opening the bundle has checked
+        return read_cut(bundle.folder / CUT)
     family = family_of(manifest.checkpoint.transformer_class, "manifest.json")
     tensors = manifest.tensors
     return family.cut(
