@@ -76,8 +76,9 @@ MODELS = {
 def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
     """Write the block graphs of a model; return file, precision and profile of each."""
     from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
+    from freewheel.compiler.cut.models import family_of
+    from freewheel.compiler.cut.transformer import cut_transformer
     from freewheel.compiler.defaults import resolve_configs
-    from freewheel.compiler.families import family_of
     from freewheel.compiler.graphs.write import write_graphs
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
     from freewheel.core.progress import Silent
@@ -89,7 +90,9 @@ def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
     layers = {n: v for n, v in ONE_OF_EACH.items() if n in known}
     with torch.device("meta"):
         config = transformer(**model.config, **layers).config
-    cut = family_of(model.transformer, name).cut(config, precision, lambda tensor: precision)  # type: ignore[arg-type]  # a name of theirs
+    cut = cut_transformer(
+        family_of(model.transformer, name), config, precision, lambda tensor: precision
+    )  # type: ignore[arg-type]  # a name of theirs
     (folder / "graphs").mkdir(parents=True)
     blocks = {s.block for s in cut.stages}
     segments = [s for s in cut.segments if s.name in blocks]

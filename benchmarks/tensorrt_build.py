@@ -30,10 +30,9 @@ SLOW_IMPORTS = ["torch", "freewheel.compiler.build", "freewheel.engines.tensorrt
 
 def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queue: Any) -> None:
     """Write a bundle without engines, and every graph's profiles into ``queue``."""
-    from freewheel.bundle.reader import Bundle
     from freewheel.compiler.build import BuildRequest, build
+    from freewheel.compiler.cut.document import CUT, read_cut
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
-    from freewheel.compiler.recut import cut_of
     from freewheel.runtime.settings import config_entries
 
     configs = config_entries(["off"], typer.echo)
@@ -44,7 +43,7 @@ def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queu
     began = time.perf_counter()
     manifest = build(request).manifest
     seconds = time.perf_counter() - began
-    cut = cut_of(Bundle(out))
+    cut = read_cut(Path(out) / CUT)
     asked = BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items()})
     ranges = dim_ranges(cut, asked, manifest.configs, None)
     graphs = {n: (g.file, g.precision) for n, g in manifest.graphs.items()}

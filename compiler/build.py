@@ -59,10 +59,11 @@ from .checkpoints.folders import linked_names
 from .checkpoints.sources import lies_as
 from .checkpoints.weights import bring_weights
 from .code_version import code_version
-from .cut.declared import FIRST_BLOCK_RESIDUAL, StoredDtype
+from .cut.declared import FIRST_BLOCK_RESIDUAL, Cut, StoredDtype
 from .cut.document import CUT, write_cut
+from .cut.models import Row, family_of
+from .cut.transformer import cut_transformer
 from .defaults import policy_setting, resolve_configs, scheduler_shift
-from .families import Cut, Family, family_of
 from .forecast.build import forecast_build
 from .graphs.caching import cache_segments
 from .graphs.decide import write_decide_graph
@@ -73,7 +74,7 @@ from .profiles import BuildSizes, Profile, Range, dim_ranges, profiles_of
 from .samplers import write_tables
 from .sizes import Size, latent_scale, read_part
 
-__all__ = ["BuildReport", "BuildRequest", "build", "family_cut", "plan"]
+__all__ = ["BuildReport", "BuildRequest", "build", "model_cut", "plan"]
 
 PIPELINE_PARTS = (
     "scheduler", "tokenizer", "text_encoder", "vae", "image_encoder", "image_processor",
@@ -174,7 +175,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     checkpoint = _open(request)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     store = Store(request.cache / STORE if request.cache is not None else None)
-    family, cut = family_cut(checkpoint, request.precision, store)
+    row, cut = model_cut(checkpoint, request.precision, store)
     targets = [complete_target(b, request.target) for b in request.backends]
     ranges = _ranges(request, cut, checkpoint, configs)
     parts = pipeline_parts(request, checkpoint, configs)
@@ -189,8 +190,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         digests_ahead(_shards_to_link(checkpoint, cut, folder)) as ahead,
     ):
         (folder / "graphs").mkdir()
-        if family.is_found:
-            write_cut(cut, folder / CUT)
+        write_cut(cut, folder / CUT)
         clock.start("trace")
         signals = _signals(cut, request.weights)
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
@@ -272,7 +272,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         files = describe_files(folder, ahead)
         manifest = Manifest(
             freewheel_version=version("freewheel"),
-            family=family.name,
+            family=row.name,
             checkpoint=CheckpointEntry(
                 source=checkpoint.source,
                 revision=checkpoint.revision,
@@ -497,9 +497,9 @@ def _open(request: BuildRequest) -> Checkpoint:
     )
 
 
-def family_cut(
+def model_cut(
     checkpoint: Checkpoint, precision: Precision, store: Store = NO_STORE
-) -> tuple[Family, Cut]:
+) -> tuple[Row, Cut]:
     """Cut the transformer, and account for every tensor of each expert.
 
     Raises:
@@ -507,14 +507,13 @@ def family_cut(
     """
     transformer = checkpoint.transformer
     where = str(transformer / "config.json" if transformer.is_dir() else transformer)
-    family = family_of(checkpoint.transformer_class, where)
-    kept = {"store": store} if family.is_found else {}
-    cut = family.cut(checkpoint.config, precision, _stored_dtype(checkpoint), **kept)
+    row = family_of(checkpoint.transformer_class, where)
+    cut = cut_transformer(row, checkpoint.config, precision, _stored_dtype(checkpoint), store)
     wanted = {n: shape for n, (_, shape) in cut.weights().items()}
     for part in [part for part, _ in checkpoint.experts] or ["transformer"]:
         place = checkpoint.place_of(part)
         check_tensors(checkpoint.of_part(part), wanted, place, unread=cut.unread)
-    return family, cut
+    return row, cut
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
@@ -561,12 +560,12 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
     check_group_blocks(request.group_blocks, request.weights)
     checkpoint = _open(request)
     configs = resolve_configs(request.configs, checkpoint.pipeline)
-    family, cut = family_cut(checkpoint, request.precision)
+    row, cut = model_cut(checkpoint, request.precision)
     stored = sum(t.bytes for t in checkpoint.tensors.values())
     for backend in request.backends:
         complete_target(backend, request.target)
     return {
-        "family": family.name,
+        "family": row.name,
         "blocks": sum(s.count for s in cut.stages),
         "graphs": len(cut.segments)
         + 2

@@ -12,7 +12,7 @@ from typing import Any
 from ..bundle.dims import summed
 from ..bundle.manifest import GraphEntry, PolicyEntry, ResolvedConfig
 from ..core.errors import ConfigError, RequestError
-from .families import Cut
+from .cut.declared import Cut
 from .sizes import Size, dims_of, size_of
 
 __all__ = ["BuildSizes", "Profile", "Range", "dim_ranges", "parse_range", "profiles_of"]

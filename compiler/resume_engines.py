@@ -21,8 +21,8 @@ from ..engines import backend_class
 from ..engines.base import Backend, ProfiledBackend, Target
 from ..engines.record import write_whole
 from .build import STORE, compile_graphs, complete_target
+from .cut.document import cut_of
 from .profiles import BuildSizes, dim_ranges, profiles_of
-from .recut import cut_of
 
 __all__ = ["left_to_gpus", "resume_engines"]
 

@@ -16,7 +16,7 @@ from ..core.errors import RequestError
 from ..core.limits import check_size
 from ..engines.base import TensorSpec
 from .checkpoints.folders import read_json
-from .families import Cut
+from .cut.declared import Cut
 
 __all__ = [
     "Size",

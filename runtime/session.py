@@ -109,7 +109,7 @@ class Recorder(Protocol):
     across_experts: ClassVar[bool]  # whether it follows a run from one transformer to the next
 
     def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
-        """Take the per-run tables [steps, …] when a run begins."""
+        """Take the tables [steps, …] that policies may look at, when a run begins."""
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Take one step."""
@@ -205,7 +205,9 @@ class Session:
             if branch.cache is not None:
                 branch.cache.reset(self._tables, self._schedule)
         if recorder is not None:
-            recorder.on_run(self._tables, self._schedule)
+            signals = {signal.value for signal in self.manifest.signals.values()}
+            seen = {name: table for name, table in self._tables.items() if name in signals}
+            recorder.on_run(seen, self._schedule)
         self._has_failed = False
 
     @property
@@ -414,13 +416,17 @@ class Session:
         )
 
     def _allocate_rows(self) -> dict[str, Tensor]:
-        """Allocate the current row of each per-run table, shaped as step graphs take it."""
+        """Allocate the current row of each per-run table, shaped as step graphs take it.
+
+        What only policies look at is shaped as its table.
+        """
         graphs = self.manifest.graphs.values()
         rows: dict[str, Tensor] = {}
-        for name in (n for g in graphs if g.runs == "run" for n in g.outputs):
-            entry = next((g.inputs[name] for g in graphs if name in g.inputs), None)
-            if entry is not None:  # else policies alone look at it, in its table
-                rows |= allocate({name: entry}, {}, self.model.device)
+        for name, table in (
+            (n, t) for g in graphs if g.runs == "run" for n, t in g.outputs.items()
+        ):
+            entry = next((g.inputs[name] for g in graphs if name in g.inputs), table)
+            rows |= allocate({name: entry}, {"steps": 1}, self.model.device)
         return rows
 
     def _compute_tables(self, timesteps: Tensor) -> None:

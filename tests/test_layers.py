@@ -91,7 +91,7 @@ UNMIRRORED = {
     "serving/__init__.py": "empty",
     "tuning/__init__.py": "empty",
     "core/progress.py": "a protocol and its empty form",
-    "compiler/cut/declared.py": "data classes alone; families/test_init.py checks what fills them",
+    "compiler/cut/declared.py": "data classes alone; models/test_init.py checks what fills them",
     "core/tensor_spec.py": "one data class without behaviour",
 }
 """Source file → why it has no test file of its name."""
@@ -143,10 +143,10 @@ def third_party(path: Path) -> set[str]:
 
 def test_the_walk_finds_the_sources() -> None:
     found = {str(p) for p in sources()}
-    assert {"cli.py", "compiler/families/wan.py", "engines/tensorrt.py"} <= found
+    assert {"cli.py", "compiler/cut/declared.py", "engines/tensorrt.py"} <= found
     assert {package_of(Path(p)) for p in found} == set(ALLOWED)
     assert "freewheel.core.errors" in {n for n, _ in imported(Path("cli.py"))}
-    assert "freewheel.engines.base" in {n for n, _ in imported(Path("compiler/families/wan.py"))}
+    assert "freewheel.engines.base" in {n for n, _ in imported(Path("compiler/cut/declared.py"))}
 
 
 def test_imports_go_one_way() -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model family declares: the segments of one diffusers transformer class, and nothing else.
+"""A cut in the bundle's words: segments, stages, inputs, and nothing else.
 
-A family file holds no engine code and no policy code. It turns a transformer's config into
-`Segment`s (PyTorch modules on the ``meta`` device with named, typed inputs and outputs) and says in
-which order the block templates make up ``body``.
+`Segment`s are PyTorch modules on the ``meta`` device with named, typed inputs and outputs; `Stage`s
+say in which order the block templates make up ``body``. No engine and no policy is known here.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from ...engines.base import TensorSpec
 __all__ = [
     "Cut",
     "DimFactor",
-    "Family",
     "ModelInput",
     "Runs",
     "Segment",
@@ -193,23 +191,3 @@ class Cut:
             for block in range(stage.first, stage.first + stage.count)
         ]
         return blocks or [0]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A row of the families table.
-
-    Attributes:
-        name: Family name in manifests.
-        transformer_class: Diffusers class as ``_class_name`` in the transformer's config spells it.
-        pipelines: Diffusers pipelines whose ``transformer`` it may be.
-        cut: Config, body precision and stored dtypes → the cut model.
-        is_found: Whether its cut is found in the transformer's own forward; ``cut`` takes a ``store``
-            then, where cuts are kept.
-    """
-
-    name: str
-    transformer_class: str
-    pipelines: tuple[str, ...]
-    cut: Callable[..., Cut]
-    is_found: bool = False

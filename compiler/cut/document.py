@@ -35,6 +35,7 @@ CUT = "cut"
 """A bundle's folder with its cut."""
 
 DOCUMENT, CONSTANTS = "cut.json", "constants.safetensors"
+FILES = {f"{CUT}/{name}" for name in (DOCUMENT, CONSTANTS)}
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "add": operator.add, "floordiv": operator.floordiv, "getitem": operator.getitem,
@@ -164,12 +165,15 @@ def read_cut(folder: Path) -> Cut:
 
 
 def cut_of(bundle: Bundle) -> Cut:
-    """Read the cut that a bundle was built of.
+    """Read the cut that a bundle was built of; its modules are on ``meta``.
 
     Raises:
-        BundleError: it has none.
+        BundleError: it has none, or one that its manifest does not list.
     """
-    return read_cut(bundle.folder / CUT)
+    folder = bundle.folder / CUT
+    if not bundle.manifest.files.keys() >= FILES:  # opening a bundle checks those that it lists
+        raise BundleError(str(folder), "the manifest lists no cut here", "build the bundle again")
+    return read_cut(folder)
 
 
 def _node(node: fx.Node) -> _Node:

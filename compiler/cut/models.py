@@ -6,11 +6,12 @@ A row says nothing about how the model computes: that is found in its own `forwa
 
 from __future__ import annotations
 
+from ...core.errors import CheckpointError, nearest
 from .image_models import IMAGE_MODELS
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 from .video_models import VIDEO_MODELS
 
-__all__ = ["MODELS", "row_of"]
+__all__ = ["FAMILIES", "MODELS", "family_of", "row_of"]
 
 MODELS: tuple[Row, ...] = (
     Row(
@@ -24,6 +25,7 @@ MODELS: tuple[Row, ...] = (
             ),
         },
         pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+        name="wan",
         multiples=PATCH_VIDEO,
         signals={
             "temb": "condition_embedder.time_embedder",
@@ -32,6 +34,7 @@ MODELS: tuple[Row, ...] = (
         fixed={"text_tokens": ("image_dim", 512)},
         refused={
             "pos_embed_seq_len": (
+                None,
                 "first-and-last-frame models (two images per batch element) can't be cut yet",
                 "use a text-to-video or image-to-video checkpoint",
             )
@@ -49,6 +52,7 @@ MODELS: tuple[Row, ...] = (
             "txt_ids": prompt("text_tokens 3", fill="positions"),
         },
         pipelines=("FluxPipeline",),
+        name="flux",
         latent_scale=(1, 8),
         timestep_scale=1000.0,
         packed=2,
@@ -64,7 +68,15 @@ MODELS: tuple[Row, ...] = (
             "pooled_projections": prompt("batch pooled_projection_dim"),
         },
         pipelines=("HunyuanVideoPipeline",),
+        name="hunyuan",
         multiples={"frames": "patch_size_t", **PATCH_IMAGE},
+        refused={
+            "image_condition_type": (
+                "token_replace",
+                "is 'token_replace': models that replace the first frame's tokens can't be cut yet",
+                "use a text-to-video checkpoint, or one that concatenates the image's latents",
+            )
+        },
     ),
     Row(
         "LTXVideoTransformer3DModel",
@@ -79,7 +91,12 @@ MODELS: tuple[Row, ...] = (
             "rope_interpolation_scale": prompt("3"),
         },
         pipelines=("LTXPipeline",),
+        name="ltx",
         latent_scale=(8, 32),
+        signals={
+            "temb": "time_embed.emb.timestep_embedder",
+            "timestep_proj": "time_embed.linear",
+        },
     ),
     *IMAGE_MODELS,
     *VIDEO_MODELS,
@@ -87,6 +104,30 @@ MODELS: tuple[Row, ...] = (
 """Every class that has a row."""
 
 
+FAMILIES = tuple(row for row in MODELS if row.name)
+"""The rows that bundles are made by."""
+
+
 def row_of(model: str) -> Row | None:
     """Return a class's row; None if the table has none."""
     return next((row for row in MODELS if row.model == model), None)
+
+
+def family_of(model: str, where: str) -> Row:
+    """Return the row that a class's bundles are made by.
+
+    Args:
+        model: As ``_class_name`` in the transformer's config spells it.
+        where: The config that it was read from.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for row in FAMILIES:
+        if row.model == model:
+            return row
+    raise CheckpointError(
+        where,
+        f"'_class_name' is '{model}', which no family cuts",
+        nearest(model, [row.model for row in FAMILIES]),
+    )

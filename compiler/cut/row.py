@@ -121,7 +121,8 @@ class Row:
         timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's.
         packed: Latent rows and columns in a token, where latents come as tokens.
         fixed: Size → config key with which `forward` takes one value of it alone, and the value.
-        refused: Config key with which a model is of another kind → what kind, and what to use.
+        refused: Config key with which a model is of another kind → its value (None: any but none),
+            what kind, and what to use.
     """
 
     model: str
@@ -135,7 +136,7 @@ class Row:
     timestep_scale: float = 1.0
     packed: int = 1
     fixed: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    refused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    refused: Mapping[str, tuple[Any, str, str]] = field(default_factory=dict)
 
     def sizes(self, config: Mapping[str, Any], counts: Mapping[str, int] = SIZES) -> dict[str, int]:
         """Return sizes that the model takes: ``counts`` of its patches in each dimension."""

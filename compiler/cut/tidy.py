@@ -47,6 +47,7 @@ def tidy(trace: Trace) -> None:
     take_no_tensor_for_its_shape(trace)
     spell_views(trace)
     spell_by_one_name(trace)
+    fill_masks_by_logic(trace)
     pad_no_lone_sequence(trace)
     complex_as_real(trace)
     drop_no_ops(trace)
@@ -131,6 +132,23 @@ def spell_by_one_name(trace: Trace) -> None:
             one, two = (axis % len(order) for axis in axes)
             order[one], order[two] = order[two], order[one]
             node.target, node.args = ATEN.permute.default, (source, order)
+
+
+def fill_masks_by_logic(trace: Trace) -> None:
+    """A truth value filled in where a mask says so is `or` (true) or `and not` (false).
+
+    ONNX Runtime has no `Where` of truth values.
+    """
+    for node, name in operations(trace):
+        if name == "masked_fill" and value_of(node).dtype is torch.bool:
+            source, mask, filled = node.args
+            with trace.graph.inserting_before(node):
+                if filled:
+                    new = insert(trace, node, ATEN.logical_or.default, source, mask)
+                else:
+                    kept = insert(trace, node, ATEN.logical_not.default, mask)
+                    new = insert(trace, node, ATEN.logical_and.default, source, kept)
+            replace(trace, node, new)
 
 
 def pad_no_lone_sequence(trace: Trace) -> None:

@@ -46,8 +46,8 @@ def cut_transformer(
         CheckpointError: the class can't be made of that config, or is of a kind that the row refuses.
         ExportError: it can't be traced, or a bundle has no word for something in its cut.
     """
-    for key, (kind, remedy) in row.refused.items():
-        if config.get(key):
+    for key, (value, kind, remedy) in row.refused.items():
+        if config.get(key) and value in (None, config[key]):
             raise CheckpointError(f"transformer/config.json, '{key}'", kind, remedy)
     model = on_meta(getattr(diffusers, row.model), config)
     own = dict(model.config)

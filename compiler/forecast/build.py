@@ -15,8 +15,8 @@ from ...engines.host import disk_free_bytes, existing_parent
 from ...policies import policies
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import lies_as
+from ..cut.declared import Cut
 from ..defaults import policy_setting
-from ..families import Cut
 from ..inspect import describe_flops, render_forecast
 from ..sizes import Size, dims_of, size_of
 from .fit import forecast_memory

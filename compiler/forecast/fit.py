@@ -14,7 +14,7 @@ from ...bundle.reader import Bundle
 from ...core.errors import RequestError
 from ...engines import backend_class
 from ...engines.host import gpu_free_bytes, memory_available_bytes
-from ..recut import cut_of
+from ..cut.document import cut_of
 from ..sizes import Size, bundle_pipeline, dims_of
 from .footprint import Footprint, fit_verdict, footprint_of
 from .host_memory import memory_beside

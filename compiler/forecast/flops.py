@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..families import Cut, Segment
+from ..cut.declared import Cut, Segment
 from ..graphs.caching import cache_segments
 from ..sizes import shape_at
 

@@ -23,8 +23,7 @@ from ...core.dtypes import ITEM_BYTES
 from ...engines.base import TensorSpec
 from ...policies.setting import CacheSetting
 from ...policies.spec import PolicySpec
-from ..cut.declared import FIRST_BLOCK_RESIDUAL
-from ..families import Cut, Segment
+from ..cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment
 from ..sizes import shape_at
 from .flops import meta_inputs
 
@@ -267,6 +266,9 @@ def activation_bytes(segment: Segment, dims: Mapping[str, int]) -> int:
     return live.peak
 
 
+ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+
+
 class _FusedAttention(TorchFunctionMode):
     """Take attention as an operator whose only allocation is its output."""
 
@@ -277,7 +279,7 @@ class _FusedAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func in ATTENTION:
             return torch.empty_like(args[0])
         return func(*args, **(kwargs or {}))
 
@@ -327,6 +329,7 @@ def _outputs(cut: Cut, runs: tuple[str, ...], dims: Mapping[str, int]) -> dict[s
         for s in cut.segments
         if s.runs in runs
         for n, spec in s.outputs.items()
+        if n not in s.dropped
     }
 
 

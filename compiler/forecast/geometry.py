@@ -7,8 +7,8 @@ from ...bundle.manifest import ConfigEntry
 from ...bundle.reader import Bundle
 from ...core.errors import RequestError
 from ...runtime.settings import other_size
+from ..cut.document import cut_of
 from ..inspect import describe_flops, operations
-from ..recut import cut_of
 from ..sizes import Size, bundle_pipeline, dims_of, size_of
 from .fit import forecast_memory
 from .footprint import amount, footprint_of

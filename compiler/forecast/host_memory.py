@@ -15,7 +15,7 @@ import torch
 
 from ...engines import backend_class
 from ...runtime.pipeline.generate import loaded_bytes
-from ..families import Cut
+from ..cut.declared import Cut
 from ..sizes import Size, read_part
 from .footprint import LiveBytes
 

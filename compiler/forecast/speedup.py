@@ -18,7 +18,7 @@ from ...policies import policy_class
 from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ...runtime.forecast.fold import fold
-from ..families import Cut
+from ..cut.declared import Cut
 from ..samplers import make_scheduler, sampler_name
 from ..sizes import bundle_pipeline, read_part
 from .flops import step_flops

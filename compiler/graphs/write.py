@@ -17,7 +17,7 @@ from ...core.progress import Progress
 from ...engines.base import TensorSpec
 from ...passes import run_passes, template_pipeline
 from ..code_version import code_version
-from ..families import Cut, Segment
+from ..cut.declared import Cut, Segment
 from .export import trace
 
 __all__ = ["io_entries", "wanted_weights", "write_graphs"]

@@ -28,9 +28,9 @@ from ...engines.base import Backend, Engine, Target
 from ...engines.record import EngineRecord
 from ...passes import backend_pipeline, run_passes
 from ...runtime.model import DeviceOptions, LoadedModel
-from ..families import Cut, Segment
+from ..cut.declared import Cut, Segment
+from ..cut.document import cut_of
 from ..graphs.caching import cache_segments
-from ..recut import cut_of
 from .engines import (
     EngineCheck,
     Reference,

@@ -37,7 +37,7 @@ from torch.func import functional_call
 
 from ...bundle.manifest import GraphEntry, IoEntry, Manifest
 from ...engines.base import BoundCall, Engine, TensorSpec
-from ..families import Cut, Segment
+from ..cut.declared import Cut, Segment
 from ..sizes import derived, shape_at
 
 __all__ = [

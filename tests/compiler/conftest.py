@@ -14,7 +14,9 @@ from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.manifest import GraphEntry
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Cut, family_of
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.graphs.write import write_graphs
 from freewheel.core.progress import Silent
 
@@ -29,7 +31,7 @@ def cut_model() -> Callable[..., Cut]:
         model: WanTransformer3DModel, precision: str = "float32", stored: str = "float32"
     ) -> Cut:
         family = family_of("WanTransformer3DModel", "config.json")
-        return family.cut(model.config, precision, lambda name: stored)
+        return cut_transformer(family, model.config, precision, lambda name: stored)
 
     return cut
 

@@ -11,9 +11,9 @@ from generations import generation_of
 
 from freewheel.bundle.manifest import ResolvedConfig
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Cut
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
-from freewheel.compiler.recut import cut_of
 from freewheel.core.errors import ConfigError, RequestError
 from freewheel.policies.setting import CacheSetting
 

@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 from generations import generation_of
 
-from freewheel.compiler.families import Cut
-from freewheel.compiler.families.wan import WAN
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.sizes import IMAGE_TOKENS, dims_of, latent_scale, shape_at, size_of
 from freewheel.core.errors import RequestError
 from freewheel.engines.base import TensorSpec
+
+WAN = family_of("WanTransformer3DModel", "")
 
 
 @pytest.fixture(scope="module")
 def cut() -> Cut:
     config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-    return WAN.cut(config, "float32", lambda name: "float32")
+    return cut_transformer(WAN, config, "float32", lambda name: "float32")
 
 
 def test_what_is_asked_for_comes_before_the_config() -> None:

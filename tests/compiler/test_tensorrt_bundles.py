@@ -26,8 +26,8 @@ from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler import build as building
 from freewheel.compiler.build import BuildRequest, build, compile_graph
+from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.defaults import resolve_configs
-from freewheel.compiler.families import Cut
 from freewheel.compiler.graphs.write import write_graphs
 from freewheel.compiler.inspect import inspect_bundle, render
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
@@ -203,7 +203,7 @@ def test_without_space_for_an_engine_nothing_is_left(
     request = request_for()
     with largest_file(100_000), pytest.raises(OutputError) as caught:
         build(request)
-    assert caught.value.where.endswith("/prompt")
+    assert caught.value.where.endswith("/rotary")
     assert "can't be written (File too large)" in caught.value.what
     assert "free some space" in caught.value.hint
     assert list(request.out.parent.iterdir()) == []

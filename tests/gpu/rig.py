@@ -135,7 +135,8 @@ def _trace_wide(folder: Path, other: Any) -> tuple[Any, Any]:
     from diffusers import WanTransformer3DModel
     from synthetic import GEOMETRIES
 
-    from freewheel.compiler.families import family_of
+    from freewheel.compiler.cut.models import family_of
+    from freewheel.compiler.cut.transformer import cut_transformer
     from freewheel.compiler.graphs.caching import cache_segments
     from freewheel.compiler.graphs.write import write_graphs
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
@@ -144,7 +145,9 @@ def _trace_wide(folder: Path, other: Any) -> tuple[Any, Any]:
 
     config = {**GEOMETRIES["wan2.1-t2v-1.3b"], "num_layers": 1}
     config = dict(WanTransformer3DModel(**config).config)
-    cut = family_of("WanTransformer3DModel", "rig").cut(config, "bfloat16", lambda name: "bfloat16")
+    cut = cut_transformer(
+        family_of("WanTransformer3DModel", "rig"), config, "bfloat16", lambda name: "bfloat16"
+    )
     head = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
     segments = [s for s in cut.segments if s.name in ("head", "block", "finish")]
     segments += cache_segments(TensorSpec(head.dtype, head.shape), cut.history_dtype)

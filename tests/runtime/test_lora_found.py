@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compiler" / "cut"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "compiler" / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "compiler" / "models"))
 from cases import CASES
 from chain import relative
 

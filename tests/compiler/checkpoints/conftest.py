@@ -7,5 +7,5 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE.parent / "cut", HERE.parent / "families"):
+for folder in (HERE, HERE.parent / "cut", HERE.parent / "models"):
     sys.path.insert(0, str(folder))

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from safetensors.torch import load_file
 
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
-from freewheel.compiler.families import family_of
+from freewheel.compiler.cut.models import family_of
 from freewheel.core.errors import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

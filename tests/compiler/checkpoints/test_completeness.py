@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from freewheel.bundle.manifest import GenerationDefaults
-from freewheel.compiler.build import BuildRequest, build, family_cut, plan
+from freewheel.compiler.build import BuildRequest, build, model_cut, plan
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 from freewheel.compiler.checkpoints.completeness import check_keys, check_tensors
 from freewheel.compiler.checkpoints.weights import bring_weights
@@ -157,7 +157,7 @@ def test_float8_without_scales_and_float64_are_plain_casts(model: Path, tmp_path
     )
     checkpoint = open_checkpoint(str(model))
     plan(request_for(model))
-    wanted = family_cut(checkpoint, "float32")[1].weights()
+    wanted = model_cut(checkpoint, "float32")[1].weights()
     assert {d for d, _ in wanted.values()} == {"float32", "bfloat16"}
     entries = bring_weights(wanted, checkpoint.tensors, tmp_path)
     given = load_file(model / WEIGHTS)

@@ -13,7 +13,7 @@ import torch
 from cases import Case, case
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from bundles import TOLERANCE, check_attach, check_policies, save, session_output
 from chain import relative
 from diffusers import (
@@ -24,10 +24,10 @@ from diffusers import (
 from test_prove import OTHER
 
 from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.prove import eager, random_inputs
 from freewheel.compiler.cut.row import SIZES
 from freewheel.compiler.graphs.write import io_entries
-from freewheel.compiler.recut import cut_of
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel

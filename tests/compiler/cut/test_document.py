@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from cases import EVERY_RUN, Case, case
 from test_declare import DECLARED, declared, error
 
-from freewheel.compiler.cut.document import CONSTANTS, DOCUMENT, read_cut, write_cut
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.document import CONSTANTS, DOCUMENT, FILES, cut_of, read_cut, write_cut
 from freewheel.compiler.cut.row import SIZES
+from freewheel.compiler.graphs.write import io_entries
 from freewheel.core.errors import BundleError
 
 ANSWER = "print(6 * 7)"
@@ -124,3 +127,26 @@ def test_numbers_that_json_lacks_come_back(tmp_path: Path, wan: Case) -> None:
     read: Any = read_cut(tmp_path / "cut").segments[0].module
     found = next(n for n in read.graph.nodes if n.name == node.name)
     assert dict(found.kwargs) == dict(node.kwargs)
+
+
+def test_a_bundle_has_the_cut_that_its_manifest_declares(tiny_bundle: Bundle) -> None:
+    manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle)
+    assert cut.history_dtype == manifest.history_dtype
+    assert [s.count for s in cut.stages] == [s.count for s in manifest.stages]
+    for segment in cut.segments:
+        kept = {n: s for n, s in segment.outputs.items() if n not in segment.dropped}
+        assert io_entries(kept) == manifest.graphs[segment.name].outputs
+    assert all(p.device.type == "meta" for s in cut.segments for p in s.module.parameters())
+
+
+def test_a_cut_that_the_manifest_does_not_list_is_not_read(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Such a file was not checked: it may be a link to anywhere."""
+    shutil.copytree(tiny_bundle.folder, tmp_path / "copy")
+    manifest = json.loads((tmp_path / "copy" / "manifest.json").read_text())
+    for name in FILES:
+        del manifest["files"][name]
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="lists no cut"):
+        cut_of(Bundle(tmp_path / "copy"))

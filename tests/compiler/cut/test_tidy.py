@@ -55,6 +55,25 @@ def test_a_view_takes_any_strides_and_known_numbers() -> None:
     assert view.args[1] == [-1, 2, 4]
 
 
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_mask_filled_with_a_truth_value_is_logic(filled: bool) -> None:
+    def forward(x: Tensor) -> Tensor:
+        return (x > 0).masked_fill(x > 1, filled).float()
+
+    found = traced(forward, x=ROWS)
+    tidy(found)
+    logic = ["logical_or"] if filled else ["logical_not", "logical_and"]
+    assert names(found) == ["gt", "gt", *logic, "_to_copy"]
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(run(found, x=x), forward(x))
+
+
+def test_a_number_filled_in_stays() -> None:
+    found = traced(lambda x: x.masked_fill(x > 1, 0.0), x=ROWS)
+    tidy(found)
+    assert "masked_fill" in names(found)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_one_sequence_is_not_padded(batch_first: bool) -> None:
     def forward(x: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from small_configs import CASES
 from test_bundles import FOUND, WITH_PIPELINE
 from verdicts import KINDS, OTHERS, Verdict, classes, listed, verdict
 
-from freewheel.compiler.cut.models import MODELS, row_of
-from freewheel.compiler.families import FAMILIES
+from freewheel.compiler.cut.models import FAMILIES, MODELS, row_of
+
+MODELS_OF_THEIR_OWN = Path(__file__).parents[1] / "models"
 
 
 def test_every_dit_has_a_verdict() -> None:
@@ -19,11 +22,13 @@ def test_every_dit_has_a_verdict() -> None:
 
 def test_a_bundle_is_said_of_what_a_family_cuts_and_of_nothing_else() -> None:
     bundles = {model for model, one in listed().items() if one.kind == "bundle"}
-    assert bundles == {family.transformer_class for family in FAMILIES}
+    assert bundles == {family.model for family in FAMILIES}
 
 
 def test_whatever_has_a_row_with_a_name_is_among_the_tests_of_bundles() -> None:
+    files = {path.stem.removeprefix("test_") for path in MODELS_OF_THEIR_OWN.glob("test_*.py")}
     tested = {CASES[name][0] for name in (*FOUND, *WITH_PIPELINE)}
+    tested |= {row.model for row in MODELS if row.name in files}
     assert {row.model for row in MODELS if row.name} <= tested
 
 

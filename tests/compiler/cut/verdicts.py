@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import diffusers
@@ -29,10 +29,9 @@ from test_prove import OTHER
 
 from freewheel.compiler.cut.cut import cut_model
 from freewheel.compiler.cut.declare import _Declaration
-from freewheel.compiler.cut.models import row_of
+from freewheel.compiler.cut.models import FAMILIES, row_of
 from freewheel.compiler.cut.prove import eager, random_inputs, random_weights
 from freewheel.compiler.cut.row import SIZES, Input, Row
-from freewheel.compiler.families import FAMILIES
 from freewheel.core.errors import ExportError
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "models.md"
@@ -143,7 +142,7 @@ def verdict(model: str) -> Verdict:
         return Verdict("not equal", _short(f"{type(reason).__name__}: {reason}"))
     if worst > 1e-5:
         return Verdict("not equal", f"relative L2 {worst:.0e}")
-    cut_by = {family.transformer_class for family in FAMILIES}
+    cut_by = {family.model for family in FAMILIES}
     return Verdict("bundle" if model in cut_by else "words")
 
 

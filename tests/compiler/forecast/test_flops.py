@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.compiler.families import Cut
-from freewheel.compiler.families.wan import WAN
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.forecast.flops import flops_of, segment_flops, step_flops
+
+WAN = family_of("WanTransformer3DModel", "")
 
 CHANNELS, FFN, TEXT, FREQUENCIES, LAYERS, LATENT = 32, 48, 24, 16, 3, 4
 DIMS = {
@@ -22,7 +25,7 @@ def tiny_cut(**config: object) -> Cut:
         "out_channels": LATENT, "text_dim": TEXT, "freq_dim": FREQUENCIES, "ffn_dim": FFN,
         "num_layers": LAYERS, "rope_max_seq_len": 64, "patch_size": (1, 2, 2),
     }  # fmt: skip
-    return WAN.cut({**tiny, **config}, "float32", lambda name: "float32")
+    return cut_transformer(WAN, {**tiny, **config}, "float32", lambda name: "float32")
 
 
 def block_flops(tokens: int, batch: int = 1) -> int:
@@ -65,9 +68,11 @@ def test_a_computed_step_runs_every_block_and_a_reused_one_none(cut: Cut) -> Non
 
 
 def test_image_models_attend_to_the_image_too() -> None:
+    """They pad the text to 512 tokens."""
     cut = tiny_cut(image_dim=20, added_kv_proj_dim=CHANNELS)
     counted = segment_flops(cut, DIMS)
-    more = 2 * DIMS["tokens"] * 2 * DIMS["image_tokens"] * CHANNELS
+    attended = DIMS["image_tokens"] + 512 - DIMS["text_tokens"]
+    more = 2 * DIMS["tokens"] * 2 * attended * CHANNELS
     assert counted["block"] == block_flops(DIMS["tokens"]) + more
 
 

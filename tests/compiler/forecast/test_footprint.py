@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Cut
-from freewheel.compiler.families.wan import WAN
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.document import cut_of
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.forecast.footprint import (
     Footprint,
     activation_bytes,
@@ -19,11 +21,12 @@ from freewheel.compiler.forecast.footprint import (
     fit_verdict,
     footprint_of,
 )
-from freewheel.compiler.recut import cut_of
 from freewheel.policies import policies
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
+
+WAN = family_of("WanTransformer3DModel", "")
 
 SPECS = {n: p.spec for n, p in policies().items()}
 DIMS = {
@@ -72,11 +75,11 @@ def test_buffers_are_those_written_out_by_hand(cut: Cut) -> None:
         "rope_cos": 420 * 8 * 4,
         "rope_sin": 420 * 8 * 4,
         "hidden states": 3 * HIDDEN,
-        "timestep tables": (6 + 1) * 7 * 32 * 4,
+        "timestep tables": (6 + 1) * (1 + 6 + 2) * 32 * 4,
     }
     assert footprint.branch_bytes == {
         "prompt states": 2 * 17 * 24 * 4,
-        "context": 17 * 32 * 4,
+        "encoder_hidden_states_2": 17 * 32 * 4,
         "context keys and values": 3 * 2 * 17 * 32 * 4,
         "model_output": 4 * 3 * 20 * 28 * 4,
     }
@@ -86,7 +89,7 @@ def test_low_precision_halves_history_and_context() -> None:
     config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
     full, low = (
         footprint_of(
-            WAN.cut(config, precision, lambda name: "float32"), DIMS, branches=1,
+            cut_transformer(WAN, config, precision, lambda name: "float32"), DIMS, branches=1,
             settings={"c": CacheSetting(policy="custom")}, specs=SPECS,
         )
         for precision in ("float32", "bfloat16")

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from freewheel.bundle.manifest import ConfigEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
+from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.forecast.geometry import FAR_BEYOND, check_geometry
 from freewheel.compiler.inspect import describe_flops, inspect_bundle, operations
-from freewheel.compiler.recut import cut_of
 from freewheel.compiler.sizes import bundle_pipeline, dims_of, size_of
 from freewheel.configs.load import parse_config
 from freewheel.core.errors import RequestError

@@ -11,13 +11,16 @@ import torch
 from generations import generation_of
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Cut
-from freewheel.compiler.families.wan import WAN
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.document import cut_of
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.forecast.host_memory import PROGRAM_BYTES, memory_beside, vae_bytes
-from freewheel.compiler.recut import cut_of
 from freewheel.compiler.sizes import size_of
 from freewheel.engines.openvino import OpenVino
 from freewheel.runtime.pipeline.generate import Generator, loaded_bytes
+
+WAN = family_of("WanTransformer3DModel", "")
 
 SIZE = size_of(generation_of(height=64, width=96, frames=9))
 
@@ -71,7 +74,7 @@ def test_weights_that_the_cpu_must_convert_count_in_float32_once_per_template(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config: dict[str, Any] = {"num_layers": 5, "num_attention_heads": 2, "attention_head_dim": 16}
-    cut = WAN.cut(config, "bfloat16", lambda name: "float32")
+    cut = cut_transformer(WAN, config, "bfloat16", lambda name: "float32")
     modules = {s.name: s.module for s in cut.segments}
     converted = sum(
         4 * p.numel()

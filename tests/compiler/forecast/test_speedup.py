@@ -10,9 +10,9 @@ import torch
 from generations import generation_of
 
 from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.forecast.flops import step_flops
 from freewheel.compiler.forecast.speedup import predict, timestep_tables, timesteps_of
-from freewheel.compiler.recut import cut_of
 from freewheel.compiler.sizes import dims_of, size_of
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.forecast.fold import forecast
@@ -89,7 +89,8 @@ def test_what_depends_on_content_is_said_to(known, setting: CacheSetting, seen: 
 def test_tables_are_those_of_the_engine(tiny_bundle: Bundle, known) -> None:
     _, _, timesteps, tables = known
     model = LoadedModel(tiny_bundle, "onnxruntime")
-    outputs = {n: torch.zeros(tables[n].shape) for n in ("temb", "timestep_proj")}
+    names = tiny_bundle.manifest.graphs["timestep"].outputs
+    outputs = {n: torch.zeros(tables[n].shape) for n in names}
     model.bind("timestep", {"timesteps": timesteps, **outputs}).run()
     for name, table in outputs.items():
         np.testing.assert_allclose(tables[name], table.numpy(), rtol=1e-3, atol=1e-5)

@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from freewheel.bundle.manifest import GraphEntry
-from freewheel.compiler.families import Cut, Segment
+from freewheel.compiler.cut.declared import Cut, Segment
 from freewheel.compiler.graphs.export import BATCH_DIMS, OPSET, trace
 from freewheel.core.errors import ExportError
 from freewheel.core.tensor_spec import TensorSpec

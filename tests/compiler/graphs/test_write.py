@@ -16,7 +16,7 @@ from torch import nn
 from freewheel.bundle.manifest import GraphEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.store import Store
-from freewheel.compiler.families import Cut, Segment, Stage
+from freewheel.compiler.cut.declared import Cut, Segment, Stage
 from freewheel.compiler.graphs import write as graphs
 from freewheel.compiler.graphs.write import io_entries, wanted_weights, write_graphs
 from freewheel.core.tensor_spec import TensorSpec
@@ -171,7 +171,7 @@ def test_template_graphs_have_the_declared_names(
         graph = onnx.load(folder / entries[name].file).graph
         assert names(graph.input) == [*entries[name].inputs, *entries[name].weights]
         assert list(entries[name].inputs) == [
-            "hidden", "timestep_proj", "rope_cos", "rope_sin", "context_key", "context_value",
+            "timestep_proj", "hidden", "rope_cos", "rope_sin", "attn2_key", "attn2_value",
         ]  # fmt: skip
         assert names(graph.output) == list(entries[name].outputs) == outputs
         assert len(entries[name].weights) == 22

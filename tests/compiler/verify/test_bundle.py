@@ -16,10 +16,10 @@ from torch import Tensor
 
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.reader import MANIFEST, Bundle
+from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.defaults import resolve_configs
 from freewheel.compiler.graphs.decide import write_decide_graph
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
-from freewheel.compiler.recut import cut_of
 from freewheel.compiler.verify.bundle import VerifyReport, verify_bundle
 from freewheel.compiler.verify.engines import EngineCheck
 from freewheel.core.errors import BackendUnavailable, MismatchError

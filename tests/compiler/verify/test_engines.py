@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from freewheel.bundle.manifest import GraphEntry, IoEntry
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Segment
+from freewheel.compiler.cut.declared import Segment
+from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.graphs.export import BATCH_DIMS
-from freewheel.compiler.recut import cut_of
 from freewheel.compiler.verify.engines import (
     TOLERANCES,
     Reference,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freewheel.compiler.families import Cut, Segment
+from freewheel.compiler.cut.declared import Cut, Segment
 
 
 def randomised(model: Any, seed: int = 0) -> Any:
@@ -74,7 +74,8 @@ class Chain:
                 self.values |= self.call(segment.name)
             elif segment.runs == "run":
                 tables = self.call(segment.name)
-                self.values |= {n: t.view(rows[n].shape) for n, t in tables.items() if n in rows}
+                given = {n: t.view(rows[n].shape) if n in rows else t for n, t in tables.items()}
+                self.values |= given
         self.values |= self.call("head")
         self.values |= self.call("modulate")
         begun = {"hidden": self.values["hidden"]}

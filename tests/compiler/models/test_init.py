@@ -9,11 +9,9 @@ import diffusers
 import pytest
 import torch
 
-from freewheel.compiler.cut.declared import FIRST_BLOCK_RESIDUAL, Runs
-from freewheel.compiler.families import FAMILIES, Cut, Family, family_of
-from freewheel.compiler.families.flux import FLUX
-from freewheel.compiler.families.hunyuan import HUNYUAN
-from freewheel.compiler.families.ltx import LTX
+from freewheel.compiler.cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Runs
+from freewheel.compiler.cut.models import FAMILIES, Row, family_of
+from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.configs.load import load_config
 from freewheel.core.errors import CheckpointError
 from freewheel.runtime.settings import config_entry
@@ -28,21 +26,21 @@ EVERY_RUN = ("wan", "ltx", "flux", "hunyuan", "qwen_image")
         for f in FAMILIES
     ],
 )
-def family(request: pytest.FixtureRequest) -> Family:
+def family(request: pytest.FixtureRequest) -> Row:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def cut(family: Family) -> Cut:
+def cut(family: Row) -> Cut:
     with torch.device("meta"):
-        config = getattr(diffusers, family.transformer_class)().config
-    return family.cut(config, "bfloat16", lambda name: "float32")
+        config = getattr(diffusers, family.model)().config
+    return cut_transformer(family, config, "bfloat16", lambda name: "float32")
 
 
-def test_rows_name_classes_of_diffusers(family: Family) -> None:
-    assert hasattr(diffusers, family.transformer_class)
+def test_rows_name_classes_of_diffusers(family: Row) -> None:
+    assert hasattr(diffusers, family.model)
     assert all(hasattr(diffusers, p) for p in family.pipelines)
-    assert family_of(family.transformer_class, "x") is family
+    assert family_of(family.model, "x") is family
 
 
 def test_unknown_class_is_refused_where_it_was_read() -> None:
@@ -81,27 +79,28 @@ def test_every_dimension_has_a_size(cut: Cut) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "coefficients"),
+    ("name", "config", "coefficients"),
     [
-        (FLUX, "flux_dev_tea", [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]),
-        (HUNYUAN, "hunyuan_video_tea", [733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896]),
-        (LTX, "ltx_video_tea", [21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326]),
+        ("flux", "flux_dev_tea", [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]),
+        ("hunyuan", "hunyuan_video_tea", [733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896]),
+        ("ltx", "ltx_video_tea", [21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326]),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
 def test_published_polynomials_look_at_a_signal_that_the_family_has(
-    family: Family, config: str, coefficients: list[float]
+    name: str, config: str, coefficients: list[float]
 ) -> None:
     """Values of github.com/ali-vilab/TeaCache, commit 7c10efc; first and last step exact."""
     entry = config_entry(load_config(f"teacache/{config}"))
     setting = entry.cache
     assert setting.parameters["coefficients"] == coefficients
     assert (setting.guard.first_exact, setting.guard.last_exact) == (1, 1)
+    row = next(row for row in FAMILIES if row.name == name)
     with torch.device("meta"):
-        model = getattr(diffusers, family.transformer_class)(num_layers=1).config
-    cut = family.cut(model, "bfloat16", lambda name: "bfloat16")
+        model = getattr(diffusers, row.model)(num_layers=2).config
+    cut = cut_transformer(row, model, "bfloat16", lambda name: "bfloat16")
     assert cut.signals[setting.signal] == ("modulated_input", "step")
-    assert (entry.generation.guidance_scale == 1.0) == (family is not LTX), "guidance is inside"
+    assert (entry.generation.guidance_scale == 1.0) == (name != "ltx"), "guidance is inside"
 
 
 def test_only_the_body_leaves_float32(cut: Cut) -> None:

@@ -18,13 +18,15 @@ from diffusers import (
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Cut
-from freewheel.compiler.families.hunyuan import HUNYUAN
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.core.errors import CheckpointError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
+HUNYUAN = family_of("HunyuanVideoTransformer3DModel", "")
 TINY = {
     "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
     "num_refiner_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
@@ -51,7 +53,7 @@ def model_of(config: Mapping[str, Any]) -> Any:
 
 
 def cut_of(model: Any, precision: Any = "float32") -> Cut:
-    return HUNYUAN.cut(model.config, precision, lambda name: "float32")
+    return cut_transformer(HUNYUAN, model.config, precision, lambda name: "float32")
 
 
 def inputs_of(config: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -172,4 +174,4 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
 def test_token_replacing_models_are_refused() -> None:
     config = {**TINY, "image_condition_type": "token_replace"}
     with pytest.raises(CheckpointError, match=r"'image_condition_type'.*'token_replace'"):
-        HUNYUAN.cut(config, "float32", lambda name: "float32")
+        cut_transformer(HUNYUAN, config, "float32", lambda name: "float32")

@@ -14,18 +14,21 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTran
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Cut
-from freewheel.compiler.families.ltx import LTX
-from freewheel.core.errors import CheckpointError, RequestError
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
+from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
+LTX = family_of("LTXVideoTransformer3DModel", "")
 TINY = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
     "cross_attention_dim": 32, "num_layers": 3, "caption_channels": 12,
 }  # fmt: skip
 GEOMETRIES = [
+    pytest.param({**TINY, "activation_fn": "gelu"}, id="gelu"),
     pytest.param(TINY, id="tiny"),
     pytest.param(
         {**TINY, "num_attention_heads": 3, "attention_head_dim": 10, "cross_attention_dim": 30},
@@ -44,7 +47,7 @@ def model_of(config: Mapping[str, Any]) -> Any:
 
 
 def cut_of(model: Any, precision: Any = "float32") -> Cut:
-    return LTX.cut(model.config, precision, lambda name: "float32")
+    return cut_transformer(LTX, model.config, precision, lambda name: "float32")
 
 
 def inputs_of(config: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -175,8 +178,3 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
     assert set(transformer.statistics.branches) == {"cond_uncond"}
     with pytest.raises(RequestError, match=r"argument 'video_coords'.*is nothing that"):
         transformer.module(torch.zeros(1), torch.zeros(1), video_coords=torch.zeros(1, 3, 6))
-
-
-def test_other_activations_are_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"'activation_fn'.*'gelu'.*gelu-approximate"):
-        LTX.cut({**TINY, "activation_fn": "gelu"}, "float32", lambda name: "float32")

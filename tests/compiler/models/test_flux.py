@@ -23,14 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.families import Cut
-from freewheel.compiler.families.flux import FLUX
-from freewheel.core.errors import CheckpointError, RequestError
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.transformer import cut_transformer
+from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
+FLUX = family_of("FluxTransformer2DModel", "")
 TINY = {
     "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2,
     "attention_head_dim": 16, "joint_attention_dim": 12, "pooled_projection_dim": 10,
@@ -44,6 +46,7 @@ GEOMETRIES = [
         id="3 heads of 24",
     ),
     pytest.param({**TINY, "num_layers": 1, "num_single_layers": 1, "out_channels": 7}, id="1 + 1"),
+    pytest.param({**TINY, "num_single_layers": 0}, id="no single blocks"),
 ]
 SIZES = [(1, 2, 3, 5), (2, 4, 3, 7)]
 """Batch, rows and columns of tokens, text tokens."""
@@ -54,7 +57,7 @@ def model_of(config: Mapping[str, Any]) -> Any:
 
 
 def cut_of(model: Any, precision: Any = "float32") -> Cut:
-    return FLUX.cut(model.config, precision, lambda name: "float32")
+    return cut_transformer(FLUX, model.config, precision, lambda name: "float32")
 
 
 def inputs_of(config: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -275,8 +278,3 @@ def test_loras_of_flux_layouts_give_what_diffusers_gives(
         assert relative(base, expected) > 1e-3, layout
         for pipe in (loaded, given):
             assert relative(output(pipe), expected) < 10 * TOLERANCE, layout
-
-
-def test_a_stack_without_single_blocks_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"are 2 and 0; a stack without either"):
-        FLUX.cut({**TINY, "num_single_layers": 0}, "float32", lambda name: "float32")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from chain import Chain, relative
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from freewheel.compiler.families import Cut, Segment, Stage
+from freewheel.compiler.cut.declared import Cut, Stage
 from freewheel.core.dtypes import PRECISIONS
 from freewheel.core.errors import CheckpointError
 
@@ -66,7 +67,7 @@ def random_inputs(
         "latents": torch.randn(
             batch, config["in_channels"], frames, height, width, generator=generator
         ),
-        "timestep": torch.tensor([731.0]),
+        "timesteps": torch.tensor([731.0]),
         "text_states": torch.randn(batch, tokens, config["text_dim"], generator=generator),
     }
     if config.get("image_dim"):
@@ -78,63 +79,12 @@ def eager(model: WanTransformer3DModel, inputs: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         output: Tensor = model(
             hidden_states=inputs["latents"],
-            timestep=inputs["timestep"].expand(inputs["latents"].shape[0]),
+            timestep=inputs["timesteps"].expand(inputs["latents"].shape[0]),
             encoder_hidden_states=inputs["text_states"],
             encoder_hidden_states_image=inputs.get("image_states"),
             return_dict=False,
         )[0]
     return output
-
-
-class Chain:
-    """The segments of a cut as a runtime calls them, with PyTorch in place of engines."""
-
-    def __init__(self, cut: Cut, model: WanTransformer3DModel) -> None:
-        self.cut = cut
-        self.segments = {s.name: s for s in cut.segments}
-        self.weights = model.state_dict()
-        self.values: dict[str, Tensor] = {}
-
-    def loaded(self, segment: Segment, block: int = 0) -> nn.Module:
-        """Give a segment's module the checkpoint's tensors, by the names that the cut declares."""
-        prefix = segment.prefix.replace("{block}", str(block))
-        with torch.no_grad():
-            weights = {
-                name: self.weights[prefix + name].to(parameter.dtype)
-                for name, parameter in segment.module.named_parameters()
-            }
-        segment.module.load_state_dict(weights, strict=True, assign=True)
-        return segment.module
-
-    def call(self, name: str, block: int = 0, **values: Tensor) -> dict[str, Tensor]:
-        segment = self.segments[name]
-        given = {**self.values, **values}
-        with torch.no_grad():
-            found = self.loaded(segment, block)(**{n: given[n] for n in segment.inputs})
-        outputs = found if isinstance(found, tuple) else (found,)
-        return dict(zip(segment.outputs, outputs, strict=True))
-
-    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the model output, keeping every value in ``values``."""
-        self.values = {n: v for n, v in inputs.items() if n != "timestep"}
-        self.values |= self.call("prompt")
-        tables = self.call("timestep", timesteps=inputs["timestep"])
-        self.values["temb"] = tables["temb"]
-        self.values["timestep_proj"] = tables["timestep_proj"].unflatten(1, (6, -1))
-        self.values |= self.call("rotary") | self.call("head")
-        self.values |= self.call("modulate")
-        for stage in self.cut.stages:
-            for block in range(stage.first, stage.first + stage.count):
-                self.values |= self.call(stage.context, block)
-                found = self.call(stage.tapped, block)
-                self.values[f"attention_output_{block}"] = found["attention_output"]
-                self.values["hidden"] = found["hidden_out"]
-        self.values["hidden_out"] = self.values["hidden"]
-        return self.call("finish")["model_output"]
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return (found - expected).norm().item() / expected.norm().item()
 
 
 @pytest.mark.parametrize("config", GEOMETRIES)
@@ -182,16 +132,18 @@ def test_signals_are_what_the_transformer_computes(cut_model: Callable[..., Cut]
     assert chain.cut.feature_block == 1
     table = model.blocks[1].scale_shift_table + timestep_proj[:1].unflatten(1, (6, -1))
     gated = seen["attention"] * table[:, 2:3]
-    assert relative(chain.values["attention_output_1"], gated) < TOLERANCE
+    assert relative(chain.values["feature.1"], gated) < TOLERANCE
 
 
 def test_timesteps_of_a_run_go_in_one_batch(cut_model: Callable[..., Cut]) -> None:
     model = random_model(**TEXT)
     chain = Chain(cut_model(model), model)
     steps = torch.tensor([999.0, 500.5, 1.0])
-    together = chain.call("timestep", timesteps=steps)
+    chain.values = {"timesteps": steps}
+    together = chain.call("timestep")
     for index in range(3):
-        alone = chain.call("timestep", timesteps=steps[index : index + 1])
+        chain.values = {"timesteps": steps[index : index + 1]}
+        alone = chain.call("timestep")
         for name in ("temb", "timestep_proj"):
             assert relative(together[name][index : index + 1], alone[name]) < TOLERANCE
 
@@ -208,9 +160,10 @@ def test_low_precision_bodies_stay_close_and_keep_float32_between_blocks(
     expected = eager(model, inputs)
     # Rounding of the products of three blocks: 4e-3 of bfloat16, 5e-4 of float16 was seen.
     assert 1e-6 < relative(found, expected) < {"bfloat16": 2e-2, "float16": 3e-3}[precision]
-    for name in ("hidden_out", "attention_output_2", "temb", "modulated_input", "context"):
+    states = ("encoder_hidden_states_2", "encoder_hidden_states_image_2")
+    for name in ("hidden_out", "feature.2", "temb", "modulated_input", *states):
         assert chain.values[name].dtype == torch.float32, name
-    for name in ("context_key", "context_value", "image_key", "image_value"):
+    for name in ("attn2_key", "attn2_value", "attn2_key_2", "attn2_value_2"):
         assert chain.values[name].dtype == getattr(torch, precision), name
     assert found.dtype == torch.float32
 
