@@ -195,7 +195,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         signals = _signals(cut, request.weights)
         segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
         segments = tuple(s for s in segments if s.runs != "probe" or s.name in signals)
-        laws = _policies(cut)
+        laws = _policies(cut, configs)
         progress.phase("trace", len(segments) + len(laws))
         config = {n: v for n, v in checkpoint.config.items() if not n.startswith("_")}
         made_from = {
@@ -570,7 +570,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         "graphs": len(cut.segments)
         + 2
         + (FIRST_BLOCK_RESIDUAL in cut.signals)
-        + len(_policies(cut))
+        + len(_policies(cut, configs))
         + len(pipeline_parts(request, checkpoint, configs)),
         "tensors": len(checkpoint.tensors),
         "notes": list(checkpoint.notes),
@@ -587,11 +587,14 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _policies(cut: Cut) -> dict[str, type[Policy]]:
-    """Return the policies that find something to look at: one block alone has no block ahead of others."""
+def _policies(cut: Cut, configs: Mapping[str, ResolvedConfig]) -> dict[str, type[Policy]]:
+    """Return the policies, and the configs' pairs of them, that find something to look at.
+
+    One block alone has no block ahead of others.
+    """
     return {
         n: p
-        for n, p in policies().items()
+        for n, p in policies(c.cache.policy for c in configs.values()).items()
         if not p.spec.signals or any(s in cut.signals for s in p.spec.signals)
     }
 

@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ConfigDict, ValidationError
 
 from ..core.errors import ConfigError, guess, nearest
 from ..core.strict_json import parse_json
-from ..policies import POLICIES, config_kinds, policy_config
+from ..policies import JOINT, POLICIES, config_kinds, is_policy, policy_config
 from ..policies.config import CachingConfig
 from .foreign import ABSENT_POLICIES, is_without_effect, refusals
 
@@ -39,7 +39,7 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
         ConfigError: no such file or name, or a file with faults (all of them in one error).
     """
     text = str(path_or_name)
-    if text in POLICIES:
+    if is_policy(text):
         try:
             config = policy_config(text).of_policy()
         except ValidationError as error:
@@ -149,6 +149,11 @@ def _model_of(data: Mapping[str, Any]) -> tuple[type[CachingConfig], list[str]]:
     kind = data["feature_caching"]
     if isinstance(kind, str) and kind in kinds:
         return kinds[kind], []
+    if isinstance(kind, str) and JOINT in kind and is_policy(kind):
+        try:
+            return policy_config(kind), []
+        except ConfigError as error:
+            return _AnyPolicy, [f"'feature_caching': {error}"]
     if kind in ABSENT_POLICIES:
         what = f"'{kind}', which {ABSENT_POLICIES[kind]}, is no policy here"
         near = "the nearest is 'FirstBlock', with 'firstblock_thresh'"
@@ -173,7 +178,7 @@ def _fault(error: Mapping[str, Any], model: type[CachingConfig]) -> str:
         kinds = config_kinds()[0]
         owners = [kind for kind, m in kinds.items() if path in m.model_fields]
         if owners:
-            own = next(kind for kind, m in kinds.items() if m is model)
+            own = get_args(model.model_fields["feature_caching"].annotation)[0]
             return f"'{path}': is a key of {' and '.join(owners)}, not of {own}"
         return f"'{path}': is not a known key{guess(path, list(model.model_fields))}"
     expected = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cache policies: the table of all there are, in the order in which they are listed.
 
-A policy's file is imported when something asks for it, so that a faulty one stops nobody else.
+``A+B`` is the policy that decides as A and mixes as B. A policy's file is imported when something
+asks for it, so that a faulty one stops nobody else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,16 +18,21 @@ from .config import CachingConfig, config_model
 from .spec import PolicySpec
 
 if TYPE_CHECKING:
-    from .base import Policy
+    from .base import Mix, Policy
 
 __all__ = [
+    "HOLDING",
+    "JOINT",
     "POLICIES",
     "config_kinds",
     "form_of",
+    "is_policy",
+    "mix_of",
     "policies",
     "policy",
     "policy_class",
     "policy_config",
+    "sound_policies",
 ]
 
 POLICIES: dict[str, str] = {
@@ -46,6 +53,18 @@ POLICIES: dict[str, str] = {
 }
 """Name → ``module:Class`` in this folder."""
 
+JOINT = "+"
+"""Between the name of a decision's policy and that of a mix's."""
+
+HOLDING = "hold"
+"""Name of the mix that most policies share."""
+
+
+def is_policy(name: str) -> bool:
+    """Tell whether a text is spelled as a policy's name: the table's, or a pair's."""
+    decider, joint, _ = name.partition(JOINT)
+    return decider in POLICIES if joint else name in POLICIES
+
 
 def policy(name: str) -> Policy:
     """Return the policy called ``name``.
@@ -56,23 +75,37 @@ def policy(name: str) -> Policy:
     return policy_class(name)()
 
 
-def policies() -> dict[str, type[Policy]]:
-    """Return every policy of the table.
+def policies(named: Iterable[str] = ()) -> dict[str, type[Policy]]:
+    """Return every policy of the table, then the pairs among some names.
 
     Raises:
-        ConfigError: a declaration is faulty.
+        ConfigError: a declaration is faulty, or the two of a pair can't go together.
     """
-    return {name: policy_class(name) for name in POLICIES}
+    return {name: policy_class(name) for name in dict.fromkeys([*POLICIES, *named])}
+
+
+def sound_policies() -> dict[str, type[Policy]]:
+    """Return every policy of the table whose declaration is not faulty."""
+    found = {}
+    for name in POLICIES:
+        with suppress(ConfigError):
+            found[name] = policy_class(name)
+    return found
 
 
 @cache
 def policy_class(name: str) -> type[Policy]:
-    """Import a policy and check what it declares.
+    """Import a policy and check what it declares; make one of the two that a pair names.
 
     Raises:
-        ConfigError: no such policy, its file can't be imported, or its declaration is faulty: all
-            faults in one error.
+        ConfigError: no such policy, its file can't be imported, its declaration is faulty (all
+            faults in one error), or the two of a pair can't go together.
     """
+    decider, joint, mixer = name.partition(JOINT)
+    if joint and decider in POLICIES:
+        from .pairs import pair_of
+
+        return pair_of(policy_class(decider), mixer, mix_of(mixer))
     if name not in POLICIES:
         raise ConfigError(f"policy '{name}'", "is not known", nearest(name, list(POLICIES)))
     module, _, class_name = POLICIES[name].partition(":")
@@ -90,6 +123,24 @@ def policy_class(name: str) -> type[Policy]:
         raise ConfigError(where, "; ".join(faults), hint)
     checked: type[Policy] = found
     return checked
+
+
+def mix_of(name: str) -> Mix:
+    """Return the mix that goes by a name: `HOLDING`, or a policy with a mix of its own.
+
+    Raises:
+        ConfigError: there is none, or its policy's declaration is faulty.
+    """
+    from .base import HOLD
+
+    if name == HOLDING:
+        return HOLD
+    found = policy_class(name).mix if name in POLICIES else HOLD
+    if found is HOLD:
+        what = "holds, and has no mix of its own" if name in POLICIES else "is not known"
+        known = [HOLDING, *(n for n, p in sound_policies().items() if p.mix is not HOLD)]
+        raise ConfigError(f"mix '{name}'", what, nearest(name, known))
+    return found
 
 
 @cache
@@ -128,7 +179,7 @@ def form_of(name: str, parameters: Mapping[str, Any]) -> str:
         ``published forecast`` or the like; empty where the law has one form, or is not known here.
     """
     try:
-        return policy_class(name).form(parameters)
+        return policy_class(name).mix.form(parameters)
     except ConfigError:
         return ""
 
@@ -161,7 +212,15 @@ def _faults(name: str, found: object) -> list[str]:
         kept = [role for role in roles if role in spec.kept]
         if kept and not getattr(spec, source):
             faults.append(f"keeps '{kept[0]}' and declares no {source}")
-    history = spec.history
+    mix, history = found.mix, spec.history
+    for kind in ("parameters", "state"):
+        lacking = [n for n in getattr(mix, kind) if n not in getattr(spec, kind)]
+        faults += [f"lacks '{n}' among its {kind}, which its mix declares" for n in lacking]
+    faults += [
+        f"lacks '{n}' in kept, which its mix declares" for n in mix.kept if n not in spec.kept
+    ]
+    if history != mix.history and mix.parameters:
+        faults.append("spec.history is not its mix's")
     if "gram" in spec.kept and (history.parameter is not None or history.depth != history.maximum):
         faults.append(
             "keeps 'gram' and not all residuals, expected history.depth = history.maximum"

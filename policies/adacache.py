@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..core.errors import nearest
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Policy, Step
 from .config import CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
 
@@ -227,7 +227,7 @@ class AdaCache(Policy):
             "has_feature": state["has_feature"] | is_fresh,
         }
         due = step.step_index >= step.computed_steps[0] + new_state["skip"]
-        return Decision(step.must_compute | due, hold(step), new_state)
+        return Decision(step.must_compute | due, new_state)
 
     def _schedule(
         self,

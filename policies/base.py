@@ -9,16 +9,17 @@ step, step count, parameter value and signal shape.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import CachingConfig
-from .spec import PolicySpec
+from .spec import HistorySpec, Kept, ParameterSpec, PolicySpec, StateSpec
 
-__all__ = ["Decision", "Policy", "Step", "hold"]
+__all__ = ["HOLD", "Decision", "Mix", "Mixed", "Policy", "Step", "hold"]
 
 
 class Step(NamedTuple):
@@ -52,42 +53,102 @@ class Decision(NamedTuple):
 
     Attributes:
         compute: bool [], True runs the body.
-        mix: float32 [history.maximum], factor of each past residual, newest first; read only
-            when the step is reused.
-        state: The new value of every declared state tensor.
+        state: The new value of every state tensor that the decision declares.
     """
 
     compute: Tensor
+    state: dict[str, Tensor]
+
+
+class Mixed(NamedTuple):
+    """What a mix law answers for one branch at one step.
+
+    Attributes:
+        mix: float32 [history.maximum], factor of each past residual, newest first; read only
+            when the step is reused.
+        state: The new value of every state tensor that the mix declares.
+    """
+
     mix: Tensor
     state: dict[str, Tensor]
 
 
+MixLaw = Callable[[Step, Tensor, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], Mixed]
+"""Takes step, signal, kept, state and parameters, each as `Policy.decide` does."""
+
+
+def hold(step: Step) -> Tensor:
+    """Return the mix that repeats the newest residual, [1, 0, …]."""
+    newest = torch.zeros_like(step.computed_steps)
+    newest[0] = 1
+    return newest.to(torch.float32)
+
+
+def _held(
+    step: Step,
+    signal: Tensor,
+    kept: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+) -> Mixed:
+    return Mixed(hold(step), {})
+
+
+def _one_form(parameters: Mapping[str, Any]) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A mix law with what it declares: what stands for a residual that is not computed.
+
+    A policy has one, and its spec holds all that the mix declares. Another policy's decisions may
+    take it too (`policies.pairs`), so names of parameters and state are of no decision law.
+
+    Attributes:
+        law: torch operations only.
+        history: Residuals it mixes.
+        signals: Signal kinds that it can look at; empty where it looks at none.
+        kept: Inputs of the past that it reads.
+        state: Small tensors that it carries from step to step.
+        parameters: Runtime inputs that it reads.
+        tolerance: How far a factor may lie from another right float32 computation of it, absolute
+            below 1 and relative above: a handful of operations, or a small solve.
+        bound: Why it serves no other policy's decisions; empty where it does.
+        form: Names the form of the law that some resolved parameters are; empty where there is one.
+    """
+
+    law: MixLaw
+    history: HistorySpec
+    signals: tuple[str, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    state: Mapping[str, StateSpec] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
+    tolerance: float = 1e-6
+    bound: str = ""
+    form: Callable[[Mapping[str, Any]], str] = _one_form
+
+
+HOLD = Mix(law=_held, history=HistorySpec(maximum=1))
+"""The newest residual once more."""
+
+
 class Policy(torch.nn.Module):
-    """A decision law and a mix law with their declared state and parameters.
+    """A decision law with its declared state and parameters, and the mix law that goes with it.
 
     Subclasses set ``spec`` and write `decide`. State is passed in and returned, never held, so
     branches and requests can't leak into each other.
 
     Attributes:
-        spec: What runtimes need to know to run the policy.
+        spec: What runtimes need to know to run the policy, all that ``mix`` declares included.
+        mix: What stands for a residual that is not computed.
         config: The keys of its JSON configs; None takes the policy's name as ``feature_caching``
             and every parameter by its own name.
-        mix_tolerance: How far a factor of the mix may lie from another right float32 computation of
-            it, absolute below 1 and relative above: a handful of operations, or a small solve.
     """
 
     spec: ClassVar[PolicySpec]
+    mix: ClassVar[Mix] = HOLD
     config: ClassVar[type[CachingConfig] | None] = None
-    mix_tolerance: ClassVar[float] = 1e-6
-
-    @classmethod
-    def form(cls, parameters: Mapping[str, Any]) -> str:
-        """Return which form of the law these parameters are; empty where there is one form.
-
-        Args:
-            parameters: Resolved, by name.
-        """
-        return ""
 
     @abstractmethod
     def decide(
@@ -117,10 +178,3 @@ class Policy(torch.nn.Module):
         Returns:
             The decision. ``compute`` must be True wherever ``step.must_compute`` is.
         """
-
-
-def hold(step: Step) -> Tensor:
-    """Return the mix that repeats the newest residual, [1, 0, …]."""
-    newest = torch.zeros_like(step.computed_steps)
-    newest[0] = 1
-    return newest.to(torch.float32)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from ..core.errors import ConfigError, nearest
-from . import POLICIES, policy_class, policy_config
+from . import HOLDING, JOINT, POLICIES, is_policy, policy_class, policy_config
+from .base import HOLD, Mix
 from .setting import GUARD_PARAMETERS
 from .spec import ParameterSpec, PolicySpec
 
@@ -23,7 +24,7 @@ def describe_policies(names: Sequence[str] = ()) -> tuple[list[dict[str, Any]], 
     """Describe policies.
 
     Args:
-        names: Which; none is all.
+        names: Which, pairs too; none is all of the table.
 
     Returns:
         One JSON object per policy, and the faults of those that can't be described.
@@ -32,7 +33,7 @@ def describe_policies(names: Sequence[str] = ()) -> tuple[list[dict[str, Any]], 
         ConfigError: there is no policy of a name.
     """
     for name in names:
-        if name not in POLICIES:
+        if not is_policy(name):
             raise ConfigError(f"policy '{name}'", "is not known", nearest(name, list(POLICIES)))
     described, faults = [], []
     for name in names or POLICIES:
@@ -58,6 +59,7 @@ def render(described: Sequence[Mapping[str, Any]], guard: Sequence[Mapping[str, 
         lines += [f'    config    "feature_caching": "{entry["feature_caching"]}"']
         lines += [f"    looks at  {entry['looks_at']}"]
         lines += [f"    decides   {entry['decides']}"]
+        lines += [f"    mixes     {entry['mixes']}"]
         lines += [f"    memory    {entry['memory']} per branch"]
         lines += [_line(parameter) for parameter in entry["parameters"]]
         lines += [""]
@@ -65,7 +67,8 @@ def render(described: Sequence[Mapping[str, Any]], guard: Sequence[Mapping[str, 
 
 
 def _described(name: str) -> dict[str, Any]:
-    spec, config = policy_class(name).spec, policy_config(name)
+    found, config = policy_class(name), policy_config(name)
+    spec, mixer = found.spec, _mixer(name, found.mix)
     keys = {parameter: key for key, parameter in config.keys.items() if key != parameter}
     return {
         "name": name,
@@ -77,11 +80,27 @@ def _described(name: str) -> dict[str, Any]:
         "looks_at": _looks_at(spec),
         "decides": _decides(spec),
         "folds": _folds(spec),
+        "mix": mixer,
+        "mixes": _mixes(mixer, found.mix),
         "residuals": {"default": _residuals(spec), "maximum": _most_residuals(spec)},
         "kept": spec.kept,
         "memory": _memory(spec),
         "parameters": [_parameter(n, p, keys.get(n)) for n, p in spec.parameters.items()],
     }
+
+
+def _mixer(name: str, mix: Mix) -> str:
+    """Return what a policy's mix goes by."""
+    _, joint, mixer = name.partition(JOINT)
+    return mixer if joint else HOLDING if mix is HOLD else name
+
+
+def _mixes(mixer: str, mix: Mix) -> str:
+    if mix is HOLD:
+        return "the newest residual, held"
+    if mix.bound:
+        return f"by a law of its own, for no other decision: {mix.bound}"
+    return f"by a law of its own; with other decisions: DECISION{JOINT}{mixer}"
 
 
 def _parameter(name: str, spec: ParameterSpec, key: str | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ __all__ = [
     "CachingConfig",
     "Count",
     "Positive",
+    "annotation",
     "config_model",
 ]
 
@@ -162,7 +163,7 @@ def config_model(spec: PolicySpec) -> type[CachingConfig]:
     Args:
         spec: The policy's declaration; no parameter is called as something that every config has.
     """
-    fields = {n: (_annotation(p) | None, None) for n, p in spec.parameters.items()}
+    fields = {n: (annotation(p) | None, None) for n, p in spec.parameters.items()}
     model = create_model(
         f"{spec.name}_config",
         __base__=CachingConfig,
@@ -174,7 +175,8 @@ def config_model(spec: PolicySpec) -> type[CachingConfig]:
     return cast("type[CachingConfig]", model)
 
 
-def _annotation(spec: ParameterSpec) -> Any:
+def annotation(spec: ParameterSpec) -> Any:
+    """Return the type that a parameter's key has in a model of configs, its range included."""
     kind = {"float32": float, "int64": int, "bool": bool}[spec.dtype]
     if spec.choices is not None:
         return Annotated[str, spec.check]

@@ -8,16 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Mix, Mixed, Step, hold
 from .forecast import taylor_mix
 from .spec import HistorySpec, ParameterSpec, PolicySpec, Value
-from .teacache import (
-    TEACACHE_PARAMETERS,
-    TEACACHE_SIGNALS,
-    TEACACHE_STATE,
-    AccumulatingConfig,
-    accumulate,
-)
+from .teacache import AccumulatingConfig, TeaCache
 
 __all__ = ["DAMPED", "PUBLISHED", "Custom", "CustomConfig"]
 
@@ -29,7 +23,6 @@ PUBLISHED = {"trend": 1.0, "trend_decay": 1.0}
 """Parameters of the published forecast, which a config runs that says nothing of them."""
 
 PARAMETERS = {
-    **TEACACHE_PARAMETERS,
     "trend": ParameterSpec(
         default=DAMPED["trend"],
         minimum=0.0,
@@ -43,6 +36,33 @@ PARAMETERS = {
         meaning="factor on that share per step since the last computed one, 0 to 1 (published)",
     ),
 }
+
+
+def _form(parameters: Mapping[str, Any]) -> str:
+    """Say whether the forecast is the published one, a damped one, or none."""
+    trend, decay = (float(parameters[name]) for name in PUBLISHED)
+    if {"trend": trend, "trend_decay": decay} == PUBLISHED:
+        return "published forecast"
+    if trend == 0 or decay == 0:
+        return "no forecast, holds"
+    return f"damped forecast, trend {trend:g}, trend_decay {decay:g}"
+
+
+def _trend(
+    step: Step,
+    signal: Tensor,
+    kept: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+) -> Mixed:
+    """Mix the line through two residuals into the newest one, less the farther ahead."""
+    ahead = (step.step_index - step.computed_steps[0]).to(parameters["trend"].dtype)
+    share = parameters["trend"] * parameters["trend_decay"] ** ahead
+    held = hold(step)
+    return Mixed(held + share * (taylor_mix(step, 1) - held), {})
+
+
+TREND = Mix(law=_trend, history=HistorySpec(maximum=2, depth=2), parameters=PARAMETERS, form=_form)
 
 
 class CustomConfig(AccumulatingConfig):
@@ -72,7 +92,7 @@ class CustomConfig(AccumulatingConfig):
         return PUBLISHED | super()._parameters()
 
 
-class Custom(Policy):
+class Custom(TeaCache):
     """Reuse where TeaCache would, but extrapolate the last two residuals instead of holding one.
 
     Reference: Liu et al. 2024, TeaCache, arXiv 2411.19108, eq. 4 to 6 (decision); Liu et al. 2025,
@@ -88,40 +108,15 @@ class Custom(Policy):
     """
 
     config = CustomConfig
+    mix = TREND
     spec = PolicySpec(
         name="custom",
         summary="decides as teacache, extrapolates as taylorseer of order 1",
-        signals=TEACACHE_SIGNALS,
-        kept=["previous_signal"],
-        history=HistorySpec(maximum=2, depth=2),
-        state=TEACACHE_STATE,
-        parameters=PARAMETERS,
-        distance="distance",
+        signals=TeaCache.spec.signals,
+        kept=TeaCache.spec.kept,
+        history=TREND.history,
+        state=TeaCache.spec.state,
+        parameters={**TeaCache.spec.parameters, **TREND.parameters},
+        distance=TeaCache.spec.distance,
         reference="TeaCache, arXiv 2411.19108; TaylorSeer, arXiv 2503.06923",
     )
-
-    @classmethod
-    def form(cls, parameters: Mapping[str, Any]) -> str:
-        """Say whether the forecast is the published one, a damped one, or none."""
-        trend, decay = (float(parameters[name]) for name in PUBLISHED)
-        if {"trend": trend, "trend_decay": decay} == PUBLISHED:
-            return "published forecast"
-        if trend == 0 or decay == 0:
-            return "no forecast, holds"
-        return f"damped forecast, trend {trend:g}, trend_decay {decay:g}"
-
-    def decide(
-        self,
-        step: Step,
-        signal: Tensor,
-        feature: Tensor,
-        kept: dict[str, Tensor],
-        state: dict[str, Tensor],
-        parameters: dict[str, Tensor],
-    ) -> Decision:
-        """Decide from the accumulated distance; see `Policy.decide`."""
-        compute, new_state = accumulate(step, signal, kept["previous_signal"], state, parameters)
-        ahead = (step.step_index - step.computed_steps[0]).to(parameters["trend"].dtype)
-        share = parameters["trend"] * parameters["trend_decay"] ** ahead
-        held = hold(step)
-        return Decision(compute, held + share * (taylor_mix(step, 1) - held), new_state)

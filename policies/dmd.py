@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Decision, Policy, Step
-from .forecast import INTERVAL, line_mix
+from .base import Mix, Mixed, Step
+from .forecast import line_mix
+from .interval import INTERVAL, Interval
 from .linear import solve
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
@@ -23,7 +24,7 @@ REACH = 2.0
 """Distances ahead that predictions span."""
 
 
-def prony_mix(step: Step, gram: Tensor, ridge: Tensor, growth: Tensor) -> tuple[Tensor, Tensor]:
+def prony_mix(step: Step, gram: Tensor, ridge: Tensor, farthest: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mix of the forecast by linear prediction, and whether it is to be trusted.
 
     Of the newest residuals at equal distances, y_0 is fitted by those before it,
@@ -34,7 +35,7 @@ def prony_mix(step: Step, gram: Tensor, ridge: Tensor, growth: Tensor) -> tuple[
         step: Where the run stands.
         gram: float32 [history.maximum, history.maximum], as `Policy.decide` describes it.
         ridge: float32 [], share of each direction's square by which the fit is pulled to holding.
-        growth: float32 [], how many times as far as the last step the foretold one may go.
+        farthest: float32 [], how many times as far as the last step the foretold one may go.
 
     Returns:
         float32 [history.maximum], and bool [].
@@ -75,7 +76,7 @@ def prony_mix(step: Step, gram: Tensor, ridge: Tensor, growth: Tensor) -> tuple[
 
     moved = first - unit[0]
     foretold = (moved.unsqueeze(0) * moved.unsqueeze(1) * gram).sum()
-    is_sound = even[LEAST - 2] & (ahead <= REACH) & (foretold <= growth * growth * gram[1, 1])
+    is_sound = even[LEAST - 2] & (ahead <= REACH) & (foretold <= farthest * farthest * gram[1, 1])
     # Differences are differences of residuals: y_{j−1} − y_j.
     older = torch.cat([combined[1:], torch.zeros(1)])
     trend = torch.cat([torch.zeros(1), combined[1:]])
@@ -83,7 +84,40 @@ def prony_mix(step: Step, gram: Tensor, ridge: Tensor, growth: Tensor) -> tuple[
     return mix, is_sound
 
 
-class DMD(Policy):
+def _exponentials(
+    step: Step,
+    signal: Tensor,
+    kept: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+) -> Mixed:
+    ridge, farthest = parameters["ridge"], parameters["farthest"]
+    mix, is_sound = prony_mix(step, kept["gram"], ridge, farthest)
+    return Mixed(torch.where(is_sound, mix, line_mix(step)), {})
+
+
+EXPONENTIALS = Mix(
+    law=_exponentials,
+    history=HistorySpec(maximum=HISTORY, depth=HISTORY),
+    kept=("gram",),
+    parameters={
+        "ridge": ParameterSpec(
+            default=1e-4,
+            minimum=1e-5,
+            maximum=1.0,
+            meaning="pull of the fit towards holding, as share of each direction's square",
+        ),
+        "farthest": ParameterSpec(
+            default=2.0,
+            minimum=0.0,
+            meaning="times as far as the last step that a foretold one may go, >= 0",
+        ),
+    },
+    tolerance=2e-3,  # the solve loses what the ridge leaves of its conditioning, 1e4 at 1e-4
+)
+
+
+class DMD(Interval):
     """Compute the first of every ``interval`` steps and forecast the residual in between.
 
     Residuals at equal distances are taken for samples of a sum of exponentials, whose next value is a
@@ -96,45 +130,17 @@ class DMD(Policy):
     Differs: a fraction of the distance is interpolated between foretold residuals, by a cubic; cache-dit
         raises eigenvalues to that fraction.
     Differs: small directions are damped by a ridge towards holding, not cut off at a rank.
-    Differs: a forecast that moves more than ``growth`` times as far as the last residual did is left
+    Differs: a forecast that moves more than ``farthest`` times as far as the last residual did is left
         for the straight line, as is one of fewer than four residuals at equal distances.
     Differs: one fit for the whole batch of a branch.
     """
 
-    mix_tolerance = 2e-3  # the solve loses what the ridge leaves of its conditioning, 1e4 at 1e-4
+    mix = EXPONENTIALS
     spec = PolicySpec(
         name="dmd",
         summary="computes one step in N, forecasts by exponentials fitted to past residuals",
-        kept=["gram"],
-        history=HistorySpec(maximum=HISTORY, depth=HISTORY),
-        parameters={
-            "interval": INTERVAL,
-            "ridge": ParameterSpec(
-                default=1e-4,
-                minimum=1e-5,
-                maximum=1.0,
-                meaning="pull of the fit towards holding, as share of each direction's square",
-            ),
-            "growth": ParameterSpec(
-                default=2.0,
-                minimum=0.0,
-                meaning="times as far as the last step that a foretold one may go, >= 0",
-            ),
-        },
+        kept=list(EXPONENTIALS.kept),
+        history=EXPONENTIALS.history,
+        parameters={"interval": INTERVAL, **EXPONENTIALS.parameters},
         reference="dynamic mode decomposition, Schmid 2010; cache-dit 1.5.3",
     )
-
-    def decide(
-        self,
-        step: Step,
-        signal: Tensor,
-        feature: Tensor,
-        kept: dict[str, Tensor],
-        state: dict[str, Tensor],
-        parameters: dict[str, Tensor],
-    ) -> Decision:
-        """Decide from the step index alone, mix by the residuals; see `Policy.decide`."""
-        due = step.step_index % parameters["interval"] == 0
-        mix, is_sound = prony_mix(step, kept["gram"], parameters["ridge"], parameters["growth"])
-        mix = torch.where(is_sound, mix, line_mix(step))
-        return Decision(step.must_compute | due, mix, {})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Policy, Step
 from .config import CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
@@ -99,7 +99,6 @@ class EasyCache(Policy):
         had_computed = step.computed_steps[0] >= 0
         return Decision(
             compute,
-            hold(step),
             {
                 "distance": torch.where(compute, 0.0, distance),
                 "input_change": torch.where(compute, moved, state["input_change"]),

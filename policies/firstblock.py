@@ -10,7 +10,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Policy, Step
 from .config import CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
@@ -103,4 +103,4 @@ class FirstBlock(Policy):
         distance = (signal - past).abs().mean() / past.abs().mean()
         # A distance that is not finite is not below the threshold either.
         compute = step.must_compute | ~(distance < parameters["threshold"])
-        return Decision(compute, hold(step), {"distance": torch.where(compute, 0.0, distance)})
+        return Decision(compute, {"distance": torch.where(compute, 0.0, distance)})

@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from .base import Step
-from .spec import ParameterSpec
 
-__all__ = ["INTERVAL", "difference_mix", "hermite_mix", "line_mix", "newton_mix", "taylor_mix"]
-
-INTERVAL = ParameterSpec(
-    default=4,
-    dtype="int64",
-    minimum=1,
-    meaning="steps per computed step, the first being computed, >= 1; 1 never reuses",
-)
-"""Of policies that compute one step in so many and forecast the others."""
+__all__ = ["difference_mix", "hermite_mix", "line_mix", "newton_mix", "taylor_mix"]
 
 
 def difference_mix(step: Step, order: Tensor | int, factors: Sequence[Tensor]) -> Tensor:

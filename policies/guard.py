@@ -105,20 +105,22 @@ class Guarded(torch.nn.Module):
         step = Step(must_compute=must, **known)
         kept: dict[str, Tensor] = {name: inputs[name] for name in self.spec.kept}
         state, parameters = _group(inputs, "state."), _group(inputs, "param.")
-        law = self.policy.decide(step, signal, feature, kept, state, parameters)
+        decision = self.policy.decide(step, signal, feature, kept, state, parameters)
+        mixed = self.policy.mix.law(step, signal, kept, state, parameters)
+        new_state = {**decision.state, **mixed.state}
 
-        is_sound = torch.isfinite(law.mix).all()
+        is_sound = torch.isfinite(mixed.mix).all()
         for name, declared in self.spec.state.items():
             if declared.dtype == "float32":
-                is_sound = is_sound & torch.isfinite(law.state[name]).all()
-        compute = must | law.compute | ~is_sound
+                is_sound = is_sound & torch.isfinite(new_state[name]).all()
+        compute = must | decision.compute | ~is_sound
         has_residual = inputs["computed_steps"][0] >= 0
         outputs = {
             "compute": compute,
-            "mix": torch.where(is_sound & has_residual, law.mix, 0.0),
+            "mix": torch.where(is_sound & has_residual, mixed.mix, 0.0),
         }
         for name, declared in self.spec.state.items():
-            outputs[f"new_state.{name}"] = _or_initial(is_sound, law.state[name], declared.initial)
+            outputs[f"new_state.{name}"] = _or_initial(is_sound, new_state[name], declared.initial)
         consecutive = torch.where(compute, 0, guard_state["consecutive"] + 1)
         outputs["new_guard_state.consecutive"] = consecutive
         outputs["new_guard_state.reused"] = guard_state["reused"] + (~compute).to(torch.int64)

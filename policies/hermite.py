@@ -5,14 +5,46 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Decision, Policy, Step
-from .forecast import INTERVAL, hermite_mix
+from .base import Mix, Mixed, Step
+from .forecast import hermite_mix
+from .interval import INTERVAL, Interval
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
 __all__ = ["Hermite"]
 
 
-class Hermite(Policy):
+def _polynomials(
+    step: Step,
+    signal: Tensor,
+    kept: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+) -> Mixed:
+    return Mixed(hermite_mix(step, parameters["order"], parameters["scale"]), {})
+
+
+POLYNOMIALS = Mix(
+    law=_polynomials,
+    history=HistorySpec(maximum=5, parameter="order", offset=1),
+    parameters={
+        "order": ParameterSpec(
+            default=2,
+            dtype="int64",
+            minimum=1,
+            maximum=4,
+            meaning="highest finite difference used, 1 to 4",
+        ),
+        "scale": ParameterSpec(
+            default=0.5,
+            minimum=0.0,
+            maximum=1.0,
+            meaning="contraction of the polynomials, 0 (hold) to 1; 0.5 in the paper",
+        ),
+    },
+)
+
+
+class Hermite(Interval):
     """Compute the first of every ``interval`` steps and forecast the residual in between.
 
     As `TaylorSeer`, with the monomial ``k^i`` of its forecast k steps ahead replaced by
@@ -25,39 +57,11 @@ class Hermite(Policy):
     Differs: ``scale`` is a number for the whole run; an adaptive one of later code is left out.
     """
 
+    mix = POLYNOMIALS
     spec = PolicySpec(
         name="hermite",
         summary="computes one step in N, forecasts the others by Hermite polynomials",
-        history=HistorySpec(maximum=5, parameter="order", offset=1),
-        parameters={
-            "interval": INTERVAL,
-            "order": ParameterSpec(
-                default=2,
-                dtype="int64",
-                minimum=1,
-                maximum=4,
-                meaning="highest finite difference used, 1 to 4",
-            ),
-            "scale": ParameterSpec(
-                default=0.5,
-                minimum=0.0,
-                maximum=1.0,
-                meaning="contraction of the polynomials, 0 (hold) to 1; 0.5 in the paper",
-            ),
-        },
+        history=POLYNOMIALS.history,
+        parameters={"interval": INTERVAL, **POLYNOMIALS.parameters},
         reference="Feng et al. 2025, HiCache, arXiv 2508.16984",
     )
-
-    def decide(
-        self,
-        step: Step,
-        signal: Tensor,
-        feature: Tensor,
-        kept: dict[str, Tensor],
-        state: dict[str, Tensor],
-        parameters: dict[str, Tensor],
-    ) -> Decision:
-        """Decide from the step index alone; see `Policy.decide`."""
-        due = step.step_index % parameters["interval"] == 0
-        mix = hermite_mix(step, parameters["order"], parameters["scale"])
-        return Decision(step.must_compute | due, mix, {})

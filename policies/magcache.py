@@ -10,7 +10,7 @@ import torch
 from pydantic import Tag, field_validator
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Policy, Step
 from .config import ALL, BRANCHES, PER_BRANCH, CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
 
@@ -170,7 +170,6 @@ class MagCache(Policy):
         compute = step.must_compute | ~reuse
         return Decision(
             compute,
-            hold(step),
             {
                 "error": torch.where(compute, 0.0, error),
                 "ratio": torch.where(compute, 1.0, ratio),

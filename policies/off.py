@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Policy, Step
 from .config import CachingConfig
 from .spec import HistorySpec, PolicySpec
 
@@ -44,4 +44,4 @@ class Off(Policy):
         parameters: dict[str, Tensor],
     ) -> Decision:
         """Compute; see `Policy.decide`."""
-        return Decision(compute=torch.ones((), dtype=torch.bool), mix=hold(step), state={})
+        return Decision(compute=torch.ones((), dtype=torch.bool), state={})

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Policy, Step
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
 __all__ = ["MAXIMUM_STEPS", "SenCache"]
@@ -108,7 +108,6 @@ class SenCache(Policy):
         compute = step.must_compute | ~reuse
         return Decision(
             compute,
-            hold(step),
             {
                 "distance": torch.where(compute, 0.0, distance),
                 "skipped": torch.where(compute, 0, skipped),

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, Tag, model_validator
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Mix, Mixed, Policy, Step, hold
 from .config import ALL, BRANCHES, PER_BRANCH, CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, Value
 
@@ -108,6 +108,35 @@ def _solved(rows: list[list[float]]) -> dict[str, Value]:
     }
 
 
+def _row(step_index: Tensor, step_count: Tensor, steps: Tensor) -> Tensor:
+    """Return the table's row for a step, int64 []; -1 for step -1."""
+    row = torch.div(step_index * steps, step_count, rounding_mode="floor")
+    return torch.where(step_index < 0, -1, row)
+
+
+def _looked_up(
+    step: Step,
+    signal: Tensor,
+    kept: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+) -> Mixed:
+    row = _row(step.step_index, step.step_count, parameters["steps"])
+    table = parameters["mix"].view(MAXIMUM_STEPS, HISTORY)
+    mix = table.index_select(0, row.reshape(1)).squeeze(0)
+    mix = torch.where(torch.arange(HISTORY) < parameters["history"], mix, 0.0)
+    is_missing = ((step.computed_steps < 0) & (mix != 0)).any() | (mix == 0).all()
+    return Mixed(torch.where(is_missing, hold(step), mix), {})
+
+
+TABLE = Mix(
+    law=_looked_up,
+    history=HistorySpec(maximum=HISTORY, parameter="history"),
+    parameters={name: PARAMETERS[name] for name in ("mix", "history")},
+    bound="its factors were fitted for the computed steps of its own table",
+)
+
+
 class Solved(Policy):
     """Take decision and mix of every step from tables.
 
@@ -122,10 +151,11 @@ class Solved(Policy):
     """
 
     config = SolvedConfig
+    mix = TABLE
     spec = PolicySpec(
         name="solved",
         summary="follows a schedule and mixes computed offline from recorded runs",
-        history=HistorySpec(maximum=HISTORY, parameter="history"),
+        history=TABLE.history,
         parameters=PARAMETERS,
     )
 
@@ -143,14 +173,4 @@ class Solved(Policy):
         before = _row(step.step_index - 1, step.step_count, parameters["steps"])
         rows = torch.arange(MAXIMUM_STEPS)
         due = ((parameters["reuse"] == 0) & (rows > before) & (rows <= row)).any()
-        table = parameters["mix"].view(MAXIMUM_STEPS, HISTORY)
-        mix = table.index_select(0, row.reshape(1)).squeeze(0)
-        mix = torch.where(torch.arange(HISTORY) < parameters["history"], mix, 0.0)
-        is_missing = ((step.computed_steps < 0) & (mix != 0)).any() | (mix == 0).all()
-        return Decision(step.must_compute | due, torch.where(is_missing, hold(step), mix), {})
-
-
-def _row(step_index: Tensor, step_count: Tensor, steps: Tensor) -> Tensor:
-    """Return the table's row for a step, int64 []; -1 for step -1."""
-    row = torch.div(step_index * steps, step_count, rounding_mode="floor")
-    return torch.where(step_index < 0, -1, row)
+        return Decision(step.must_compute | due, {})

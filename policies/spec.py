@@ -18,6 +18,7 @@ from ..core.errors import ConfigError, nearest
 __all__ = [
     "GUARD_STATE",
     "HistorySpec",
+    "Kept",
     "ParameterSpec",
     "PolicySpec",
     "StateSpec",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 Value = bool | int | float | str | list[float] | list[int]
+
+Kept = Literal["previous_signal", "computed_signal", "previous_feature", "gram"]
+"""Inputs of a decide graph that are of the past; see `PolicySpec`."""
 
 
 MAX_HISTORY = 64
@@ -216,7 +220,7 @@ class PolicySpec(_Spec):
     summary: str
     signals: list[str] = []
     feature: Literal["attention_output", "model_output"] | None = None
-    kept: list[Literal["previous_signal", "computed_signal", "previous_feature", "gram"]] = []
+    kept: list[Kept] = []
     one_decision: bool = False
     history: HistorySpec
     state: dict[str, StateSpec] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Decision, Policy, Step
+from .base import Decision, Mix, Mixed, Policy, Step
 from .forecast import line_mix
 from .linear import gram, solve
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
@@ -66,6 +66,61 @@ def _log_snr(sigmas: Tensor) -> Tensor:
     return torch.log((1 - bounded) / bounded) / greatest
 
 
+def _fitted(
+    step: Step,
+    signal: Tensor,
+    kept: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+) -> Mixed:
+    age = torch.arange(HISTORY)
+    held = torch.where(age < parameters["history"], step.computed_steps, -1)
+    step = step._replace(computed_steps=held)
+    fit = chebyshev_mix(step, parameters["degree"], parameters["ridge"], parameters["clock"])
+    line = line_mix(step)
+    return Mixed(line + parameters["blend"] * (fit - line), {})
+
+
+CHEBYSHEV = Mix(
+    law=_fitted,
+    history=HistorySpec(maximum=HISTORY, parameter="history"),
+    parameters={
+        "degree": ParameterSpec(
+            default=4,
+            dtype="int64",
+            minimum=0,
+            maximum=DEGREE,
+            meaning=f"highest Chebyshev polynomial, 0 to {DEGREE}",
+        ),
+        "ridge": ParameterSpec(
+            default=0.1,
+            minimum=0.01,
+            meaning="pull of the fit towards 0, >= 0.01",
+        ),
+        "blend": ParameterSpec(
+            default=1.0,
+            minimum=0.0,
+            maximum=1.0,
+            meaning="share of the fit, 0 to 1; the rest is the line through two residuals",
+        ),
+        "clock": ParameterSpec(
+            default="step",
+            dtype="int64",
+            choices=CLOCKS,
+            meaning="what the polynomials are functions of",
+        ),
+        "history": ParameterSpec(
+            default=8,
+            dtype="int64",
+            minimum=2,
+            maximum=HISTORY,
+            meaning=f"residuals that are kept and fitted, 2 to {HISTORY}",
+        ),
+    },
+    tolerance=1e-5,  # the solve loses what the ridge leaves of its conditioning, 300 at 0.1
+)
+
+
 class Spectrum(Policy):
     """Compute at intervals that grow over the run; forecast from polynomials over all of it.
 
@@ -83,11 +138,11 @@ class Spectrum(Policy):
     Differs: one forecast of the whole residual in float32; the authors store coefficients in bfloat16.
     """
 
-    mix_tolerance = 1e-5  # the solve loses what the ridge leaves of its conditioning, 300 at 0.1
+    mix = CHEBYSHEV
     spec = PolicySpec(
         name="spectrum",
         summary="fits Chebyshev polynomials to past residuals, computes at growing intervals",
-        history=HistorySpec(maximum=HISTORY, parameter="history"),
+        history=CHEBYSHEV.history,
         state={"grown": StateSpec(dtype="int64")},
         parameters={
             "warmup": ParameterSpec(
@@ -103,37 +158,7 @@ class Spectrum(Policy):
                 minimum=0.0,
                 meaning="steps that each computed one adds to the window, >= 0",
             ),
-            "degree": ParameterSpec(
-                default=4,
-                dtype="int64",
-                minimum=0,
-                maximum=DEGREE,
-                meaning=f"highest Chebyshev polynomial, 0 to {DEGREE}",
-            ),
-            "ridge": ParameterSpec(
-                default=0.1,
-                minimum=0.01,
-                meaning="pull of the fit towards 0, >= 0.01",
-            ),
-            "blend": ParameterSpec(
-                default=1.0,
-                minimum=0.0,
-                maximum=1.0,
-                meaning="share of the fit, 0 to 1; the rest is the line through two residuals",
-            ),
-            "clock": ParameterSpec(
-                default="step",
-                dtype="int64",
-                choices=CLOCKS,
-                meaning="what the polynomials are functions of",
-            ),
-            "history": ParameterSpec(
-                default=8,
-                dtype="int64",
-                minimum=2,
-                maximum=HISTORY,
-                meaning=f"residuals that are kept and fitted, 2 to {HISTORY}",
-            ),
+            **CHEBYSHEV.parameters,
         },
         reference="Han et al. 2026, Spectrum, arXiv 2603.01623",
     )
@@ -154,12 +179,5 @@ class Spectrum(Policy):
         interval = torch.floor(window + 5e-4).to(torch.int64)
         due = step.step_index - step.computed_steps[0] >= interval
         compute = step.must_compute | ~is_warm | due
-        age = torch.arange(HISTORY)
-        held = torch.where(age < parameters["history"], step.computed_steps, -1)
-        step = step._replace(computed_steps=held)
-        fit = chebyshev_mix(step, parameters["degree"], parameters["ridge"], parameters["clock"])
-        line = line_mix(step)
-        mix = line + parameters["blend"] * (fit - line)
-        return Decision(
-            compute, mix, {"grown": state["grown"] + (compute & is_warm).to(torch.int64)}
-        )
+        grown = state["grown"] + (compute & is_warm).to(torch.int64)
+        return Decision(compute, {"grown": grown})

@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import Decision, Policy, Step
+from .base import Mix, Mixed, Step
 from .config import CachingConfig
-from .forecast import INTERVAL, newton_mix, taylor_mix
+from .forecast import newton_mix, taylor_mix
+from .interval import INTERVAL, Interval
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
 __all__ = ["TaylorSeer", "TaylorSeerConfig"]
@@ -20,7 +21,6 @@ VARIANTS = ["taylor", "newton"]
 
 
 PARAMETERS = {
-    "interval": INTERVAL,
     "order": ParameterSpec(
         default=1,
         dtype="int64",
@@ -37,19 +37,38 @@ PARAMETERS = {
 }
 
 
+def _differences(
+    step: Step,
+    signal: Tensor,
+    kept: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+) -> Mixed:
+    order = parameters["order"]
+    is_newton = parameters["variant"] == VARIANTS.index("newton")
+    return Mixed(torch.where(is_newton, newton_mix(step, order), taylor_mix(step, order)), {})
+
+
+DIFFERENCES = Mix(
+    law=_differences,
+    history=HistorySpec(maximum=5, parameter="order", offset=1),
+    parameters=PARAMETERS,
+)
+
+
 class TaylorSeerConfig(CachingConfig):
     """Keys of TaylorSeer's configs: the policy's parameters by their names."""
 
     policy: ClassVar[str] = "taylorseer"
-    keys: ClassVar[Mapping[str, str]] = {n: n for n in PARAMETERS}
+    keys: ClassVar[Mapping[str, str]] = {n: n for n in ("interval", *PARAMETERS)}
 
     feature_caching: Literal["TaylorSeer"] = "TaylorSeer"
-    interval: Annotated[int, PARAMETERS["interval"].check] | None = None
+    interval: Annotated[int, INTERVAL.check] | None = None
     order: Annotated[int, PARAMETERS["order"].check] | None = None
     variant: Annotated[str, PARAMETERS["variant"].check] | None = None
 
 
-class TaylorSeer(Policy):
+class TaylorSeer(Interval):
     """Compute the first of every ``interval`` steps and extrapolate the residual in between.
 
     The decision looks at no tensor, so the whole sequence is known before the run.
@@ -63,26 +82,11 @@ class TaylorSeer(Policy):
     """
 
     config = TaylorSeerConfig
+    mix = DIFFERENCES
     spec = PolicySpec(
         name="taylorseer",
         summary="computes one step in N, forecasts the others by finite differences",
-        history=HistorySpec(maximum=5, parameter="order", offset=1),
-        parameters=PARAMETERS,
+        history=DIFFERENCES.history,
+        parameters={"interval": INTERVAL, **DIFFERENCES.parameters},
         reference="Liu et al. 2025, TaylorSeer, arXiv 2503.06923",
     )
-
-    def decide(
-        self,
-        step: Step,
-        signal: Tensor,
-        feature: Tensor,
-        kept: dict[str, Tensor],
-        state: dict[str, Tensor],
-        parameters: dict[str, Tensor],
-    ) -> Decision:
-        """Decide from the step index alone; see `Policy.decide`."""
-        due = step.step_index % parameters["interval"] == 0
-        order = parameters["order"]
-        is_newton = parameters["variant"] == VARIANTS.index("newton")
-        mix = torch.where(is_newton, newton_mix(step, order), taylor_mix(step, order))
-        return Decision(step.must_compute | due, mix, {})

@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from .base import Decision, Policy, Step, hold
+from .base import Decision, Policy, Step
 from .config import CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value, one_of
 
@@ -172,7 +172,7 @@ class TeaCache(Policy):
         the distance between neighbouring timesteps.
     """
 
-    config = TeaCacheConfig
+    config: ClassVar[type[CachingConfig] | None] = TeaCacheConfig
     spec = PolicySpec(
         name="teacache",
         summary="reuses until the signal's rescaled change adds up to a threshold",
@@ -196,4 +196,4 @@ class TeaCache(Policy):
     ) -> Decision:
         """Decide from the accumulated distance; see `Policy.decide`."""
         compute, new_state = accumulate(step, signal, kept["previous_signal"], state, parameters)
-        return Decision(compute, hold(step), new_state)
+        return Decision(compute, new_state)

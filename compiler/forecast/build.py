@@ -55,7 +55,7 @@ def forecast_build(
     Raises:
         RequestError: a size that VAE or patches do not divide.
     """
-    default, laws = next(iter(configs)), policies()
+    default, laws = next(iter(configs)), policies(c.cache.policy for c in configs.values())
     size = size or size_of(configs[default].generation)
     dims = dims_of(cut, size, checkpoint.pipeline)
     settings = {n: policy_setting(n, cut.signals) for n in laws}

@@ -129,7 +129,7 @@ class _Judge:
         expected: Mapping[str, Tensor] = self._eager(inputs)
         found = self._compiled(dict(inputs))
         self.decisions += 1
-        tolerance = self._eager.policy.mix_tolerance
+        tolerance = self._eager.policy.mix.tolerance
         fault = disagreement(expected, found, tolerance)
         if fault is not None:
             nearby = (disagreement(self._eager(v), found, tolerance) for v in nudged(inputs))
@@ -179,7 +179,7 @@ def check_policy(
         reused=sum(j.reused for j in judges),
         ties=sum(j.ties for j in judges),
         mix_error=max((j.mix_error for j in judges), default=0.0),
-        mix_tolerance=eager.policy.mix_tolerance,
+        mix_tolerance=eager.policy.mix.tolerance,
         faults=tuple(f for j in judges for f in j.faults),
     )
 

@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +72,11 @@ SETTINGS = {
         policy="sencache", parameters={"threshold": 0.5, "early": 0.1, "timesteps": [1000.0, 500.0],
         "latent_sensitivity": [1.0, 0.5]}
     ),
+    "teacache-spectrum": CacheSetting(
+        policy="teacache+spectrum", parameters={"threshold": 0.3, "degree": 3, "clock": "sigma"}
+    ),
+    "firstblock-dmd": CacheSetting(policy="firstblock+dmd", parameters={"threshold": 0.3}),
+    "adacache-foca": CacheSetting(policy="adacache+foca", parameters={"history": 3}),
 }  # fmt: skip
 
 
@@ -81,14 +85,11 @@ CONFIGS = ("shapes_wan_magcache", "shapes_wan_solved")
 
 
 @pytest.fixture(scope="module")
-def bundle(demo_bundle: Bundle, linked_bundle: Callable[..., Path]) -> Bundle:
-    """The demo bundle with `CONFIGS` too."""
-    entries = config_entries(CONFIGS, lambda text: None)
-
-    def add(manifest: dict[str, Any]) -> None:
-        manifest["configs"] |= {n: e.model_dump(mode="json") for n, e in entries.items()}
-
-    return Bundle(linked_bundle(demo_bundle, add))
+def bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
+    """A bundle of the demo model with `CONFIGS`, and with the pairs of `SETTINGS`."""
+    pairs = [s.policy for s in SETTINGS.values() if "+" in s.policy]
+    entries = config_entries(["shapes_wan_teacache", *CONFIGS, *pairs], lambda text: None)
+    return build_bundle(repository / "models" / "shapes_wan", ("openvino",), configs=entries)
 
 
 @pytest.fixture(scope="module")

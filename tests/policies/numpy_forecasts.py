@@ -67,13 +67,14 @@ class Spectrum(_Law):
     def forecast(self, t, history):
         past = history[: self.history]
         basis = np.polynomial.chebyshev.chebvander(self.times[[s for s, _ in past]], self.degree)
-        values = np.stack([r for _, r in past])
+        values = np.stack([r.ravel() for _, r in past])
         # Ridge regression as least squares over rows that pull each coefficient towards 0.
         pull = math.sqrt(self.ridge) * np.eye(self.degree + 1)
         targets = np.concatenate([values, np.zeros((self.degree + 1, values.shape[1]))])
         fitted = np.linalg.lstsq(np.concatenate([basis, pull]), targets, rcond=None)[0]
         fit = np.polynomial.chebyshev.chebvander(self.times[[t]], self.degree)[0] @ fitted
-        return self.blend * fit + (1 - self.blend) * taylor(t, history[:2])
+        line = taylor(t, history[:2])
+        return self.blend * fit.reshape(line.shape) + (1 - self.blend) * line
 
 
 class FoCa(_Law):
@@ -121,8 +122,8 @@ class FoCa(_Law):
 class DMD(_Law):
     """ALGORITHMS 9, on the residuals themselves: linear prediction, a cubic in between."""
 
-    def __init__(self, interval, ridge, growth):
-        self.interval, self.ridge, self.growth = interval, ridge, growth
+    def __init__(self, interval, ridge, farthest):
+        self.interval, self.ridge, self.farthest = interval, ridge, farthest
 
     def wants_computation(self, t, must, signals):
         return t % self.interval == 0
@@ -147,6 +148,6 @@ class DMD(_Law):
             ahead = ahead + sum(w * (newest[j] - newest[j + 1]) for j, w in enumerate(weights[1:]))
             seen.append(ahead)
         previous, now, first, second = seen[-4:]
-        if k > 2 or np.linalg.norm(first - now) > self.growth * np.linalg.norm(y[0] - y[1]):
+        if k > 2 or np.linalg.norm(first - now) > self.farthest * np.linalg.norm(y[0] - y[1]):
             return line
         return newton(k, [(2, second), (1, first), (0, now), (-1, previous)])

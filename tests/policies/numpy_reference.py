@@ -80,6 +80,26 @@ class _Law:
         pass
 
 
+class Joined(_Law):
+    """One law's decisions with another one's forecasts: steps follow the one, residuals the other."""
+
+    def __init__(self, decider, mixer):
+        self.decider, self.mixer = decider, mixer
+
+    distance = property(lambda self: self.decider.distance)
+    margin = property(lambda self: self.decider.margin)
+    noise = property(lambda self: self.decider.noise)
+
+    def wants_computation(self, t, must, signals):
+        return self.decider.wants_computation(t, must, signals)
+
+    def forecast(self, t, history):
+        return self.mixer.forecast(t, history)
+
+    def computed(self, t, step_count, feature):
+        self.decider.computed(t, step_count, feature)
+
+
 class Off(_Law):
     def wants_computation(self, t, must, signals):
         return True

@@ -80,6 +80,8 @@ def reference_law(
 ) -> reference._Law:
     """Return the NumPy transcription of a setting with resolved parameters."""
     p = dict(parameters)
+    if "+" in setting.policy:
+        return joined(setting.policy, p, step_count)
     if setting.policy == "off":
         return reference.Off()
     if setting.policy in ("teacache", "custom"):
@@ -108,6 +110,21 @@ def reference_law(
         return reference.Solved(**p, step_count=step_count)
     codebook = list(zip(p.pop("codebook_thresholds"), p.pop("codebook_skips"), strict=True))
     return reference.AdaCache(codebook, **p)
+
+
+def joined(pair: str, parameters: dict[str, object], step_count: int) -> reference._Law:
+    """Return the two transcriptions that a pair's name says, each with its own parameters."""
+
+    def alone(name: str, takes_mix: bool) -> reference._Law:
+        if name == "hold":
+            return reference._Law()
+        found = policy_class(name)
+        names = {n for n in found.spec.parameters if (n in found.mix.parameters) is takes_mix}
+        given = {n: v for n, v in parameters.items() if n in names}
+        return reference_law(CacheSetting(policy=name), found.spec.resolve(given), step_count)
+
+    decider, mixer = pair.split("+")
+    return reference.Joined(alone(decider, False), alone(mixer, True))
 
 
 def assert_equals_reference(

@@ -108,7 +108,7 @@ SETTINGS: dict[str, CacheSetting] = {
     "dmd": CacheSetting(policy="dmd", parameters={"interval": 3}),
     "dmd_pulled": CacheSetting(
         policy="dmd",
-        parameters={"interval": 2, "ridge": 0.1, "growth": 1.0},
+        parameters={"interval": 2, "ridge": 0.1, "farthest": 1.0},
         guard=GuardSetting(last_exact=1, exact_steps=[11]),
     ),
     "sencache": CacheSetting(
@@ -128,5 +128,20 @@ SETTINGS: dict[str, CacheSetting] = {
             "history": 3,
         },
         guard=GuardSetting(last_exact=2, max_consecutive=3, exact_steps=[13]),
+    ),
+    "tea_spectrum": CacheSetting(
+        policy="teacache+spectrum",
+        parameters={"threshold": 0.4, "degree": 2, "history": 5, "clock": "sigma"},
+        guard=GuardSetting(last_exact=1, exact_steps=[13]),
+    ),
+    "ada_foca": CacheSetting(policy="adacache+foca", parameters={**FAST, **NEUTRAL, "history": 3}),
+    "firstblock_dmd": CacheSetting(policy="firstblock+dmd", parameters={"threshold": 0.2}),
+    "easy_hermite": CacheSetting(
+        policy="easycache+hermite", parameters={"threshold": 0.4, "order": 3}
+    ),
+    "spectrum_hold": CacheSetting(policy="spectrum+hold", parameters={"growth": 0.4}),
+    "solved_newton": CacheSetting(
+        policy="solved+taylorseer",
+        parameters={"steps": 7, "reuse": SOLVED["reuse"], "order": 2, "variant": "newton"},
     ),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from settings import SETTINGS
 from freewheel.compiler.graphs.decide import write_decide_graph
 from freewheel.core.errors import ExportError
 from freewheel.policies import POLICIES, policies, policy_class
-from freewheel.policies.base import Decision, Policy, hold
+from freewheel.policies.base import Decision, Policy
 from freewheel.policies.guard import decide_inputs, decide_outputs
 from freewheel.policies.law import Law
 
@@ -34,7 +34,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def entries(bundle: Path) -> dict:
-    return {name: write_decide_graph(policy(), bundle) for name, policy in policies().items()}
+    named = policies(setting.policy for setting in SETTINGS.values())
+    return {name: write_decide_graph(policy(), bundle) for name, policy in named.items()}
 
 
 def with_onnxruntime(graph: Path) -> Callable[[Tensors], Tensors]:
@@ -108,7 +109,7 @@ def test_compiled_policy_computes_on_broken_tensors(compiled, name, runtime, val
     assert found[broken].compute
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, "teacache+spectrum", "firstblock+dmd"])
 def test_manifest_entry_names_exactly_the_graphs_interface(bundle, entries, name: str) -> None:
     entry, spec = entries[name], policy_class(name).spec
     graph = ir.load(bundle / entry.file).graph
@@ -136,7 +137,7 @@ def test_policy_that_branches_on_a_value_is_refused_with_what_to_do() -> None:
 
         def decide(self, step, signal, feature, kept, state, parameters) -> Decision:
             compute = step.must_compute if step.step_index > 3 else ~step.must_compute
-            return Decision(compute, hold(step), {})
+            return Decision(compute, {})
 
     with pytest.raises(ExportError, match=r"(?s)'decide.off'.*could not export.*no Python branch"):
         write_decide_graph(Branching(), Path())

@@ -100,15 +100,15 @@ SHIPPED = [
 def test_shipped_files_of_lightx2v_run_the_published_form(name: str) -> None:
     parameters = Custom.spec.resolve(load_config(name).setting().parameters)
     assert (parameters["trend"], parameters["trend_decay"]) == (1, 1)
-    assert Custom.form(parameters) == "published forecast"
+    assert Custom.mix.form(parameters) == "published forecast"
 
 
 @pytest.mark.parametrize("name", ["custom", "shapes_wan_custom"])
 def test_the_policy_by_name_and_the_demo_run_the_damped_form(name: str) -> None:
     parameters = Custom.spec.resolve(load_config(name).setting().parameters)
     assert (parameters["trend"], parameters["trend_decay"]) == (0.65, 0.8)
-    assert Custom.form(parameters) == "damped forecast, trend 0.65, trend_decay 0.8"
+    assert Custom.mix.form(parameters) == "damped forecast, trend 0.65, trend_decay 0.8"
 
 
 def test_without_a_trend_no_form_is_claimed() -> None:
-    assert Custom.form({"trend": 0.0, "trend_decay": 1.0}) == "no forecast, holds"
+    assert Custom.mix.form({"trend": 0.0, "trend_decay": 1.0}) == "no forecast, holds"

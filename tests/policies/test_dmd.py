@@ -64,10 +64,12 @@ def test_fewer_than_four_even_residuals_are_followed_by_the_line() -> None:
 
 def test_a_forecast_that_grows_too_fast_is_left_for_the_line() -> None:
     explosion = swing(decay=-0.12)
-    bounded = errors(explosion, "dmd", interval=3, growth=1.2)
+    bounded = errors(explosion, "dmd", interval=3, farthest=1.2)
     line = errors(explosion, "taylorseer", interval=3)
     assert bounded == pytest.approx(line, rel=1e-3)
-    assert np.mean(errors(explosion, "dmd", interval=3, growth=9.0)[-6:]) < 0.2 * np.mean(line[-6:])
+    assert np.mean(errors(explosion, "dmd", interval=3, farthest=9.0)[-6:]) < 0.2 * np.mean(
+        line[-6:]
+    )
 
 
 def test_ridge_of_1_tends_to_holding() -> None:

@@ -15,7 +15,7 @@ from runs import fold, random_run
 from settings import SETTINGS
 
 from freewheel.policies import POLICIES, policy_class
-from freewheel.policies.base import Decision, Policy, hold
+from freewheel.policies.base import Decision, Mix, Mixed, Policy, hold
 from freewheel.policies.guard import Guarded, decide_inputs, decide_outputs
 from freewheel.policies.law import Law
 from freewheel.policies.setting import CacheSetting, GuardSetting
@@ -36,15 +36,21 @@ class Eager(Policy):
             "flag": StateSpec(dtype="bool", initial=1),
         },
     )
-    mix_at: ClassVar[dict[int, float]] = {}
     level_at: ClassVar[dict[int, float]] = {}
 
     def decide(self, step, signal, feature, kept, state, parameters) -> Decision:
         t = int(step.step_index)
-        mix = hold(step) * self.mix_at.get(t, 1.0)
         level = torch.tensor(self.level_at.get(t, float(t)))
         state = {"level": level, "count": state["count"] + 1, "flag": torch.tensor(False)}
-        return Decision(step.must_compute, mix, state)
+        return Decision(step.must_compute, state)
+
+
+def holding_but(step_index: int, value: float) -> Mix:
+    def law(step, signal, kept, state, parameters) -> Mixed:
+        factor = value if int(step.step_index) == step_index else 1.0
+        return Mixed(hold(step) * factor, {})
+
+    return Mix(law=law, history=Eager.spec.history)
 
 
 def computed(guard: GuardSetting, steps: int = 12, policy: Policy | None = None, signals=None):
@@ -84,7 +90,7 @@ def test_signal_that_is_not_finite_computes(value: float) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_mix_that_is_not_finite_computes_and_is_replaced(value: float) -> None:
     policy = Eager()
-    policy.mix_at = {4: value}
+    policy.mix = holding_but(4, value)
     setting = CacheSetting(policy="eager")
     law = Law(policy.spec, Guarded(policy), setting, step_count=6)
     records = [law.decide(np.ones((1, 4), np.float32)) for _ in range(6)]

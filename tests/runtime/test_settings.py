@@ -83,3 +83,18 @@ def test_a_model_of_one_block_carries_no_policy_that_looks_at_the_first(
     assert "teacache" in bundle.manifest.policies
     with pytest.raises(ConfigError, match="'firstblock': is not in the bundle"):
         choose_setting(bundle, "firstblock", {"threshold": "0.2"}, unwarned)
+
+
+def test_a_pair_is_in_bundles_whose_configs_name_it(
+    tiny_checkpoint: Path, build_bundle: Callable[..., Bundle], tiny_bundle: Bundle
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"'teacache\+spectrum': is not in the bundle; .*build with --config teacache\+spectrum",
+    ):
+        choose_setting(tiny_bundle, "teacache+spectrum", {"degree": "2"}, unwarned)
+    entries = config_entries(["off", "teacache+spectrum"], unwarned)
+    bundle = build_bundle(tiny_checkpoint, ("onnxruntime",), configs=entries)
+    assert bundle.manifest.graphs["decide.teacache+spectrum"].file in bundle.manifest.files
+    chosen = choose_setting(bundle, "teacache+spectrum", {"degree": "2"}, unwarned).cache
+    assert (chosen.policy, chosen.parameters["degree"]) == ("teacache+spectrum", 2)

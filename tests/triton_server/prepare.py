@@ -61,8 +61,8 @@ def main(out: Path, cache: Path) -> None:
     out.mkdir(parents=True)
     for seed, name in enumerate(("tiny", "rebuilt")):
         random_transformer(seed).save_pretrained(out / "checkpoints" / name)
-        off = config_entries(["off"], lambda text: None)
-        bundle = build_bundle(out / "checkpoints" / name, out / name, cache, off, whole=False)
+        entries = config_entries(["off", "teacache+spectrum"], lambda text: None)
+        bundle = build_bundle(out / "checkpoints" / name, out / name, cache, entries, whole=False)
         if name == "tiny":
             write_repository(
                 ServeRequest(bundle, out / "models", name="tiny", instances=2, threads=1)

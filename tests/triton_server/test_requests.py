@@ -31,6 +31,7 @@ POLICIES = {
     "foca": {"interval": 3},
     "sencache": {"threshold": 100.0, "early": 0.0},
     "dmd": {"interval": 3},
+    "teacache+spectrum": {"threshold": 0.3, "degree": 2},
 }
 
 

@@ -33,7 +33,10 @@ SETTINGS = [
 names = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.policy}-{s.signal}")
 
 
-@names
+PAIR = CacheSetting(policy="adacache+spectrum", parameters={"degree": 2, "history": 5})
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, PAIR], ids=lambda s: f"{s.policy}-{s.signal}")
 def test_replay_equals_the_numpy_transcription(trace: Trace, setting: CacheSetting) -> None:
     parameters = policy_class(setting.policy).spec.resolve(setting.parameters)
     result = replay(trace, setting)
@@ -69,7 +72,7 @@ def test_a_real_run_decides_as_the_eager_law_on_what_it_saw(
     frames, tokens = trace.frame_shape()
     for name, branch in statistics.branches.items():
         law = Law.eager(setting, step_count=trace.steps, schedule=trace.schedule)
-        tolerance = policy_class(setting.policy).mix_tolerance
+        tolerance = policy_class(setting.policy).mix.tolerance
         residuals = trace.get(name, "residual")
         features = trace.get(name, "feature").reshape(trace.steps, frames, tokens, -1)
         signals = trace.get(name, setting.signal or "temb")

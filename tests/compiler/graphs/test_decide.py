@@ -15,7 +15,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.graphs.decide import decide_program, write_decide_graph
 from freewheel.core.errors import ExportError
 from freewheel.policies import POLICIES, policy_class
-from freewheel.policies.base import Decision, Policy, Step, hold
+from freewheel.policies.base import Decision, Policy, Step
 from freewheel.policies.guard import decide_inputs, decide_outputs
 from freewheel.policies.spec import HistorySpec, PolicySpec
 
@@ -39,7 +39,7 @@ class Eager(Policy):
         compute = step.must_compute
         if bool(signal.mean() > 0):
             compute = torch.ones_like(compute)
-        return Decision(compute, hold(step), {})
+        return Decision(compute, {})
 
 
 @pytest.mark.parametrize("name", POLICIES)
