@@ -46,6 +46,8 @@ SETTINGS: dict[str, CacheSetting] = {
     "hermite": CacheSetting(policy="hermite", parameters={"interval": 3}),
     "foca": CacheSetting(policy="foca", parameters={"interval": 3}),
     "dmd": CacheSetting(policy="dmd", parameters={"interval": 3}),
+    "dicache": CacheSetting(policy="dicache", parameters={"threshold": ALWAYS}),
+    "seacache": CacheSetting(policy="seacache", parameters={"threshold": ALWAYS}),
     "sencache": CacheSetting(policy="sencache", parameters={"threshold": ALWAYS, "early": 0.0}),
 }
 

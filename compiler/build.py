@@ -68,6 +68,7 @@ from .forecast.build import forecast_build
 from .graphs.caching import cache_segments
 from .graphs.decide import write_decide_graph
 from .graphs.ends import PipelinePart, part_tensors, text_encoder_part, vae_decode_part
+from .graphs.filters import filter_segments, signals_of
 from .graphs.groups import check_group_blocks, write_groups
 from .graphs.write import wanted_weights, write_graphs
 from .profiles import BuildSizes, Profile, Range, dim_ranges, profiles_of
@@ -193,7 +194,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         write_cut(cut, folder / CUT)
         clock.start("trace")
         signals = _signals(cut, request.weights)
-        segments = (*cut.segments, *cache_segments(_hidden_spec(cut), cut.history_dtype))
+        cache = cache_segments(_hidden_spec(cut), cut.history_dtype)
+        segments = (*cut.segments, *cache, *filter_segments(cut))
         segments = tuple(s for s in segments if s.runs != "probe" or s.name in signals)
         laws = _policies(cut, configs)
         progress.phase("trace", len(segments) + len(laws))
@@ -570,6 +572,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         "graphs": len(cut.segments)
         + 2
         + (FIRST_BLOCK_RESIDUAL in cut.signals)
+        + len(filter_segments(cut))
         + len(_policies(cut, configs))
         + len(pipeline_parts(request, checkpoint, configs)),
         "tensors": len(checkpoint.tensors),
@@ -595,7 +598,7 @@ def _policies(cut: Cut, configs: Mapping[str, ResolvedConfig]) -> dict[str, type
     return {
         n: p
         for n, p in policies(c.cache.policy for c in configs.values()).items()
-        if not p.spec.signals or any(s in cut.signals for s in p.spec.signals)
+        if not p.spec.signals or any(s in signals_of(cut) for s in p.spec.signals)
     }
 
 
@@ -603,7 +606,7 @@ def _signals(cut: Cut, weights: str) -> dict[str, SignalEntry]:
     """Return the signals that a bundle can give: groups of baked blocks can't be run one by one."""
     return {
         n: SignalEntry(value=v, known=k)
-        for n, (v, k) in cut.signals.items()
+        for n, (v, k) in signals_of(cut).items()
         if n != FIRST_BLOCK_RESIDUAL or weights == "inputs"
     }
 

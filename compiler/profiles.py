@@ -13,6 +13,7 @@ from ..bundle.dims import summed
 from ..bundle.manifest import GraphEntry, PolicyEntry, ResolvedConfig
 from ..core.errors import ConfigError, RequestError
 from .cut.declared import Cut
+from .graphs.filters import signal_spec, signals_of
 from .sizes import Size, dims_of, size_of
 
 __all__ = ["BuildSizes", "Profile", "Range", "dim_ranges", "parse_range", "profiles_of"]
@@ -166,11 +167,12 @@ def _decide_ranges(policy: PolicyEntry, cut: Cut, ranges: Mapping[str, Range]) -
         found["frames"] = _range(prod(c[:-2]) for c in corners)
         found["tokens_per_frame"] = _range(c[-2] for c in corners)
         found["channels"] = _range(c[-1] for c in corners)
-    signals = [s for s in policy.spec.signals if s in cut.signals]
+    known = signals_of(cut)
+    signals = [s for s in policy.spec.signals if s in known]
     if signals:
         rows, widths = [], []
         for kind in signals:
-            spec, is_row = cut.signal_spec(kind), cut.signals[kind][1] == "run"
+            spec, is_row = signal_spec(cut, kind), known[kind][1] == "run"
             corners = [_shape(spec.shape, ranges, c) for c in range(3)]
             rows.append(_range(1 if is_row else prod(c[:-1]) for c in corners))
             widths.append(_range(c[-1] for c in corners))

@@ -28,6 +28,7 @@ __all__ = [
     "form_of",
     "is_policy",
     "mix_of",
+    "mixes",
     "policies",
     "policy",
     "policy_class",
@@ -50,6 +51,8 @@ POLICIES: dict[str, str] = {
     "foca": "foca:FoCa",
     "sencache": "sencache:SenCache",
     "dmd": "dmd:DMD",
+    "dicache": "dicache:DiCache",
+    "seacache": "seacache:SeaCache",
 }
 """Name → ``module:Class`` in this folder."""
 
@@ -125,22 +128,31 @@ def policy_class(name: str) -> type[Policy]:
     return checked
 
 
-def mix_of(name: str) -> Mix:
-    """Return the mix that goes by a name: `HOLDING`, or a policy with a mix of its own.
-
-    Raises:
-        ConfigError: there is none, or its policy's declaration is faulty.
-    """
+def mixes() -> dict[str, Mix]:
+    """Return every mix by what it goes by: `HOLDING`, and the first policy of the table that has it."""
     from .base import HOLD
 
-    if name == HOLDING:
-        return HOLD
-    found = policy_class(name).mix if name in POLICIES else HOLD
-    if found is HOLD:
-        what = "holds, and has no mix of its own" if name in POLICIES else "is not known"
-        known = [HOLDING, *(n for n, p in sound_policies().items() if p.mix is not HOLD)]
-        raise ConfigError(f"mix '{name}'", what, nearest(name, known))
+    found = {HOLDING: HOLD}
+    for name, policy_class in sound_policies().items():
+        if not any(policy_class.mix is mix for mix in found.values()):
+            found[name] = policy_class.mix
     return found
+
+
+def mix_of(name: str) -> Mix:
+    """Return the mix that goes by a name.
+
+    Raises:
+        ConfigError: there is none, it goes by another, or its policy's declaration is faulty.
+    """
+    known = mixes()
+    if name in known:
+        return known[name]
+    if name not in POLICIES:
+        raise ConfigError(f"mix '{name}'", "is not known", nearest(name, list(known)))
+    mix = policy_class(name).mix
+    first = next(n for n, other in known.items() if other is mix)
+    raise ConfigError(f"mix '{name}'", f"is that of '{first}'", f"name it '{first}'")
 
 
 @cache
@@ -207,11 +219,16 @@ def _faults(name: str, found: object) -> list[str]:
         faults.append(f"history.parameter '{spec.history.parameter}' is not one of its parameters")
     if spec.distance not in {None, *spec.state}:
         faults.append(f"distance '{spec.distance}' is not part of its state")
-    needs = {"signals": ("previous_signal", "computed_signal"), "feature": ("previous_feature",)}
+    signals = ("previous_signal", "computed_signal", "older_signal")
+    needs = {"signals": signals, "feature": ("previous_feature",)}
     for source, roles in needs.items():
         kept = [role for role in roles if role in spec.kept]
         if kept and not getattr(spec, source):
             faults.append(f"keeps '{kept[0]}' and declares no {source}")
+    if "older_signal" in spec.kept and "computed_signal" not in spec.kept:
+        faults.append("keeps 'older_signal' and not 'computed_signal'")
+    if "older_signal" in spec.kept and spec.one_decision:
+        faults.append("keeps 'older_signal', which is each branch's own, and decides for all")
     mix, history = found.mix, spec.history
     for kind in ("parameters", "state"):
         lacking = [n for n in getattr(mix, kind) if n not in getattr(spec, kind)]

@@ -103,7 +103,8 @@ class Mix:
     """A mix law with what it declares: what stands for a residual that is not computed.
 
     A policy has one, and its spec holds all that the mix declares. Another policy's decisions may
-    take it too (`policies.pairs`), so names of parameters and state are of no decision law.
+    take it too (`policies.pairs`), and its policy's decisions another mix: names of parameters and
+    state are of no decision law, and its own policy's decision reads nothing that it declares.
 
     Attributes:
         law: torch operations only.

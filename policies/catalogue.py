@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from ..core.errors import ConfigError, nearest
-from . import HOLDING, JOINT, POLICIES, is_policy, policy_class, policy_config
+from . import JOINT, POLICIES, is_policy, mixes, policy_class, policy_config
 from .base import HOLD, Mix
 from .setting import GUARD_PARAMETERS
 from .spec import ParameterSpec, PolicySpec
@@ -68,7 +68,8 @@ def render(described: Sequence[Mapping[str, Any]], guard: Sequence[Mapping[str, 
 
 def _described(name: str) -> dict[str, Any]:
     found, config = policy_class(name), policy_config(name)
-    spec, mixer = found.spec, _mixer(name, found.mix)
+    spec = found.spec
+    mixer = next(n for n, mix in mixes().items() if mix is found.mix)
     keys = {parameter: key for key, parameter in config.keys.items() if key != parameter}
     return {
         "name": name,
@@ -89,18 +90,12 @@ def _described(name: str) -> dict[str, Any]:
     }
 
 
-def _mixer(name: str, mix: Mix) -> str:
-    """Return what a policy's mix goes by."""
-    _, joint, mixer = name.partition(JOINT)
-    return mixer if joint else HOLDING if mix is HOLD else name
-
-
 def _mixes(mixer: str, mix: Mix) -> str:
     if mix is HOLD:
         return "the newest residual, held"
     if mix.bound:
-        return f"by a law of its own, for no other decision: {mix.bound}"
-    return f"by a law of its own; with other decisions: DECISION{JOINT}{mixer}"
+        return f"by a law that serves no other decision: {mix.bound}"
+    return f"by a law that serves other decisions too: DECISION{JOINT}{mixer}"
 
 
 def _parameter(name: str, spec: ParameterSpec, key: str | None) -> dict[str, Any]:

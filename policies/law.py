@@ -87,8 +87,8 @@ class Law:
     """One branch of one run: decides step after step, holding nothing but that run's state.
 
     Before step t the decide function sees the signal of step t, those of step t − 1 and of the last
-    computed step, the feature of the last computed step and of the computed step before it (zeros
-    where there is none), and the indices of the residuals kept, newest first, padded by −1.
+    two computed steps, the feature of the last two computed steps (zeros where there is none), and
+    the indices of the residuals kept, newest first, padded by −1.
 
     Attributes:
         step_index: The step that the next decision is about.
@@ -186,6 +186,9 @@ class Law:
         record = self._record(outputs)
         if record.compute:
             if "signal" in self._past:
+                computed = self._past.get("computed_signal")
+                zeros = torch.zeros_like(self._past["signal"])
+                self._past["older_signal"] = zeros if computed is None else computed
                 self._past["computed_signal"] = self._past["signal"]
             self.last_computed = self.step_index
             self.computed_steps = [self.step_index, *self.computed_steps][: self._depth]
@@ -232,7 +235,7 @@ class Law:
         if is_new:
             self._past[f"previous_{name}"] = self._past.get(name, zeros)
             self._past[name] = value
-        roles = (name, f"previous_{name}", f"computed_{name}")
+        roles = (name, f"previous_{name}", f"computed_{name}", f"older_{name}")
         return {n: self._past.get(n, zeros) for n in roles if n == name or n in self.spec.kept}
 
     def _record(self, outputs: Mapping[str, Tensor]) -> DecisionRecord:

@@ -10,7 +10,7 @@ from pydantic import create_model
 from ..core.errors import ConfigError
 from . import JOINT, sound_policies
 from .base import HOLD, Mix, Policy
-from .config import CachingConfig, annotation
+from .config import CachingConfig, annotation, config_model
 from .spec import PolicySpec
 
 __all__ = ["pair_of"]
@@ -33,13 +33,13 @@ def pair_of(decider: type[Policy], mixer: str, mix: Mix) -> type[Policy]:
         raise ConfigError(f"policy '{name}'", *reason)
     parameters = {n: p for n, p in own.parameters.items() if n not in decider.mix.parameters}
     state = {n: s for n, s in own.state.items() if n not in decider.mix.state}
-    kept = [n for n in own.kept if n != "gram" or n not in decider.mix.kept]
+    kept = [n for n in own.kept if n not in decider.mix.kept]
     taken = sorted({*parameters, *state} & {*mix.parameters, *mix.state})
     assert not taken, f"'{taken[0]}' is of the decision '{own.name}' and of the mix '{mixer}'"
     spec = PolicySpec(
         name=name,
         summary=f"decides as {own.name}, mixes as {mixer}",
-        signals=own.signals,
+        signals=own.signals or list(mix.signals),
         feature=own.feature,
         kept=[*kept, *(n for n in mix.kept if n not in kept)],
         one_decision=own.one_decision,
@@ -68,11 +68,11 @@ def _obstacle(decider: type[Policy], mixer: str, mix: Mix) -> tuple[str, str] | 
         return f"has no step to mix: '{spec.name}' computes every one", "name another decision"
     if mix.bound:
         return f"can't take the mix of '{mixer}': {mix.bound}", "name another mix"
-    if mix.signals and not (spec.signals and set(spec.signals) <= set(mix.signals)):
+    if mix.signals and not set(spec.signals) <= set(mix.signals):
         return (
             f"needs two signals, and a policy is given one: the mix looks at "
-            f"{' or '.join(mix.signals)}, the decision at {' or '.join(spec.signals) or 'none'}",
-            "name decisions that look at the mix's signal, or another mix",
+            f"{' or '.join(mix.signals)}, the decision at {' or '.join(spec.signals)}",
+            "name decisions that look at the mix's signal or at none, or another mix",
         )
     looks_at = [*mix.signals, *(n for n in mix.kept if n == "gram")]
     if spec.one_decision and looks_at:
@@ -87,10 +87,15 @@ def _obstacle(decider: type[Policy], mixer: str, mix: Mix) -> tuple[str, str] | 
 def _config(decider: type[Policy], spec: PolicySpec, mix: Mix) -> type[CachingConfig] | None:
     """Return the decider's config with the mix's parameters by their names.
 
-    None, and so all parameters by their names, where the decider's keys are of its own mix too.
+    Where the decider's keys are of its own mix too, all parameters go by their names. None takes
+    the config that a spec alone makes.
     """
-    if decider.config is None or decider.mix is not HOLD:
+    if decider.config is None:
         return None
+    if decider.mix is not HOLD:
+        plain = config_model(spec)
+        plain._guard = decider.config._guard  # type: ignore[method-assign]  # its exact steps stay
+        return plain
     fields = {n: (annotation(p) | None, None) for n, p in mix.parameters.items()}
     model = create_model(
         f"{spec.name}_config",

@@ -28,7 +28,7 @@ __all__ = [
 
 Value = bool | int | float | str | list[float] | list[int]
 
-Kept = Literal["previous_signal", "computed_signal", "previous_feature", "gram"]
+Kept = Literal["previous_signal", "computed_signal", "older_signal", "previous_feature", "gram"]
 """Inputs of a decide graph that are of the past; see `PolicySpec`."""
 
 
@@ -206,8 +206,10 @@ class PolicySpec(_Spec):
             tapped inside ``body``, or ``model_output``, what ``finish`` gave.
         kept: Inputs of the past which the session keeps, most by rotating buffers:
             ``previous_signal`` (of the last step), ``computed_signal`` (of the last computed
-            step), ``previous_feature`` (of the last but one computed step); and ``gram``, the inner
-            products of the residuals that it mixes, which needs all of ``history.maximum``.
+            step), ``older_signal`` (of the computed step before that, which needs
+            ``computed_signal``), ``previous_feature`` (of the last but one computed step); and
+            ``gram``, the inner products of the residuals that it mixes, which needs all of
+            ``history.maximum``.
         one_decision: Whether all branches follow the one that runs a step first.
         history: Residuals it mixes.
         state: Small tensors carried from step to step.

@@ -15,7 +15,7 @@ from .forecast import newton_mix, taylor_mix
 from .interval import INTERVAL, Interval
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 
-__all__ = ["TaylorSeer", "TaylorSeerConfig"]
+__all__ = ["DIFFERENCES", "TaylorSeer", "TaylorSeerConfig"]
 
 VARIANTS = ["taylor", "newton"]
 

@@ -15,7 +15,7 @@ from ..engines.base import BoundCall
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from ..policies.spec import Value
-from .body import Body
+from .body import Body, allocate
 from .decider import Decider, Verdict
 from .model import LoadedModel
 from .ring import ResidualRing
@@ -167,7 +167,8 @@ class BranchCache:
         values = {**shared, **self._body.context}
         if self._is_probed:
             values["hidden_out"] = self._body.bind_probe()
-        buffers = [torch.zeros_like(shared["hidden"]) for _ in spots]
+        made = {signal.value: model.manifest.graphs[graph].outputs[signal.value]}
+        buffers = [allocate(made, self._body.dims, model.device)[signal.value] for _ in spots]
         calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
 
         def run(call: BoundCall) -> Callable[[int], object]:

@@ -4,25 +4,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 
 from torch import Tensor
 
 __all__ = ["ROLES", "SignalBuffers"]
 
-ROLES = ("previous_signal", "computed_signal")
-"""Signals of the past: of the last step, and of the last computed step."""
+ROLES = ("previous_signal", "computed_signal", "older_signal")
+"""Signals of the past: of the last step, of the last computed step, of the computed step before."""
+
+Stand = tuple[int, ...]
+"""Buffer of this step's signal, then of each role in the order of `ROLES`; -1 where it is not kept."""
 
 
 class SignalBuffers:
     """One buffer for this step's signal and one more for each role of the past that is kept.
 
     The signal of a step is written once. At the next step its buffer becomes the previous one's, and
-    the computed one's if the step was computed; a buffer without a role takes what comes next.
+    the computed one's if the step was computed, whose buffer becomes the older one's then; a buffer
+    without a role takes what comes next.
 
     Attributes:
-        stand: Buffer of this step's signal, then of each role in the order of `ROLES`; -1 where a
-            role is not kept.
+        stand: Which buffer is which now.
     """
 
     def __init__(
@@ -44,31 +46,42 @@ class SignalBuffers:
 
     def reset(self) -> None:
         """Forget every signal."""
-        last = len(self._buffers) - 1
-        self.stand: tuple[int, ...] = (last, *(last if kept else -1 for kept in self._kept))
+        self.stand = self._first()
         for buffer in self._buffers:
             buffer.zero_()
 
     def advance(self, step_index: int) -> None:
         """Move on to a step: write its signal where nothing that is kept stands."""
-        before, _, computed = self.stand
-        previous = before if self._kept[0] else -1
-        taken = {previous, computed}
-        current = next(i for i in range(len(self._buffers)) if i not in taken)
-        self.stand = (current, previous, computed)
-        self._fill[current](step_index)
+        self.stand = self._advanced(self.stand)
+        self._fill[self.stand[0]](step_index)
 
     def mark_computed(self) -> None:
         """Note that this step is computed."""
-        if self._kept[1]:
-            self.stand = (*self.stand[:2], self.stand[0])
+        self.stand = self._computed(self.stand)
 
-    def arrangements(self) -> Iterator[tuple[tuple[int, ...], dict[str, Tensor]]]:
+    def arrangements(self) -> Iterator[tuple[Stand, dict[str, Tensor]]]:
         """Yield each way to stand at a decision, with the buffers by name."""
-        spots = range(len(self._buffers))
-        pasts = product(*(spots if kept else (-1,) for kept in self._kept))
-        for current, past in product(spots, pasts):
-            if current in past:
+        found: set[Stand] = set()
+        left = [self._first()]
+        while left:
+            stand = self._advanced(left.pop())
+            if stand in found:
                 continue
-            named = zip(("signal", *ROLES), (current, *past), strict=True)
-            yield (current, *past), {n: self._buffers[i] for n, i in named if i >= 0}
+            found.add(stand)
+            left += [stand, self._computed(stand)]
+            named = zip(("signal", *ROLES), stand, strict=True)
+            yield stand, {name: self._buffers[i] for name, i in named if i >= 0}
+
+    def _first(self) -> Stand:
+        last = len(self._buffers) - 1
+        return (last, *(last if kept else -1 for kept in self._kept))
+
+    def _advanced(self, stand: Stand) -> Stand:
+        current, _, *computed = stand
+        past = (current if self._kept[0] else -1, *computed)
+        return (next(i for i in range(len(self._buffers)) if i not in past), *past)
+
+    def _computed(self, stand: Stand) -> Stand:
+        current, previous, computed, _ = stand
+        moved = (current if self._kept[1] else -1, computed if self._kept[2] else -1)
+        return (current, previous, *moved)

@@ -34,7 +34,8 @@ __all__ = ["Trace", "TraceRecorder", "load_trace"]
 Array = NDArray[np.float32]
 
 SIGNALS = (
-    "temb", "timestep_proj", "modulated_input", "first_block_residual", "latents", "model_output",
+    "temb", "timestep_proj", "modulated_input", "first_block_residual", "latents", "filtered_latents",
+    "model_output",
 )  # fmt: skip
 
 RUN_ARRAYS = ("timesteps", "sigmas")
@@ -171,8 +172,8 @@ class TraceRecorder:
     """Collects a trace while a session runs.
 
     Attributes:
-        wants_signals: Record hidden-sized signals too: the modulated input and the first block's
-            residual. Each takes half as much again.
+        wants_signals: Record signals that take a graph too: the modulated input and the first
+            block's residual, which take half as much again each, and the filtered latents.
         tokens_per_frame: Tokens to keep of each frame, evenly spread; None keeps all.
     """
 
@@ -198,13 +199,23 @@ class TraceRecorder:
             self._index = self._sample()
         arrays = self._steps.setdefault(record.branch, {})
         arrays.setdefault("computed", []).append(record.computed)
+        shape = record.residual.shape
+        odd = {n for n, signal in record.signals.items() if signal.shape != shape}
         missing = torch.full_like(record.residual[:1], float("nan"))
         feature = record.feature if record.feature is not None else missing
-        hidden_sized = {"residual": record.residual, "feature": feature, **record.signals}
+        hidden_sized = {
+            "residual": record.residual,
+            "feature": feature,
+            **{n: signal for n, signal in record.signals.items() if n not in odd},
+        }
         for name, tensor in hidden_sized.items():
             first = tensor[0] if self._index is None else tensor[0].index_select(0, self._index)
             arrays.setdefault(name, []).append(first.float().cpu().numpy().copy())
-        small = {"latents": record.buffers["latents"], "model_output": record.model_output}
+        small = {
+            "latents": record.buffers["latents"],
+            "model_output": record.model_output,
+            **{n: record.signals[n] for n in odd},
+        }
         for name, tensor in small.items():
             flat = tensor[0].reshape(-1, *tensor.shape[-2:])
             arrays.setdefault(name, []).append(flat.float().cpu().numpy().copy())
@@ -246,7 +257,7 @@ class TraceRecorder:
             arrays["token_index"] = self._index.numpy()
         for branch, recorded in self._steps.items():
             for name, table in self._tables.items():
-                if name not in RUN_ARRAYS:
+                if name in SIGNALS:
                     arrays[f"{branch}/{name}"] = table
             for name, values in recorded.items():
                 arrays[f"{branch}/{name}"] = (

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..cut.declared import Cut, Segment
 from ..graphs.caching import cache_segments
+from ..graphs.filters import filter_segments
 from ..sizes import shape_at
 
 __all__ = ["StepFlops", "flops_of", "segment_flops", "step_flops"]
@@ -68,7 +69,8 @@ def segment_flops(cut: Cut, dims: Mapping[str, int], slots: int = 1) -> dict[str
         slots: Residuals that `reuse` mixes.
     """
     hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
-    segments = (*cut.segments, *cache_segments(hidden, cut.history_dtype))
+    cache = cache_segments(hidden, cut.history_dtype)
+    segments = (*cut.segments, *cache, *filter_segments(cut))
     return {s.name: flops_of(s, {**dims, "slots": slots}) for s in segments}
 
 

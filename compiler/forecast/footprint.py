@@ -24,6 +24,7 @@ from ...engines.base import TensorSpec
 from ...policies.setting import CacheSetting
 from ...policies.spec import PolicySpec
 from ..cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment
+from ..graphs.filters import signal_spec, signals_of
 from ..sizes import shape_at
 from .flops import meta_inputs
 
@@ -180,12 +181,13 @@ def cache_bytes(
     """
     hidden = hidden_spec(cut)
     slots = spec.history.kept(spec.resolve(setting.parameters))
-    signal = setting.signal or next((s for s in spec.signals if s in cut.signals), None)
+    signals = signals_of(cut)
+    signal = setting.signal or next((s for s in spec.signals if s in signals), None)
     signal_bytes = 0
     if signal is not None:
-        value, known = cut.signals[signal]
+        value, known = signals[signal]
         buffers = 1 + sum(name.endswith("_signal") for name in spec.kept)
-        table = _bytes(cut.signal_spec(signal), {**dims, "steps": 1} if known == "run" else dims)
+        table = _bytes(signal_spec(cut, signal), {**dims, "steps": 1} if known == "run" else dims)
         signal_bytes = buffers * table
         if value == FIRST_BLOCK_RESIDUAL:
             signal_bytes += _bytes(hidden, dims)  # the first block's output, kept

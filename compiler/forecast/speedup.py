@@ -19,6 +19,7 @@ from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ...runtime.forecast.fold import fold
 from ..cut.declared import Cut
+from ..graphs.filters import signals_of
 from ..samplers import make_scheduler, sampler_name
 from ..sizes import bundle_pipeline, read_part
 from .flops import step_flops
@@ -70,9 +71,10 @@ def predict(
     """
     spec = policy_class(setting.policy).spec
     steps = len(tables["timesteps"])
-    signal = setting.signal or next((s for s in spec.signals if s in cut.signals), None)
+    signals = signals_of(cut)
+    signal = setting.signal or next((s for s in spec.signals if s in signals), None)
     seen: str | None = spec.feature or next((k for k in spec.kept if k == "gram"), None)
-    if seen is None and signal is not None and cut.signals[signal][1] != "run":
+    if seen is None and signal is not None and signals[signal][1] != "run":
         seen = signal
     if seen is not None:
         return Prediction(setting.policy, steps, reason=f"depends on content: looks at '{seen}'")

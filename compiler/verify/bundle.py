@@ -31,6 +31,7 @@ from ...runtime.model import DeviceOptions, LoadedModel
 from ..cut.declared import Cut, Segment
 from ..cut.document import cut_of
 from ..graphs.caching import cache_segments
+from ..graphs.filters import filter_segments
 from .engines import (
     EngineCheck,
     Reference,
@@ -226,7 +227,8 @@ def check_engines(
     """
     manifest, cut = model.manifest, cut_of(model.bundle)
     hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
-    segments = {s.name: s for s in (*cut.segments, *cache_segments(hidden, cut.history_dtype))}
+    cache = cache_segments(hidden, cut.history_dtype)
+    segments = {s.name: s for s in (*cut.segments, *cache, *filter_segments(cut))}
     prefix = model.prefix
     graphs = {
         n: g

@@ -132,7 +132,8 @@ Status BranchCache::bind_gram() {
 
 Status BranchCache::bind_signal(const Tensors& shared, const Dims& dims) {
   if (signal_ == nullptr) return {};
-  roles_ = SignalBuffers(spec_->keeps_previous_signal, spec_->keeps_computed_signal);
+  roles_ = SignalBuffers(spec_->keeps_previous_signal, spec_->keeps_computed_signal,
+                         spec_->keeps_older_signal);
   Memory& memory = model_->memory();
   if (signal_graph_.empty()) {
     const auto source = shared.find(signal_->value);
@@ -213,7 +214,8 @@ std::vector<Tensors> BranchCache::arrangements() {
     Tensors values;
     const std::pair<const char*, int> roles[] = {{"signal", stand.current},
                                                  {"previous_signal", stand.previous},
-                                                 {"computed_signal", stand.computed}};
+                                                 {"computed_signal", stand.computed},
+                                                 {"older_signal", stand.older}};
     for (const auto& [role, buffer] : roles) {
       if (buffer >= 0) values[role] = signals_[static_cast<std::size_t>(buffer)];
     }

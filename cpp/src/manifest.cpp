@@ -268,6 +268,8 @@ PolicySpec read_policy_spec(Reader& reader, const json& entry, const std::string
       spec.keeps_previous_signal = true;
     } else if (kept == "computed_signal") {
       spec.keeps_computed_signal = true;
+    } else if (kept == "older_signal") {
+      spec.keeps_older_signal = true;
     } else if (kept == "previous_feature") {
       spec.keeps_previous_feature = true;
     } else if (kept == "gram") {

@@ -10,24 +10,29 @@ namespace freewheel {
 
 /// One buffer for this step's signal and one more for each role of the past that a policy keeps. A
 /// signal is written once. At the next step its buffer becomes the previous one's, and the computed
-/// one's if the step was computed; a buffer without a role takes what comes next.
+/// one's if the step was computed, whose buffer becomes the older one's then; a buffer without a role
+/// takes what comes next.
 class SignalBuffers {
  public:
-  /// Which buffer holds this step's signal, the last step's and the last computed step's; -1 where
-  /// that is not kept.
+  /// Which buffer holds this step's signal, the last step's, the last computed step's and that of the
+  /// computed step before; -1 where that is not kept.
   struct Stand {
-    int current = -1, previous = -1, computed = -1;
+    int current = -1, previous = -1, computed = -1, older = -1;
   };
 
-  static constexpr std::size_t kKeys = 64;
+  static constexpr std::size_t kKeys = 625;
 
   SignalBuffers() = default;
-  SignalBuffers(bool keeps_previous, bool keeps_computed)
-      : keeps_previous_(keeps_previous), keeps_computed_(keeps_computed) {
+  SignalBuffers(bool keeps_previous, bool keeps_computed, bool keeps_older)
+      : keeps_previous_(keeps_previous),
+        keeps_computed_(keeps_computed),
+        keeps_older_(keeps_older) {
     reset();
   }
 
-  std::size_t count() const noexcept { return 1u + keeps_previous_ + keeps_computed_; }
+  std::size_t count() const noexcept {
+    return 1u + keeps_previous_ + keeps_computed_ + keeps_older_;
+  }
   const Stand& stand() const noexcept { return stand_; }
 
   /// Forgets which was which; the caller zeroes the buffers.
@@ -38,6 +43,7 @@ class SignalBuffers {
 
   /// Notes that this step is computed.
   void mark_computed() noexcept {
+    if (keeps_older_) stand_.older = stand_.computed;
     if (keeps_computed_) stand_.computed = stand_.current;
   }
 
@@ -46,12 +52,15 @@ class SignalBuffers {
 
   /// A number below `kKeys` that tells stands apart.
   static std::size_t key(const Stand& stand) noexcept {
-    return static_cast<std::size_t>(((stand.current + 1) * 4 + stand.previous + 1) * 4 +
-                                    stand.computed + 1);
+    std::size_t found = 0;
+    for (const int buffer : {stand.current, stand.previous, stand.computed, stand.older}) {
+      found = found * 5 + static_cast<std::size_t>(buffer + 1);
+    }
+    return found;
   }
 
  private:
-  bool keeps_previous_ = false, keeps_computed_ = false;
+  bool keeps_previous_ = false, keeps_computed_ = false, keeps_older_ = false;
   Stand stand_;
 };
 

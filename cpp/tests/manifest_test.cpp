@@ -79,6 +79,11 @@ TEST_F(ManifestTest, ReadsWhatAPolicyKeeps) {
   EXPECT_TRUE(spec.keeps_computed_signal && spec.keeps_previous_signal);
   EXPECT_FALSE(parsed->policies.at("motion").spec.wants_model_output);
   json& follow = manifest_["policies"]["follow"]["spec"];
+  EXPECT_FALSE(spec.keeps_older_signal);
+  follow["kept"].push_back("older_signal");
+  const auto older = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(older.ok()) << older.status().message();
+  EXPECT_TRUE(older->policies.at("follow").spec.keeps_older_signal);
   follow["one_decision"] = 1;
   expect_holds(fault([](json&) {}), "one_decision' should be true or false");
   follow["feature"] = "thought";

@@ -9,11 +9,13 @@ namespace freewheel {
 namespace {
 
 TEST(SignalBuffers, RolesFollowTheSignals) {
+  constexpr int kNone = 0, kComputed = 1, kOlder = 2;
   for (const bool keeps_previous : {false, true}) {
-    for (const bool keeps_computed : {false, true}) {
-      SignalBuffers roles(keeps_previous, keeps_computed);
+    for (const int keeps : {kNone, kComputed, kOlder}) {
+      const bool keeps_computed = keeps >= kComputed, keeps_older = keeps == kOlder;
+      SignalBuffers roles(keeps_previous, keeps_computed, keeps_older);
       std::vector<int> written(roles.count(), -1);  // the step whose signal a buffer holds
-      int last_computed = -1;
+      int last_computed = -1, older = -1;
       std::set<std::size_t> known;
       for (const auto& stand : roles.stands()) known.insert(SignalBuffers::key(stand));
       EXPECT_EQ(known.size(), roles.stands().size()) << "keys tell stands apart";
@@ -30,7 +32,13 @@ TEST(SignalBuffers, RolesFollowTheSignals) {
         if (keeps_computed && last_computed >= 0) {
           EXPECT_EQ(written[static_cast<std::size_t>(stand.computed)], last_computed);
         }
-        if (step % 3 == 0 || step % 7 == 1) roles.mark_computed(), last_computed = step;
+        if (keeps_older && older >= 0) {
+          EXPECT_EQ(written[static_cast<std::size_t>(stand.older)], older);
+        }
+        if (step % 3 != 0 && step % 7 != 1) continue;
+        roles.mark_computed();
+        older = last_computed;
+        last_computed = step;
       }
     }
   }

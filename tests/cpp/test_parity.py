@@ -72,6 +72,17 @@ SETTINGS = {
         policy="sencache", parameters={"threshold": 0.5, "early": 0.1, "timesteps": [1000.0, 500.0],
         "latent_sensitivity": [1.0, 0.5]}
     ),
+    "dicache": CacheSetting(
+        policy="dicache", parameters={"threshold": 0.6, "retention": 0.1, "farthest_gain": 2.0}
+    ),
+    "dicache-projection": CacheSetting(
+        policy="dicache",
+        parameters={"threshold": 0.6, "retention": 0.1, "measure": "projection"},
+    ),
+    "spectrum-dicache": CacheSetting(policy="spectrum+dicache", parameters={"warmup": 2}),
+    "seacache": CacheSetting(
+        policy="seacache", parameters={"threshold": 0.4}, guard=GuardSetting(max_consecutive=2)
+    ),
     "teacache-spectrum": CacheSetting(
         policy="teacache+spectrum", parameters={"threshold": 0.3, "degree": 3, "clock": "sigma"}
     ),

@@ -91,6 +91,7 @@ class Joined(_Law):
     noise = property(lambda self: self.decider.noise)
 
     def wants_computation(self, t, must, signals):
+        self.mixer.signals = signals
         return self.decider.wants_computation(t, must, signals)
 
     def forecast(self, t, history):
@@ -370,6 +371,59 @@ class Solved(_Law):
         if not any(factors) or any(factors[len(history) :]):
             return history[0][1]
         return sum(f * r for f, (_, r) in zip(factors, history, strict=False))
+
+
+class SeaCache(TaylorSeer):
+    """ALGORITHMS 10: the signal is filtered already; the mix is TaylorSeer's."""
+
+    def __init__(self, threshold, order, variant):
+        super().__init__(1, order, variant)
+        self.threshold, self.distance = threshold, 0.0
+
+    def wants_computation(self, t, must, signals):
+        self.margin = math.inf
+        if not must:
+            now, before = signals[t].astype(np.float64), signals[t - 1].astype(np.float64)
+            self.distance += np.abs(now - before).mean() / np.abs(before).mean()
+            if self.threshold > 0:
+                self.margin = abs(self.distance - self.threshold) / self.threshold
+        if must or not self.distance < self.threshold:
+            self.distance = 0.0
+            return True
+        return False
+
+
+class DiCache(_Law):
+    """ALGORITHMS 9, the first steps and the last computed as its authors' code has it."""
+
+    def __init__(self, threshold, retention, measure, farthest_gain, step_count):
+        self.threshold, self.distance = threshold, 0.0
+        self.exact = {*range(int(np.float32(retention) * step_count) + 1), step_count - 1}
+        self.measure, self.farthest_gain = measure, farthest_gain
+
+    def wants_computation(self, t, must, signals):
+        self.margin, self.signals, self.now = math.inf, signals, t
+        if not must and t not in self.exact:
+            now, before = signals[t].astype(np.float64), signals[t - 1].astype(np.float64)
+            self.distance += np.abs(now - before).mean() / np.abs(before).mean()
+            if self.threshold > 0:
+                self.margin = abs(self.distance - self.threshold) / self.threshold
+            if self.distance < self.threshold:
+                return False
+        self.distance = 0.0
+        return True
+
+    def forecast(self, t, history):
+        (s, newest), *older = history
+        if not older:
+            return newest
+        p, before = older[0]
+        probe, probe_s, probe_p = (self.signals[i].astype(np.float64).ravel() for i in (t, s, p))
+        gain = np.abs(probe - probe_p).mean() / np.abs(probe_s - probe_p).mean()
+        if self.measure == "projection":
+            way = probe_s - probe_p
+            gain = (probe - probe_p) @ way / (way @ way)
+        return before + np.clip(gain, 1, self.farthest_gain) * (newest - before)
 
 
 class SenCache(_Law):

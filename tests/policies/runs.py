@@ -94,8 +94,11 @@ def reference_law(
     if setting.policy in ("easycache", "firstblock"):
         law = reference.EasyCache if setting.policy == "easycache" else reference.FirstBlock
         return law(**p)
-    if setting.policy == "sencache":
-        return reference.SenCache(**p, step_count=step_count)
+    if setting.policy == "seacache":
+        return reference.SeaCache(**p)
+    if setting.policy in ("sencache", "dicache"):
+        law = reference.SenCache if setting.policy == "sencache" else reference.DiCache
+        return law(**p, step_count=step_count)
     if setting.policy in ("hermite", "foca", "dmd"):
         laws = {
             "hermite": numpy_forecasts.Hermite,

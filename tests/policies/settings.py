@@ -129,6 +129,22 @@ SETTINGS: dict[str, CacheSetting] = {
         },
         guard=GuardSetting(last_exact=2, max_consecutive=3, exact_steps=[13]),
     ),
+    "seacache": CacheSetting(policy="seacache", parameters={"threshold": 0.4}),
+    "seacache_guarded": CacheSetting(
+        policy="seacache",
+        parameters={"threshold": 0.6, "order": 2, "variant": "newton"},
+        guard=GuardSetting(last_exact=1, max_consecutive=2, exact_steps=[9]),
+    ),
+    "dicache": CacheSetting(policy="dicache", parameters={"threshold": 0.3}),
+    "dicache_projection": CacheSetting(
+        policy="dicache",
+        parameters={
+            "threshold": 0.5, "retention": 0.0, "measure": "projection", "farthest_gain": 3.0,
+        },
+        guard=GuardSetting(max_consecutive=4, exact_steps=[9]),
+    ),
+    "taylor_dicache": CacheSetting(policy="taylorseer+dicache", parameters={"interval": 3}),
+    "sea_hold": CacheSetting(policy="seacache+hold", parameters={"threshold": 0.3}),
     "tea_spectrum": CacheSetting(
         policy="teacache+spectrum",
         parameters={"threshold": 0.4, "degree": 2, "history": 5, "clock": "sigma"},

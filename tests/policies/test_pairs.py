@@ -11,18 +11,19 @@ from settings import FAST, NEUTRAL
 
 from freewheel.configs.load import load_config, parse_config
 from freewheel.core.errors import ConfigError
-from freewheel.policies import HOLDING, POLICIES, form_of, policies, policy_class
-from freewheel.policies.base import HOLD
+from freewheel.policies import HOLDING, POLICIES, form_of, mixes, policy_class
 from freewheel.policies.catalogue import describe_policies, render
 from freewheel.policies.law import Law
 from freewheel.policies.setting import CacheSetting
 
-MIXES = [HOLDING, *(n for n, p in policies().items() if p.mix is not HOLD)]
+MIXES = list(mixes())
 LOOSE = {
     "teacache": {"threshold": 0.4},
     "adacache": {**FAST, **NEUTRAL},
     "firstblock": {"threshold": 0.2},
     "easycache": {"threshold": 0.4},
+    "seacache": {"threshold": 0.4},
+    "dicache": {"threshold": 0.3},
     "sencache": {"threshold": 0.8, "early": 0.0},
     "solved": {"steps": 3, "reuse": [0, 1, 1]},
 }
@@ -41,11 +42,19 @@ NAMES = [f"{decider}+{mixer}" for decider, mixer in product(POLICIES, MIXES)]
 PAIRS = [name for name in NAMES if refusal(name) is None]
 
 
+def test_mixes_go_by_the_first_policy_that_has_them() -> None:
+    assert MIXES[:3] == [HOLDING, "taylorseer", "custom"]
+    assert "seacache" not in MIXES
+
+
 def test_every_decision_goes_with_every_mix_that_it_can() -> None:
     whole = {"teacache", "adacache", "magcache", "firstblock", "spectrum", "solved", "taylorseer"}
     refused = {n: str(refusal(n)) for n in NAMES if n not in PAIRS}
     assert {n for n in whole if f"{n}+spectrum" in PAIRS} == whole - {"spectrum"}
-    reasons = ("itself", "decides as", "computes every one", "its own table", "each branch's own")
+    reasons = (
+        "itself", "decides as", "computes every one", "its own table", "each branch's own",
+        "needs two signals",
+    )  # fmt: skip
     assert all(any(reason in text for reason in reasons) for text in refused.values())
     assert all(any(reason in text for text in refused.values()) for reason in reasons)
 
@@ -77,9 +86,11 @@ def test_a_pair_that_has_a_name_is_refused_by_it() -> None:
     [
         ("teacache+solved", "fitted for the computed steps of its own table; name another mix"),
         ("easycache+dmd", "decides once for all branches, and the mix of 'dmd' is each branch's"),
+        ("teacache+dicache", "the mix looks at first_block_residual, the decision at temb or"),
         ("off+spectrum", "has no step to mix: 'off' computes every one; name another decision"),
         ("teacache+spectrun", "mix 'spectrun': is not known; did you mean 'spectrum'"),
-        ("spectrum+teacache", "mix 'teacache': holds, and has no mix of its own; known: custom"),
+        ("spectrum+teacache", "mix 'teacache': is that of 'hold'; name it 'hold'"),
+        ("teacache+seacache", "mix 'seacache': is that of 'taylorseer'; name it 'taylorseer'"),
     ],
 )
 def test_what_can_not_go_together_says_why(name: str, message: str) -> None:
@@ -116,6 +127,9 @@ def test_a_decider_with_a_mix_of_its_own_takes_parameters_by_their_names() -> No
 def test_a_pair_by_name_has_the_deciders_defaults() -> None:
     setting = load_config("easycache+spectrum").setting()
     assert (setting.guard.first_exact, setting.guard.last_exact) == (7, 2)
+    for name in ("seacache", "seacache+hold", "seacache+spectrum"):
+        guard = load_config(name).setting().guard
+        assert (guard.last_exact, guard.max_consecutive) == (1, 2)
     assert load_config("magcache+custom").name == "magcache+custom"
 
 
@@ -123,6 +137,8 @@ def test_a_pairs_declaration_is_what_the_two_need() -> None:
     spec = policy_class("spectrum+dmd").spec
     assert list(spec.parameters) == ["warmup", "window", "growth", "ridge", "farthest"]
     assert (spec.kept, spec.history.depth, set(spec.state)) == (["gram"], 6, {"grown"})
+    assert policy_class("magcache+dicache").spec.signals == ["first_block_residual"]
+    assert policy_class("dicache+hold").spec.kept == ["previous_signal"]
     assert policy_class("taylorseer+hold").spec.history.kept({}) == 1
     assert policy_class("adacache+custom").mix.form({"trend": 1, "trend_decay": 1}) == (
         form_of("magcache+custom", {"trend": 1, "trend_decay": 1})
@@ -131,12 +147,12 @@ def test_a_pairs_declaration_is_what_the_two_need() -> None:
 
 def test_catalogue_says_of_each_mix_whether_it_goes_with_other_decisions() -> None:
     described, _ = describe_policies()
-    mixes = {entry["name"]: entry["mix"] for entry in described}
-    assert mixes["teacache"] == "hold"
-    assert mixes["spectrum"] == "spectrum"
+    by_name = {entry["name"]: entry["mix"] for entry in described}
+    assert (by_name["teacache"], by_name["seacache"]) == ("hold", "taylorseer")
+    assert by_name["spectrum"] == "spectrum"
     text = "\n".join(render(described, []))
-    assert "mixes     by a law of its own; with other decisions: DECISION+spectrum" in text
-    assert "mixes     by a law of its own, for no other decision: its factors were fitted" in text
+    assert "mixes     by a law that serves other decisions too: DECISION+spectrum" in text
+    assert "mixes     by a law that serves no other decision: its factors were fitted" in text
     pair, _ = describe_policies(["teacache+spectrum"])
     assert pair[0]["folds"] == ["temb", "timestep_proj"]
     assert [p["name"] for p in pair[0]["parameters"]][:3] == ["threshold", "coefficients", "degree"]

@@ -26,6 +26,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "foca": {},
     "sencache": {"threshold": 100.0, "early": 0.0},
     "dmd": {"interval": 2},
+    "seacache": {"threshold": 2.0},
+    "dicache": {"threshold": 5.0},
 }
 """Policy → parameters."""
 

@@ -269,6 +269,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Mod": _plain(torch.remainder), "Mul": _plain(torch.mul), "MultiHeadAttention": _attention,
     "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not), "Or": _plain(torch.logical_or), "Pow": _plain(torch.pow),
+    "Range": lambda a, start, limit, delta: torch.arange(int(start), int(limit), int(delta)),
     "RMSNormalization": _rms_norm, "Reciprocal": _plain(torch.reciprocal),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean), "ReduceMin": _reduce(torch.amin),

@@ -23,11 +23,14 @@ def seen(signals: SignalBuffers) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "kept", [(), ("previous_signal",), ("computed_signal",), ("previous_signal", "computed_signal")]
-)
+    "kept", [
+        (), ("previous_signal",), ("computed_signal",), ("previous_signal", "computed_signal"),
+        ("computed_signal", "older_signal"), ("previous_signal", "computed_signal", "older_signal"),
+    ],
+)  # fmt: skip
 def test_each_role_shows_the_signal_of_its_step(kept: tuple[str, ...]) -> None:
     signals, tensors = buffers(*kept)
-    last_computed = 0.0
+    last_computed = older = 0.0
     for step in range(12):
         signals.advance(step)
         expected = {"signal": step + 1.0}
@@ -35,10 +38,12 @@ def test_each_role_shows_the_signal_of_its_step(kept: tuple[str, ...]) -> None:
             expected["previous_signal"] = float(step)
         if "computed_signal" in kept:
             expected["computed_signal"] = last_computed
+        if "older_signal" in kept:
+            expected["older_signal"] = older
         assert seen(signals) == expected
         if step % 3 == 0 or step == 7:
             signals.mark_computed()
-            last_computed = step + 1.0
+            older, last_computed = last_computed, step + 1.0
     signals.reset()
     assert all(not bool(t.any()) for t in tensors)
 
@@ -46,7 +51,15 @@ def test_each_role_shows_the_signal_of_its_step(kept: tuple[str, ...]) -> None:
 def test_no_arrangement_shows_one_buffer_as_now_and_as_past() -> None:
     signals, _ = buffers("previous_signal", "computed_signal")
     found = list(signals.arrangements())
-    assert len(found) == len({stand for stand, _ in found}) == 12
+    assert len(found) == len({stand for stand, _ in found}) == 9
     for _, named in found:
         assert named["signal"] is not named["previous_signal"]
         assert named["signal"] is not named["computed_signal"]
+
+
+def test_of_four_buffers_only_ways_that_a_run_can_stand_are_bound() -> None:
+    signals, _ = buffers("previous_signal", "computed_signal", "older_signal")
+    found = {stand for stand, _ in signals.arrangements()}
+    assert {s for s in found if len(set(s[2:])) == 2} >= {(0, 1, 2, 3), (0, 2, 2, 3)}
+    assert len(found) <= 64
+    assert all(stand[0] not in stand[1:] for stand in found)

@@ -31,6 +31,8 @@ POLICIES = {
     "foca": {"interval": 3},
     "sencache": {"threshold": 100.0, "early": 0.0},
     "dmd": {"interval": 3},
+    "seacache": {"threshold": 2.0},
+    "dicache": {"threshold": 5.0},
     "teacache+spectrum": {"threshold": 0.3, "degree": 2},
 }
 

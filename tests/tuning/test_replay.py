@@ -29,6 +29,9 @@ SETTINGS = [
     CacheSetting(policy="adacache", parameters={"mograd": 0.0, "moreg_power": 0.0}),
     CacheSetting(policy="custom", signal="temb", parameters={"threshold": 0.4}),
     CacheSetting(policy="dmd", parameters={"interval": 2, "ridge": 0.01}),
+    CacheSetting(policy="seacache", signal="filtered_latents", parameters={"threshold": 0.4}),
+    CacheSetting(policy="dicache", signal="first_block_residual",
+                 parameters={"threshold": 0.6, "retention": 0.1}),
 ]  # fmt: skip
 names = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.policy}-{s.signal}")
 

@@ -26,6 +26,7 @@ def test_trace_holds_what_the_format_says(trace: Trace, tmp_path: Path) -> None:
         "cond/modulated_input": (20, 72, 256),
         "cond/first_block_residual": (20, 72, 256),
         "cond/latents": (20, 32, 12, 12),
+        "cond/filtered_latents": (20, 32, 12, 12),
         "cond/model_output": (20, 32, 12, 12),
         "cond/feature": (20, 72, 256),
         "cond/residual": (20, 72, 256),

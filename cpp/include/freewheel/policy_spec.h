@@ -62,6 +62,7 @@ struct PolicySpec {
   bool wants_model_output = false;  ///< The feature is what `finish` gave, not one of `body`.
   bool keeps_previous_signal = false, keeps_previous_feature = false;
   bool keeps_computed_signal = false;  ///< The signal of the last computed step.
+  bool keeps_older_signal = false;     ///< The signal of the computed step before that.
   bool keeps_gram = false;             ///< Inner products of the residuals.
   bool is_one_decision = false;        ///< All branches follow the one that runs a step first.
   HistorySpec history;
