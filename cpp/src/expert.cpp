@@ -19,6 +19,11 @@ std::string joined(const std::vector<std::string>& names) {
 
 }  // namespace
 
+Status not_finite(const std::string& where) {
+  return Status(Code::kNotFinite, where, "made values that are not finite",
+                "run 'freewheel verify'; the body may have to be built as float32");
+}
+
 Result<std::unique_ptr<Expert>> Expert::create(Model& model, std::size_t index,
                                                RunStatistics& statistics,
                                                const Cancellation& cancellation) {
@@ -346,9 +351,7 @@ Status Expert::check_finite(const Branch& branch, bool computed) const noexcept 
   } else if (!is_kept_well || !is_finite(branch.body->hidden_out())) {
     segment = computed ? "body" : "reuse";
   }
-  return Status(Code::kNotFinite, std::string("segment '") + segment + "'",
-                "made values that are not finite",
-                "run 'freewheel verify'; the body may have to be built as float32");
+  return not_finite(std::string("segment '") + segment + "'");
 }
 
 Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,

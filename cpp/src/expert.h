@@ -18,6 +18,10 @@
 
 namespace freewheel {
 
+/// The status of a run that made values that are not finite.
+/// @param where Segment, or branch and step.
+Status not_finite(const std::string& where);
+
 /// Most bundles have one. Nothing is shared between two but the model, so no cache of one is ever
 /// used by the other.
 class Expert {

@@ -3,18 +3,20 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <iterator>
 
 #include "branch_cache.h"
 #include "cancellation.h"
+#include "denoising.h"
 #include "expert.h"
-#include "freewheel/sampler.h"
 #include "timed.h"
 #include "try.h"
 
 namespace freewheel {
 namespace {
+
+/// Branches by side: guidance goes from the second to the first.
+constexpr const char* kSides[] = {"cond", "uncond"};
 
 /// Which expert denoises at a timestep; the last one serves what lies below every boundary.
 std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) noexcept {
@@ -34,26 +36,9 @@ Result<ResolvedSetting> resolve(const Manifest& manifest, const CacheSetting& se
   return ResolvedSetting::create(manifest, setting);
 }
 
-/// The shape of latents and condition together.
-Result<Shape> whole_shape(const RunRequest& request) {
-  const Shape& latents = request.latents.shape;
-  const Tensor& condition = request.condition;
-  if (condition.data == nullptr) return latents;
-  bool fits = condition.dtype == DType::kFloat32 && condition.shape.rank() == latents.rank();
-  Shape whole;
-  for (int axis = 0; fits && axis < latents.rank(); ++axis) {
-    fits = axis == 1 ? condition.shape[axis] > 0 : condition.shape[axis] == latents[axis];
-    whole.push_back(latents[axis] + (axis == 1 ? condition.shape[axis] : 0));
-  }
-  if (fits) return whole;
-  return Status(Code::kRequest, "input 'condition'",
-                "has shape " + condition.shape.text() + ", the latents have " + latents.text(),
-                "give float32 of the same batch, frames, height and width");
-}
-
 /// Checks that the model takes these latents and gives its output in their shape.
 Status check_shapes(const Manifest& manifest, const Io& declared, const RunRequest& request) {
-  FREEWHEEL_ASSIGN(const Shape whole, whole_shape(request));
+  FREEWHEEL_ASSIGN(const Shape whole, request.input_shape());
   FREEWHEEL_ASSIGN(const Dims found, match_dims("latents", declared, whole));
   FREEWHEEL_ASSIGN(const Dims dims, derive_dims(manifest, found));
   const Io& output = manifest.graphs.at("finish").outputs.at("model_output");
@@ -70,6 +55,22 @@ Status check_finite(const Tensor& tensor, const std::string& where, const char* 
 }
 
 }  // namespace
+
+Result<Shape> RunRequest::input_shape() const {
+  if (condition.data == nullptr) return latents.shape;
+  bool fits = condition.dtype == DType::kFloat32 && condition.shape.rank() == latents.shape.rank();
+  Shape whole;
+  for (int axis = 0; fits && axis < latents.shape.rank(); ++axis) {
+    const std::int64_t size = latents.shape[axis], more = condition.shape[axis];
+    fits = axis == 1 ? more > 0 : more == size;
+    whole.push_back(axis == 1 ? size + more : size);
+  }
+  if (fits) return whole;
+  return Status(
+      Code::kRequest, "input 'condition'",
+      "has shape " + condition.shape.text() + ", the latents have " + latents.shape.text(),
+      "give float32 of the same batch, frames, height and width");
+}
 
 Status check_run(const Bundle& bundle, const RunRequest& request) {
   const Manifest& manifest = bundle.manifest();
@@ -95,13 +96,11 @@ Status check_run(const Bundle& bundle, const RunRequest& request) {
   FREEWHEEL_ASSIGN([[maybe_unused]] const auto table,
                    bundle.sampler(request.sampler, shift, request.steps));
   FREEWHEEL_ASSIGN([[maybe_unused]] const auto setting, resolve(manifest, request.cache));
-  const bool wants_uncond = request.guidance_scale > 1.0;
-  for (const char* branch : {"cond", "uncond"}) {
-    if (request.prompts.count(branch) == 0 && (branch[0] == 'c' || wants_uncond)) {
-      return Status(Code::kRequest, std::string("branch '") + branch + "'", "has no prompt",
-                    wants_uncond ? "give both prompts, or a guidance scale of 1"
-                                 : "give its prompt embeddings");
-    }
+  for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
+    if (request.prompts.count(kSides[side]) != 0) continue;
+    return Status(Code::kRequest, std::string("branch '") + kSides[side] + "'", "has no prompt",
+                  request.is_guided() ? "give both prompts, or a guidance scale of 1"
+                                      : "give its prompt embeddings");
   }
   if (latents.data == nullptr || latents.dtype != DType::kFloat32 || latents.shape.rank() < 2) {
     return Status(Code::kRequest, "input 'latents'", "is no float32 tensor",
@@ -144,6 +143,8 @@ class Session::Impl {
   std::size_t expert_of(std::int64_t step_index) const noexcept;
   std::int64_t last_step(std::string_view branch) const noexcept;
   Status denoise(const RunRequest& request, const SamplerTable& table);
+  Status denoise_branch(const RunRequest& request, std::size_t side, const NamedTensor& input,
+                        Denoising& run);
 
   std::vector<std::unique_ptr<Expert>> experts_;
   std::vector<std::int64_t> firsts_;  // of each expert: the run's step that is its first
@@ -288,116 +289,52 @@ Status Session::Impl::run(const RunRequest& request) {
   FREEWHEEL_ASSIGN(const SamplerTable table,
                    model_->bundle().sampler(request.sampler, shift, request.steps));
   FREEWHEEL_TRY(begin(table.timesteps, table.sigmas, request.cache));
-  const bool has_uncond = request.guidance_scale > 1.0;
-  for (const char* branch : {"cond", "uncond"}) {
-    if (branch[0] == 'c' || has_uncond) {
-      FREEWHEEL_TRY(set_prompt(branch, request.prompts.at(branch)));
-    }
+  for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
+    FREEWHEEL_TRY(set_prompt(kSides[side], request.prompts.at(kSides[side])));
   }
   return denoise(request, table);
 }
 
 Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& table) {
-  const bool has_uncond = request.guidance_scale > 1.0;
-  const Tensor& latents = request.latents;
-  const std::int64_t elements = latents.shape.elements();
-  FREEWHEEL_ASSIGN(const Shape input_shape, whole_shape(request));
-  const bool has_condition = request.condition.data != nullptr;
-  // Rings of samples and outputs, the input with its condition, and staging for devices.
-  std::vector<Buffer> samples, outputs;
-  for (std::int64_t age = 0; age < table.window; ++age) {
-    FREEWHEEL_ASSIGN(Buffer sample, Buffer::create(host_memory(), DType::kFloat32, latents.shape));
-    FREEWHEEL_ASSIGN(Buffer output, Buffer::create(host_memory(), DType::kFloat32, latents.shape));
-    samples.push_back(std::move(sample));
-    outputs.push_back(std::move(output));
-  }
-  Buffer input, staging[2];
-  if (has_condition) {
-    FREEWHEEL_ASSIGN(input, Buffer::create(host_memory(), DType::kFloat32, input_shape));
-  }
-  Memory& memory = model_->memory();
-  if (!memory.is_host()) {
-    for (Buffer& buffer : staging) {
-      FREEWHEEL_ASSIGN(buffer, Buffer::create(host_memory(), DType::kFloat32, latents.shape));
-    }
-  }
-  std::memcpy(samples[0].view().data, latents.data, latents.bytes());
-  const std::int64_t batch = latents.shape[0];
-  const std::size_t sample_bytes = latents.bytes() / static_cast<std::size_t>(batch);
-  const std::size_t condition_bytes =
-      has_condition ? request.condition.bytes() / static_cast<std::size_t>(batch) : 0;
-  const auto assemble = [&](const Tensor& sample) {
-    auto* target = input.view().as<std::uint8_t>();
-    for (std::int64_t b = 0; b < batch; ++b) {
-      const auto at = static_cast<std::size_t>(b);
-      std::memcpy(target, sample.as<std::uint8_t>() + at * sample_bytes, sample_bytes);
-      std::memcpy(target + sample_bytes,
-                  request.condition.as<std::uint8_t>() + at * condition_bytes, condition_bytes);
-      target += sample_bytes + condition_bytes;
-    }
-  };
-  std::vector<const float*> past_samples(samples.size()), past_outputs(outputs.size());
-  const auto window = static_cast<std::size_t>(table.window);
-  std::size_t newest = 0;
-  for (std::int64_t step_index = 0; step_index < table.steps(); ++step_index) {
-    newest = static_cast<std::size_t>(step_index) % window;
-    const Tensor sample = samples[newest].view();
-    if (has_condition) assemble(sample);
-    const NamedTensor given{"latents", has_condition ? input.view() : sample};
-    const float* found[2] = {nullptr, nullptr};
-    for (int side = 0; side < (has_uncond ? 2 : 1); ++side) {
-      const char* name = side == 0 ? "cond" : "uncond";
-      FREEWHEEL_ASSIGN(const Tensor output, step(name, step_index, &given, 1));
-      found[side] = output.as<float>();
-      if (!memory.is_host()) {
-        FREEWHEEL_TRY(memory.download(staging[side].view().data, output.data, output.bytes()));
-        found[side] = staging[side].view().as<float>();
-        if (model_->checks_finite() && !is_finite(staging[side].view())) {
-          return Status(Code::kNotFinite,
-                        "branch '" + std::string(name) + "', step " + std::to_string(step_index),
-                        "made values that are not finite",
-                        "run 'freewheel verify'; the body may have to be built as float32");
-        }
-      }
-      if (request.on_branch_step) {
-        const BranchStatistics& done = statistics_.branches[static_cast<std::size_t>(side)];
-        const auto step = static_cast<std::size_t>(step_index);
-        request.on_branch_step({name, step_index, statistics_.steps,
-                                done.decisions[step] == Decision::kComputed, done.distance[step],
-                                done.seconds[step]});
-      }
+  FREEWHEEL_ASSIGN(Denoising run, Denoising::create(request, table, model_->memory()));
+  while (run.step_index() < table.steps()) {
+    const NamedTensor input{"latents", run.input()};
+    for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
+      FREEWHEEL_TRY(denoise_branch(request, side, input, run));
     }
     const Timed timed(statistics_, Segment::kSampler);
-    const Tensor output = outputs[newest].view();
-    if (has_uncond) {
-      const double scale = expert_of(step_index) == 0
-                               ? request.guidance_scale
-                               : request.guidance_scale_2.value_or(request.guidance_scale);
-      guide(found[0], found[1], static_cast<float>(scale), output.as<float>(), elements);
-    } else {
-      std::memcpy(output.data, found[0], output.bytes());
-    }
-    for (std::size_t age = 0; age < window; ++age) {
-      const std::size_t slot = (newest + window - age) % window;
-      past_samples[age] = samples[slot].view().as<float>();
-      past_outputs[age] = outputs[slot].view().as<float>();
-    }
-    // The listener sees the sample before the ring may overwrite it (a window of 1 does).
-    const Tensor next = samples[(newest + 1) % window].view();
+    const std::int64_t index = run.step_index();
+    const double scale = expert_of(index) == 0
+                             ? request.guidance_scale
+                             : request.guidance_scale_2.value_or(request.guidance_scale);
+    const Tensor& output = run.guided(scale);
+    // The listener sees the sample before the next may overwrite it (a window of 1 does).
     if (request.on_step) {
-      const auto at = static_cast<std::size_t>(step_index);
+      const auto at = static_cast<std::size_t>(index);
       request.on_step(
-          {step_index, statistics_.steps, table.timesteps[at], table.sigmas[at], sample, output});
+          {index, statistics_.steps, table.timesteps[at], table.sigmas[at], run.sample(), output});
     }
-    advance(table, step_index, past_samples.data(), past_outputs.data(), next.as<float>(),
-            elements);
+    run.advance();
   }
-  const Tensor result = samples[(newest + 1) % window].view();
-  if (!is_finite(result)) {
-    return Status(Code::kFailed, "latents", "are not finite after the last step",
-                  "compare with --cache off, and with a float32 build");
+  return run.finish();
+}
+
+/// Runs the model of one branch at the current step, and tells the listener.
+Status Session::Impl::denoise_branch(const RunRequest& request, std::size_t side,
+                                     const NamedTensor& input, Denoising& run) {
+  const char* name = kSides[side];
+  const std::int64_t index = run.step_index();
+  FREEWHEEL_ASSIGN(const Tensor output, step(name, index, &input, 1));
+  FREEWHEEL_ASSIGN(const Tensor taken, run.take(side, output));
+  const bool is_copy = taken.data != output.data;  // of device memory, which `step` can't look into
+  if (is_copy && model_->checks_finite() && !is_finite(taken)) {
+    return not_finite("branch '" + std::string(name) + "', step " + std::to_string(index));
   }
-  std::memcpy(latents.data, result.data, latents.bytes());
+  if (!request.on_branch_step) return {};
+  const BranchStatistics& done = statistics_.branches[side];
+  const auto at = static_cast<std::size_t>(index);
+  request.on_branch_step({name, index, statistics_.steps, done.decisions[at] == Decision::kComputed,
+                          done.distance[at], done.seconds[at]});
   return {};
 }
 

@@ -61,6 +61,11 @@ struct RunRequest {
   std::function<void(const SampleEvent&)> on_step;
   /// Asks the run to stop, if given; checked between engine calls. `Session::cancel` does as well.
   const std::atomic<bool>* cancelled = nullptr;
+
+  bool is_guided() const noexcept { return guidance_scale > 1.0; }
+
+  /// The shape that the model is given: of latents and condition together.
+  Result<Shape> input_shape() const;
 };
 
 /// Checks everything about a run that is known before it: latents, condition, guidance, sampler,
