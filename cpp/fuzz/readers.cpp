@@ -81,7 +81,7 @@ void read_engine_record(const std::uint8_t* data, std::size_t size) {
 
 void read_overrides(const std::uint8_t* data, std::size_t size) {
   std::istringstream lines(std::string(reinterpret_cast<const char*>(data), size));
-  std::vector<std::pair<std::string, std::string>> overrides;
+  Overrides overrides;
   for (std::string line; std::getline(lines, line);) {
     const std::size_t at = line.find('=');
     if (at != std::string::npos) overrides.emplace_back(line.substr(0, at), line.substr(at + 1));
@@ -93,7 +93,7 @@ void read_overrides(const std::uint8_t* data, std::size_t size) {
   spec.parameters["coefficients"].shape = Shape{5};
   CacheSetting setting;
   setting.policy = "fuzzed";
-  if (const Status status = apply_overrides(manifest, overrides, setting); !status.ok()) {
+  if (const Status status = apply_overrides(manifest, overrides, {}, setting); !status.ok()) {
     check(status);
   }
 }

@@ -4,38 +4,18 @@
 /// The cache of one branch: residual history, signals, and the compiled policy that reads them.
 
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "body.h"
 #include "decider.h"
 #include "freewheel/model.h"
+#include "resolved_setting.h"
 #include "ring.h"
 #include "signal_buffers.h"
 
 namespace freewheel {
-
-/// A cache setting checked against the bundle. Points into the bundle's manifest.
-struct ResolvedSetting {
-  CacheSetting setting;
-  const PolicyEntry* policy = nullptr;
-  std::map<std::string, std::vector<double>> parameters;
-  const SignalEntry* signal = nullptr;
-
-  static Result<ResolvedSetting> create(const Manifest& manifest, const CacheSetting& setting);
-
-  /// Whether decisions depend on timesteps alone, and so can be taken ahead of the loop.
-  bool is_folded() const noexcept {
-    return !policy->spec.wants_feature && !policy->spec.keeps_gram &&
-           (signal == nullptr || signal->is_known_per_run);
-  }
-
-  /// Residuals that the policy mixes.
-  std::int64_t depth() const;
-};
 
 /// Everything one branch remembers between steps of a run.
 class BranchCache {

@@ -87,13 +87,22 @@ freewheel::Tensor view_of(const float* data, const freewheel::Shape& shape) {
   return {const_cast<float*>(data), freewheel::DType::kFloat32, shape};
 }
 
-Status run(freewheel::Session& session, const freewheel_run_options& options) {
-  freewheel::RunRequest request;
-  const freewheel::Manifest& manifest = session.model().manifest();
+/// Reads what a caller asks for.
+freewheel::Result<freewheel::Request> request_of(const freewheel_run_options& options) {
+  freewheel::Request request;
+  request.cache = text_or_empty(options.cache);
+  request.sampler = text_or_empty(options.sampler);
+  if (options.steps != 0) request.steps = options.steps;
+  if (!std::isnan(options.guidance_scale)) request.guidance_scale = options.guidance_scale;
+  if (options.guidance_scale_2 != 0.0) request.guidance_scale_2 = options.guidance_scale_2;
+  if (options.flow_shift != 0.0) request.flow_shift = options.flow_shift;
+  if (options.has_seed != 0) request.seed = options.seed;
+  request.force = options.force != 0;
   if (options.latents == nullptr) return missing("latents");
   FREEWHEEL_ASSIGN(const freewheel::Shape shape,
                    shape_of("latents", options.latents_shape, options.latents_rank));
-  request.latents = view_of(options.latents, shape);
+  const bool is_drawn = options.has_seed != 0 || options.has_config_seed != 0;
+  request.latents = view_of(is_drawn ? nullptr : options.latents, shape);
   if (options.condition != nullptr) {
     if (options.condition_channels < 1) return missing("condition_channels");
     freewheel::Shape whole;
@@ -111,25 +120,25 @@ Status run(freewheel::Session& session, const freewheel_run_options& options) {
     FREEWHEEL_ASSIGN(const freewheel::Shape sizes, shape_of("prompt", prompt.shape, prompt.rank));
     request.prompts[prompt.branch][prompt.input] = view_of(prompt.data, sizes);
   }
-  FREEWHEEL_ASSIGN(freewheel::ConfigEntry config,
-                   freewheel::find_config(manifest, text_or_empty(options.cache)));
-  std::vector<std::pair<std::string, std::string>> overrides;
   if (options.parameter_count > 0 && options.parameters == nullptr) return missing("parameters");
   for (int32_t i = 0; i < options.parameter_count; ++i) {
-    if (options.parameters[i].name == nullptr) return missing("parameter");
-    overrides.emplace_back(options.parameters[i].name, text_or_empty(options.parameters[i].value));
+    const freewheel_parameter& parameter = options.parameters[i];
+    if (parameter.name == nullptr) return missing("parameter");
+    request.overrides.emplace_back(parameter.name, std::string(text_or_empty(parameter.value)));
   }
-  FREEWHEEL_TRY(freewheel::apply_overrides(manifest, overrides, config.cache));
-  const freewheel::GenerationDefaults& defaults = config.generation;
-  request.cache = std::move(config.cache);
-  request.steps = options.steps != 0 ? options.steps : defaults.steps;
-  request.guidance_scale =
-      std::isnan(options.guidance_scale) ? defaults.guidance_scale : options.guidance_scale;
-  if (options.guidance_scale_2 != 0.0) request.guidance_scale_2 = options.guidance_scale_2;
-  request.sampler = text_or_empty(options.sampler);
-  request.flow_shift = options.flow_shift != 0.0 ? options.flow_shift : defaults.flow_shift;
+  return request;
+}
+
+Status run(freewheel::Session& session, const freewheel_run_options& options) {
+  if (options.has_seed != 0 && options.has_config_seed != 0) {
+    return Status(Code::kRequest, "seed", "is given, and the config's is asked for",
+                  "set one of has_seed and has_config_seed");
+  }
+  FREEWHEEL_ASSIGN(const freewheel::Request request, request_of(options));
+  FREEWHEEL_ASSIGN(freewheel::PreparedRun prepared,
+                   freewheel::prepare_run(session.model(), request));
   if (options.progress != nullptr) {
-    request.on_branch_step = [&](const freewheel::BranchEvent& event) {
+    prepared.run.on_branch_step = [&](const freewheel::BranchEvent& event) {
       const std::string branch(event.branch);  // short: within the string itself
       const freewheel_progress progress = {
           sizeof progress,        branch.c_str(), event.step_index, event.steps,
@@ -137,21 +146,10 @@ Status run(freewheel::Session& session, const freewheel_run_options& options) {
       if (options.progress(&progress, options.user) != 0) session.cancel();
     };
   }
-  if (options.has_seed != 0 && options.has_config_seed != 0) {
-    return Status(Code::kRequest, "seed", "is given, and the config's is asked for",
-                  "set one of has_seed and has_config_seed");
-  }
-  if (options.has_seed != 0 || options.has_config_seed != 0) {
-    const auto seed =
-        options.has_seed != 0 ? options.seed : static_cast<std::uint64_t>(defaults.seed);
-    std::vector<float> noise(static_cast<std::size_t>(shape.elements()));
-    freewheel::gaussian_noise(seed, noise.data(), shape.elements());
-    request.latents.data = noise.data();
-    FREEWHEEL_TRY(session.run(request));
-    std::memcpy(options.latents, noise.data(), noise.size() * sizeof(float));
-    return {};
-  }
-  return session.run(request);
+  FREEWHEEL_TRY(session.run(prepared.run));
+  const freewheel::Tensor& latents = prepared.run.latents;
+  std::memcpy(options.latents, latents.data, latents.bytes());
+  return {};
 }
 
 }  // namespace
@@ -210,14 +208,13 @@ freewheel_status freewheel_model_latents_shape(freewheel_model* model, const cha
   if (model == nullptr || shape == nullptr || rank == nullptr) return FREEWHEEL_REQUEST;
   return guarded(model->error, [&]() -> Status {
     if (model->model == nullptr) return missing("model");
-    const freewheel::Manifest& manifest = model->model->manifest();
-    FREEWHEEL_ASSIGN(const freewheel::ConfigEntry config,
-                     freewheel::find_config(manifest, text_or_empty(cache)));
-    const freewheel::GenerationDefaults& defaults = config.generation;
+    freewheel::Request request;
+    request.cache = text_or_empty(cache);
+    if (frames != 0) request.frames = frames;
+    if (height != 0) request.height = height;
+    if (width != 0) request.width = width;
     FREEWHEEL_ASSIGN(const freewheel::Shape found,
-                     freewheel::latent_shape(manifest, frames != 0 ? frames : defaults.frames,
-                                             height != 0 ? height : defaults.height,
-                                             width != 0 ? width : defaults.width));
+                     freewheel::requested_shape(model->model->manifest(), request));
     std::copy(found.begin(), found.end(), shape);
     *rank = found.rank();
     return {};

@@ -51,6 +51,15 @@ Status lacks(const char* what, const char* flag) {
 bool can_encode(const Manifest& manifest) noexcept { return manifest.graphs.count(kEncoder) != 0; }
 bool can_decode(const Manifest& manifest) noexcept { return manifest.graphs.count(kDecoder) != 0; }
 
+std::string text_input(const Manifest& manifest) {
+  for (const auto& [name, entry] : manifest.inputs) {
+    if (entry.runs == "prompt" && is_text(name)) return name;
+  }
+  return "text_states";
+}
+
+bool is_text(const std::string& input) noexcept { return input.find("text") != std::string::npos; }
+
 Status check_token_ids(const Manifest& manifest, const std::vector<std::int64_t>& ids,
                        std::int64_t text_tokens) {
   if (!can_encode(manifest)) return lacks("text encoder", "--with-text-encoder");
@@ -77,7 +86,7 @@ Status check_decodes(const Manifest& manifest, const Shape& latents) {
   return Status(Code::kRequest, "VAE decoder",
                 "latents are " + latents.text() + ", it was compiled for " +
                     (takes == inputs.end() ? "none" : takes->second.text()),
-                "ask for the size that the bundle was built for, or for latents");
+                "ask for the size that the bundle was built for, or for latents alone");
 }
 
 Result<Buffer> encode_tokens(Model& model, const std::vector<std::int64_t>& ids,

@@ -9,16 +9,6 @@
 #include "try.h"
 
 namespace freewheel {
-namespace {
-
-std::string joined(const std::vector<std::string>& names) {
-  std::string text;
-  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
-  return text;
-}
-
-}  // namespace
-
 Status not_finite(const std::string& where) {
   return Status(Code::kNotFinite, where, "made values that are not finite",
                 "run 'freewheel verify'; the body may have to be built as float32");
@@ -138,22 +128,16 @@ Status Expert::compute_tables(const std::vector<double>& timesteps) {
 Status Expert::set_prompt(const std::string& branch_name, const Tensors& states) {
   std::vector<Buffer> buffers;
   Tensors given;
-  std::vector<std::string> wanted;
+  FREEWHEEL_TRY(check_prompt(manifest(), branch_name, states));
   for (const auto& [name, entry] : manifest().inputs) {
-    if (entry.runs == "prompt") wanted.push_back(name);
-  }
-  for (const std::string& name : wanted) {
-    const InputEntry& entry = manifest().inputs.at(name);
-    const auto state = states.find(name);
-    if (state == states.end() || state->second.data == nullptr) {
+    if (entry.runs != "prompt") continue;
+    const Tensor& state = states.at(name);
+    if (state.data == nullptr) {
       return Status(Code::kRequest, "branch '" + branch_name + "', input '" + name + "'",
-                    "is missing", "give " + joined(wanted));
+                    "is not encoded yet", "encode the prompt first");
     }
-    auto dims = match_dims(name, entry, state->second.shape);
-    if (!dims.ok()) return std::move(dims).status();
-    FREEWHEEL_ASSIGN(Buffer buffer,
-                     Buffer::create(host_memory(), entry.dtype, state->second.shape));
-    FREEWHEEL_TRY(convert(state->second, buffer.view()));
+    FREEWHEEL_ASSIGN(Buffer buffer, Buffer::create(host_memory(), entry.dtype, state.shape));
+    FREEWHEEL_TRY(convert(state, buffer.view()));
     given[name] = buffer.view();
     buffers.push_back(std::move(buffer));
   }

@@ -709,12 +709,15 @@ Result<Shape> shape_of(const std::string& name, const Io& io, const Dims& dims) 
 Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::int64_t height,
                            std::int64_t width) {
   const LatentScale& scale = manifest.latent_scale;
+  const std::string most = std::to_string(kMaxVideoSide);
   if (frames < 1 || frames > kMaxVideoSide || (frames - 1) % scale.frames != 0) {
-    return Status(Code::kRequest, "frames",
-                  "are " + std::to_string(frames) + ", expected 1 more than a multiple of " +
-                      std::to_string(scale.frames),
-                  "ask for " + std::to_string(std::clamp<std::int64_t>(
-                                   frames / scale.frames * scale.frames + 1, 1, kMaxVideoSide)));
+    const std::int64_t within = std::clamp<std::int64_t>(frames, 1, kMaxVideoSide - scale.frames);
+    return Status(
+        Code::kRequest, "frames",
+        "are " + std::to_string(frames) + ", expected " +
+            (frames > kMaxVideoSide ? most + " at most"
+                                    : "1 more than a multiple of " + std::to_string(scale.frames)),
+        "ask for " + std::to_string(within / scale.frames * scale.frames + 1));
   }
   const std::pair<const char*, std::int64_t> sides[] = {{"height", height}, {"width", width}};
   for (const auto& [name, pixels] : sides) {
@@ -727,11 +730,13 @@ Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::i
       }
     }
     if (pixels < multiple || pixels > kMaxVideoSide || pixels % multiple != 0) {
-      return Status(Code::kRequest, name,
-                    "is " + std::to_string(pixels) + ", expected a multiple of " +
-                        std::to_string(multiple) + " pixels",
-                    "ask for " + std::to_string(std::clamp(pixels / multiple * multiple, multiple,
-                                                           kMaxVideoSide)));
+      const std::int64_t within = std::min(pixels, kMaxVideoSide) / multiple * multiple;
+      return Status(
+          Code::kRequest, name,
+          "is " + std::to_string(pixels) + ", expected " +
+              (pixels > kMaxVideoSide ? most + " pixels at most"
+                                      : "a multiple of " + std::to_string(multiple) + " pixels"),
+          "ask for " + std::to_string(std::max(within, multiple)));
     }
   }
   FREEWHEEL_ASSIGN(const Dims dims,
@@ -762,9 +767,9 @@ Result<std::string> check_geometry(const Manifest& manifest, const std::string& 
                            " times its latents";
   if (times >= kFarBeyond && !force) {
     return Status(Code::kRequest, "config '" + config + "'", what,
-                  "run at the bundle's size with --height " + std::to_string(own.height) +
-                      " --width " + std::to_string(own.width) + " --frames " +
-                      std::to_string(own.frames) + ", or pass --force");
+                  "run at the bundle's size: height " + std::to_string(own.height) + ", width " +
+                      std::to_string(own.width) + ", frames " + std::to_string(own.frames) +
+                      "; or run it with 'force'");
   }
   return "config '" + config + "' " + what;
 }

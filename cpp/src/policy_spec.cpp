@@ -156,6 +156,11 @@ Result<Value> value_from_text(const std::string& text) {
   return *value;
 }
 
+Result<Value> spelled(const Value& value) {
+  const auto* text = std::get_if<std::string>(&value);
+  return text == nullptr ? Result<Value>(value) : value_from_text(*text);
+}
+
 Result<std::vector<double>> ParameterSpec::numbers(const std::string& name,
                                                    const Value& value) const {
   const std::string where = "parameter '" + name + "'";
@@ -234,7 +239,7 @@ std::vector<std::string> override_names(const PolicySpec& spec, const Guard& gua
 }
 
 Status apply_override(const std::string& key, const Value& value, const PolicySpec& spec,
-                      CacheSetting& setting) {
+                      CacheSetting& setting, const std::vector<std::string>& also_known) {
   const std::string where = "parameter '" + key + "'";
   if (const auto parameter = spec.parameters.find(key); parameter != spec.parameters.end()) {
     const bool is_list = parameter->second.shape.rank() != 0;
@@ -269,8 +274,10 @@ Status apply_override(const std::string& key, const Value& value, const PolicySp
   }
   const auto limit = guard.limits.find(key);
   if (limit == guard.limits.end()) {
+    std::vector<std::string> known = override_names(spec, guard);
+    known.insert(known.end(), also_known.begin(), also_known.end());
     return Status(Code::kConfig, where, "policy '" + spec.name + "' has none",
-                  nearest(key, override_names(spec, guard)));
+                  nearest(key, std::move(known)));
   }
   FREEWHEEL_ASSIGN(limit->second, count_of(where, value));
   return {};

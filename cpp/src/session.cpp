@@ -15,9 +15,6 @@
 namespace freewheel {
 namespace {
 
-/// Branches by side: guidance goes from the second to the first.
-constexpr const char* kSides[] = {"cond", "uncond"};
-
 /// Which expert denoises at a timestep; the last one serves what lies below every boundary.
 std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) noexcept {
   const auto found = std::find_if(experts.begin(), experts.end(), [&](const ExpertEntry& expert) {
@@ -27,96 +24,7 @@ std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) 
   return experts.empty() ? 0 : experts.size() - 1;
 }
 
-/// Resolves a setting, and looks at what it becomes in every branch.
-Result<ResolvedSetting> resolve(const Manifest& manifest, const CacheSetting& setting) {
-  for (const auto& [branch, overrides] : setting.branches) {
-    const auto own = ResolvedSetting::create(manifest, setting.for_branch(branch));
-    if (!own.ok()) return own.status();
-  }
-  return ResolvedSetting::create(manifest, setting);
-}
-
-/// Checks that the model takes these latents and gives its output in their shape.
-Status check_shapes(const Manifest& manifest, const Io& declared, const RunRequest& request) {
-  FREEWHEEL_ASSIGN(const Shape whole, request.input_shape());
-  FREEWHEEL_ASSIGN(const Dims found, match_dims("latents", declared, whole));
-  FREEWHEEL_ASSIGN(const Dims dims, derive_dims(manifest, found));
-  const Io& output = manifest.graphs.at("finish").outputs.at("model_output");
-  FREEWHEEL_ASSIGN(const Shape given, shape_of("model_output", output, dims));
-  if (given == request.latents.shape) return {};
-  return Status(Code::kRequest, "input 'latents'",
-                "has shape " + request.latents.shape.text() + ", the model gives " + given.text(),
-                "give noise of the output's channels, and the rest as 'condition'");
-}
-
-Status check_finite(const Tensor& tensor, const std::string& where, const char* hint) {
-  if (tensor.data == nullptr || is_finite(tensor)) return {};
-  return Status(Code::kRequest, where, "holds values that are not finite", hint);
-}
-
 }  // namespace
-
-Result<Shape> RunRequest::input_shape() const {
-  if (condition.data == nullptr) return latents.shape;
-  bool fits = condition.dtype == DType::kFloat32 && condition.shape.rank() == latents.shape.rank();
-  Shape whole;
-  for (int axis = 0; fits && axis < latents.shape.rank(); ++axis) {
-    const std::int64_t size = latents.shape[axis], more = condition.shape[axis];
-    fits = axis == 1 ? more > 0 : more == size;
-    whole.push_back(axis == 1 ? size + more : size);
-  }
-  if (fits) return whole;
-  return Status(
-      Code::kRequest, "input 'condition'",
-      "has shape " + condition.shape.text() + ", the latents have " + latents.shape.text(),
-      "give float32 of the same batch, frames, height and width");
-}
-
-Status check_run(const Bundle& bundle, const RunRequest& request) {
-  const Manifest& manifest = bundle.manifest();
-  const Tensor& latents = request.latents;
-  const auto entry = manifest.inputs.find("latents");
-  const auto step_inputs =
-      std::count_if(manifest.inputs.begin(), manifest.inputs.end(),
-                    [](const auto& input) { return input.second.runs == "step"; });
-  if (entry == manifest.inputs.end() || step_inputs != 1) {
-    return Status(Code::kRequest, "bundle", "takes other per-step inputs than 'latents'",
-                  "drive it with begin(), set_prompt() and step()");
-  }
-  if (!std::isfinite(request.guidance_scale) ||
-      !std::isfinite(request.guidance_scale_2.value_or(1.0))) {
-    return Status(Code::kRequest, "guidance_scale", "is not finite",
-                  "give a number, usually 1 to 8");
-  }
-  if (request.guidance_scale_2 && manifest.experts.size() < 2) {
-    return Status(Code::kRequest, "guidance_scale_2", "is given, and the bundle has one expert",
-                  "leave it out");
-  }
-  const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
-  FREEWHEEL_ASSIGN([[maybe_unused]] const auto table,
-                   bundle.sampler(request.sampler, shift, request.steps));
-  FREEWHEEL_ASSIGN([[maybe_unused]] const auto setting, resolve(manifest, request.cache));
-  for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
-    if (request.prompts.count(kSides[side]) != 0) continue;
-    return Status(Code::kRequest, std::string("branch '") + kSides[side] + "'", "has no prompt",
-                  request.is_guided() ? "give both prompts, or a guidance scale of 1"
-                                      : "give its prompt embeddings");
-  }
-  if (latents.data == nullptr || latents.dtype != DType::kFloat32 || latents.shape.rank() < 2) {
-    return Status(Code::kRequest, "input 'latents'", "is no float32 tensor",
-                  "give host float32 " + entry->second.text());
-  }
-  FREEWHEEL_TRY(check_shapes(manifest, entry->second, request));
-  FREEWHEEL_TRY(check_finite(latents, "input 'latents'", "give standard normal noise"));
-  FREEWHEEL_TRY(check_finite(request.condition, "input 'condition'", "encode the picture again"));
-  for (const auto& [branch, states] : request.prompts) {
-    for (const auto& [name, tensor] : states) {
-      FREEWHEEL_TRY(check_finite(tensor, "branch '" + branch + "', input '" + name + "'",
-                                 "encode the prompt again"));
-    }
-  }
-  return {};
-}
 
 /// Everything behind the public face: hands steps to the expert that denoises there.
 class Session::Impl {
@@ -193,7 +101,8 @@ Status Session::Impl::start(const Schedule& schedule, const CacheSetting& settin
                   "are [" + std::to_string(timesteps.size()) + "], expected [steps] finite values",
                   "take them from a sampler's table");
   }
-  FREEWHEEL_ASSIGN(const ResolvedSetting resolved, resolve(manifest(), setting));
+  FREEWHEEL_ASSIGN(const ResolvedSetting resolved,
+                   ResolvedSetting::for_all_branches(manifest(), setting));
   statistics_ = RunStatistics();
   statistics_.policy = resolved.policy->spec.name;
   statistics_.is_folded = resolved.is_folded();
@@ -289,6 +198,7 @@ Status Session::Impl::run(const RunRequest& request) {
   FREEWHEEL_ASSIGN(const SamplerTable table,
                    model_->bundle().sampler(request.sampler, shift, request.steps));
   FREEWHEEL_TRY(begin(table.timesteps, table.sigmas, request.cache));
+  statistics_.warnings = request.warnings;
   for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
     FREEWHEEL_TRY(set_prompt(kSides[side], request.prompts.at(kSides[side])));
   }

@@ -63,18 +63,18 @@ Result<const PolicyEntry*> carried_policy(const Manifest& manifest, const std::s
                 nearest(name, std::move(known)));
 }
 
-Status apply_overrides(const Manifest& manifest,
-                       const std::vector<std::pair<std::string, std::string>>& overrides,
-                       CacheSetting& setting) {
+Status apply_overrides(const Manifest& manifest, const Overrides& overrides,
+                       const std::vector<std::string>& also_known, CacheSetting& setting) {
   FREEWHEEL_ASSIGN(const PolicyEntry* policy, carried_policy(manifest, setting.policy));
   const PolicySpec& spec = policy->spec;
   for (const auto& [name, limit] : policy->setting.guard.limits) {
     setting.guard.limits.try_emplace(name, 0);
   }
   std::vector<Status> faults;
-  for (const auto& [key, text] : overrides) {
-    const auto value = value_from_text(text);
-    Status status = value.ok() ? apply_override(key, *value, spec, setting) : value.status();
+  for (const auto& [key, given] : overrides) {
+    const auto value = spelled(given);
+    Status status =
+        value.ok() ? apply_override(key, *value, spec, setting, also_known) : value.status();
     if (!status.ok()) faults.push_back(std::move(status));
   }
   if (faults.empty()) return {};

@@ -55,9 +55,9 @@ nlohmann::json branch_json(const BranchStatistics& branch) {
       {"computed", computed}, {"distance", distance}, {"mix", mix}, {"percentiles", percentiles}};
 }
 
-/// Warnings, one per cause: too few steps, or nothing reused.
-nlohmann::json warnings_of(const RunStatistics& run) {
-  nlohmann::json warnings = nlohmann::json::array();
+/// Warnings, one per cause: the request's, too few steps, or nothing reused.
+std::vector<std::string> warnings_of(const RunStatistics& run) {
+  std::vector<std::string> warnings = run.warnings;
   if (run.policy == "off") return warnings;
   std::string idle;
   for (const BranchStatistics& branch : run.branches) {

@@ -37,7 +37,7 @@ TEST(Codec, TheDecodersSizeIsKnownAhead) {
   EXPECT_TRUE(check_decodes(manifest, Shape{1, 16, 2, 4, 4}).ok());
   EXPECT_EQ(check_decodes(manifest, Shape{1, 16, 3, 4, 4}).message(),
             "VAE decoder: latents are [1, 16, 3, 4, 4], it was compiled for [1, 16, 2, 4, 4]; ask "
-            "for the size that the bundle was built for, or for latents");
+            "for the size that the bundle was built for, or for latents alone");
   EXPECT_NE(check_decodes(Manifest(), Shape{1}).message().find("--with-vae"), std::string::npos);
 }
 

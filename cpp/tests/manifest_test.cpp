@@ -140,7 +140,7 @@ TEST_F(ManifestTest, AConfigOfAnotherSizeIsWarnedOfAndFarBeyondRefused) {
   const auto refused = check_geometry(*parsed, "huge", huge, false);
   ASSERT_EQ(refused.status().code(), Code::kRequest);
   EXPECT_EQ(refused.status().hint(),
-            "run at the bundle's size with --height 32 --width 48 --frames 5, or pass --force");
+            "run at the bundle's size: height 32, width 48, frames 5; or run it with 'force'");
   EXPECT_NE(check_geometry(*parsed, "huge", huge, true)->find("20 times"), std::string::npos);
 }
 
@@ -161,6 +161,10 @@ TEST_F(ManifestTest, LatentsTakeTheShapeThatTheModelGives) {
             "width: is 96, expected a multiple of 64 pixels; ask for 64");
   EXPECT_EQ(latent_shape(*packed, 8, 64, 64).status().message(),
             "frames: are 8, expected 1 more than a multiple of 8; ask for 9");
+  EXPECT_EQ(latent_shape(*packed, 9, 32832, 64).status().message(),
+            "height: is 32832, expected 32768 pixels at most; ask for 32768");
+  EXPECT_EQ(latent_shape(*packed, 32769, 64, 64).status().message(),
+            "frames: are 32769, expected 32768 at most; ask for 32761");
   for (const std::int64_t absurd : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1} << 40}) {
     EXPECT_FALSE(latent_shape(*packed, absurd, 64, 64).ok());
     EXPECT_FALSE(latent_shape(*packed, 1, absurd, 64).ok());

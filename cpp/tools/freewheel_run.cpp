@@ -15,9 +15,7 @@
 #include "freewheel/codec.h"
 #include "freewheel/files.h"
 #include "freewheel/freewheel.h"
-#include "freewheel/sampler.h"
 #include "freewheel/session.h"
-#include "freewheel/settings.h"
 #include "result_file.h"
 
 namespace {
@@ -25,7 +23,6 @@ namespace {
 using freewheel::Buffer;
 using freewheel::Code;
 using freewheel::Decision;
-using freewheel::DType;
 using freewheel::Result;
 using freewheel::Shape;
 using freewheel::Status;
@@ -117,127 +114,77 @@ Result<std::vector<std::int64_t>> ids_of(const std::string& text) {
   return ids;
 }
 
-/// A prompt that was given as token ids.
-struct Ids {
-  std::string branch;
-  std::vector<std::int64_t> ids;
-};
-
-/// Everything that prompts and latents point into.
-struct Inputs {
-  std::vector<Loaded> files;
-  std::vector<Buffer> buffers;
-  std::vector<Ids> waiting;  ///< To be encoded, when everything else is known to be right.
-  freewheel::RunRequest request;
-};
-
-std::string prompt_input(const freewheel::Manifest& manifest) {
-  for (const auto& [name, entry] : manifest.inputs) {
-    if (entry.runs == "prompt" && name.find("text") != std::string::npos) return name;
-  }
-  return "text_states";
-}
-
-/// Reads embeddings and token ids. States of ids are null until `encode`.
-Status read_prompts(const Options& options, const freewheel::Manifest& manifest,
-                    std::int64_t text_tokens, Inputs& inputs) {
-  const std::string name = prompt_input(manifest);
-  auto& prompts = inputs.request.prompts;
-  const std::pair<std::string, const char*> files[] = {{options.embeddings, "cond"},
-                                                       {options.negative, "uncond"}};
-  for (const auto& [path, branch] : files) {
-    if (path.empty()) continue;
-    auto loaded = load(path, name);
-    if (!loaded.ok()) return std::move(loaded).status();
-    take_prompt(loaded->tensors, manifest, branch, true, prompts);
-    if (std::string(branch) == "cond") {
-      take_prompt(loaded->tensors, manifest, "uncond", false, prompts);
+/// Reads `--set key=value`, as often as it was given.
+Status read_overrides(const Options& options, freewheel::Request& request) {
+  for (const std::string& setting : options.settings) {
+    const std::size_t at = setting.find('=');
+    if (at == std::string::npos) {
+      return Status(Code::kConfig, "--set " + setting, "is no key=value",
+                    "give --set threshold=0.2");
     }
-    inputs.files.push_back(std::move(loaded).value());
-  }
-  const std::pair<std::string, const char*> texts[] = {{options.token_ids, "cond"},
-                                                       {options.negative_token_ids, "uncond"}};
-  for (const auto& [text, branch] : texts) {
-    if (text.empty()) continue;
-    auto ids = ids_of(text);
-    if (!ids.ok()) return std::move(ids).status();
-    Status status = freewheel::check_token_ids(manifest, *ids, text_tokens);
-    if (!status.ok()) return status;
-    if (prompts[branch].count(name) != 0) {
-      return Status(Code::kRequest, std::string("branch '") + branch + "'",
-                    "comes with embeddings and token ids", "give one of them");
-    }
-    prompts[branch][name] = Tensor{};
-    inputs.waiting.push_back({branch, std::move(ids).value()});
+    request.overrides.emplace_back(setting.substr(0, at), setting.substr(at + 1));
   }
   return {};
 }
 
-/// Encodes the prompts that were given as token ids.
-Status encode(freewheel::Model& model, std::int64_t text_tokens, Inputs& inputs) {
-  const std::string name = prompt_input(model.manifest());
-  for (const Ids& prompt : inputs.waiting) {
-    auto states = freewheel::encode_tokens(model, prompt.ids, text_tokens);
-    if (!states.ok()) return std::move(states).status();
-    inputs.request.prompts[prompt.branch][name] = states->view();
-    inputs.buffers.push_back(std::move(states).value());
-  }
-  return {};
-}
-
-/// Loads the one tensor of a file that has this name.
-Result<Loaded> load_named(const std::string& path, const std::string& name) {
+/// Loads the one tensor of a file that has this name, if a file was given.
+Status read_named(const std::string& path, const std::string& name, std::vector<Loaded>& files,
+                  Tensor& target) {
+  if (path.empty()) return {};
   auto loaded = load(path, name);
-  if (!loaded.ok() || loaded->tensors.count(name) != 0) return loaded;
-  return Status(Code::kRequest, path, "holds no tensor '" + name + "'", "name it so");
+  if (!loaded.ok()) return std::move(loaded).status();
+  const auto found = loaded->tensors.find(name);
+  if (found == loaded->tensors.end()) {
+    return Status(Code::kRequest, path, "holds no tensor '" + name + "'", "name it so");
+  }
+  target = found->second;
+  files.push_back(std::move(loaded).value());
+  return {};
 }
 
-/// Latents from a file, or noise of the seed for the size asked for.
-Status read_latents(const Options& options, const freewheel::Manifest& manifest,
-                    const freewheel::GenerationDefaults& defaults, Inputs& inputs) {
-  Buffer latents;
-  if (!options.latents.empty()) {
-    if (options.seed || options.frames || options.height || options.width) {
-      return Status(Code::kRequest, "--latents",
-                    options.seed ? "comes with a seed" : "comes with a size", "give one of them");
+/// Reads the prompts' files and token ids.
+Status read_prompts(const Options& options, const freewheel::Manifest& manifest,
+                    std::vector<Loaded>& files, freewheel::Request& request) {
+  const std::string name = freewheel::text_input(manifest);
+  const std::string* embeddings[] = {&options.embeddings, &options.negative};
+  const std::string* texts[] = {&options.token_ids, &options.negative_token_ids};
+  for (std::size_t side = 0; side < 2; ++side) {
+    const std::string branch = freewheel::kSides[side];
+    if (!embeddings[side]->empty()) {
+      auto loaded = load(*embeddings[side], name);
+      if (!loaded.ok()) return std::move(loaded).status();
+      take_prompt(loaded->tensors, manifest, branch, true, request.prompts);
+      if (side == 0) take_prompt(loaded->tensors, manifest, "uncond", false, request.prompts);
+      files.push_back(std::move(loaded).value());
     }
-    auto loaded = load_named(options.latents, "latents");
-    if (!loaded.ok()) return std::move(loaded).status();
-    const Tensor& given = loaded->tensors.at("latents");
-    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, given.shape);
-    if (!buffer.ok()) return std::move(buffer).status();
-    if (Status status = freewheel::convert(given, buffer->view()); !status.ok()) {
-      return status;
-    }
-    latents = std::move(buffer).value();
-  } else {
-    const auto shape = freewheel::latent_shape(manifest, options.frames.value_or(defaults.frames),
-                                               options.height.value_or(defaults.height),
-                                               options.width.value_or(defaults.width));
-    if (!shape.ok()) return shape.status();
-    const auto warning = freewheel::check_geometry(manifest, options.cache, *shape, options.force);
-    if (!warning.ok()) return warning.status();
-    if (!warning->empty()) std::cerr << "warning: " << *warning << "\n";
-    const std::int64_t seed = options.seed.value_or(defaults.seed);
-    if (seed < 0) {
-      return Status(Code::kRequest, "--seed", "is " + std::to_string(seed),
-                    "give a whole number from 0 on");
-    }
-    auto buffer = Buffer::create(freewheel::host_memory(), DType::kFloat32, *shape);
-    if (!buffer.ok()) return std::move(buffer).status();
-    latents = std::move(buffer).value();
-    freewheel::gaussian_noise(static_cast<std::uint64_t>(seed), latents.view().as<float>(),
-                              shape->elements());
-  }
-  inputs.request.latents = latents.view();
-  inputs.buffers.push_back(std::move(latents));
-  if (!options.condition.empty()) {
-    auto loaded = load_named(options.condition, "condition");
-    if (!loaded.ok()) return std::move(loaded).status();
-    inputs.request.condition = loaded->tensors.at("condition");
-    inputs.files.push_back(std::move(loaded).value());
+    if (texts[side]->empty()) continue;
+    auto ids = ids_of(*texts[side]);
+    if (!ids.ok()) return std::move(ids).status();
+    request.token_ids[branch] = std::move(ids).value();
   }
   return {};
+}
+
+/// Reads what a run is asked for, files and all.
+/// @param files Get what the request points into.
+Status read_request(const Options& options, const freewheel::Manifest& manifest,
+                    std::vector<Loaded>& files, freewheel::Request& request) {
+  request.cache = options.cache;
+  request.sampler = options.sampler;
+  request.steps = options.steps;
+  request.frames = options.frames;
+  request.height = options.height;
+  request.width = options.width;
+  request.guidance_scale = options.guidance;
+  request.guidance_scale_2 = options.guidance_2;
+  request.flow_shift = options.shift;
+  request.force = options.force;
+  Status status = options.seed ? request.set("seed", *options.seed) : Status();
+  if (status.ok()) status = read_overrides(options, request);
+  if (status.ok()) status = read_named(options.latents, "latents", files, request.latents);
+  if (status.ok()) status = read_named(options.condition, "condition", files, request.condition);
+  if (status.ok()) status = read_prompts(options, manifest, files, request);
+  return status;
 }
 
 /// Writes latents, or the frames that they decode to.
@@ -284,20 +231,6 @@ void show_summary(const freewheel::RunStatistics& statistics) {
   }
 }
 
-/// Reads `--set key=value`, as often as it was given.
-Result<std::vector<std::pair<std::string, std::string>>> overrides_of(const Options& options) {
-  std::vector<std::pair<std::string, std::string>> overrides;
-  for (const std::string& setting : options.settings) {
-    const std::size_t at = setting.find('=');
-    if (at == std::string::npos) {
-      return Status(Code::kConfig, "--set " + setting, "is no key=value",
-                    "give --set threshold=0.2");
-    }
-    overrides.emplace_back(setting.substr(0, at), setting.substr(at + 1));
-  }
-  return overrides;
-}
-
 Status run(const Options& options, nlohmann::json& report) {
   auto out = ResultFile::create(options.out);
   if (!out.ok()) return std::move(out).status();
@@ -311,31 +244,15 @@ Status run(const Options& options, nlohmann::json& report) {
   model_options.check_finite = options.check_finite;
   auto model = freewheel::Model::load(options.bundle, model_options);
   if (!model.ok()) return std::move(model).status();
-  const freewheel::Manifest& manifest = (*model)->manifest();
-  auto config = freewheel::find_config(manifest, options.cache);
-  if (!config.ok()) return std::move(config).status();
-  const auto overrides = overrides_of(options);
-  if (!overrides.ok()) return overrides.status();
-  Status status = freewheel::apply_overrides(manifest, *overrides, config->cache);
+  std::vector<Loaded> files;
+  freewheel::Request asked;
+  Status status = read_request(options, (*model)->manifest(), files, asked);
   if (!status.ok()) return status;
-  Inputs inputs;
-  freewheel::RunRequest& request = inputs.request;
-  const freewheel::GenerationDefaults& defaults = config->generation;
-  request.cache = config->cache;
-  request.steps = options.steps.value_or(defaults.steps);
-  request.guidance_scale = options.guidance.value_or(defaults.guidance_scale);
-  request.guidance_scale_2 = options.guidance_2;
-  request.flow_shift = options.shift.value_or(defaults.flow_shift);
-  request.sampler = options.sampler;
-  // Whatever can be known is looked at before anything is computed.
-  status = read_prompts(options, manifest, defaults.text_tokens, inputs);
-  if (status.ok()) status = read_latents(options, manifest, defaults, inputs);
-  if (status.ok() && !out->wants_latents()) {
-    status = freewheel::check_decodes(manifest, request.latents.shape);
-  }
-  if (status.ok()) status = freewheel::check_run((*model)->bundle(), request);
-  if (status.ok()) status = encode(**model, defaults.text_tokens, inputs);
-  if (!status.ok()) return status;
+  asked.decodes = !out->wants_latents();
+  auto prepared = freewheel::prepare_run(**model, asked);
+  if (!prepared.ok()) return std::move(prepared).status();
+  freewheel::RunRequest& request = prepared->run;
+  for (const std::string& text : request.warnings) std::cerr << "warning: " << text << "\n";
   request.cancelled = &interrupted;
   const bool is_terminal = isatty(STDERR_FILENO) != 0;
   if (!options.quiet) {

@@ -81,7 +81,8 @@ Status Instance::serve(TRITONBACKEND_Request* request, Responder& responder, Tim
   // Before the client knows that its run has ended.
   count(status);
   FREEWHEEL_TRY(status);
-  const std::string summary = summary_json(session_->statistics(), job.seed, seconds_since(began));
+  const std::string summary =
+      summary_json(session_->statistics(), job.prepared.seed, seconds_since(began));
   return responder.send(summary, outputs.tensors, true);
 }
 
@@ -97,13 +98,13 @@ Status Instance::run(Job& job, Responder& responder) {
   Status send_fault;
   StepProgress progress;
   const auto began = Clock::now();
-  job.run.cancelled = &cancelled;
-  job.run.on_branch_step = [&](const BranchEvent& event) {
+  job.prepared.run.cancelled = &cancelled;
+  job.prepared.run.on_branch_step = [&](const BranchEvent& event) {
     has_stepped_ = true;
     if (responder.is_cancelled()) cancelled.store(true);
     progress.add(event);
   };
-  job.run.on_step = [&](const SampleEvent& event) {
+  job.prepared.run.on_step = [&](const SampleEvent& event) {
     const bool is_due = job.stream > 0 && ((event.step_index + 1) % job.stream == 0 ||
                                            event.step_index + 1 == event.steps);
     const std::string text = progress.take(event, seconds_since(began));
@@ -120,17 +121,17 @@ Status Instance::run(Job& job, Responder& responder) {
     }();
     if (!send_fault.ok()) cancelled.store(true);
   };
-  Status status = session_->run(job.run);
+  Status status = session_->run(job.prepared.run);
   return send_fault.ok() ? status : send_fault;
 }
 
 Result<Instance::Outputs> Instance::outputs_of(const Job& job) {
   Outputs outputs;
   if (job.wants_frames) {
-    FREEWHEEL_ASSIGN(outputs.frames, decode_latents(*model_.model, job.run.latents));
+    FREEWHEEL_ASSIGN(outputs.frames, decode_latents(*model_.model, job.prepared.run.latents));
     outputs.tensors[kFrames] = without_batch(outputs.frames.view());
   }
-  if (job.wants_latents) outputs.tensors[kLatents] = without_batch(job.run.latents);
+  if (job.wants_latents) outputs.tensors[kLatents] = without_batch(job.prepared.run.latents);
   return outputs;
 }
 

@@ -10,7 +10,7 @@
 
 #include "freewheel/session.h"
 #include "job.h"
-#include "request.h"
+#include "received_request.h"
 #include "responder.h"
 #include "served_model.h"
 #include "triton_api.h"

@@ -4,10 +4,8 @@
 /// One request, checked and ready to run. Knows nothing of Triton's interface.
 
 #include <cstdint>
-#include <optional>
 #include <set>
 #include <string>
-#include <vector>
 
 #include "freewheel/model.h"
 #include "freewheel/session.h"
@@ -24,14 +22,12 @@ inline constexpr char kFrames[] = "frames", kProgress[] = "progress", kPreview[]
 inline constexpr char kNegative[] = "negative_";
 
 struct Job {
-  RunRequest run;                    ///< Without callbacks.
-  std::vector<Buffer> buffers;       ///< What it points into, beside the request's own tensors.
-  std::optional<std::int64_t> seed;  ///< Of the noise; nothing where latents were given.
+  PreparedRun prepared;
   std::int64_t stream = 0;
   bool wants_latents = false, wants_frames = false, wants_preview = false;
 };
 
-/// Makes the run that a request asks for: encodes token ids, draws noise, checks sizes.
+/// Makes the run that a request asks for, as `prepare_run` does.
 /// @param tensors The request's inputs by name, without a batch axis; they must outlive the job.
 /// @param outputs What the client asked for.
 Result<Job> make_job(Model& model, const ServedOptions& served, const RequestOptions& options,

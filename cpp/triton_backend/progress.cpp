@@ -26,7 +26,7 @@ std::string StepProgress::take(const SampleEvent& event, double elapsed) {
       .dump();
 }
 
-std::string summary_json(const RunStatistics& run, std::optional<std::int64_t> seed,
+std::string summary_json(const RunStatistics& run, std::optional<std::uint64_t> seed,
                          double seconds) {
   nlohmann::json summary = nlohmann::json::parse(run.json());
   summary["event"] = "done";

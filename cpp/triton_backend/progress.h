@@ -31,7 +31,7 @@ class StepProgress {
 };
 
 /// Spells the summary of a run that ended.
-std::string summary_json(const RunStatistics& run, std::optional<std::int64_t> seed,
+std::string summary_json(const RunStatistics& run, std::optional<std::uint64_t> seed,
                          double seconds);
 
 }  // namespace freewheel::triton

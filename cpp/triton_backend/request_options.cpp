@@ -1,65 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "request_options.h"
 
-#include <cmath>
-#include <map>
-#include <variant>
+#include <algorithm>
 
 #include "try.h"
 
 namespace freewheel::triton {
 namespace {
 
-constexpr std::int64_t kMost = std::int64_t{1} << 31;
+constexpr char kStream[] = "stream", kPreview[] = "preview", kOutputs[] = "outputs";
+constexpr char kPolicyPrefix[] = "policy.";
 
-struct Whole {
-  std::optional<std::int64_t>* target;
-  std::int64_t minimum, maximum;
-};
-using Field = std::variant<std::string*, std::optional<double>*, Whole, bool*>;
-
-Status wrong(const std::string& name, const Value& value, const std::string& expected) {
-  return Status(Code::kRequest, "parameter '" + name + "'", "is " + value_text(value),
-                "give " + expected);
+Status wrong(const std::string& name, const Value& value, const char* expected) {
+  return Status(Code::kRequest, name, "is " + value_text(value), std::string("give ") + expected);
 }
 
-/// Text may spell a number, a truth value or a list.
-Result<Value> spelled(const Value& value) {
-  const auto* text = std::get_if<std::string>(&value);
-  return text == nullptr ? Result<Value>(value) : value_from_text(*text);
+bool starts_with(const std::string& text, const std::string& start) {
+  return text.rfind(start, 0) == 0;
 }
 
-Status assign(const std::string& name, const Value& given, const Field& field) {
-  if (auto* const* target = std::get_if<std::string*>(&field)) {
-    const auto* text = std::get_if<std::string>(&given);
-    if (text == nullptr) return wrong(name, given, "a name");
-    **target = *text;
-    return {};
-  }
-  FREEWHEEL_ASSIGN(const Value value, spelled(given));
-  if (auto* const* target = std::get_if<bool*>(&field)) {
-    const bool* flag = std::get_if<bool>(&value);
-    if (flag == nullptr) return wrong(name, value, "true or false");
-    **target = *flag;
-    return {};
-  }
-  const auto* whole = std::get_if<std::int64_t>(&value);
-  if (const Whole* limits = std::get_if<Whole>(&field)) {
-    if (whole == nullptr || *whole < limits->minimum || *whole > limits->maximum) {
-      return wrong(name, value,
-                   "a whole number from " + std::to_string(limits->minimum) + " to " +
-                       std::to_string(limits->maximum));
-    }
-    *limits->target = *whole;
-    return {};
-  }
-  const double* number = std::get_if<double>(&value);
-  if ((whole == nullptr && number == nullptr) || (number != nullptr && !std::isfinite(*number))) {
-    return wrong(name, value, "a finite number");
-  }
-  **std::get_if<std::optional<double>*>(&field) =
-      whole != nullptr ? static_cast<double>(*whole) : *number;
-  return {};
+/// Parameters of Triton's own protocol, which say nothing to a model.
+bool is_protocol(const std::string& name) {
+  return starts_with(name, "triton_") || name == "binary_data_output" || name == "priority" ||
+         name == "timeout";
 }
 
 std::set<std::string> listed(const std::string& text) {
@@ -73,61 +36,48 @@ std::set<std::string> listed(const std::string& text) {
   return found;
 }
 
-/// Where each name goes. `stream` and `outputs` are turned into their types afterwards.
-std::map<std::string, Field> fields_of(RequestOptions& options, std::optional<std::int64_t>& stream,
-                                       std::string& outputs) {
-  return {{"policy", &options.policy},
-          {"sampler", &options.sampler},
-          {"steps", Whole{&options.steps, 1, kMost}},
-          {"seed", Whole{&options.seed, 0, INT64_MAX}},
-          {"height", Whole{&options.height, 1, kMost}},
-          {"width", Whole{&options.width, 1, kMost}},
-          {"frames", Whole{&options.frames, 1, kMost}},
-          {"guidance_scale", &options.guidance_scale},
-          {"flow_shift", &options.flow_shift},
-          {"stream", Whole{&stream, 0, kMost}},
-          {"preview", &options.preview},
-          {"outputs", &outputs}};
-}
-
-/// Parameters of Triton's own protocol, which say nothing to a model.
-bool is_protocol(const std::string& name) {
-  return name.rfind("triton_", 0) == 0 || name == "binary_data_output" || name == "priority" ||
-         name == "timeout";
+Status take(const std::string& name, const Value& value, RequestOptions& options) {
+  if (name == kOutputs) {
+    const auto* text = std::get_if<std::string>(&value);
+    if (text == nullptr) return wrong(name, value, "names with commas between them");
+    options.outputs = listed(*text);
+    return {};
+  }
+  if (name == kStream || name == kPreview) {
+    FREEWHEEL_ASSIGN(const Value meant, spelled(value));
+    const auto* every = std::get_if<std::int64_t>(&meant);
+    const auto* flag = std::get_if<bool>(&meant);
+    if (name == kPreview) {
+      if (flag == nullptr) return wrong(name, meant, "true or false");
+      options.preview = *flag;
+      return {};
+    }
+    if (every == nullptr || *every < 0) return wrong(name, meant, "a whole number from 0 on");
+    options.stream = *every;
+    return {};
+  }
+  Request& request = options.request;
+  const auto& names = Request::names();
+  if (std::find(names.begin(), names.end(), name) != names.end()) return request.set(name, value);
+  const bool has_prefix = starts_with(name, kPolicyPrefix);
+  request.overrides.emplace_back(has_prefix ? name.substr(sizeof kPolicyPrefix - 1) : name, value);
+  return {};
 }
 
 }  // namespace
 
 Result<RequestOptions> RequestOptions::read(const Parameters& parameters) {
   RequestOptions options;
-  std::optional<std::int64_t> stream;
-  std::string outputs;
-  const std::map<std::string, Field> fields = fields_of(options, stream, outputs);
+  options.request.also_known = Request::names();
+  for (const char* own : {kStream, kPreview, kOutputs}) options.request.also_known.push_back(own);
   for (const auto& [name, value] : parameters) {
-    if (is_protocol(name)) continue;
-    if (const auto field = fields.find(name); field != fields.end()) {
-      FREEWHEEL_TRY(assign(name, value, field->second));
-      continue;
-    }
-    FREEWHEEL_ASSIGN(Value override_value, spelled(value));
-    options.overrides.emplace_back(name, std::move(override_value));
+    if (!is_protocol(name)) FREEWHEEL_TRY(take(name, value, options));
   }
-  options.stream = stream.value_or(0);
-  options.outputs = listed(outputs);
   if (options.preview && options.stream == 0) {
-    return Status(Code::kRequest, "parameter 'preview'", "is true, but nothing is streamed",
+    return Status(Code::kRequest, kPreview, "is true, but nothing is streamed",
                   "give stream=1 as well");
   }
   return options;
-}
-
-std::vector<std::string> RequestOptions::names() {
-  RequestOptions options;
-  std::optional<std::int64_t> stream;
-  std::string outputs;
-  std::vector<std::string> found;
-  for (const auto& [name, field] : fields_of(options, stream, outputs)) found.push_back(name);
-  return found;
 }
 
 }  // namespace freewheel::triton

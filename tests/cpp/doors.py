@@ -66,23 +66,26 @@ class Doors:
 
     def in_c(self, cache: str | None, overrides: Mapping[str, str]) -> tuple[Array, Array]:
         """Return noise and latents of the program around the C ABI."""
-        states = self.states["cond"]
-        self._run(
-            "tests/c_run", self.bundle.folder, torch.get_num_threads(), self.folder / "cond.f32",
-            self.folder / "uncond.f32", *states.shape, self.folder / "noise.f32", self.folder / "out.f32",
-            cache or "", *(f"{n}={v}" for n, v in overrides.items()),
-        )  # fmt: skip
+        done = self._in_c(cache, overrides)
+        assert done.returncode == 0, done.stderr
         noise, out = (np.fromfile(self.folder / f"{n}.f32", np.float32) for n in ("noise", "out"))
         return noise, out
 
+    def refused_in_c(self, cache: str | None, overrides: Mapping[str, str]) -> str:
+        """Return what the C ABI says of a request that it must refuse."""
+        done = self._in_c(cache, overrides)
+        assert done.returncode == 1, done.stdout
+        return done.stderr.strip()
+
     def in_shell(self, cache: str | None, overrides: Mapping[str, str]) -> Array:
         """Return the latents of freewheel-run."""
-        self._run(
+        done = self._run(
             "freewheel-run", self.bundle.folder, "--embeddings", self.folder / "cond.npy",
             "--negative", self.folder / "uncond.npy", "--out", self.folder / "out.npy",
             "--threads", torch.get_num_threads(), "--quiet", *(("--cache", cache) if cache else ()),
             *(part for n, v in overrides.items() for part in ("--set", f"{n}={v}")),
         )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
         return np.load(self.folder / "out.npy")
 
     def in_python(
@@ -104,7 +107,16 @@ class Doors:
         )  # fmt: skip
         return loop.in_python(entry.cache)
 
-    def _run(self, program: str, *arguments: object) -> None:
+    def _in_c(
+        self, cache: str | None, overrides: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        states = self.states["cond"]
+        return self._run(
+            "tests/c_run", self.bundle.folder, torch.get_num_threads(), self.folder / "cond.f32",
+            self.folder / "uncond.f32", *states.shape, self.folder / "noise.f32", self.folder / "out.f32",
+            cache or "", *(f"{n}={v}" for n, v in overrides.items()),
+        )  # fmt: skip
+
+    def _run(self, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(self.build / program), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        return subprocess.run(command, capture_output=True, text=True, check=False)

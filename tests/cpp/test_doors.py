@@ -56,17 +56,18 @@ def refused(
     return error
 
 
+NOISE = "(start noise)"
 BAD = {
     "no number of steps": (["--steps", 0], "has no table for 0 steps"),
     "guidance that is no number": (["--guidance", "nan"], "guidance_scale: is not finite"),
     "infinite guidance": (["--guidance", "inf"], "guidance_scale: is not finite"),
     "shift that is no number": (["--shift", "nan"], "flow shift"),
-    "negative seed": (["--seed", -1], "--seed: is -1"),
+    "negative seed": (["--seed", -1], "seed: is -1; give a whole number from 0"),
     "height of no patch": (["--height", 40], "height: is 40, expected a multiple of 16 pixels"),
     "frames between two": (["--frames", 6], "frames: are 6, expected 1 more than a multiple of 4"),
     "absurd width": (["--width", 1 << 40], "width: is 1099511627776"),
-    "a seed beside latents": (["--latents", "x.npy", "--seed", 3], "comes with a seed; give one"),
-    "a size beside latents": (["--latents", "x.npy", "--frames", 5], "comes with a size"),
+    "a seed beside latents": (["--latents", NOISE, "--seed", 3], "comes with a seed; give one"),
+    "a size beside latents": (["--latents", NOISE, "--frames", 5], "comes with a size"),
     "a scale of no second expert": (["--guidance-2", 3], "the bundle has one expert"),
     "old spelling": (["--set", "guard.first_exact=2"], "did you mean 'first_exact'"),
     "several overrides": (["--set", "a=1", "--set", "first_exact=-1"], "2 faults"),
@@ -78,29 +79,52 @@ def test_a_bad_value_is_refused_before_the_first_step(
     doors: Doors, tmp_path: Path, case: str
 ) -> None:
     arguments, said = BAD[case]
+    np.save(doors.folder / "noise.npy", np.zeros((1, 4, 2, 4, 6), np.float32))
+    given = [doors.folder / "noise.npy" if a == NOISE else a for a in arguments]
     error = refused(
         doors.build, doors.bundle.folder, tmp_path / "x.npy", "--embeddings", doors.folder / "cond.npy",
-        "--negative", doors.folder / "uncond.npy", *arguments,
+        "--negative", doors.folder / "uncond.npy", *given,
     )  # fmt: skip
     assert said in f"{error['message']}; {error['hint']}"
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_of_a_far_greater_size_asks_for_force(
-    doors: Doors, linked_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def large(doors: Doors, linked_bundle: Callable[..., Path]) -> Doors:
+    """The bundle with a config `large`, of 20 times its size."""
+
     def with_a_large_config(manifest: dict[str, Any]) -> None:
         large = json.loads(json.dumps(manifest["configs"][manifest["default_config"]]))
         large["generation"]["height"] *= 20
         manifest["configs"]["large"] = large
 
-    bundle = linked_bundle(doors.bundle, with_a_large_config)
-    arguments = ["--embeddings", doors.folder / "cond.npy", "--negative", doors.folder / "uncond.npy",
-                 "--cache", "large"]  # fmt: skip
-    error = refused(doors.build, bundle, tmp_path / "x.npy", *arguments)
-    assert "was made for" in error["message"]
-    assert "20 times its latents" in error["message"]
-    assert "--force" in error["hint"]
+    bundle = Bundle(linked_bundle(doors.bundle, with_a_large_config))
+    folder = bundle.folder.parent / "doors"
+    folder.mkdir()
+    return Doors(bundle, doors.build, folder)
+
+
+REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
+    "a config of a far greater size": ("large", {}, "20 times its latents"),
+    "no policy of the bundle": ("tecache", {}, "did you mean 'teacache'"),
+    "a value out of range": ("teacache", {"threshold": "-1"}, "threshold"),
+    "several overrides": ("teacache", {"thresold": "1", "first_exact": "-1"}, "2 faults"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_says_the_same_in_the_shell_and_in_c(
+    large: Doors, tmp_path: Path, case: str
+) -> None:
+    cache, overrides, said = REFUSED[case]
+    error = refused(
+        large.build, large.bundle.folder, tmp_path / "x.npy", "--embeddings", large.folder / "cond.npy",
+        "--negative", large.folder / "uncond.npy", "--cache", cache,
+        *(part for n, v in overrides.items() for part in ("--set", f"{n}={v}")),
+    )  # fmt: skip
+    assert said in error["message"]
+    assert large.refused_in_c(cache, overrides) == error["message"]
+    assert ("'force'" in error["hint"]) == (cache == "large")
 
 
 def test_a_family_s_own_scale_and_order_make_the_latents(

@@ -149,7 +149,7 @@ class RunOptions(ctypes.Structure):
         ("parameters", c_void_p), ("parameter_count", c_int32), ("has_seed", c_int32),
         ("seed", c_uint64), ("progress", OnStep), ("user", c_void_p),
         ("condition", POINTER(c_float)), ("condition_channels", c_int64),
-        ("guidance_scale_2", c_double), ("has_config_seed", c_int32),
+        ("guidance_scale_2", c_double), ("has_config_seed", c_int32), ("force", c_int32),
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 /// The ends of a pipeline, where a bundle carries them: token ids → text states, latents → frames.
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "freewheel/model.h"
@@ -15,6 +16,12 @@ bool can_encode(const Manifest& manifest) noexcept;
 
 /// Whether the bundle was built with its VAE decoder.
 bool can_decode(const Manifest& manifest) noexcept;
+
+/// The per-prompt input that token ids become.
+std::string text_input(const Manifest& manifest);
+
+/// Whether a per-prompt input is text, which branches do not share.
+bool is_text(const std::string& input) noexcept;
 
 /// Checks a prompt before anything is computed: its length, and that the encoder knows every id.
 Status check_token_ids(const Manifest& manifest, const std::vector<std::int64_t>& ids,

@@ -144,6 +144,8 @@ typedef struct freewheel_run_options {
    * `guidance_scale`. */
   double guidance_scale_2;
   int32_t has_config_seed; /* not 0: as `has_seed`, with the config's seed */
+  /* Not 0: a config may be run at a size that is 20 times the bundle's own or more. */
+  int32_t force;
 } freewheel_run_options;
 
 /* Runs the whole denoise loop. The latents are left as they were where it fails. */

@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -24,6 +25,9 @@ std::string value_text(const Value& value);
 
 /// Reads a value from JSON text: "0.2", "true", "[1, 2]", "\"newton\""; bare words are strings.
 Result<Value> value_from_text(const std::string& text);
+
+/// What a value that may be text spells: text is read by `value_from_text`.
+Result<Value> spelled(const Value& value);
 
 /// One small tensor that a policy carries from step to step.
 struct StateSpec {
@@ -105,13 +109,18 @@ struct CacheSetting {
   }
 };
 
+/// Replacements in a setting: one of `override_names`, and its value; text may spell a number or a
+/// list, as `value_from_text` reads it.
+using Overrides = std::vector<std::pair<std::string, Value>>;
+
 /// What an override may name: the policy's parameters, the guard's limits, `exact_steps`, `signal`.
 std::vector<std::string> override_names(const PolicySpec& spec, const Guard& guard);
 
 /// Replaces one of `override_names`, in every branch. The value is checked by its declaration.
 /// @param spec Of the setting's policy.
+/// @param also_known Names that stand beside overrides where this one was read, for the hint.
 Status apply_override(const std::string& key, const Value& value, const PolicySpec& spec,
-                      CacheSetting& setting);
+                      CacheSetting& setting, const std::vector<std::string>& also_known = {});
 
 /// Says which names are known and which one `name` most resembles, for a message's hint.
 std::string nearest(const std::string& name, std::vector<std::string> known);

@@ -4,7 +4,6 @@
 /// What a request names: a config or policy of the bundle, and overrides of it.
 
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "freewheel/manifest.h"
@@ -17,11 +16,10 @@ Result<ConfigEntry> find_config(const Manifest& manifest, const std::string& nam
 /// Finds a policy that the bundle carries.
 Result<const PolicyEntry*> carried_policy(const Manifest& manifest, const std::string& name);
 
-/// Applies overrides given as text, such as {"threshold", "0.2"} or {"first_exact", "2"}; reports
-/// all that are wrong in one status.
-Status apply_overrides(const Manifest& manifest,
-                       const std::vector<std::pair<std::string, std::string>>& overrides,
-                       CacheSetting& setting);
+/// Applies overrides; reports all that are wrong in one status.
+/// @param also_known As for `apply_override`.
+Status apply_overrides(const Manifest& manifest, const Overrides& overrides,
+                       const std::vector<std::string>& also_known, CacheSetting& setting);
 
 /// JSON of what a bundle offers: policies with their parameters, configs, inputs, samplers.
 std::string describe(const Manifest& manifest, const std::string& backend);

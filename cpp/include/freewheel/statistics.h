@@ -49,6 +49,7 @@ struct RunStatistics {
   std::int64_t depth = 0;
   std::vector<BranchStatistics> branches;
   std::array<double, kSegments> seconds{};
+  std::vector<std::string> warnings;  ///< Of the request; `json` adds those of the run.
 
   /// Steps that ran / computed steps over all branches, as if all but the body were free.
   double ideal_speedup() const noexcept;

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// A cache setting against a bundle: which signal the policy gets, whether it folds, how many
+/// residuals it mixes.
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "freewheel/manifest.h"
+
+namespace freewheel {
+
+/// A cache setting checked against the bundle. Points into the bundle's manifest.
+struct ResolvedSetting {
+  CacheSetting setting;
+  const PolicyEntry* policy = nullptr;
+  std::map<std::string, std::vector<double>> parameters;
+  const SignalEntry* signal = nullptr;
+
+  /// Resolves a setting for branches that have no overrides of their own.
+  static Result<ResolvedSetting> create(const Manifest& manifest, const CacheSetting& setting);
+
+  /// As `create`, and checks what the setting becomes in every branch.
+  static Result<ResolvedSetting> for_all_branches(const Manifest& manifest,
+                                                  const CacheSetting& setting);
+
+  /// Whether decisions depend on timesteps alone, and so can be taken ahead of the loop.
+  bool is_folded() const noexcept {
+    return !policy->spec.wants_feature && !policy->spec.keeps_gram &&
+           (signal == nullptr || signal->is_known_per_run);
+  }
+
+  /// Residuals that the policy mixes.
+  std::int64_t depth() const;
+};
+
+}  // namespace freewheel
