@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "freewheel/bundle.h"
+#include "freewheel/dims.h"
 #include "freewheel/files.h"
 #include "freewheel/manifest.h"
 #include "freewheel/settings.h"

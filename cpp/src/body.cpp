@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "freewheel/dims.h"
 #include "try.h"
 
 namespace freewheel {

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "body.h"
+#include "freewheel/dims.h"
 #include "try.h"
 
 namespace freewheel {

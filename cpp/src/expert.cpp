@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "freewheel/dims.h"
 #include "timed.h"
 #include "try.h"
 

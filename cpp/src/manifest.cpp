@@ -6,7 +6,8 @@
 #include <limits>
 #include <set>
 
-#include "json_value.h"
+#include "field_reader.h"
+#include "policy_reader.h"
 #include "try.h"
 
 namespace freewheel {
@@ -14,172 +15,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::int64_t kMaxSize = std::int64_t{1} << 48;
-constexpr std::size_t kMaxEntries = 1'000'000;
-constexpr std::int64_t kMaxBlocks = 4096;
-constexpr std::size_t kMaxExperts = 16;
-constexpr std::int64_t kMaxHistory = 64;
-constexpr std::int64_t kMaxSmallElements = 65536;
-constexpr std::int64_t kMaxLatentScale = 1024;
-constexpr std::int64_t kMaxVideoSide = 1 << 15;
-constexpr std::int64_t kMaxSeed = std::numeric_limits<std::int64_t>::max();
-constexpr std::size_t kMaxFaultsShown = 10;
-
-/// Reads fields of JSON objects and gathers what is wrong with them, by path.
-class Reader {
- public:
-  void fault(const std::string& path, const std::string& what) {
-    ++count_;
-    if (faults_.size() < kMaxFaultsShown) faults_.push_back("'" + path + "' " + what);
-  }
-
-  /// The member `key`, or null where it is missing (a fault unless optional).
-  const json& member(const json& object, const std::string& path, const char* key,
-                     bool optional = false) {
-    static const json nothing;
-    const auto found = object.is_object() ? object.find(key) : object.end();
-    if (object.is_object() && found != object.end()) return *found;
-    if (!optional) fault(join(path, key), "is missing");
-    return nothing;
-  }
-
-  const json& object(const json& parent, const std::string& path, const char* key,
-                     bool optional = false) {
-    return typed(member(parent, path, key, optional), join(path, key), json::value_t::object,
-                 "an object", optional);
-  }
-
-  const json& array(const json& parent, const std::string& path, const char* key,
-                    bool optional = false) {
-    return typed(member(parent, path, key, optional), join(path, key), json::value_t::array,
-                 "a list", optional);
-  }
-
-  std::string text(const json& parent, const std::string& path, const char* key,
-                   const char* fallback = nullptr) {
-    const json& found = member(parent, path, key, fallback != nullptr);
-    if (found.is_null() && fallback != nullptr) return fallback;
-    if (found.is_string()) return found.get<std::string>();
-    if (!found.is_null()) fault(join(path, key), "should be a string");
-    return {};
-  }
-
-  std::optional<std::string> optional_text(const json& parent, const std::string& path,
-                                           const char* key) {
-    const json& found = member(parent, path, key, true);
-    if (found.is_null()) return std::nullopt;
-    if (found.is_string()) return found.get<std::string>();
-    fault(join(path, key), "should be a string or null");
-    return std::nullopt;
-  }
-
-  std::int64_t integer(const json& value, const std::string& path, std::int64_t low,
-                       std::int64_t high) {
-    if (value.is_number_integer()) {
-      const bool huge = value.is_number_unsigned() &&
-                        value.get<std::uint64_t>() > static_cast<std::uint64_t>(kMaxSeed);
-      const auto found = huge ? kMaxSeed : value.get<std::int64_t>();
-      if (!huge && found >= low && found <= high) return found;
-      fault(path, "is " + value.dump() + ", outside [" + std::to_string(low) + ", " +
-                      std::to_string(high) + "]");
-    } else if (!value.is_null()) {
-      fault(path, "should be an integer");
-    }
-    return low;
-  }
-
-  std::int64_t integer(const json& parent, const std::string& path, const char* key,
-                       std::int64_t low, std::int64_t high,
-                       std::optional<std::int64_t> fallback = std::nullopt) {
-    const json& found = member(parent, path, key, fallback.has_value());
-    if (found.is_null() && fallback) return *fallback;
-    return integer(found, join(path, key), low, high);
-  }
-
-  std::optional<double> optional_number(const json& parent, const std::string& path,
-                                        const char* key) {
-    const json& found = member(parent, path, key, true);
-    if (found.is_null()) return std::nullopt;
-    if (found.is_number()) return found.get<double>();
-    fault(join(path, key), "should be a number or null");
-    return std::nullopt;
-  }
-
-  double number(const json& parent, const std::string& path, const char* key) {
-    const json& found = member(parent, path, key);
-    if (found.is_number()) return found.get<double>();
-    if (!found.is_null()) fault(join(path, key), "should be a number");
-    return 1.0;
-  }
-
-  bool flag(const json& parent, const std::string& path, const char* key) {
-    const json& found = member(parent, path, key, true);
-    if (found.is_boolean()) return found.get<bool>();
-    if (!found.is_null()) fault(join(path, key), "should be true or false");
-    return false;
-  }
-
-  DType dtype(const json& parent, const std::string& path, const char* key,
-              const char* fallback = nullptr) {
-    const std::string name = text(parent, path, key, fallback);
-    const auto found = dtype_from_name(name);
-    if (!found && !name.empty()) fault(join(path, key), "is '" + name + "', no dtype");
-    return found.value_or(DType::kFloat32);
-  }
-
-  Shape shape(const json& list, const std::string& path, std::int64_t largest) {
-    Shape found;
-    if (!list.is_array()) return found;
-    if (list.size() > static_cast<std::size_t>(Shape::kMaxRank)) {
-      fault(path, "has rank " + std::to_string(list.size()) + ", at most 8 is read");
-      return found;
-    }
-    std::int64_t elements = 1;
-    for (const json& size : list) {
-      const std::int64_t read = integer(size, path, 0, kMaxSize);
-      if (read != 0 && elements > largest / read) {
-        fault(path, "has absurdly many elements");
-        return found;
-      }
-      elements *= read;
-      found.push_back(read);
-    }
-    return found;
-  }
-
-  bool is_sane_count(const json& container, const std::string& path) {
-    if (container.size() <= kMaxEntries) return true;
-    fault(path, "has " + std::to_string(container.size()) + " entries");
-    return false;
-  }
-
-  Status status(const std::string& where) const {
-    if (count_ == 0) return {};
-    std::string what = std::to_string(count_) + (count_ == 1 ? " fault: " : " faults: ");
-    for (std::size_t i = 0; i < faults_.size(); ++i) what += (i > 0 ? "; " : "") + faults_[i];
-    return Status(Code::kBundle, where, what, "build the bundle again");
-  }
-
-  static std::string join(const std::string& path, const std::string& key) {
-    return path.empty() ? key : path + "." + key;
-  }
-
- private:
-  const json& typed(const json& found, const std::string& path, json::value_t type,
-                    const char* kind, bool optional) {
-    static const json empty_object = json::object(), empty_array = json::array();
-    if (found.type() == type && is_sane_count(found, path)) return found;
-    if (found.type() != type && !(found.is_null() && optional) && !found.is_null()) {
-      fault(path, std::string("should be ") + kind);
-    }
-    return type == json::value_t::object ? empty_object : empty_array;
-  }
-
-  std::vector<std::string> faults_;
-  std::size_t count_ = 0;
-};
-
-void read_io(Reader& reader, const json& entry, const std::string& path, Io& io) {
+void read_io(FieldReader& reader, const json& entry, const std::string& path, Io& io) {
   io.dtype = reader.dtype(entry, path, "dtype");
   const json& shape = reader.array(entry, path, "shape");
   if (shape.size() > static_cast<std::size_t>(Shape::kMaxRank)) {
@@ -195,7 +31,7 @@ void read_io(Reader& reader, const json& entry, const std::string& path, Io& io)
   }
 }
 
-std::map<std::string, Io> read_ios(Reader& reader, const json& parent, const std::string& path,
+std::map<std::string, Io> read_ios(FieldReader& reader, const json& parent, const std::string& path,
                                    const char* key) {
   std::map<std::string, Io> found;
   for (const auto& [name, entry] : reader.object(parent, path, key).items()) {
@@ -204,7 +40,7 @@ std::map<std::string, Io> read_ios(Reader& reader, const json& parent, const std
   return found;
 }
 
-GraphEntry read_graph(Reader& reader, const json& entry, const std::string& path) {
+GraphEntry read_graph(FieldReader& reader, const json& entry, const std::string& path) {
   GraphEntry graph;
   graph.file = reader.text(entry, path, "file");
   graph.runs = reader.text(entry, path, "runs");
@@ -221,144 +57,7 @@ GraphEntry read_graph(Reader& reader, const json& entry, const std::string& path
   return graph;
 }
 
-ParameterSpec read_parameter(Reader& reader, const json& entry, const std::string& path) {
-  ParameterSpec spec;
-  spec.dtype = reader.dtype(entry, path, "dtype", "float32");
-  spec.shape =
-      reader.shape(reader.array(entry, path, "shape", true), path + ".shape", kMaxSmallElements);
-  spec.minimum = reader.optional_number(entry, path, "minimum");
-  spec.maximum = reader.optional_number(entry, path, "maximum");
-  const json& choices = reader.array(entry, path, "choices", true);
-  for (const json& choice : choices) {
-    if (choice.is_string()) {
-      spec.choices.push_back(choice.get<std::string>());
-    } else {
-      reader.fault(path + ".choices", "should be strings");
-    }
-  }
-  spec.pad_front = reader.text(entry, path, "pad", "edge") == "front";
-  spec.meaning = reader.text(entry, path, "meaning");
-  const json& given = reader.member(entry, path, "default");
-  if (const auto value = value_from_json(given)) {
-    spec.default_value = *value;
-  } else if (!given.is_null()) {
-    reader.fault(path + ".default", "is no parameter's value");
-  }
-  return spec;
-}
-
-PolicySpec read_policy_spec(Reader& reader, const json& entry, const std::string& path) {
-  PolicySpec spec;
-  spec.name = reader.text(entry, path, "name");
-  spec.summary = reader.text(entry, path, "summary", "");
-  spec.reference = reader.text(entry, path, "reference", "");
-  spec.distance = reader.optional_text(entry, path, "distance");
-  for (const json& signal : reader.array(entry, path, "signals", true)) {
-    if (signal.is_string()) spec.signals.push_back(signal.get<std::string>());
-  }
-  if (const auto feature = reader.optional_text(entry, path, "feature")) {
-    spec.wants_feature = true;
-    spec.wants_model_output = *feature == "model_output";
-    if (*feature != "attention_output" && !spec.wants_model_output) {
-      reader.fault(path + ".feature", "is '" + *feature + "', which this version can't tap");
-    }
-  }
-  for (const json& kept : reader.array(entry, path, "kept", true)) {
-    if (kept == "previous_signal") {
-      spec.keeps_previous_signal = true;
-    } else if (kept == "computed_signal") {
-      spec.keeps_computed_signal = true;
-    } else if (kept == "older_signal") {
-      spec.keeps_older_signal = true;
-    } else if (kept == "previous_feature") {
-      spec.keeps_previous_feature = true;
-    } else if (kept == "gram") {
-      spec.keeps_gram = true;
-    } else {
-      reader.fault(path + ".kept", "names " + kept.dump() + ", which this version can't keep");
-    }
-  }
-  spec.is_one_decision = reader.flag(entry, path, "one_decision");
-  const json& history = reader.object(entry, path, "history");
-  spec.history.maximum = reader.integer(history, path + ".history", "maximum", 1, kMaxHistory);
-  spec.history.depth =
-      reader.integer(history, path + ".history", "depth", 0, spec.history.maximum, 1);
-  spec.history.parameter = reader.optional_text(history, path + ".history", "parameter");
-  spec.history.offset =
-      reader.integer(history, path + ".history", "offset", -kMaxHistory, kMaxHistory, 0);
-  for (const auto& [name, state] : reader.object(entry, path, "state", true).items()) {
-    const std::string place = path + ".state." + name;
-    StateSpec& read = spec.state[name];
-    read.shape = reader.shape(reader.array(state, place, "shape", true), place + ".shape",
-                              kMaxSmallElements);
-    read.dtype = reader.dtype(state, place, "dtype", "float32");
-    read.initial = reader.optional_number(state, place, "initial").value_or(0.0);
-  }
-  for (const auto& [name, parameter] : reader.object(entry, path, "parameters", true).items()) {
-    spec.parameters[name] = read_parameter(reader, parameter, path + ".parameters." + name);
-  }
-  if (spec.history.parameter && spec.parameters.count(*spec.history.parameter) == 0) {
-    reader.fault(path + ".history.parameter", "names no parameter");
-  }
-  if (spec.distance && spec.state.count(*spec.distance) == 0) {
-    reader.fault(path + ".distance", "names no state");
-  }
-  return spec;
-}
-
-/// Reads parameter name → value.
-std::map<std::string, Value> read_values(Reader& reader, const json& parent,
-                                         const std::string& path, const std::string& key) {
-  std::map<std::string, Value> found;
-  for (const auto& [name, given] : reader.object(parent, path, key.c_str(), true).items()) {
-    if (const auto value = value_from_json(given)) {
-      found[name] = *value;
-    } else {
-      reader.fault(path + "." + key + "." + name, "is no parameter's value");
-    }
-  }
-  return found;
-}
-
-CacheSetting read_setting(Reader& reader, const json& entry, const std::string& path) {
-  CacheSetting setting;
-  setting.policy = reader.text(entry, path, "policy", "off");
-  setting.signal = reader.optional_text(entry, path, "signal");
-  setting.parameters = read_values(reader, entry, path, "parameters");
-  for (const auto& [branch, given] : reader.object(entry, path, "branches", true).items()) {
-    setting.branches[branch] = read_values(reader, entry["branches"], path + ".branches", branch);
-  }
-  const json& guard = reader.object(entry, path, "guard", true);
-  const std::string place = path + ".guard";
-  for (const auto& [name, limit] : guard.items()) {
-    if (name == "exact_steps") continue;
-    setting.guard.limits[name] = reader.integer(guard, place, name.c_str(), 0, kMaxSize);
-  }
-  for (const json& step : reader.array(guard, place, "exact_steps", true)) {
-    setting.guard.exact_steps.push_back(reader.integer(step, place + ".exact_steps", 0, kMaxSize));
-  }
-  return setting;
-}
-
-ConfigEntry read_config(Reader& reader, const json& entry, const std::string& path) {
-  ConfigEntry config;
-  config.cache = read_setting(reader, reader.object(entry, path, "cache"), path + ".cache");
-  const json& generation = reader.object(entry, path, "generation");
-  const std::string place = path + ".generation";
-  GenerationDefaults& run = config.generation;
-  run.steps = reader.integer(generation, place, "steps", 1, kMaxSize);
-  run.height = reader.integer(generation, place, "height", 1, kMaxSize);
-  run.width = reader.integer(generation, place, "width", 1, kMaxSize);
-  run.frames = reader.integer(generation, place, "frames", 1, kMaxSize);
-  run.seed = reader.integer(generation, place, "seed", 0, kMaxSeed);
-  run.text_tokens = reader.integer(generation, place, "text_tokens", 1, kMaxSize);
-  run.guidance_scale = reader.number(generation, place, "guidance_scale");
-  run.flow_shift = reader.number(generation, place, "flow_shift");
-  if (!(run.flow_shift > 0.0)) reader.fault(place + ".flow_shift", "is not above 0");
-  return config;
-}
-
-void read_model(Reader& reader, const json& data, Manifest& manifest) {
+void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
   manifest.freewheel_version = reader.text(data, "", "freewheel_version");
   manifest.family = reader.text(data, "", "family");
   manifest.precision = reader.text(data, "", "precision");
@@ -458,7 +157,7 @@ void read_model(Reader& reader, const json& data, Manifest& manifest) {
   manifest.history_dtype = reader.dtype(data, "", "history_dtype");
 }
 
-void read_contents(Reader& reader, const json& data, Manifest& manifest) {
+void read_contents(FieldReader& reader, const json& data, Manifest& manifest) {
   for (const auto& [name, entry] : reader.object(data, "", "policies").items()) {
     const std::string path = "policies." + name;
     manifest.policies[name] = {
@@ -521,7 +220,7 @@ void read_contents(Reader& reader, const json& data, Manifest& manifest) {
 }
 
 /// Checks that names which one part of a manifest uses are there in another.
-void check_references(Reader& reader, const Manifest& manifest) {
+void check_references(FieldReader& reader, const Manifest& manifest) {
   const auto has_graph = [&](const std::string& name) { return manifest.graphs.count(name) != 0; };
   const auto wants_graph = [&](const std::string& path, const std::string& name) {
     if (!has_graph(name)) reader.fault(path, "names graph '" + name + "', which is not there");
@@ -593,7 +292,7 @@ std::string Io::text() const {
 
 Result<Manifest> Manifest::parse(const std::string& text, const std::string& where) {
   FREEWHEEL_ASSIGN(const json data, parse_json(text, where, "build the bundle again"));
-  Reader reader;
+  FieldReader reader;
   const json& version = reader.member(data, "", "schema_version");
   if (version.is_number_integer() && version.get<std::int64_t>() > kSchemaVersion) {
     return Status(Code::kBundle, where,
@@ -614,164 +313,6 @@ Result<Manifest> Manifest::parse(const std::string& text, const std::string& whe
   check_references(reader, manifest);
   FREEWHEEL_TRY(reader.status(where));
   return manifest;
-}
-
-Result<Dims> match_dims(const std::string& name, const Io& io, const Shape& shape) {
-  Dims sizes;
-  bool fits = shape.rank() == static_cast<int>(io.shape.size());
-  for (int axis = 0; fits && axis < shape.rank(); ++axis) {
-    const Io::Dim& dim = io.shape[static_cast<std::size_t>(axis)];
-    if (const std::string* key = std::get_if<std::string>(&dim)) {
-      fits = sizes.emplace(*key, shape[axis]).first->second == shape[axis];
-    } else {
-      fits = std::get<std::int64_t>(dim) == shape[axis];
-    }
-    fits = fits && shape[axis] > 0;
-  }
-  if (!fits) {
-    return Status(Code::kRequest, "input '" + name + "'",
-                  "has shape " + shape.text() + ", the bundle takes " + io.text(),
-                  "give latents and embeddings of the model that the bundle was built from");
-  }
-  return sizes;
-}
-
-Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
-  Dims dims = sizes;
-  for (const auto& [name, factors] : manifest.dims) {
-    std::int64_t product = 1;
-    bool is_known = true;
-    for (const auto& [dim, divisor] : factors) {
-      const auto found = dims.find(dim);
-      is_known = is_known && found != dims.end();  // else an input still to come tells it
-      if (!is_known) break;
-      if (found->second % divisor != 0) {
-        return Status(Code::kRequest, "dimension '" + dim + "'",
-                      "is " + std::to_string(found->second) + ", which " + std::to_string(divisor) +
-                          " does not divide",
-                      "choose a size that the model's patches divide");
-      }
-      const std::int64_t factor = found->second / divisor;
-      if (factor != 0 && product > kMaxSize / factor) {
-        return Status(Code::kRequest, "dimension '" + name + "'", "is absurdly large",
-                      "choose a smaller size");
-      }
-      product *= factor;
-    }
-    if (!is_known) continue;
-    if (const auto known = dims.emplace(name, product).first; known->second != product) {
-      return Status(Code::kRequest, "dimension '" + name + "'",
-                    "is " + std::to_string(known->second) + ", but what it derives from gives " +
-                        std::to_string(product),
-                    "give sizes that belong to the latents");
-    }
-  }
-  for (const auto& [name, terms] : manifest.sums) {
-    std::int64_t sum = 0;
-    bool is_known = !terms.empty();
-    for (const std::string& term : terms) {
-      const auto found = dims.find(term);
-      is_known = is_known && found != dims.end();
-      if (!is_known) break;
-      sum = std::min(sum + found->second, kMaxSize);
-    }
-    if (is_known) dims[name] = sum;
-  }
-  return dims;
-}
-
-Result<Shape> shape_of(const std::string& name, const Io& io, const Dims& dims) {
-  Shape shape;
-  std::int64_t elements = 1;
-  for (const Io::Dim& dim : io.shape) {
-    std::int64_t size = 0;
-    if (const std::string* key = std::get_if<std::string>(&dim)) {
-      const auto found = dims.find(*key);
-      if (found == dims.end()) {
-        return Status(Code::kBundle, "tensor '" + name + "'",
-                      "has a dimension '" + *key + "' whose size nothing tells",
-                      "build the bundle again");
-      }
-      size = found->second;
-    } else {
-      size = std::get<std::int64_t>(dim);
-    }
-    if (size != 0 && elements > kMaxSize / size) {
-      return Status(Code::kRequest, "tensor '" + name + "'", "is absurdly large",
-                    "choose a smaller size");
-    }
-    elements *= size;
-    shape.push_back(size);
-  }
-  return shape;
-}
-
-Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::int64_t height,
-                           std::int64_t width) {
-  const LatentScale& scale = manifest.latent_scale;
-  const std::string most = std::to_string(kMaxVideoSide);
-  if (frames < 1 || frames > kMaxVideoSide || (frames - 1) % scale.frames != 0) {
-    const std::int64_t within = std::clamp<std::int64_t>(frames, 1, kMaxVideoSide - scale.frames);
-    return Status(
-        Code::kRequest, "frames",
-        "are " + std::to_string(frames) + ", expected " +
-            (frames > kMaxVideoSide ? most + " at most"
-                                    : "1 more than a multiple of " + std::to_string(scale.frames)),
-        "ask for " + std::to_string(within / scale.frames * scale.frames + 1));
-  }
-  const std::pair<const char*, std::int64_t> sides[] = {{"height", height}, {"width", width}};
-  for (const auto& [name, pixels] : sides) {
-    std::int64_t multiple = scale.pixels;
-    for (const auto& [dim, factors] : manifest.dims) {
-      for (const auto& [factor, divisor] : factors) {
-        if (factor == name && divisor <= kMaxLatentScale) {
-          multiple = std::max(multiple, scale.pixels * divisor);
-        }
-      }
-    }
-    if (pixels < multiple || pixels > kMaxVideoSide || pixels % multiple != 0) {
-      const std::int64_t within = std::min(pixels, kMaxVideoSide) / multiple * multiple;
-      return Status(
-          Code::kRequest, name,
-          "is " + std::to_string(pixels) + ", expected " +
-              (pixels > kMaxVideoSide ? most + " pixels at most"
-                                      : "a multiple of " + std::to_string(multiple) + " pixels"),
-          "ask for " + std::to_string(std::max(within, multiple)));
-    }
-  }
-  FREEWHEEL_ASSIGN(const Dims dims,
-                   derive_dims(manifest, {{"batch", 1},
-                                          {"frames", (frames - 1) / scale.frames + 1},
-                                          {"height", height / scale.pixels},
-                                          {"width", width / scale.pixels}}));
-  return shape_of("latents", manifest.graphs.at("finish").outputs.at("model_output"), dims);
-}
-
-Result<std::string> check_geometry(const Manifest& manifest, const std::string& config,
-                                   const Shape& latents, bool force) {
-  const auto found = manifest.configs.find(config);
-  if (found == manifest.configs.end()) return std::string();
-  const GenerationDefaults& made = found->second.generation;
-  const GenerationDefaults& own = manifest.configs.at(manifest.default_config).generation;
-  if (made.width == own.width && made.height == own.height && made.frames == own.frames) {
-    return std::string();
-  }
-  const auto text = [](const GenerationDefaults& size) {
-    return std::to_string(size.width) + "x" + std::to_string(size.height) + ", " +
-           std::to_string(size.frames) + " frames";
-  };
-  FREEWHEEL_ASSIGN(const Shape usual, latent_shape(manifest, own.frames, own.height, own.width));
-  const std::int64_t times = latents.elements() / std::max<std::int64_t>(1, usual.elements());
-  const std::string what = "was made for " + text(made) + ", and the bundle's own size is " +
-                           text(own) + ": this run has " + std::to_string(times) +
-                           " times its latents";
-  if (times >= kFarBeyond && !force) {
-    return Status(Code::kRequest, "config '" + config + "'", what,
-                  "run at the bundle's size: height " + std::to_string(own.height) + ", width " +
-                      std::to_string(own.width) + ", frames " + std::to_string(own.frames) +
-                      "; or run it with 'force'");
-  }
-  return "config '" + config + "' " + what;
 }
 
 }  // namespace freewheel

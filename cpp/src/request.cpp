@@ -6,15 +6,15 @@
 #include <variant>
 
 #include "freewheel/codec.h"
+#include "freewheel/dims.h"
 #include "freewheel/sampler.h"
 #include "freewheel/settings.h"
+#include "limits.h"
 #include "resolved_setting.h"
 #include "try.h"
 
 namespace freewheel {
 namespace {
-
-constexpr std::uint64_t kMaxSeed = std::numeric_limits<std::int64_t>::max();
 
 using Field = std::variant<std::string*, std::optional<std::int64_t>*,
                            std::optional<std::uint64_t>*, std::optional<double>*, bool*>;
@@ -179,7 +179,7 @@ Status take_latents(const Manifest& manifest, const Request& request, PreparedRu
 }
 
 Status draw_latents(const Shape& shape, std::uint64_t seed, PreparedRun& prepared) {
-  if (seed > kMaxSeed) return wrong_seed(std::to_string(seed));
+  if (seed > static_cast<std::uint64_t>(kMaxSeed)) return wrong_seed(std::to_string(seed));
   FREEWHEEL_ASSIGN(Buffer latents, Buffer::create(host_memory(), DType::kFloat32, shape));
   gaussian_noise(seed, latents.view().as<float>(), shape.elements());
   prepared.run.latents = latents.view();

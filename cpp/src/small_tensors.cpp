@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "freewheel/dims.h"
 #include "try.h"
 
 namespace freewheel {
