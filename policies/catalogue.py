@@ -125,7 +125,7 @@ def _looks_at(spec: PolicySpec) -> str:
 
 def _folds(spec: PolicySpec) -> list[str] | bool:
     """Return with which signals all decisions are known before step 0; a bool if none matters."""
-    if spec.feature is not None or "gram" in spec.kept:
+    if spec.content is not None:
         return False
     if not spec.signals:
         return True

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError, nearest
 from . import policy
 from .guard import Guarded
 from .schedule import Schedule
@@ -103,7 +102,8 @@ class Law:
         schedule: Their timesteps and noise levels; None takes evenly falling ones.
 
     Raises:
-        ConfigError: a parameter is unknown, of the wrong type or out of range.
+        ConfigError: a parameter is unknown, of the wrong type or out of range, or the signal is none
+            that the policy takes.
     """
 
     def __init__(
@@ -116,12 +116,7 @@ class Law:
         schedule: Schedule | None = None,
     ) -> None:
         assert setting.policy == spec.name, f"setting is for '{setting.policy}', not '{spec.name}'"
-        if setting.signal is not None and setting.signal not in spec.signals:
-            raise ConfigError(
-                f"signal of policy '{spec.name}'",
-                f"'{setting.signal}' is not one it takes",
-                nearest(setting.signal, spec.signals) if spec.signals else "it takes no signal",
-            )
+        spec.signal_of(setting.signal, spec.signals)
         self.spec = spec
         self.step_count = step_count
         self._schedule = schedule or Schedule.even(step_count)

@@ -6,7 +6,7 @@ A runtime needs nothing but this and the policy's compiled graph to run the poli
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
@@ -229,6 +229,31 @@ class PolicySpec(_Spec):
     parameters: dict[str, ParameterSpec] = {}
     distance: str | None = None
     reference: str = ""
+
+    @property
+    def content(self) -> str | None:
+        """What the policy sees of a run beside its signal: its feature or ``gram``, else None.
+
+        A policy that sees none, and whose signal depends on timesteps alone, folds.
+        """
+        return self.feature or ("gram" if "gram" in self.kept else None)
+
+    def signal_of(self, wanted: str | None, given: Container[str]) -> str | None:
+        """Return the signal kind that the policy gets: the wanted one, else the first given one.
+
+        Args:
+            wanted: A setting's, or None.
+            given: Kinds that a model, a trace or a table gives.
+
+        Raises:
+            ConfigError: the wanted one is none that the policy takes.
+        """
+        if wanted is not None and wanted not in self.signals:
+            raise ConfigError(
+                f"signal '{wanted}'", f"can't be given to policy '{self.name}'",
+                nearest(wanted, self.signals) if self.signals else "leave it out: it takes no signal",
+            )  # fmt: skip
+        return wanted or next((s for s in self.signals if s in given), None)
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Value]:
         """Fill defaults in and check every parameter.

@@ -4,55 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..bundle.dims import shape_of
-from ..bundle.manifest import PolicyEntry, SignalEntry
 from ..engines.base import BoundCall
 from ..policies.schedule import Schedule
-from ..policies.setting import CacheSetting
-from ..policies.spec import Value
 from .body import Body, allocate
 from .decider import Decider, Verdict
 from .model import LoadedModel
+from .resolved_setting import ResolvedSetting
 from .ring import ResidualRing
 from .signals import ROLES, SignalBuffers
 
-__all__ = ["BranchCache", "ResolvedSetting"]
-
-
-@dataclass(frozen=True)
-class ResolvedSetting:
-    """A cache setting checked against the bundle.
-
-    Attributes:
-        setting: As asked for.
-        policy: The policy's entry in the manifest.
-        parameters: Every parameter, defaults filled in.
-        signal_name: Signal kind given to the policy, or None.
-        signal: The signal's entry, or None.
-    """
-
-    setting: CacheSetting
-    policy: PolicyEntry
-    parameters: Mapping[str, Value]
-    signal_name: str | None
-    signal: SignalEntry | None
-
-    @property
-    def is_folded(self) -> bool:
-        """Whether decisions depend on timesteps alone, and so can be taken ahead of the loop."""
-        if self.policy.spec.feature is not None or "gram" in self.policy.spec.kept:
-            return False
-        return self.signal is None or self.signal.known == "run"
-
-    @property
-    def depth(self) -> int:
-        """Residuals that the policy mixes."""
-        return self.policy.spec.history.kept(self.parameters)
+__all__ = ["BranchCache"]
 
 
 class BranchCache:

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from ..bundle.dims import derive_dims, match_dims
-from ..core.errors import ConfigError, NotFiniteError, RequestError, nearest
+from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
 from ..policies import form_of
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from .body import Body, allocate
-from .branch_cache import BranchCache, ResolvedSetting
+from .branch_cache import BranchCache
 from .decider import Verdict
 from .finite import is_finite
 from .model import LoadedModel
-from .settings import carried_policy
+from .resolved_setting import ResolvedSetting, resolve
 from .statistics import BranchStatistics, RunStatistics
 
 __all__ = ["OpenStep", "Recorder", "Session", "StepRecord"]
@@ -396,24 +396,7 @@ class Session:
         Raises:
             ConfigError: unknown policy, parameter or signal.
         """
-        policy = carried_policy(self.manifest, setting.policy)
-        known = [s for s in policy.spec.signals if s in self.manifest.signals]
-        name = setting.signal or next(iter(known or policy.spec.signals), None)
-        if name is not None and name not in known:
-            hint = nearest(name, known)
-            if not known:
-                hint = "use another policy; a probe of the first block needs --weights inputs"
-            raise ConfigError(
-                f"signal '{name}'",
-                f"can't be given to policy '{setting.policy}' on this model",
-                hint,
-            )
-        signal = self.manifest.signals[name] if name is not None else None
-        for branch in setting.branches.values():
-            policy.spec.resolve({**setting.parameters, **branch})
-        return ResolvedSetting(
-            setting, policy, policy.spec.resolve(setting.parameters), name, signal
-        )
+        return resolve(self.manifest, setting)
 
     def _allocate_rows(self) -> dict[str, Tensor]:
         """Allocate the current row of each per-run table, shaped as step graphs take it.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import ConfigError, RequestError, nearest
+from ..core.errors import RequestError
 from ..policies import form_of
 from ..policies import policy as find_policy
 from ..policies.law import DecisionRecord, Law, difference_gram
@@ -99,13 +99,7 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
         RequestError: the trace lacks what the policy looks at, or was recorded with reuse.
     """
     spec = find_policy(setting.policy).spec
-    signal = setting.signal or next(iter(spec.signals), None)
-    if signal is not None and signal not in spec.signals:
-        raise ConfigError(
-            f"signal '{signal}'",
-            f"can't be given to policy '{setting.policy}'",
-            nearest(signal, spec.signals),
-        )
+    signal = spec.signal_of(setting.signal, spec.signals)
     branches = {}
     leader = trace.branches[0]
     for branch in trace.branches:

@@ -182,7 +182,7 @@ def cache_bytes(
     hidden = hidden_spec(cut)
     slots = spec.history.kept(spec.resolve(setting.parameters))
     signals = signals_of(cut)
-    signal = setting.signal or next((s for s in spec.signals if s in signals), None)
+    signal = spec.signal_of(setting.signal, signals)
     signal_bytes = 0
     if signal is not None:
         value, known = signals[signal]

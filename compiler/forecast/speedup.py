@@ -72,8 +72,8 @@ def predict(
     spec = policy_class(setting.policy).spec
     steps = len(tables["timesteps"])
     signals = signals_of(cut)
-    signal = setting.signal or next((s for s in spec.signals if s in signals), None)
-    seen: str | None = spec.feature or next((k for k in spec.kept if k == "gram"), None)
+    signal = spec.signal_of(setting.signal, signals)
+    seen = spec.content
     if seen is None and signal is not None and signals[signal][1] != "run":
         seen = signal
     if seen is not None:

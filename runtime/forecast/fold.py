@@ -14,9 +14,10 @@ from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ..body import allocate
 from ..model import LoadedModel
+from ..resolved_setting import resolve
 from ..statistics import mean_count
 
-__all__ = ["Folded", "fold", "forecast", "is_folded"]
+__all__ = ["Folded", "fold", "forecast"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def fold(setting: CacheSetting, tables: Mapping[str, Array], schedule: Schedule)
         ConfigError: unknown policy, parameter or signal.
     """
     spec, steps = find_policy(setting.policy).spec, len(schedule)
-    signal = setting.signal or next((s for s in spec.signals if s in tables), None)
+    signal = spec.signal_of(setting.signal, tables)
     branches = {}
     for branch in sorted(setting.branches) or ["cond"]:
         law = Law.eager(setting.for_branch(branch), step_count=steps, schedule=schedule)
@@ -66,16 +67,6 @@ def fold(setting: CacheSetting, tables: Mapping[str, Array], schedule: Schedule)
             law.decide(None if s is None else s.reshape(-1, s.shape[-1])) for s in seen
         ]
     return Folded(branches)
-
-
-def is_folded(model: LoadedModel, setting: CacheSetting) -> bool:
-    """Tell whether a setting's decisions depend on timesteps alone."""
-    spec = find_policy(setting.policy).spec
-    signals = model.manifest.signals
-    signal = setting.signal or next((s for s in spec.signals if s in signals), None)
-    if spec.feature is not None or "gram" in spec.kept:
-        return False
-    return signal is None or signals[signal].known == "run"
 
 
 def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting) -> Folded | None:
@@ -92,7 +83,7 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
     Raises:
         ConfigError: unknown policy, parameter or signal.
     """
-    if not is_folded(model, setting):
+    if not resolve(model.manifest, setting).is_folded:
         return None
     wanted = timesteps.detach().to(model.device, torch.float32)
     known: dict[str, torch.Tensor] = {}

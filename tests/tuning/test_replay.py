@@ -13,8 +13,9 @@ from freewheel.core.errors import ConfigError, RequestError
 from freewheel.policies import policy_class
 from freewheel.policies.law import DecisionRecord, Law, difference_gram
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.forecast.fold import forecast, is_folded
+from freewheel.runtime.forecast.fold import forecast
 from freewheel.runtime.pipeline.generate import Generator
+from freewheel.runtime.resolved_setting import resolve
 from freewheel.tuning.replay import replay
 from freewheel.tuning.trace import Trace, TraceRecorder
 
@@ -100,7 +101,7 @@ def test_folded_decisions_are_known_before_the_run(
     model = generator.transformer.session.model
     request = request_of(setting)
     ahead = forecast(model, generator.timesteps(request), setting)
-    if not is_folded(model, setting):
+    if not resolve(model.manifest, setting).is_folded:
         assert ahead is None
         return
     assert ahead is not None

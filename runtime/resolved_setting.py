@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache setting against a bundle: its policy's signal and parameters, and whether it folds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..bundle.manifest import Manifest, PolicyEntry, SignalEntry
+from ..core.errors import ConfigError, nearest
+from ..policies.setting import CacheSetting
+from ..policies.spec import Value
+from .settings import carried_policy
+
+__all__ = ["ResolvedSetting", "resolve"]
+
+
+@dataclass(frozen=True)
+class ResolvedSetting:
+    """A cache setting checked against the bundle.
+
+    Attributes:
+        setting: As asked for.
+        policy: The policy's entry in the manifest.
+        parameters: Every parameter, defaults filled in.
+        signal_name: Signal kind given to the policy, or None.
+        signal: The signal's entry, or None.
+    """
+
+    setting: CacheSetting
+    policy: PolicyEntry
+    parameters: Mapping[str, Value]
+    signal_name: str | None
+    signal: SignalEntry | None
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether decisions depend on timesteps alone, and so can be taken ahead of the loop."""
+        if self.policy.spec.content is not None:
+            return False
+        return self.signal is None or self.signal.known == "run"
+
+    @property
+    def depth(self) -> int:
+        """Residuals that the policy mixes."""
+        return self.policy.spec.history.kept(self.parameters)
+
+
+def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
+    """Check a setting against a bundle and fill its defaults in.
+
+    Args:
+        manifest: The bundle's.
+        setting: As asked for; what it becomes in every branch is checked too.
+
+    Raises:
+        ConfigError: unknown policy or parameter, or a signal that the model does not give it.
+    """
+    policy = carried_policy(manifest, setting.policy)
+    spec = policy.spec
+    name = spec.signal_of(setting.signal, manifest.signals)
+    if name is None and spec.signals:
+        name = spec.signals[0]
+    if name is not None and name not in manifest.signals:
+        known = [s for s in spec.signals if s in manifest.signals]
+        hint = "use another policy; a probe of the first block needs --weights inputs"
+        raise ConfigError(
+            f"signal '{name}'", f"can't be given to policy '{setting.policy}' on this model",
+            nearest(name, known) if known else hint,
+        )  # fmt: skip
+    signal = manifest.signals[name] if name is not None else None
+    for branch in setting.branches.values():
+        spec.resolve({**setting.parameters, **branch})
+    return ResolvedSetting(setting, policy, spec.resolve(setting.parameters), name, signal)
