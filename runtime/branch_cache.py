@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..bundle.dims import shape_of
 from ..engines.base import BoundCall
+from ..policies.law import DecisionRecord
 from ..policies.schedule import Schedule
 from .body import Body, allocate
-from .decider import Decider, Verdict
+from .decider import Decider
 from .model import LoadedModel
 from .resolved_setting import ResolvedSetting
 from .ring import ResidualRing
@@ -94,7 +95,7 @@ class BranchCache:
             resolved.setting.guard,
             self._arrangements(),
         )
-        self._verdicts: list[Verdict] | None = None
+        self._folded: list[DecisionRecord] | None = None
 
     def _bind_gram(self, model: LoadedModel) -> None:
         """Prepare the inner products of all slots, where the policy keeps them."""
@@ -176,10 +177,10 @@ class BranchCache:
     def rejoin(self, step_index: int) -> None:
         """Forget what came before a gap: the branch computes at ``step_index`` and caches on."""
         self._forget()
-        self._first, self._verdicts = step_index, None
+        self._first, self._folded = step_index, None
         if self._resolved.is_folded:
             steps = range(step_index, len(self._schedule))
-            self._verdicts = [self._decide_and_assume(t) for t in steps]
+            self._folded = [self._decide_and_assume(t) for t in steps]
             self._forget()
 
     def _forget(self) -> None:
@@ -196,11 +197,11 @@ class BranchCache:
             self._signals.reset()
         self._decider.reset(self._schedule)
 
-    def _decide_and_assume(self, step_index: int) -> Verdict:
-        verdict = self._ask(step_index)
-        if verdict.compute:
+    def _decide_and_assume(self, step_index: int) -> DecisionRecord:
+        decision = self._ask(step_index)
+        if decision.compute:
             self._note_computed(step_index)
-        return verdict
+        return decision
 
     def _note_computed(self, step_index: int) -> None:
         self.computed_steps.insert(0, step_index)
@@ -213,26 +214,26 @@ class BranchCache:
         return self._resolved.depth
 
     @property
-    def folded(self) -> list[Verdict] | None:
+    def folded(self) -> list[DecisionRecord] | None:
         """Every decision from `reset` or `rejoin` on where they are known ahead, else None."""
-        return self._verdicts
+        return self._folded
 
-    def decide(self, step_index: int) -> Verdict:
+    def decide(self, step_index: int) -> DecisionRecord:
         """Decide about the coming step; ``hidden`` holds its input already."""
-        if self._verdicts is not None:
-            return self._verdicts[step_index - self._first]
+        if self._folded is not None:
+            return self._folded[step_index - self._first]
         return self._ask(step_index)
 
-    def affordable(self, verdict: Verdict) -> Verdict:
-        """Return a verdict that computes in place of one that mixes more residuals than are held.
+    def affordable(self, decision: DecisionRecord) -> DecisionRecord:
+        """Return a decision that computes in place of one that mixes more residuals than are held.
 
         A table of mixes, or another branch's decision, knows nothing of this branch's gaps.
         """
-        if verdict.compute or not any(verdict.mix[len(self.computed_steps) :]):
-            return verdict
-        return Verdict(True, (), verdict.distance)
+        if decision.compute or not any(decision.mix[len(self.computed_steps) :]):
+            return decision
+        return DecisionRecord(True, [], decision.distance)
 
-    def _ask(self, step_index: int) -> Verdict:
+    def _ask(self, step_index: int) -> DecisionRecord:
         stand: tuple[int, ...] = ()
         if self._signals is not None:
             self._signals.advance(step_index)
@@ -280,15 +281,15 @@ class BranchCache:
             kept = self._features[self._last_tap]
             kept.copy_(model_output[0].view(kept.shape))
 
-    def reuse(self, verdict: Verdict) -> None:
+    def reuse(self, decision: DecisionRecord) -> None:
         """Write hidden states as the mix of past residuals has them."""
         assert self.ring is not None, "the guard computes until a residual exists"
-        self.ring.set_mix(verdict.mix)
+        self.ring.set_mix(decision.mix)
         self._reuse.run()
 
-    def recorded(self, verdict: Verdict) -> tuple[Tensor, Tensor | None]:
+    def recorded(self, decision: DecisionRecord) -> tuple[Tensor, Tensor | None]:
         """Return the residual and, after a computation, the feature of the step just run."""
         assert self._record, "only a recording cache keeps them for every step"
         assert self._replay is not None, "bound when recording"
         self._replay.run()
-        return self._replayed, self._body.taps[self._last_tap] if verdict.compute else None
+        return self._replayed, self._body.taps[self._last_tap] if decision.compute else None

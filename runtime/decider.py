@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,27 +12,13 @@ from ..bundle.manifest import PolicyEntry
 from ..core.errors import BundleError
 from ..engines.base import BoundCall
 from ..policies.guard import decide_inputs
+from ..policies.law import DecisionRecord
 from ..policies.schedule import Schedule
 from ..policies.setting import GUARD_PARAMETERS, GuardSetting
 from ..policies.spec import GUARD_STATE, Value
 from .model import LoadedModel
 
-__all__ = ["Decider", "Verdict"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One decision, read back from the graph.
-
-    Attributes:
-        compute: True runs the body.
-        mix: Factor of each past residual, newest first.
-        distance: Accumulated distance after the decision, or None.
-    """
-
-    compute: bool
-    mix: tuple[float, ...]
-    distance: float | None
+__all__ = ["Decider"]
 
 
 class Decider:
@@ -100,7 +85,7 @@ class Decider:
 
     def decide(
         self, step_index: int, computed_steps: Sequence[int], arrangement: Hashable
-    ) -> Verdict:
+    ) -> DecisionRecord:
         """Decide about the coming step.
 
         Args:
@@ -119,12 +104,12 @@ class Decider:
         self._set_padded("computed_sigmas", [sigmas[s] for s in computed_steps], 0.0)
         self._calls[arrangement].run()
         compute = bool(values["compute"].item())
-        mix = () if compute else tuple(values["mix"].tolist())
+        mix = [] if compute else values["mix"].tolist()
         for name in self._initial:
             if f"new_{name}" in values and name in values:
                 values[name].copy_(values[f"new_{name}"])
         distance = self._spec.distance
-        return Verdict(
+        return DecisionRecord(
             compute, mix, None if distance is None else float(values[f"new_state.{distance}"])
         )
 

@@ -21,11 +21,11 @@ from ..bundle.dims import derive_dims, match_dims
 from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
 from ..policies import form_of
+from ..policies.law import DecisionRecord
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from .body import Body, allocate
 from .branch_cache import BranchCache
-from .decider import Verdict
 from .finite import is_finite
 from .model import LoadedModel
 from .resolved_setting import ResolvedSetting, resolve
@@ -137,7 +137,7 @@ class Session:
         self.statistics = RunStatistics("off", True, 0)
         self._resolved = self.resolve(CacheSetting())
         self._recorder: Recorder | None = None
-        self._shared_verdict: tuple[int, Verdict] | None = None
+        self._shared_decision: tuple[int, DecisionRecord] | None = None
         self._timesteps = torch.zeros(0)
         self._schedule = Schedule.of(())
         self._tables: dict[str, Tensor] = {}
@@ -190,7 +190,7 @@ class Session:
             for branch in self._branches.values():
                 branch.cache = None
         self._resolved, self._recorder, self._row = resolved, recorder, -1
-        self._shared_verdict = None
+        self._shared_decision = None
         self._last_step = -1
         self.statistics = RunStatistics(
             resolved.policy.spec.name, resolved.is_folded, len(timesteps),
@@ -309,32 +309,32 @@ class Session:
         with self._timed("head"):
             self._head.run()
         with self._timed("decide"):
-            verdict = self._decide(cache, step_index)
-        with self._timed("body" if verdict.compute else "reuse"):
-            if verdict.compute:
+            decision = self._decide(cache, step_index)
+        with self._timed("body" if decision.compute else "reuse"):
+            if decision.compute:
                 cache.compute(step_index)
             else:
-                cache.reuse(verdict)
+                cache.reuse(decision)
         with self._timed("finish"):
             state.finish.run()
             self.model.backend.synchronize()
         if self.model.options.check_finite:
             with self._timed("check"):
-                self._check_step(branch, step_index, computed=verdict.compute)
-        if verdict.compute:
+                self._check_step(branch, step_index, computed=decision.compute)
+        if decision.compute:
             cache.keep(step_index)
             cache.keep_output(state.model_output)
         self._has_failed = False
         state.last_step = self._last_step = step_index
         self.statistics.branches.setdefault(branch, BranchStatistics(self.steps)).add(
             step_index,
-            verdict.compute,
-            verdict.distance,
-            verdict.mix[: cache.depth],
+            decision.compute,
+            decision.distance,
+            decision.mix[: cache.depth],
             time.perf_counter() - began,
         )
         if self._recorder is not None:
-            self._record(branch, step_index, verdict.compute, cache.recorded(verdict))
+            self._record(branch, step_index, decision.compute, cache.recorded(decision))
         return state.model_output
 
     @_on_stream
@@ -355,13 +355,13 @@ class Session:
         self.model.backend.synchronize()
         return OpenStep(self._shared["hidden"], state.body, state.finish, state.model_output)
 
-    def _decide(self, cache: BranchCache, step_index: int) -> Verdict:
+    def _decide(self, cache: BranchCache, step_index: int) -> DecisionRecord:
         """Ask a branch's policy, or take what another branch decided about the step."""
         if not self._resolved.policy.spec.one_decision:
             return cache.decide(step_index)
-        if self._shared_verdict is None or self._shared_verdict[0] != step_index:
-            self._shared_verdict = step_index, cache.decide(step_index)
-        return cache.affordable(self._shared_verdict[1])
+        if self._shared_decision is None or self._shared_decision[0] != step_index:
+            self._shared_decision = step_index, cache.decide(step_index)
+        return cache.affordable(self._shared_decision[1])
 
     def _check_input(self, place: str, name: str, tensor: Tensor, hint: str) -> None:
         if self.model.options.check_finite and tensor.is_floating_point() and not is_finite(tensor):

@@ -108,24 +108,20 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
                 f"trace, branch '{branch}'", "was recorded with steps reused, so what was not computed "
                 "is not known", "record with --cache off",
             )  # fmt: skip
-        decided = _decide(
+        taken = _decide(
             trace, leader if spec.one_decision else branch,
             law(setting.for_branch(branch), trace.schedule), signal,
         )  # fmt: skip
-        branches[branch] = _replay_branch(trace, branch, decided)
+        branches[branch] = _replay_branch(trace, branch, taken)
     form = form_of(setting.policy, spec.resolve(setting.parameters))
     return Replay(setting.policy, trace.steps, branches, form)
 
 
-@dataclass(frozen=True)
-class _Decided:
-    """One decision, and the steps whose residuals were held when it was taken."""
-
-    record: DecisionRecord
-    held: list[int]
+Taken = list[tuple[DecisionRecord, list[int]]]
+"""Decisions, each with the steps whose residuals were held when it was taken."""
 
 
-def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> list[_Decided]:
+def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> Taken:
     """Take every decision from what ``branch`` saw."""
     signals = trace.get(branch, signal) if signal is not None else None
     features = None
@@ -135,7 +131,7 @@ def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> list[_De
     elif law.spec.feature is not None:
         features = trace.get(branch, law.spec.feature)
     residuals = trace.get(branch, "residual") if "gram" in law.spec.kept else None
-    decided = []
+    taken: Taken = []
     for step in range(trace.steps):
         held = list(law.computed_steps)
         seen = None if signals is None else signals[step].reshape(-1, signals.shape[-1])
@@ -145,15 +141,15 @@ def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> list[_De
         gram = None
         if residuals is not None:
             gram = difference_gram([residuals[s] for s in held], law.spec.history.maximum)
-        decided.append(_Decided(law.decide(seen, feature, gram), held))
-    return decided
+        taken.append((law.decide(seen, feature, gram), held))
+    return taken
 
 
-def _replay_branch(trace: Trace, branch: str, decided: list[_Decided]) -> BranchReplay:
+def _replay_branch(trace: Trace, branch: str, taken: Taken) -> BranchReplay:
     """Compare what the decisions reuse in ``branch`` with its own residuals."""
     residuals = trace.get(branch, "residual") if trace.has(branch, "residual") else None
     result = BranchReplay([], [], [], [])
-    for step, (decision, held) in enumerate((d.record, d.held) for d in decided):
+    for step, (decision, held) in enumerate(taken):
         mix = [] if decision.compute else decision.mix[: len(held)]
         result.computed.append(decision.compute)
         result.distance.append(decision.distance)

@@ -214,18 +214,18 @@ Status BranchCache::rejoin(std::int64_t first) {
   const Cancellation never;
   const auto size = static_cast<std::size_t>(decider_->mix_size());
   const auto steps = static_cast<std::size_t>(schedule_->steps() - first);
-  std::vector<Verdict> verdicts(steps);
+  std::vector<DecisionRecord> decisions(steps);
   folded_mix_.assign(steps * size, 0.0f);
   for (std::size_t step = 0; step < steps; ++step) {
     const std::int64_t index = first + static_cast<std::int64_t>(step);
-    FREEWHEEL_ASSIGN(verdicts[step], ask(index, never));
+    FREEWHEEL_ASSIGN(decisions[step], ask(index, never));
     float* kept = folded_mix_.data() + step * size;
-    std::copy(verdicts[step].mix, verdicts[step].mix + size, kept);
-    verdicts[step].mix = kept;
-    if (verdicts[step].compute) note_computed(index);
+    std::copy(decisions[step].mix, decisions[step].mix + size, kept);
+    decisions[step].mix = kept;
+    if (decisions[step].compute) note_computed(index);
   }
   FREEWHEEL_TRY(forget());
-  folded_ = std::move(verdicts);
+  folded_ = std::move(decisions);
   return {};
 }
 
@@ -243,14 +243,14 @@ Status BranchCache::forget() {
   return {};
 }
 
-Result<Verdict> BranchCache::decide(std::int64_t step_index,
-                                    const Cancellation& cancellation) noexcept {
+Result<DecisionRecord> BranchCache::decide(std::int64_t step_index,
+                                           const Cancellation& cancellation) noexcept {
   if (!folded_.empty()) return folded_[static_cast<std::size_t>(step_index - first_)];
   return ask(step_index, cancellation);
 }
 
-Result<Verdict> BranchCache::ask(std::int64_t step_index,
-                                 const Cancellation& cancellation) noexcept {
+Result<DecisionRecord> BranchCache::ask(std::int64_t step_index,
+                                        const Cancellation& cancellation) noexcept {
   std::size_t arrangement = 0;
   if (signal_ != nullptr) {
     FREEWHEEL_TRY(take_signal(step_index, cancellation));
@@ -258,19 +258,19 @@ Result<Verdict> BranchCache::ask(std::int64_t step_index,
   }
   if (!features_.empty()) arrangement += static_cast<std::size_t>(last_feature());
   FREEWHEEL_ASSIGN(
-      const Verdict verdict,
+      const DecisionRecord decision,
       decider_->decide(step_index, computed_steps_.data(),
                        static_cast<std::int64_t>(computed_steps_.size()), arrangement));
-  return affordable(verdict);
+  return affordable(decision);
 }
 
-Verdict BranchCache::affordable(Verdict verdict) const noexcept {
-  if (verdict.compute) return verdict;
+DecisionRecord BranchCache::affordable(DecisionRecord decision) const noexcept {
+  if (decision.compute) return decision;
   const auto size = static_cast<std::int64_t>(decider_->mix_size());
   for (auto age = static_cast<std::int64_t>(computed_steps_.size()); age < size; ++age) {
-    verdict.compute = verdict.compute || verdict.mix[age] != 0.0f;
+    decision.compute = decision.compute || decision.mix[age] != 0.0f;
   }
-  return verdict;
+  return decision;
 }
 
 /// Writes this step's signal where nothing that is kept stands.
@@ -323,12 +323,12 @@ Status BranchCache::keep_output(const Tensor& model_output) noexcept {
   return model_->memory().copy(kept.data, model_output.data, kept.bytes());
 }
 
-Status BranchCache::reuse(const Verdict& verdict) noexcept {
+Status BranchCache::reuse(const DecisionRecord& decision) noexcept {
   if (depth_ == 0) {
     return Status(Code::kInternal, "policy '" + spec_->name + "'",
                   "reuses though it keeps no residual", "report this with the bundle");
   }
-  FREEWHEEL_TRY(ring_.set_mix(verdict.mix, decider_->mix_size()));
+  FREEWHEEL_TRY(ring_.set_mix(decision.mix, decider_->mix_size()));
   return reuse_->run();
 }
 

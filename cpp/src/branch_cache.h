@@ -33,13 +33,13 @@ class BranchCache {
   /// Forgets what came before a gap: the branch computes at step `first` and caches from there.
   Status rejoin(std::int64_t first);
 
-  /// Computes in place of a verdict that mixes more residuals than are held: a table of mixes, or
+  /// Computes in place of a decision that mixes more residuals than are held: a table of mixes, or
   /// another branch's decision, knows nothing of this branch's gaps.
-  Verdict affordable(Verdict verdict) const noexcept;
+  DecisionRecord affordable(DecisionRecord decision) const noexcept;
 
   /// Decides about the coming step; `hidden` holds its input already. A policy with a probe runs
   /// the body's first block for it.
-  Result<Verdict> decide(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+  Result<DecisionRecord> decide(std::int64_t step_index, const Cancellation& cancellation) noexcept;
 
   /// Runs the body, or what a probe left of it; writes its residual to the ring's next slot, for
   /// `keep`.
@@ -55,7 +55,7 @@ class BranchCache {
   Status keep_output(const Tensor& model_output) noexcept;
 
   /// Writes hidden states as the mix of past residuals has them.
-  Status reuse(const Verdict& verdict) noexcept;
+  Status reuse(const DecisionRecord& decision) noexcept;
 
   std::int64_t depth() const noexcept { return depth_; }
 
@@ -67,7 +67,7 @@ class BranchCache {
   Status bind_feature(const Dims& dims);
   std::vector<Tensors> arrangements();
   Status forget();
-  Result<Verdict> ask(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+  Result<DecisionRecord> ask(std::int64_t step_index, const Cancellation& cancellation) noexcept;
   Status take_signal(std::int64_t step_index, const Cancellation& cancellation) noexcept;
   void note_computed(std::int64_t step_index) noexcept;
   bool is_tapped() const noexcept { return spec_->wants_feature && !spec_->wants_model_output; }
@@ -82,7 +82,7 @@ class BranchCache {
   bool is_folded_ = false;
   std::int64_t depth_ = 0;
   const Schedule* schedule_ = nullptr;
-  std::int64_t first_ = 0;  // step of the first folded verdict
+  std::int64_t first_ = 0;  // step of the first folded decision
   BufferSet buffers_;
   ResidualRing ring_;
   std::vector<std::unique_ptr<BoundCall>> deltas_;
@@ -101,7 +101,7 @@ class BranchCache {
   Tensor source_;                             // of a copied signal: this step's, or the run's table
   std::vector<std::int64_t> computed_steps_;  // newest first, `depth_` of them at most
   std::int64_t computed_count_ = 0;
-  std::vector<Verdict> folded_;
+  std::vector<DecisionRecord> folded_;
   std::vector<float> folded_mix_;
 };
 

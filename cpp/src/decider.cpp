@@ -111,8 +111,8 @@ void Decider::reset(const Schedule& schedule) {
   values_.set("step_count", static_cast<double>(schedule.steps()));
 }
 
-Result<Verdict> Decider::decide(std::int64_t step_index, const std::int64_t* computed_steps,
-                                std::int64_t held, std::size_t arrangement) noexcept {
+Result<DecisionRecord> Decider::decide(std::int64_t step_index, const std::int64_t* computed_steps,
+                                       std::int64_t held, std::size_t arrangement) noexcept {
   if (step_index_.data != nullptr) store_number(step_index_, 0, static_cast<double>(step_index));
   if (exact_.data != nullptr) {
     const bool is_exact = std::binary_search(exact_steps_.begin(), exact_steps_.end(), step_index);
@@ -137,15 +137,15 @@ Result<Verdict> Decider::decide(std::int64_t step_index, const std::int64_t* com
   FREEWHEEL_TRY(values_.upload());
   FREEWHEEL_TRY(calls_[arrangement]->run());
   FREEWHEEL_TRY(values_.download());
-  Verdict verdict;
-  verdict.compute = *compute_.as<std::uint8_t>() != 0;
-  verdict.mix = mix_.as<float>();
-  verdict.distance = distance_.data != nullptr ? static_cast<double>(*distance_.as<float>())
-                                               : std::numeric_limits<double>::quiet_NaN();
+  DecisionRecord decision;
+  decision.compute = *compute_.as<std::uint8_t>() != 0;
+  decision.mix = mix_.as<float>();
+  decision.distance = distance_.data != nullptr ? static_cast<double>(*distance_.as<float>())
+                                                : std::numeric_limits<double>::quiet_NaN();
   for (const Carried& carried : carried_) {
     std::memcpy(carried.state.data, carried.next.data, carried.state.bytes());
   }
-  return verdict;
+  return decision;
 }
 
 }  // namespace freewheel

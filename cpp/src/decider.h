@@ -17,7 +17,7 @@ namespace freewheel {
 
 /// One decision. `mix` holds the factors of past residuals, newest first; it points into memory
 /// that the next decision overwrites.
-struct Verdict {
+struct DecisionRecord {
   bool compute = true;
   double distance = 0.0;  ///< Accumulated distance after the decision; NaN where there is none.
   const float* mix = nullptr;
@@ -38,8 +38,8 @@ class Decider {
 
   /// Decides about the coming step.
   /// @param computed_steps Indices of the residuals held, newest first, `held` of them.
-  Result<Verdict> decide(std::int64_t step_index, const std::int64_t* computed_steps,
-                         std::int64_t held, std::size_t arrangement) noexcept;
+  Result<DecisionRecord> decide(std::int64_t step_index, const std::int64_t* computed_steps,
+                                std::int64_t held, std::size_t arrangement) noexcept;
 
   std::int64_t mix_size() const noexcept { return mix_.shape.elements(); }
 

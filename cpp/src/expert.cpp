@@ -314,13 +314,13 @@ Status Expert::prepare(const NamedTensor* inputs, std::size_t count) {
 }
 
 /// Asks a branch's policy, or takes what another branch decided about the step.
-Result<Verdict> Expert::decide(Branch& branch, std::int64_t step_index) noexcept {
+Result<DecisionRecord> Expert::decide(Branch& branch, std::int64_t step_index) noexcept {
   if (!is_one_decision_) return branch.cache->decide(step_index, cancellation_);
   if (shared_step_ != step_index) {
-    FREEWHEEL_ASSIGN(shared_verdict_, branch.cache->decide(step_index, cancellation_));
+    FREEWHEEL_ASSIGN(shared_decision_, branch.cache->decide(step_index, cancellation_));
     shared_step_ = step_index;
   }
-  return branch.cache->affordable(shared_verdict_);
+  return branch.cache->affordable(shared_decision_);
 }
 
 /// Says which segment of the step just run first made values that are not finite. The memory of
@@ -346,7 +346,7 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   FREEWHEEL_ASSIGN(Branch * branch, ready_branch(name));
   const Clock::time_point began = Clock::now();
   if (step_index > branch->last_step + 1) FREEWHEEL_TRY(branch->cache->rejoin(step_index));
-  Verdict verdict;
+  DecisionRecord decision;
   {
     const Timed timed(statistics_, Segment::kHead);
     FREEWHEEL_TRY(select_row(step_index));
@@ -354,20 +354,20 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   }
   {
     const Timed timed(statistics_, Segment::kDecide);
-    FREEWHEEL_ASSIGN(verdict, decide(*branch, step_index));
+    FREEWHEEL_ASSIGN(decision, decide(*branch, step_index));
   }
   if (cancellation_.is_wanted()) return cancelled();
   {
-    const Timed timed(statistics_, verdict.compute ? Segment::kBody : Segment::kReuse);
-    FREEWHEEL_TRY(verdict.compute ? branch->cache->compute(step_index, cancellation_)
-                                  : branch->cache->reuse(verdict));
+    const Timed timed(statistics_, decision.compute ? Segment::kBody : Segment::kReuse);
+    FREEWHEEL_TRY(decision.compute ? branch->cache->compute(step_index, cancellation_)
+                                   : branch->cache->reuse(decision));
   }
   {
     const Timed timed(statistics_, Segment::kFinish);
     FREEWHEEL_TRY(branch->finish->run());
     FREEWHEEL_TRY(model_.memory().synchronize());
-    FREEWHEEL_TRY(check_finite(*branch, verdict.compute));
-    if (verdict.compute) {
+    FREEWHEEL_TRY(check_finite(*branch, decision.compute));
+    if (decision.compute) {
       FREEWHEEL_TRY(branch->cache->keep());
       FREEWHEEL_TRY(branch->cache->keep_output(branch->model_output));
       FREEWHEEL_TRY(model_.memory().synchronize());
@@ -376,12 +376,12 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   branch->last_step = step_index;
   BranchStatistics& statistics = statistics_of(*branch);
   const auto at = static_cast<std::size_t>(first_ + step_index);
-  statistics.decisions[at] = verdict.compute ? Decision::kComputed : Decision::kReused;
-  statistics.distance[at] = verdict.distance;
+  statistics.decisions[at] = decision.compute ? Decision::kComputed : Decision::kReused;
+  statistics.distance[at] = decision.distance;
   statistics.seconds[at] = seconds_since(began);
   const auto depth = static_cast<std::size_t>(statistics.depth);
-  for (std::size_t age = 0; age < depth && !verdict.compute; ++age) {
-    statistics.mix[at * depth + age] = verdict.mix[age];
+  for (std::size_t age = 0; age < depth && !decision.compute; ++age) {
+    statistics.mix[at * depth + age] = decision.mix[age];
   }
   return branch->model_output;
 }

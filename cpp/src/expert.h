@@ -102,7 +102,7 @@ class Expert {
   Result<Branch*> ready_branch(std::string_view name);
   Status bind_branch(Branch& branch);
   Status check_finite(const Branch& branch, bool computed) const noexcept;
-  Result<Verdict> decide(Branch& branch, std::int64_t step_index) noexcept;
+  Result<DecisionRecord> decide(Branch& branch, std::int64_t step_index) noexcept;
   BranchStatistics& statistics_of(const Branch& branch);
 
   Model& model_;
@@ -118,8 +118,9 @@ class Expert {
   std::vector<Row> rows_;
   std::int64_t row_ = -1;
   bool is_one_decision_ = false;
-  std::int64_t shared_step_ = -1;  // that all branches share a verdict about; its mix lies with the
-  Verdict shared_verdict_;         // branch that decided, until that one decides again
+  std::int64_t shared_step_ =
+      -1;  // that all branches share a decision about; its mix lies with the
+  DecisionRecord shared_decision_;  // branch that decided, until that one decides again
   std::vector<StepInput> step_inputs_;
   Dims dims_;
   std::unique_ptr<BoundCall> head_;
