@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,61 +106,74 @@ def test_a_flipped_byte_is_reported_and_nothing_else_is_believed(copied: Path) -
     assert MismatchError.exit_code == 5
 
 
-def test_an_engine_of_an_altered_graph_is_found(copied: Path) -> None:
-    graph = copied / "graphs" / "block.onnx"
-    original = graph.read_bytes()
-    change_epsilon(graph)
-    compile_again(copied, "block")
-    graph.write_bytes(original)
-    report = verify_bundle(with_right_digests(copied), "onnxruntime")
-    assert failing(report) == {("block", "onnxruntime")}
-    with pytest.raises(
-        MismatchError, match=r"graph 'block' \(onnxruntime\), block 0.*differs by.*1e-05 is allowed"
-    ):
-        report.raise_on_mismatch()
+class Late(TeaCache):
+    """Compares with another threshold than its name says."""
+
+    def decide(self, step, signal, feature, kept, state, parameters) -> Decision:
+        relaxed = {**parameters, "threshold": parameters["threshold"] * 1.5}
+        return super().decide(step, signal, feature, kept, state, relaxed)
 
 
-def test_an_altered_portable_graph_is_found_though_the_engine_is_good(copied: Path) -> None:
-    change_epsilon(copied / "graphs" / "finish.onnx")
-    report = verify_bundle(with_right_digests(copied), "openvino")
-    assert failing(report) == {("finish", "onnx")}
-
-
-def test_a_policy_of_another_law_is_found(copied: Path) -> None:
-    class Late(TeaCache):
-        def decide(self, step, signal, feature, kept, state, parameters) -> Decision:
-            relaxed = {**parameters, "threshold": parameters["threshold"] * 1.5}
-            return super().decide(step, signal, feature, kept, state, relaxed)
-
-    write_decide_graph(Late(), copied)
-    compile_again(copied, "decide.teacache")
-    report = verify_bundle(with_right_digests(copied), "onnxruntime")
-    assert failing(report) == {("decide.teacache", "onnxruntime"), ("decide.teacache", "onnx")}
-    with pytest.raises(MismatchError, match=r"decide.teacache.*law says compute, graph says reuse"):
-        report.raise_on_mismatch()
-
-
-def test_swapped_policies_are_found_by_their_interface(copied: Path) -> None:
-    engines = next((copied / "engines").glob("onnxruntime-*"))
+@pytest.fixture(scope="module")
+def spoilt(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> VerifyReport:
+    """The report on one bundle with five faults, each in graphs of its own."""
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("spoilt") / "bundle"))
+    engines = next((folder / "engines").glob("onnxruntime-*"))
+    shutil.rmtree(engines / "block_tapped")
+    shutil.copytree(engines / "block", engines / "block_tapped")
+    block = folder / "graphs" / "block.onnx"
+    original = block.read_bytes()
+    change_epsilon(block)
+    compile_again(folder, "block")
+    block.write_bytes(original)
+    change_epsilon(folder / "graphs" / "finish.onnx")
+    write_decide_graph(Late(), folder)
+    compile_again(folder, "decide.teacache")
     (engines / "decide.custom").rename(engines / "kept")
     (engines / "decide.adacache").rename(engines / "decide.custom")
     (engines / "kept").rename(engines / "decide.adacache")
-    report = verify_bundle(with_right_digests(copied), "onnxruntime")
-    assert failing(report) == {
-        ("decide.custom", "onnxruntime"), ("decide.adacache", "onnxruntime"),
-    }  # fmt: skip
-    with pytest.raises(MismatchError, match=r"input '.*' is in the (engine|manifest) only"):
-        report.raise_on_mismatch()
+    return verify_bundle(with_right_digests(folder), "onnxruntime")
 
 
-def test_swapped_block_variants_are_found_by_their_outputs(copied: Path) -> None:
-    engines = next((copied / "engines").glob("onnxruntime-*"))
-    shutil.rmtree(engines / "block")
-    shutil.copytree(engines / "block_tapped", engines / "block")
-    report = verify_bundle(with_right_digests(copied), "onnxruntime")
-    assert failing(report) == {("block", "onnxruntime")}
-    with pytest.raises(MismatchError, match="output 'attention_output' is in the engine only"):
-        report.raise_on_mismatch()
+FAULTS = {
+    "an engine of an altered graph": (
+        {("block", "onnxruntime")},
+        r"graph 'block' \(onnxruntime\), block 0.*differs by.*1e-05 is allowed",
+    ),
+    "a variant of the block in place of another": (
+        {("block_tapped", "onnxruntime")}, r"output 'attention_output' is in the manifest only",
+    ),
+    "an altered portable graph whose engine is good": (
+        {("finish", "onnx")}, r"graph 'finish' \(onnx\).*differs by",
+    ),
+    "a policy of another law": (
+        {("decide.teacache", "onnxruntime"), ("decide.teacache", "onnx")},
+        r"decide.teacache.*law says compute, graph says reuse",
+    ),
+    "swapped policies, by their interface": (
+        {("decide.custom", "onnxruntime"), ("decide.adacache", "onnxruntime")},
+        r"input '.*' is in the (engine|manifest) only",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_told(spoilt: VerifyReport, fault: str) -> None:
+    graphs, message = FAULTS[fault]
+    assert graphs <= failing(spoilt)
+    alone = replace(
+        spoilt,
+        engines=tuple(c for c in spoilt.engines if (c.graph, c.form) in graphs),
+        policies=tuple(c for c in spoilt.policies if (f"decide.{c.policy}", c.form) in graphs),
+    )
+    with pytest.raises(MismatchError, match=message):
+        alone.raise_on_mismatch()
+
+
+def test_nothing_but_the_faults_is_found(spoilt: VerifyReport) -> None:
+    assert failing(spoilt) == set().union(*(graphs for graphs, _ in FAULTS.values()))
+    with pytest.raises(MismatchError, match=r"graph 'block' \(onnxruntime\)"):
+        spoilt.raise_on_mismatch()
 
 
 def test_baked_groups_equal_their_blocks_in_a_row(baked: Bundle) -> None:
