@@ -30,7 +30,7 @@ MUTATIONS = {
     ),
     "a stale state": Mutation(
         "runtime/decider.py", "            self._set(name, initial)\n",
-        "            self._set(name, initial) if step_count == 1 else None\n",
+        "            self._set(name, initial) if len(schedule) == 1 else None\n",
         "tests/runtime/test_session.py",
     ),
     "a skipped guard": Mutation(
