@@ -94,7 +94,7 @@ def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: P
     assert report["branches"]["cond"]["computed"] == [True, False, True, False, True, True]
 
 
-@pytest.fixture(scope="module", params=wan.FORMS)
+@pytest.fixture(scope="module", params=crossed(wan.FORMS, ["linked"]))
 def experts(
     request: pytest.FixtureRequest,
     build_bundle: Callable[..., Bundle],
