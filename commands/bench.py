@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -99,9 +100,11 @@ def bench(
         with screen.progress():
             measured = bench_bundle(opened, request, screen, screen.warn)
         if report is not None:
+            from ..tuning.provenance import provenance
             from ..tuning.report import write_bench_report
 
-            write_bench_report(report, measured)
+            facts = provenance(opened, measured.backend, ["freewheel", *sys.argv[1:]])
+            write_bench_report(report, measured, facts)
             screen.note(f"report: {report}")
         screen.table("bench", measured.columns, measured.rows())
         screen.result(measured.as_dict(), [measured.markdown()])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,9 +153,7 @@ def run(
         if record is not None:
             recorder = TraceRecorder(record_signals, record_tokens)
         if report is not None:
-            from ..tuning.report import ChangeRecorder
-
-            recorder = ChangeRecorder()
+            recorder = _report_recorder(generator, request)
             _warm_up(generator, request)
         with screen.progress():
             screen.phase("denoise", request.value("steps"))
@@ -184,14 +183,28 @@ def _report(
     path: Path, generator: Any, request: Any, result: Any, recorder: Any, parameters: Any
 ) -> Any:
     """Write a run's page; return the uncached run that is made for it, watched alike."""
-    from ..tuning.report import ChangeRecorder, write_run_report
+    from ..tuning.provenance import provenance
+    from ..tuning.report import write_run_report
 
-    reference = generator.generate(_uncached(request), recorder=ChangeRecorder())
+    uncached = _report_recorder(generator, request)
+    reference = generator.generate(_uncached(request), recorder=uncached)
+    backend = generator.transformer.session.model.backend.name
     write_run_report(
         path, prompt=request.prompt, result=result, reference=reference, recorder=recorder,
-        parameters=parameters,
+        uncached=uncached, setting=request.cache, parameters=parameters,
+        provenance=provenance(generator.bundle, backend, ["freewheel", *sys.argv[1:]]),
     )  # fmt: skip
     return reference
+
+
+def _report_recorder(generator: Any, request: Any) -> Any:
+    """Make what watches a run for its page; hidden-sized signals cost time, so only if looked at."""
+    from ..tuning.run_recorder import RunRecorder
+
+    policy = generator.bundle.manifest.policies.get(request.cache.policy)
+    signals = policy.spec.signals if policy is not None else []
+    looked_at = request.cache.signal or next(iter(signals), None)
+    return RunRecorder(wants_signals=looked_at in ("modulated_input", "first_block_residual"))
 
 
 def _warm_up(generator: Any, request: Any) -> None:

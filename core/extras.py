@@ -19,7 +19,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "tensorrt-rtx": {"tensorrt_rtx": "tensorrt-rtx-cu12"},
     "video": {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"},
     "metrics": METRICS,
-    "report": {"jinja2": "jinja2", "matplotlib": "matplotlib", **METRICS},
+    "report": METRICS,
     "verify": {"onnxruntime": "onnxruntime", "polygraphy": "polygraphy"},
     "gguf": {"gguf": "gguf"},
     "serve": {"tokenizers": "tokenizers", "tritonclient": "tritonclient"},

@@ -178,6 +178,7 @@ class BenchReport:
         precision: Of the body.
         entries: One row per setting, as `BenchRow.as_dict` has it.
         pictures: Frames of the first pair by setting, the uncached run's first.
+        decisions: Whether each step of the first pair was computed, by setting and branch.
     """
 
     steps: int
@@ -187,6 +188,7 @@ class BenchReport:
     precision: str
     entries: list[dict[str, Any]]
     pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+    decisions: dict[str, dict[str, list[bool | None]]] = field(default_factory=dict, repr=False)
 
     columns = (
         "setting", "computed", "seconds", "speedup", "spread", "ideal", "efficiency",
@@ -266,6 +268,7 @@ def bench_bundle(
 
     rows = {n: BenchRow(n) for n in (UNCACHED, *settings, *((EAGER,) if eager else ()))}
     pictures: dict[str, NDArray[np.uint8]] = {}
+    decisions: dict[str, dict[str, list[bool | None]]] = {}
     watcher.phase("bench", rounds * len(rows) + 1)
     for entry in (uncached, *settings.values()):
         generator.generate(_request(pairs[0], entry, WARM_UP_STEPS, request.image))
@@ -286,6 +289,8 @@ def bench_bundle(
             watcher.advance(name)
             if index == 0:
                 pictures[name] = result.frames
+                branches = result.statistics.branches
+                decisions[name] = {n: b.computed for n, b in branches.items()}
         if eager is not None:
             result = eager.generate(plain)
             _add(rows[EAGER], result, reference, is_new=is_new)
@@ -296,7 +301,7 @@ def bench_bundle(
                 warn(doubt)
     report = BenchReport(
         steps, rounds, len(pairs), generator.transformer.session.model.backend.name,
-        bundle.manifest.precision, [r.as_dict() for r in rows.values()], pictures,
+        bundle.manifest.precision, [r.as_dict() for r in rows.values()], pictures, decisions,
     )  # fmt: skip
     if request.out is not None:
         _write(request.out, report)

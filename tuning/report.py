@@ -1,94 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write one self-contained HTML page about a run or a bench: no network, no script."""
+"""Write one self-contained HTML page about a run or a bench, which fetches nothing.
+
+`report.html` is the page, `report.js` draws it from one JSON object: tables, strips, lines, videos
+as pictures, and replays of other settings.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import jinja2
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
+from ..core.errors import RequestError
 from ..core.output import write_text
-from ..policies.schedule import Schedule
+from ..policies import POLICIES
+from ..policies.setting import CacheSetting
 from ..runtime.pipeline.generate import Generation
-from ..runtime.session import StepRecord
-from .bench import BenchReport
-from .quality import compare_videos
+from ..runtime.statistics import RunStatistics
+from .bench import UNCACHED, BenchReport
+from .quality import compare_frames, compare_videos
+from .run_recorder import RunRecorder
+from .vmaf import vmaf_of_frames
+from .what_if import WhatIf, foretell, reached_distances
 
-__all__ = ["ChangeRecorder", "write_bench_report", "write_run_report"]
+__all__ = ["write_bench_report", "write_run_report"]
 
 Frames = NDArray[np.uint8]
 
-COMPUTED, REUSED, ACCENT = "#1f6feb", "#d0d7de", "#d1242f"
-SHOWN_FRAMES = 5
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "freewheel",
-    "svg.fonttype": "none",
-}
+WIDEST = 640
+LOSSLESS_BYTES = 8 << 20
+"""Videos up to this size are embedded as they are, larger ones as good pictures."""
 
-
-@dataclass(frozen=True)
-class _Picture:
-    alt: str
-    source: str
-    kind: str = "plot"
-
-
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    text: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()
-    pictures: Sequence[_Picture] = ()
-
-
-@dataclass
-class ChangeRecorder:
-    """Keeps how much each step's residual of one run differs from the step before, and nothing else.
-
-    Attributes:
-        changes: Per branch and step, mean|r_t − r_s| / mean|r_s|, s the step that the branch ran
-            before t; r is the body's residual or what was reused in its place. NaN at its first
-            step and where it did not run.
-    """
-
-    wants_signals: bool = False
-    across_experts: ClassVar[bool] = True
-    changes: dict[str, list[float]] = field(default_factory=dict)
-    _last: dict[str, Tensor] = field(default_factory=dict)
-    _first: int = 0  # of the expert that runs
-    _steps: int = 0  # of the experts so far
-
-    def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
-        """Begin a run, or go on with its second expert."""
-        self._first, self._steps = self._steps, self._steps + len(schedule)
-
-    def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
-        """Take one step of one branch."""
-        changes = self.changes.setdefault(record.branch, [])
-        changes += [math.nan] * (self._steps - len(changes))
-        before = self._last.get(record.branch)
-        if before is not None:
-            change = (record.residual - before).abs().mean() / before.abs().mean()
-            changes[self._first + record.step_index] = float(change)
-        self._last[record.branch] = record.residual.clone()
+EMPTY: dict[str, Any] = {
+    "warnings": [], "tables": [], "provenance": [], "videos": [], "videos_text": "", "pareto": [],
+    "strips": [], "distance": {"lines": {}, "bound": None, "text": ""}, "changes": {}, "seconds": {},
+    "segments": {}, "what_if": [], "what_if_text": "", "own_first": False,
+    "step_seconds": {"computed": None, "reused": None, "rest": 0.0, "uncached": 0.0},
+}  # fmt: skip
+"""What the page's script looks for."""
 
 
 def write_run_report(
@@ -97,8 +54,11 @@ def write_run_report(
     prompt: str,
     result: Generation,
     reference: Generation,
-    recorder: ChangeRecorder,
+    recorder: RunRecorder,
+    uncached: RunRecorder,
+    setting: CacheSetting,
     parameters: Mapping[str, Any],
+    provenance: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write the page of one run beside the uncached run of its seed.
 
@@ -108,199 +68,218 @@ def write_run_report(
         result: The cached run.
         reference: The uncached run of the same request.
         recorder: Watched the cached run.
+        uncached: Watched the uncached run; other settings are replayed on its trace.
+        setting: What the cached run was given.
         parameters: The policy's resolved parameters.
+        provenance: Names and values, as `provenance` returns them.
 
     Raises:
         OutputError: it can't be written.
     """
     statistics = result.statistics
-    data = statistics.as_dict(parameters)
-    quality = compare_videos(result.frames, reference.frames)
-    ratio = result.speedup_over(reference)
-    rows: list[list[Any]] = [
-        ["steps", statistics.steps],
-        ["computed steps, mean of branches", f"{statistics.computed_steps:g}"],
-        ["ideal speedup", f"{statistics.ideal_speedup:.2f}"],
-        ["measured speedup of the denoise loop", f"{ratio:.2f}"],
-        ["PSNR against uncached", "equal" if quality.psnr is None else f"{quality.psnr:.1f} dB"],
-        ["SSIM against uncached", f"{quality.ssim:.4f}"],
-        *([n, v] for n, v in result.resolved.items() if n != "steps"),
-    ]
-    threshold = parameters.get("threshold")
-    sections = [
-        _Section("Summary", rows=rows, columns=("", statistics.policy)),
-        _Section(
-            "Decisions", "One row per branch: blue steps ran the body, gray ones reused residuals, "
-            "empty ones were not run.",
-            pictures=[_timeline(data["branches"])],
-        ),
-        *_distance_section(data["branches"], threshold),
-        _Section(
-            "Residual change per step",
-            "mean|r − r before| / mean|r before|, of what was computed or reused.",
-            pictures=[_lines(recorder.changes, "relative change")],
-        ),
-        _Section(
-            "Seconds by segment", pictures=[_bars(statistics.seconds, "seconds in the run")]
-        ),
-        _Section(
-            "Frames",
-            "Uncached, cached, and their difference enlarged eightfold.",
-            pictures=[_frames(reference.frames, result.frames)],
-        ),
-    ]  # fmt: skip
-    _write(path, f"{statistics.policy}: {prompt}", "One run, beside the uncached run of its seed.",
-           data["warnings"], sections)  # fmt: skip
+    told = statistics.as_dict(parameters)
+    seconds = {f"{n}, cached": b.seconds for n, b in statistics.branches.items()}
+    seconds |= {f"{n}, uncached": b.seconds for n, b in reference.statistics.branches.items()}
+    panels, text = _what_if(uncached, setting)
+    facts = [*provenance, ["policy", f"{statistics.policy} {json.dumps(dict(parameters))}"],
+             ["guard", json.dumps(setting.guard.model_dump())]]  # fmt: skip
+    page = {
+        "title": f"{statistics.policy}: {prompt}",
+        "subtitle": "One run, beside the uncached run of its seed.",
+        "warnings": told["warnings"],
+        "tables": [_summary(result, reference)],
+        "provenance": [[n, v] for n, v in facts],
+        "videos": [_video(UNCACHED, reference.frames), _compared(statistics.policy, result.frames, reference.frames)],
+        "videos_text": "The uncached run, this one, and their difference.",
+        "strips": [
+            {"name": n, "computed": b.computed, "told": _mixes(b.mix)}
+            for n, b in statistics.branches.items()
+        ],
+        "distance": _distance(recorder, statistics, setting, parameters.get("threshold")),
+        "changes": recorder.changes,
+        "seconds": seconds,
+        "segments": statistics.seconds,
+        "what_if": [vars(panel) for panel in panels],
+        "what_if_text": text,
+        "own_first": bool(panels) and panels[0].policy == setting.policy,
+        "step_seconds": _step_seconds(result, reference),
+    }  # fmt: skip
+    _write(path, page)
 
 
-def write_bench_report(path: Path, report: BenchReport) -> None:
+def write_bench_report(
+    path: Path, report: BenchReport, provenance: Sequence[Sequence[str]] = ()
+) -> None:
     """Write the page of a bench.
 
     Args:
         path: The HTML file.
-        report: Its table and pictures.
+        report: Its table, pictures and decisions.
+        provenance: Names and values, as `provenance` returns them.
 
     Raises:
         OutputError: it can't be written.
     """
+    (name, reference), *others = report.pictures.items()
     cells = [["–" if c is None else _number(c) for c in row] for row in report.rows()]
-    (_, reference), *others = report.pictures.items()
-    sections = [
-        _Section("Table", columns=report.columns, rows=cells),
-        _Section(
-            "Speed against quality",
-            "Mean PSNR against the uncached run. Bars reach down to the worst pair, and from the "
-            "slowest to the fastest round.",
-            pictures=[_pareto(report.entries)],
-        ),
-        *(
-            _Section(
-                f"Frames: {name}",
-                "Uncached, this setting, and their difference enlarged eightfold.",
-                pictures=[_frames(reference, frames)],
-            )
-            for name, frames in others
-        ),
+    page = {
+        "title": "Speed and quality of cache settings",
+        "subtitle": f"{report.steps} steps, {report.backend}, {report.precision}, {report.pairs} prompt and seed "
+        f"pairs, {report.rounds} interleaved rounds of one pair each.",
+        "tables": [{"title": "Table", "text": "", "columns": report.columns, "rows": cells}],
+        "provenance": [[n, v] for n, v in provenance],
+        "pareto": _pareto(report.entries),
+        "videos": [_video(name, reference), *(_compared(n, f, reference) for n, f in others)],
+        "videos_text": "Of the first prompt and seed: uncached, the chosen setting, and their difference.",
+        "strips": [
+            {"name": n if len(branches) == 1 else f"{n}, {branch}", "computed": computed}
+            for n, branches in report.decisions.items()
+            for branch, computed in _merged(branches).items()
+        ],
+    }  # fmt: skip
+    _write(path, page)
+
+
+def _summary(result: Generation, reference: Generation) -> dict[str, Any]:
+    statistics, quality = result.statistics, compare_videos(result.frames, reference.frames)
+    rows: list[list[Any]] = [
+        ["steps", statistics.steps],
+        ["computed steps, mean of branches", f"{statistics.computed_steps:g}"],
+        ["ideal speedup", f"{statistics.ideal_speedup:.2f}"],
+        ["measured speedup of the denoise loop", f"{result.speedup_over(reference):.2f}"],
+        ["PSNR against uncached", "equal" if quality.psnr is None else f"{quality.psnr:.1f} dB"],
+        ["SSIM against uncached", f"{quality.ssim:.4f}"],
+        *([n, v] for n, v in result.resolved.items() if n != "steps"),
     ]
-    subtitle = (
-        f"{report.steps} steps, {report.backend}, {report.precision}, {report.pairs} prompt and seed "
-        f"pairs, {report.rounds} interleaved rounds of one pair each."
-    )
-    _write(path, "Speed and quality of cache settings", subtitle, [], sections)
+    return {"title": "Summary", "text": "", "columns": ["", statistics.policy], "rows": rows}
 
 
-def _distance_section(branches: Mapping[str, Any], threshold: Any) -> Iterable[_Section]:
-    distances = {
-        n: [math.nan if d is None else d for d in b["distance"]]
-        for n, b in branches.items()
-        if any(d is not None for d in b["distance"])
-    }
-    if distances:
-        bound = threshold if isinstance(threshold, int | float) else None
-        text = "Accumulated distance after each decision; a step that reaches the red line is computed."
-        yield _Section("Distance", text, pictures=[_lines(distances, "distance", bound=bound)])
+def _distance(
+    recorder: RunRecorder, statistics: RunStatistics, setting: CacheSetting, threshold: Any
+) -> dict[str, Any]:
+    """Return the distance that each decision compared; of a run without trace, what it left."""
+    bound = threshold if isinstance(threshold, int | float) else None
+    trace = recorder.trace()
+    try:
+        told, reached = (None, {}) if trace is None else reached_distances(trace, setting)
+    except RequestError:
+        told, reached = None, {}
+    decided = {n: b.computed for n, b in statistics.branches.items()}
+    if told is not None and {n: b.computed for n, b in told.branches.items()} == decided:
+        lines, text = reached, "Accumulated distance that each decision compared with the threshold"
+    else:
+        lines = {n: b.distance for n, b in statistics.branches.items()}
+        text = "Accumulated distance after each decision"
+    lines = {n: line for n, line in lines.items() if any(d is not None for d in line)}
+    return {
+        "lines": lines, "bound": bound,
+        "text": f"{text}; a step that reaches the line of the threshold is computed, and resets it.",
+    }  # fmt: skip
 
 
-def _timeline(branches: Mapping[str, Any]) -> _Picture:
-    figure = Figure(figsize=(9, 0.5 + 0.35 * len(branches)))
-    axes = figure.subplots()
-    for row, branch in enumerate(branches.values()):
-        for step, computed in enumerate(branch["computed"]):
-            if computed is None:
-                continue
-            axes.add_patch(
-                mpl.patches.Rectangle((step + 0.05, row + 0.1), 0.9, 0.8, color=COMPUTED if computed else REUSED)
-            )  # fmt: skip
-    axes.set_xlim(0, max(len(b["computed"]) for b in branches.values()))
-    axes.set_ylim(len(branches), 0)
-    axes.set_yticks(np.arange(len(branches)) + 0.5, list(branches))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("step")
-    return _svg(figure, "decisions per branch and step")
-
-
-def _lines(
-    values: Mapping[str, Sequence[float]], label: str, *, bound: float | None = None
-) -> _Picture:
-    """Draw a line per branch over the steps, with a gap where a value is NaN."""
-    figure = Figure(figsize=(9, 2.4))
-    axes = figure.subplots()
-    for (name, line), style in zip(values.items(), ("-o", "--s", ":^"), strict=False):
-        axes.plot(np.arange(len(line)), line, style, ms=3, lw=1, label=name)
-    if bound is not None:
-        axes.axhline(bound, color=ACCENT, lw=1, label="threshold")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    # Above the axes: inside it would cover lines.
-    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
-    return _svg(figure, f"{label} per step")
-
-
-def _bars(values: Mapping[str, float], label: str) -> _Picture:
-    figure = Figure(figsize=(9, 0.6 + 0.28 * len(values)))
-    axes = figure.subplots()
-    names = sorted(values, key=lambda n: values[n])
-    bars = axes.barh(names, [values[n] for n in names], color=COMPUTED)
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.margins(x=0.1)  # room for the longest bar's label
-    axes.set_xlabel(label)
-    return _svg(figure, label)
-
-
-def _pareto(entries: Sequence[Mapping[str, Any]]) -> _Picture:
-    figure = Figure(figsize=(9, 4))
-    axes = figure.subplots()
-    for entry in entries:
-        mean, worst = entry["psnr_mean"], entry["psnr_worst"]
-        if mean is None:
-            continue
-        speedup = entry["speedup"]
-        least, most = entry["speedup_spread"] or (speedup, speedup)
-        axes.errorbar(
-            speedup, mean, xerr=[[speedup - least], [most - speedup]], yerr=[[mean - worst], [0]],
-            fmt="o", color=COMPUTED, lw=1,
-        )  # fmt: skip
-        axes.annotate(
-            entry["name"], (entry["speedup"], mean), xytext=(5, 4), textcoords="offset points"
+def _what_if(uncached: RunRecorder, setting: CacheSetting) -> tuple[list[WhatIf], str]:
+    """Replay the run's policy first, then the others by their defaults."""
+    trace = uncached.trace()
+    if trace is None:
+        return (
+            [],
+            "Other settings can't be replayed on a run of two transformers, or one with gaps.",
         )
-    axes.set_xlabel("measured speedup over uncached")
-    axes.set_ylabel("PSNR, dB")
-    axes.margins(x=0.2)
-    return _svg(figure, "PSNR against speedup")
+    others = [CacheSetting(policy=p) for p in POLICIES if p != setting.policy]
+    text = (
+        "Other settings, replayed on the uncached run: move the value. The foretold error is the root mean "
+        "square over all steps of the reused residual's relative error."
+    )
+    if "token_index" in trace.arrays:
+        kept, whole = len(trace.arrays["token_index"]), int(trace.arrays["tokens_per_frame"])
+        text += f" Of {kept} sampled tokens; a frame has {whole}."
+    return foretell(trace, [setting, *others]), text
 
 
-def _frames(reference: Frames, frames: Frames) -> _Picture:
-    """Draw uncached, cached and their difference as three rows of a few frames."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, SHOWN_FRAMES).round().astype(int))
+def _step_seconds(result: Generation, reference: Generation) -> dict[str, float | None]:
+    """Return what the loop's time is foretold from: seconds of steps, and of all that is no step."""
+    known, plain = result.statistics.step_seconds(), reference.statistics
+    steps = sum(s for b in plain.branches.values() for s in b.seconds if s is not None)
+    whole = reference.seconds["denoise"]
+    return {
+        "computed": plain.step_seconds()["computed"], "reused": known["reused"],
+        "rest": max(0.0, whole - steps), "uncached": whole,
+    }  # fmt: skip
+
+
+def _pareto(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    points = [
+        {
+            "name": e["name"], "speedup": e["speedup"], "psnr": e["psnr_mean"],
+            "worst": e["psnr_worst"], "spread": e["speedup_spread"] or [e["speedup"]] * 2,
+        }
+        for e in entries if e["psnr_mean"] is not None
+    ]  # fmt: skip
+    for point in points:
+        point["front"] = not any(
+            p["speedup"] > point["speedup"] and p["psnr"] > point["psnr"] for p in points
+        )
+    return points
+
+
+def _merged(branches: Mapping[str, Sequence[bool | None]]) -> Mapping[str, Sequence[bool | None]]:
+    """Return one strip where all branches decided alike."""
+    alike = len({tuple(b) for b in branches.values()}) == 1
+    return {" and ".join(branches): next(iter(branches.values()))} if alike else branches
+
+
+def _mixes(mixes: Sequence[Sequence[float]]) -> list[str]:
+    return ["mix " + ", ".join(f"{f:.3g}" for f in mix) if mix else "" for mix in mixes]
+
+
+def _compared(name: str, frames: Frames, reference: Frames) -> dict[str, Any]:
+    """Return a video with what sets it apart from the reference, frame by frame."""
     difference = np.abs(frames.astype(np.int16) - reference) * 8
-    rows = (reference, frames, difference.clip(0, 255).astype(np.uint8))
-    sheet = np.concatenate([np.concatenate(list(r[chosen]), axis=1) for r in rows], axis=0)
-    stream = io.BytesIO()
-    Image.fromarray(sheet).save(stream, "PNG")
-    return _Picture("frames", _data_uri("image/png", stream.getvalue()), "frames")
+    quality = compare_frames(frames, reference)
+    return {
+        **_video(name, frames),
+        "difference": _pictures(difference.clip(0, 255).astype(np.uint8)),
+        "psnr": [q.psnr for q in quality],
+        "ssim": [q.ssim for q in quality],
+        "vmaf": vmaf_of_frames(frames, reference),
+    }
 
 
-def _svg(figure: Figure, alt: str) -> _Picture:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return _Picture(alt, _data_uri("image/svg+xml", stream.getvalue().encode()))
+def _video(name: str, frames: Frames) -> dict[str, Any]:
+    return {"name": name, "width": frames.shape[2], "frames": _pictures(frames)}
 
 
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _pictures(frames: Frames) -> list[str]:
+    """Return each frame as a data URI, no wider than the page shows it."""
+    found = []
+    for frame in frames:
+        picture = Image.fromarray(frame)
+        picture.thumbnail((WIDEST, WIDEST * 4))
+        stream = io.BytesIO()
+        picture.save(stream, "WEBP", lossless=frames.nbytes <= LOSSLESS_BYTES, quality=85)
+        found.append(f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}")
+    return found
 
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _write(
-    path: Path, title: str, subtitle: str, warnings: Sequence[str], sections: Sequence[_Section]
-) -> None:
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        template
+def _finite(value: Any) -> Any:
+    """Return the value with null for what is no number: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {n: _finite(v) for n, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, page: Mapping[str, Any]) -> None:
+    folder = Path(__file__).parent
+    text, script = (
+        (folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "js")
     )
-    text = page.render(title=title, subtitle=subtitle, warnings=warnings, sections=sections)
-    write_text(path, text, "choose another --report")
+    # A '<' in a prompt could end the element that holds the JSON.
+    data = json.dumps(_finite({**EMPTY, **page}), allow_nan=False).replace("<", "\\u003c")
+    whole = text.replace("/*script*/", script).replace("/*data*/", data)
+    write_text(path, whole, "choose another --report")

@@ -48,16 +48,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     require_extra("report", "run --report")
-    absent = {"matplotlib"}
+    absent = {"scipy"}
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name in absent else object())
-    assert missing("report") == ["matplotlib"]
+    assert missing("report") == ["scipy"]
     wanted = (
-        r"^run --report: needs matplotlib, which is not installed; "
+        r"^run --report: needs scipy, which is not installed; "
         r"pip install 'freewheel\[report\]'$"
     )
     with pytest.raises(DependencyError, match=wanted) as caught:
         require_extra("report", "run --report")
     assert caught.value.exit_code == 4
-    absent.add("jinja2")
-    with pytest.raises(DependencyError, match="needs jinja2, matplotlib, which are not installed"):
+    absent.add("skimage")
+    with pytest.raises(DependencyError, match="needs scikit-image, scipy, which are not installed"):
         require_extra("report", "run --report")

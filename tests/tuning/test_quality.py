@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freewheel.tuning.quality import compare_videos
+from freewheel.tuning.quality import compare_frames, compare_videos
 
 
 def video(shape: tuple[int, ...] = (3, 16, 20, 3), seed: int = 0) -> np.ndarray:
@@ -39,3 +39,14 @@ def test_ssim_tells_noise_from_sameness() -> None:
 def test_tiny_frames_are_compared(side: int) -> None:
     shape = (2, side, side, 3)
     assert compare_videos(video(shape), video(shape)).ssim == pytest.approx(1.0)
+
+
+def test_frames_are_compared_one_by_one() -> None:
+    reference, changed = video(), video()
+    changed[1] += 30
+    found = compare_frames(changed, reference)
+    assert [q.psnr for q in found] == [None, pytest.approx(20 * np.log10(255 / 30)), None]
+    assert found[0].ssim == found[2].ssim == pytest.approx(1.0)
+    assert np.mean([q.ssim for q in found]) == pytest.approx(
+        compare_videos(changed, reference).ssim
+    )
