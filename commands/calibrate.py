@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.errors import RequestError, nearest
 from .options import (
     BackendOption,
     BundleArgument,
@@ -38,14 +39,17 @@ def calibrate(
     guidance: GuidanceOption = None,
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 1000,
     history: Annotated[int, typer.Option(help="Residuals that solved mixes use, 1 to 6.")] = 6,
+    preset: Annotated[
+        str, typer.Option(help="quick, normal or thorough: values of --refine and --search.")
+    ] = "normal",
     refine: Annotated[
-        int,
+        int | None,
         typer.Option(min=0, help="Prompts whose cached runs solved schedules are fitted on."),
-    ] = 8,
+    ] = None,
     search: Annotated[
-        int,
+        int | None,
         typer.Option(min=0, help="Rounds of moving the steps that solved schedules compute."),
-    ] = 3,
+    ] = None,
     backend: BackendOption = None,
     offload: OffloadOption = False,
     cuda_graphs: CudaGraphsOption = False,
@@ -65,17 +69,24 @@ def calibrate(
         from ..tuning.bench import read_prompts
         from ..tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from ..tuning.calibrate import calibrate as run_calibrate
+        from ..tuning.effort import PRESETS
 
+        if preset not in PRESETS:
+            raise RequestError(
+                f"--preset '{preset}'", "is not known", nearest(preset, list(PRESETS))
+            )
+        chosen = PRESETS[preset]
         check_file(out, "--out")
         quiet_libraries()
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
-            history=history, refine=refine, search=search, backend=backend, options=options,
-            speedups=speedup or SPEEDUPS,
+            history=history, backend=backend, options=options, speedups=speedup or SPEEDUPS,
+            refine=chosen.refine if refine is None else refine,
+            search=chosen.search if search is None else search,
         )  # fmt: skip
         with screen.progress():
-            found = run_calibrate(Bundle(bundle), request, screen, screen.warn)
+            found = run_calibrate(Bundle(bundle), request, screen, screen.warn, screen.note)
         save_calibration(found, out)
         for name, reason in found.left_out.items():
             screen.warn(f"no config '{name}': {reason}")

@@ -12,7 +12,14 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..core.errors import FreewheelError
@@ -94,7 +101,7 @@ class Screen:
             return
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[what]}"),
+            TextColumn("[dim]left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"),
         )  # fmt: skip
         with Progress(*columns, console=self._err) as bar:
             self._bar = bar

@@ -34,11 +34,14 @@ def tune(
         float | None, typer.Option(help="Find the best quality at this measured speedup.")
     ] = None,
     min_psnr: Annotated[
-        float | None, typer.Option(help="Find the fastest of at least this mean PSNR, dB.")
+        float | None, typer.Option(help="Find the fastest of at least this PSNR, dB.")
     ] = None,
     min_ssim: Annotated[
-        float | None, typer.Option(help="Find the fastest of at least this mean SSIM.")
+        float | None, typer.Option(help="Find the fastest of at least this SSIM.")
     ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="Whether the mean over prompts counts, or the worst.")
+    ] = "mean",
     calibration: Annotated[
         Path | None, typer.Option(help="File that `calibrate` wrote, to search as well.")
     ] = None,
@@ -74,7 +77,8 @@ def tune(
         check_file(out, "--out")
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = TuneRequest(
-            goal=Goal(target_speedup, min_psnr, min_ssim), prompts=read_prompts(prompts), traces=traces,
+            goal=Goal(target_speedup, min_psnr, min_ssim, criterion),
+            prompts=read_prompts(prompts), traces=traces,
             calibration=calibration, confirm=confirm, rounds=rounds, steps=steps, backend=backend,
             options=options,
         )  # fmt: skip
@@ -82,7 +86,9 @@ def tune(
         with screen.progress():
             report = run_tune(Bundle(bundle), request, screen, screen.warn)
         screen.table(
-            "confirmed by real runs (* none is faster and better)", report.columns, report.table()
+            "confirmed by real runs (* none is faster and better, < chosen)",
+            report.columns,
+            report.table(),
         )
         if report.chosen is None:
             raise RequestError(

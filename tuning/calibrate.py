@@ -30,6 +30,7 @@ from ..runtime.pipeline.generate import GenerationRequest, Generator, check_reco
 from ..runtime.settings import choose_setting
 from ..runtime.statistics import FEW_STEPS
 from .bench import Watcher
+from .effort import PRESETS, duration, model_runs
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
 from .lockstep import Lockstep, SamplerRows, sampler_rows
@@ -82,8 +83,8 @@ class CalibrationRequest:
     guidance: float | None = None
     history: int = HISTORY
     window: int = 16
-    refine: int = 8
-    search: int = 3
+    refine: int = PRESETS["normal"].refine
+    search: int = PRESETS["normal"].search
     backend: str | None = None
     options: DeviceOptions | None = None
 
@@ -119,7 +120,11 @@ class Calibration:
 
 
 def calibrate(
-    bundle: Bundle, request: CalibrationRequest, watcher: Watcher, warn: Callable[[str], None]
+    bundle: Bundle,
+    request: CalibrationRequest,
+    watcher: Watcher,
+    warn: Callable[[str], None],
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
     """Record, fit and solve.
 
@@ -128,6 +133,7 @@ def calibrate(
         request: What to do.
         watcher: Shown each run.
         warn: Told of refused fits and of step counts too low to cache.
+        tell: Told first what it will take, in model runs, and once the first is done in time.
 
     Raises:
         ConfigError, RequestError, BackendUnavailable: as for a run.
@@ -155,10 +161,16 @@ def calibrate(
     generator = Generator(bundle, backend=request.backend, options=request.options)
     model = generator.transformer.session.model
     recorder = GramRecorder(model, window=request.window)
+    ahead = model_runs(len(runs), request.speedups, request.refine, request.search)
+    tell(f"about {ahead} model runs, cached ones counted by what they compute")
     watcher.phase("calibrate", len(request.prompts))
     resolved: dict[str, Any] = {}
     for run in runs:
-        resolved = generator.generate(run, recorder=recorder).resolved
+        result = generator.generate(run, recorder=recorder)
+        if not resolved and ahead > 1:
+            each = result.seconds["denoise"]
+            tell(f"one took {duration(each)}: about {duration(each * (ahead - 1))} to go")
+        resolved = result.resolved
         watcher.advance(run.prompt)
     if resolved["steps"] <= FEW_STEPS:
         warn(few_steps_advice(resolved["steps"]))

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from ..bundle.manifest import ResolvedConfig
 from ..bundle.reader import Bundle
 from ..configs.load import read_configs
-from ..core.errors import RequestError
+from ..core.errors import RequestError, nearest
 from ..core.output import write_text
 from ..policies.adacache import CODEBOOKS, AdaCacheConfig
 from ..policies.config import CachingConfig
@@ -38,6 +38,8 @@ __all__ = ["Candidate", "Goal", "TuneReport", "TuneRequest", "calibrated", "save
 THRESHOLDS = tuple(float(round(t, 4)) for t in np.geomspace(0.02, 2.0, 24))
 INTERVALS = range(2, 9)
 
+CRITERIA = ("mean", "worst")
+
 EXAMPLES = {
     "--target-speedup": "--target-speedup 2",
     "--min-psnr": "--min-psnr 30",
@@ -51,15 +53,23 @@ class Goal:
 
     Attributes:
         speedup: Measured, against the uncached run.
-        psnr: Mean PSNR of the frames against the uncached run's, dB.
-        ssim: Mean SSIM, 0 to 1.
+        psnr: PSNR of the frames against the uncached run's, dB.
+        ssim: SSIM, 0 to 1.
+        criterion: Which PSNR or SSIM counts: the ``mean`` over prompts, or the ``worst``.
     """
 
     speedup: float | None = None
     psnr: float | None = None
     ssim: float | None = None
+    criterion: str = "mean"
 
     def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise RequestError(
+                f"--criterion '{self.criterion}'",
+                "is not known",
+                nearest(self.criterion, list(CRITERIA)),
+            )
         options = {
             "--target-speedup": self.speedup, "--min-psnr": self.psnr, "--min-ssim": self.ssim,
         }  # fmt: skip
@@ -75,13 +85,15 @@ class Goal:
         """Tell whether a measured row reaches the goal."""
         if self.speedup is not None:
             return bool(row["speedup"] >= self.speedup)
-        key, least = ("psnr_mean", self.psnr) if self.psnr is not None else ("ssim_mean", self.ssim)
-        return row[key] is not None and row[key] >= least
+        name, least = ("psnr", self.psnr) if self.psnr is not None else ("ssim", self.ssim)
+        found = row[f"{name}_{self.criterion}"]
+        return found is not None and found >= least
 
     def rank(self, row: Mapping[str, Any]) -> float:
         """Return what is left to maximise once the goal is met: quality, or speed."""
         if self.speedup is not None:
-            return float(row["psnr_mean"] if row["psnr_mean"] is not None else np.inf)
+            psnr = row[f"psnr_{self.criterion}"]
+            return float(psnr if psnr is not None else np.inf)
         return float(row["speedup"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ PROMPTS = [
 @pytest.fixture(scope="session")
 def calibration(small_demo: Bundle) -> Calibration:
     request = CalibrationRequest(PROMPTS, speedups=(2.0, 60.0), steps=16, window=6, search=1)
-    return calibrate(small_demo, request, Silent(), lambda text: None)
+    told: list[str] = []
+    found = calibrate(small_demo, request, Silent(), lambda text: None, told.append)
+    assert re.fullmatch(r"about \d+ model runs, cached ones counted by what they compute", told[0])
+    assert re.fullmatch(r"one took \d+ s: about \d+ (s|min) to go", told[1])
+    return found
 
 
 def test_every_policy_gets_a_config_of_the_wanted_speedup(calibration: Calibration) -> None:

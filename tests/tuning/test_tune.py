@@ -70,6 +70,27 @@ def test_quality_goal_takes_the_front_of_error_over_speed(small_demo: Bundle) ->
 
 
 @pytest.mark.parametrize(
+    ("criterion", "met", "ranks"),
+    [("mean", [True, True], [40, 36]), ("worst", [True, False], [38, 20])],
+)
+def test_the_worst_prompt_counts_where_asked(
+    criterion: str, met: list[bool], ranks: list[float]
+) -> None:
+    rows = [
+        {"speedup": 2, "psnr_mean": 40, "psnr_worst": 38, "ssim_mean": 0.99, "ssim_worst": 0.97},
+        {"speedup": 3, "psnr_mean": 36, "psnr_worst": 20, "ssim_mean": 0.98, "ssim_worst": 0.6},
+    ]
+    for goal in (Goal(psnr=35, criterion=criterion), Goal(ssim=0.95, criterion=criterion)):
+        assert [goal.is_met(row) for row in rows] == met
+    assert [Goal(speedup=2, criterion=criterion).rank(row) for row in rows] == ranks
+
+
+def test_an_unknown_criterion_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"--criterion 'wurst': is not known.*'worst'"):
+        Goal(speedup=2, criterion="wurst")
+
+
+@pytest.mark.parametrize(
     ("goal", "says"),
     [
         ({}, "tune: has no goal; give one of --target-speedup, --min-psnr, --min-ssim"),
