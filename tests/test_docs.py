@@ -18,6 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import freewheel
 from freewheel.cli import app
 from freewheel.core import errors
 
@@ -124,12 +125,18 @@ def test_the_site_lists_every_page() -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    if find_spec("mkdocs") is None or find_spec("material") is None:
-        pytest.skip("the package 'mkdocs-material' is not installed")
+    absent = [n for n in ("mkdocs", "material", "mkdocstrings") if find_spec(n) is None]
+    if absent:
+        pytest.skip(f"not installed: {', '.join(absent)}, of the extra 'docs'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "troubleshooting" / "index.html").is_file()
+    python = (tmp_path / "reference" / "python" / "index.html").read_text(encoding="utf-8")
+    made = set(re.findall(r'id="freewheel\.[\w.]*\.(\w+)"', python))
+    assert {n for n in freewheel.__all__ if not n.startswith("_")} <= made
+    classes = {n for n in errors.__all__ if isinstance(getattr(errors, n), type)}
+    assert {"Generator", "PolicySpec", *classes} <= made
 
 
 @pytest.fixture(scope="module")
