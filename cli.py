@@ -25,6 +25,7 @@ from freewheel.commands.screen import Screen
 from freewheel.commands.serve import serve
 from freewheel.commands.tune import tune
 from freewheel.commands.verify import verify
+from freewheel.commands.videos import videos
 from freewheel.core.errors import FreewheelError
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 VERBS = (
-    build, run, replay, inspect, verify, bench, calibrate, tune, serve, policies, configs, doctor,
+    build, run, replay, inspect, verify, bench, calibrate, tune, serve, videos, policies, configs, doctor,
 )  # fmt: skip
 for verb in VERBS:
     app.command(cls=Command)(verb)

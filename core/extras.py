@@ -10,6 +10,7 @@ from .errors import DependencyError
 
 __all__ = ["EXTRAS", "install_line", "missing", "require_extra"]
 
+VIDEO = {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"}
 METRICS = {"skimage": "scikit-image", "scipy": "scipy"}
 
 EXTRAS: Mapping[str, Mapping[str, str]] = {
@@ -17,12 +18,18 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "onnxruntime": {"onnxruntime": "onnxruntime"},
     "tensorrt": {"tensorrt": "tensorrt"},
     "tensorrt-rtx": {"tensorrt_rtx": "tensorrt-rtx-cu12"},
-    "video": {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"},
+    "video": VIDEO,
     "metrics": METRICS,
     "report": METRICS,
     "verify": {"onnxruntime": "onnxruntime", "polygraphy": "polygraphy"},
     "gguf": {"gguf": "gguf"},
     "serve": {"tokenizers": "tokenizers", "tritonclient": "tritonclient"},
+    "videos": {
+        "starlette": "starlette",
+        "uvicorn": "uvicorn",
+        "python_multipart": "python-multipart",
+        **VIDEO,
+    },
 }
 """Extra → module to import → package that brings it. `pyproject.toml` has their versions."""
 

@@ -622,3 +622,22 @@ def test_a_command_names_the_package_that_it_wants_before_it_reads_anything(
     error = failure(freewheel(*arguments, "--json"), 4, "dependency")
     assert all(package in error["message"] for package in (EXTRAS[extra][m] for m in lacking))
     assert error["hint"] == f"pip install 'freewheel[{extra}]'"
+
+
+def test_videos_serves_the_bundle_where_it_was_asked_to(
+    freewheel: Run, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra 'videos' is not installed")
+    testclient = pytest.importorskip("starlette.testclient", reason="httpx is not installed")
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.append((app, options)))
+    arguments = ("videos", demo_bundle.folder, "--out", tmp_path / "v", "--port", 8123)
+    failure_of_a_cache = freewheel(*arguments, "--cache", "teacach")
+    assert failure_of_a_cache.exit_code == 3
+    assert served == [], "refused before it listens"
+    result = freewheel(*arguments, "--cache", "taylorseer")
+    assert result.exit_code == 0, result.output
+    ((app, options),) = served
+    assert (options["host"], options["port"]) == ("127.0.0.1", 8123)
+    assert "http://127.0.0.1:8123/v1" in result.stderr
+    assert testclient.TestClient(app).get("/v1/videos").json()["data"] == []

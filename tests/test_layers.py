@@ -36,7 +36,7 @@ ALLOWED = {
     "runtime": {"bundle", "configs", "core", "engines", "policies"},
     "compiler": {"bundle", "configs", "core", "engines", "passes", "policies", "runtime"},
     "tuning": {"bundle", "configs", "core", "engines", "policies", "runtime"},
-    "serving": {"bundle", "core"},
+    "serving": {"bundle", "core", "runtime"},
     "commands": {
         "bundle",
         "compiler",
@@ -67,11 +67,13 @@ ONLY_IN = {
     "polygraphy": ("compiler",),
     "rich": ("commands/screen.py", "compiler"),
     "skimage": ("tuning/quality.py",),
+    "starlette": ("serving/videos.py",),
     "tensorrt": ("engines/tensorrt.py",),
     "tensorrt_rtx": ("engines/tensorrt.py",),
     "torch": ("bundle", "compiler", "engines", "policies", "runtime", "tuning"),
     "transformers": ("commands/options.py", "compiler"),
     "typer": ("cli.py", "commands"),
+    "uvicorn": ("commands/videos.py",),
 }
 """Third-party package → the files or folders where its weight stops."""
 
