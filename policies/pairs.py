@@ -61,7 +61,7 @@ def _obstacle(decider: type[Policy], mixer: str, mix: Mix) -> tuple[str, str] | 
     same = next((n for n, p in alike.items() if p.mix is mix), None)
     if same is not None:
         return f"is '{same}' itself", f"name it '{same}'"
-    first = next(iter(alike))
+    first = next(iter(alike), spec.name)
     if first != spec.name:
         return f"decides as '{first}'", f"name it '{first}{JOINT}{mixer}'"
     if spec.history.parameter is None and spec.history.depth == 0:

@@ -12,8 +12,11 @@ from settings import FAST, NEUTRAL
 from freewheel.configs.load import load_config, parse_config
 from freewheel.core.errors import ConfigError
 from freewheel.policies import HOLDING, POLICIES, form_of, mixes, policy_class
+from freewheel.policies.base import Decision
 from freewheel.policies.catalogue import describe_policies, render
+from freewheel.policies.guard import Guarded
 from freewheel.policies.law import Law
+from freewheel.policies.pairs import pair_of
 from freewheel.policies.setting import CacheSetting
 
 MIXES = list(mixes())
@@ -143,6 +146,17 @@ def test_a_pairs_declaration_is_what_the_two_need() -> None:
     assert policy_class("adacache+custom").mix.form({"trend": 1, "trend_decay": 1}) == (
         form_of("magcache+custom", {"trend": 1, "trend_decay": 1})
     )
+
+
+def test_state_of_a_mix_goes_with_it() -> None:
+    class Own(policy_class("foca")):  # type: ignore[misc]  # made in the table
+        def decide(self, step, signal, feature, kept, state, parameters) -> Decision:
+            return Decision(step.must_compute, {})
+
+    found = pair_of(Own, HOLDING, mixes()[HOLDING])
+    assert (found.spec.state, list(found.spec.parameters)) == ({}, ["interval"])
+    law = Law(found.spec, Guarded(found()), CacheSetting(policy="foca+hold"), step_count=3)
+    assert [law.decide().compute for _ in range(3)] == [True, False, False]
 
 
 def test_catalogue_says_of_each_mix_whether_it_goes_with_other_decisions() -> None:
