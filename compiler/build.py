@@ -61,7 +61,8 @@ from .checkpoints.weights import bring_weights
 from .code_version import code_version
 from .cut.declared import FIRST_BLOCK_RESIDUAL, Cut, StoredDtype
 from .cut.document import CUT, write_cut
-from .cut.models import Row, family_of
+from .cut.models import family_of
+from .cut.row import Row
 from .cut.transformer import cut_transformer
 from .defaults import policy_setting, resolve_configs, scheduler_shift
 from .forecast.build import forecast_build

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
@@ -122,10 +123,15 @@ class BranchCache:
              if g.runs in ("signal", "probe") and signal.value in g.outputs), None,
         )  # fmt: skip
         if graph is None:
-            source = shared[signal.value]
-            shape = (1, -1) if signal.known == "run" else (-1, source.shape[-1])
-            buffers = [torch.zeros_like(source).view(shape) for _ in spots]
-            read = self._table_row if signal.known == "run" else lambda step_index: source
+            if signal.known == "run":
+                tables = (g.outputs for g in model.manifest.graphs.values() if g.runs == "run")
+                table = next(t[signal.value] for t in tables if signal.value in t)
+                shape, read = (1, math.prod(shape_of(table, {"steps": 1}))), self._table_row
+            else:
+                source = shared[signal.value]
+                shape = (source.shape.numel() // source.shape[-1], source.shape[-1])
+                read = lambda step_index: source  # noqa: E731 - named as the method is
+            buffers = [torch.zeros(shape, device=model.device) for _ in spots]
 
             def copy_to(buffer: Tensor) -> Callable[[int], object]:
                 return lambda step_index: buffer.copy_(read(step_index).view(buffer.shape))

@@ -399,17 +399,13 @@ class Session:
         return resolve(self.manifest, setting)
 
     def _allocate_rows(self) -> dict[str, Tensor]:
-        """Allocate the current row of each per-run table, shaped as step graphs take it.
-
-        What only policies look at is shaped as its table.
-        """
+        """Allocate the current row of each per-run table, shaped as step graphs take it."""
         graphs = self.manifest.graphs.values()
         rows: dict[str, Tensor] = {}
-        for name, table in (
-            (n, t) for g in graphs if g.runs == "run" for n, t in g.outputs.items()
-        ):
-            entry = next((g.inputs[name] for g in graphs if name in g.inputs), table)
-            rows |= allocate({name: entry}, {"steps": 1}, self.model.device)
+        for name in (n for g in graphs if g.runs == "run" for n in g.outputs):
+            entry = next((g.inputs[name] for g in graphs if name in g.inputs), None)
+            if entry is not None:  # else policies alone look at it, in its table
+                rows |= allocate({name: entry}, {}, self.model.device)
         return rows
 
     def _compute_tables(self, timesteps: Tensor) -> None:

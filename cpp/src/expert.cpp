@@ -37,10 +37,9 @@ Status Expert::initialise() {
         FREEWHEEL_TRY(row_buffers_.allocate(model_.memory(), name, input->second, {}, rows_views_));
         rows_.push_back({name, rows_views_.at(name), {}});
       }
-      if (rows_views_.count(name) != 0) continue;  // else policies alone look at it
-      FREEWHEEL_TRY(
-          row_buffers_.allocate(model_.memory(), name, io, {{"steps", 1}}, rows_views_));
-      rows_.push_back({name, rows_views_.at(name), {}});
+      if (rows_views_.count(name) != 0) continue;
+      // Policies alone look at it, in its table: this says what shape it has.
+      FREEWHEEL_TRY(row_buffers_.allocate(model_.memory(), name, io, {{"steps", 1}}, rows_views_));
     }
   }
   return {};

@@ -10,12 +10,12 @@ namespace freewheel {
 
 /// One buffer for this step's signal and one more for each role of the past that a policy keeps. A
 /// signal is written once. At the next step its buffer becomes the previous one's, and the computed
-/// one's if the step was computed, whose buffer becomes the older one's then; a buffer without a role
-/// takes what comes next.
+/// one's if the step was computed, whose buffer becomes the older one's then; a buffer without a
+/// role takes what comes next.
 class SignalBuffers {
  public:
-  /// Which buffer holds this step's signal, the last step's, the last computed step's and that of the
-  /// computed step before; -1 where that is not kept.
+  /// Which buffer holds this step's signal, the last step's, the last computed step's and that of
+  /// the computed step before; -1 where that is not kept.
   struct Stand {
     int current = -1, previous = -1, computed = -1, older = -1;
   };
