@@ -19,7 +19,17 @@ from torch import Tensor
 from .config import CachingConfig
 from .spec import HistorySpec, Kept, ParameterSpec, PolicySpec, StateSpec
 
-__all__ = ["HOLD", "Decision", "Mix", "Mixed", "Policy", "Step", "hold"]
+__all__ = [
+    "HOLD",
+    "Decision",
+    "Mix",
+    "Mixed",
+    "Policy",
+    "Step",
+    "hold",
+    "relative_change",
+    "reuse_below",
+]
 
 
 class Step(NamedTuple):
@@ -82,6 +92,25 @@ def hold(step: Step) -> Tensor:
     newest = torch.zeros_like(step.computed_steps)
     newest[0] = 1
     return newest.to(torch.float32)
+
+
+def relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """Return mean|new − old| / mean|old|, float32 []; not finite where old is zero."""
+    return (new - old).abs().mean() / old.abs().mean()
+
+
+def reuse_below(must_compute: Tensor, distance: Tensor, threshold: Tensor) -> Decision:
+    """Reuse while a distance is below a threshold, else compute and put it back to 0.
+
+    A distance that is not finite is below none.
+
+    Args:
+        must_compute: bool [], whether to compute whatever the distance is.
+        distance: float32 [], this step's change included; the state ``distance``.
+        threshold: float32 [].
+    """
+    compute = must_compute | ~(distance < threshold)
+    return Decision(compute, {"distance": torch.where(compute, 0.0, distance)})
 
 
 def _held(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Decision, Mix, Mixed, Policy, Step, hold
+from .base import Decision, Mix, Mixed, Policy, Step, hold, relative_change, reuse_below
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
 __all__ = ["ALIGNED", "DiCache"]
@@ -117,13 +117,9 @@ class DiCache(Policy):
         parameters: dict[str, Tensor],
     ) -> Decision:
         """Decide from the accumulated change; see `Policy.decide`."""
-        previous = kept["previous_signal"]
-        change = (signal - previous).abs().mean() / previous.abs().mean()
-        distance = state["distance"] + change
+        distance = state["distance"] + relative_change(signal, kept["previous_signal"])
         retained = torch.floor(step.step_count.to(torch.float32) * parameters["retention"])
         is_early = step.step_index <= retained.to(torch.int64)
         is_last = step.step_index == step.step_count - 1
-        # A distance that is not finite is not below the threshold either.
-        near = distance < parameters["threshold"]
-        compute = step.must_compute | is_early | is_last | ~near
-        return Decision(compute, {"distance": torch.where(compute, 0.0, distance)})
+        must_compute = step.must_compute | is_early | is_last
+        return reuse_below(must_compute, distance, parameters["threshold"])

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from .base import Decision, Policy, Step
+from .base import Decision, Policy, Step, relative_change, reuse_below
 from .config import CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
@@ -99,8 +98,5 @@ class FirstBlock(Policy):
         parameters: dict[str, Tensor],
     ) -> Decision:
         """Decide from this step's probe and that of the last computed step; see `Policy.decide`."""
-        past = kept["computed_signal"]
-        distance = (signal - past).abs().mean() / past.abs().mean()
-        # A distance that is not finite is not below the threshold either.
-        compute = step.must_compute | ~(distance < parameters["threshold"])
-        return Decision(compute, {"distance": torch.where(compute, 0.0, distance)})
+        distance = relative_change(signal, kept["computed_signal"])
+        return reuse_below(step.must_compute, distance, parameters["threshold"])

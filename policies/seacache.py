@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from .base import Decision, Policy, Step
+from .base import Decision, Policy, Step, relative_change, reuse_below
 from .config import CachingConfig
 from .spec import ParameterSpec, PolicySpec, StateSpec
 from .taylorseer import DIFFERENCES
@@ -57,7 +56,8 @@ class SeaCache(Policy):
         latents as its input, the straight line and all defaults as in diffusers 0.42's hook.
 
     Differs: the noise level that the filter is made for is the timestep over 1000, as flow models
-        are conditioned; a sampler that rounds timesteps differs by less than 0.001.
+        are conditioned; a sampler that rounds timesteps differs by less than 0.001. Models that
+        are no flow models (PixArt, CogView3-Plus) get a filter for another noise level than theirs.
     Differs: a batch has one distance, the mean over its samples' elements.
     Differs: ``order`` goes up to 4 and ``variant`` offers the interpolating polynomial, as
         `TaylorSeer`'s mix does; order 0 is the pair ``seacache+hold``.
@@ -87,9 +87,5 @@ class SeaCache(Policy):
         parameters: dict[str, Tensor],
     ) -> Decision:
         """Decide from the accumulated distance; see `Policy.decide`."""
-        previous = kept["previous_signal"]
-        change = (signal - previous).abs().mean() / previous.abs().mean()
-        distance = state["distance"] + change
-        # A distance that is not finite is not below the threshold either.
-        compute = step.must_compute | ~(distance < parameters["threshold"])
-        return Decision(compute, {"distance": torch.where(compute, 0.0, distance)})
+        distance = state["distance"] + relative_change(signal, kept["previous_signal"])
+        return reuse_below(step.must_compute, distance, parameters["threshold"])

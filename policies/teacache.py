@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from .base import Decision, Policy, Step
+from .base import Decision, Policy, Step, relative_change
 from .config import CachingConfig
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value, one_of
 
@@ -144,7 +144,7 @@ def accumulate(
 
     Reference: Liu et al. 2024, TeaCache, arXiv 2411.19108, eq. 4 to 6.
     """
-    relative_l1 = (signal - previous).abs().mean() / previous.abs().mean()
+    relative_l1 = relative_change(signal, previous)
     coefficients = parameters["coefficients"]
     rescaled = coefficients[0]
     for power in range(1, coefficients.shape[0]):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engines.base import BoundCall
+from ..policies.base import relative_change
 from ..policies.schedule import Schedule
 from ..runtime.body import allocate
 from ..runtime.model import LoadedModel
@@ -127,7 +128,7 @@ class GramRecorder:
             self.ratios.setdefault(record.branch, []).append([])
         else:
             before = past[0]
-            change = (record.residual - before).abs().mean() / before.abs().mean()
+            change = relative_change(record.residual, before)
             ratio = (record.residual.norm(dim=-1) / before.norm(dim=-1)).mean()
             self.changes[record.branch][-1].append(float(change))
             self.ratios[record.branch][-1].append(float(ratio))

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core.errors import RequestError
+from ..policies.base import relative_change
 from ..policies.schedule import Schedule
 from ..runtime.session import StepRecord
 from .trace import Trace, TraceRecorder
@@ -53,7 +54,7 @@ class RunRecorder:
         changes += [math.nan] * (self._steps - len(changes))
         before = self._last.get(record.branch)
         if before is not None:
-            change = (record.residual - before).abs().mean() / before.abs().mean()
+            change = relative_change(record.residual, before)
             changes[self._first + record.step_index] = float(change)
         self._last[record.branch] = record.residual.clone()
 
