@@ -46,10 +46,13 @@ def videos(
         require_extra("videos", "videos")
         import uvicorn
 
+        from ..bundle.manifest import ResolvedConfig
         from ..bundle.reader import Bundle
+        from ..compiler.forecast.fit import check_fit
+        from ..compiler.sizes import size_of
         from ..core.output import check_folder
         from ..runtime.model import DeviceOptions
-        from ..runtime.pipeline.generate import Generator
+        from ..runtime.pipeline.generate import GenerationRequest, Generator
         from ..runtime.settings import choose_setting
         from ..serving.videos import VideoJobs, videos_app
 
@@ -57,9 +60,21 @@ def videos(
         quiet_libraries()
         opened = Bundle(bundle)
         choose_setting(opened, cache, {}, screen.warn)
+
+        def check(request: GenerationRequest) -> None:
+            check_fit(
+                opened, ResolvedConfig(cache=request.cache, generation=request.defaults),
+                size_of(
+                    request.defaults, height=request.height, width=request.width,
+                    frames=request.frames, steps=request.steps, guidance=request.guidance_scale,
+                ),
+                backend=backend, model=None, gpu=device,
+            )  # fmt: skip
+
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         jobs = VideoJobs(
-            Generator(opened, backend=backend, options=options), out, cache=cache, fps=fps
-        )
+            Generator(opened, backend=backend, options=options), out, cache=cache, fps=fps,
+            check=check,
+        )  # fmt: skip
         screen.note(f"model '{jobs.model}' at http://{host}:{port}/v1")
         uvicorn.run(videos_app(jobs), host=host, port=port, log_level="warning")

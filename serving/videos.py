@@ -69,13 +69,21 @@ class VideoJobs:
         folder: Where videos lie until they are deleted.
         cache: Config or policy of requests that name none; None takes the bundle's default.
         fps: Frames per second.
+        check: Raises of a request what its run would, ahead of it: that memory will not hold it.
     """
 
     def __init__(
-        self, generator: Generator, folder: Path, *, cache: str | None = None, fps: int = 8
+        self,
+        generator: Generator,
+        folder: Path,
+        *,
+        cache: str | None = None,
+        fps: int = 8,
+        check: Callable[[GenerationRequest], object] = lambda request: None,
     ) -> None:
         self.model = generator.bundle.folder.resolve().name
         self._generator, self._folder, self._cache, self._fps = generator, folder, cache, fps
+        self._check = check
         self._jobs: dict[str, _Job] = {}
         self._waiting: queue.Queue[_Job] = queue.Queue(MOST_WAITING)
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +130,7 @@ class VideoJobs:
             job.request = GenerationRequest(**{**vars(request), "image": path})
         try:
             job.request.check()
+            self._check(job.request)
             self._waiting.put_nowait(job)
         except (FreewheelError, queue.Full) as error:
             self._remove(job)
@@ -228,10 +237,16 @@ def videos_app(jobs: VideoJobs) -> Starlette:
     """Return the ASGI application over some jobs."""
 
     async def create(request: Request) -> Response:
-        if int(request.headers.get("content-length") or 0) > MOST_BYTES:
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal():
+            raise RequestError("request", "does not tell its length", "send 'Content-Length'")
+        if int(length) > MOST_BYTES:
             raise RequestError("request", f"is above {MOST_BYTES >> 20} MiB", "send less")
         if request.headers.get("content-type", "").startswith("application/json"):
-            given = await request.json()
+            try:
+                given = await request.json()
+            except ValueError:
+                given = None
             if not isinstance(given, dict):
                 raise RequestError("request", "is no JSON object", 'send {"prompt": "…"}')
             return JSONResponse(jobs.create({n: str(v) for n, v in given.items() if v is not None}))

@@ -641,3 +641,10 @@ def test_videos_serves_the_bundle_where_it_was_asked_to(
     assert (options["host"], options["port"]) == ("127.0.0.1", 8123)
     assert "http://127.0.0.1:8123/v1" in result.stderr
     assert testclient.TestClient(app).get("/v1/videos").json()["data"] == []
+    monkeypatch.setattr("freewheel.compiler.forecast.fit.memory_available_bytes", lambda: 1000)
+    refused = testclient.TestClient(app).post("/v1/videos", json={"prompt": "p"})
+    assert refused.status_code == 400
+    assert "will not fit" in refused.json()["error"]["message"]
+    odd = testclient.TestClient(app).post("/v1/videos", json={"prompt": "p", "size": "49x32"})
+    assert "is no multiple of" in odd.json()["error"]["message"], "before the run, not after"
+    assert testclient.TestClient(app).get("/v1/videos").json()["data"] == []

@@ -172,6 +172,25 @@ def test_a_bad_request_is_refused_at_once(
     assert not list(jobs._folder.glob("*.image"))
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ('{"prompt": ', "is no JSON object"),
+        ('["p"]', "is no JSON object"),
+        ([b'{"prompt": "p"}'], "does not tell its length"),
+    ],
+    ids=["cut off", "a list", "in chunks"],
+)
+def test_a_body_that_cannot_be_read_is_refused(jobs: VideoJobs, body: Any, says: str) -> None:
+    testclient = pytest.importorskip("starlette.testclient", reason="httpx is not installed")
+    content = body if isinstance(body, str) else iter(body)
+    answer = testclient.TestClient(videos_app(jobs)).post(
+        "/v1/videos", content=content, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
+
+
 def test_the_policy_of_a_request_is_the_one_that_runs(jobs: VideoJobs) -> None:
     made = jobs.create({"prompt": "p", "cache": "taylorseer", "steps": "2"})
     assert jobs._jobs[made["id"]].request.cache.policy == "taylorseer"
