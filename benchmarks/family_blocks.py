@@ -90,9 +90,8 @@ def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
     layers = {n: v for n, v in ONE_OF_EACH.items() if n in known}
     with torch.device("meta"):
         config = transformer(**model.config, **layers).config
-    cut = cut_transformer(
-        family_of(model.transformer, name), config, precision, lambda tensor: precision
-    )  # type: ignore[arg-type]  # a name of theirs
+    row, stored = family_of(model.transformer, name), lambda tensor: precision
+    cut = cut_transformer(row, config, precision, stored)  # type: ignore[arg-type]  # a name of theirs
     (folder / "graphs").mkdir(parents=True)
     blocks = {s.block for s in cut.stages}
     segments = [s for s in cut.segments if s.name in blocks]

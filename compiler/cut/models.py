@@ -123,9 +123,9 @@ def family_of(model: str, where: str) -> Row:
     Raises:
         CheckpointError: there is none.
     """
-    for row in FAMILIES:
-        if row.model == model:
-            return row
+    row = row_of(model)
+    if row is not None and row.name:
+        return row
     raise CheckpointError(
         where,
         f"'_class_name' is '{model}', which no family cuts",

@@ -142,6 +142,8 @@ def fill_masks_by_logic(trace: Trace) -> None:
     for node, name in operations(trace):
         if name == "masked_fill" and value_of(node).dtype is torch.bool:
             source, mask, filled = node.args
+            if isinstance(filled, fx.Node):
+                continue  # its value is not known
             with trace.graph.inserting_before(node):
                 if filled:
                     new = insert(trace, node, ATEN.logical_or.default, source, mask)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import run, traced
@@ -68,10 +70,20 @@ def test_a_mask_filled_with_a_truth_value_is_logic(filled: bool) -> None:
     assert torch.equal(run(found, x=x), forward(x))
 
 
-def test_a_number_filled_in_stays() -> None:
-    found = traced(lambda x: x.masked_fill(x > 1, 0.0), x=ROWS)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x.masked_fill(x > 1, 0.0),
+        lambda x: (x > 0).masked_fill(x > 1, (x > 2).all()).float(),
+    ],
+    ids=["a number", "a tensor"],
+)
+def test_what_is_no_known_truth_value_is_filled_in_as_before(forward: Any) -> None:
+    found = traced(forward, x=ROWS)
     tidy(found)
     assert "masked_fill" in names(found)
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(run(found, x=x), forward(x))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
