@@ -25,7 +25,8 @@ import torch
 import typer
 from tensorrt_build import SLOW_IMPORTS, build_engine, call
 
-ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+# Of one refiner block, attention depends on the prompt alone and is no part of the block.
+ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 2}
 
 
 @dataclass(frozen=True)
