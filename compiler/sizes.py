@@ -28,9 +28,6 @@ __all__ = [
     "size_of",
 ]
 
-IMAGE_TOKENS = 257
-"""Of the CLIP encoder that Wan's image-to-video models take, where its config is not there."""
-
 STRIDES = {
     "frames": ("scale_factor_temporal", "temporal_compression_ratio"),
     "pixels": ("scale_factor_spatial", "spatial_compression_ratio"),
@@ -117,7 +114,9 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
     scale = latent_scale(cut, pipeline)
     by_time, by_space = scale.frames, scale.pixels
     image = read_part(pipeline, "image_encoder/config.json")
-    patches = (image["image_size"] // image["patch_size"]) ** 2 + 1 if image else IMAGE_TOKENS
+    told = {}
+    if image.get("model_type") == "clip_vision_model":  # one token more stands for the whole image
+        told = {"image_tokens": (image["image_size"] // image["patch_size"]) ** 2 + 1}
     if size.frames < 1 or (size.frames - 1) % by_time:
         raise RequestError(
             f"--frames {size.frames}", f"is not 1 more than a multiple of {by_time}",
@@ -131,8 +130,9 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
         "height": _divided("height", size.height, by_space * _divisor(cut, "height")) // by_space,
         "width": _divided("width", size.width, by_space * _divisor(cut, "width")) // by_space,
         "text_tokens": size.text_tokens,
-        "image_tokens": patches,
         "steps": size.steps,
+        **cut.usual,
+        **told,
     }
     scales = {"frames": by_time, "height": by_space, "width": by_space}
     for name, most in cut.limits.items():

@@ -100,6 +100,7 @@ UNMIRRORED = {
 
 TESTED_THROUGH = {
     "__init__.py": "runtime/pipeline/test_attach.py",
+    "compiler/cut/patches.py": "compiler/cut/test_patch.py",
     "compiler/cut/image_models.py": "compiler/cut/test_models.py",
     "compiler/cut/video_models.py": "compiler/cut/test_models.py",
     "configs/__init__.py": "configs/test_load.py",

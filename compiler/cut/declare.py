@@ -142,6 +142,7 @@ class _Declaration:
             latent_scale=self.row.latent_scale,
             limits=self.dimensions.limits(),
             sums=self.dimensions.sums,
+            usual=self.row.usual,
         )
 
     def _runs(self, call: Call) -> str:

@@ -138,6 +138,7 @@ class Cut:
         example_dims: Sizes to trace with.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
         limits: Dimension → the largest size that the model has positions for.
+        usual: Dimension of the prompt's inputs that no config tells → what it usually is.
     """
 
     segments: tuple[Segment, ...]
@@ -152,6 +153,7 @@ class Cut:
     limits: Mapping[str, int] = field(default_factory=dict)
     sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
+    usual: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Add the signals that need no segment of the family's own."""

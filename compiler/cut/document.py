@@ -28,6 +28,7 @@ from ...core.tensor_spec import TensorSpec
 from .declared import Cut, DimFactor, ModelInput, Runs, Segment, Stage
 from .extract import hold
 from .precision import on_device_of
+from .sizes import FUNCTIONS as OF_SIZES
 
 __all__ = ["CUT", "cut_of", "read_cut", "write_cut"]
 
@@ -37,12 +38,15 @@ CUT = "cut"
 DOCUMENT, CONSTANTS = "cut.json", "constants.safetensors"
 FILES = {f"{CUT}/{name}" for name in (DOCUMENT, CONSTANTS)}
 
-FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    "add": operator.add, "floordiv": operator.floordiv, "getitem": operator.getitem,
-    "mod": operator.mod, "mul": operator.mul, "neg": operator.neg, "on_device_of": on_device_of,
-    "sub": operator.sub, "sym_max": torch.sym_max, "sym_min": torch.sym_min,
-    "truediv": operator.truediv, "tuple": tuple,
-}  # fmt: skip
+CALLED: tuple[Callable[..., Any], ...] = (
+    operator.getitem, operator.neg, operator.sub, on_device_of, tuple, *OF_SIZES.values(),
+)  # fmt: skip
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {called.__name__: called for called in CALLED}
+"""What a node may call beside operators: what computes with sizes, and takes parts."""
+
+MOST_POWER = 8
+"""A power of whole numbers grows without bounds."""
 
 CREATORS = frozenset({"arange", "eye", "full", "linspace", "ones", "scalar_tensor", "zeros"})
 """Operators that make a tensor of numbers alone."""
@@ -52,7 +56,6 @@ KINDS: Mapping[str, type] = {
     "layout": torch.layout,
 }  # fmt: skip
 """What JSON has no value for, by the key of the object that stands for it."""
-
 
 Word = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
@@ -102,6 +105,7 @@ class _Document(_Model):
     limits: dict[str, int]
     sums: dict[str, tuple[str, ...]]
     unread: list[str]
+    usual: dict[str, int]
 
 
 def write_cut(cut: Cut, folder: Path) -> None:
@@ -231,6 +235,8 @@ def _module(document: _Graph, place: int, constants: Mapping[str, torch.Tensor])
         if one.op == "output":
             graph.output(tuple(args))
         elif one.op == "call_function":
+            if one.target == "pow" and not (len(args) == 2 and 0 <= args[1] <= MOST_POWER):
+                raise ValueError(f"a graph takes the power {args[1:]}")
             nodes[one.name] = graph.create_node(
                 "call_function", _function(one.target), tuple(args), kwargs, name=one.name
             )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .patches import HUNYUAN_IMAGE
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 
 __all__ = ["IMAGE_MODELS"]
@@ -175,13 +176,29 @@ IMAGE_MODELS: tuple[Row, ...] = (
         {
             "hidden_states": step("batch in_channels height width"),
             "timestep": run(),
+            "guidance": prompt("batch", needs="guidance_embeds"),
             "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
             "encoder_attention_mask": TEXT_MASK,
+            "encoder_hidden_states_2": prompt(
+                "batch text_tokens_2 text_embed_2_dim", needs="text_embed_2_dim"
+            ),
+            "encoder_attention_mask_2": prompt(
+                "batch text_tokens_2", fill="mask", needs="text_embed_2_dim"
+            ),
         },
         pipelines=("HunyuanImagePipeline",),
         name="hunyuan_image",
         multiples={"height": "patch_size[0]", "width": "patch_size[1]"},
         latent_scale=(1, 32),
+        usual={"text_tokens_2": 128},
+        patches=HUNYUAN_IMAGE,
+        refused={
+            "use_meanflow": (
+                True,
+                "is true: distilled models that take a second timestep can't be cut yet",
+                "use the checkpoint that is not distilled",
+            )
+        },
     ),
     Row(
         "LongCatImageTransformer2DModel",

@@ -32,6 +32,7 @@ MODELS: tuple[Row, ...] = (
             "timestep_proj": "condition_embedder.time_proj",
         },
         fixed={"text_tokens": ("image_dim", 512)},
+        usual={"image_tokens": 257},
         refused={
             "pos_embed_seq_len": (
                 None,

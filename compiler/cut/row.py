@@ -10,6 +10,8 @@ from typing import Any, Literal
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
+from .patch import Patch
+
 __all__ = [
     "PATCH_IMAGE",
     "PATCH_VIDEO",
@@ -121,6 +123,8 @@ class Row:
         timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's.
         packed: Latent rows and columns in a token, where latents come as tokens.
         fixed: Size → config key with which `forward` takes one value of it alone, and the value.
+        usual: Size that neither pixels nor a config's text length tell → what it usually is.
+        patches: What is traced in place of lines that can't be.
         refused: Config key with which a model is of another kind → its value (None: any but none),
             what kind, and what to use.
     """
@@ -136,6 +140,8 @@ class Row:
     timestep_scale: float = 1.0
     packed: int = 1
     fixed: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    usual: Mapping[str, int] = field(default_factory=dict)
+    patches: tuple[Patch, ...] = ()
     refused: Mapping[str, tuple[Any, str, str]] = field(default_factory=dict)
 
     def sizes(self, config: Mapping[str, Any], counts: Mapping[str, int] = SIZES) -> dict[str, int]:

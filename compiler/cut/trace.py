@@ -26,6 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ...core.errors import ExportError
+from .patch import patched
 from .row import Input, Row, size_expression
 from .symbolic import symbolic_python
 
@@ -299,6 +300,7 @@ def trace(
     try:
         with (
             _assumptions() as domain,
+            patched(model_class, row.patches),
             symbolic_python(),
             torch.no_grad(),
             warnings.catch_warnings(),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .patches import HUNYUAN_VIDEO_15, MOCHI
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, step
 
 __all__ = ["VIDEO_MODELS"]
@@ -25,6 +26,7 @@ VIDEO_MODELS: tuple[Row, ...] = (
         },
         pipelines=("ChronoEditPipeline",),
         multiples=PATCH_VIDEO,
+        usual={"image_tokens": 257},
     ),
     Row(
         "SanaVideoTransformer3DModel",
@@ -63,6 +65,7 @@ VIDEO_MODELS: tuple[Row, ...] = (
         pipelines=("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"),
         name="skyreels_v2",
         multiples=PATCH_VIDEO,
+        usual={"image_tokens": 257},
     ),
     Row(
         "MotifVideoTransformer3DModel",
@@ -70,10 +73,50 @@ VIDEO_MODELS: tuple[Row, ...] = (
             "hidden_states": step("batch in_channels frames height width"),
             "timestep": run(),
             "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "encoder_attention_mask": TEXT_MASK,
         },
         pipelines=("MotifVideoPipeline",),
         name="motif_video",
         multiples={"frames": "patch_size_t", **PATCH_IMAGE},
+    ),
+    Row(
+        "HunyuanVideo15Transformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "encoder_attention_mask": TEXT_MASK,
+            "encoder_hidden_states_2": prompt("batch text_tokens_2 text_embed_2_dim"),
+            "encoder_attention_mask_2": prompt("batch text_tokens_2", fill="mask"),
+            "image_embeds": prompt("batch image_tokens image_embed_dim"),
+        },
+        pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+        name="hunyuan_video_15",
+        multiples={"frames": "patch_size_t", **PATCH_IMAGE},
+        latent_scale=(4, 16),
+        usual={"text_tokens_2": 256, "image_tokens": 729},
+        patches=HUNYUAN_VIDEO_15,
+        refused={
+            "use_meanflow": (
+                True,
+                "is true: distilled models that take a second timestep can't be cut yet",
+                "use the checkpoint that is not distilled",
+            )
+        },
+    ),
+    Row(
+        "MochiTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "encoder_attention_mask": TEXT_MASK,
+        },
+        pipelines=("MochiPipeline",),
+        name="mochi",
+        multiples=PATCH_IMAGE,
+        latent_scale=(6, 8),
+        patches=MOCHI,
     ),
 )
 """In the order in which each came to be cut."""

@@ -290,7 +290,8 @@ def sample_dims(cut: Cut, case: int, ranges: Ranges = MappingProxyType({})) -> d
     divisors = {dim: d for factors in cut.dims.values() for dim, d in factors}
     patches = dict(zip(("frames", "height", "width"), PATCHES[case], strict=True))
     dims = {dim: n * divisors.get(dim, 1) for dim, n in patches.items()}
-    dims |= {"batch": 1 + case, "text_tokens": 7 + case, "image_tokens": 9 + case}
+    dims |= {"batch": 1 + case, "text_tokens": 7 + case}
+    dims |= {name: 9 + place + case for place, name in enumerate(sorted(cut.usual))}
     dims = _inside({**dims, "steps": 4 + case, "slots": 1 + case}, ranges)
     # A graph that takes tokens has a range for them, and none for what they derive from.
     return _inside(derived(cut, dims), ranges)

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ...bundle.dims import match_dims, shape_of
 from ...bundle.manifest import InputEntry
@@ -380,7 +381,7 @@ class FreewheelTransformer:
                 f"give {', '.join(prompt_arguments)}",
             )  # fmt: skip
         given = {**dict(zip(prompt_arguments, states, strict=False)), **named}
-        given = {n: value for n, value in {**given, **attention}.items() if value is not None}
+        given = {n: value for n, value in {**given, **attention}.items() if not _is_absent(value)}
         unknown = sorted(given.keys() - set(prompt_arguments))
         if unknown:
             raise RequestError(
@@ -548,12 +549,17 @@ class FreewheelTransformer:
 
 
 def _leaf(given: Mapping[str, Any], path: str) -> Any:
-    """Return a leaf of a nested argument: ``img_shapes.0.0.1``."""
-    name, *indices = path.split(".")
+    """Return a leaf of a nested argument: ``img_shapes.0.0.1``, ``added_cond_kwargs.resolution``."""
+    name, *keys = path.split(".")
     value = given[name]
-    for index in indices:
-        value = value[int(index)]
+    for key in keys:
+        value = value[key] if isinstance(value, Mapping) else value[int(key)]
     return value
+
+
+def _is_absent(value: Any) -> bool:
+    """Tell whether an argument is None, or a nesting of nothing else."""
+    return all(leaf is None for leaf in pytree.tree_leaves(value))
 
 
 def _as_tensor(value: Any, entry: InputEntry) -> Tensor:

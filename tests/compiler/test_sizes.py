@@ -12,7 +12,7 @@ from generations import generation_of
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
 from freewheel.compiler.cut.transformer import cut_transformer
-from freewheel.compiler.sizes import IMAGE_TOKENS, dims_of, latent_scale, shape_at, size_of
+from freewheel.compiler.sizes import dims_of, latent_scale, shape_at, size_of
 from freewheel.core.errors import RequestError
 from freewheel.engines.base import TensorSpec
 
@@ -37,13 +37,18 @@ def test_wan_at_480p_has_the_tokens_that_its_authors_count(cut: Cut) -> None:
     assert dims["tokens"] == 32_760
     assert dims["tokens_per_frame"] == 1_560
     assert (dims["frames"], dims["height"], dims["width"]) == (21, 60, 104)
-    assert dims["image_tokens"] == IMAGE_TOKENS
+    assert dims["image_tokens"] == 257
 
 
-def test_scale_factors_are_the_pipelines_own(cut: Cut, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "tokens"), [("clip_vision_model", 17), ("siglip_vision_model", 257)]
+)
+def test_scale_factors_are_the_pipelines_own(
+    cut: Cut, tmp_path: Path, model: str, tokens: int
+) -> None:
     for name, content in {
         "vae": {"scale_factor_temporal": 2, "scale_factor_spatial": 16},
-        "image_encoder": {"image_size": 64, "patch_size": 16},
+        "image_encoder": {"model_type": model, "image_size": 64, "patch_size": 16},
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
@@ -51,7 +56,7 @@ def test_scale_factors_are_the_pipelines_own(cut: Cut, tmp_path: Path) -> None:
     dims = dims_of(cut, size, tmp_path)
     assert (dims["frames"], dims["height"], dims["width"]) == (3, 4, 6)
     assert dims["tokens"] == 3 * 2 * 3
-    assert dims["image_tokens"] == 17
+    assert dims["image_tokens"] == tokens
 
 
 @pytest.mark.parametrize(

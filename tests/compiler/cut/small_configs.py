@@ -154,7 +154,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_head_dim": 12, "caption_channels": 8, "cross_attention_dim": 24,
             "in_channels": 4, "norm_type": "ada_norm_single", "num_attention_heads": 2,
             "num_embeds_ada_norm": 8, "num_layers": 4, "out_channels": 8, "patch_size": 2,
-            "sample_size": 8, "use_additional_conditions": True,
+            "sample_size": 128, "use_additional_conditions": True,
         },
     ),
     "sana": (
@@ -190,6 +190,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "patch_size": [1, 1], "rope_axes_dim": [4, 4], "text_embed_dim": 16,
         },
     ),
+    "hunyuan_image_glyphs": (
+        "HunyuanImageTransformer2DModel",
+        {
+            "attention_head_dim": 8, "guidance_embeds": True, "in_channels": 4,
+            "num_attention_heads": 2, "num_layers": 3, "num_refiner_layers": 2,
+            "num_single_layers": 3, "out_channels": 4, "patch_size": [1, 1],
+            "rope_axes_dim": [4, 4], "text_embed_dim": 16, "text_embed_2_dim": 12,
+        },
+    ),
+    "hunyuan_video_15": (
+        "HunyuanVideo15Transformer3DModel",
+        {
+            "attention_head_dim": 8, "image_embed_dim": 12, "in_channels": 9, "mlp_ratio": 2.0,
+            "num_attention_heads": 2, "num_layers": 4, "num_refiner_layers": 2, "out_channels": 4,
+            "patch_size": 1, "patch_size_t": 1, "rope_axes_dim": [2, 2, 4], "target_size": 16,
+            "task_type": "t2v", "text_embed_2_dim": 8, "text_embed_dim": 16,
+        },
+    ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        {
+            "activation_fn": "swiglu", "attention_head_dim": 8, "in_channels": 4,
+            "max_sequence_length": 16, "num_attention_heads": 2, "num_layers": 4, "patch_size": 2,
+            "pooled_projection_dim": 16, "qk_norm": "rms_norm", "text_embed_dim": 16,
+            "time_embed_dim": 4,
+        },
+    ),
     "longcat_image": (
         "LongCatImageTransformer2DModel",
         {
@@ -218,7 +245,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cogvideox": (
         "CogVideoXTransformer3DModel",
         {
-            "attention_head_dim": 8, "in_channels": 4, "max_text_seq_length": 11,
+            "attention_head_dim": 16, "in_channels": 4, "max_text_seq_length": 11,
             "num_attention_heads": 2, "num_layers": 4, "out_channels": 4, "patch_size": 2,
             "sample_frames": 9, "sample_height": 8, "sample_width": 8, "text_embed_dim": 8,
             "time_embed_dim": 8, "use_rotary_positional_embeddings": True,

@@ -16,11 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from bundles import TOLERANCE, check_attach, check_policies, save, session_output
 from chain import relative
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    StableDiffusion3Pipeline,
-)
+from pipelines import PIPELINES, pipeline_of
 from test_prove import OTHER
 
 from freewheel.bundle.reader import Bundle
@@ -34,21 +30,25 @@ from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
 FOUND = (
-    "bria", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
+    "qwen_image", "sd3", "sd35",     "bria", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "sana_video",
-    "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana",
+    "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana", "hunyuan_image_glyphs",
+    "hunyuan_video_15", "mochi",
 )  # fmt: skip
-EVERY_RUN = ("qwen_image", "sd35", "cogvideox")
-WITH_PIPELINE = ("qwen_image", "sd3", "sd35")
+EVERY_RUN = ("qwen_image", "sd3", "cogvideox")
 NAMES = [
-    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
-    for name in (*WITH_PIPELINE, *FOUND)
+    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly) for name in FOUND
 ]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def one(request: pytest.FixtureRequest) -> Case:
-    return case(request.param)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def one(name: str) -> Case:
+    return case(name)
 
 
 @pytest.fixture(scope="module")
@@ -89,37 +89,11 @@ def test_every_policy_runs_and_decides_by_content(one: Case, bundle: Bundle) -> 
     check_policies(bundle, given, "modulated_input")
 
 
-def pipeline_of(one: Case) -> tuple[Any, dict[str, Any]]:
-    """Return the class's pipeline without text encoders or VAE, and what it is called with."""
-    generator = torch.Generator().manual_seed(0)
-    config: Any = one.model.config
-    width = config.joint_attention_dim
-    embeds = [torch.randn(1, 6, width, generator=generator) for _ in range(2)]
-    size = {"height": 64, "width": 96}
-    if one.row.name == "qwen_image":
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        pipe = QwenImagePipeline(scheduler, None, None, None, one.model)  # type: ignore[arg-type]  # parts not needed
-        mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
-        return pipe, {
-            "prompt_embeds": embeds[0], "prompt_embeds_mask": torch.ones(1, 6, dtype=torch.int64),
-            "negative_prompt_embeds": embeds[1], "negative_prompt_embeds_mask": mask,
-            "true_cfg_scale": 3.0, **size,
-        }  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = StableDiffusion3Pipeline(one.model, scheduler, *[None] * 7)  # type: ignore[arg-type]  # parts not needed
-    pooled = [torch.randn(1, config.pooled_projection_dim, generator=generator) for _ in range(2)]
-    return pipe, {
-        "prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1],
-        "pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1],
-        "guidance_scale": 3.0, **size,
-    }  # fmt: skip
-
-
-def test_its_pipeline_takes_the_bundle(one: Case, bundle: Bundle) -> None:
-    """Guidance in two branches; a mask of ones alone is left out by the pipeline."""
-    if one.row.name not in ("qwen_image", "sd3"):
-        pytest.skip("its pipeline needs a text encoder")
-    pipe, arguments = pipeline_of(one)
+def test_its_pipeline_takes_the_bundle(name: str, one: Case, bundle: Bundle) -> None:
+    """Guidance in two branches, or both prompts in one batch; the negative one's mask has padding."""
+    if name not in PIPELINES:
+        pytest.skip("its pipeline can't be called without a text encoder")
+    pipe, arguments = pipeline_of(name, one)
     by_content = CacheSetting(policy="teacache", parameters={"threshold": 1e6})
     transformer = check_attach(pipe, bundle, arguments, ["taylorseer", by_content])
     assert transformer.session.resolved.signal_name == "modulated_input"

@@ -99,6 +99,15 @@ def test_a_document_calls_nothing_else(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("args", [[9, 10**9], [9, {"float": "inf"}], [9, [2]], [9]])
+def test_a_power_that_may_fill_the_memory_is_refused(edited: Any, args: list[Any]) -> None:
+    folder = edited(
+        lambda document: first(document, "call_function").update({"target": "pow", "args": args})
+    )
+    with pytest.raises(BundleError, match="holds no cut"):
+        read_cut(folder)
+
+
 @pytest.mark.parametrize("key", ["graphs", "stages", "dims", "unread"])
 def test_a_document_without_a_part_is_refused(edited: Any, key: str) -> None:
     folder = edited(lambda document: document.pop(key))

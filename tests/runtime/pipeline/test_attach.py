@@ -439,6 +439,12 @@ def test_a_loop_by_hand_needs_no_cache_contexts(demo_bundle: Bundle, repository:
     for t in pipe.scheduler.timesteps:
         pipe.transformer(noise, t[None], torch.randn(text[0].shape))
     assert set(transformer.statistics.branches) == {"cond"}, "a prompt may change during a run"
+    pipe.scheduler.set_timesteps(6)
+    first_step = (noise, pipe.scheduler.timesteps[:1], text[0])
+    nothing = {"resolution": None, "sizes": [None, None]}
+    pipe.transformer(*first_step, added_cond_kwargs=nothing)
+    with pytest.raises(RequestError, match=r"'added_cond_kwargs': is nothing that"):
+        pipe.transformer(*first_step, added_cond_kwargs={**nothing, "sizes": [None, 1]})
     text[1] = text[0]
     with pytest.raises(RequestError, match=r"branch 'cond' there.*name the branch with .*_context"):
         loop(named=False)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patches of the table's rows, each with the reason why it gives the same."""
+
+from __future__ import annotations
+
+from .patch import Patch
+
+__all__ = ["HUNYUAN_IMAGE", "HUNYUAN_VIDEO_15", "MOCHI"]
+
+HUNYUAN_IMAGE = (
+    Patch(
+        "HunyuanImageTransformer2DModel.forward",
+        first="# reorder and combine text tokens",
+        until="attention_mask = torch.nn.functional.pad",
+        digest="9f8cf415a7ba",
+        lines="""
+encoder_hidden_states = torch.cat([encoder_hidden_states_2, encoder_hidden_states], dim=1)
+encoder_attention_mask = torch.cat([encoder_attention_mask_2, encoder_attention_mask], dim=1)
+""",
+    ),
+)
+"""Text tokens have no positions, so attention gives the same in any order of them: the real tokens
+need not be sorted before the padding, of which the mask says what it is."""
+
+HUNYUAN_VIDEO_15 = (
+    Patch(
+        "HunyuanVideo15Transformer3DModel.forward",
+        first="encoder_hidden_states_cond_emb = self.cond_type_embed(",
+        until="encoder_hidden_states = encoder_hidden_states + encoder_hidden_states_cond_emb",
+        digest="ada51609387f",
+        lines="encoder_hidden_states_cond_emb = self.cond_type_embed.weight[0]",
+    ),
+    Patch(
+        "HunyuanVideo15Transformer3DModel.forward",
+        first="encoder_hidden_states_2_cond_emb = self.cond_type_embed(",
+        until="encoder_hidden_states_2 = encoder_hidden_states_2 + encoder_hidden_states_2_cond_emb",
+        digest="9fdb111094b9",
+        lines="encoder_hidden_states_2_cond_emb = self.cond_type_embed.weight[1]",
+    ),
+    Patch(
+        "HunyuanVideo15Transformer3DModel.forward",
+        first="if is_t2v:",
+        until="encoder_hidden_states_3 = encoder_hidden_states_3 + encoder_hidden_states_3_cond_emb",
+        digest="0bb32f59827f",
+        lines="""
+encoder_attention_mask_3 = (~is_t2v).expand(batch_size, encoder_hidden_states_3.shape[1])
+encoder_hidden_states_3_cond_emb = self.cond_type_embed.weight[2]
+""",
+    ),
+    Patch(
+        "HunyuanVideo15Transformer3DModel.forward",
+        first="new_encoder_hidden_states = []",
+        until="# 4. Transformer blocks",
+        digest="d32fcbae1132",
+        lines="""
+encoder_hidden_states = torch.cat(
+    [encoder_hidden_states_3, encoder_hidden_states_2, encoder_hidden_states], dim=1
+)
+encoder_attention_mask = torch.cat(
+    [encoder_attention_mask_3, encoder_attention_mask_2, encoder_attention_mask], dim=1
+)
+""",
+    ),
+    Patch(
+        "HunyuanVideo15AttnProcessor2_0.__call__",
+        first="self_attn_mask_1 =",
+        until="# 5. Attention",
+        digest="ae8c881b8665",
+        lines="attention_mask = attention_mask.view(batch_size, 1, 1, seq_len)",
+    ),
+)
+"""As in `HUNYUAN_IMAGE`, tokens stay in their order; an image of zeros, which means none, is masked by
+a value rather than left out by a branch. A padding token's own row of attention is read by nobody,
+so a mask of keys alone does, where diffusers makes one of all pairs of tokens. Kinds of tokens are
+rows of a table, whatever the text's length."""
+
+MOCHI = (
+    Patch(
+        "MochiAttnProcessor2_0.__call__",
+        first="attn_outputs = []",
+        until="hidden_states = hidden_states.transpose(1, 2).flatten(2, 3)",
+        digest="5d290aa6cf0e",
+        lines="""
+mask = F.pad(attention_mask.bool(), (sequence_length, 0), value=True)
+hidden_states = F.scaled_dot_product_attention(
+    torch.cat([query, encoder_query], dim=2),
+    torch.cat([key, encoder_key], dim=2),
+    torch.cat([value, encoder_value], dim=2),
+    attn_mask=mask[:, None, None],
+)
+""",
+    ),
+    Patch(
+        "MochiRoPE._get_positions",
+        first="scale =",
+        until="t = torch.arange",
+        digest="64620d11e5c0",
+        lines="""
+area = torch.scalar_tensor(height * width, dtype=torch.float32)
+scale = (self.target_area / area) ** 0.5
+""",
+    ),
+)
+"""Padding of the text is masked, where diffusers takes it out of each batch element; what it computes
+for padding itself is read by nobody. Equal where real tokens come first, as Mochi's tokenizer has
+them: diffusers itself moves others to the front. The root of a size is a tensor's, not Python's."""

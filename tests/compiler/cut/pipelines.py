@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models in their pipelines, without text encoders or VAE: called with embeddings of a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffusers
+import torch
+from cases import Case
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLWan,
+    ClassifierFreeGuidance,
+    CogVideoXDDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+__all__ = ["PIPELINES", "pipeline_of"]
+
+TOKENS, REAL = 6, 4
+"""Tokens of a prompt, and how many of the negative one's are no padding."""
+
+
+def embeds(width: int, tokens: int = TOKENS, *, seed: int = 0) -> Tensor:
+    """Return a prompt's embeddings, [1, tokens, width]."""
+    return torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def both(width: int, *, name: str = "prompt_embeds", tokens: int = TOKENS) -> dict[str, Tensor]:
+    """Return embeddings of a prompt and of a negative one."""
+    return {name: embeds(width, tokens), f"negative_{name}": embeds(width, tokens, seed=1)}
+
+
+def masks(name: str, tokens: int = TOKENS, dtype: torch.dtype = torch.int64) -> dict[str, Tensor]:
+    """Return masks of a prompt without padding, and of a negative one with some."""
+    ones = torch.ones(1, tokens, dtype=dtype)
+    return {name: ones, f"negative_{name}": ones * (torch.arange(tokens) < REAL)}
+
+
+def flow(**options: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def shifted() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+SQUARE = {"height": 64, "width": 96}
+VIDEO = {"height": 32, "width": 48, "num_frames": 5}
+UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
+
+
+def pixart(config: Any) -> dict[str, Any]:
+    mask = masks("prompt_attention_mask")
+    return {**both(config.caption_channels), **mask, **SQUARE, **UNBINNED, "negative_prompt": None}
+
+
+def sana(config: Any, **size: int) -> dict[str, Any]:
+    return {**pixart(config), **size, "guidance_scale": 3.0}
+
+
+def cogview(config: Any) -> dict[str, Any]:
+    return {**both(config.text_embed_dim), **SQUARE, "guidance_scale": 3.0}
+
+
+def hunyuan_image(config: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"height": 128, "width": 192, "distilled_guidance_scale": 3.5}
+    for last, width, tokens in (
+        ("", config.text_embed_dim, TOKENS),
+        ("_2", config.text_embed_2_dim, 5),
+    ):
+        arguments |= both(width, name=f"prompt_embeds{last}", tokens=tokens)
+        arguments |= masks(f"prompt_embeds_mask{last}", tokens)
+    return arguments
+
+
+def hunyuan_video_15(config: Any) -> dict[str, Any]:
+    arguments = hunyuan_image(config) | VIDEO
+    del arguments["distilled_guidance_scale"]
+    return arguments | {"height": 64, "width": 96}
+
+
+PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any]]]] = {
+    "qwen_image": ("QwenImagePipeline", shifted, lambda c: {
+        **both(c.joint_attention_dim), **masks("prompt_embeds_mask"), **SQUARE,
+        "true_cfg_scale": 3.0,
+    }),
+    "sd3": ("StableDiffusion3Pipeline", flow, lambda c: {
+        **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0,
+        "pooled_prompt_embeds": embeds(c.pooled_projection_dim)[:, 0],
+        "negative_pooled_prompt_embeds": embeds(c.pooled_projection_dim, seed=1)[:, 0],
+    }),
+    "bria": ("BriaPipeline", shifted, lambda c: {
+        **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0,
+    }),
+    "ovis_image": ("OvisImagePipeline", shifted, lambda c: {
+        **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0, "negative_prompt": None,
+    }),
+    "prx": ("PRXPipeline", flow, lambda c: {
+        **both(c.context_in_dim), **masks("prompt_attention_mask", dtype=torch.bool), **SQUARE,
+        "use_resolution_binning": False, "guidance_scale": 3.0,
+    }),
+    "pixart": ("PixArtSigmaPipeline", DPMSolverMultistepScheduler, pixart),
+    "pixart_alpha": ("PixArtAlphaPipeline", DPMSolverMultistepScheduler, pixart),
+    "sana": ("SanaPipeline", flow, sana),
+    "sana_video": ("SanaVideoPipeline", flow, lambda c: sana(c, frames=5, height=64, width=96)),
+    "cogview3_plus": ("CogView3PlusPipeline", CogVideoXDDIMScheduler, cogview),
+    "cogview4": ("CogView4Pipeline", shifted, cogview),
+    "hunyuan_image_glyphs": ("HunyuanImagePipeline", flow, hunyuan_image),
+    "flux_2": ("Flux2Pipeline", shifted, lambda c: {
+        "prompt_embeds": embeds(c.joint_attention_dim), **SQUARE,
+    }),
+    "cogvideox": ("CogVideoXPipeline", CogVideoXDDIMScheduler, lambda c: {
+        **both(c.text_embed_dim), **VIDEO, "guidance_scale": 3.0,
+    }),
+    "skyreels_v2": (
+        "SkyReelsV2Pipeline",
+        lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        lambda c: {**both(c.text_dim), **VIDEO, "guidance_scale": 3.0},
+    ),
+    "motif_video": ("MotifVideoPipeline", flow, lambda c: {
+        **both(c.text_embed_dim), **masks("prompt_attention_mask"), **VIDEO,
+    }),
+    "mochi": (
+        "MochiPipeline",
+        lambda: flow(invert_sigmas=True),
+        lambda c: {
+            **both(c.text_embed_dim), **masks("prompt_attention_mask", dtype=torch.bool), **VIDEO,
+            "num_frames": 7, "guidance_scale": 3.0,
+        },
+    ),
+    "hunyuan_video_15": ("HunyuanVideo15Pipeline", flow, hunyuan_video_15),
+}  # fmt: skip
+"""Case → pipeline, its scheduler, and what it is called with, of the model's config."""
+
+
+PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "bria": {"vae": lambda config: AutoencoderKL(shift_factor=0.0)},
+    "motif_video": {
+        "guider": lambda config: ClassifierFreeGuidance(guidance_scale=3.0),
+        "vae": lambda config: AutoencoderKLWan(base_dim=8, z_dim=config.out_channels),
+    },
+    "hunyuan_video_15": {
+        "guider": lambda config: ClassifierFreeGuidance(guidance_scale=3.0),
+        "vae": lambda config: AutoencoderKLHunyuanVideo15(
+            latent_channels=config.out_channels,
+            block_out_channels=(32,) * 5,
+            spatial_compression_ratio=16,
+            temporal_compression_ratio=4,
+        ),
+    },
+}
+"""What a pipeline asks of parts that its latents do not pass through."""
+
+
+def pipeline_of(name: str, one: Case) -> tuple[Any, Mapping[str, Any]]:
+    """Return a case's pipeline around its model, and what it is called with."""
+    pipeline, scheduler, arguments = PIPELINES[name]
+    made: Any = getattr(diffusers, pipeline)
+    parts: dict[str, Any] = {
+        part: None
+        for part, parameter in inspect.signature(made.__init__).parameters.items()
+        if part != "self" and parameter.default is parameter.empty
+    }
+    config: Any = one.model.config
+    parts |= {part: make(config) for part, make in PARTS.get(name, {}).items()}
+    return made(**{**parts, "transformer": one.model, "scheduler": scheduler()}), arguments(config)
