@@ -108,6 +108,14 @@ def test_no_engine_wants_an_input_in_host_memory(built: tuple[Bundle, Watcher]) 
         assert engine["details"]["shape_inputs"] == []
 
 
+def test_no_policys_engine_is_larger_than_a_blocks(built: tuple[Bundle, Watcher]) -> None:
+    """TensorRT-RTX writes elementwise expressions out once per use, which can grow without bound."""
+    bundle = built[0]
+    (engines,) = bundle.manifest.engines
+    sizes = {n: (bundle.path(f) / "model.plan").stat().st_size for n, f in engines.files.items()}
+    assert {n for n in sizes if n.startswith("decide.") and sizes[n] > sizes["block"]} == set()
+
+
 def test_fine_tunes_share_their_engines(
     built: tuple[Bundle, Watcher], request_for: Callable[..., BuildRequest],
     tiny_checkpoint: Path, tmp_path: Path,
