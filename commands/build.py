@@ -27,6 +27,13 @@ def build(
             help="Caching config to carry; repeatable, the first is the default.",
         ),
     ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Policy, or pair such as teacache+spectrum, to carry beside off and the configs'; "
+            "repeatable; default: every policy."
+        ),
+    ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -170,6 +177,7 @@ def build(
             out=out,
             backends=backends,
             configs=config_entries(config or ["off"], screen.warn),
+            policies=policy,
             precision=precision,  # type: ignore[arg-type]  # one of the three
             weights=choice_of("--weights", weights, ("inputs", "baked")),  # type: ignore[arg-type]
             group_blocks=group_blocks,

@@ -51,7 +51,7 @@ from ..core.output import check_folder
 from ..core.progress import Progress, Silent
 from ..engines.base import Backend, ProfiledBackend, Target, TensorSpec
 from ..passes import backend_pipeline, run_passes
-from ..policies import policies
+from ..policies import POLICIES, policy_class
 from ..policies.base import Policy
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.completeness import CAST_DTYPES, check_tensors
@@ -76,7 +76,7 @@ from .profiles import BuildSizes, Profile, Range, dim_ranges, profiles_of
 from .samplers import write_tables
 from .sizes import Size, latent_scale, read_part
 
-__all__ = ["BuildReport", "BuildRequest", "build", "model_cut", "plan"]
+__all__ = ["BuildReport", "BuildRequest", "build", "carried_policies", "model_cut", "plan"]
 
 PIPELINE_PARTS = (
     "scheduler", "tokenizer", "text_encoder", "vae", "image_encoder", "image_processor",
@@ -98,6 +98,8 @@ class BuildRequest:
         backends: Compile the engines; the first is what runs use by default.
         configs: Name → config to carry; the first is the default. What they leave open is filled
             in (`compiler/defaults.py`).
+        policies: Names of policies and pairs to carry beside ``off`` and those of the configs; None
+            carries every policy.
         precision: Precision of ``body``.
         weights: Block templates with weights as inputs, or groups of blocks with weights inside.
             ``baked`` computed 6 to 12 % faster on a CPU at 180 and 1,560 tokens
@@ -122,6 +124,7 @@ class BuildRequest:
     out: Path
     backends: Sequence[Backend]
     configs: Mapping[str, ConfigEntry]
+    policies: Sequence[str] | None = None
     precision: Precision = "float32"
     weights: Literal["inputs", "baked"] = "inputs"
     group_blocks: int | None = None
@@ -164,7 +167,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         CheckpointError: nothing usable at ``request.model``.
         ExportError, PassError, BuildError: a graph could not be traced, rewritten or compiled.
         OutputError: the target exists or can't be written.
-        ConfigError: groups of no block are asked for, or groups in a bundle that has none.
+        ConfigError: groups of no block are asked for, or groups in a bundle that has none; a policy
+            is not known, or needs a signal that the model does not give.
         RequestError: sizes that the model can't serve.
     """
     check_group_blocks(request.group_blocks, request.weights)
@@ -178,6 +182,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     store = Store(request.cache / STORE if request.cache is not None else None)
     row, cut = model_cut(checkpoint, request.precision, store)
+    laws = carried_policies(cut, configs, request.policies)
     targets = [complete_target(b, request.target) for b in request.backends]
     ranges = _ranges(request, cut, checkpoint, configs)
     parts = pipeline_parts(request, checkpoint, configs)
@@ -198,7 +203,6 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         cache = cache_segments(_hidden_spec(cut), cut.history_dtype)
         segments = (*cut.segments, *cache, *filter_segments(cut))
         segments = tuple(s for s in segments if s.runs != "probe" or s.name in signals)
-        laws = _policies(cut, configs)
         progress.phase("trace", len(segments) + len(laws))
         config = {n: v for n, v in checkpoint.config.items() if not n.startswith("_")}
         made_from = {
@@ -557,7 +561,8 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
 
     Raises:
         CheckpointError: nothing usable at ``request.model``, or nothing of what it is to carry.
-        ConfigError: groups of no block are asked for.
+        ConfigError: groups of no block are asked for; a policy is not known, or needs a signal that
+            the model does not give.
         RequestError: the size does not fit the model.
     """
     check_group_blocks(request.group_blocks, request.weights)
@@ -565,6 +570,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     row, cut = model_cut(checkpoint, request.precision)
     stored = sum(t.bytes for t in checkpoint.tensors.values())
+    laws = carried_policies(cut, configs, request.policies)
     for backend in request.backends:
         complete_target(backend, request.target)
     return {
@@ -574,7 +580,7 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         + 2
         + (FIRST_BLOCK_RESIDUAL in cut.signals)
         + len(filter_segments(cut))
-        + len(_policies(cut, configs))
+        + len(laws)
         + len(pipeline_parts(request, checkpoint, configs)),
         "tensors": len(checkpoint.tensors),
         "notes": list(checkpoint.notes),
@@ -584,23 +590,42 @@ def plan(request: BuildRequest, size: Size | None = None) -> dict[str, Any]:
         "ranges": _ranges(request, cut, checkpoint, configs),
         "out": str(request.out),
         "forecast": forecast_build(
-            checkpoint, cut, configs, out=request.out, precision=request.precision,
+            checkpoint, cut, configs, laws, out=request.out, precision=request.precision,
             backends=[b.name for b in request.backends], baked=request.weights == "baked",
             size=size,
         ),
     }  # fmt: skip
 
 
-def _policies(cut: Cut, configs: Mapping[str, ResolvedConfig]) -> dict[str, type[Policy]]:
-    """Return the policies, and the configs' pairs of them, that find something to look at.
+def carried_policies(
+    cut: Cut, configs: Mapping[str, ResolvedConfig], named: Sequence[str] | None
+) -> dict[str, type[Policy]]:
+    """Return the policies and pairs that a bundle carries: ``off``, the configs', the named ones.
 
-    One block alone has no block ahead of others.
+    Args:
+        cut: The model, cut; a policy that finds nothing to look at in it is left out, if nobody named
+            it. One block alone has no block ahead of others.
+        configs: Configs to be carried.
+        named: Further policies; None takes all of the table.
+
+    Raises:
+        ConfigError: a policy is not known, or a named one needs a signal that the model does not give.
     """
-    return {
-        n: p
-        for n, p in policies(c.cache.policy for c in configs.values()).items()
-        if not p.spec.signals or any(s in signals_of(cut) for s in p.spec.signals)
-    }
+    asked = dict.fromkeys(["off", *(c.cache.policy for c in configs.values()), *(named or ())])
+    given = signals_of(cut)
+    carried = {}
+    for name in dict.fromkeys([*POLICIES, *asked]) if named is None else asked:
+        found = policy_class(name)
+        if not found.spec.signals or any(s in given for s in found.spec.signals):
+            carried[name] = found
+        elif named is not None and name in named:
+            raise ConfigError(
+                f"--policy {name}",
+                f"needs one of the signals {', '.join(found.spec.signals)}, and the model gives "
+                f"{', '.join(given) or 'none'}",
+                "leave it out",
+            )
+    return carried
 
 
 def _signals(cut: Cut, weights: str) -> dict[str, SignalEntry]:

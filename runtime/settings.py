@@ -16,7 +16,7 @@ from ..bundle.manifest import (
 from ..bundle.reader import Bundle
 from ..configs.load import load_config
 from ..core.errors import ConfigError, nearest
-from ..policies import JOINT
+from ..policies import is_policy
 from ..policies.config import CachingConfig
 from ..policies.overrides import apply_overrides
 from ..policies.setting import CacheSetting
@@ -129,8 +129,8 @@ def carried_policy(manifest: Manifest, name: str) -> PolicyEntry:
     """
     if name not in manifest.policies:
         hint = nearest(name, list(manifest.policies))
-        if JOINT in name:
-            hint = f"a pair of policies has a graph of its own: build with --config {name} too"
+        if is_policy(name):
+            hint = f"each policy or pair has a graph of its own: build with --policy {name} too"
         raise ConfigError(f"policy '{name}'", "is not in the bundle", hint)
     return manifest.policies[name]
 

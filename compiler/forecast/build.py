@@ -12,7 +12,7 @@ from typing import Any
 from ...bundle.manifest import ResolvedConfig
 from ...core.dtypes import ITEM_BYTES
 from ...engines.host import disk_free_bytes, existing_parent
-from ...policies import policies
+from ...policies.base import Policy
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import lies_as
 from ..cut.declared import Cut
@@ -33,6 +33,7 @@ def forecast_build(
     checkpoint: Checkpoint,
     cut: Cut,
     configs: Mapping[str, ResolvedConfig],
+    laws: Mapping[str, type[Policy]],
     *,
     precision: str,
     backends: Sequence[str],
@@ -46,6 +47,7 @@ def forecast_build(
         checkpoint: Where weights and pipeline lie.
         cut: The checkpoint's model, cut.
         configs: Configs to be carried; the first is the default.
+        laws: Policies to be carried.
         precision: Precision of the body.
         backends: Backends to compile for; the first runs it.
         baked: Whether engines hold weights.
@@ -55,7 +57,7 @@ def forecast_build(
     Raises:
         RequestError: a size that VAE or patches do not divide.
     """
-    default, laws = next(iter(configs)), policies(c.cache.policy for c in configs.values())
+    default = next(iter(configs))
     size = size or size_of(configs[default].generation)
     dims = dims_of(cut, size, checkpoint.pipeline)
     settings = {n: policy_setting(n, cut.signals) for n in laws}

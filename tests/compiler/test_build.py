@@ -15,6 +15,7 @@ import onnx
 import onnx.parser
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from freewheel.bundle.manifest import (
@@ -27,7 +28,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.bundle.store import Store
 from freewheel.compiler import build as building
 from freewheel.compiler import samplers
-from freewheel.compiler.build import BuildRequest, build, compile_graph, target_label
+from freewheel.compiler.build import BuildRequest, build, compile_graph, plan, target_label
 from freewheel.compiler.graphs import decide
 from freewheel.compiler.graphs import write as graphs
 from freewheel.core.errors import (
@@ -165,6 +166,39 @@ def test_the_manifest_says_what_was_asked(request_for, tiny_checkpoint: Path) ->
     (engines,) = manifest.engines
     assert engines.backend == "onnxruntime"
     assert set(engines.files) == set(engines.seconds) == set(manifest.graphs)
+
+
+def test_named_policies_are_carried_beside_those_of_the_configs(request_for) -> None:
+    request = request_for(policies=["easycache", "teacache+spectrum"])
+    manifest = build(request).manifest
+    carried = ["off", "teacache", "easycache", "teacache+spectrum"]
+    assert list(manifest.policies) == carried
+    for compiled in (manifest.graphs, manifest.engines[0].files):
+        assert [n for n in compiled if n.startswith("decide.")] == [f"decide.{n}" for n in carried]
+    assert Bundle(request.out).digests() == []
+    fewer = plan(request_for())["graphs"] - plan(request)["graphs"]
+    assert fewer == len(POLICIES) - len(carried)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("easycahe", r"policy 'easycahe': is not known; did you mean 'easycache'"),
+        ("teacache+custom", "is 'custom' itself"),
+        ("firstblock", "--policy firstblock: needs one of the signals first_block_residual, and"),
+    ],
+)
+def test_a_policy_that_cannot_be_carried_is_refused_before_anything_is_written(
+    request_for, tiny_checkpoint: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    config = WanTransformer3DModel.load_config(tiny_checkpoint)
+    one = tmp_path / "one"
+    WanTransformer3DModel.from_config(config, num_layers=1).save_pretrained(one)
+    request = request_for(model=str(one), policies=[name])
+    for refused in (build, plan):
+        with pytest.raises(ConfigError, match=message):
+            refused(request)
+    assert not request.out.parent.exists()
 
 
 def test_report_tells_linked_from_written_bytes(request_for, tiny_checkpoint: Path) -> None:

@@ -43,9 +43,18 @@ FOUND = ("qwen_image", "sd35", "flux_2")
 block begins."""
 
 
+@pytest.fixture(scope="module")
+def asked_policies(request: pytest.FixtureRequest) -> list[str]:
+    """The policies that tests of this session ask the bundles for."""
+    here = (i for i in request.session.items if i.path == request.path and hasattr(i, "callspec"))
+    named = {i.callspec.params.get("policy") for i in here}
+    return [BY_CONTENT.policy, *(p for p in POLICIES if p in named)]
+
+
 @pytest.fixture(scope="module", params=[*FAMILIES, *FOUND])
 def loop(
     request: pytest.FixtureRequest,
+    asked_policies: list[str],
     build_bundle: Callable[..., Bundle],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Loop:
@@ -54,12 +63,12 @@ def loop(
     if request.param in FOUND:
         one = case(request.param)
         one.model.save_pretrained(folder)
-        bundle = build_bundle(folder, ("openvino",))
+        bundle = build_bundle(folder, ("openvino",), policies=asked_policies)
         inputs, _ = inputs_at(one, bundle, SIZES)
     else:
         family = FAMILIES[request.param]
         family.model_of(family.TINY).save_pretrained(folder)
-        bundle = build_bundle(folder, ("openvino",))
+        bundle = build_bundle(folder, ("openvino",), policies=asked_policies)
         inputs = family.inputs_of(family.TINY, family.SIZES[1])
     declared = bundle.manifest.inputs
     prompt = {n: inputs[n].numpy() for n, i in declared.items() if i.runs == "prompt"}
@@ -97,12 +106,14 @@ def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: P
 @pytest.fixture(scope="module", params=crossed(wan.FORMS, ["linked"]))
 def experts(
     request: pytest.FixtureRequest,
+    asked_policies: list[str],
     build_bundle: Callable[..., Bundle],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Loop:
     """Two experts with guidance, each with a scale of its own; UniPC looks back over the switch."""
     folder = tmp_path_factory.mktemp("wan22")
-    bundle = build_bundle(wan.write_checkpoint(folder, request.param), ("openvino",))
+    checkpoint = wan.write_checkpoint(folder, request.param)
+    bundle = build_bundle(checkpoint, ("openvino",), policies=asked_policies)
     random = np.random.default_rng(0)
     latents = random.standard_normal((1, 16, 2, 4, 6), dtype=np.float32)
     prompts = {

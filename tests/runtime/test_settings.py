@@ -85,12 +85,12 @@ def test_a_model_of_one_block_carries_no_policy_that_looks_at_the_first(
         choose_setting(bundle, "firstblock", {"threshold": "0.2"}, unwarned)
 
 
-def test_a_pair_is_in_bundles_whose_configs_name_it(
+def test_a_pair_is_in_bundles_that_were_built_for_it(
     tiny_checkpoint: Path, build_bundle: Callable[..., Bundle], tiny_bundle: Bundle
 ) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"'teacache\+spectrum': is not in the bundle; .*build with --config teacache\+spectrum",
+        match=r"'teacache\+spectrum': is not in the bundle; .*build with --policy teacache\+spectrum",
     ):
         choose_setting(tiny_bundle, "teacache+spectrum", {"degree": "2"}, unwarned)
     entries = config_entries(["off", "teacache+spectrum"], unwarned)

@@ -39,7 +39,8 @@ def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def baked(tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
-    return build_bundle(tiny_checkpoint, ("openvino",), weights="baked", group_blocks=2)
+    options = {"weights": "baked", "group_blocks": 2, "policies": ["teacache"]}
+    return build_bundle(tiny_checkpoint, ("openvino",), **options)
 
 
 def with_right_digests(folder: Path) -> Bundle:
@@ -205,7 +206,8 @@ def test_an_engine_with_other_weights_inside_is_found(baked: Bundle, tmp_path: P
 def test_low_precision_stays_within_its_tolerance(
     tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]
 ) -> None:
-    report = verify_bundle(build_bundle(tiny_checkpoint, ("openvino",), precision="bfloat16"))
+    options = {"precision": "bfloat16", "policies": ["teacache"]}
+    report = verify_bundle(build_bundle(tiny_checkpoint, ("openvino",), **options))
     assert failing(report) == set()
     low = [c for c in report.engines if c.tolerance > 1e-3]
     assert {c.graph for c in low} == {"context", "block", "block_tapped", "delta"}
