@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that appears whole or not at all."""
+"""Where a bundle is built: a folder that takes its name in the end, one build at a time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..core.errors import OutputError
-from ..core.output import check_folder
+from ..core.output import check_folder, staged
 from .manifest import MANIFEST
 
 __all__ = ["alone", "check_target", "staged_folder"]
@@ -35,7 +33,6 @@ def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
             under way, or the disk is full or can't be written.
     """
     target = target.absolute()
-    staging = _staging_of(target)
     _check_replaceable(target, replace=replace)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,17 +41,11 @@ def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
             str(target), f"can't be written: {error.strerror}", "choose another --out"
         ) from error
     try:
-        with _locked(staging):
-            try:
-                _put_back(target)
-                _check_replaceable(target, replace=replace)
-                shutil.rmtree(staging, ignore_errors=True)  # of a killed build
-                staging.mkdir()
-                yield staging
-                _check_replaceable(target, replace=replace)
-                _move_into_place(staging, target)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        with alone(target), staged(target) as staging:
+            _check_replaceable(target, replace=replace)
+            staging.mkdir()
+            yield staging
+            _check_replaceable(target, replace=replace)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -74,27 +65,14 @@ def check_target(target: Path, *, replace: bool) -> None:
     check_folder(target.absolute().parent, "--out")
 
 
-def alone(target: Path) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
     """Hold a bundle against every build of it, dead ones excepted.
 
     Raises:
         OutputError: another build holds it.
     """
-    return _locked(_staging_of(target.absolute()))
-
-
-def _staging_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.building")
-
-
-@contextlib.contextmanager
-def _locked(staging: Path) -> Iterator[None]:
-    """Hold ``staging`` against every other build, dead ones excepted.
-
-    Raises:
-        OutputError: another build holds it.
-    """
-    path = staging.with_name(f"{staging.name}.lock")
+    path = target.absolute().with_name(f".{target.name}.building.lock")
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -106,7 +84,7 @@ def _locked(staging: Path) -> Iterator[None]:
         except BlockingIOError as error:
             os.close(handle)
             raise OutputError(
-                str(staging), "another build of this target is running",
+                str(target), "another build of this target is running",
                 "wait for it, or choose another --out",
             ) from error  # fmt: skip
     try:
@@ -114,14 +92,6 @@ def _locked(staging: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
-
-
-def _put_back(target: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    old = target.with_name(f".{target.name}.replaced")
-    if old.is_dir() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, *, replace: bool) -> None:
@@ -136,19 +106,3 @@ def _check_replaceable(target: Path, *, replace: bool) -> None:
             str(target), f"is no bundle (it has no '{MANIFEST}') and is not replaced",
             "choose another --out, or remove it yourself",
         )  # fmt: skip
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    """Give ``staging`` the name ``target``; what stood there goes once that has succeeded."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

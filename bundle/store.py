@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OutputError
+from ..core.output import staged
 from .files import link_or_none, sha256_of
 
 __all__ = ["NO_STORE", "Store"]
@@ -79,16 +79,10 @@ class Store:
                     shutil.rmtree(place)
 
     def _keep(self, piece: Path, place: Path) -> None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as partial:
-            made, replaced = Path(partial) / "made", Path(partial) / "replaced"
+        with staged(place) as made:
             made.mkdir()
             _copy(piece, made / PIECE)
             (made / DIGESTS).write_text(json.dumps(_digests(made / PIECE)), encoding="utf-8")
-            with contextlib.suppress(OSError):  # there is none, or another process replaces it
-                place.rename(replaced)
-            with contextlib.suppress(OSError):  # another process has put its own there
-                made.rename(place)
 
 
 NO_STORE = Store(None)

@@ -16,10 +16,10 @@ from ..bundle.reader import MANIFEST, Bundle
 from ..bundle.staging import alone
 from ..bundle.store import Store
 from ..core.errors import RequestError
+from ..core.output import write_text
 from ..core.progress import Progress, Silent
 from ..engines import backend_class
 from ..engines.base import Backend, ProfiledBackend, Target
-from ..engines.record import write_whole
 from .build import STORE, compile_graphs, complete_target
 from .cut.document import cut_of
 from .profiles import BuildSizes, dim_ranges, profiles_of
@@ -98,7 +98,7 @@ def resume_engines(
         whole = manifest.model_copy(
             update={"engines": [*manifest.engines, *made], "files": {**manifest.files, **files}}
         )
-        write_whole(folder / MANIFEST, whole.model_dump_json(indent=1).encode())
+        write_text(folder / MANIFEST, whole.model_dump_json(indent=1), "free some space")
     return whole
 
 

@@ -7,17 +7,15 @@ one is never handed to a runtime.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BundleError, OutputError
+from ..core.errors import BundleError
+from ..core.output import replaced_whole
 from ..core.strict_json import parse_json
 from .base import TensorSpec
 
@@ -27,7 +25,6 @@ __all__ = [
     "SCHEMA_VERSION",
     "EngineRecord",
     "engine_folder",
-    "write_whole",
 ]
 
 RECORD_NAME = "engine.json"
@@ -111,41 +108,9 @@ def engine_folder(out: Path) -> Iterator[Path]:
     Raises:
         OutputError: the disk is full or the place can't be written.
     """
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.is_dir():
-            replaced = partial.with_suffix(".replaced")
-            out.replace(replaced)
-            partial.replace(out)
-            shutil.rmtree(replaced)
-        else:
-            partial.replace(out)
-    except OSError as fault:
-        what = f"can't be written ({fault.strerror or fault})"
-        raise OutputError(str(out), what, "free some space or choose another --out") from fault
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that readers see whole or not at all, in a folder made where needed.
-
-    Raises:
-        OutputError: the disk is full or the place can't be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as fault:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        what = f"can't be written ({fault.strerror or fault})"
-        raise OutputError(str(path), what, "free some space or choose another folder") from fault
+    with replaced_whole(out, "free some space or choose another --out") as folder:
+        folder.mkdir()
+        yield folder
 
 
 def _specs(content: dict[str, Any]) -> dict[str, TensorSpec]:

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from ..core.errors import BackendUnavailable, BuildError, BundleError, OutputError
+from ..core.output import write_bytes
 from .base import Availability, BoundCall, Target
 from .bindings import load_graph, specs_of
-from .record import REBUILD, EngineRecord, engine_folder, write_whole
+from .record import REBUILD, EngineRecord, engine_folder
 from .target_checks import check_options, check_precision
 from .tensorrt_build import OPTIONS, Plan, build_plan, check_choices, known_capabilities
 from .tensorrt_journal import fault_recorder
@@ -223,7 +224,7 @@ class TensorRT:
             return
         if not path.is_file() or path.read_bytes() != bytes(content):
             with contextlib.suppress(OutputError):
-                write_whole(path, bytes(content))
+                write_bytes(path, bytes(content), "free some space")
 
     def _compiler(self) -> Any:
         found = self.probe()

@@ -19,8 +19,8 @@ import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
 from ..core.errors import BuildError, nearest
+from ..core.output import write_bytes
 from .base import Target, TensorSpec
-from .record import write_whole
 from .target_checks import check_options, check_profile
 from .tensorrt_journal import Journal
 
@@ -142,7 +142,7 @@ def _build(
         raise BuildError(str(path), journal.fault(), _hint(journal.fault()))
     timings = config.get_timing_cache() if timing_cache else None
     if timing_cache and timings is not None:
-        write_whole(timing_cache, bytes(timings.serialize()))
+        write_bytes(timing_cache, bytes(timings.serialize()), "choose another --build-cache")
     nodes = Counter(node.op_type for node in model.graph.node)
     given = [network.get_input(index) for index in range(network.num_inputs)]
     return Plan(

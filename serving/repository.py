@@ -6,11 +6,9 @@ A model or version appears whole or not at all, so that a running server may loa
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from ..bundle.files import link_or_none, safe_path
 from ..bundle.manifest import MANIFEST
 from ..bundle.reader import Bundle
 from ..core.errors import OutputError, RequestError
-from ..core.output import check_folder
+from ..core.output import check_folder, staged
 from .model_config import ServedModel, config_text, served_backend
 
 __all__ = ["CONFIG", "ServeRequest", "Written", "write_repository"]
@@ -120,24 +118,16 @@ def _version(model: Path, wanted: int | None) -> int:
 
 def _write(bundle: Bundle, model: Path, version: int, text: str) -> tuple[int, int]:
     """Stage beside the repository, then move into place: first the version, then its config."""
-    made = [p for p in (model.parent, *model.parent.parents) if not p.exists()]
-    model.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=model.parent.parent, prefix=f".{model.parent.name}-"))
-    try:
-        staged = staging / model.name
-        (staged / str(version)).mkdir(parents=True)
-        sizes = _link_bundle(bundle, staged / str(version) / "bundle")
-        (staged / CONFIG).write_text(text, encoding="utf-8")
-        if model.exists():
-            (staged / str(version)).rename(model / str(version))
-            (staged / CONFIG).replace(model / CONFIG)
-        else:
-            staged.rename(model)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:  # those that nothing came into, the innermost first
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    beside = model.parent.parent
+    if model.exists():
+        with staged(model / str(version), beside) as folder:
+            sizes = _link_bundle(bundle, folder / "bundle")
+        with staged(model / CONFIG, beside) as config:
+            config.write_text(text, encoding="utf-8")
+        return sizes
+    with staged(model, beside) as folder:
+        sizes = _link_bundle(bundle, folder / str(version) / "bundle")
+        (folder / CONFIG).write_text(text, encoding="utf-8")
     return sizes
 
 

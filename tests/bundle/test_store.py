@@ -145,7 +145,7 @@ def test_a_process_killed_while_it_keeps_leaves_nothing_that_is_given(
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", stop)
+        patch.setattr(Path, "replace", stop)
         with pytest.raises(SystemExit):
             store.bring("k", tmp_path / "a", make)
     store.bring("k", tmp_path / "b", make)

@@ -212,7 +212,7 @@ def test_without_space_for_an_engine_nothing_is_left(
     with largest_file(100_000), pytest.raises(OutputError) as caught:
         build(request)
     assert caught.value.where.endswith("/rotary")
-    assert "can't be written (File too large)" in caught.value.what
+    assert "can't be written: File too large" in caught.value.what
     assert "free some space" in caught.value.hint
     assert list(request.out.parent.iterdir()) == []
 

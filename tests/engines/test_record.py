@@ -6,7 +6,7 @@ import pytest
 
 from freewheel.core.errors import BundleError, OutputError
 from freewheel.engines import TensorSpec
-from freewheel.engines.record import EngineRecord, engine_folder, write_whole
+from freewheel.engines.record import EngineRecord, engine_folder
 
 RECORD = EngineRecord(
     "openvino",
@@ -87,8 +87,3 @@ def test_a_full_disk_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="No space left"), engine_folder(tmp_path / "engine"):
         raise OSError(28, "No space left on device")
     assert not any(tmp_path.iterdir())
-
-
-def test_write_whole_makes_its_folder(tmp_path):
-    write_whole(tmp_path / "a" / "cache", b"content")
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["cache"]
