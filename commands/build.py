@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import DebugOption, JsonOption, QuietOption, backend_of, choice_of, precision_of
-from .screen import reporting
+from .screen import Screen, reporting
+
+if TYPE_CHECKING:
+    from ..compiler.cut.row import Row
 
 __all__ = ["build"]
 
@@ -32,6 +35,13 @@ def build(
         typer.Option(
             help="Policy, or pair such as teacache+spectrum, to carry beside off and the configs'; "
             "repeatable; default: every policy."
+        ),
+    ] = None,
+    trace_with: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt with which to watch the pipeline of a model that has no row yet: what its "
+            "transformer takes is learnt from the calls, and the cut is proved before it is built."
         ),
     ] = None,
     backend: Annotated[
@@ -178,6 +188,7 @@ def build(
             backends=backends,
             configs=config_entries(config or ["off"], screen.warn),
             policies=policy,
+            row=None if trace_with is None else _watched(model, revision, trace_with, screen),
             precision=precision,  # type: ignore[arg-type]  # one of the three
             weights=choice_of("--weights", weights, ("inputs", "baked")),  # type: ignore[arg-type]
             group_blocks=group_blocks,
@@ -237,3 +248,18 @@ def build(
                 f"({', '.join(left)}): freewheel build {model} --out {out} --resume-engines "
                 "--backend tensorrt"
             )
+
+
+def _watched(model: str, revision: str | None, text: str, screen: Screen) -> Row | None:
+    """Learn the row of a model that the table has none of, and print it."""
+    from ..compiler.checkpoints.checkpoint import open_checkpoint
+    from ..compiler.cut.models import row_of
+    from ..compiler.cut.watch import spelled, watched_row
+
+    checkpoint = open_checkpoint(model, revision)
+    if row_of(checkpoint.transformer_class) is not None:
+        screen.note(f"--trace-with is left out: '{checkpoint.transformer_class}' has a row")
+        return None
+    row = watched_row(checkpoint.transformer_class, checkpoint.config, checkpoint.pipeline, text)
+    screen.note(f"its row, for compiler/cut/models.py:\n{spelled(row)}")
+    return row

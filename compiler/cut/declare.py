@@ -26,7 +26,6 @@ from .declared import ModelInput, Stage, StoredDtype
 from .declared import Runs as GraphRuns
 from .declared import Segment as Graph
 from .dimensions import Dimensions
-from .models import row_of
 from .names import fresh_name
 from .precision import typed
 from .refusal import refuse, refuse_what_has_no_word
@@ -84,15 +83,13 @@ def declare(
     Raises:
         ExportError: it can't be traced, or a bundle has no word for something in its cut.
     """
-    cut = _cut_of(row.model, model_class, json.dumps(dict(config), sort_keys=True))
+    cut = _cut_of(row, model_class, json.dumps(dict(config), sort_keys=True))
     return _Declaration(row, cut, config, precision, stored).declared()
 
 
 @lru_cache(maxsize=4)
-def _cut_of(model: str, model_class: Any, config: str) -> Cut:
+def _cut_of(row: Row, model_class: Any, config: str) -> Cut:
     """Cut a transformer, once for all precisions and all that ask again."""
-    row = row_of(model)
-    assert row is not None, "who declares a cut has its row"
     return cut_model(row, model_class, json.loads(config), modulation=False)
 
 

@@ -130,5 +130,6 @@ def family_of(model: str, where: str) -> Row:
     raise CheckpointError(
         where,
         f"'_class_name' is '{model}', which no family cuts",
-        nearest(model, [row.model for row in FAMILIES]),
+        f"{nearest(model, [row.model for row in FAMILIES])}; --trace-with 'a prompt' learns what it "
+        "takes from its pipeline's calls",
     )

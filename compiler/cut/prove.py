@@ -10,14 +10,56 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .row import Input, Row
+from ...core.errors import ExportError
+from .row import SIZES, Input, Row
 from .trace import example, is_leaf, leaves_of, tensors_of
 from .words import Call, Cut, Segment
 
-__all__ = ["chain", "eager", "random_inputs", "random_weights", "relative_error"]
+__all__ = ["chain", "check_row", "eager", "random_inputs", "random_weights", "relative_error"]
 
 TABLE, ROW = 5, 2
 """Timesteps in the batch with which tables are made, as a run makes them, and the step's own row."""
+
+
+DEPTHS = ("num_layers", "num_single_layers", "num_refiner_layers", "num_double_layers", "depth")
+"""Config keys that say how many blocks a model has."""
+
+OTHER_COUNTS = {
+    "batch": 1, "frames": 5, "height": 6, "width": 4, "tokens": 24, "text_tokens": 7,
+    "rows": 6, "columns": 4,
+}  # fmt: skip
+TOLERANCE = 1e-5
+
+
+def check_row(row: Row, model_class: Any, config: Mapping[str, Any]) -> None:
+    """Hold a cut by a row that nobody tried to the transformer itself, of few blocks.
+
+    Args:
+        row: What the transformer takes.
+        model_class: The diffusers class.
+        config: Its config.
+
+    Raises:
+        ExportError: it can't be cut, or is not equal to the transformer at every size.
+    """
+    from .cut import cut_model
+
+    few = {key: min(config[key], 3) for key in DEPTHS if isinstance(config.get(key), int)}
+    model = random_weights(model_class.from_config({**config, **few}).eval())
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found: Any = model
+    cut = cut_model(row, model_class, dict(found.config))
+    for counts in (SIZES, {**SIZES, **OTHER_COUNTS}):
+        sizes = row.sizes(found.config, counts)
+        inputs = random_inputs(row, found.config, sizes, seed=1)
+        both = zip(chain(cut, weights, inputs), eager(row, model, inputs), strict=True)
+        error = max(relative_error(ours, own) for ours, own in both)
+        if not error < TOLERANCE:
+            raise ExportError(
+                f"transformer '{row.model}'",
+                f"cut by what its pipeline gives it, is {error:.0e} away from itself at {sizes}",
+                "write a row for the model (docs/how-to/add-a-family.md)",
+            )
 
 
 def chain(cut: Cut, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> list[Tensor]:

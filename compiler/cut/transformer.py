@@ -57,7 +57,7 @@ def cut_transformer(
         cut = declare(row, type(model), own, precision, stored)
         write_cut(replace(cut, unread=frozenset(tensors) - cut.weights().keys()), folder)
 
-    about = ["cut", code_version(), row.model, own, precision, {n: stored(n) for n in tensors}]
+    about = ["cut", code_version(), repr(row), own, precision, {n: stored(n) for n in tensors}]
     with TemporaryDirectory() as scratch:
         store.bring(about, Path(scratch) / "cut", write)
         return read_cut(Path(scratch) / "cut")

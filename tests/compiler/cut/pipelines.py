@@ -22,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-__all__ = ["PIPELINES", "pipeline_of"]
+__all__ = ["PIPELINES", "pipeline_of", "watched_calls"]
 
 TOKENS, REAL = 6, 4
 """Tokens of a prompt, and how many of the negative one's are no padding."""
@@ -172,3 +172,28 @@ def pipeline_of(name: str, one: Case) -> tuple[Any, Mapping[str, Any]]:
     config: Any = one.model.config
     parts |= {part: make(config) for part, make in PARTS.get(name, {}).items()}
     return made(**{**parts, "transformer": one.model, "scheduler": scheduler()}), arguments(config)
+
+
+def watched_calls(name: str, one: Case) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return what a case's pipeline is called with to learn its row: at first, and for each size."""
+    config: Any = one.model.config
+    first = PIPELINES[name][2](config)
+    call = inspect.signature(getattr(diffusers, PIPELINES[name][0]).__call__).parameters
+    first |= {key: 1.0 for key in ("guidance_scale", "true_cfg_scale") if key in call}
+    sizes = {"height": "height", "width": "width", "num_frames": "frames", "frames": "frames"}
+    others = {
+        size: {key: 2 * first[key] - (size == "frames")}
+        for key, size in sizes.items()
+        if key in first
+    }
+    others["text_tokens"] = {
+        key: value[:, :REAL]
+        for key, value in first.items()
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == TOKENS
+    }
+    others["batch"] = {
+        key: value.repeat(2, *[1] * (value.ndim - 1))
+        for key, value in first.items()
+        if isinstance(value, Tensor)
+    }
+    return first, others

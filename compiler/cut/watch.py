@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learn the row of a class that the table has none of, from the calls that its pipeline makes.
+
+The pipeline runs a few steps with a stand-in for its transformer, which computes nothing: once as
+asked, and once more for each size with that size alone changed. What an input's dimensions do then
+names them; what changes within a run says when it may change.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...core.errors import CheckpointError, RequestError
+from .prove import check_row
+from .row import SIZES, Input, Row
+from .transformer import on_meta
+
+__all__ = ["Sizes", "learn_row", "spelled", "stand_in", "usual_calls", "watched_row"]
+
+STEPS = 3
+
+Sizes = Mapping[str, Mapping[str, Any]]
+"""Size → arguments with which a pipeline is called for that size alone to differ."""
+
+FRAMES_KEYS = ("num_frames", "frames", "video_length")
+COUNT_KEYS = ("num_images_per_prompt", "num_videos_per_prompt")
+UNGUIDED = ("guidance_scale", "true_cfg_scale")
+OFF = ("use_resolution_binning", "clean_caption")
+
+LATENT_NAMES = {"batch", "frames", "height", "width"}
+
+
+def watched_row(model: str, config: Mapping[str, Any], pipeline: Path | None, text: str) -> Row:
+    """Learn the row of a class by running the pipeline that it lies in, and prove it.
+
+    Args:
+        model: The transformer's class.
+        config: Its config.
+        pipeline: Folder of the diffusers pipeline; its other parts are loaded, its transformer is not.
+        text: A prompt to run it with.
+
+    Raises:
+        CheckpointError: no pipeline lies there, or diffusers has no such class, or its calls can't be
+            described by a row.
+        RequestError: the pipeline can't be called with a prompt and a size.
+        ExportError: the class can't be cut so, or the cut is not equal to it.
+    """
+    model_class = getattr(diffusers, model, None)
+    if pipeline is None or model_class is None:
+        raise CheckpointError(
+            f"--trace-with, '{model}'",
+            "is no class of diffusers" if pipeline else "lies in no diffusers pipeline to be watched in",
+            "give the folder of a whole diffusers pipeline",
+        )  # fmt: skip
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(pipeline, transformer=stand_in(model_class, own))
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise CheckpointError(
+            str(pipeline), f"can't be loaded by diffusers: {error}", "give a whole pipeline"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    row = learn_row(pipe, *usual_calls(pipe, text))
+    check_row(row, model_class, own)
+    return row
+
+
+def stand_in(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Return a transformer without weights, of the class that a pipeline expects."""
+    module: nn.Module = on_meta(model_class, config)
+    anchor = nn.Parameter(torch.zeros(0), requires_grad=False)  # tells a device and a dtype
+    module._parameters = {"anchor": anchor, **module._parameters}
+    return module
+
+
+def usual_calls(pipe: Any, text: str) -> tuple[dict[str, Any], Sizes]:
+    """Return what a pipeline is called with to be watched: the first call, and one for each size.
+
+    Args:
+        pipe: A diffusers pipeline with its text encoders.
+        text: A prompt.
+    """
+    taken = inspect.signature(pipe.__call__).parameters
+    first: dict[str, Any] = {"prompt": text, "height": 128, "width": 192}
+    first |= dict.fromkeys((k for k in UNGUIDED if k in taken), 1.0)
+    first |= dict.fromkeys((k for k in OFF if k in taken), False)
+    others: dict[str, dict[str, Any]] = {"height": {"height": 256}, "width": {"width": 320}}
+    for key in (k for k in FRAMES_KEYS if k in taken):
+        first[key], others["frames"] = 9, {key: 17}
+    for key in (k for k in COUNT_KEYS if k in taken):
+        others["batch"] = {key: 2}
+    others["text_tokens"] = {"prompt": f"{text}, and {text} once more"}
+    if "max_sequence_length" in taken:
+        first["max_sequence_length"], others["text_tokens"]["max_sequence_length"] = 32, 48
+    return first, others
+
+
+def learn_row(pipe: Any, first: Mapping[str, Any], others: Sizes) -> Row:
+    """Learn a row from calls of a pipeline whose transformer is a `stand_in`.
+
+    Args:
+        pipe: A diffusers pipeline.
+        first: What it is called with.
+        others: What is changed for each size to differ.
+
+    Raises:
+        CheckpointError: the calls can't be described by a row; says by which argument.
+        RequestError: the pipeline can't be called so.
+    """
+    config = dict(pipe.transformer.config)
+    runs = {"": _watched(pipe, first)} | {
+        name: _watched(pipe, {**first, **changed}) for name, changed in others.items()
+    }
+    return _Learner(pipe, config, first, runs).row()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Arguments of each call, their leaves by path, and the scheduler's timesteps."""
+
+    arguments: list[dict[str, Any]]
+    leaves: list[dict[tuple[Any, ...], Any]]
+    timesteps: Tensor
+
+
+def _watched(pipe: Any, arguments: Mapping[str, Any]) -> _Run:
+    """Call a pipeline, and return what its transformer is given."""
+    calls: list[dict[str, Any]] = []
+    signature = inspect.signature(type(pipe.transformer).forward)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": STEPS, "output_type": "latent", "generator": generator}
+    with _answered(pipe.transformer, signature, calls):
+        try:
+            pipe(**{**options, **arguments})
+        except Exception as error:
+            raise RequestError(
+                f"{type(pipe).__name__}", f"can't be called with {_brief(arguments)}: {error}",
+                "write a row for the model (docs/how-to/add-a-family.md)",
+            ) from error  # fmt: skip
+    if not calls or len(calls) % STEPS:
+        raise CheckpointError(
+            f"{type(pipe).__name__}", f"calls its transformer {len(calls)} times in {STEPS} steps",
+            "write a row for the model (docs/how-to/add-a-family.md)",
+        )  # fmt: skip
+    calls = calls[:: len(calls) // STEPS]  # the first branch of each step
+    leaves = [dict(pytree.tree_flatten_with_path(call)[0]) for call in calls]
+    return _Run(calls, leaves, torch.as_tensor(pipe.scheduler.timesteps).float())
+
+
+@contextmanager
+def _answered(
+    transformer: Any, signature: inspect.Signature, calls: list[dict[str, Any]]
+) -> Iterator[None]:
+    """Let a transformer keep what it is given, and return noise."""
+    config = transformer.config
+
+    def forward(*values: Any, **named: Any) -> Any:
+        given = dict(signature.bind(transformer, *values, **named).arguments)
+        calls.append({
+            name: pytree.tree_map(lambda leaf: _copied(leaf), value)
+            for name, value in list(given.items())[1:]
+            if name != "return_dict" and _is_given(value)
+        })  # fmt: skip
+        latents = next(leaf for leaf in pytree.tree_leaves(calls[-1]) if isinstance(leaf, Tensor))
+        taken, made = config.get("in_channels"), config.get("out_channels")
+        shape = list(latents.shape)
+        if (
+            made and taken in shape[1:] and latents.ndim > 3
+        ):  # tokens have as many channels on either side
+            shape[shape.index(taken, 1)] = made
+        return (torch.randn(shape, dtype=latents.dtype),)
+
+    own = transformer.forward
+    transformer.forward = forward
+    try:
+        yield
+    finally:
+        transformer.forward = own
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_given(value: Any) -> bool:
+    return any(leaf is not None for leaf in pytree.tree_leaves(value))
+
+
+def _brief(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={list(v.shape) if isinstance(v, Tensor) else v!r}" for name, v in arguments.items()
+    )
+
+
+class _Learner:
+    """Names dimensions by what they do from run to run."""
+
+    def __init__(
+        self, pipe: Any, config: dict[str, Any], asked: Mapping[str, Any], runs: dict[str, _Run]
+    ) -> None:
+        self.pipe, self.config, self.asked, self.runs = pipe, config, asked, runs
+        self.first = runs[""]
+        self.known: dict[str, tuple[int, ...]] = {}
+        self.scale = 1.0
+        kinds = {path: self._changes(path) for path in self.first.leaves[0]}
+        steps = [path for path, kind in kinds.items() if kind == "step"]
+        if len(steps) != 1:
+            raise self._unknown(
+                self._name(steps[1]) if len(steps) > 1 else "latents",
+                f"{len(steps)} inputs change at every step, one can",
+            )
+        self.kinds = kinds
+        self._name_sizes(steps[0])
+
+    def row(self) -> Row:
+        """Return the row."""
+        inputs: dict[str, Any] = {}
+        declared = {path: self._declared(path) for path in self.first.leaves[0]}
+        for argument, value in self.first.arguments[0].items():
+            _, structure = pytree.tree_flatten(value)
+            own = [one for path, one in declared.items() if path[0].key == argument]
+            inputs[argument] = pytree.tree_unflatten(own, structure)
+        height = self.known.get("height")
+        scale = self._latent_scale()
+        model = type(self.pipe.transformer).__name__
+        return Row(
+            model,
+            inputs,
+            pipelines=(type(self.pipe).__name__,),
+            name=re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", model.partition("Transformer")[0]).lower(),
+            multiples=self._multiples() if height else {},
+            latent_scale=scale,
+            timestep_scale=self.scale,
+            packed=self._packed(scale),
+        )
+
+    def _changes(self, path: tuple[Any, ...]) -> str:
+        """Say when a leaf changes; ``fixed`` is what is no input."""
+        values = [call[path] for call in self.first.leaves]
+        if not isinstance(values[0], Tensor):
+            whole = isinstance(values[0], int) and not isinstance(values[0], bool)
+            seen = {run.leaves[0][path] for run in self.runs.values()} if whole else {None}
+            return "shape" if len(seen) > 1 else "fixed"
+        if all(torch.equal(values[0], value) for value in values):
+            return "prompt"
+        if any(value.ndim == 0 or value.unique().numel() > 1 for value in values):
+            return "step"
+        given = torch.stack([value.reshape(-1)[0].float() for value in values])
+        largest = int(given.abs().argmax())
+        self.scale = float(f"{float(self.first.timesteps[largest] / given[largest]):.3g}")
+        if not torch.allclose(given * self.scale, self.first.timesteps, rtol=1e-3, atol=1e-3):
+            raise self._unknown(self._name(path), "is no multiple of the scheduler's timesteps")
+        return "run"
+
+    def _extents(self, path: tuple[Any, ...]) -> list[tuple[int, ...]]:
+        """Return each dimension's size in every run; of a whole number, itself."""
+        found = [run.leaves[0][path] for run in self.runs.values()]
+        shapes = [v.shape if isinstance(v, Tensor) else (v,) for v in found]
+        if len({len(shape) for shape in shapes}) > 1:
+            raise self._unknown(self._name(path), "has dimensions that come and go")
+        return list(zip(*shapes, strict=True))
+
+    def _moves(self, extents: tuple[int, ...]) -> frozenset[str]:
+        """Return the sizes with which a dimension changes."""
+        names = list(self.runs)
+        return frozenset(
+            n for n, extent in zip(names, extents, strict=True) if extent != extents[0]
+        )
+
+    def _name_sizes(self, latents: tuple[Any, ...]) -> None:
+        """Name what the latents' dimensions are, then whole numbers, then the texts' lengths."""
+        for extents in self._extents(latents):
+            moves = self._moves(extents)
+            if len(moves) == 1 and (name := next(iter(moves))) in LATENT_NAMES:
+                self.known.setdefault(name, extents)
+            elif moves and moves <= {"frames", "height", "width"}:
+                self.known.setdefault("tokens", extents)
+        by_token = "tokens" in self.known and "height" not in self.known
+        for path in (p for p, kind in self.kinds.items() if kind == "shape"):
+            ((extents,), moves) = self._extents(path), self._moves(self._extents(path)[0])
+            if len(moves) == 1 and (name := next(iter(moves))) in LATENT_NAMES:
+                named = {"height": "rows", "width": "columns"}.get(name, name)
+                self.known.setdefault(named if by_token else name, extents)
+        sides = [self.known[n] for n in ("frames", "rows", "columns") if n in self.known]
+        if by_token and tuple(prod(x) for x in zip(*sides, strict=True)) == self.known["tokens"]:
+            del self.known["tokens"]  # follows from them
+        texts = [n for n in SIZES if n.startswith("text_tokens")]
+        for path in (p for p, kind in self.kinds.items() if kind == "prompt"):
+            for extents in self._extents(path):
+                if self._moves(extents) == {"text_tokens"} and extents not in self.known.values():
+                    if not texts:
+                        raise self._unknown(self._name(path), "is one text too many")
+                    self.known[texts.pop(0)] = extents
+
+    def _word(self, extents: tuple[int, ...], where: tuple[Any, ...]) -> str:
+        """Return a dimension as an expression over sizes."""
+        if not self._moves(extents):
+            keys = [k for k, v in self.config.items() if type(v) is int and v == extents[0]]
+            return keys[0] if len(keys) == 1 and extents[0] > 4 else str(extents[0])
+        for name, sizes in self._expressions():
+            if sizes == extents:
+                return name
+        raise self._unknown(
+            self._name(where),
+            f"has a dimension ({', '.join(map(str, extents))}) that no sizes tell",
+        )
+
+    def _expressions(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield expressions over the known sizes with their values, simple ones first."""
+        yield from self.known.items()
+        divided = {
+            (f"({n}//{by})" if by > 1 else n): tuple(x // by for x in sizes)
+            for n, sizes in self.known.items()
+            if n in SIZES and not n.startswith(("text", "batch", "tokens"))
+            for by in (1, 2, 4)
+        }
+        yield from divided.items()
+        products = dict(divided)
+        for count in (2, 3):
+            for factors in itertools.combinations(divided, count):
+                sizes = tuple(prod(x) for x in zip(*(divided[f] for f in factors), strict=True))
+                products["*".join(factors)] = sizes
+        yield from products.items()
+        texts = {n: s for n, s in self.known.items() if n.startswith("text")}
+        images = {**products, **{n: s for n, s in self.known.items() if n == "tokens"}}
+        for (text, first), (image, second) in itertools.product(texts.items(), images.items()):
+            yield f"{text}+{image}", tuple(a + b for a, b in zip(first, second, strict=True))
+
+    def _declared(self, path: tuple[Any, ...]) -> Any:
+        """Return the declaration of a leaf, or the value itself of what is no input."""
+        kind, value = self.kinds[path], self.first.leaves[0][path]
+        if kind == "fixed":
+            return value
+        words = [self._word(extents, path) for extents in self._extents(path)]
+        if kind == "shape":
+            return Input("shape", words[0], "int64")
+        shape = " ".join(words)
+        low = kind == "run" or value.dtype in (torch.float16, torch.bfloat16)
+        dtype = "float32" if low else str(value.dtype).removeprefix("torch.")
+        return Input(kind, shape, dtype, self._fill(path, value, words))  # type: ignore[arg-type]  # what `_changes` says
+
+    def _fill(self, path: tuple[Any, ...], value: Tensor, words: Sequence[str]) -> Any:
+        """Return what to prove a cut with in an input's place."""
+        if self.kinds[path] == "run":
+            return "fraction" if float(value.abs().max()) <= 1 else "timestep"
+        if self.kinds[path] == "step":
+            return "normal"
+        whole = bool((value == value.round()).all()) if value.is_floating_point() else True
+        if "mask" in self._name(path) and whole and bool(((value == 0) | (value == 1)).all()):
+            return "mask"
+        if whole and words[-1] in ("3", "4"):
+            return "positions"
+        return int(value.max()) + 1 if whole and bool(value.any()) else "normal"
+
+    def _latent_scale(self) -> tuple[int, int]:
+        """Return frames and pixels per latent, as the pipeline has them."""
+        pipe = self.pipe
+        frames = getattr(pipe, "vae_scale_factor_temporal", None)
+        pixels = [getattr(pipe, k, None) for k in ("vae_scale_factor_spatial", "vae_scale_factor")]
+        usual = Row("", {}).latent_scale
+        moving = "frames" in self.runs
+        return (frames or usual[0]) if moving else 1, next((p for p in pixels if p), usual[1])
+
+    def _packed(self, scale: tuple[int, int]) -> int:
+        """Return latent rows in a token, where latents come as tokens."""
+        if "height" in self.known or "frames" in self.runs:
+            return 1
+        known = {n: sizes[0] for n, sizes in self.known.items()}
+        tokens = known["rows"] * known["columns"] if "rows" in known else known["tokens"]
+        latents = self.asked["height"] * self.asked["width"] / scale[1] ** 2
+        return max(1, round((latents / tokens) ** 0.5))
+
+    def _multiples(self) -> dict[str, str]:
+        """Return patches, by the keys that configs have for them."""
+        found: dict[str, str] = {}
+        patch = self.config.get("patch_size")
+        if isinstance(patch, int):
+            found |= {"height": "patch_size", "width": "patch_size"}
+        elif isinstance(patch, (list, tuple)):
+            names = ("frames", "height", "width")[-len(patch) :]
+            found |= {name: f"patch_size[{i}]" for i, name in enumerate(names)}
+        if self.config.get("patch_size_t"):
+            found["frames"] = "patch_size_t"
+        return {name: key for name, key in found.items() if name in self.known}
+
+    def _name(self, path: tuple[Any, ...]) -> str:
+        return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+    def _unknown(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{type(self.pipe.transformer).__name__}, '{name}'", what,
+            "write a row for the model (docs/how-to/add-a-family.md)",
+        )  # fmt: skip
+
+
+def spelled(row: Row) -> str:
+    """Return a row as the table would have it."""
+    usual = Row("", {})
+    lines = [f"    {_spelled(name)}: {_spelled(one)}," for name, one in row.inputs.items()]
+    options = [
+        f"    {field.name}={_spelled(getattr(row, field.name))},"
+        for field in fields(row)
+        if field.name not in ("model", "inputs")
+        and getattr(row, field.name) != getattr(usual, field.name)
+    ]
+    body = "\n".join(f"    {line}" for line in lines)
+    return "\n".join([f'Row(\n    "{row.model}",\n    {{\n{body}\n    }},', *options, ")"])
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Input):
+        word = {"shape": "size"}.get(value.changes, value.changes)
+        usual = {"run": "timestep"}.get(value.changes, "normal")
+        parts = [f'"{value.shape}"']
+        if value.changes != "shape" and value.dtype != "float32":
+            parts.append(f'dtype="{value.dtype}"')
+        if value.fill != usual:
+            parts.append(f"fill={_spelled(value.fill)}")
+        return f"{word}({', '.join(parts)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_spelled(k)}: {_spelled(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spelled, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_spelled, value))}{',' * (len(value) == 1)})"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
