@@ -54,7 +54,7 @@ def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queu
 
 def build_engine(graph: str, target: dict[str, Any], out: str, queue: Any) -> None:
     """Build one engine and put what it took into ``queue``."""
-    from freewheel.compiler.build import compile_graph
+    from freewheel.compiler.engines import compile_graph
     from freewheel.engines import Target, backend
 
     # The server that this process was forked from has imported everything.

@@ -157,9 +157,9 @@ def build(
     with reporting("build", as_json, quiet, debug, remedy=REMEDY) as screen:
         from ..bundle.files import cache_beside
         from ..bundle.staging import check_target
-        from ..compiler.build import BuildRequest, plan
         from ..compiler.build import build as run_build
-        from ..compiler.forecast.build import render_plan
+        from ..compiler.forecast.build import describe_plan, render_plan
+        from ..compiler.plan import BuildRequest, plan
         from ..compiler.profiles import BuildSizes, parse_range
         from ..compiler.resume_engines import left_to_gpus
         from ..compiler.resume_engines import resume_engines as resume
@@ -214,7 +214,7 @@ def build(
             return
         if dry_run:
             check_target(out, replace=force)
-            planned = plan(request)
+            planned = describe_plan(plan(request))
             screen.result(planned, render_plan(planned))
             return
         with screen.progress():

@@ -97,8 +97,9 @@ def _plan(
     model: Path, config: str, backend: str, precision: str, screen: Screen, size: tuple[int | None, ...]
 ) -> dict[str, Any]:  # fmt: skip
     """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
-    from ..compiler.build import BuildRequest, plan
     from ..compiler.defaults import resolve_configs
+    from ..compiler.forecast.build import describe_plan
+    from ..compiler.plan import BuildRequest, plan
     from ..compiler.sizes import size_of
     from ..runtime.settings import config_entries
 
@@ -113,6 +114,7 @@ def _plan(
         configs=configs,
         precision=precision,  # type: ignore[arg-type]  # one of the three
     )
-    return plan(
-        request, size_of(generation, height=height, width=width, frames=frames, steps=steps)
+    return describe_plan(
+        plan(request),
+        size_of(generation, height=height, width=width, frames=frames, steps=steps),
     )

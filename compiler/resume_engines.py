@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bundle.files import describe_files
-from ..bundle.manifest import GraphEntry, Manifest
+from ..bundle.manifest import Manifest
 from ..bundle.reader import MANIFEST, Bundle
 from ..bundle.staging import alone
 from ..bundle.store import Store
@@ -20,8 +20,8 @@ from ..core.output import write_text
 from ..core.progress import Progress, Silent
 from ..engines import backend_class
 from ..engines.base import Backend, ProfiledBackend, Target
-from .build import STORE, compile_graphs, complete_target
 from .cut.document import cut_of
+from .engines import STORE, compile_graphs, compiled_graphs, complete_target
 from .profiles import BuildSizes, dim_ranges, profiles_of
 
 __all__ = ["left_to_gpus", "resume_engines"]
@@ -34,7 +34,7 @@ def left_to_gpus(manifest: Manifest) -> list[str]:
     """Name the graphs that a machine with a GPU will compile; none where one can be here."""
     is_there = backend_class(GPU_BACKEND).probe().can_build
     is_built = any(entry.backend == GPU_BACKEND for entry in manifest.engines)
-    return [] if is_there or is_built else list(_compiled(manifest))
+    return [] if is_there or is_built else list(compiled_graphs(manifest.graphs, manifest.weights))
 
 
 def resume_engines(
@@ -73,7 +73,7 @@ def resume_engines(
                 f"{folder}, backend '{backend.name}'", "has its engines",
                 "name another backend, or build anew",
             )  # fmt: skip
-    graphs = _compiled(manifest)
+    graphs = compiled_graphs(manifest.graphs, manifest.weights)
     profiles = {}
     if any(isinstance(backend, ProfiledBackend) for backend in backends):
         cut, pipeline = cut_of(bundle), manifest.pipeline.folder
@@ -100,9 +100,3 @@ def resume_engines(
         )
         write_text(folder / MANIFEST, whole.model_dump_json(indent=1), "free some space")
     return whole
-
-
-def _compiled(manifest: Manifest) -> dict[str, GraphEntry]:
-    """Return the graphs that have engines: templates of a baked body are carried for reference."""
-    is_inputs = manifest.weights == "inputs"
-    return {n: g for n, g in manifest.graphs.items() if is_inputs or g.runs != "block"}

@@ -423,7 +423,7 @@ def test_every_command_judges_its_outputs_before_it_works(
     monkeypatch.chdir(tmp_path)
     for name in ("tuning.bench", "tuning.calibrate", "tuning.tune"):
         monkeypatch.setattr(f"freewheel.{name}.Generator", None)
-    monkeypatch.setattr("freewheel.compiler.build.open_checkpoint", None)
+    monkeypatch.setattr("freewheel.compiler.plan.open_checkpoint", None)
     failure(freewheel(*arguments, "--json"), 3, "output")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -102,6 +102,8 @@ TESTED_THROUGH = {
     "__init__.py": "runtime/pipeline/test_attach.py",
     "compiler/cut/patches.py": "compiler/cut/test_patch.py",
     "compiler/cut/image_models.py": "compiler/cut/test_models.py",
+    "compiler/pipeline_files.py": "compiler/test_build.py",
+    "compiler/plan.py": "compiler/forecast/test_build.py",
     "compiler/cut/video_models.py": "compiler/cut/test_models.py",
     "configs/__init__.py": "configs/test_load.py",
     "policies/config.py": "configs/test_load.py",

@@ -9,70 +9,83 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...bundle.manifest import ResolvedConfig
 from ...core.dtypes import ITEM_BYTES
 from ...engines.host import disk_free_bytes, existing_parent
-from ...policies.base import Policy
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import lies_as
 from ..cut.declared import Cut
 from ..defaults import policy_setting
 from ..inspect import describe_flops, render_forecast
+from ..plan import Plan
 from ..sizes import Size, dims_of, size_of
 from .fit import forecast_memory
 from .footprint import amount, footprint_of
 from .host_memory import memory_beside
 
-__all__ = ["forecast_build", "forecast_disk", "render_plan"]
+__all__ = ["describe_plan", "forecast_build", "forecast_disk", "render_plan"]
 
 LINKING_BACKENDS = ("onnxruntime",)
 """Whose engines share baked weights with the bundle; the others' hold a copy."""
 
 
-def forecast_build(
-    checkpoint: Checkpoint,
-    cut: Cut,
-    configs: Mapping[str, ResolvedConfig],
-    laws: Mapping[str, type[Policy]],
-    *,
-    precision: str,
-    backends: Sequence[str],
-    baked: bool,
-    out: Path,
-    size: Size | None = None,
-) -> dict[str, Any]:
-    """Forecast memory and operations of a run under the default config, and the disk for a bundle.
+def describe_plan(planned: Plan, size: Size | None = None) -> dict[str, Any]:
+    """Say what a build and a run of it would do and need, as ``build --dry-run --json`` prints it.
 
     Args:
-        checkpoint: Where weights and pipeline lie.
-        cut: The checkpoint's model, cut.
-        configs: Configs to be carried; the first is the default.
-        laws: Policies to be carried.
-        precision: Precision of the body.
-        backends: Backends to compile for; the first runs it.
-        baked: Whether engines hold weights.
-        out: The bundle's folder to be.
+        planned: What would be built.
         size: Size of the run; None takes the default config's.
 
     Raises:
         RequestError: a size that VAE or patches do not divide.
     """
+    request, checkpoint = planned.request, planned.checkpoint
+    return {
+        "family": planned.row.name,
+        "blocks": sum(s.count for s in planned.cut.stages),
+        "graphs": planned.graph_count,
+        "policies": list(planned.policies),
+        "tensors": len(checkpoint.tensors),
+        "notes": list(checkpoint.notes),
+        "checkpoint_bytes": sum(t.bytes for t in checkpoint.tensors.values()),
+        "backends": [b.name for b in request.backends],
+        "precision": request.precision,
+        "ranges": planned.ranges,
+        "out": str(request.out),
+        "forecast": forecast_build(planned, size),
+    }
+
+
+def forecast_build(planned: Plan, size: Size | None = None) -> dict[str, Any]:
+    """Forecast memory and operations of a run under the default config, and the disk for a bundle.
+
+    Args:
+        planned: What would be built; the first of its backends runs it.
+        size: Size of the run; None takes the default config's.
+
+    Raises:
+        RequestError: a size that VAE or patches do not divide.
+    """
+    cut, checkpoint, configs = planned.cut, planned.checkpoint, planned.configs
+    request, backends = planned.request, [b.name for b in planned.request.backends]
     default = next(iter(configs))
     size = size or size_of(configs[default].generation)
     dims = dims_of(cut, size, checkpoint.pipeline)
-    settings = {n: policy_setting(n, cut.signals) for n in laws}
+    settings = {n: policy_setting(n, cut.signals) for n in planned.policies}
     settings |= {n: c.cache for n, c in configs.items()}
     footprint = footprint_of(
         cut, dims, branches=size.branches, settings=settings,
-        specs={n: p.spec for n, p in laws.items()},
+        specs={n: p.spec for n, p in planned.policies.items()},
     )  # fmt: skip
-    beside = memory_beside(cut, size, checkpoint.pipeline, backend=backends[0], precision=precision)
+    beside = memory_beside(
+        cut, size, checkpoint.pipeline, backend=backends[0], precision=request.precision
+    )
+    baked = request.weights == "baked"
     return {
         "size": vars(size),
         "dims": dims,
         "flops": describe_flops(cut, dims, size),
         "memory": forecast_memory(footprint, default, device=backends[0], beside=beside),
-        "disk": forecast_disk(checkpoint, cut, backends=backends, baked=baked, out=out),
+        "disk": forecast_disk(checkpoint, cut, backends=backends, baked=baked, out=request.out),
     }
 
 

@@ -9,13 +9,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import onnx
-import onnx.parser
 import pytest
-import torch
 from diffusers import WanTransformer3DModel
+from recorder import OpenVinoRecorder, Recorder
 from safetensors.torch import load_file, save_file
 
 from freewheel.bundle.manifest import (
@@ -25,12 +23,12 @@ from freewheel.bundle.manifest import (
     SamplerEntry,
 )
 from freewheel.bundle.reader import Bundle
-from freewheel.bundle.store import Store
 from freewheel.compiler import build as building
-from freewheel.compiler import samplers
-from freewheel.compiler.build import BuildRequest, build, compile_graph, plan, target_label
+from freewheel.compiler import pipeline_files, samplers
+from freewheel.compiler.build import BuildRequest, build
 from freewheel.compiler.graphs import decide
 from freewheel.compiler.graphs import write as graphs
+from freewheel.compiler.plan import plan
 from freewheel.core.errors import (
     BuildError,
     CheckpointError,
@@ -39,7 +37,6 @@ from freewheel.core.errors import (
     FreewheelError,
     OutputError,
 )
-from freewheel.engines import Target
 from freewheel.policies import POLICIES
 from freewheel.policies.setting import CacheSetting
 
@@ -47,32 +44,6 @@ CONFIGS = {
     "mine": ConfigEntry(cache=CacheSetting(policy="teacache"), generation=GenerationDefaults()),
     "off": ConfigEntry(cache=CacheSetting()),
 }
-
-
-class Recorder:
-    """A backend that compiles a graph into a file with its name, precision and operators."""
-
-    name: ClassVar[str] = "onnxruntime"
-    precisions: ClassVar[tuple[str, ...]] = ("float32",)
-    device = torch.device("cpu")
-
-    def __init__(self, refuses: str = "") -> None:
-        self.refuses = refuses
-        self.compiled: list[str] = []
-
-    def compiler_version(self) -> str:
-        return f"recorder {self.refuses}"
-
-    def compile(self, graph: Path, target: Target, out: Path) -> None:
-        if self.refuses and graph.name.startswith(self.refuses):
-            raise BuildError(f"graph '{graph.name}'", "is refused", "take another backend")
-        self.compiled.append(graph.name)
-        operators = sorted({n.op_type for n in onnx.load(graph).graph.node})
-        out.write_text(json.dumps([graph.name, target.precision, operators]))
-
-
-class OpenVinoRecorder(Recorder):
-    name: ClassVar[str] = "openvino"
 
 
 class Watcher:
@@ -176,7 +147,7 @@ def test_named_policies_are_carried_beside_those_of_the_configs(request_for) -> 
     for compiled in (manifest.graphs, manifest.engines[0].files):
         assert [n for n in compiled if n.startswith("decide.")] == [f"decide.{n}" for n in carried]
     assert Bundle(request.out).digests() == []
-    fewer = plan(request_for())["graphs"] - plan(request)["graphs"]
+    fewer = plan(request_for()).graph_count - plan(request).graph_count
     assert fewer == len(POLICIES) - len(carried)
 
 
@@ -420,87 +391,11 @@ def test_where_links_are_impossible_small_parts_are_copied_and_large_ones_refere
     assert copied.stat().st_nlink == 1
     assert Bundle(request.out).digests() == []
 
-    monkeypatch.setattr(building, "SMALL_FILE_BYTES", 3)
+    monkeypatch.setattr(pipeline_files, "SMALL_FILE_BYTES", 3)
     referenced = build(replace(request, out=tmp_path / "second")).manifest
     assert referenced.pipeline.folder is None
     assert referenced.pipeline.source == str(pipeline)
     assert not [n for n in referenced.files if n.startswith("pipeline/")]
-
-
-def test_each_graph_is_compiled_in_its_own_precision_after_its_backends_passes(
-    tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    graph = tmp_path / "block.onnx"
-    for backend, name, present, absent in (
-        (Recorder(), "block.onnxruntime.onnx", "RotaryEmbedding", "Attention"),
-        (OpenVinoRecorder(), "block.openvino.onnx", "Attention", "RotaryEmbedding"),
-    ):
-        shutil.copyfile(tiny_bundle.graph_path("block"), graph)
-        compile_graph(backend, graph, Target(precision="bfloat16"), tmp_path / "engine")
-        compiled, precision, operators = json.loads((tmp_path / "engine").read_text())
-        assert (compiled, precision) == (name, "bfloat16")
-        assert present in operators
-        assert absent not in operators
-        assert (tmp_path / name).is_file(), "runtimes without our passes compile it again"
-
-
-def test_graphs_that_no_pass_changes_are_compiled_as_they_are(
-    tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    graph = Path(shutil.copyfile(tiny_bundle.graph_path("head"), tmp_path / "head.onnx"))
-    compile_graph(OpenVinoRecorder(), graph, Target(), tmp_path / "engine")
-    assert json.loads((tmp_path / "engine").read_text())[0] == "head.onnx"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine", "head.onnx"]
-
-
-def test_targets_are_named_by_capability_or_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert target_label(Target(compute_capabilities=("8.9", "12.0"))) == "sm89-120"
-    monkeypatch.setattr("platform.machine", lambda: "AMD64")
-    assert target_label(Target()) == "amd64"
-
-
-def test_an_equal_graph_is_compiled_once_for_equal_targets(
-    tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    backend, store = Recorder(), Store(tmp_path / "store")
-    head, block = (tiny_bundle.graph_path(n) for n in ("head", "finish"))
-    compile_graph(backend, head, Target(), tmp_path / "a", store)
-    compile_graph(backend, head, Target(), tmp_path / "b", store)
-    assert backend.compiled == ["head.onnx"]
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    for number, (graph, target, other) in enumerate([
-        (block, Target(), backend),
-        (head, Target(compute_capabilities=("8.9",)), backend),
-        (head, Target(options={"max_aux_streams": 0}), backend),
-        (head, Target(profiles={"latents": ((1,), (2,), (3,))}), backend),
-        (head, Target(precision="float16"), backend),
-        (head, Target(), OpenVinoRecorder()),
-        (head, Target(), Recorder("nothing")),
-    ]):  # fmt: skip
-        before = len(other.compiled)
-        compile_graph(other, graph, target, tmp_path / f"other-{number}", store)
-        assert len(other.compiled) == before + 1, (graph, target)
-
-
-def test_engines_with_weights_inside_are_not_kept(tmp_path: Path) -> None:
-    model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["": 23]> g (float[n] x) => (float[n] y) { y = Neg(x) }'
-    )
-    tensor = model.graph.initializer.add()
-    tensor.name, tensor.data_type = "w", onnx.TensorProto.FLOAT
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    entry = tensor.external_data.add()
-    entry.key, entry.value = "location", "weights.bin"
-    entry = tensor.external_data.add()
-    entry.key, entry.value = "length", "4"
-    tensor.dims.append(1)
-    (tmp_path / "weights.bin").write_bytes(bytes(4))
-    onnx.save(model, tmp_path / "baked.onnx")
-    backend, store = Recorder(), Store(tmp_path / "store")
-    for name in "ab":
-        compile_graph(backend, tmp_path / "baked.onnx", Target(), tmp_path / name, store)
-    assert backend.compiled == ["baked.onnx"] * 2
-    assert not (tmp_path / "store").exists()
 
 
 def test_a_failed_build_is_resumed_with_what_it_finished(

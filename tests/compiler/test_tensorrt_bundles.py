@@ -25,9 +25,10 @@ from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults, GraphEntr
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler import build as building
-from freewheel.compiler.build import BuildRequest, build, compile_graph
+from freewheel.compiler.build import BuildRequest, build
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.defaults import resolve_configs
+from freewheel.compiler.engines import compile_graph
 from freewheel.compiler.graphs.write import write_graphs
 from freewheel.compiler.inspect import inspect_bundle, render
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of

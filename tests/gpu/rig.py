@@ -92,7 +92,8 @@ def pack(folder: Path) -> None:
     from host_device import PLACE, HostDevice
 
     from freewheel.bundle.reader import Bundle
-    from freewheel.compiler.build import BuildRequest, build, compile_graph
+    from freewheel.compiler.build import BuildRequest, build
+    from freewheel.compiler.engines import compile_graph
     from freewheel.engines import Target, backend
     from freewheel.engines.tensorrt import TensorRT
     from freewheel.runtime.settings import config_entries

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from freewheel.bundle.manifest import GenerationDefaults
-from freewheel.compiler.build import BuildRequest, build, model_cut, plan
+from freewheel.compiler.build import BuildRequest, build
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 from freewheel.compiler.checkpoints.completeness import check_keys, check_tensors
 from freewheel.compiler.checkpoints.weights import bring_weights
 from freewheel.compiler.graphs.ends import text_encoder_part, vae_decode_part
+from freewheel.compiler.plan import model_cut, plan
 from freewheel.core.errors import CheckpointError
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.safetensors_header import StoredTensor, read_header
-from freewheel.compiler.build import BuildRequest, build, plan
+from freewheel.compiler.build import BuildRequest, build
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 from freewheel.compiler.checkpoints.original import original_transformer
 from freewheel.compiler.checkpoints.sources import MadeTensor, read_weight
 from freewheel.compiler.cut.prove import random_weights
-from freewheel.compiler.forecast.build import render_plan
+from freewheel.compiler.forecast.build import describe_plan, render_plan
+from freewheel.compiler.plan import plan
 from freewheel.compiler.sizes import Size
 from freewheel.core.errors import CheckpointError
 from freewheel.engines import backend
@@ -172,7 +173,7 @@ def test_a_dry_run_tells_what_is_linked_and_what_is_made(tmp_path: Path) -> None
     request = BuildRequest(
         str(file), tmp_path / "out", [backend("onnxruntime")], config_entries(["off"], print)
     )
-    planned = plan(request, SMALL)
+    planned = describe_plan(plan(request), SMALL)
     assert "original layout" in planned["notes"][0]
     assert planned["notes"][0] in render_plan(planned)
     made = sum(

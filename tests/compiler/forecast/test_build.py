@@ -10,10 +10,10 @@ import pytest
 from generations import generation_of
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, plan
 from freewheel.compiler.forecast import build as forecaster
-from freewheel.compiler.forecast.build import render_plan
+from freewheel.compiler.forecast.build import describe_plan, render_plan
 from freewheel.compiler.inspect import inspect_bundle
+from freewheel.compiler.plan import BuildRequest, plan
 from freewheel.compiler.sizes import size_of
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
@@ -31,7 +31,7 @@ def request(checkpoint: Path, out: Path, **options: object) -> BuildRequest:
 def test_the_forecast_is_what_inspect_tells_of_the_bundle(
     tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
-    planned = plan(request(tiny_checkpoint, tmp_path / "out"))["forecast"]
+    planned = describe_plan(plan(request(tiny_checkpoint, tmp_path / "out")))["forecast"]
     built = inspect_bundle(tiny_bundle)
     for part in ("size", "dims", "flops"):
         assert planned[part] == built[part]
@@ -45,7 +45,9 @@ def test_another_precision_is_converted_and_baked_weights_are_copied(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     def disk(**options: object) -> dict:
-        return plan(request(tiny_checkpoint, tmp_path / "out", **options))["forecast"]["disk"]
+        return describe_plan(plan(request(tiny_checkpoint, tmp_path / "out", **options)))[
+            "forecast"
+        ]["disk"]
 
     as_stored, low, baked = disk(), disk(precision="bfloat16"), disk(weights="baked")
     assert as_stored["converted_bytes"] in (0, as_stored["needed_bytes"])
@@ -58,7 +60,7 @@ def test_a_full_disk_is_told_before_the_build(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecaster, "disk_free_bytes", lambda folder: 10)
-    planned = plan(request(tiny_checkpoint, tmp_path / "out", precision="bfloat16"))
+    planned = describe_plan(plan(request(tiny_checkpoint, tmp_path / "out", precision="bfloat16")))
     assert planned["forecast"]["disk"]["verdict"].startswith("will not fit: ")
     assert "of disk needed" in render_plan(planned)[-1]
     assert not (tmp_path / "out").exists()
@@ -67,15 +69,15 @@ def test_a_full_disk_is_told_before_the_build(
 def test_a_plan_is_for_the_size_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
     asked = request(tiny_checkpoint, tmp_path / "out")
     size = size_of(generation_of(), height=64, width=96, frames=9, steps=7)
-    planned = plan(asked, size)["forecast"]
+    planned = describe_plan(plan(asked), size)["forecast"]
     assert planned["dims"]["tokens"] == 3 * 4 * 6
     assert planned["size"]["steps"] == 7
-    whole = plan(asked)["forecast"]["memory"]["parts"]
+    whole = describe_plan(plan(asked))["forecast"]["memory"]["parts"]
     assert planned["memory"]["parts"]["hidden buffers"] < whole["hidden buffers"]
 
 
 def test_a_plan_is_plain_data_and_reads_well(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    planned = plan(request(tiny_checkpoint, tmp_path / "out"))
+    planned = describe_plan(plan(request(tiny_checkpoint, tmp_path / "out")))
     assert json.loads(json.dumps(planned, allow_nan=False))["blocks"] == 3
     text = "\n".join(render_plan(planned))
     assert "blocks: 3" in text

@@ -16,7 +16,8 @@ from onnx.external_data_helper import ExternalDataInfo
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.manifest import Manifest
 from freewheel.bundle.reader import MANIFEST, Bundle
-from freewheel.compiler.build import BuildRequest, build, compile_graph
+from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.engines import compile_graph
 from freewheel.compiler.graphs.groups import (
     GROUP_BYTES,
     block_bytes,
