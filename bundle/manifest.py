@@ -185,10 +185,12 @@ class GenerationDefaults(_Entry):
     flow_shift: float | None = None
     seed: int | None = None
     text_tokens: int | None = None
+    sampler: Annotated[str, Field(min_length=1)] | None = None
+    guidance_scale_2: float | None = None
 
 
 class ResolvedGeneration(GenerationDefaults):
-    """What a run gets where its request says nothing: every value, as manifests carry them.
+    """What a run gets where its request says nothing, as manifests carry it.
 
     Attributes:
         steps: Denoise steps.
@@ -199,6 +201,8 @@ class ResolvedGeneration(GenerationDefaults):
         flow_shift: Of the sampler's noise levels.
         seed: Of the initial noise.
         text_tokens: Length to which prompts are padded.
+        sampler: None is the pipeline's own.
+        guidance_scale_2: Of the second expert; None is that of the first.
     """
 
     steps: Positive

@@ -42,6 +42,14 @@ def run(
     steps: StepsOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
     guidance: GuidanceOption = None,
+    guidance_2: Annotated[
+        float | None, typer.Option("--guidance-2", help="Guidance scale of the second expert.")
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="unipc, euler, dpmpp_2m, distilled or lcm; default: the pipeline's own."),
+    ] = None,
+    shift: Annotated[float | None, typer.Option(help="Flow shift of the sampler.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
@@ -116,7 +124,7 @@ def run(
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
             steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,
-            image=image,
+            image=image, sampler=sampler, flow_shift=shift, guidance_scale_2=guidance_2,
         )  # fmt: skip
         request.check()
         size = size_of(

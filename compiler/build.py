@@ -30,6 +30,7 @@ from ..bundle.manifest import (
 )
 from ..bundle.reader import MANIFEST
 from ..bundle.safetensors_header import StoredTensor
+from ..bundle.sampler import step_list
 from ..bundle.staging import check_target, staged_folder
 from ..bundle.store import Store
 from ..core.errors import OutputError
@@ -237,7 +238,9 @@ def _tabulate_samplers(planned: Plan, folder: Path, store: Store) -> list[Sample
     scheduler = read_part(pipeline, "scheduler/scheduler_config.json")
     shifts = {scheduler_shift(pipeline)}
     shifts |= {c.generation.flow_shift for c in planned.configs.values()}
-    return write_tables(folder, scheduler or None, shifts, store=store)
+    named = [c.generation.sampler for c in planned.configs.values()]
+    lists = [name for name in named if name is not None and step_list(name) is not None]
+    return write_tables(folder, scheduler or None, shifts, lists=lists, store=store)
 
 
 def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:

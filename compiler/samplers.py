@@ -13,7 +13,6 @@ the previous step's equation gives it as a combination of x[t], x[t−1] and the
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,40 +20,24 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from ..bundle.manifest import SamplerEntry
+from ..bundle.sampler import SAMPLERS, TABULATED, step_list
 from ..bundle.store import NO_STORE, Store
 from ..core.errors import BuildError
+from ..runtime.pipeline.schedulers import make_scheduler
 from .code_version import code_version
 
-__all__ = [
-    "SAMPLERS",
-    "STEP_COUNTS",
-    "SamplerTable",
-    "make_scheduler",
-    "probe",
-    "sampler_name",
-    "write_tables",
-]
-
-SAMPLERS: dict[str, str] = {
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "FlowMatchEulerDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-}
-"""Sampler name in bundles → diffusers class."""
+__all__ = ["STEP_COUNTS", "SamplerTable", "probe", "sampler_name", "write_tables"]
 
 STEP_COUNTS = (*range(1, 61), 100)
 MAX_WINDOW = 4
 TOLERANCE = 1e-7
 """Schedulers compute their factors in float32; what they disagree with themselves is below this."""
-
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
 
 Matrix = NDArray[np.float64]
 
@@ -104,24 +87,8 @@ class SamplerTable:
 
 
 def sampler_name(scheduler_class: str) -> str | None:
-    """Return our name of a diffusers scheduler class, or None."""
-    return next((n for n, c in SAMPLERS.items() if c == scheduler_class), None)
-
-
-def make_scheduler(name: str, flow_shift: float, config: Mapping[str, Any] | None = None) -> Any:
-    """Return a fresh scheduler of one of the `SAMPLERS`.
-
-    Args:
-        name: A key of `SAMPLERS`.
-        flow_shift: Shift of the noise levels towards high noise; 1 shifts nothing.
-        config: The pipeline's own scheduler config, where it is of this class.
-    """
-    scheduler_class = getattr(diffusers, SAMPLERS[name])
-    known = inspect.signature(scheduler_class.__init__).parameters
-    shift = "flow_shift" if "flow_shift" in known else "shift"
-    # Shifting by the latents' size, as some pipelines do, is a shift of exp(mu): ask for that one.
-    wanted = {**(config or FLOW), shift: flow_shift, "use_dynamic_shifting": False}
-    return scheduler_class(**{n: v for n, v in wanted.items() if n in known})
+    """Return our name of a tabulated diffusers scheduler class, or None."""
+    return next((n for n in TABULATED if SAMPLERS[n] == scheduler_class), None)
 
 
 def probe(scheduler: Any, steps: int, window: int | None = None) -> SamplerTable:
@@ -147,7 +114,7 @@ def probe(scheduler: Any, steps: int, window: int | None = None) -> SamplerTable
             return SamplerTable(timesteps, sigmas, rows)
     raise BuildError(
         where, f"is no linear recurrence over {MAX_WINDOW} samples (off by {fault:.1e})",
-        f"use one of {', '.join(SAMPLERS.values())}",
+        f"use one of {', '.join(dict.fromkeys(SAMPLERS[n] for n in TABULATED))}",
     )  # fmt: skip
 
 
@@ -195,6 +162,7 @@ def write_tables(
     shifts: Iterable[float],
     step_counts: Iterable[int] = STEP_COUNTS,
     *,
+    lists: Iterable[str] = (),
     store: Store = NO_STORE,
 ) -> list[SamplerEntry]:
     """Write ``samplers/<name>-<shift>.safetensors`` for every sampler and shift.
@@ -204,18 +172,20 @@ def write_tables(
         scheduler_config: The pipeline's scheduler config, with ``_class_name``, or None.
         shifts: Flow shifts to tabulate.
         step_counts: Step counts to tabulate.
+        lists: Samplers of a list of timesteps, each of one step count, to tabulate too.
         store: Where tables are kept.
 
     Returns:
         Manifest entries, the pipeline's own sampler first.
     """
     own = sampler_name(str((scheduler_config or {}).get("_class_name", "")))
-    names = sorted(SAMPLERS, key=lambda n: n != own)
+    names = sorted(TABULATED, key=lambda n: n != own)
     (bundle / "samplers").mkdir(exist_ok=True)
-    counts = sorted(set(step_counts))
     entries = []
-    for name in names:
+    for name in (*names, *sorted(set(lists))):
         config = scheduler_config if name == own else None
+        listed = step_list(name)
+        counts = sorted(set(step_counts)) if listed is None else [len(listed)]
         for shift in sorted(set(shifts)):
             about = (name, shift, json.dumps(config), tuple(counts))
             file = f"samplers/{name}-{shift:g}.safetensors"
@@ -225,10 +195,14 @@ def write_tables(
             columns = load_file(bundle / file)[str(counts[0])].shape[1]
             entries.append(
                 SamplerEntry(
-                    name=name, scheduler=SAMPLERS[name], flow_shift=shift, window=(columns - 2) // 2,
-                    steps=counts, file=file,
+                    name=name,
+                    scheduler=type(make_scheduler(name, shift, config)).__name__,
+                    flow_shift=shift,
+                    window=(columns - 2) // 2,
+                    steps=counts,
+                    file=file,
                 )
-            )  # fmt: skip
+            )
     return entries
 
 

@@ -78,7 +78,7 @@ REFUSED = (
         "name the policy by 'feature_caching': 'TaylorSeer', with 'interval' and 'order'",
     ),
     Refusal(
-        r"denoising_step_list|h3_step_update|is_sr_running",
+        r"h3_step_update|is_sr_running",
         "the timesteps are the pipeline's scheduler's, never a config's",
     ),
     Refusal(r"flow_shift|video_flow_shift|audio_flow_shift", "is 'sample_shift' here"),

@@ -7,6 +7,7 @@ Keys are spelled as LightX2V's caching configs spell them, so that such a file w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast, get_type_hints
 
 from pydantic import (
@@ -36,6 +37,7 @@ __all__ = [
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Level = Annotated[float, Field(gt=0, le=1000)]
 
 ALL, BRANCHES = "[all]", "[branches]"
 """Tags of a key that takes one table for all branches, or one per branch by name."""
@@ -69,10 +71,13 @@ class CachingConfig(GuardKeys):
         target_height: Pixels.
         target_width: Pixels.
         text_len: Tokens that prompts are padded to.
-        sample_guide_scale: Guidance scale.
+        sample_guide_scale: Guidance scale; two are of two experts.
         sample_shift: Flow shift of the scheduler.
         enable_cfg: False runs the conditional branch only.
         seed: Seed of the initial noise.
+        sampler: Which one denoises; None is the pipeline's own.
+        denoising_step_list: Timesteps of 1000 before the shift, falling, that Euler runs through:
+            those that a distilled model was trained at.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -94,10 +99,14 @@ class CachingConfig(GuardKeys):
     target_height: Positive | None = None
     target_width: Positive | None = None
     text_len: Positive | None = None
-    sample_guide_scale: float | None = None
+    sample_guide_scale: float | Annotated[list[float], Field(min_length=2, max_length=2)] | None = (
+        None
+    )
     sample_shift: Annotated[float, Field(gt=0)] | None = None
     enable_cfg: bool | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
+    sampler: str | None = None
+    denoising_step_list: Annotated[list[Level], Field(min_length=1)] | None = None
 
     _name: str = PrivateAttr("")
     _ignored: tuple[str, ...] = PrivateAttr(())
@@ -128,6 +137,19 @@ class CachingConfig(GuardKeys):
             first = owners.setdefault(self.keys[key], key)
             if first != key:
                 raise ValueError(f"one of '{first}' and '{key}', which say the same")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_can_be_run_through(self) -> Self:
+        steps = self.denoising_step_list
+        if steps is None:
+            return self
+        if any(a <= b for a, b in pairwise(steps)):
+            raise ValueError(f"'denoising_step_list' to fall from step to step, not {steps}")
+        if self.sampler is not None:
+            raise ValueError("one of 'sampler' and 'denoising_step_list', which names its own")
+        if self.infer_steps not in (None, len(steps)):
+            raise ValueError(f"'infer_steps' {len(steps)}, as 'denoising_step_list' has")
         return self
 
     def setting(self) -> CacheSetting:

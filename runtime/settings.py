@@ -14,6 +14,7 @@ from ..bundle.manifest import (
     ResolvedConfig,
 )
 from ..bundle.reader import Bundle
+from ..bundle.sampler import check_sampler, list_sampler
 from ..configs.load import load_config
 from ..core.errors import ConfigError, nearest
 from ..policies import is_policy
@@ -38,14 +39,24 @@ FAR = 1 / 3
 
 
 def config_entry(config: CachingConfig) -> ConfigEntry:
-    """Resolve a config to what manifests carry."""
-    guidance = config.sample_guide_scale
+    """Resolve a config to what manifests carry.
+
+    Raises:
+        RequestError: the config's sampler is not known.
+    """
+    if config.sampler is not None:
+        check_sampler(config.sampler)
+    given = config.sample_guide_scale
+    guidance, second = given if isinstance(given, list) else (given, None)
     if config.enable_cfg is False:
-        guidance = 1.0
+        guidance, second = 1.0, None
+    steps, sampler = config.infer_steps, config.sampler
+    if config.denoising_step_list is not None:
+        steps, sampler = len(config.denoising_step_list), list_sampler(config.denoising_step_list)
     return ConfigEntry(
         cache=config.setting(),
         generation=GenerationDefaults(
-            steps=config.infer_steps,
+            steps=steps,
             height=config.target_height,
             width=config.target_width,
             frames=config.target_video_length,
@@ -53,6 +64,8 @@ def config_entry(config: CachingConfig) -> ConfigEntry:
             flow_shift=config.sample_shift,
             seed=config.seed,
             text_tokens=config.text_len,
+            sampler=sampler,
+            guidance_scale_2=None if second == guidance else second,
         ),
     )
 

@@ -231,6 +231,7 @@ def _common(resolved: dict[str, Any], generation: dict[str, Any]) -> dict[str, A
         "sample_shift": generation["flow_shift"],
         "enable_cfg": resolved["guidance_scale"] != 1,
         "seed": generation["seed"],
+        **({} if generation["sampler"] is None else {"sampler": generation["sampler"]}),
     }
 
 

@@ -18,9 +18,10 @@ from ...policies import policy_class
 from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ...runtime.forecast.fold import fold
+from ...runtime.pipeline.schedulers import make_scheduler
 from ..cut.declared import Cut
 from ..graphs.filters import signals_of
-from ..samplers import make_scheduler, sampler_name
+from ..samplers import sampler_name
 from ..sizes import bundle_pipeline, read_part
 from .flops import step_flops
 
@@ -93,24 +94,26 @@ def predict(
 
 
 def timesteps_of(bundle: Bundle, generation: ResolvedGeneration, steps: int) -> torch.Tensor:
-    """Return the timesteps of a run, float32 [steps], as the pipeline's scheduler has them.
+    """Return the timesteps of a run, float32 [steps], as its scheduler has them.
 
     Args:
-        bundle: Its pipeline names the scheduler; UniPC where there is none.
-        generation: A config's values, of which the flow shift counts.
+        bundle: Its pipeline names the scheduler where the config names none; else UniPC.
+        generation: A config's values, of which sampler and flow shift count.
         steps: Denoise steps.
     """
     config = read_part(bundle_pipeline(bundle), "scheduler/scheduler_config.json")
     wanted = str(config.get("_class_name", ""))
     shift = generation.flow_shift
-    name = sampler_name(wanted)
+    name = generation.sampler or sampler_name(wanted)
     if name is None and config:
         scheduler_class = getattr(diffusers, wanted)
         known = inspect.signature(scheduler_class.__init__).parameters
         shifted = {n: shift for n in ("flow_shift", "shift") if n in known}
         scheduler = scheduler_class.from_config(config, **shifted)
     else:
-        scheduler = make_scheduler(name or DEFAULT_SAMPLER, shift, config or None)
+        scheduler = make_scheduler(
+            name or DEFAULT_SAMPLER, shift, config if name == sampler_name(wanted) else None
+        )
     scheduler.set_timesteps(steps)
     return torch.as_tensor(scheduler.timesteps, dtype=torch.float32)
 

@@ -141,6 +141,8 @@ ConfigEntry read_config(FieldReader& reader, const json& entry, const std::strin
   run.text_tokens = reader.integer(generation, place, "text_tokens", 1, kMaxSize);
   run.guidance_scale = reader.number(generation, place, "guidance_scale");
   run.flow_shift = reader.number(generation, place, "flow_shift");
+  run.guidance_scale_2 = reader.optional_number(generation, place, "guidance_scale_2");
+  run.sampler = reader.optional_text(generation, place, "sampler").value_or("");
   if (!(run.flow_shift > 0.0)) reader.fault(place + ".flow_shift", "is not above 0");
   return config;
 }

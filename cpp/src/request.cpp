@@ -352,9 +352,12 @@ Result<PreparedRun> prepare_run(Model& model, const Request& request) {
   run.cache = std::move(config.cache);
   run.steps = request.steps.value_or(defaults.steps);
   run.guidance_scale = request.guidance_scale.value_or(defaults.guidance_scale);
-  run.guidance_scale_2 = request.guidance_scale_2;
+  // A request's guidance is that of both experts, unless it names the second's too.
+  run.guidance_scale_2 = request.guidance_scale || request.guidance_scale_2
+                             ? request.guidance_scale_2
+                             : defaults.guidance_scale_2;
   run.flow_shift = request.flow_shift.value_or(defaults.flow_shift);
-  run.sampler = request.sampler;
+  run.sampler = request.sampler.empty() ? defaults.sampler : request.sampler;
   run.condition = request.condition;
   FREEWHEEL_TRY(settle_prompts(manifest, request, defaults.text_tokens, run));
   FREEWHEEL_TRY(settle_latents(manifest, request, defaults, prepared));

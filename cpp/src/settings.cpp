@@ -26,14 +26,17 @@ nlohmann::json policy_json(const PolicySpec& spec) {
 }
 
 nlohmann::json generation_json(const GenerationDefaults& generation) {
-  return {{"steps", generation.steps},
-          {"height", generation.height},
-          {"width", generation.width},
-          {"frames", generation.frames},
-          {"seed", generation.seed},
-          {"text_tokens", generation.text_tokens},
-          {"guidance_scale", generation.guidance_scale},
-          {"flow_shift", generation.flow_shift}};
+  nlohmann::json found = {{"steps", generation.steps},
+                          {"height", generation.height},
+                          {"width", generation.width},
+                          {"frames", generation.frames},
+                          {"seed", generation.seed},
+                          {"text_tokens", generation.text_tokens},
+                          {"guidance_scale", generation.guidance_scale},
+                          {"flow_shift", generation.flow_shift}};
+  if (generation.guidance_scale_2) found["guidance_scale_2"] = *generation.guidance_scale_2;
+  if (!generation.sampler.empty()) found["sampler"] = generation.sampler;
+  return found;
 }
 
 }  // namespace

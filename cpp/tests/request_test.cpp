@@ -72,6 +72,22 @@ TEST_F(RequestTest, WhatIsNotSaidIsTheConfigs) {
   EXPECT_EQ(prepare()->run.cache.guard.limits.at("last_exact"), 1) << "as the policy by its name";
 }
 
+TEST_F(RequestTest, AConfigsSamplerAndSecondGuidanceHoldWhereARequestSaysNothing) {
+  nlohmann::json& generation = manifest_["configs"]["plain"]["generation"];
+  generation["sampler"] = "steps_1000_500";
+  load();
+  EXPECT_NE(fault().find("sampler 'steps_1000_500': is not in the bundle"), std::string::npos);
+  request_.sampler = "euler";
+  EXPECT_TRUE(prepare().ok());
+  generation["guidance_scale_2"] = 3.5;
+  load();
+  EXPECT_NE(fault().find("guidance_scale_2: is given"), std::string::npos);
+  request_.guidance_scale = 2.0;
+  const auto prepared = prepare();
+  ASSERT_TRUE(prepared.ok()) << prepared.status().message();
+  EXPECT_FALSE(prepared->run.guidance_scale_2);
+}
+
 TEST_F(RequestTest, WhatIsSaidComesFirst) {
   const std::vector<std::pair<std::string, Value>> said = {
       {"policy", std::string("off")}, {"sampler", std::string("euler")},

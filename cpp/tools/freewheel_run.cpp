@@ -328,7 +328,8 @@ int main(int argc, char** argv) {
   app.add_option("--guidance", options.guidance, "Guidance scale; 1 or less runs one branch");
   app.add_option("--guidance-2", options.guidance_2,
                  "Guidance scale of the second expert, where the bundle has two");
-  app.add_option("--sampler", options.sampler, "unipc, euler or dpmpp_2m");
+  app.add_option("--sampler", options.sampler,
+                 "unipc, euler, dpmpp_2m, distilled or a list of the bundle's");
   app.add_option("--shift", options.shift, "Flow shift, one that the bundle has tables for");
   app.add_option("--frames", options.frames, "Frames of the video");
   app.add_option("--height", options.height, "Height in pixels");

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from ...bundle.manifest import ResolvedGeneration
 from ...bundle.reader import Bundle
 from ...bundle.safetensors_header import read_header
+from ...bundle.sampler import DISTILLED, SAMPLERS, check_sampler
 from ...core.errors import BundleError, RequestError
 from ...core.limits import LARGEST_SEED, check_size
 from ...policies.setting import CacheSetting
@@ -28,12 +29,19 @@ from ..model import DeviceOptions
 from ..session import Recorder
 from ..statistics import RunStatistics
 from .attach import FreewheelTransformer, attach
+from .schedulers import make_scheduler
 
 __all__ = ["Generation", "GenerationRequest", "Generator", "check_recordable", "loaded_bytes"]
 
 FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
 TRANSFORMERS = {"transformer", "transformer_2"}
 """Parts of a pipeline that a bundle takes the place of."""
+
+VALUES = (
+    "steps", "height", "width", "frames", "guidance_scale", "guidance_scale_2", "seed", "sampler",
+    "flow_shift",
+)  # fmt: skip
+"""What a run says of itself as resolved."""
 
 OnStep = Callable[[int, int], None]
 
@@ -53,6 +61,9 @@ class GenerationRequest:
         frames: Frames of the video.
         guidance_scale: 1 turns guidance off.
         seed: Of the initial noise.
+        sampler: Which one denoises.
+        flow_shift: Of its noise levels.
+        guidance_scale_2: Of the second expert, where there are two.
         image: First frame, for image-to-video. Where neither height nor width is asked for, the
             video takes its proportions, at the area that the config names.
     """
@@ -67,11 +78,19 @@ class GenerationRequest:
     frames: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
+    sampler: str | None = None
+    flow_shift: float | None = None
+    guidance_scale_2: float | None = None
     image: Path | None = None
 
     def value(self, name: str) -> Any:
-        """Return a setting: the request's, else the config's."""
+        """Return a setting: the request's, else the config's.
+
+        A request's guidance is that of both experts, unless it names the second's too.
+        """
         found = getattr(self, name, None)
+        if name == "guidance_scale_2" and self.guidance_scale is not None:
+            return found
         return getattr(self.defaults, name) if found is None else found
 
     def check(self) -> None:
@@ -79,7 +98,8 @@ class GenerationRequest:
 
         Raises:
             RequestError: steps outside [1, 1000], a size beyond 32,768, a guidance scale that is
-                not finite, a seed outside [0, 2**63), or an image that can't be read.
+                not finite, a seed outside [0, 2**63), a sampler that is not known, a flow shift
+                that is not above 0, or an image that can't be read.
         """
         steps, seed, guidance = (self.value(n) for n in ("steps", "seed", "guidance_scale"))
         if not 1 <= steps <= 1000:
@@ -90,6 +110,15 @@ class GenerationRequest:
             raise RequestError(
                 f"--guidance {guidance}", "is not finite", "use 1 to 10; 1 turns guidance off"
             )
+        if self.guidance_scale_2 is not None and not math.isfinite(self.guidance_scale_2):
+            raise RequestError(
+                f"--guidance-2 {self.guidance_scale_2}", "is not finite", "use 1 to 10"
+            )
+        shift = self.value("flow_shift")
+        if not (math.isfinite(shift) and shift > 0):
+            raise RequestError(f"--shift {shift}", "is no number above 0", "use 1 to 12")
+        if self.value("sampler") is not None:
+            check_sampler(self.value("sampler"))
         for name in ("height", "width", "frames"):
             check_size(name, self.value(name))
         if self.image is not None:
@@ -174,6 +203,7 @@ class Generator:
             use_safetensors=True,  # a bundle from elsewhere may hold a pickle
         )
         self.pipe.set_progress_bar_config(disable=True)
+        self._own_scheduler = self.pipe.scheduler
         self.bundle = bundle
         self.transformer: FreewheelTransformer = attach(
             self.pipe, bundle, "off", backend=backend, loras=loras, options=options
@@ -236,12 +266,16 @@ class Generator:
             "callback_on_step_end": tell,
         }
         arguments["max_sequence_length"] = request.value("text_tokens")
+        if "guidance_scale_2" in values:
+            arguments["guidance_scale_2"] = values["guidance_scale_2"]
         if image is not None:
             # Filled and cut, as other resizing would stretch it.
             arguments["image"] = ImageOps.fit(image, (values["width"], values["height"]))
         self._set_scheduler(request)
         began = time.perf_counter()
-        latents = self.pipe(**arguments).frames
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(values["seed"])  # of samplers that draw noise at every step
+            latents = self.pipe(**arguments).frames
         denoised = time.perf_counter()
         frames = self.decode(latents)
         for expert in experts:
@@ -263,11 +297,16 @@ class Generator:
         return torch.as_tensor(self.pipe.scheduler.timesteps)
 
     def _set_scheduler(self, request: GenerationRequest) -> None:
-        shift = request.value("flow_shift")
-        scheduler = self.pipe.scheduler
-        key = next((k for k in ("flow_shift", "shift") if k in scheduler.config), None)
-        if key is not None and scheduler.config[key] != shift:
-            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, **{key: shift})
+        shift, name = request.value("flow_shift"), request.value("sampler")
+        own = self._own_scheduler
+        if name is not None:
+            is_own = name in SAMPLERS and SAMPLERS[name] == type(own).__name__ and name != DISTILLED
+            self.pipe.scheduler = make_scheduler(name, shift, dict(own.config) if is_own else None)
+            return
+        key = next((k for k in ("flow_shift", "shift") if k in own.config), None)
+        if key is not None and own.config[key] != shift:
+            own = type(own).from_config(own.config, **{key: shift})
+        self.pipe.scheduler = own
 
     def decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
         """Decode latents to frames, uint8 [frames, height, width, 3]."""
@@ -283,8 +322,12 @@ class Generator:
     def _checked_values(
         self, request: GenerationRequest, image: Image.Image | None
     ) -> dict[str, Any]:
-        names = ("steps", "height", "width", "frames", "guidance_scale", "seed")
-        values = {n: request.value(n) for n in names}
+        values = {n: v for n in VALUES if (v := request.value(n)) is not None}
+        if "guidance_scale_2" in values and len(self.bundle.manifest.experts) < 2:
+            raise RequestError(
+                f"--guidance-2 {values['guidance_scale_2']}", "is given, and the bundle has one expert",
+                "leave it out, or give one 'sample_guide_scale'",
+            )  # fmt: skip
         scale = self.bundle.manifest.latent_scale
         spatial = scale.pixels * max(self.transformer.config["patch_size"][1:])
         if image is not None and request.height is None and request.width is None:

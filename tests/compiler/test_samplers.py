@@ -5,10 +5,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from freewheel.compiler.samplers import SAMPLERS, make_scheduler, probe, sampler_name, write_tables
+from freewheel.bundle.sampler import TABULATED
+from freewheel.compiler.samplers import probe, sampler_name, write_tables
 from freewheel.core.errors import BuildError
+from freewheel.runtime.pipeline.schedulers import make_scheduler
 
-WINDOWS = {"euler": 1, "dpmpp_2m": 2, "unipc": 3}
+WINDOWS = {"euler": 1, "dpmpp_2m": 2, "unipc": 3, "distilled": 1}
 
 
 def model(sample, step):
@@ -35,7 +37,7 @@ def run_table(table, start):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 20, 30, 50])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", TABULATED)
 def test_table_follows_its_scheduler_over_a_whole_trajectory(name, steps, shift):
     start = np.random.default_rng(steps).standard_normal((1, 16, 3, 4), np.float32)
     expected = run_scheduler(make_scheduler(name, shift), steps, start)
@@ -44,12 +46,12 @@ def test_table_follows_its_scheduler_over_a_whole_trajectory(name, steps, shift)
     assert np.abs(found - expected).max() <= 1e-6 * max(1.0, np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", TABULATED)
 def test_least_window_is_found(name):
     assert probe(make_scheduler(name, 3.0), 20).window == WINDOWS[name]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", TABULATED)
 def test_timesteps_and_sigmas_are_the_schedulers(name):
     scheduler = make_scheduler(name, 3.0)
     scheduler.set_timesteps(12)
@@ -84,7 +86,7 @@ def test_file_holds_every_step_count(tmp_path):
               "prediction_type": "flow_prediction", "use_flow_sigmas": True}  # fmt: skip
     entries = write_tables(tmp_path, config, [3.0, 5.0], [4, 9])
     assert entries[0].name == entries[1].name == "unipc"
-    assert len(entries) == 2 * len(SAMPLERS)
+    assert len(entries) == 2 * len(TABULATED)
     for entry in entries:
         tables = load_file(tmp_path / entry.file)
         assert {int(n) for n in tables} == set(entry.steps) == {4, 9}
@@ -92,6 +94,19 @@ def test_file_holds_every_step_count(tmp_path):
             assert table.shape == (int(steps), 2 + 2 * entry.window)
             assert table.dtype == np.float64
             assert np.isfinite(table).all()
+
+
+def test_a_list_of_steps_is_tabulated_at_its_own_count(tmp_path):
+    name = "steps_1000_908.8427_713.9794"
+    entries = write_tables(tmp_path, None, [5.0], [4, 9], lists=[name])
+    entry = next(e for e in entries if e.name == name)
+    assert (entry.steps, entry.scheduler, entry.window) == ([3], "StepListScheduler", 1)
+    levels = np.array([1.0, 0.9088427, 0.7139794, 0.0])
+    sigmas = 5 * levels / (1 + 4 * levels)
+    table = load_file(tmp_path / entry.file)["3"]
+    np.testing.assert_allclose(table[:, 0], 1000 * sigmas[:3], rtol=1e-6)
+    np.testing.assert_allclose(table[:, 2], 1, rtol=1e-6)
+    np.testing.assert_allclose(table[:, 3], np.diff(sigmas), rtol=1e-5)
 
 
 def test_files_are_small(tmp_path):

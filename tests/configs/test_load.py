@@ -13,6 +13,7 @@ from freewheel.configs.load import load_config, parse_config, read_configs, ship
 from freewheel.core.errors import ConfigError
 from freewheel.policies import POLICIES, config_kinds, policy_class
 from freewheel.policies.adacache import CODEBOOKS
+from freewheel.runtime.settings import config_entry
 
 # Transcribed from ALGORITHMS 1: [set with ret steps, plain set].
 COEFFICIENTS = {
@@ -101,7 +102,7 @@ def test_shipped_config_loads_by_stem_by_folder_and_by_path(name: str) -> None:
 
 def test_no_two_shipped_configs_share_a_name() -> None:
     folder = shipped_configs()["shapes_wan_off"].parents[1]
-    assert len(shipped_configs()) == len(list(folder.rglob("*.json"))) == 29
+    assert len(shipped_configs()) == len(list(folder.rglob("*.json"))) == 31
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "solved"])
@@ -268,6 +269,24 @@ def test_keys_of_another_policy_are_ignored_only_where_lightx2v_carries_them_alo
         tea(interval=4)
 
 
+def test_a_list_of_steps_names_its_sampler_and_count() -> None:
+    listed = {"feature_caching": "NoCaching", "denoising_step_list": [1000, 750, 500, 250]}
+    run = config_entry(parse_config(listed, where="x")).generation
+    assert (run.sampler, run.steps) == ("steps_1000_750_500_250", 4)
+    preset = config_entry(load_config("distilled/wan_t2v_distilled_8step")).generation
+    assert (preset.sampler, preset.steps, preset.flow_shift) == ("distilled", 8, 5.0)
+    assert preset.guidance_scale == 1
+
+
+def test_two_guidance_scales_are_of_two_experts() -> None:
+    pair = {"feature_caching": "NoCaching", "sample_guide_scale": [4.0, 3.0]}
+    run = config_entry(parse_config(pair, where="x")).generation
+    assert (run.guidance_scale, run.guidance_scale_2) == (4.0, 3.0)
+    for more in ({"sample_guide_scale": [3.5, 3.5]}, {"enable_cfg": False}):
+        run = config_entry(parse_config({**pair, **more}, where="x")).generation
+        assert run.guidance_scale_2 is None
+
+
 def test_three_faults_come_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(
@@ -288,6 +307,19 @@ def test_three_faults_come_in_one_error(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({}, "'feature_caching': missing, expected one of NoCaching"),
+        (
+            {"feature_caching": "NoCaching", "denoising_step_list": [1000, 1000]},
+            "expected 'denoising_step_list' to fall from step to step",
+        ),
+        (
+            {"feature_caching": "NoCaching", "denoising_step_list": [1000, 500], "infer_steps": 4},
+            "expected 'infer_steps' 2, as 'denoising_step_list' has",
+        ),
+        (
+            {"feature_caching": "NoCaching", "denoising_step_list": [1000], "sampler": "euler"},
+            "expected one of 'sampler' and 'denoising_step_list'",
+        ),
+        ({"feature_caching": "NoCaching", "denoising_step_list": [0]}, "'denoising_step_list[0]'"),
         ({"feature_caching": "Tee"}, "found \"Tee\", no such policy; did you mean 'Tea'"),
         ({"feature_caching": 3}, "'feature_caching': found 3"),
         ({"feature_caching": "Tea", "seed": True}, "'seed': found true, expected a valid integer"),

@@ -30,8 +30,12 @@ CONFIGS = {
     "apart": ConfigEntry(
         cache=CacheSetting(policy="taylorseer", branches={"uncond": {"interval": 2}})
     ),
+    "listed": ConfigEntry(
+        cache=CacheSetting(policy="taylorseer", parameters={"interval": 2}),
+        generation=GenerationDefaults(steps=4, sampler="steps_1000_750_500_250", flow_shift=5.0),
+    ),
 }
-"""Of the bundle: the default one names a size, the other none of its own, and neither anything else."""
+"""Of the bundle: the default one names a size and nothing else, the others no size; one lists its steps."""
 
 REQUESTS: dict[str, tuple[str | None, dict[str, str]]] = {
     "nothing said": (None, {}),
@@ -39,6 +43,7 @@ REQUESTS: dict[str, tuple[str | None, dict[str, str]]] = {
     "a policy by name, with its signal": ("teacache", {"threshold": "5"}),
     "overrides": ("taylorseer", {"first_exact": "3", "last_exact": "2", "exact_steps": "7,9", "order": "2"}),
     "a config whose branches differ": ("apart", {"interval": "4"}),
+    "a config with a list of steps": ("listed", {}),
 }  # fmt: skip
 """Name → config or policy, and overrides as they are typed."""
 
@@ -103,7 +108,8 @@ class Doors:
         np.testing.assert_allclose(noise.reshape(drawn.shape), drawn.numpy(), atol=1e-4)
         loop = Loop(
             self.bundle, noise.reshape(drawn.shape), {b: {"text_states": s[None]} for b, s in self.states.items()},
-            run.steps, run.flow_shift, self.bundle.manifest.samplers[0].name, (run.guidance_scale,),
+            run.steps, run.flow_shift, run.sampler or self.bundle.manifest.samplers[0].name,
+            (run.guidance_scale,),
         )  # fmt: skip
         return loop.in_python(entry.cache)
 

@@ -94,6 +94,8 @@ struct LatentScale {
 struct GenerationDefaults {
   std::int64_t steps = 0, height = 0, width = 0, frames = 0, seed = 0, text_tokens = 0;
   double guidance_scale = 1.0, flow_shift = 1.0;
+  std::optional<double> guidance_scale_2;  ///< Of the second expert; none is that of the first.
+  std::string sampler;                     ///< Empty is the pipeline's own.
 };
 
 struct ConfigEntry {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.pipeline.generate import GenerationRequest, Generator, size_like
+from freewheel.runtime.pipeline.schedulers import make_scheduler
 
 PROMPT = "a red circle moving right"
 SIZE = {"height": 64, "width": 96, "frames": 5}
@@ -89,6 +91,44 @@ def test_a_request_gives_what_the_plain_pipeline_gives(
     assert relative_l1(result.latents, expected) < 1e-4
     assert result.frames.shape == (5, 64, 96, 3)
     assert result.frames.dtype == np.uint8
+
+
+@pytest.mark.parametrize("sampler", ["distilled", "steps_1000_908.8427_713.9794", "lcm"])
+def test_a_request_names_its_sampler_and_the_next_has_the_pipelines_own(
+    maker: Generator, i2v_checkpoint: Path, first_frame: Path, sampler: str
+) -> None:
+    plain = plain_pipeline(i2v_checkpoint)
+    plain.scheduler = make_scheduler(sampler, 5.0)
+    steps = 3
+    torch.manual_seed(5)
+    expected = plain(
+        ImageOps.fit(Image.open(first_frame).convert("RGB"), (96, 64)), PROMPT, negative_prompt="",
+        height=64, width=96, num_frames=5, num_inference_steps=steps, output_type="latent",
+        guidance_scale=1.0, generator=torch.Generator().manual_seed(5),
+    ).frames  # fmt: skip
+    own = maker.generate(request(first_frame)).latents
+    few = {"sampler": sampler, "steps": steps, "flow_shift": 5.0, "guidance_scale": 1.0}
+    torch.manual_seed(1)
+    found = maker.generate(request(first_frame, **few))
+    assert relative_l1(found.latents, expected) < 1e-4
+    assert found.resolved["sampler"] == sampler
+    assert torch.equal(maker.generate(request(first_frame)).latents, own)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sampler": "ddim"}, "--sampler ddim: is not known"),
+        ({"flow_shift": 0.0}, "--shift 0.0: is no number above 0"),
+        ({"guidance_scale_2": 3.0}, "--guidance-2 3.0: is given, and the bundle has one expert"),
+        ({"guidance_scale_2": float("inf")}, "--guidance-2 inf: is not finite"),
+    ],
+)
+def test_a_sampler_shift_or_second_guidance_that_can_not_be_is_refused(
+    maker: Generator, first_frame: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        maker.generate(request(first_frame, **given))
 
 
 @pytest.mark.parametrize("policy", ["teacache", "taylorseer", "adacache", "custom"])
