@@ -10,14 +10,10 @@ from pathlib import Path
 from ..bundle.files import link_or_none
 from ..bundle.manifest import PipelineEntry
 from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.folders import linked_names
+from .checkpoints.folders import linked_names, pipeline_folders
 
 __all__ = ["bring_pipeline"]
 
-PIPELINE_PARTS = (
-    "scheduler", "tokenizer", "text_encoder", "vae", "image_encoder", "image_processor",
-    "tokenizer_2", "text_encoder_2", "feature_extractor",
-)  # fmt: skip
 SMALL_FILE_BYTES = 64 << 20
 
 
@@ -35,7 +31,7 @@ def bring_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineEntry:
     (target / "transformer").mkdir()
     config = json.dumps(checkpoint.config, indent=2)
     (target / "transformer" / "config.json").write_text(config, encoding="utf-8")
-    for part in PIPELINE_PARTS:
+    for part in pipeline_folders(checkpoint.pipeline):
         for source, name in linked_names(checkpoint.pipeline / part, checkpoint.variant).items():
             place = target / part / name
             place.parent.mkdir(parents=True, exist_ok=True)

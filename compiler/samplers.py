@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -40,6 +41,10 @@ TOLERANCE = 1e-7
 """Schedulers compute their factors in float32; what they disagree with themselves is below this."""
 
 Matrix = NDArray[np.float64]
+
+
+class NotRunError(BuildError):
+    """The scheduler itself stops within a run of this many steps."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def _respond(scheduler: Any, steps: int, where: str) -> tuple[Matrix, Matrix, Ma
                 )[0]
             )
     except Exception as error:  # whatever a scheduler raises, it can't be tabulated
-        raise BuildError(where, f"can't be probed: {error}", "leave it out") from error
+        raise NotRunError(where, f"can't be probed: {error}", "leave it out") from error
     timesteps = np.asarray(scheduler.timesteps, np.float64)
     sigmas = np.asarray(scheduler.sigmas, np.float64)[:steps]
     return torch.cat(samples).double().numpy(), timesteps, sigmas
@@ -192,14 +197,15 @@ def write_tables(
             store.bring(
                 ["sampler", code_version(), *about], bundle / file, partial(_write_tables, *about)
             )
-            columns = load_file(bundle / file)[str(counts[0])].shape[1]
+            tables = load_file(bundle / file)
+            columns = next(iter(tables.values())).shape[1]
             entries.append(
                 SamplerEntry(
                     name=name,
                     scheduler=type(make_scheduler(name, shift, config)).__name__,
                     flow_shift=shift,
                     window=(columns - 2) // 2,
-                    steps=counts,
+                    steps=sorted(map(int, tables)),
                     file=file,
                 )
             )
@@ -212,7 +218,14 @@ def _write_tables(name: str, shift: float, config: str, counts: tuple[int, ...],
 
 @cache
 def _tables(name: str, shift: float, config: str, counts: tuple[int, ...]) -> dict[str, Matrix]:
-    """Return a sampler's table for each step count; ``config`` is JSON."""
+    """Return a sampler's table for each step count that it can run; ``config`` is JSON.
+
+    diffusers' UniPC stops at 100 steps of shift 12, where its first two timesteps round to one.
+    """
     own = json.loads(config)
     window = probe(make_scheduler(name, shift, own), min(20, max(counts))).window
-    return {str(n): probe(make_scheduler(name, shift, own), n, window).packed() for n in counts}
+    tables = {}
+    for count in counts:
+        with suppress(NotRunError):
+            tables[str(count)] = probe(make_scheduler(name, shift, own), count, window).packed()
+    return tables

@@ -101,6 +101,12 @@ def open_checkpoint(
     whole = place if (place / "model_index.json").is_file() else None
     parts = _pipeline(model, whole, pipeline)
     index = read_json(parts / "model_index.json") if parts else {}
+    if index.get("expand_timesteps") and "ImageToVideo" in str(index.get("_class_name")):
+        raise CheckpointError(
+            f"{parts}/model_index.json, 'expand_timesteps'",
+            "gives the first frame's tokens a timestep of their own, and a cut model has one per step",
+            "build text-to-video of this checkpoint (its WanPipeline), or an A14B image-to-video one",
+        )  # fmt: skip
     boundary = index.get("boundary_ratio")
     has_second = boundary is not None and index.get(SECOND, [None])[0] is not None
     _check_experts(model, whole, parts if has_second else None, low_noise)

@@ -13,11 +13,12 @@ from .completeness import check_quantization
 from .layouts import weights_fault
 
 __all__ = [
-    "WEIGHTS_STEM", "has_variant", "linked_names", "plain_name", "read_config", "read_json",
-    "read_tensors",
+    "WEIGHTS_STEM", "has_variant", "linked_names", "pipeline_folders", "plain_name", "read_config",
+    "read_json", "read_tensors",
 ]  # fmt: skip
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def read_tensors(
@@ -67,6 +68,17 @@ def linked_names(folder: Path, variant: str | None = None) -> dict[Path, str]:
             shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
             chosen |= {p: n for p, n in names.items() if n in shards}
     return chosen
+
+
+def pipeline_folders(pipeline: Path) -> list[str]:
+    """Return the parts of a pipeline that have a folder, its transformers aside."""
+    index = read_json(pipeline / "model_index.json")
+    return [
+        part
+        for part, told in index.items()
+        if isinstance(told, list) and part not in TRANSFORMERS and part.isidentifier()
+        and (pipeline / part).is_dir()
+    ]  # fmt: skip
 
 
 def plain_name(name: str, variant: str | None) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import sys
 import warnings
@@ -80,6 +81,7 @@ def attach(
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     files = [parse_lora(lora) for lora in loras]
     _check_boundary(pipe, opened)
+    _check_timesteps(pipe)
     experts = opened.manifest.experts
     parts = [expert.part for expert in experts] or ["transformer"]
     made: dict[str, FreewheelTransformer] = {}
@@ -145,6 +147,20 @@ def _check_boundary(pipe: Any, bundle: Bundle) -> None:
             "pipeline, 'boundary_ratio'",
             f"switches transformers at timestep {found}, the bundle at {wanted}",
             "attach to the pipeline that the bundle was built from",
+        )
+
+
+def _check_timesteps(pipe: Any) -> None:
+    """Raise `RequestError` where the pipeline would give tokens timesteps of their own.
+
+    Wan 2.2 TI2V's text-to-video gives every token the step's one, which is the same as none.
+    """
+    takes_image = "image" in inspect.signature(type(pipe).__call__).parameters
+    if pipe.config.get("expand_timesteps") and takes_image:
+        raise RequestError(
+            "pipeline, 'expand_timesteps'",
+            "gives the first frame's tokens a timestep of their own, and a cut model has one per step",
+            "attach to the text-to-video pipeline of this checkpoint",
         )
 
 

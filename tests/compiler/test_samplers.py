@@ -109,6 +109,13 @@ def test_a_list_of_steps_is_tabulated_at_its_own_count(tmp_path):
     np.testing.assert_allclose(table[:, 3], np.diff(sigmas), rtol=1e-5)
 
 
+def test_a_step_count_that_the_scheduler_can_not_run_is_left_out(tmp_path):
+    """UniPC at shift 12, Wan 2.2's, takes two of 100 timesteps for one and stops."""
+    entries = {e.name: e.steps for e in write_tables(tmp_path, None, [12.0], [50, 100])}
+    assert entries["unipc"] == [50]
+    assert entries["euler"] == [50, 100]
+
+
 def test_files_are_small(tmp_path):
     entries = write_tables(tmp_path, None, [3.0])
     assert sum((tmp_path / e.file).stat().st_size for e in entries) < 1 << 20

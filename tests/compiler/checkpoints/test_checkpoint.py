@@ -313,3 +313,17 @@ def test_a_quantisation_in_the_config_is_refused(
     assert error.where == f"{path}, 'quantization_config'"
     assert f"is {method}: the checkpoint is quantised" in error.what
     assert "dequantize" in error.hint
+
+
+def test_image_to_video_with_a_timestep_for_each_token_is_refused_by_name(
+    i2v_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(i2v_checkpoint, tmp_path / "ti2v")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "expand_timesteps": True}))
+    with pytest.raises(
+        CheckpointError, match=r"'expand_timesteps': gives the first frame's .*WanP"
+    ):
+        open_checkpoint(str(folder))
+    (folder / "model_index.json").write_text(json.dumps({**index, "expand_timesteps": False}))
+    open_checkpoint(str(folder))

@@ -14,6 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from freewheel.compiler.checkpoints.folders import (
     linked_names,
+    pipeline_folders,
     read_config,
     read_json,
     read_tensors,
@@ -108,3 +109,15 @@ def test_a_quantised_config_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"quantization_config": {"quant_method": "torchao"}}))
     with pytest.raises(CheckpointError, match="is torchao: the checkpoint is quantised"):
         read_config(path)
+
+
+def test_every_part_of_a_pipeline_is_one_of_the_bundle_but_its_transformers(tmp_path: Path) -> None:
+    """Stable Diffusion 3 has three text encoders; whatever is named and there is a part."""
+    parts = ["scheduler", "text_encoder_3", "tokenizer_3", "transformer", "transformer_2", "vae"]
+    index = {p: ["diffusers", "X"] for p in (*parts, "absent", "..", "a/b")}
+    for part in parts:
+        (tmp_path / part).mkdir()
+    index |= {"_class_name": "StableDiffusion3Pipeline", "boundary_ratio": None}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    kept = ["scheduler", "text_encoder_3", "tokenizer_3", "vae"]
+    assert pipeline_folders(tmp_path) == kept

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
@@ -73,6 +74,35 @@ def test_uncached_pipeline_gives_the_plain_pipelines_latents(
     transformer = attach(pipe, demo_bundle, "off", backend=backend)
     assert relative_l1(latents(pipe), plain) < 1e-4
     assert transformer.statistics.computed_steps == 20
+
+
+def test_a_timestep_for_each_token_is_the_steps_one_in_text_to_video(
+    demo_bundle: Bundle, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wan 2.2 TI2V's pipeline hands the transformer [batch, tokens] equal timesteps."""
+    pipe = load(repository)
+    pipe.register_to_config(expand_timesteps=True)
+    seen = []
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(
+        pipe.transformer, "forward",
+        lambda *a, **k: (seen.append(k["timestep"].shape), forward(*a, **k))[1],
+    )  # fmt: skip
+    expected = latents(pipe, 6)
+    assert all(len(shape) == 2 and shape[1] > 1 for shape in seen)
+    attach(pipe, demo_bundle, "off")
+    assert relative_l1(latents(pipe, 6), expected) < 1e-4
+
+
+def test_timesteps_of_the_first_frames_own_are_refused_before_the_run(
+    i2v_bundle: Bundle, i2v_checkpoint: Path
+) -> None:
+    pipe = WanImageToVideoPipeline.from_pretrained(i2v_checkpoint)
+    pipe.register_to_config(expand_timesteps=True)
+    with pytest.raises(RequestError, match=r"'expand_timesteps': gives the first frame's tokens"):
+        attach(pipe, i2v_bundle, "off")
+    assert isinstance(pipe.transformer, WanTransformer3DModel)
+    assert not hasattr(pipe.transformer, "freewheel")
 
 
 def test_branches_steps_and_schedulers_follow_the_pipeline(
