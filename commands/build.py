@@ -158,7 +158,9 @@ def build(
         from ..bundle.files import cache_beside
         from ..bundle.staging import check_target
         from ..compiler.build import build as run_build
+        from ..compiler.checkpoints.authors_folder import find_authors_folder
         from ..compiler.forecast.build import describe_plan, render_plan
+        from ..compiler.lightx2v import written_pipeline
         from ..compiler.plan import BuildRequest, plan
         from ..compiler.profiles import BuildSizes, parse_range
         from ..compiler.resume_engines import left_to_gpus
@@ -170,6 +172,13 @@ def build(
         backends = [
             backend_of(name, precision, screen, to_build=True) for name in backend or ["auto"]
         ]
+        if pipeline is None and not dry_run and not resume_engines and Path(model).is_dir():
+            found = find_authors_folder(Path(model))
+            if found is not None:
+                parts = written_pipeline(Path(model), found, build_cache or cache_beside(out))
+                model, pipeline = str(found.transformer), str(parts)
+                if found.low_noise is not None and low_noise_model is None:
+                    low_noise_model = str(found.low_noise)
         sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
         options = {
             "builder_optimization_level": optimization_level,

@@ -44,7 +44,10 @@ SetOption = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(help="Denoise steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off.")]
-ImageOption = Annotated[Path | None, typer.Option(help="First frame, for image-to-video.")]
+ImageOption = Annotated[
+    Path | None,
+    typer.Option("--image", "--image_path", help="First frame, for image-to-video."),
+]
 OffloadOption = Annotated[
     bool, typer.Option(help="Keep the blocks' weights in host memory, two blocks on the GPU.")
 ]

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import RequestError
+from ..core.errors import ConfigError, RequestError
 from .options import (
     BackendOption,
-    BundleArgument,
     CacheOption,
     CudaGraphsOption,
     DebugOption,
@@ -24,6 +23,7 @@ from .options import (
     QuietOption,
     SetOption,
     StepsOption,
+    backend_of,
     pairs_of,
     quiet_libraries,
 )
@@ -31,12 +31,24 @@ from .screen import Screen, reporting
 
 __all__ = ["run"]
 
+LIGHTX2V = "LightX2V's flags"
+
 
 def run(
-    bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="What to show.")],
-    out: Annotated[Path, typer.Option(help="Video to write: .mp4, .gif or .png.")],
-    negative_prompt: Annotated[str, typer.Option(help="What not to show.")] = "",
+    out: Annotated[
+        Path,
+        typer.Option("--out", "--save_result_path", help="Video to write: .mp4, .gif or .png."),
+    ],
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder that `build` wrote; with --model_path, one to build if need be."
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str, typer.Option("--negative-prompt", "--negative_prompt", help="What not to show.")
+    ] = "",
     cache: CacheOption = None,
     set_: SetOption = None,
     steps: StepsOption = None,
@@ -78,7 +90,36 @@ def run(
         Path | None,
         typer.Option(help="Write an HTML page (.html); runs the request uncached as well."),
     ] = None,
-    fps: Annotated[int, typer.Option(help="Frames per second.")] = 8,
+    fps: Annotated[
+        int | None, typer.Option(help="Frames per second; default: 8, or LightX2V's config's.")
+    ] = None,
+    model_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--model_path",
+            help="LightX2V: the model's folder, in its authors' layout.",
+            rich_help_panel=LIGHTX2V,
+        ),
+    ] = None,
+    model_cls: Annotated[
+        str,
+        typer.Option(
+            "--model_cls",
+            help="LightX2V: wan2.1, wan2.1_distill, wan2.2_moe or wan2.2_moe_distill.",
+            rich_help_panel=LIGHTX2V,
+        ),
+    ] = "wan2.1",
+    task: Annotated[
+        str, typer.Option(help="LightX2V: t2v or i2v.", rich_help_panel=LIGHTX2V)
+    ] = "t2v",
+    use_prompt_enhancer: Annotated[
+        bool,
+        typer.Option(
+            "--use_prompt_enhancer",
+            help="LightX2V: without effect where its config names no server.",
+            rich_help_panel=LIGHTX2V,
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option(help="Run even where the forecast says that memory will not do.")
     ] = False,
@@ -91,9 +132,11 @@ def run(
     Example: freewheel run out/bundle --prompt "a red circle" --cache teacache --out video.mp4
     """
     with reporting("run", as_json, quiet, debug) as screen:
+        from ..bundle.files import cache_beside
         from ..bundle.reader import Bundle
         from ..compiler.forecast.fit import check_fit
         from ..compiler.forecast.geometry import check_geometry
+        from ..compiler.lightx2v import LightX2VRequest, ready_bundle
         from ..compiler.sizes import size_of
         from ..core.extras import require_extra
         from ..core.output import check_file
@@ -104,7 +147,7 @@ def run(
         from ..runtime.settings import choose_setting, stretch_warning
         from ..tuning.trace import TraceRecorder
 
-        check_output(out, fps)
+        check_output(out, 8 if fps is None else fps)
         if report is not None:
             require_extra("report", "run --report")
         for flag, path in (("--record", record), ("--report", report)):
@@ -117,6 +160,27 @@ def run(
         if record_tokens is not None and record_tokens < 1:
             raise RequestError(f"--record-tokens {record_tokens}", "is below 1", "use 64")
         quiet_libraries()
+        loras = list(lora or ())
+        if model_path is not None:
+            request_of_lightx2v = LightX2VRequest(
+                model_path=model_path, config_json=Path(cache or ""), model_cls=model_cls, task=task,
+                bundle=bundle, cache=cache_beside(bundle or Path("bundle")),
+            )  # fmt: skip
+            if cache is None:
+                raise ConfigError("--model_path", "comes with a config", "give --config_json FILE")
+            if use_prompt_enhancer:
+                screen.warn("no effect of --use_prompt_enhancer: the config names no server of it")
+            chosen_backend = backend_of(backend or "auto", "float32", screen, to_build=True)
+            with screen.progress():
+                bundle, told = ready_bundle(
+                    request_of_lightx2v, chosen_backend, screen, screen.warn, screen.note
+                )
+            cache, loras, fps = told.config.name, [*told.loras, *loras], fps or told.fps
+        elif bundle is None:
+            raise RequestError("run", "is given no bundle", "name one, or give --model_path")
+        else:
+            _refuse_without_model(model_cls, task, use_prompt_enhancer)
+        fps = fps or 8
         opened = Bundle(bundle)
         if record is not None:
             check_recordable(opened)
@@ -138,7 +202,7 @@ def run(
             if warning is not None:
                 screen.warn(warning)
         generator = Generator(
-            opened, backend=backend, loras=lora or (), model=model,
+            opened, backend=backend, loras=loras, model=model,
             options=DeviceOptions(
                 offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
             ),
@@ -185,6 +249,16 @@ def run(
              "phase_seconds": result.seconds, **data},
             [str(out)],
         )  # fmt: skip
+
+
+def _refuse_without_model(model_cls: str, task: str, use_prompt_enhancer: bool) -> None:
+    """Refuse LightX2V's flags that concern its --model_path alone."""
+    given = {
+        "--model_cls": model_cls != "wan2.1", "--task": task != "t2v",
+        "--use_prompt_enhancer": use_prompt_enhancer,
+    }  # fmt: skip
+    for flag in (flag for flag, is_given in given.items() if is_given):
+        raise RequestError(flag, "is LightX2V's, and comes with --model_path", "leave it out")
 
 
 def _report(

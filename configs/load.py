@@ -20,7 +20,7 @@ from ..policies import JOINT, POLICIES, config_kinds, is_policy, policy_config
 from ..policies.config import CachingConfig
 from .foreign import ABSENT_POLICIES, is_without_effect, refusals
 
-__all__ = ["load_config", "parse_config", "read_configs", "shipped_configs"]
+__all__ = ["load_config", "parse_config", "read_configs", "read_object", "shipped_configs"]
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -64,7 +64,7 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
             "is neither a file, nor a shipped config, nor a policy",
             nearest(text, [*POLICIES, *shipped]),
         )
-    data = _read(path)
+    data = read_object(path)
     if "configs" in data and "feature_caching" not in data:
         known = ", ".join(data["configs"])
         raise ConfigError(str(path), "holds several configs", f"name one, '{path}#NAME': {known}")
@@ -89,7 +89,7 @@ def _load_inner(path: Path, name: str) -> CachingConfig:
 
 def _inner(path: Path) -> dict[str, dict[str, Any]]:
     """Return the configs of a calibration's file, unchecked."""
-    configs = _read(path).get("configs")
+    configs = read_object(path).get("configs")
     if not isinstance(configs, dict) or not all(isinstance(c, dict) for c in configs.values()):
         raise ConfigError(str(path), "holds no 'configs'", "write one with `freewheel calibrate`")
     return configs
@@ -126,7 +126,12 @@ def parse_config(data: Mapping[str, Any], *, where: str, name: str = "") -> Cach
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ConfigError: the file can't be read, or holds something else.
+    """
     try:
         data = parse_json(path.read_bytes())
     except OSError as error:

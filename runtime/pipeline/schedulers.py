@@ -49,7 +49,8 @@ class StepListScheduler(FlowMatchEulerDiscreteScheduler):
                 f"--steps {steps}", f"is not the {len(levels)} steps of the list {list(levels)}",
                 f"use --steps {len(levels)}, or --sampler {DISTILLED}, which spreads any number",
             )  # fmt: skip
-        super().set_timesteps(steps, device=device, sigmas=[level / 1000 for level in levels])
+        sigmas = [level / 1000 for level in levels]
+        super().set_timesteps(steps, device=device, sigmas=sigmas)  # type: ignore[misc]  # diffusers is lazy
 
 
 def make_scheduler(name: str, flow_shift: float, config: Mapping[str, Any] | None = None) -> Any:
