@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..core.errors import RequestError
+from .low_rank import FACTORS, plain_lora
 
 __all__ = ["LoraFile", "load_lora", "parse_lora"]
 
@@ -17,12 +18,17 @@ SUFFIXES = (
     ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight",
     ".lora_down.weight", ".lora_up.weight", ".down.weight", ".up.weight",
     ".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".alpha", ".diff_b",
-    ".lokr_w1", ".lokr_w2", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2",
+    *(f".{factor}" for factor in FACTORS),
 )  # fmt: skip
-"""How the tensors of a LoRA are called that diffusers' loaders know."""
+"""How the tensors of a LoRA are called that diffusers' loaders know, or `plain_lora`."""
+
+FORMS = {"hada_", "lokr_"}
+KNOW_LOKR = ("Flux2", "ZImage")
+"""Pipelines whose loaders of diffusers take LoKr, in layouts of their own."""
 
 LAYOUTS = {
-    ".hada_": "LoHa",
+    ".hada_t": "LoHa of a convolution",
+    ".lokr_t": "LoKr of a convolution",
     ".oft_": "OFT",
     ".dora_scale": "kohya's DoRA",
     ".diff": "a full difference of weights",
@@ -86,6 +92,16 @@ def _check_tensor(path: str, name: str, file: Any) -> None:
     )  # fmt: skip
 
 
+def _source(pipe: Any, path: str) -> Any:
+    """Return the file, or its tensors as plain LoRA where it has others that the loader doesn't know."""
+    with safe_open(path, framework="pt") as file:
+        forms = {name.rpartition(".")[2][:5] for name in file.keys()} & FORMS  # noqa: SIM118
+        if not forms or (forms == {"lokr_"} and type(pipe).__name__.startswith(KNOW_LOKR)):
+            return path
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return plain_lora(state, f"--lora '{path}'")
+
+
 def load_lora(pipe: Any, lora: LoraFile, adapter_name: str) -> None:
     """Load a file through the pipeline's own loader, which knows the family's layouts.
 
@@ -99,7 +115,8 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str) -> None:
             "merge it into the checkpoint and build that",
         )  # fmt: skip
     try:
-        state = pipe.lora_state_dict(lora.path)
+        source = _source(pipe, lora.path)
+        state = pipe.lora_state_dict(source if isinstance(source, str) else dict(source))
         state = state[0] if isinstance(state, tuple) else state
         others = sorted(n for n in state if n.startswith("text_encoder"))
         if others:
@@ -108,7 +125,7 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str) -> None:
                 "belongs to the text encoder, which attach leaves alone",
                 "call pipe.load_lora_weights(FILE) after attach",
             )  # fmt: skip
-        pipe.load_lora_weights(lora.path, adapter_name=adapter_name)
+        pipe.load_lora_weights(source, adapter_name=adapter_name)
     except KeyError as error:
         raise RequestError(
             f"{place}, tensor {error}", "is missing: diffusers converts this layout only whole",

@@ -102,7 +102,10 @@ def test_what_diffusers_converters_can_not_take_is_refused_by_layout_and_module(
         r"blocks.0.self_attn.q'.*a full difference of weights.*build that": {
             f"{module}.diff": weight
         },
-        r"blocks.0.self_attn.q'.*is LoHa, which can't be applied": {
+        r"blocks.0.self_attn.q'.*is LoHa of a convolution, which can't be applied": {
+            f"{module}.hada_t1": weight.clone(),
+        },
+        r"self_attn.q'.*can't be multiplied out: has no 'hada_w2_a'": {
             f"{module}.hada_w1_a": weight.clone(),
             f"{module}.hada_w1_b": weight.clone(),
         },
