@@ -9,6 +9,7 @@ from .core.telemetry import turn_off
 
 if TYPE_CHECKING:
     from .policies.setting import CacheSetting, GuardSetting
+    from .runtime.distributed.ranks import Ranks, join_ranks
     from .runtime.pipeline.attach import FreewheelTransformer, attach, attached
 
     __version__: str
@@ -17,9 +18,11 @@ __all__ = [
     "CacheSetting",
     "FreewheelTransformer",
     "GuardSetting",
+    "Ranks",
     "__version__",
     "attach",
     "attached",
+    "join_ranks",
 ]
 
 turn_off()
@@ -35,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from .policies import setting
 
         return getattr(setting, name)
+    if name in ("Ranks", "join_ranks"):
+        from .runtime.distributed import ranks
+
+        return getattr(ranks, name)
     if name in ("FreewheelTransformer", "attach", "attached"):
         from .runtime.pipeline import attach as module
 

@@ -21,7 +21,7 @@ from freewheel.commands.parsing import Command, Commands
 from freewheel.commands.policies import policies
 from freewheel.commands.replay import replay
 from freewheel.commands.run import run
-from freewheel.commands.screen import Screen
+from freewheel.commands.screen import Screen, may_speak
 from freewheel.commands.serve import serve
 from freewheel.commands.tune import tune
 from freewheel.commands.verify import verify
@@ -80,8 +80,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except Exception as error:
+        speaks = may_speak()
         traceback.print_exc()
-        if "--json" in sys.argv:
+        if speaks and "--json" in sys.argv:
             what = f"internal error: {type(error).__name__}: {error}"
             Screen(as_json=True).error(Bug("freewheel", what, "report the traceback"))
         raise SystemExit(Bug.exit_code) from None

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import ConfigError, RequestError
+from ..core.launch import launch
 from .options import (
     BackendOption,
     CacheOption,
@@ -191,6 +192,7 @@ def run(
             image=image, sampler=sampler, flow_shift=shift, guidance_scale_2=guidance_2,
         )  # fmt: skip
         request.check()
+        ranks = _join(opened, request, backend, lora, device, record, report)
         size = size_of(
             chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
         )  # fmt: skip
@@ -206,6 +208,7 @@ def run(
             options=DeviceOptions(
                 offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
             ),
+            ranks=ranks,
         )  # fmt: skip
         timesteps = generator.timesteps(request)
         stretched = stretch_warning(chosen.cache, len(timesteps))
@@ -232,18 +235,27 @@ def run(
             result = generator.generate(
                 request, recorder=recorder, on_step=lambda done, total: screen.advance("")
             )
+        if ranks is not None and not ranks.leads:
+            ranks.leave()
+            return
         write_video(result.frames, out, fps)
         if record is not None:
             recorder.trace().save(record)
         parameters = generator.transformer.session.resolved.parameters
         data = {**result.statistics.as_dict(parameters), "measured_speedup": None}
-        for warning in data["warnings"]:
+        for warning in [*data["warnings"], *generator.transformer.rank_warnings()]:
             screen.warn(warning)
         if report is not None:
             reference = _report(report, generator, request, result, recorder, parameters)
             data["measured_speedup"] = result.speedup_over(reference)
             screen.note(f"report: {report}")
         _run_tables(screen, data)
+        if ranks is not None:
+            data["exchange"] = _exchange(generator, ranks.size)
+            screen.table(
+                "bytes that rank 0 sent", list(data["exchange"]), [list(data["exchange"].values())]
+            )
+            ranks.leave()
         screen.result(
             {"out": str(out), "cache": chosen.cache.model_dump(), "resolved": result.resolved,
              "phase_seconds": result.seconds, **data},
@@ -259,6 +271,42 @@ def _refuse_without_model(model_cls: str, task: str, use_prompt_enhancer: bool) 
     }  # fmt: skip
     for flag in (flag for flag, is_given in given.items() if is_given):
         raise RequestError(flag, "is LightX2V's, and comes with --model_path", "leave it out")
+
+
+def _join(
+    bundle: Any, request: Any, backend: str | None, loras: list[str] | None, device: int | None,
+    record: Path | None, report: Path | None,
+) -> Any:  # fmt: skip
+    """Join the ranks that a launcher started, once they agree; None in a process started alone."""
+    if launch() is None:
+        return None
+    from ..bundle.files import sha256_of
+    from ..runtime.distributed.ranks import facts_of, join_ranks
+
+    for flag, value in (("--record", record), ("--report", report), ("--device", device)):
+        if value is not None:
+            raise RequestError(
+                f"{flag} {value}", "is for one process, and a launcher started several",
+                "leave it out" if flag == "--device" else "start the run alone",
+            )  # fmt: skip
+    scale = request.value("guidance_scale")
+    if scale <= 1:
+        raise RequestError(
+            f"--guidance {scale:g}", "is no guidance: a run has one branch, and ranks share branches",
+            "start the run alone, or give --guidance above 1",
+        )  # fmt: skip
+    ranks = join_ranks()
+    asked = {n: str(v) for n, v in vars(request).items()}
+    if request.image is not None:
+        asked["image"] = sha256_of(request.image)
+    ranks.compare({**facts_of(bundle, backend), **asked, "--lora": str(loras or [])})
+    return ranks
+
+
+def _exchange(generator: Any, ranks: int) -> dict[str, Any]:
+    """Return the bytes that a run sent; of two transformers, those of the one that ran last."""
+    experts = [e.exchange for e in generator.transformer.experts if e.exchange.formula]
+    return {"ranks": ranks, **experts[-1].as_dict()}
 
 
 def _report(

@@ -22,12 +22,27 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..core.errors import FreewheelError
+from ..core.errors import FreewheelError, RankError
+from ..core.launch import launch
 
-__all__ = ["SCHEMA_VERSION", "Screen", "reporting"]
+__all__ = ["SCHEMA_VERSION", "Screen", "may_speak", "reporting"]
 
 SCHEMA_VERSION = 1
 PIPE_WIDTH = 120
+
+SHARED = ("run", "bench", "calibrate", "tune")
+"""Verbs that several ranks share; the others are the work of one process."""
+
+MEMORY_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "failed to allocate",
+    "bad_alloc",
+    "bad allocation",
+)
+"""What PyTorch, ONNX Runtime, OpenVINO and C++ say, in lower case."""
+
+MEMORY_HINT = "ask for a smaller size, free memory, or keep weights in host memory with --offload"
 
 
 class Screen:
@@ -36,10 +51,11 @@ class Screen:
     Args:
         as_json: Print one JSON object on stdout instead of text.
         quiet: Show no progress and no tables; warnings stay.
+        silent: Show errors alone, as all ranks of a job but one do.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, silent: bool = False) -> None:
+        self.as_json, self.quiet, self._silent = as_json, quiet or silent, silent
         self._err = Console(stderr=True, highlight=False)
         if not self._err.is_terminal:
             self._err = Console(stderr=True, highlight=False, width=PIPE_WIDTH)
@@ -49,6 +65,8 @@ class Screen:
 
     def result(self, data: dict[str, Any], lines: Sequence[str] = ()) -> None:
         """Print the result: ``data`` with --json, else ``lines``."""
+        if self._silent:
+            return
         if self.as_json:
             sys.stdout.write(
                 json.dumps({"schema_version": SCHEMA_VERSION, **data}, allow_nan=False) + "\n"
@@ -78,7 +96,9 @@ class Screen:
             self._err.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Show a warning on stderr, always."""
+        """Show a warning on stderr, quiet or not."""
+        if self._silent:
+            return
         self._err.print("[yellow]warning:[/] ", end="")
         self._err.print(text, markup=False, soft_wrap=True)
 
@@ -129,6 +149,8 @@ def reporting(
 ) -> Iterator[Screen]:
     """Turn expected errors into one message and their exit code.
 
+    Of several ranks one speaks: rank 0 of what goes well, the first to fail of what does not.
+
     Args:
         command: The verb.
         as_json: See `Screen`.
@@ -139,17 +161,60 @@ def reporting(
     Raises:
         typer.Exit: something failed; carries the exit code.
     """
-    screen = Screen(as_json=as_json, quiet=quiet or as_json)
+    place = launch()
+    silent = place is not None and place.rank > 0
+    screen = Screen(as_json=as_json, quiet=quiet or as_json, silent=silent)
     try:
+        if place is not None and command not in SHARED:
+            raise RankError(
+                f"{command}, {place.size} ranks", "is the work of one process",
+                f"start it alone; {', '.join(SHARED)} are shared out",
+            )  # fmt: skip
         yield screen
     except FreewheelError as error:
         if debug:
             traceback.print_exc()
-        screen.error(error)
+        if may_speak():
+            screen.error(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        screen.error(FreewheelError(command, "was interrupted", remedy))
+        if place is not None:
+            command = f"{command}, rank {place.rank}"
+            remedy = (
+                f"{remedy}; a launcher ends all ranks where one fails, and its last lines name it"
+            )
+        if may_speak():
+            screen.error(FreewheelError(command, "was interrupted", remedy))
         raise typer.Exit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_fault(error):
+            raise
+        where = command if place is None else f"{command}, rank {place.rank}"
+        if may_speak():
+            screen.error(
+                FreewheelError(where, f"ran out of memory: {first_line(error)}", MEMORY_HINT)
+            )
+        raise typer.Exit(FreewheelError.exit_code) from None
+
+
+def may_speak() -> bool:
+    """Tell whether this process is to say what went wrong: the first rank that asks."""
+    if launch() is None:
+        return True
+    from ..runtime.distributed.ranks import claim_error
+
+    return claim_error()
+
+
+def is_memory_fault(error: Exception) -> bool:
+    """Tell whether PyTorch, an engine or Python itself found no memory."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in said for sign in MEMORY_SIGNS)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _cell(value: Any) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "NotFiniteError",
     "OutputError",
     "PassError",
+    "RankError",
     "RequestError",
     "guess",
     "nearest",
@@ -64,6 +65,12 @@ class RequestError(FreewheelError):
     """A run was asked for something the bundle can't do (shape, step count, prompt)."""
 
     code, exit_code = "request", 3
+
+
+class RankError(FreewheelError):
+    """Of several processes of one job, one is gone, silent, failed, or does something else."""
+
+    code, exit_code = "rank", 1
 
 
 class OutputError(FreewheelError):

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..bundle.dims import derive_dims, match_dims
+from ..bundle.dims import derive_dims, match_dims, shape_of
+from ..bundle.manifest import InputEntry
 from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
 from ..policies import form_of
@@ -138,6 +139,7 @@ class Session:
         self._resolved = self.resolve(CacheSetting())
         self._recorder: Recorder | None = None
         self._shared_decision: tuple[int, DecisionRecord] | None = None
+        self.on_decision: Callable[[int, DecisionRecord], None] = lambda step_index, decision: None
         self._timesteps = torch.zeros(0)
         self._schedule = Schedule.of(())
         self._tables: dict[str, Tensor] = {}
@@ -337,6 +339,35 @@ class Session:
             self._record(branch, step_index, decision.compute, cache.recorded(decision))
         return state.model_output
 
+    @property
+    def decides_once(self) -> bool:
+        """Whether the branch that runs a step first decides for all."""
+        return self._resolved.policy.spec.one_decision
+
+    def has_decided(self, step_index: int) -> bool:
+        """Tell whether the decision for all branches of a step is known."""
+        return self._shared_decision is not None and self._shared_decision[0] == step_index
+
+    def follow(self, step_index: int, decision: DecisionRecord | None = None) -> None:
+        """Note that another process runs a branch of a step.
+
+        Args:
+            step_index: 0-based, rising.
+            decision: What that branch decided for all, where `decides_once`.
+        """
+        self._last_step = step_index
+        if decision is not None:
+            self._shared_decision = step_index, decision
+
+    def output_shape(self, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Return the shape of the model output that per-step inputs lead to.
+
+        Raises:
+            RequestError: an input is missing or does not fit.
+        """
+        dims = derive_dims(self.manifest, self._sizes(inputs))
+        return shape_of(self.manifest.graphs["finish"].outputs["model_output"], dims)
+
     @_on_stream
     def open_step(self, branch: str, step_index: int, inputs: Mapping[str, Tensor]) -> OpenStep:
         """Run ``head`` for any step of the run, and leave what follows to the caller.
@@ -357,10 +388,11 @@ class Session:
 
     def _decide(self, cache: BranchCache, step_index: int) -> DecisionRecord:
         """Ask a branch's policy, or take what another branch decided about the step."""
-        if not self._resolved.policy.spec.one_decision:
+        if not self.decides_once:
             return cache.decide(step_index)
         if self._shared_decision is None or self._shared_decision[0] != step_index:
             self._shared_decision = step_index, cache.decide(step_index)
+            self.on_decision(*self._shared_decision)
         return cache.affordable(self._shared_decision[1])
 
     def _check_input(self, place: str, name: str, tensor: Tensor, hint: str) -> None:
@@ -431,27 +463,34 @@ class Session:
 
     def _place(self, inputs: Mapping[str, Tensor], place: str) -> None:
         """Put per-step inputs into their buffers; a new shape makes new buffers."""
-        wanted = {n: e for n, e in self.manifest.inputs.items() if e.runs == "step"}
-        sizes: dict[str, int] = {}
-        for name, entry in wanted.items():
-            if name not in inputs:
-                raise RequestError(f"input '{name}'", "is missing", f"give {', '.join(wanted)}")
-            sizes |= match_dims(name, entry, inputs[name].shape)
+        sizes = self._sizes(inputs)
         if any(self._dims.get(d) != s for d, s in sizes.items()):
             with self._timed("prepare"):
                 self._allocate(derive_dims(self.manifest, sizes))
-        for name in wanted:
+        for name in self._step_inputs():
             self._shared[name].copy_(inputs[name])
             self._check_input(
                 place, name, self._shared[name], "look at the step before, and at callbacks"
             )
 
+    def _step_inputs(self) -> dict[str, InputEntry]:
+        return {n: e for n, e in self.manifest.inputs.items() if e.runs == "step"}
+
+    def _sizes(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return the sizes that per-step inputs name."""
+        wanted = self._step_inputs()
+        sizes: dict[str, int] = {}
+        for name, entry in wanted.items():
+            if name not in inputs:
+                raise RequestError(f"input '{name}'", "is missing", f"give {', '.join(wanted)}")
+            sizes |= match_dims(name, entry, inputs[name].shape)
+        return sizes
+
     def _allocate(self, dims: dict[str, int]) -> None:
         graphs, device = self.manifest.graphs, self.model.device
         self._branches.clear()
         self._dims = dims
-        step_inputs = {n: e for n, e in self.manifest.inputs.items() if e.runs == "step"}
-        shared = {**self._rows, **allocate(step_inputs, dims, device)}
+        shared = {**self._rows, **allocate(self._step_inputs(), dims, device)}
         for graph in graphs.values():
             if graph.runs == "shape":
                 shared |= allocate(graph.outputs, dims, device)

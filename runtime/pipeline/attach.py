@@ -25,6 +25,8 @@ from ...bundle.manifest import InputEntry
 from ...bundle.reader import Bundle
 from ...core.errors import RequestError
 from ...policies.setting import CacheSetting
+from ..distributed.guidance import ExchangeCounts, GuidanceOverRanks
+from ..distributed.ranks import Ranks, facts_of
 from ..lora import LoraFile, load_lora, parse_lora
 from ..model import DeviceOptions, LoadedModel
 from ..session import Recorder, Session
@@ -49,6 +51,7 @@ def attach(
     backend: str | None = None,
     loras: Sequence[str] = (),
     options: DeviceOptions | None = None,
+    ranks: Ranks | None = None,
 ) -> FreewheelTransformer:
     """Replace ``pipe.transformer`` by the engines of a bundle.
 
@@ -68,6 +71,8 @@ def attach(
         loras: ``FILE[:scale]``, fused into the first expert's weights: they stay whatever the
             pipeline loads and unloads later.
         options: How engines are driven: weights kept in host memory, CUDA graphs.
+        ranks: Of `join_ranks`: the branches of guidance are shared out over two processes, each of
+            which runs this same script. None runs them all here.
 
     Returns:
         What chooses the cache, of two experts for both, and tells what the last run did. Of two
@@ -77,9 +82,12 @@ def attach(
     Raises:
         BundleError, BackendUnavailable, ConfigError: as their classes say.
         RequestError: the pipeline's transformer is not the bundle's, or a LoRA can't be applied.
+        RankError: another rank attaches something else, or is lost.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     files = [parse_lora(lora) for lora in loras]
+    if ranks is not None:
+        ranks.compare(facts_of(opened, backend))
     _check_boundary(pipe, opened)
     _check_timesteps(pipe)
     experts = opened.manifest.experts
@@ -96,7 +104,9 @@ def attach(
             )  # fmt: skip
         if standing is not None and known is None:
             check_transformer(opened, model.prefix, standing)
-        made[part] = FreewheelTransformer(model, pipe, Adapters(opened, model.prefix, standing))
+        made[part] = FreewheelTransformer(
+            model, pipe, Adapters(opened, model.prefix, standing), ranks
+        )
     first = made[parts[0]]
     first.experts = list(made.values())
     first.use(cache)
@@ -122,6 +132,7 @@ def attached(
     backend: str | None = None,
     loras: Sequence[str] = (),
     options: DeviceOptions | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[FreewheelTransformer]:
     """Attach for the length of a ``with`` block; keeps the pipeline's own transformers in memory.
 
@@ -130,7 +141,9 @@ def attached(
     parts = ("transformer", "transformer_2")
     before = {part: getattr(pipe, part) for part in parts if hasattr(pipe, part)}
     try:
-        yield attach(pipe, bundle, cache, backend=backend, loras=loras, options=options)
+        yield attach(
+            pipe, bundle, cache, backend=backend, loras=loras, options=options, ranks=ranks
+        )
     finally:
         for part, standing in before.items():
             setattr(pipe, part, standing)
@@ -181,15 +194,20 @@ class FreewheelTransformer:
         experts: Those that `use` chooses for: this one, and of what `attach` returned the others.
     """
 
-    def __init__(self, model: LoadedModel, pipe: Any, adapters: Adapters) -> None:
+    def __init__(
+        self, model: LoadedModel, pipe: Any, adapters: Adapters, ranks: Ranks | None = None
+    ) -> None:
         """Wrap a loaded model.
 
         Args:
             model: Engines and weights.
             pipe: The pipeline it serves where no other one calls.
             adapters: What stands in the pipeline, with its adapters.
+            ranks: Processes that share the branches of its runs; None runs them all here.
         """
         self._model = model
+        self._ranks = ranks
+        self._guidance = None if ranks is None else GuidanceOverRanks(ranks, self._warn_at_end)
         self._pipe = weakref.ref(pipe)
         self._stand(adapters)
         self.setting = CacheSetting()
@@ -220,7 +238,9 @@ class FreewheelTransformer:
 
     def _copy_module(self, memo: dict[int, Any]) -> Any:
         """Copy the module with its adapters; engines and weights are shared, caches are not."""
-        other = FreewheelTransformer(self._model, self._pipe() or self, self._adapters.copied())
+        other = FreewheelTransformer(
+            self._model, self._pipe() or self, self._adapters.copied(), self._ranks
+        )
         other.setting, other.warn = self.setting, self.warn
         memo[id(self)], memo[id(self.module)] = other, other.module
         other.experts += [copy.deepcopy(e.module, memo).freewheel for e in self.experts[1:]]
@@ -261,6 +281,15 @@ class FreewheelTransformer:
     def statistics(self) -> RunStatistics:
         """What the last (or current) run did."""
         return self.session.statistics
+
+    @property
+    def exchange(self) -> ExchangeCounts | None:
+        """Bytes that the last run sent to other ranks; None where it ran in one process."""
+        return None if self._guidance is None else self._guidance.counts
+
+    def rank_warnings(self) -> list[str]:
+        """Return what was odd about the last run's share of the ranks."""
+        return [] if self._guidance is None else self._guidance.warnings()
 
     @property
     def is_fused(self) -> bool:
@@ -368,16 +397,35 @@ class FreewheelTransformer:
         try:
             prompt = self._prompt_inputs(states, named_states, attention)
             branch, step_index = self._place(prompt, timestep)
-            self.session.set_prompt(branch, prompt)
-            output = self.session.step(branch, step_index, {"latents": hidden_states})
-        except BaseException:
+            sample = self._answer(branch, step_index, prompt, {"latents": hidden_states})
+        except BaseException as error:
             self._abandon()
+            if self._guidance is not None and isinstance(error, Exception):
+                self._guidance.fail(error)
             raise
         self._done[branch] = self._last = step_index
-        self._warn_at_end()
-        # The pipeline may keep it past this branch's next step.
-        sample = output.clone()
+        if self._guidance is None:
+            self._warn_at_end()
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _answer(
+        self,
+        branch: str,
+        step_index: int,
+        prompt: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Run a branch's step here, or promise what the rank that runs it makes."""
+        if self._guidance is not None:
+            self._guidance.call(step_index, inputs["latents"])
+            if not self._guidance.is_mine(branch):
+                return self._guidance.expect(branch, step_index, inputs)
+        self.session.set_prompt(branch, prompt)
+        # The pipeline may keep it past this branch's next step.
+        sample = self.session.step(branch, step_index, inputs).clone()
+        if self._guidance is None:
+            return sample
+        return self._guidance.give(branch, step_index, sample)
 
     def _prompt_inputs(
         self, states: Sequence[Tensor], named: Mapping[str, Any], attention: dict[str, Any]
@@ -509,6 +557,8 @@ class FreewheelTransformer:
         self.session.begin(mine, self.setting, self.recorder, sigmas=sigmas)
         self._scheduler, self._source = scheduler, scheduler.timesteps
         self._offset, self._done, self._last, self._unnamed = said or 0, {}, -1, {}
+        if self._guidance is not None:
+            self._guidance.begin(self.session)
 
     def _unplaced(self, timestep: Tensor) -> RequestError:
         return RequestError(
@@ -553,12 +603,15 @@ class FreewheelTransformer:
         self._adapters.fuse_for_good()
 
     def _warn_at_end(self) -> None:
-        """Warn of what the CLI warns of, once the last step's last branch has run."""
+        """Warn of what the CLI warns of, once the last step's last branch has run; one rank does."""
+        if self._ranks is not None and not self._ranks.leads:
+            return
         steps = self.session.steps
         ending = [step for step in self._done.values() if step >= steps - 2]
         if not ending or min(ending) < steps - 1:
             return
-        for text in self.statistics.warnings(self.session.resolved.parameters):
+        found = self.statistics.warnings(self.session.resolved.parameters)
+        for text in [*found, *self.rank_warnings()]:
             if text not in self._warned:
                 self._warned.add(text)
                 self.warn(text)

@@ -25,6 +25,7 @@ from ...bundle.sampler import DISTILLED, SAMPLERS, check_sampler
 from ...core.errors import BundleError, RequestError
 from ...core.limits import LARGEST_SEED, check_size
 from ...policies.setting import CacheSetting
+from ..distributed.ranks import Ranks
 from ..model import DeviceOptions
 from ..session import Recorder
 from ..statistics import RunStatistics
@@ -130,7 +131,7 @@ class Generation:
     """What came out.
 
     Attributes:
-        frames: uint8 [frames, height, width, 3].
+        frames: uint8 [frames, height, width, 3]; none but on the rank that leads.
         latents: float32 [1, channels, frames, height, width], before decoding.
         statistics: Decisions and seconds of the denoise loop.
         seconds: ``text``+``denoise``+``decode`` seconds.
@@ -167,6 +168,7 @@ class Generator:
     def __init__(
         self, bundle: Bundle, *, backend: str | None = None, loras: Sequence[str] = (),
         model: Path | None = None, options: DeviceOptions | None = None,
+        ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         """Load text encoder, VAE and scheduler, and attach the bundle.
 
@@ -176,6 +178,7 @@ class Generator:
             loras: ``FILE[:scale]``.
             model: Diffusers folder with the rest of the pipeline, where the bundle has none.
             options: How engines are driven: weights kept in host memory, CUDA graphs.
+            ranks: Processes that share the branches of every run; None runs them all here.
 
         Raises:
             BundleError: the rest of the pipeline can't be found.
@@ -206,8 +209,9 @@ class Generator:
         self._own_scheduler = self.pipe.scheduler
         self.bundle = bundle
         self.transformer: FreewheelTransformer = attach(
-            self.pipe, bundle, "off", backend=backend, loras=loras, options=options
+            self.pipe, bundle, "off", backend=backend, loras=loras, options=options, ranks=ranks
         )
+        self._ranks = ranks
         for expert in self.transformer.experts:
             expert.warn = lambda text: None  # callers read the statistics' warnings
         self.pipe.to(self.transformer.device)
@@ -277,7 +281,10 @@ class Generator:
             torch.manual_seed(values["seed"])  # of samplers that draw noise at every step
             latents = self.pipe(**arguments).frames
         denoised = time.perf_counter()
-        frames = self.decode(latents)
+        if self._ranks is not None:
+            self._ranks.tell({}, "ending the run")  # the first to end must not seem lost
+        leads = self._ranks is None or self._ranks.leads
+        frames = self.decode(latents) if leads else np.zeros((0, 0, 0, 3), np.uint8)
         for expert in experts:
             expert.session.model.save_caches()
         ran = [e.statistics for e, b in zip(experts, before, strict=True) if e.statistics is not b]

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of one job: what they tell each other, and how each learns that another is lost.
+
+Small things (facts, decisions, failures) go as JSON in frames of one size over gloo, on every
+machine. So processes that are out of step read each other's notes instead of waiting. Tensors go
+over gloo between CPUs and over NCCL between GPUs, from device buffer to device buffer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bundle.files import sha256_of
+from ...bundle.reader import Bundle
+from ...core.errors import BackendUnavailable, RankError
+from ...core.launch import launch
+
+__all__ = ["FRAME_BYTES", "TIMEOUT", "Ranks", "brief", "claim_error", "facts_of", "join_ranks"]
+
+TIMEOUT = "FREEWHEEL_RANK_TIMEOUT"
+"""Environment variable: seconds that a rank waits for the others before it gives up."""
+
+TIMEOUT_SECONDS = 600.0
+JOIN_SECONDS = 60.0
+"""Time for the launcher's store to answer, where an error is to be said once."""
+
+FRAME_BYTES = 4096
+LONGEST_TEXT = 100
+
+FACTS_HINT = "start every rank with the same command, on the same files and versions"
+
+
+def brief(text: str) -> str:
+    """Return a text that fits a note and differs where the text does."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[: LONGEST_TEXT // 2]}… ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
+
+
+def facts_of(bundle: Bundle, backend: str | None) -> dict[str, str]:
+    """Return the facts about a bundle, and what runs it, that all ranks must agree on."""
+    packages = ("freewheel", "torch", "diffusers")
+    return {
+        **{f"the version of {name}": version(name) for name in packages},
+        "the bundle's manifest": sha256_of(bundle.folder / "manifest.json"),
+        "the backend": backend or bundle.manifest.engines[0].backend,
+    }
+
+
+class Ranks:
+    """All processes of a job, seen from one of them.
+
+    Every rank calls the same methods in the same order.
+
+    Attributes:
+        rank: This process's.
+        size: Processes.
+    """
+
+    def __init__(self, group: Any, timeout: timedelta) -> None:
+        """Take part in a group.
+
+        Args:
+            group: A gloo process group of all ranks.
+            timeout: Time that a rank waits for the others.
+        """
+        import torch.distributed as dist
+
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._group, self._timeout = group, timeout
+        self._device_group: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def tell(self, note: Mapping[str, Any], doing: str) -> list[dict[str, Any]]:
+        """Give every rank a note, and return all ranks' notes by rank.
+
+        Args:
+            note: JSON of at most `FRAME_BYTES`.
+            doing: What for, for the message where another rank is lost.
+
+        Raises:
+            RankError: a rank is gone or does not answer.
+        """
+        import torch.distributed as dist
+
+        content = json.dumps(note).encode()
+        assert len(content) <= FRAME_BYTES, f"a note of {len(content)} bytes"
+        own = torch.frombuffer(bytearray(content.ljust(FRAME_BYTES)), dtype=torch.uint8)
+        frames = [torch.zeros(FRAME_BYTES, dtype=torch.uint8) for _ in range(self.size)]
+        with self._waiting(doing):
+            dist.all_gather(frames, own, group=self._group)
+        return [json.loads(bytes(frame.tolist())) for frame in frames]
+
+    def compare(self, facts: Mapping[str, str], hint: str = FACTS_HINT) -> None:
+        """Hold what this rank is about to do against the others.
+
+        Args:
+            facts: Texts by the name that a message gives them.
+            hint: What to do where they differ.
+
+        Raises:
+            RankError: a fact differs, and which; a rank is gone or does not answer.
+        """
+        notes = self.tell({n: brief(t) for n, t in facts.items()}, "comparing what to do")
+        for rank, note in enumerate(notes):
+            for name in {**notes[0], **note}:
+                found, wanted = (n.get(name, "nothing") for n in (note, notes[0]))
+                if found != wanted:
+                    what = f"{name} is '{found}', rank 0's is '{wanted}'"
+                    raise RankError(f"rank {rank}", what, hint)
+
+    def share(self, content: bytes, doing: str) -> list[bytes]:
+        """Give every rank some bytes, and return all ranks' bytes by rank.
+
+        Raises:
+            RankError: a rank is gone or does not answer.
+        """
+        import torch.distributed as dist
+
+        counts = [note["bytes"] for note in self.tell({"bytes": len(content)}, doing)]
+        longest = max(1, *counts)
+        own = torch.frombuffer(bytearray(content.ljust(longest, b"\0")), dtype=torch.uint8)
+        found = [torch.empty(longest, dtype=torch.uint8) for _ in counts]
+        with self._waiting(doing):
+            dist.all_gather(found, own, group=self._group)
+        return [bytes(f[:n].numpy()) for f, n in zip(found, counts, strict=True)]
+
+    def trade(
+        self, given: Sequence[Tensor], wanted: Sequence[tuple[int, Tensor]], doing: str
+    ) -> int:
+        """Give every other rank some tensors and take theirs, all at once.
+
+        Args:
+            given: Contiguous tensors of this rank.
+            wanted: Rank and buffer of every tensor of the others; filled when this returns.
+            doing: As for `tell`.
+
+        Returns:
+            Bytes that this rank sent.
+
+        Raises:
+            RankError: a rank is gone or does not answer, or two ranks have one GPU.
+        """
+        import torch.distributed as dist
+
+        tensors = [*given, *(buffer for _, buffer in wanted)]
+        group = self._group_of(tensors[0].device)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        operations = [dist.P2POp(dist.isend, t, group=group, group_peer=r) for t in given for r in others]  # fmt: skip
+        operations += [dist.P2POp(dist.irecv, t, group=group, group_peer=r) for r, t in wanted]
+        with self._waiting(doing):
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        return sum(t.numel() * t.element_size() for t in given) * len(others)
+
+    def leave(self) -> None:
+        """End this rank's part of the job."""
+        import torch.distributed as dist
+
+        with suppress(RuntimeError):  # the others may have ended before
+            dist.destroy_process_group()
+
+    def _group_of(self, device: torch.device) -> Any:
+        import torch.distributed as dist
+
+        if device.type != "cuda":
+            return self._group
+        if self._device_group is None:
+            place = f"{socket.gethostname()}, GPU {torch.cuda.current_device()}"
+            places = [n["place"] for n in self.tell({"place": place}, "naming its GPU")]
+            first = places.index(place)
+            if places.count(place) > 1:
+                raise RankError(
+                    f"rank {places.index(place, first + 1)}", f"has rank {first}'s GPU: {place}",
+                    "start one rank per GPU",
+                )  # fmt: skip
+            with self._waiting("starting NCCL"):
+                self._device_group = dist.new_group(backend="nccl", timeout=self._timeout)
+        return self._device_group
+
+    @contextmanager
+    def _waiting(self, doing: str) -> Iterator[None]:
+        """Say which rank is lost, as far as that is known, instead of what a socket said."""
+        try:
+            yield
+        except RuntimeError as error:
+            other = f"rank {1 - self.rank}" if self.size == 2 else "another rank"
+            seconds = self._timeout.total_seconds()
+            if "imed out" in str(error) or "imeout" in str(error):
+                what = f"has not answered rank {self.rank} for {seconds:g} s while {doing}"
+                hint = f"see what it waits for; {TIMEOUT}=SECONDS allows more"
+            else:
+                what = f"is gone, said rank {self.rank} while {doing}"
+                hint = "see how it ended (the launcher's last lines name it), and run it again"
+            raise RankError(other, what, hint) from error
+
+
+def timeout_of_ranks() -> timedelta:
+    """Return how long a rank waits for the others.
+
+    Raises:
+        RankError: the environment variable holds no number of seconds above 0.
+    """
+    text = os.environ.get(TIMEOUT, str(TIMEOUT_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise RankError(TIMEOUT, f"is '{text}', expected seconds above 0", f"set {TIMEOUT}=600")
+    return timedelta(seconds=seconds)
+
+
+def join_ranks() -> Ranks:
+    """Join the job that a launcher started this process in: ``torchrun … script.py``.
+
+    A script that has called ``torch.distributed.init_process_group`` already keeps its group.
+
+    Raises:
+        BackendUnavailable: this PyTorch has no torch.distributed with gloo.
+        RankError: there is one process alone, or the others do not come.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_gloo_available()):
+        raise BackendUnavailable(
+            "torch.distributed", "has no gloo in this PyTorch", "install PyTorch's own wheel"
+        )
+    timeout, place = timeout_of_ranks(), launch()
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a lost rank raises, not aborts
+    began = not dist.is_initialized()
+    if began and place is None:
+        raise RankError(
+            "join_ranks", "finds one process alone",
+            "start the script with torchrun --nproc-per-node 2",
+        )  # fmt: skip
+    if place is not None and torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    try:
+        if began:
+            dist.init_process_group("gloo", timeout=timeout)
+        ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout), timeout)
+    except RuntimeError as error:
+        raise RankError(
+            "torch.distributed", f"can't bring the ranks together: {_first_line(error)}",
+            f"see that all were started and reach MASTER_ADDR; {TIMEOUT}=SECONDS allows more",
+        ) from error  # fmt: skip
+    return ranks
+
+
+def claim_error() -> bool:
+    """Tell whether this rank is the one to say what went wrong: the first that asks.
+
+    Ranks that fail because another did would say so too; the launcher's store lets one speak.
+    """
+    import torch.distributed as dist
+
+    place = launch()
+    if place is None:
+        return True
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True  # rank 0 keeps the store, and may be the one that is gone
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, left out of __all__
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=timedelta(seconds=JOIN_SECONDS),
+        )  # fmt: skip
+        run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"freewheel/errors/{run}", 1) == 1
+    except RuntimeError:
+        return True  # the launcher is gone, and with it who would hear it twice
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

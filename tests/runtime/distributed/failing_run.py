@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`freewheel run` in a process that is made to fail in the way its first argument says."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freewheel.cli import main
+from freewheel.core.errors import NotFiniteError
+from freewheel.runtime.distributed import ranks
+from freewheel.runtime.session import Session
+
+AT_STEP = 2
+GIB = 1 << 30
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def silent() -> None:
+    time.sleep(3600)
+
+
+def without_memory() -> None:
+    size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")  # noqa: PTH123, SIM115
+    resource.setrlimit(resource.RLIMIT_AS, (size + GIB, resource.RLIM_INFINITY))
+    torch.zeros(8 * GIB)
+
+
+def not_finite() -> None:
+    raise NotFiniteError(f"branch 'uncond', step {AT_STEP}", "made values that are not finite", "x")
+
+
+DURING = {f.__name__: f for f in (killed, silent, without_memory, not_finite)}
+
+
+def fail_at_step(how: Any) -> None:
+    step = Session.step
+
+    def failing(self: Session, branch: str, step_index: int, inputs: Any) -> Tensor:
+        if step_index == AT_STEP:
+            how()
+        return step(self, branch, step_index, inputs)
+
+    Session.step = failing  # type: ignore[method-assign]  # the fault
+
+
+if __name__ == "__main__":
+    kind, *arguments = sys.argv[1:]
+    sys.argv = ["freewheel", *arguments]
+    if os.environ["RANK"] == "1":
+        if kind in DURING:
+            fail_at_step(DURING[kind])
+        elif kind == "another_version":
+            known = ranks.version
+            ranks.version = lambda name: "0.0.1" if name == "freewheel" else known(name)
+        elif kind == "another_request":
+            sys.argv[sys.argv.index("--seed") + 1] = "8"
+        elif kind == "another_bundle":
+            sys.argv[2] = os.environ["OTHER_BUNDLE"]
+    main()
