@@ -22,6 +22,7 @@ from .options import (
     StepsOption,
     quiet_libraries,
 )
+from .ranks import end_job, join_job
 from .screen import reporting
 
 __all__ = ["bench"]
@@ -97,9 +98,11 @@ def bench(
             prompts=texts, seeds=list(range(seeds)), caches=cache or None, rounds=rounds, steps=steps,
             eager=eager, backend=backend, options=options, out=out, image=image,
         )  # fmt: skip
+        ranks = join_job(opened, request, device)
         with screen.progress():
-            measured = bench_bundle(opened, request, screen, screen.warn)
-        if report is not None:
+            measured = bench_bundle(opened, request, screen, screen.warn, ranks)
+        end_job(ranks)
+        if report is not None and (ranks is None or ranks.leads):
             from ..tuning.provenance import provenance
             from ..tuning.report import write_bench_report
 

@@ -22,9 +22,12 @@ from .options import (
     StepsOption,
     quiet_libraries,
 )
+from .ranks import end_job, join_job
 from .screen import reporting
 
 __all__ = ["calibrate"]
+
+REMEDY = "run the same command again: it goes on from the runs that it has recorded"
 
 
 def calibrate(
@@ -62,13 +65,14 @@ def calibrate(
 
     Example: freewheel calibrate out/bundle --prompts prompts.txt --out calibration.json
     """
-    with reporting("calibrate", as_json, quiet, debug) as screen:
+    with reporting("calibrate", as_json, quiet, debug, remedy=REMEDY) as screen:
         from ..bundle.reader import Bundle
         from ..core.output import check_file
         from ..runtime.model import DeviceOptions
         from ..tuning.bench import read_prompts
         from ..tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from ..tuning.calibrate import calibrate as run_calibrate
+        from ..tuning.checkpoints import Checkpoints
         from ..tuning.effort import PRESETS
 
         if preset not in PRESETS:
@@ -78,16 +82,22 @@ def calibrate(
         chosen = PRESETS[preset]
         check_file(out, "--out")
         quiet_libraries()
+        checkpoints = Checkpoints.beside(out)
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = CalibrationRequest(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
             history=history, backend=backend, options=options, speedups=speedup or SPEEDUPS,
             refine=chosen.refine if refine is None else refine,
-            search=chosen.search if search is None else search,
+            search=chosen.search if search is None else search, checkpoints=checkpoints,
         )  # fmt: skip
+        opened = Bundle(bundle)
+        ranks = join_job(opened, request, device)
         with screen.progress():
-            found = run_calibrate(Bundle(bundle), request, screen, screen.warn, screen.note)
-        save_calibration(found, out)
+            found = run_calibrate(opened, request, screen, screen.warn, screen.note, ranks)
+        if ranks is None or ranks.leads:
+            save_calibration(found, out)
+        end_job(ranks)
+        checkpoints.remove()
         for name, reason in found.left_out.items():
             screen.warn(f"no config '{name}': {reason}")
         screen.table(

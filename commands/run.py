@@ -28,6 +28,7 @@ from .options import (
     pairs_of,
     quiet_libraries,
 )
+from .ranks import join_job
 from .screen import Screen, reporting
 
 __all__ = ["run"]
@@ -280,14 +281,11 @@ def _join(
     """Join the ranks that a launcher started, once they agree; None in a process started alone."""
     if launch() is None:
         return None
-    from ..bundle.files import sha256_of
-    from ..runtime.distributed.ranks import facts_of, join_ranks
-
-    for flag, value in (("--record", record), ("--report", report), ("--device", device)):
-        if value is not None:
+    for flag, path in (("--record", record), ("--report", report)):
+        if path is not None:
             raise RequestError(
-                f"{flag} {value}", "is for one process, and a launcher started several",
-                "leave it out" if flag == "--device" else "start the run alone",
+                f"{flag} {path}", "is for one process, and a launcher started several",
+                "start the run alone",
             )  # fmt: skip
     scale = request.value("guidance_scale")
     if scale <= 1:
@@ -295,11 +293,8 @@ def _join(
             f"--guidance {scale:g}", "is no guidance: a run has one branch, and ranks share branches",
             "start the run alone, or give --guidance above 1",
         )  # fmt: skip
-    ranks = join_ranks()
-    asked = {n: str(v) for n, v in vars(request).items()}
-    if request.image is not None:
-        asked["image"] = sha256_of(request.image)
-    ranks.compare({**facts_of(bundle, backend), **asked, "--lora": str(loras or [])})
+    ranks = join_job(bundle, request, device)
+    ranks.compare({"--backend": str(backend), "--lora": str(loras or [])})
     return ranks
 
 

@@ -21,6 +21,7 @@ from .options import (
     StepsOption,
     quiet_libraries,
 )
+from .ranks import end_job, join_job
 from .screen import reporting
 
 __all__ = ["tune"]
@@ -83,8 +84,11 @@ def tune(
             options=options,
         )  # fmt: skip
         quiet_libraries()
+        opened = Bundle(bundle)
+        ranks = join_job(opened, request, device)
         with screen.progress():
-            report = run_tune(Bundle(bundle), request, screen, screen.warn)
+            report = run_tune(opened, request, screen, screen.warn, ranks)
+        end_job(ranks)
         screen.table(
             "confirmed by real runs (* none is faster and better, < chosen)",
             report.columns,
@@ -95,5 +99,6 @@ def tune(
                 "tune", "found no setting that reaches the goal",
                 "ask for less, give --calibration, or raise --confirm",
             )  # fmt: skip
-        save_config(report.configs[report.chosen], out)
+        if ranks is None or ranks.leads:
+            save_config(report.configs[report.chosen], out)
         screen.result({"out": str(out), **report.as_dict()}, [f"{out}: {report.chosen}"])

@@ -23,11 +23,13 @@ from ..bundle.reader import Bundle
 from ..core.errors import RequestError
 from ..core.output import check_folder, write_text
 from ..policies.setting import CacheSetting
+from ..runtime.distributed.ranks import Ranks
 from ..runtime.model import DeviceOptions
 from ..runtime.pipeline.generate import Generation, GenerationRequest, Generator
 from ..runtime.pipeline.video import contact_sheet, write_video
 from ..runtime.settings import choose_setting
 from .quality import Quality, compare_videos
+from .shares import Shares
 from .table import markdown_table, spread_cell
 
 __all__ = ["BenchReport", "BenchRequest", "BenchRow", "bench_bundle", "read_prompts"]
@@ -124,6 +126,15 @@ class BenchRow:
     ideal: list[float] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
 
+    def add(self, measured: Mapping[str, Any]) -> None:
+        """Take one run, as `_measured` gives it."""
+        self.seconds.append(measured["seconds"])
+        self.speedup.append(measured["speedup"])
+        self.computed_steps.append(measured["computed"])
+        self.ideal.append(measured["ideal"])
+        if measured["quality"] is not None:
+            self.quality.append(Quality(*measured["quality"]))
+
     def spread(self) -> list[float] | None:
         """Return the least and greatest speedup of a round; None of one round."""
         return [min(self.speedup), max(self.speedup)] if len(self.speedup) > 1 else None
@@ -179,6 +190,7 @@ class BenchReport:
         entries: One row per setting, as `BenchRow.as_dict` has it.
         pictures: Frames of the first pair by setting, the uncached run's first.
         decisions: Whether each step of the first pair was computed, by setting and branch.
+        ranks: Processes that measured at once.
     """
 
     steps: int
@@ -189,6 +201,7 @@ class BenchReport:
     entries: list[dict[str, Any]]
     pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
     decisions: dict[str, dict[str, list[bool | None]]] = field(default_factory=dict, repr=False)
+    ranks: int = 1
 
     columns = (
         "setting", "computed", "seconds", "speedup", "spread", "ideal", "efficiency",
@@ -214,7 +227,7 @@ class BenchReport:
         """Return what ``bench --json`` prints."""
         return {
             "steps": self.steps, "rounds": self.rounds, "pairs": self.pairs, "backend": self.backend,
-            "precision": self.precision, "settings": self.entries,
+            "precision": self.precision, "concurrent_ranks": self.ranks, "settings": self.entries,
         }  # fmt: skip
 
 
@@ -237,8 +250,9 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def bench_bundle(
-    bundle: Bundle, request: BenchRequest, watcher: Watcher, warn: Callable[[str], None]
-) -> BenchReport:
+    bundle: Bundle, request: BenchRequest, watcher: Watcher, warn: Callable[[str], None],
+    ranks: Ranks | None = None,
+) -> BenchReport:  # fmt: skip
     """Measure; see the module.
 
     Args:
@@ -246,10 +260,13 @@ def bench_bundle(
         request: What to measure.
         watcher: Shown each run.
         warn: Told what a user would want to know.
+        ranks: Processes that share the rounds, all at once; all get the report, the first alone
+            the pictures. None runs them all here.
 
     Raises:
         ConfigError, RequestError, BackendUnavailable: as for a run.
         OutputError: ``request.out`` can't be written.
+        RankError: another rank is lost.
     """
     request.check()
     wanted = request.caches or list(bundle.manifest.configs)
@@ -266,44 +283,58 @@ def bench_bundle(
     generator = Generator(bundle, backend=request.backend, options=request.options)
     eager = _EagerPipeline(generator) if request.eager else None
 
-    rows = {n: BenchRow(n) for n in (UNCACHED, *settings, *((EAGER,) if eager else ()))}
-    pictures: dict[str, NDArray[np.uint8]] = {}
-    decisions: dict[str, dict[str, list[bool | None]]] = {}
-    watcher.phase("bench", rounds * len(rows) + 1)
+    shares = Shares(ranks)
+    names = [UNCACHED, *settings, *((EAGER,) if eager else ())]
+    watcher.phase("bench", rounds * len(names) + 1)
+
+    def run(wanted: GenerationRequest) -> Generation:
+        return generator.generate(wanted, on_step=lambda done, total: shares.beat())
+
     for entry in (uncached, *settings.values()):
-        generator.generate(_request(pairs[0], entry, WARM_UP_STEPS, request.image))
+        run(_request(pairs[0], entry, WARM_UP_STEPS, request.image))
     watcher.advance("warm-up")
-    steps = 0
+    own: dict[int, Any] = {}
+    pictures: dict[str, NDArray[np.uint8]] = {}
     for index in range(rounds):
+        if not shares.is_mine(index):
+            continue
         pair, is_new = pairs[index % len(pairs)], index < len(pairs)
         plain = _request(pair, uncached, request.steps, request.image)
-        reference = generator.generate(plain)
-        steps = reference.statistics.steps
-        _add(rows[UNCACHED], reference, reference, is_new=False)
+        reference = run(plain)
+        measured = {UNCACHED: _measured(reference, reference, is_new=False)}
         watcher.advance(UNCACHED)
         if index == 0:
             pictures[UNCACHED] = reference.frames
         for name, entry in settings.items():
-            result = generator.generate(_request(pair, entry, request.steps, request.image))
-            _add(rows[name], result, reference, is_new=is_new)
+            result = run(_request(pair, entry, request.steps, request.image))
+            measured[name] = _measured(result, reference, is_new=is_new)
             watcher.advance(name)
             if index == 0:
                 pictures[name] = result.frames
-                branches = result.statistics.branches
-                decisions[name] = {n: b.computed for n, b in branches.items()}
         if eager is not None:
-            result = eager.generate(plain)
-            _add(rows[EAGER], result, reference, is_new=is_new)
+            measured[EAGER] = _measured(eager.generate(plain), reference, is_new=is_new)
+            # The plain pipeline computes every step and fills no statistics of ours.
+            measured[EAGER] |= {n: measured[UNCACHED][n] for n in ("steps", "computed", "ideal")}
             watcher.advance(EAGER)
+        own[index] = measured
+    found = shares.gather_json(own, "gathering rounds")
+    rows = {n: BenchRow(n) for n in names}
+    for measured in found:
+        for name, values in measured.items():
+            rows[name].add(values)
     for row in rows.values():
         if row.name != EAGER:  # another program, which no ideal of ours bounds
             for doubt in row.doubts():
                 warn(doubt)
+    if shares.size > 1:
+        warn(f"{shares.size} ranks took the times at once: they hold where each has its own device")
     report = BenchReport(
-        steps, rounds, len(pairs), generator.transformer.session.model.backend.name,
-        bundle.manifest.precision, [r.as_dict() for r in rows.values()], pictures, decisions,
+        found[0][UNCACHED]["steps"], rounds, len(pairs),
+        generator.transformer.session.model.backend.name, bundle.manifest.precision,
+        [r.as_dict() for r in rows.values()], pictures,
+        {n: found[0][n]["decisions"] for n in settings}, shares.size,
     )  # fmt: skip
-    if request.out is not None:
+    if request.out is not None and shares.leads:
         _write(request.out, report)
     return report
 
@@ -318,15 +349,19 @@ def _request(
     )  # fmt: skip
 
 
-def _add(row: BenchRow, result: Generation, reference: Generation, *, is_new: bool) -> None:
-    # The plain pipeline computes every step and fills no statistics of ours.
-    statistics = reference.statistics if row.name == EAGER else result.statistics
-    row.seconds.append(result.seconds["denoise"])
-    row.speedup.append(result.speedup_over(reference))
-    row.computed_steps.append(statistics.computed_steps)
-    row.ideal.append(statistics.ideal_speedup)
-    if is_new:
-        row.quality.append(compare_videos(result.frames, reference.frames))
+def _measured(result: Generation, reference: Generation, *, is_new: bool) -> dict[str, Any]:
+    """Return what one run gives a row, as JSON."""
+    statistics = result.statistics
+    quality = compare_videos(result.frames, reference.frames) if is_new else None
+    return {
+        "steps": statistics.steps,
+        "seconds": result.seconds["denoise"],
+        "speedup": result.speedup_over(reference),
+        "computed": statistics.computed_steps,
+        "ideal": statistics.ideal_speedup,
+        "quality": None if quality is None else [quality.psnr, quality.ssim],
+        "decisions": {n: b.computed for n, b in statistics.branches.items()},
+    }
 
 
 class _EagerPipeline:
@@ -370,6 +405,7 @@ def _write(folder: Path, report: BenchReport) -> None:
     title = (
         f"{report.steps} steps, {report.backend}, {report.precision}, "
         f"{report.pairs} prompt and seed pairs, {report.rounds} rounds of one pair each"
+        + (f", {report.ranks} ranks at once" if report.ranks > 1 else "")
     )
     write_text(folder / "bench.md", f"{title}\n\n{report.markdown()}\n", hint)
     for name, frames in report.pictures.items():

@@ -24,19 +24,22 @@ from ..policies.magcache import MagCacheConfig
 from ..policies.schedule import Schedule
 from ..policies.solved import HISTORY, SolvedConfig
 from ..policies.teacache import TeaCacheConfig
+from ..runtime.distributed.ranks import Ranks, facts_of
 from ..runtime.forecast.fold import forecast
 from ..runtime.model import DeviceOptions, LoadedModel
 from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
 from ..runtime.settings import choose_setting
 from ..runtime.statistics import FEW_STEPS
 from .bench import Watcher
+from .checkpoints import Checkpoints
 from .effort import PRESETS, duration, model_runs
 from .fit import PolynomialFit, fit_polynomial
-from .gram import GramRecorder
+from .gram import GramRecorder, RecordedRun
 from .lockstep import Lockstep, SamplerRows, sampler_rows
 from .search import candidates, search
 from .sensitivity import computed_steps, measure
-from .solve import early_weights, solve
+from .shares import Shares
+from .solve import Solution, early_weights, solve
 
 __all__ = [
     "SPEEDUPS",
@@ -74,6 +77,7 @@ class CalibrationRequest:
         search: Times that every computed step of a chosen schedule is tried elsewhere, at most.
         backend: Name of a backend; None takes the bundle's first.
         options: How engines are driven; None drives them plainly.
+        checkpoints: Keeps recorded runs and found schedules, for a calibration that was ended.
     """
 
     prompts: Sequence[str]
@@ -87,6 +91,7 @@ class CalibrationRequest:
     search: int = PRESETS["normal"].search
     backend: str | None = None
     options: DeviceOptions | None = None
+    checkpoints: Checkpoints | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def calibrate(
     watcher: Watcher,
     warn: Callable[[str], None],
     tell: Callable[[str], None] = lambda text: None,
+    ranks: Ranks | None = None,
 ) -> Calibration:
     """Record, fit and solve.
 
@@ -134,9 +140,12 @@ def calibrate(
         watcher: Shown each run.
         warn: Told of refused fits and of step counts too low to cache.
         tell: Told first what it will take, in model runs, and once the first is done in time.
+        ranks: Processes that share prompts and schedules; all get the result, which is that of one
+            process, bit for bit. None does all here.
 
     Raises:
         ConfigError, RequestError, BackendUnavailable: as for a run.
+        RankError: another rank is lost.
     """
     if not request.prompts:
         raise RequestError("calibrate", "has no prompt", "give --prompts FILE")
@@ -164,14 +173,33 @@ def calibrate(
     ahead = model_runs(len(runs), request.speedups, request.refine, request.search)
     tell(f"about {ahead} model runs, cached ones counted by what they compute")
     watcher.phase("calibrate", len(request.prompts))
-    resolved: dict[str, Any] = {}
-    for run in runs:
-        result = generator.generate(run, recorder=recorder)
-        if not resolved and ahead > 1:
-            each = result.seconds["denoise"]
-            tell(f"one took {duration(each)}: about {duration(each * (ahead - 1))} to go")
-        resolved = result.resolved
+    shares = Shares(ranks)
+    pieces = _Pieces(request, _identity(bundle, model, request), [_facts(run) for run in runs])
+    own: dict[int, bytes] = {}
+    has_told = False
+    for index, run in enumerate(runs):
+        if not shares.is_mine(index):
+            continue
+        kept = pieces.run(index)
+        if kept is None:
+            result = generator.generate(
+                run, recorder=recorder, on_step=lambda done, total: shares.beat()
+            )
+            kept = recorder.end_run().to_bytes()
+            pieces.keep_run(index, kept)
+            if not has_told and ahead > 1:
+                each, has_told = result.seconds["denoise"], True
+                rest = duration(each * (ahead - 1) / shares.size)
+                tell(f"one took {duration(each)}: about {rest} to go")
+        own[index] = kept
         watcher.advance(run.prompt)
+    if pieces.found:
+        tell(f"{pieces.found} of {len(runs)} runs were recorded before: going on from them")
+    recorder.runs = [
+        RecordedRun.from_bytes(content, model.device)
+        for content in shares.gather(own, "gathering recorded runs")
+    ]
+    resolved = generator.values(runs[0])
     if resolved["steps"] <= FEW_STEPS:
         warn(few_steps_advice(resolved["steps"]))
     common = _common(resolved, base.generation.model_dump())
@@ -179,7 +207,9 @@ def calibrate(
     if rows is None and request.refine:
         warn("the bundle has no sampler table for this run, so solved mixes are not refined")
     scale = resolved["guidance_scale"]
-    configs, left_out, lockstep = _solved(model, recorder, request, rows, scale, common, watcher)
+    configs, left_out, lockstep = _solved(
+        model, recorder, request, rows, scale, common, watcher, shares, pieces
+    )
     fits = _fits(recorder, warn)
     found, missing = _by_threshold(model, recorder, fits, request.speedups, common, lockstep)
     about = {
@@ -192,6 +222,53 @@ def calibrate(
         "seconds": round(time.perf_counter() - began, 1),
     }
     return Calibration({**configs, **found}, fits, {**left_out, **missing}, about)
+
+
+class _Pieces:
+    """The checkpoints of one calibration; keeps nothing where there are none to keep.
+
+    Attributes:
+        found: Runs that were recorded before.
+    """
+
+    def __init__(self, request: CalibrationRequest, identity: Any, runs: list[Any]) -> None:
+        self._kept, self._identity, self._runs = request.checkpoints, identity, runs
+        self._solved = [request.refine, request.search, request.history]
+        self.found = 0
+
+    def run(self, index: int) -> bytes | None:
+        """Return a recorded run, if it was kept."""
+        if self._kept is None:
+            return None
+        content = self._kept.load(f"run-{index:04}", self._identity, self._runs[index])
+        self.found += content is not None
+        return content
+
+    def keep_run(self, index: int, content: bytes) -> None:
+        if self._kept is not None:
+            self._kept.save(content, f"run-{index:04}", self._identity, self._runs[index])
+
+    def schedule(self, count: int) -> Any:
+        """Return a found schedule, if it was kept."""
+        if self._kept is None:
+            return None
+        name, facts = f"schedule-{count:04}", (self._identity, self._runs, self._solved)
+        content = self._kept.load(name, *facts)
+        return None if content is None else json.loads(content)
+
+    def keep_schedule(self, count: int, schedule: Any) -> None:
+        if self._kept is not None:
+            name, facts = f"schedule-{count:04}", (self._identity, self._runs, self._solved)
+            self._kept.save(json.dumps(schedule).encode(), name, *facts)
+
+
+def _identity(bundle: Bundle, model: LoadedModel, request: CalibrationRequest) -> list[Any]:
+    """Return what every recorded run depends on."""
+    return [facts_of(bundle, model.backend.name), request.window]
+
+
+def _facts(run: GenerationRequest) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(run).items()}
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -243,6 +320,8 @@ def _solved(
     guidance: float,
     common: dict[str, Any],
     watcher: Watcher,
+    shares: Shares,
+    pieces: _Pieces,
 ) -> tuple[dict[str, CachingConfig], dict[str, str], Lockstep | None]:
     grams = recorder.grams()
     factors = dict.fromkeys(grams.branches, 1.0)
@@ -253,18 +332,32 @@ def _solved(
     starts = recorder.starts[: request.refine]
     lockstep = None
     if rows is not None and starts:
-        lockstep = Lockstep(model, starts, rows, factors, history=request.history)
+        lockstep = Lockstep(
+            model, starts, rows, factors, history=request.history, on_step=shares.beat
+        )
     if lockstep is None:
         solutions = solve(
             grams, factors, early_weights(sigmas), history=min(request.history, SEARCHED_HISTORY)
         )
     else:
         schedules = candidates(grams, factors, sigmas, history=request.history)
-        watcher.phase("solve", len(wanted & set(schedules)))
-        solutions = {}
-        for count in sorted(wanted & set(schedules)):
-            solutions[count] = search(lockstep, schedules[count], rounds=request.search)
+        counts = sorted(wanted & set(schedules))
+        watcher.phase("solve", len(counts))
+        own: dict[int, Any] = {}
+        for index, count in enumerate(counts):
+            if shares.is_mine(index):
+                own[index] = pieces.schedule(count)
+                if own[index] is None:
+                    found = search(lockstep, schedules[count], rounds=request.search)
+                    own[index] = [found.computed, found.mix, found.error]
+                    pieces.keep_schedule(count, own[index])
             watcher.advance(f"{count} of {grams.steps} computed")
+        solutions = {
+            count: Solution(tuple(computed), mix, error)
+            for count, (computed, mix, error) in zip(
+                counts, shares.gather_json(own, "gathering schedules"), strict=True
+            )
+        }
     configs: dict[str, CachingConfig] = {}
     left_out: dict[str, str] = {}
     for speedup in request.speedups:

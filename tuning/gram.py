@@ -7,14 +7,16 @@ They are taken where errors matter: through ``finish``, linearised at the step's
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..engines.base import BoundCall
@@ -24,7 +26,7 @@ from ..runtime.body import allocate
 from ..runtime.model import LoadedModel
 from ..runtime.session import StepRecord
 
-__all__ = ["PERTURBATION", "GramRecorder", "Grams", "Start"]
+__all__ = ["PERTURBATION", "GramRecorder", "Grams", "RecordedRun", "Start"]
 
 Array = NDArray[np.float64]
 
@@ -73,17 +75,65 @@ class Start:
     prompts: Mapping[str, Mapping[str, Tensor]]
 
 
-class GramRecorder:
-    """A recorder that sums up `Grams`, and the residuals' changes, over any number of runs.
+@dataclass
+class RecordedRun:
+    """What one uncached run leaves.
 
-    Holds the last ``window`` residuals of each branch, and nothing else of a run.
+    Attributes:
+        tables: Per-run tables [steps, …], as arrays.
+        latents: The first step's input; see `Start`.
+        prompts: Per branch, the prompt's inputs by name; see `Start`.
+        changes: Per branch, mean|r_t − r_{t−1}| / mean|r_{t−1}|, [steps − 1].
+        ratios: Per branch, the mean over tokens of ‖r_t‖₂ / ‖r_{t−1}‖₂, [steps − 1].
+        grams: As `Grams.values`, of this run.
+    """
+
+    tables: dict[str, NDArray[np.float32]]
+    latents: Tensor = field(default_factory=lambda: torch.zeros(0))
+    prompts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    changes: dict[str, list[float]] = field(default_factory=dict)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    grams: Array = field(default_factory=lambda: np.zeros(0))
+
+    def to_bytes(self) -> bytes:
+        """Return the run as a safetensors file."""
+        about = json.dumps([self.changes, self.ratios]).encode()
+        tensors = {
+            "about": torch.frombuffer(bytearray(about), dtype=torch.uint8),
+            "latents": self.latents,
+            "grams": torch.from_numpy(self.grams),
+            **{f"tables/{n}": torch.from_numpy(t) for n, t in self.tables.items()},
+        }
+        for branch, inputs in self.prompts.items():
+            tensors |= {f"prompts/{branch}/{n}": t for n, t in inputs.items()}
+        return save({n: t.cpu().contiguous() for n, t in tensors.items()})
+
+    @classmethod
+    def from_bytes(cls, content: bytes, device: torch.device) -> RecordedRun:
+        """Read what `to_bytes` wrote; latents and prompts go to a device."""
+        tensors = load(content)
+        changes, ratios = json.loads(bytes(tensors["about"].tolist()))
+        prompts: dict[str, dict[str, Tensor]] = {branch: {} for branch in changes}
+        tables = {}
+        for path, tensor in tensors.items():
+            kind, _, name = path.partition("/")
+            if kind == "tables":
+                tables[name] = tensor.numpy()
+            elif kind == "prompts":
+                branch, _, name = name.partition("/")
+                prompts[branch][name] = tensor.to(device)
+        grams, latents = tensors["grams"].numpy(), tensors["latents"].to(device)
+        return cls(tables, latents, prompts, changes, ratios, grams)
+
+
+class GramRecorder:
+    """A recorder that takes inner products, and the residuals' changes, of any number of runs.
+
+    Holds the last ``window`` residuals of each branch, and nothing else hidden-sized.
 
     Attributes:
         wants_signals: Never.
-        tables: The last run's per-run tables [steps, …], as arrays.
-        changes: Per branch, mean|r_t − r_{t−1}| / mean|r_{t−1}| of each run, [runs][steps − 1].
-        ratios: Per branch, the mean over tokens of ‖r_t‖₂ / ‖r_{t−1}‖₂ of each run.
-        starts: What each run began with.
+        runs: What each run left.
     """
 
     wants_signals = False
@@ -96,65 +146,87 @@ class GramRecorder:
             model: Its ``finish`` is called beside the loop.
             window: Steps back that a mix may reach.
         """
-        self.tables: dict[str, NDArray[np.float32]] = {}
-        self.changes: dict[str, list[list[float]]] = {}
-        self.ratios: dict[str, list[list[float]]] = {}
-        self.starts: list[Start] = []
+        self.runs: list[RecordedRun] = []
         self._model, self._window = model, window
         self._calls: dict[str, tuple[BoundCall, Tensor, Tensor]] = {}
         self._past: dict[str, deque[Tensor]] = {}
         self._vectors: dict[int, dict[str, Tensor]] = {}
-        self._sums: dict[int, Array] = {}
-        self._runs = 0
 
     def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
         """Start a run: forget the last one's residuals."""
-        self._add_up()
+        if self.runs:
+            self.end_run()
         self._past.clear()
         self._calls.clear()
-        self._runs += 1
-        self.tables = {n: t.float().cpu().numpy().copy() for n, t in tables.items()}
-        self.tables["timesteps"] = np.array(schedule.timesteps, np.float32)
-        self.tables["sigmas"] = np.array(schedule.sigmas, np.float32)
+        arrays = {n: t.float().cpu().numpy().copy() for n, t in tables.items()}
+        arrays["timesteps"] = np.array(schedule.timesteps, np.float32)
+        arrays["sigmas"] = np.array(schedule.sigmas, np.float32)
+        self.runs.append(RecordedRun(arrays))
 
     def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
         """Take one step of one branch."""
         assert record.computed, "only uncached runs tell every residual"
+        run = self.runs[-1]
         if record.step_index == 0:
-            self._note_start(record)
+            self._note_start(run, record)
         past = self._past.setdefault(record.branch, deque(maxlen=self._window))
-        if not past:
-            self.changes.setdefault(record.branch, []).append([])
-            self.ratios.setdefault(record.branch, []).append([])
-        else:
+        if past:
             before = past[0]
             change = relative_change(record.residual, before)
             ratio = (record.residual.norm(dim=-1) / before.norm(dim=-1)).mean()
-            self.changes[record.branch][-1].append(float(change))
-            self.ratios[record.branch][-1].append(float(ratio))
+            run.changes[record.branch].append(float(change))
+            run.ratios[record.branch].append(float(ratio))
         vectors = self._linearised(record, list(past), dims)
         self._vectors.setdefault(record.step_index, {})[record.branch] = vectors
         past.appendleft(record.residual.clone())
 
-    def _note_start(self, record: StepRecord) -> None:
+    def _note_start(self, run: RecordedRun, record: StepRecord) -> None:
         inputs = self._model.manifest.inputs
-        prompt = {n: record.buffers[n].clone() for n, i in inputs.items() if i.runs == "prompt"}
-        known = self.starts[-1].prompts if len(self.starts) == self._runs else {}
-        start = Start(record.buffers["latents"].clone(), {**known, record.branch: prompt})
-        self.starts[self._runs - 1 :] = [start]
+        run.latents = record.buffers["latents"].clone()
+        run.prompts[record.branch] = {
+            n: record.buffers[n].clone() for n, i in inputs.items() if i.runs == "prompt"
+        }
+        run.changes[record.branch], run.ratios[record.branch] = [], []
+
+    def end_run(self) -> RecordedRun:
+        """Take the inner products of the run that has ended, and return all of it."""
+        run = self.runs[-1]
+        grams = []
+        for step in sorted(self._vectors):
+            vectors = torch.cat([self._vectors[step][name] for name in run.changes]).double()
+            grams.append((vectors @ vectors.T).cpu().numpy() / vectors.shape[1])
+        if grams:
+            run.grams = np.stack(grams)
+        self._vectors.clear()
+        return run
+
+    @property
+    def tables(self) -> dict[str, NDArray[np.float32]]:
+        """The last run's per-run tables."""
+        return self.runs[-1].tables
+
+    @property
+    def changes(self) -> dict[str, list[list[float]]]:
+        """Per branch, the changes of each run, [runs][steps − 1]; see `RecordedRun`."""
+        return {n: [run.changes[n] for run in self.runs] for n in self.runs[0].changes}
+
+    @property
+    def ratios(self) -> dict[str, list[list[float]]]:
+        """Per branch, the ratios of each run, [runs][steps − 1]; see `RecordedRun`."""
+        return {n: [run.ratios[n] for run in self.runs] for n in self.runs[0].ratios}
+
+    @property
+    def starts(self) -> list[Start]:
+        """What each run began with."""
+        return [Start(run.latents, run.prompts) for run in self.runs]
 
     def grams(self) -> Grams:
-        """Return the sums over all runs; none may be under way."""
-        self._add_up()
-        values = np.stack([self._sums[t] for t in sorted(self._sums)])
-        return Grams(tuple(self.changes), self._window, values, self._runs)
-
-    def _add_up(self) -> None:
-        for step_index, by_branch in self._vectors.items():
-            vectors = torch.cat([by_branch[name] for name in self.changes])
-            gram = (vectors.double() @ vectors.double().T).cpu().numpy() / vectors.shape[1]
-            self._sums[step_index] = self._sums.get(step_index, 0.0) + gram
-        self._vectors.clear()
+        """Return the sums over all runs, added in their order; none may be under way."""
+        self.end_run()
+        values = np.zeros_like(self.runs[0].grams)
+        for run in self.runs:
+            values = values + run.grams
+        return Grams(tuple(self.changes), self._window, values, len(self.runs))
 
     def _linearised(
         self, record: StepRecord, past: list[Tensor], dims: Mapping[str, int]

@@ -9,7 +9,7 @@ model output that would bring the next sample back to the uncached one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,7 @@ class Lockstep:
         steps: Steps of a run.
         start: Where every schedule begins.
         uncached: Samples of the uncached runs, as in `Point`.
+        on_step: Called after each step of all runs.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Lockstep:
         guidance: Mapping[str, float],
         *,
         history: int,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Run every prompt uncached.
 
@@ -115,7 +117,9 @@ class Lockstep:
             rows: The sampler.
             guidance: Factor of each branch's output in the guided one.
             history: Residuals that a mix uses at most.
+            on_step: See the class.
         """
+        self.on_step = on_step
         self._rows, self._guidance, self._history = rows, guidance, history
         self._sessions = [self._session(model, start) for start in starts]
         self.steps = len(rows.timesteps)
@@ -171,6 +175,7 @@ class Lockstep:
         outputs = (*point.outputs, output)
         following = self._rows.advance(step, point.samples, outputs)
         mix = {branch: (*point.mix[branch], row) for branch, row in rows.items()}
+        self.on_step()
         return Point((*point.samples, following), outputs, residuals, mix)
 
     def distance(self, point: Point) -> float:

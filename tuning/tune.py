@@ -25,11 +25,13 @@ from ..policies.magcache import MagCacheConfig
 from ..policies.solved import SolvedConfig
 from ..policies.taylorseer import TaylorSeerConfig
 from ..policies.teacache import TeaCacheConfig
+from ..runtime.distributed.ranks import Ranks
 from ..runtime.model import DeviceOptions
 from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
 from ..runtime.settings import choose_setting, config_entry, other_size
 from .bench import BenchRequest, Watcher, bench_bundle
 from .replay import replay
+from .shares import Shares
 from .table import spread_cell
 from .trace import Trace, TraceRecorder
 
@@ -208,8 +210,9 @@ class TuneReport:
 
 
 def tune(
-    bundle: Bundle, request: TuneRequest, watcher: Watcher, warn: Callable[[str], None]
-) -> TuneReport:
+    bundle: Bundle, request: TuneRequest, watcher: Watcher, warn: Callable[[str], None],
+    ranks: Ranks | None = None,
+) -> TuneReport:  # fmt: skip
     """Search by replay and confirm by running.
 
     Args:
@@ -217,9 +220,12 @@ def tune(
         request: Goal, prompts and bounds.
         watcher: Shown each run.
         warn: Told where prompts are too few to hold any out, and of speedups not to be trusted.
+        ranks: Processes that share recorded prompts, with the replays of every candidate on them,
+            and the rounds that confirm; all get the report. None does all here.
 
     Raises:
         ConfigError, RequestError, BackendUnavailable: as for a run.
+        RankError: another rank is lost.
     """
     check_recordable(bundle)
     replayed, confirming = request.prompts[: request.traces], request.prompts[request.traces :]
@@ -229,8 +235,9 @@ def tune(
     base = choose_setting(bundle, None, {}, warn)
     runs = _uncached_runs(bundle, request, replayed, base)
     space = _search_space(bundle, request, warn)
-    traces = _record(bundle, request, runs, watcher)
-    candidates = _candidates(bundle, space, traces)
+    shares = Shares(ranks)
+    traces = _record(bundle, request, runs, watcher, shares)
+    candidates = _candidates(bundle, space, traces, shares)
     tried = _worth_running(candidates, request.goal, request.confirm)
     if not tried:
         raise RequestError(
@@ -242,7 +249,7 @@ def tune(
         rounds=request.rounds, steps=request.steps, backend=request.backend,
         options=request.options,
     )  # fmt: skip
-    rows = bench_bundle(bundle, bench, watcher, warn).entries[1:]
+    rows = bench_bundle(bundle, bench, watcher, warn, ranks).entries[1:]
     met = [r for r in rows if request.goal.is_met(r)]
     chosen = max(met, key=request.goal.rank)["name"] if met else None
     return TuneReport(
@@ -278,38 +285,50 @@ def _uncached_runs(
 
 
 def _record(
-    bundle: Bundle, request: TuneRequest, runs: Sequence[GenerationRequest], watcher: Watcher
-) -> list[Trace]:
-    """Run the replayed prompts uncached."""
+    bundle: Bundle, request: TuneRequest, runs: Sequence[GenerationRequest], watcher: Watcher,
+    shares: Shares,
+) -> dict[int, Trace]:  # fmt: skip
+    """Run this rank's replayed prompts uncached; traces by prompt."""
     generator = Generator(bundle, backend=request.backend, options=request.options)
     watcher.phase("record", len(runs))
-    traces = []
-    for run in runs:
-        recorder = TraceRecorder()
-        generator.generate(run, recorder=recorder)
-        traces.append(recorder.trace())
+    traces = {}
+    for index, run in enumerate(runs):
+        if shares.is_mine(index):
+            recorder = TraceRecorder()
+            generator.generate(run, recorder=recorder, on_step=lambda done, total: shares.beat())
+            traces[index] = recorder.trace()
         watcher.advance(run.prompt)
     return traces
 
 
 def _candidates(
-    bundle: Bundle, space: Mapping[str, CachingConfig], traces: Sequence[Trace]
+    bundle: Bundle,
+    space: Mapping[str, CachingConfig],
+    traces: Mapping[int, Trace],
+    shares: Shares,
 ) -> list[Candidate]:
-    """Replay every candidate that the bundle and the traces allow, and drop equal ones."""
+    """Replay every candidate that the bundle and the traces allow, and drop equal ones.
+
+    A trace is replayed where it was recorded: it is large, and what replays tell of it is not.
+    """
+    known = {n: c for n, c in space.items() if c.setting().policy in bundle.manifest.policies}
+    own: dict[int, list[Any]] = {}
+    for index, trace in traces.items():
+        own[index] = []
+        for config in known.values():
+            told = replay(trace, config.setting())
+            rows = [branch.mix for branch in told.branches.values()]
+            own[index].append([rows, told.ideal_speedup, told.error])
+            shares.beat()
+    by_trace = shares.gather_json(own, "gathering replays")
     found: dict[str, Candidate] = {}
-    for name, config in space.items():
-        setting = config.setting()
-        if setting.policy not in bundle.manifest.policies:
-            continue
-        replays = [replay(trace, setting) for trace in traces]
+    for place, (name, config) in enumerate(known.items()):
+        mixes, ideals, errors = zip(*(figures[place] for figures in by_trace), strict=True)
         # Equal masks of one policy on these traces are one candidate.
-        key = json.dumps(
-            [setting.policy, [list(b.mix) for r in replays for b in r.branches.values()]]
-        )
-        ideal = float(np.mean([r.ideal_speedup for r in replays]))
+        key = json.dumps([config.setting().policy, [mix for trace in mixes for mix in trace]])
+        ideal = float(np.mean(ideals))
         if ideal > 1 and key not in found:
-            error = float(np.mean([r.error for r in replays]))
-            found[key] = Candidate(name, config, ideal, error)
+            found[key] = Candidate(name, config, ideal, float(np.mean(errors)))
     return sorted(found.values(), key=lambda c: (c.ideal_speedup, c.error))
 
 

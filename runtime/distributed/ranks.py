@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -35,6 +36,7 @@ TIMEOUT_SECONDS = 600.0
 JOIN_SECONDS = 60.0
 """Time for the launcher's store to answer, where an error is to be said once."""
 
+POLL_SECONDS = 0.1
 FRAME_BYTES = 4096
 LONGEST_TEXT = 100
 
@@ -68,17 +70,19 @@ class Ranks:
         size: Processes.
     """
 
-    def __init__(self, group: Any, timeout: timedelta) -> None:
+    def __init__(self, group: Any, timeout: timedelta, store: Any = None) -> None:
         """Take part in a group.
 
         Args:
             group: A gloo process group of all ranks.
             timeout: Time that a rank waits for the others.
+            store: The job's key-value store; None where a script made its own group.
         """
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._group, self._timeout = group, timeout
+        self._group, self._timeout, self._store = group, timeout, store
+        self._waits = 0
         self._device_group: Any = None
 
     @property
@@ -123,6 +127,31 @@ class Ranks:
                 if found != wanted:
                     what = f"{name} is '{found}', rank 0's is '{wanted}'"
                     raise RankError(f"rank {rank}", what, hint)
+
+    def beat(self) -> None:
+        """Give a sign of life to ranks in `wait_for_all`."""
+        with self._waiting("giving a sign of life"):
+            self._store.add(f"beats/{self.rank}", 1)
+
+    def wait_for_all(self, doing: str) -> None:
+        """Wait until every rank has come here, as long as those that work give signs of life.
+
+        For pieces of work that take longer than the timeout.
+
+        Raises:
+            RankError: no rank has given a sign of life for as long as the timeout.
+        """
+        self._waits += 1
+        key, seen, since = f"waits/{self._waits}", -1, time.monotonic()
+        with self._waiting(doing):
+            self._store.add(key, 1)
+            while self._store.add(key, 0) < self.size:
+                beats = sum(self._store.add(f"beats/{rank}", 0) for rank in range(self.size))
+                if beats != seen:
+                    seen, since = beats, time.monotonic()
+                elif time.monotonic() - since > self._timeout.total_seconds():
+                    raise RuntimeError("timeout")
+                time.sleep(POLL_SECONDS)
 
     def share(self, content: bytes, doing: str) -> list[bytes]:
         """Give every rank some bytes, and return all ranks' bytes by rank.
@@ -236,6 +265,7 @@ def join_ranks() -> Ranks:
         RankError: there is one process alone, or the others do not come.
     """
     import torch.distributed as dist
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in __all__
 
     if not (dist.is_available() and dist.is_gloo_available()):
         raise BackendUnavailable(
@@ -251,10 +281,17 @@ def join_ranks() -> Ranks:
         )  # fmt: skip
     if place is not None and torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    store = None
     try:
         if began:
-            dist.init_process_group("gloo", timeout=timeout)
-        ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout), timeout)
+            # A restart finds the last attempt's keys in the launcher's store.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            shared, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            store = PrefixStore(f"freewheel/{attempt}", shared)
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=timeout
+            )
+        ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout), timeout, store)
     except RuntimeError as error:
         raise RankError(
             "torch.distributed", f"can't bring the ranks together: {_first_line(error)}",
@@ -268,20 +305,19 @@ def claim_error() -> bool:
 
     Ranks that fail because another did would say so too; the launcher's store lets one speak.
     """
-    import torch.distributed as dist
-
-    place = launch()
-    if place is None:
+    if launch() is None:
         return True
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
+
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True  # rank 0 keeps the store, and may be the one that is gone
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, left out of __all__
+        store = TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
             timeout=timedelta(seconds=JOIN_SECONDS),
         )  # fmt: skip
         run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"freewheel/errors/{run}", 1) == 1
+        return int(store.add(f"freewheel/errors/{run}", 1)) == 1
     except RuntimeError:
         return True  # the launcher is gone, and with it who would hear it twice
 

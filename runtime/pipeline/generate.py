@@ -291,14 +291,22 @@ class Generator:
         seconds = {"denoise": denoised - began, "decode": time.perf_counter() - denoised}
         return Generation(frames, latents, RunStatistics.joined(ran), seconds, values)
 
+    def values(self, request: GenerationRequest) -> dict[str, Any]:
+        """Return the values that a request resolves to, as `Generation.resolved` has them.
+
+        Raises:
+            RequestError: as `generate` does.
+        """
+        request.check()
+        return self._checked_values(request, self._image(request))
+
     def timesteps(self, request: GenerationRequest) -> torch.Tensor:
         """Return the timesteps that a request will run through, [steps].
 
         Raises:
             RequestError: as `generate` does.
         """
-        request.check()
-        values = self._checked_values(request, self._image(request))
+        values = self.values(request)
         self._set_scheduler(request)
         self.pipe.scheduler.set_timesteps(values["steps"])
         return torch.as_tensor(self.pipe.scheduler.timesteps)

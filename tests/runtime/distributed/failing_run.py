@@ -54,12 +54,27 @@ def fail_at_step(how: Any) -> None:
     Session.step = failing  # type: ignore[method-assign]  # the fault
 
 
+def fail_in_second_run() -> None:
+    begin, runs = Session.begin, 0
+
+    def failing(self: Session, *given: Any, **named: Any) -> None:
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            killed()
+        begin(self, *given, **named)
+
+    Session.begin = failing  # type: ignore[method-assign]  # the fault
+
+
 if __name__ == "__main__":
     kind, *arguments = sys.argv[1:]
     sys.argv = ["freewheel", *arguments]
     if os.environ["RANK"] == "1":
         if kind in DURING:
             fail_at_step(DURING[kind])
+        elif kind == "killed_in_its_second_run":
+            fail_in_second_run()
         elif kind == "another_version":
             known = ranks.version
             ranks.version = lambda name: "0.0.1" if name == "freewheel" else known(name)
