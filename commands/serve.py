@@ -34,6 +34,13 @@ def serve(
     backend_directory: Annotated[
         Path, typer.Option(help="Folder with freewheel/libtriton_freewheel.so, for the command.")
     ] = Path("build/cpp/backends"),
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Write a Kubernetes manifest for so many servers beside the repository."),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Container image of the server, for --replicas.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -44,9 +51,16 @@ def serve(
     """
     with reporting("serve", as_json, quiet, debug) as screen:
         from ..bundle.reader import Bundle
+        from ..core.errors import RequestError
         from ..serving.commands import example_request, start_server
+        from ..serving.kubernetes import IMAGE, write_replicas
+        from ..serving.model_config import served_backend
         from ..serving.repository import ServeRequest, write_repository
 
+        if replicas is not None and replicas < 1:
+            raise RequestError(f"--replicas {replicas}", "is below 1", "give --replicas 2")
+        if image is not None and replicas is None:
+            raise RequestError(f"--image {image}", "is for --replicas", "give --replicas 2 as well")
         opened = Bundle(bundle)
         request = ServeRequest(
             bundle=opened, out=out, name=name, version=version, instances=instances,
@@ -64,7 +78,15 @@ def serve(
             f"{written.folder}, version {written.version}: {written.bytes / 1e6:.1f} MB, "
             f"{written.copied_bytes / 1e6:.1f} MB of them copied"
         )
+        manifest = None
+        if replicas is not None:
+            manifest = write_replicas(
+                out.absolute(), written.name, replicas=replicas, image=image or IMAGE,
+                backend=served_backend(opened.manifest, backend), size_bytes=written.bytes,
+            )  # fmt: skip
+            commands["replicas"] = f"kubectl apply -f {manifest}"
         data = {
+            "kubernetes": None if manifest is None else str(manifest),
             "model": written.name,
             "version": written.version,
             "folder": str(written.folder),
