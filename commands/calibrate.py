@@ -53,6 +53,9 @@ def calibrate(
         int | None,
         typer.Option(min=0, help="Rounds of moving the steps that solved schedules compute."),
     ] = None,
+    objective: Annotated[
+        str, typer.Option(help="What solved schedules are chosen by: mean or worst of the prompts.")
+    ] = "mean",
     backend: BackendOption = None,
     offload: OffloadOption = False,
     cuda_graphs: CudaGraphsOption = False,
@@ -88,7 +91,8 @@ def calibrate(
             prompts=read_prompts(prompts), first_seed=first_seed, steps=steps, guidance=guidance,
             history=history, backend=backend, options=options, speedups=speedup or SPEEDUPS,
             refine=chosen.refine if refine is None else refine,
-            search=chosen.search if search is None else search, checkpoints=checkpoints,
+            search=chosen.search if search is None else search, objective=objective,
+            checkpoints=checkpoints,
         )  # fmt: skip
         opened = Bundle(bundle)
         ranks = join_job(opened, request, device)

@@ -53,6 +53,13 @@ def run(
     ] = "",
     cache: CacheOption = None,
     set_: SetOption = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            help="Seconds that the denoise steps may take, 20 or 20s: a solved config computes as "
+            "many steps as fit."
+        ),
+    ] = None,
     steps: StepsOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
     guidance: GuidanceOption = None,
@@ -186,7 +193,8 @@ def run(
         opened = Bundle(bundle)
         if record is not None:
             check_recordable(opened)
-        chosen = choose_setting(opened, cache, pairs_of(set_), screen.warn)
+        overrides = pairs_of(set_) | ({} if deadline is None else {"deadline": deadline})
+        chosen = choose_setting(opened, cache, overrides, screen.warn)
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
             steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,

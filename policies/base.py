@@ -46,6 +46,9 @@ class Step(NamedTuple):
         computed_timesteps: float32 [history.maximum], of the steps in ``computed_steps``; 0 where
             the history does not reach.
         computed_sigmas: float32 [history.maximum], likewise.
+        seconds_left: float32 [], until the run's deadline; `deadline.NO_DEADLINE` where it has none.
+        computed_seconds: float32 [], that a computed step takes; 0 where none was measured.
+        reused_seconds: float32 [], likewise of a reused step.
     """
 
     step_index: Tensor
@@ -56,6 +59,9 @@ class Step(NamedTuple):
     sigma: Tensor
     computed_timesteps: Tensor
     computed_sigmas: Tensor
+    seconds_left: Tensor
+    computed_seconds: Tensor
+    reused_seconds: Tensor
 
 
 class Decision(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Policy, Step
+from .deadline import Pace
 from .setting import GUARD_PARAMETERS
 from .spec import GUARD_STATE, PolicySpec
 
@@ -28,9 +29,10 @@ def decide_inputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
     """Return every input of a policy's decide graph: name → dtype and shape, dynamic sizes named.
 
     ``step_index``, ``step_count``, ``computed_steps``, ``exact``, ``timestep``, ``sigma``,
-    ``computed_timesteps``, ``computed_sigmas``, then what the policy declares of ``signal``,
-    ``feature`` and their past (``kept``), then ``state.<name>``, ``param.<name>``,
-    ``guard.<name>`` (the guard's parameters) and ``guard_state.<name>``.
+    ``computed_timesteps``, ``computed_sigmas``, ``seconds_left``, ``computed_seconds``,
+    ``reused_seconds``, then what the policy declares of ``signal``, ``feature`` and their past
+    (``kept``), then ``state.<name>``, ``param.<name>``, ``guard.<name>`` (the guard's parameters)
+    and ``guard_state.<name>``.
     """
     inputs: dict[str, tuple[str, Shape]] = {
         "step_index": ("int64", ()),
@@ -41,6 +43,7 @@ def decide_inputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
         "sigma": ("float32", ()),
         "computed_timesteps": ("float32", (spec.history.maximum,)),
         "computed_sigmas": ("float32", (spec.history.maximum,)),
+        **dict.fromkeys(Pace._fields, ("float32", ())),
     }
     if spec.signals:
         inputs["signal"] = ("float32", SIGNAL)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import policy
+from .deadline import Pace
 from .guard import Guarded
 from .schedule import Schedule
 from .setting import GUARD_PARAMETERS, CacheSetting
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 Array = Tensor | np.ndarray[Any, Any]
+
+NO_HURRY = Pace()
 
 DecideFunction = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """Takes the tensors that `guard.decide_inputs` names, returns those of `guard.decide_outputs`. A
@@ -160,6 +163,7 @@ class Law:
         signal: Array | None = None,
         feature: Array | None = None,
         gram: Array | None = None,
+        pace: Pace = NO_HURRY,
     ) -> DecisionRecord:
         """Decide about the next step and move on to the one after it.
 
@@ -169,12 +173,14 @@ class Law:
                 needed where the policy declares one and a step was computed.
             gram: float32 [history.maximum, history.maximum], of the residuals of ``computed_steps``;
                 needed where the policy keeps it and a step was computed. `difference_gram` makes it.
+            pace: Against a deadline.
 
         Returns:
             The decision; it is taken to be followed.
         """
         assert self.step_index < self.step_count, f"the run has {self.step_count} steps only"
         inputs = self._inputs(signal, feature, gram)
+        inputs |= {name: torch.tensor(value) for name, value in pace._asdict().items()}
         with torch.no_grad():
             outputs = self._decide(inputs)
         self._state = {name: outputs[f"new_{name}"].clone() for name in self._state}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,18 +18,20 @@ __all__ = ["apply_overrides"]
 def apply_overrides(
     setting: CacheSetting, overrides: Mapping[str, str], spec: PolicySpec
 ) -> CacheSetting:
-    """Replace parameters, guard limits and the signal of a setting.
+    """Replace parameters, guard limits, the signal and the deadline of a setting.
 
     Args:
         setting: What a config resolved to; its policy is the spec's.
         overrides: Key → text. Keys are the policy's parameters, the guard's limits,
-            ``exact_steps`` and ``signal``; lists are written ``1,2,3`` or as JSON.
+            ``exact_steps``, ``signal`` and ``deadline`` (seconds, ``20`` or ``20s``); lists are
+            written ``1,2,3`` or as JSON.
         spec: The policy's declaration.
 
     Raises:
         ConfigError: unknown keys or values of the wrong type or range, all of them in one error.
     """
     parameters, guard, signal = dict(setting.parameters), setting.guard.model_dump(), setting.signal
+    deadline = setting.deadline
     branches = {
         n: {k: v for k, v in own.items() if k not in overrides}
         for n, own in setting.branches.items()
@@ -44,8 +47,10 @@ def apply_overrides(
                 guard[key] = _steps(text)
             elif key == "signal":
                 signal = _signal(text, spec)
+            elif key == "deadline":
+                deadline = _seconds(text)
             else:
-                known = [*spec.parameters, *GUARD_PARAMETERS, "exact_steps", "signal"]
+                known = [*spec.parameters, *GUARD_PARAMETERS, "exact_steps", "signal", "deadline"]
                 raise ConfigError(
                     f"parameter '{key}'", f"policy '{spec.name}' has none", nearest(key, known)
                 )
@@ -65,6 +70,7 @@ def apply_overrides(
             "parameters": parameters,
             "branches": branches,
             "guard": guard,
+            "deadline": deadline,
         }
     )
 
@@ -89,6 +95,16 @@ def _steps(text: str) -> list[int]:
     for step in steps:
         GUARD_PARAMETERS["first_exact"].tensor_values("exact_steps", step)
     return steps
+
+
+def _seconds(text: str) -> float:
+    seconds = _parsed(text.removesuffix("s"))
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds < math.inf:
+        raise ConfigError(
+            "parameter 'deadline'", f"expected seconds above 0, found {text!r}", "give 20 or 20s"
+        )
+    return float(seconds)
 
 
 def _signal(text: str, spec: PolicySpec) -> str:

@@ -51,6 +51,8 @@ class CacheSetting(BaseModel):
         parameters: Overrides of the policy's parameter defaults.
         branches: Overrides of ``parameters`` in single branches, by branch name.
         guard: Limits around the policy.
+        deadline: Seconds that the denoise loop may take, for a policy that chooses its number of
+            computed steps by them; None is no deadline.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +62,7 @@ class CacheSetting(BaseModel):
     parameters: dict[str, Value] = {}
     branches: dict[str, dict[str, Value]] = {}
     guard: GuardSetting = GuardSetting()
+    deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def for_branch(self, name: str) -> CacheSetting:
         """Return the setting of one branch, its overrides among the parameters."""

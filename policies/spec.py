@@ -17,6 +17,7 @@ from ..core.errors import ConfigError, nearest
 
 __all__ = [
     "GUARD_STATE",
+    "MAX_SMALL_ELEMENTS",
     "HistorySpec",
     "Kept",
     "ParameterSpec",
@@ -83,6 +84,7 @@ class ParameterSpec(_Spec):
         choices: Names of an enumeration; the graph input is the index of the chosen name.
         pad: Where a shorter vector is filled up: ``front`` with zeros (polynomials), or ``edge``
             by repeating its last element (tables).
+        listed_in: Name of the policy's parameter that lists the values it may take, or None.
         meaning: One sentence with the unit and the range.
     """
 
@@ -93,6 +95,7 @@ class ParameterSpec(_Spec):
     maximum: float | None = None
     choices: list[str] | None = None
     pad: Literal["front", "edge"] = "edge"
+    listed_in: str | None = None
     meaning: str
 
     @property
@@ -270,7 +273,14 @@ class PolicySpec(_Spec):
                 )
         resolved = {n: given.get(n, spec.default) for n, spec in self.parameters.items()}
         for name, value in resolved.items():
-            self.parameters[name].tensor_values(name, value)
+            spec = self.parameters[name]
+            spec.tensor_values(name, value)
+            listed = resolved.get(spec.listed_in) if spec.listed_in else None
+            if isinstance(listed, list) and value not in listed:
+                raise ConfigError(
+                    f"parameter '{name}'", f"{value!r} is none of '{spec.listed_in}'",
+                    f"give one of {', '.join(map(str, listed))}",
+                )  # fmt: skip
         return resolved
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..bundle.dims import shape_of
 from ..engines.base import BoundCall
+from ..policies.deadline import Pace
 from ..policies.law import DecisionRecord
 from ..policies.schedule import Schedule
 from .body import Body, allocate
@@ -204,7 +205,7 @@ class BranchCache:
         self._decider.reset(self._schedule)
 
     def _decide_and_assume(self, step_index: int) -> DecisionRecord:
-        decision = self._ask(step_index)
+        decision = self._ask(step_index, Pace())
         if decision.compute:
             self._note_computed(step_index)
         return decision
@@ -224,11 +225,11 @@ class BranchCache:
         """Every decision from `reset` or `rejoin` on where they are known ahead, else None."""
         return self._folded
 
-    def decide(self, step_index: int) -> DecisionRecord:
+    def decide(self, step_index: int, pace: Pace) -> DecisionRecord:
         """Decide about the coming step; ``hidden`` holds its input already."""
         if self._folded is not None:
             return self._folded[step_index - self._first]
-        return self._ask(step_index)
+        return self._ask(step_index, pace)
 
     def affordable(self, decision: DecisionRecord) -> DecisionRecord:
         """Return a decision that computes in place of one that mixes more residuals than are held.
@@ -239,14 +240,14 @@ class BranchCache:
             return decision
         return DecisionRecord(True, [], decision.distance)
 
-    def _ask(self, step_index: int) -> DecisionRecord:
+    def _ask(self, step_index: int, pace: Pace) -> DecisionRecord:
         stand: tuple[int, ...] = ()
         if self._signals is not None:
             self._signals.advance(step_index)
             stand = self._signals.stand
         turn = self._last_tap if self._features else 0
         held = self.computed_steps[: self._resolved.depth]
-        return self.affordable(self._decider.decide(step_index, held, (stand, turn)))
+        return self.affordable(self._decider.decide(step_index, held, (stand, turn), pace))
 
     @property
     def _last_tap(self) -> int:

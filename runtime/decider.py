@@ -11,6 +11,7 @@ from torch import Tensor
 from ..bundle.manifest import PolicyEntry
 from ..core.errors import BundleError
 from ..engines.base import BoundCall
+from ..policies.deadline import Pace
 from ..policies.guard import decide_inputs
 from ..policies.law import DecisionRecord
 from ..policies.schedule import Schedule
@@ -84,7 +85,11 @@ class Decider:
         self._set("step_count", len(schedule))
 
     def decide(
-        self, step_index: int, computed_steps: Sequence[int], arrangement: Hashable
+        self,
+        step_index: int,
+        computed_steps: Sequence[int],
+        arrangement: Hashable,
+        pace: Pace,
     ) -> DecisionRecord:
         """Decide about the coming step.
 
@@ -92,6 +97,7 @@ class Decider:
             step_index: 0-based.
             computed_steps: Indices of the residuals held, newest first.
             arrangement: How the buffers stand now.
+            pace: Against the run's deadline.
         """
         values = self._values
         self._set("step_index", step_index)
@@ -102,6 +108,8 @@ class Decider:
         self._set_padded("computed_steps", computed_steps, -1)
         self._set_padded("computed_timesteps", [timesteps[s] for s in computed_steps], 0.0)
         self._set_padded("computed_sigmas", [sigmas[s] for s in computed_steps], 0.0)
+        for name, seconds in pace._asdict().items():
+            self._set(name, seconds)
         self._calls[arrangement].run()
         compute = bool(values["compute"].item())
         mix = [] if compute else values["mix"].tolist()

@@ -36,7 +36,7 @@ class ResolvedSetting:
     @property
     def is_folded(self) -> bool:
         """Whether decisions depend on timesteps alone, and so can be taken ahead of the loop."""
-        if self.policy.spec.content is not None:
+        if self.policy.spec.content is not None or self.setting.deadline is not None:
             return False
         return self.signal is None or self.signal.known == "run"
 
@@ -44,6 +44,21 @@ class ResolvedSetting:
     def depth(self) -> int:
         """Residuals that the policy mixes."""
         return self.policy.spec.history.kept(self.parameters)
+
+
+def _check_deadline(manifest: Manifest, policy: PolicyEntry) -> None:
+    """Refuse a deadline where no policy looks at it, or two transformers would each have it."""
+    where = f"deadline of policy '{policy.spec.name}'"
+    if "seconds_left" not in manifest.graphs[policy.graph].inputs:
+        raise ConfigError(
+            where, "can't be kept: the policy does not choose its computed steps by the time left",
+            "take a 'solved' config, as 'freewheel calibrate' writes them, or give no deadline",
+        )  # fmt: skip
+    if len(manifest.experts) > 1:
+        raise ConfigError(
+            where, "can't be kept: the bundle has two transformers, and each plans its own steps",
+            "give no deadline, or set computed_steps",
+        )  # fmt: skip
 
 
 def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
@@ -54,9 +69,12 @@ def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
         setting: As asked for; what it becomes in every branch is checked too.
 
     Raises:
-        ConfigError: unknown policy or parameter, or a signal that the model does not give it.
+        ConfigError: unknown policy or parameter, a signal that the model does not give it, or a
+            deadline that the policy can't keep.
     """
     policy = carried_policy(manifest, setting.policy)
+    if setting.deadline is not None:
+        _check_deadline(manifest, policy)
     spec = policy.spec
     name = spec.signal_of(setting.signal, manifest.signals)
     if name is None and spec.signals:

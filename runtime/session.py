@@ -22,6 +22,7 @@ from ..bundle.manifest import InputEntry
 from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
 from ..policies import form_of
+from ..policies.deadline import Pace
 from ..policies.law import DecisionRecord
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
@@ -29,6 +30,7 @@ from .body import Body, allocate
 from .branch_cache import BranchCache
 from .finite import is_finite
 from .model import LoadedModel
+from .pacer import Pacer
 from .resolved_setting import ResolvedSetting, resolve
 from .statistics import BranchStatistics, RunStatistics
 
@@ -132,9 +134,17 @@ class Session:
     every step. A run resets all state, so what ran before can't show.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
-        """Allocate what does not depend on a shape; the rest follows at the first step."""
+    def __init__(
+        self, model: LoadedModel, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Allocate what does not depend on a shape; the rest follows at the first step.
+
+        Args:
+            model: Engines.
+            clock: Tells seconds; deadlines are kept by it.
+        """
         self.model, self.manifest = model, model.manifest
+        self._clock, self._pacer, self._pace = clock, Pacer(), Pace()
         self.statistics = RunStatistics("off", True, 0)
         self._resolved = self.resolve(CacheSetting())
         self._recorder: Recorder | None = None
@@ -187,6 +197,7 @@ class Session:
                 "give the scheduler's, one per step, or leave them out",
             )  # fmt: skip
         resolved = self.resolve(setting or CacheSetting())
+        self._pacer.begin(resolved.setting.deadline, self._clock())
         self._has_failed = True  # until the run is set up
         if resolved != self._resolved or (recorder is None) != (self._recorder is None):
             for branch in self._branches.values():
@@ -197,6 +208,7 @@ class Session:
         self.statistics = RunStatistics(
             resolved.policy.spec.name, resolved.is_folded, len(timesteps),
             form=form_of(resolved.policy.spec.name, resolved.parameters),
+            deadline=resolved.setting.deadline,
         )  # fmt: skip
         self._compute_tables(timesteps)
         self._schedule = Schedule.of(
@@ -304,6 +316,9 @@ class Session:
         cache = state.cache
         assert cache is not None, "_branch() makes one"
         began = time.perf_counter()
+        if step_index > last:
+            prepared = sum(self.statistics.seconds.get(n, 0.0) for n in ("prepare", "prompt"))
+            self._pace = self._pacer.begin_step(self._clock(), prepared)
         self._has_failed = True  # until the step has ended well
         if step_index > state.last_step + 1:
             cache.rejoin(step_index)
@@ -312,6 +327,7 @@ class Session:
             self._head.run()
         with self._timed("decide"):
             decision = self._decide(cache, step_index)
+        self._pacer.note(decision.compute)
         with self._timed("body" if decision.compute else "reuse"):
             if decision.compute:
                 cache.compute(step_index)
@@ -335,6 +351,7 @@ class Session:
             decision.mix[: cache.depth],
             time.perf_counter() - began,
         )
+        self.statistics.loop_seconds = self._pacer.taken(self._clock())
         if self._recorder is not None:
             self._record(branch, step_index, decision.compute, cache.recorded(decision))
         return state.model_output
@@ -389,9 +406,9 @@ class Session:
     def _decide(self, cache: BranchCache, step_index: int) -> DecisionRecord:
         """Ask a branch's policy, or take what another branch decided about the step."""
         if not self.decides_once:
-            return cache.decide(step_index)
+            return cache.decide(step_index, self._pace)
         if self._shared_decision is None or self._shared_decision[0] != step_index:
-            self._shared_decision = step_index, cache.decide(step_index)
+            self._shared_decision = step_index, cache.decide(step_index, self._pace)
             self.on_decision(*self._shared_decision)
         return cache.affordable(self._shared_decision[1])
 
@@ -489,6 +506,7 @@ class Session:
     def _allocate(self, dims: dict[str, int]) -> None:
         graphs, device = self.manifest.graphs, self.model.device
         self._branches.clear()
+        self._pacer.forget()
         self._dims = dims
         shared = {**self._rows, **allocate(self._step_inputs(), dims, device)}
         for graph in graphs.values():

@@ -95,6 +95,8 @@ class RunStatistics:
         branches: By branch name.
         seconds: Seconds by segment: head, decide, body, delta, reuse, finish, check, prepare.
         form: Which form of the policy's law ran, where it has several: published or damped.
+        deadline: Seconds that the steps were to take, or None.
+        loop_seconds: Seconds from the run's begin to the end of its last step so far.
     """
 
     policy: str
@@ -103,16 +105,19 @@ class RunStatistics:
     branches: dict[str, BranchStatistics] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     form: str = ""
+    deadline: float | None = None
+    loop_seconds: float = 0.0
 
     @classmethod
     def joined(cls, parts: Sequence[RunStatistics]) -> RunStatistics:
         """Return one run's statistics from those of its experts, in the order in which they ran."""
         first = parts[0]
         whole = cls(first.policy, all(p.folded for p in parts), sum(p.steps for p in parts))
-        whole.form = first.form
+        whole.form, whole.deadline = first.form, first.deadline
         names = dict.fromkeys(name for part in parts for name in part.branches)
         whole.branches = {name: BranchStatistics(0) for name in names}
         for part in parts:
+            whole.loop_seconds += part.loop_seconds
             for name, seconds in part.seconds.items():
                 whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
             for name, known in whole.branches.items():
@@ -162,6 +167,19 @@ class RunStatistics:
         """Return warnings, one per cause: too few steps, nothing reused, threshold never reached."""
         if self.policy == "off":
             return []
+        late = [] if self.deadline is None else self._lateness(self.deadline)
+        return late + self._idleness(parameters)
+
+    def _lateness(self, deadline: float) -> list[str]:
+        if self.loop_seconds <= deadline:
+            return []
+        return [
+            f"the steps took {self.loop_seconds:.3g} s, and their deadline was {deadline:.3g} s: the "
+            f"fewest steps that policy '{self.policy}' may compute take longer, or the last ones "
+            "took longer than those before; ask for fewer steps, or more seconds"
+        ]
+
+    def _idleness(self, parameters: Mapping[str, Any]) -> list[str]:
         idle = [n for n, b in self.branches.items() if 0 < b.done_steps == b.computed_steps]
         where = f"branch {' and '.join(map(repr, idle))}"
         if 1 < self.steps <= FEW_STEPS:
@@ -199,6 +217,8 @@ class RunStatistics:
             "computed_steps": self.computed_steps,
             "ideal_speedup": self.ideal_speedup,
             "estimated_speedup": self.estimated_speedup,
+            "deadline": self.deadline,
+            "loop_seconds": round(self.loop_seconds, 6),
             "branches": {
                 n: {
                     "computed": b.computed,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,21 @@ import numpy as np
 import torch
 
 from ..bundle.reader import Bundle
-from ..core.errors import RequestError
+from ..core.errors import RequestError, nearest
 from ..core.output import write_text
 from ..policies import policy_config
 from ..policies.config import CachingConfig
 from ..policies.custom import DAMPED, CustomConfig
 from ..policies.magcache import MagCacheConfig
 from ..policies.schedule import Schedule
-from ..policies.solved import HISTORY, SolvedConfig
+from ..policies.solved import (
+    HISTORY,
+    MAXIMUM_FACTORS,
+    MAXIMUM_SCHEDULES,
+    MAXIMUM_STEPS,
+    SolvedConfig,
+    SolvedSchedule,
+)
 from ..policies.teacache import TeaCacheConfig
 from ..runtime.distributed.ranks import Ranks, facts_of
 from ..runtime.forecast.fold import forecast
@@ -36,7 +43,7 @@ from .effort import PRESETS, duration, model_runs
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder, RecordedRun
 from .lockstep import Lockstep, SamplerRows, sampler_rows
-from .search import candidates, search
+from .search import OBJECTIVES, Computed, Recipe, Searched, candidates, frontier, search_count
 from .sensitivity import computed_steps, measure
 from .shares import Shares
 from .solve import Solution, early_weights, solve
@@ -55,6 +62,9 @@ SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
 SEARCHED_THRESHOLDS = 40
 SEARCHED_HISTORY = 3
 """Residuals that schedules are searched with: a fourth would reach behind the window at long gaps."""
+
+FEWEST_COMPUTED = 5
+"""Computed steps of the first schedule of a frontier."""
 
 SIGNALS = ("timestep_proj", "temb")
 """In the order of TeaCache's sets of coefficients: with ``use_ret_steps``, without."""
@@ -75,6 +85,7 @@ class CalibrationRequest:
         refine: Prompts on whose cached runs solved schedules are chosen and their mixes fitted; 0
             takes both from the uncached runs.
         search: Times that every computed step of a chosen schedule is tried elsewhere, at most.
+        objective: What schedules are chosen by: the prompts' ``mean``, or the ``worst`` of them.
         backend: Name of a backend; None takes the bundle's first.
         options: How engines are driven; None drives them plainly.
         checkpoints: Keeps recorded runs and found schedules, for a calibration that was ended.
@@ -89,6 +100,7 @@ class CalibrationRequest:
     window: int = 16
     refine: int = PRESETS["normal"].refine
     search: int = PRESETS["normal"].search
+    objective: str = "mean"
     backend: str | None = None
     options: DeviceOptions | None = None
     checkpoints: Checkpoints | None = None
@@ -152,6 +164,11 @@ def calibrate(
     for value in request.speedups:
         if not 1 < value < math.inf:
             raise RequestError(f"--speedup {value:g}", "is not above 1", "try --speedup 2")
+    if request.objective not in OBJECTIVES:
+        raise RequestError(
+            f"--objective '{request.objective}'", "is not known",
+            nearest(request.objective, list(OBJECTIVES)),
+        )  # fmt: skip
     if not 1 <= request.history <= HISTORY:
         raise RequestError(f"--history {request.history}", f"is outside [1, {HISTORY}]", "use 3")
     began = time.perf_counter()
@@ -170,7 +187,8 @@ def calibrate(
     generator = Generator(bundle, backend=request.backend, options=request.options)
     model = generator.transformer.session.model
     recorder = GramRecorder(model, window=request.window)
-    ahead = model_runs(len(runs), request.speedups, request.refine, request.search)
+    steps = runs[0].value("steps")
+    ahead = model_runs(len(runs), request.speedups, request.refine, request.search, steps)
     tell(f"about {ahead} model runs, cached ones counted by what they compute")
     watcher.phase("calibrate", len(request.prompts))
     shares = Shares(ranks)
@@ -233,7 +251,7 @@ class _Pieces:
 
     def __init__(self, request: CalibrationRequest, identity: Any, runs: list[Any]) -> None:
         self._kept, self._identity, self._runs = request.checkpoints, identity, runs
-        self._solved = [request.refine, request.search, request.history]
+        self._solved = [request.refine, request.search, request.history, request.objective]
         self.found = 0
 
     def run(self, index: int) -> bytes | None:
@@ -335,49 +353,92 @@ def _solved(
         lockstep = Lockstep(
             model, starts, rows, factors, history=request.history, on_step=shares.beat
         )
+    fewest = min([FEWEST_COMPUTED, *wanted])
     if lockstep is None:
         solutions = solve(
             grams, factors, early_weights(sigmas), history=min(request.history, SEARCHED_HISTORY)
         )
     else:
         schedules = candidates(grams, factors, sigmas, history=request.history)
-        counts = sorted(wanted & set(schedules))
-        watcher.phase("solve", len(counts))
-        own: dict[int, Any] = {}
-        for index, count in enumerate(counts):
-            if shares.is_mine(index):
-                own[index] = pieces.schedule(count)
-                if own[index] is None:
-                    found = search(lockstep, schedules[count], rounds=request.search)
-                    own[index] = [found.computed, found.mix, found.error]
-                    pieces.keep_schedule(count, own[index])
-            watcher.advance(f"{count} of {grams.steps} computed")
-        solutions = {
-            count: Solution(tuple(computed), mix, error)
-            for count, (computed, mix, error) in zip(
-                counts, shares.gather_json(own, "gathering schedules"), strict=True
-            )
-        }
+        watcher.phase("solve", sum(c in wanted or c >= fewest for c in schedules))
+        solutions = frontier(
+            lockstep, schedules, wanted, rounds=request.search, objective=request.objective,
+            fewest=fewest, done=watcher.advance,
+            known=_searched(lockstep, schedules, wanted, request, shares, pieces),
+        )  # fmt: skip
+    about = {
+        "runs": grams.runs,
+        "guidance_scale": guidance,
+        "refined_on": len(starts) if lockstep else 0,
+        "objective": request.objective,
+    }
+    # Of what: the weighted model output, or, once refined, the final sample in dB.
+    measure = "distance_db" if lockstep else "error"
+
+    def config(counts: Sequence[int], computed: int) -> SolvedConfig:
+        errors = {str(c): round(solutions[c].error, 6) for c in counts}
+        return SolvedConfig(
+            **common,
+            computed_steps=computed,
+            schedules=[_schedule(solutions[c]) for c in counts],
+            solved_from={**about, measure: errors},
+        )
+
     configs: dict[str, CachingConfig] = {}
     left_out: dict[str, str] = {}
+    counts = _storable([c for c in sorted(solutions) if c >= fewest], wanted, grams.steps, request)
+    if counts:
+        middle = min(counts, key=lambda count: abs(count - grams.steps / 2))
+        configs["solved"] = config(counts, middle)
     for speedup in request.speedups:
         count = int(grams.steps // speedup)
-        if count not in solutions:
+        if count not in solutions or grams.steps > MAXIMUM_STEPS:
             left_out[f"solved_{speedup:g}x"] = f"no schedule of {count} computed steps was found"
             continue
-        solution = solutions[count]
-        configs[f"solved_{speedup:g}x"] = SolvedConfig(
-            **common,
-            mix={n: [list(row) for row in rows] for n, rows in solution.mix.items()},
-            solved_from={
-                "runs": grams.runs,
-                "guidance_scale": guidance,
-                # Of what: the weighted model output, or, once refined, the final sample in dB.
-                "distance_db" if lockstep else "error": round(solution.error, 6),
-                "refined_on": len(starts) if lockstep else 0,
-            },
-        )
+        configs[f"solved_{speedup:g}x"] = config([count], count)
     return configs, left_out, lockstep
+
+
+def _searched(
+    lockstep: Lockstep, schedules: Mapping[int, Mapping[Recipe, Computed]], wanted: set[int],
+    request: CalibrationRequest, shares: Shares, pieces: _Pieces,
+) -> dict[int, Searched]:  # fmt: skip
+    """Search the wanted numbers of computed steps: each rank its own, and all get all."""
+    counts = sorted(wanted & set(schedules))
+    own: dict[int, Any] = {}
+    for index, count in enumerate(counts):
+        if shares.is_mine(index):
+            own[index] = pieces.schedule(count)
+            if own[index] is None:
+                recipe, found = search_count(
+                    lockstep, schedules[count], rounds=request.search, objective=request.objective
+                )
+                own[index] = [list(recipe), *vars(found).values()]
+                pieces.keep_schedule(count, own[index])
+    gathered = shares.gather_json(own, "gathering schedules")
+    return {
+        count: (tuple(recipe), Solution(tuple(computed), mix, error, tuple(distances)))
+        for count, (recipe, computed, mix, error, distances) in zip(counts, gathered, strict=True)
+    }
+
+
+def _schedule(solution: Solution) -> SolvedSchedule:
+    mix = {n: [list(row) for row in rows if row] for n, rows in solution.mix.items()}
+    return SolvedSchedule(computed=list(solution.computed), mix=mix)
+
+
+def _storable(
+    counts: Sequence[int], wanted: Collection[int], steps: int, request: CalibrationRequest
+) -> list[int]:
+    """Return numbers of computed steps whose schedules one config holds: all, or each so many."""
+    if steps > MAXIMUM_STEPS:
+        return []
+    for stride in range(1, len(counts) + 1):
+        kept = [c for i, c in enumerate(counts) if i % stride == 0 or c in wanted]
+        factors = sum(steps - c for c in kept) * request.history
+        if len(kept) <= MAXIMUM_SCHEDULES and factors <= MAXIMUM_FACTORS:
+            return kept
+    return []
 
 
 def _fits(recorder: GramRecorder, warn: Callable[[str], None]) -> dict[str, PolynomialFit]:

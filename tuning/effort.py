@@ -32,7 +32,9 @@ class Preset:
 PRESETS = {"quick": Preset(2, 0), "normal": Preset(8, 3), "thorough": Preset(16, 6)}
 
 
-def model_runs(prompts: int, speedups: Sequence[float], refine: int, search: int) -> int:
+def model_runs(
+    prompts: int, speedups: Sequence[float], refine: int, search: int, steps: int = 50
+) -> int:
     """Return what a calibration computes, in uncached runs of one prompt: a little more than less.
 
     Args:
@@ -40,9 +42,12 @@ def model_runs(prompts: int, speedups: Sequence[float], refine: int, search: int
         speedups: Ideal speedups that configs are written for.
         refine: As in `Preset`; no more than ``prompts`` count.
         search: As in `Preset`; a search ends earlier where no move helps.
+        steps: Denoise steps; every number of them to compute is run once.
     """
     fitted = min(refine, prompts)
-    per_run = sum((SCHEDULES + STEPS_OF_A_MOVE * search) / speedup for speedup in speedups)
+    per_run = steps / 2 + sum(
+        (SCHEDULES + STEPS_OF_A_MOVE * search) / speedup for speedup in speedups
+    )
     return round(prompts + fitted * (1 + per_run))
 
 

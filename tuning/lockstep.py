@@ -178,8 +178,8 @@ class Lockstep:
         self.on_step()
         return Point((*point.samples, following), outputs, residuals, mix)
 
-    def distance(self, point: Point) -> float:
-        """Return how far the samples are from the uncached ones, the mean of all runs in dB.
+    def distances(self, point: Point) -> list[float]:
+        """Return how far each run's sample is from its uncached one, in dB.
 
         It is 10·log₁₀ of the mean square of the difference over that of the uncached sample.
         """
@@ -187,7 +187,7 @@ class Lockstep:
         apart = (point.samples[-1] - reference).square().flatten(1).mean(1)
         size = reference.square().flatten(1).mean(1)
         tiny = torch.finfo(torch.float32).tiny
-        return float((10 * torch.log10(apart.clamp(min=tiny) / size)).mean())
+        return [float(d) for d in 10 * torch.log10(apart.clamp(min=tiny) / size)]
 
     def inputs(self, sample: Tensor) -> Tensor:
         """Return what the model takes as latents: the sample and the condition of every run."""

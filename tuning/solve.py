@@ -39,11 +39,13 @@ class Solution:
             step is computed.
         error: What was minimised: from `solve`, the sum of the weighted mean squares of the model
             output's error, per run; from `search`, the final sample's distance in dB.
+        distances: From `search`, that distance of every run.
     """
 
     computed: tuple[int, ...]
     mix: Mapping[str, list[list[float]]]
     error: float
+    distances: tuple[float, ...] = ()
 
 
 def early_weights(sigmas: NDArray[np.floating], earliness: float = EARLY) -> Array:

@@ -346,7 +346,12 @@ def _search_space(
         if isinstance(config, MagCacheConfig):
             ratios = {"magcache_ratios": config.magcache_ratios, "magcache_retention": 0.1}
         if isinstance(config, SolvedConfig):
-            space[name] = config
+            budgets = [len(schedule.computed) for schedule in config.schedules]
+            for count in budgets if len(budgets) > 1 else ():
+                chosen = config.model_copy(update={"computed_steps": count})
+                space[f"{name} computed_steps={count}"] = chosen
+            if len(budgets) == 1:
+                space[name] = config
     for threshold in THRESHOLDS:
         for kind, sets in polynomials.items():
             keys = {"teacache_thresh": threshold, "coefficients": sets, "use_ret_steps": False}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...engines.base import BoundCall, Engine
 from ...policies import policy as find_policy
+from ...policies.deadline import Pace
 from ...policies.guard import Guarded
 from ...policies.law import DecideFunction, Law, difference_gram
 from ...policies.setting import CacheSetting, GuardSetting
@@ -44,6 +45,8 @@ STATE_TOLERANCE = 1e-5
 
 STEPS = (24, 9)
 RANDOM_SETTINGS = 6
+TABLE = 600
+"""Elements of a random table at most."""
 
 Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -199,6 +202,9 @@ def random_settings(
             exact_steps=[int(s) for s in rng.integers(0, STEPS[0], 2)],
         )
         parameters = {n: random_value(p, rng) for n, p in spec.parameters.items()}
+        for name, declared in spec.parameters.items():
+            if declared.listed_in is not None:
+                parameters[name] = int(rng.choice(parameters[declared.listed_in]))
         settings.append(CacheSetting(policy=spec.name, parameters=parameters, guard=guard))
     return settings
 
@@ -211,9 +217,12 @@ def random_value(spec: ParameterSpec, rng: np.random.Generator) -> Value:
         return bool(rng.random() < 0.5)
     if spec.shape:
         assert isinstance(spec.default, list), "a parameter with a shape has a list as default"
+        told = spec.default
+        if len(told) == 1 and spec.pad == "edge":  # a table that is nothing by default
+            told = told * min(spec.shape[0], TABLE)
         if spec.dtype == "int64":
-            return [_integer(spec, rng) for _ in spec.default]
-        return [_near(spec, v, rng) for v in spec.default]
+            return [_integer(spec, rng) for _ in told]
+        return [_near(spec, v, rng) for v in told]
     assert isinstance(spec.default, int | float), "a number's default is a number"
     return _integer(spec, rng) if spec.dtype == "int64" else _near(spec, spec.default, rng)
 
@@ -223,11 +232,15 @@ def drive(law: Law, rng: np.random.Generator, shapes: Shapes = SHAPES) -> None:
     signals = _walk(law.step_count, shapes["signal"], rng)
     features = _walk(law.step_count, shapes["feature"], rng)
     residuals = _walk(law.step_count, (16,), rng)
+    hurry = np.random.default_rng(law.step_count)
+    is_hurried = bool(hurry.random() < 0.5)
     for step in range(law.step_count):
         # Before the first computed step zeros stand in, of the size that a session allocates.
         tapped = 0 * features[0] if law.last_computed is None else features[law.last_computed]
         held = [residuals[s] for s in law.computed_steps]
-        law.decide(signals[step], tapped, difference_gram(held, law.spec.history.maximum))
+        gram = difference_gram(held, law.spec.history.maximum)
+        pace = Pace(*hurry.uniform((0.0, 0.5, 0.01), (law.step_count, 1.0, 0.2)).tolist())
+        law.decide(signals[step], tapped, gram, pace if is_hurried else Pace())
 
 
 def disagreement(expected: Tensors, found: Tensors, mix_tolerance: float) -> str | None:

@@ -218,7 +218,7 @@ Status BranchCache::rejoin(std::int64_t first) {
   folded_mix_.assign(steps * size, 0.0f);
   for (std::size_t step = 0; step < steps; ++step) {
     const std::int64_t index = first + static_cast<std::int64_t>(step);
-    FREEWHEEL_ASSIGN(decisions[step], ask(index, never));
+    FREEWHEEL_ASSIGN(decisions[step], ask(index, {}, never));
     float* kept = folded_mix_.data() + step * size;
     std::copy(decisions[step].mix, decisions[step].mix + size, kept);
     decisions[step].mix = kept;
@@ -243,13 +243,13 @@ Status BranchCache::forget() {
   return {};
 }
 
-Result<DecisionRecord> BranchCache::decide(std::int64_t step_index,
+Result<DecisionRecord> BranchCache::decide(std::int64_t step_index, const Pace& pace,
                                            const Cancellation& cancellation) noexcept {
   if (!folded_.empty()) return folded_[static_cast<std::size_t>(step_index - first_)];
-  return ask(step_index, cancellation);
+  return ask(step_index, pace, cancellation);
 }
 
-Result<DecisionRecord> BranchCache::ask(std::int64_t step_index,
+Result<DecisionRecord> BranchCache::ask(std::int64_t step_index, const Pace& pace,
                                         const Cancellation& cancellation) noexcept {
   std::size_t arrangement = 0;
   if (signal_ != nullptr) {
@@ -260,7 +260,7 @@ Result<DecisionRecord> BranchCache::ask(std::int64_t step_index,
   FREEWHEEL_ASSIGN(
       const DecisionRecord decision,
       decider_->decide(step_index, computed_steps_.data(),
-                       static_cast<std::int64_t>(computed_steps_.size()), arrangement));
+                       static_cast<std::int64_t>(computed_steps_.size()), arrangement, pace));
   return affordable(decision);
 }
 

@@ -39,7 +39,8 @@ class BranchCache {
 
   /// Decides about the coming step; `hidden` holds its input already. A policy with a probe runs
   /// the body's first block for it.
-  Result<DecisionRecord> decide(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+  Result<DecisionRecord> decide(std::int64_t step_index, const Pace& pace,
+                                const Cancellation& cancellation) noexcept;
 
   /// Runs the body, or what a probe left of it; writes its residual to the ring's next slot, for
   /// `keep`.
@@ -67,7 +68,8 @@ class BranchCache {
   Status bind_feature(const Dims& dims);
   std::vector<Tensors> arrangements();
   Status forget();
-  Result<DecisionRecord> ask(std::int64_t step_index, const Cancellation& cancellation) noexcept;
+  Result<DecisionRecord> ask(std::int64_t step_index, const Pace& pace,
+                             const Cancellation& cancellation) noexcept;
   Status take_signal(std::int64_t step_index, const Cancellation& cancellation) noexcept;
   void note_computed(std::int64_t step_index) noexcept;
   bool is_tapped() const noexcept { return spec_->wants_feature && !spec_->wants_model_output; }

@@ -7,6 +7,7 @@
 #include <iterator>
 #include <limits>
 #include <string_view>
+#include <utility>
 
 #include "try.h"
 
@@ -20,9 +21,10 @@ std::map<std::string, Io> without(std::map<std::string, Io> ios, const Tensors& 
 
 /// Whether every session gives an input of this name to a policy's graph.
 bool is_given(const std::string& name) {
-  constexpr const char* kNames[] = {"step_index",         "step_count",     "exact",
-                                    "timestep",           "sigma",          "computed_steps",
-                                    "computed_timesteps", "computed_sigmas"};
+  constexpr const char* kNames[] = {"step_index",         "step_count",      "exact",
+                                    "timestep",           "sigma",           "computed_steps",
+                                    "computed_timesteps", "computed_sigmas", "seconds_left",
+                                    "computed_seconds",   "reused_seconds"};
   constexpr std::string_view kPrefixes[] = {"state.", "param.", "guard.", "guard_state."};
   const auto begins = [&](std::string_view p) { return name.compare(0, p.size(), p) == 0; };
   return std::any_of(std::begin(kPrefixes), std::end(kPrefixes), begins) ||
@@ -78,6 +80,9 @@ Result<std::unique_ptr<Decider>> Decider::create(
   decider->computed_steps_ = values.host("computed_steps");
   decider->computed_timesteps_ = values.host("computed_timesteps");
   decider->computed_sigmas_ = values.host("computed_sigmas");
+  decider->seconds_left_ = values.host("seconds_left");
+  decider->computed_seconds_ = values.host("computed_seconds");
+  decider->reused_seconds_ = values.host("reused_seconds");
   decider->compute_ = values.host("compute");
   decider->mix_ = values.host("mix");
   if (policy.spec.distance) {
@@ -112,7 +117,8 @@ void Decider::reset(const Schedule& schedule) {
 }
 
 Result<DecisionRecord> Decider::decide(std::int64_t step_index, const std::int64_t* computed_steps,
-                                       std::int64_t held, std::size_t arrangement) noexcept {
+                                       std::int64_t held, std::size_t arrangement,
+                                       const Pace& pace) noexcept {
   if (step_index_.data != nullptr) store_number(step_index_, 0, static_cast<double>(step_index));
   if (exact_.data != nullptr) {
     const bool is_exact = std::binary_search(exact_steps_.begin(), exact_steps_.end(), step_index);
@@ -122,6 +128,12 @@ Result<DecisionRecord> Decider::decide(std::int64_t step_index, const std::int64
   const auto now = static_cast<std::size_t>(step_index);
   if (timestep_.data != nullptr) store_number(timestep_, 0, timesteps[now]);
   if (sigma_.data != nullptr) store_number(sigma_, 0, sigmas[now]);
+  const std::pair<const Tensor&, double> seconds[] = {{seconds_left_, pace.seconds_left},
+                                                      {computed_seconds_, pace.computed_seconds},
+                                                      {reused_seconds_, pace.reused_seconds}};
+  for (const auto& [tensor, value] : seconds) {
+    if (tensor.data != nullptr) store_number(tensor, 0, value);
+  }
   for (std::int64_t age = 0; age < spec_->history.maximum; ++age) {
     const bool is_held = age < held;
     const std::size_t past = is_held ? static_cast<std::size_t>(computed_steps[age]) : 0;

@@ -10,6 +10,7 @@
 
 #include "freewheel/model.h"
 #include "freewheel/policy_spec.h"
+#include "pacer.h"
 #include "schedule.h"
 #include "small_tensors.h"
 
@@ -39,7 +40,8 @@ class Decider {
   /// Decides about the coming step.
   /// @param computed_steps Indices of the residuals held, newest first, `held` of them.
   Result<DecisionRecord> decide(std::int64_t step_index, const std::int64_t* computed_steps,
-                                std::int64_t held, std::size_t arrangement) noexcept;
+                                std::int64_t held, std::size_t arrangement,
+                                const Pace& pace) noexcept;
 
   std::int64_t mix_size() const noexcept { return mix_.shape.elements(); }
 
@@ -57,6 +59,7 @@ class Decider {
   const Schedule* schedule_ = nullptr;
   Tensor step_index_, exact_, timestep_, sigma_;
   Tensor computed_steps_, computed_timesteps_, computed_sigmas_;
+  Tensor seconds_left_, computed_seconds_, reused_seconds_;
   Tensor compute_, mix_, distance_;
 };
 

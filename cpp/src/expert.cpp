@@ -47,8 +47,11 @@ Status Expert::initialise() {
 
 Status Expert::begin(Schedule schedule, std::int64_t first, const CacheSetting& setting) {
   first_ = first;
-  const bool is_same = setting == setting_;
-  setting_ = setting;
+  pacer_.begin(setting.deadline, seconds_now());
+  CacheSetting own = setting;
+  if (own.deadline) own.deadline = 1.0;  // how long it is changes nothing that is bound
+  const bool is_same = own == setting_;
+  setting_ = std::move(own);
   schedule_ = std::move(schedule);
   row_ = -1;
   shared_step_ = -1;
@@ -204,6 +207,7 @@ Status Expert::place(const NamedTensor* inputs, std::size_t count) {
 
 Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
   const Timed timed(statistics_, Segment::kPrepare);
+  pacer_.forget();
   Dims sizes;
   for (const StepInput& wanted : step_inputs_) {
     const NamedTensor* given = std::find_if(
@@ -314,9 +318,9 @@ Status Expert::prepare(const NamedTensor* inputs, std::size_t count) {
 
 /// Asks a branch's policy, or takes what another branch decided about the step.
 Result<DecisionRecord> Expert::decide(Branch& branch, std::int64_t step_index) noexcept {
-  if (!is_one_decision_) return branch.cache->decide(step_index, cancellation_);
+  if (!is_one_decision_) return branch.cache->decide(step_index, pace_, cancellation_);
   if (shared_step_ != step_index) {
-    FREEWHEEL_ASSIGN(shared_decision_, branch.cache->decide(step_index, cancellation_));
+    FREEWHEEL_ASSIGN(shared_decision_, branch.cache->decide(step_index, pace_, cancellation_));
     shared_step_ = step_index;
   }
   return branch.cache->affordable(shared_decision_);
@@ -344,6 +348,10 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   FREEWHEEL_TRY(place(inputs, count));
   FREEWHEEL_ASSIGN(Branch * branch, ready_branch(name));
   const Clock::time_point began = Clock::now();
+  if (step_index != row_) {
+    const auto spent = [&](Segment s) { return statistics_.seconds[static_cast<std::size_t>(s)]; };
+    pace_ = pacer_.begin_step(seconds_now(), spent(Segment::kPrepare) + spent(Segment::kPrompt));
+  }
   if (step_index > branch->last_step + 1) FREEWHEEL_TRY(branch->cache->rejoin(step_index));
   DecisionRecord decision;
   {
@@ -355,6 +363,7 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
     const Timed timed(statistics_, Segment::kDecide);
     FREEWHEEL_ASSIGN(decision, decide(*branch, step_index));
   }
+  pacer_.note(decision.compute);
   if (cancellation_.is_wanted()) return cancelled();
   {
     const Timed timed(statistics_, decision.compute ? Segment::kBody : Segment::kReuse);

@@ -15,6 +15,7 @@
 #include "freewheel/model.h"
 #include "freewheel/session.h"
 #include "freewheel/statistics.h"
+#include "pacer.h"
 
 namespace freewheel {
 
@@ -111,6 +112,8 @@ class Expert {
   const Cancellation& cancellation_;
   CacheSetting setting_;
   Schedule schedule_;  // of the current run
+  Pacer pacer_;
+  Pace pace_;  // before the step that some branch began last
   std::int64_t first_ = 0;
   std::vector<double> timesteps_;  // that the tables are of
   BufferSet table_buffers_, row_buffers_, shared_buffers_;

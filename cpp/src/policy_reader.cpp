@@ -22,6 +22,7 @@ ParameterSpec read_parameter(FieldReader& reader, const json& entry, const std::
     }
   }
   spec.pad_front = reader.text(entry, path, "pad", "edge") == "front";
+  spec.listed_in = reader.optional_text(entry, path, "listed_in");
   spec.meaning = reader.text(entry, path, "meaning");
   const json& given = reader.member(entry, path, "default");
   if (const auto value = value_from_json(given)) {
@@ -98,6 +99,15 @@ PolicySpec read_policy_spec(FieldReader& reader, const json& entry, const std::s
   for (const auto& [name, parameter] : reader.object(entry, path, "parameters", true).items()) {
     spec.parameters[name] = read_parameter(reader, parameter, path + ".parameters." + name);
   }
+  for (const auto& [name, parameter] : spec.parameters) {
+    const auto listed =
+        parameter.listed_in ? spec.parameters.find(*parameter.listed_in) : spec.parameters.end();
+    if (!parameter.listed_in || (listed != spec.parameters.end() && parameter.shape.rank() == 0 &&
+                                 listed->second.shape.rank() == 1)) {
+      continue;
+    }
+    reader.fault(path + ".parameters." + name + ".listed_in", "names no list, or is a list's own");
+  }
   if (spec.history.parameter && spec.parameters.count(*spec.history.parameter) == 0) {
     reader.fault(path + ".history.parameter", "names no parameter");
   }
@@ -111,6 +121,10 @@ CacheSetting read_setting(FieldReader& reader, const json& entry, const std::str
   CacheSetting setting;
   setting.policy = reader.text(entry, path, "policy", "off");
   setting.signal = reader.optional_text(entry, path, "signal");
+  setting.deadline = reader.optional_number(entry, path, "deadline");
+  if (setting.deadline && !(*setting.deadline > 0.0)) {
+    reader.fault(path + ".deadline", "is not above 0");
+  }
   setting.parameters = read_values(reader, entry, path, "parameters");
   for (const auto& [branch, given] : reader.object(entry, path, "branches", true).items()) {
     setting.branches[branch] = read_values(reader, entry["branches"], path + ".branches", branch);

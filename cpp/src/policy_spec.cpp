@@ -131,6 +131,21 @@ Result<std::int64_t> count_of(const std::string& where, const Value& value) {
   return *count;
 }
 
+/// Seconds above 0, as a number or as "20s".
+Result<double> seconds_of(const std::string& where, const Value& value) {
+  Value given = value;
+  const auto* text = std::get_if<std::string>(&value);
+  if (text != nullptr && !text->empty() && text->back() == 's') {
+    FREEWHEEL_ASSIGN(given, value_from_text(text->substr(0, text->size() - 1)));
+  }
+  const Element seconds = element_of(given);
+  if (seconds.is_number && seconds.number > 0.0 && std::isfinite(seconds.number)) {
+    return seconds.number;
+  }
+  return Status(Code::kConfig, where, "expected seconds above 0, found " + value_text(value),
+                "give 20 or 20s");
+}
+
 }  // namespace
 
 std::string value_text(const Value& value) {
@@ -219,6 +234,20 @@ Result<std::map<std::string, std::vector<double>>> PolicySpec::resolve(
     FREEWHEEL_ASSIGN(resolved[key],
                      spec.numbers(key, found == given.end() ? spec.default_value : found->second));
   }
+  for (const auto& [key, spec] : parameters) {
+    if (!spec.listed_in) continue;
+    std::vector<double> known = resolved.at(*spec.listed_in);
+    known.erase(std::unique(known.begin(), known.end()), known.end());  // what fills a list up
+    if (std::find(known.begin(), known.end(), resolved[key][0]) != known.end()) continue;
+    std::string listed;
+    for (const double value : known) {
+      listed += (listed.empty() ? "" : ", ") + std::to_string(static_cast<std::int64_t>(value));
+    }
+    return Status(Code::kConfig, "parameter '" + key + "'",
+                  std::to_string(static_cast<std::int64_t>(resolved[key][0])) + " is none of '" +
+                      *spec.listed_in + "'",
+                  "give one of " + listed);
+  }
   return resolved;
 }
 
@@ -232,7 +261,7 @@ CacheSetting CacheSetting::for_branch(const std::string& name) const {
 }
 
 std::vector<std::string> override_names(const PolicySpec& spec, const Guard& guard) {
-  std::vector<std::string> names = {"exact_steps", "signal"};
+  std::vector<std::string> names = {"exact_steps", "signal", "deadline"};
   for (const auto& [name, limit] : guard.limits) names.push_back(name);
   for (const auto& [name, parameter] : spec.parameters) names.push_back(name);
   return names;
@@ -259,6 +288,10 @@ Status apply_override(const std::string& key, const Value& value, const PolicySp
                                          : nearest(name == nullptr ? "" : *name, spec.signals));
     }
     setting.signal = *name;
+    return {};
+  }
+  if (key == "deadline") {
+    FREEWHEEL_ASSIGN(setting.deadline, seconds_of(where, value));
     return {};
   }
   Guard& guard = setting.guard;

@@ -7,12 +7,33 @@
 #include "try.h"
 
 namespace freewheel {
+namespace {
+
+/// Refuses a deadline where no policy looks at it, or two transformers would each have it.
+Status check_deadline(const Manifest& manifest, const PolicyEntry& policy) {
+  const std::string where = "deadline of policy '" + policy.spec.name + "'";
+  if (manifest.graphs.at(policy.graph).inputs.count("seconds_left") == 0) {
+    return Status(Code::kConfig, where,
+                  "can't be kept: the policy does not choose its computed steps by the time left",
+                  "take a 'solved' config, as 'freewheel calibrate' writes them, or give no "
+                  "deadline");
+  }
+  if (manifest.experts.size() > 1) {
+    return Status(Code::kConfig, where,
+                  "can't be kept: the bundle has two transformers, and each plans its own steps",
+                  "give no deadline, or set computed_steps");
+  }
+  return {};
+}
+
+}  // namespace
 
 Result<ResolvedSetting> ResolvedSetting::create(const Manifest& manifest,
                                                 const CacheSetting& setting) {
   ResolvedSetting resolved;
   resolved.setting = setting;
   FREEWHEEL_ASSIGN(resolved.policy, carried_policy(manifest, setting.policy));
+  if (setting.deadline) FREEWHEEL_TRY(check_deadline(manifest, *resolved.policy));
   const PolicySpec& spec = resolved.policy->spec;
   std::optional<std::string> name = setting.signal;
   std::vector<std::string> known;

@@ -29,7 +29,7 @@ struct ResolvedSetting {
 
   /// Whether decisions depend on timesteps alone, and so can be taken ahead of the loop.
   bool is_folded() const noexcept {
-    return !policy->spec.wants_feature && !policy->spec.keeps_gram &&
+    return !setting.deadline && !policy->spec.wants_feature && !policy->spec.keeps_gram &&
            (signal == nullptr || signal->is_known_per_run);
   }
 

@@ -58,6 +58,7 @@ class Session::Impl {
   std::vector<std::int64_t> firsts_;  // of each expert: the run's step that is its first
   std::int64_t steps_ = 0;            // 0: no run
   std::int64_t last_step_ = -1;       // of any branch
+  Clock::time_point began_;
 };
 
 Status Session::Impl::initialise() {
@@ -75,6 +76,7 @@ Status Session::Impl::begin(const std::vector<double>& timesteps, const std::vec
                             const CacheSetting& setting) {
   steps_ = 0;  // no step may run on what is half set up
   last_step_ = -1;
+  began_ = Clock::now();
   Schedule schedule{timesteps, sigmas};
   if (sigmas.empty()) {
     std::transform(timesteps.begin(), timesteps.end(), std::back_inserter(schedule.sigmas),
@@ -108,6 +110,7 @@ Status Session::Impl::start(const Schedule& schedule, const CacheSetting& settin
   statistics_.is_folded = resolved.is_folded();
   statistics_.steps = static_cast<std::int64_t>(timesteps.size());
   statistics_.depth = resolved.depth();
+  statistics_.deadline = setting.deadline;
   statistics_.branches.reserve(8);
   return share_out(schedule, setting);
 }
@@ -181,7 +184,10 @@ Result<Tensor> Session::Impl::step(std::string_view branch, std::int64_t step_in
   }
   const std::size_t index = expert_of(step_index);
   auto output = experts_[index]->step(branch, step_index - firsts_[index], inputs, count);
-  if (output.ok()) last_step_ = step_index;
+  if (output.ok()) {
+    last_step_ = step_index;
+    statistics_.loop_seconds = seconds_since(began_);
+  }
   if (output.ok() || output.status().code() == Code::kRequest) return output;
   steps_ = 0;  // the run is over
   if (output.status().code() != Code::kNotFinite) return output;

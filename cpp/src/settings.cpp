@@ -25,6 +25,12 @@ nlohmann::json policy_json(const PolicySpec& spec) {
   return {{"summary", spec.summary}, {"signals", spec.signals}, {"parameters", parameters}};
 }
 
+/// What to do about a name that the bundle does not have.
+std::string absent_hint(const std::string& name, std::vector<std::string> known) {
+  if (name.find('+') == std::string::npos) return nearest(name, std::move(known));
+  return "a pair of policies has a graph of its own: build with --config " + name + " too";
+}
+
 nlohmann::json generation_json(const GenerationDefaults& generation) {
   nlohmann::json found = {{"steps", generation.steps},
                           {"height", generation.height},
@@ -54,7 +60,7 @@ Result<ConfigEntry> find_config(const Manifest& manifest, const std::string& nam
     if (manifest.configs.count(key) == 0) known.push_back(key);
   }
   return Status(Code::kConfig, "cache '" + name + "'", "is no config or policy of the bundle",
-                nearest(name, std::move(known)));
+                absent_hint(name, std::move(known)));
 }
 
 Result<const PolicyEntry*> carried_policy(const Manifest& manifest, const std::string& name) {
@@ -63,7 +69,7 @@ Result<const PolicyEntry*> carried_policy(const Manifest& manifest, const std::s
   std::vector<std::string> known;
   for (const auto& [key, policy] : manifest.policies) known.push_back(key);
   return Status(Code::kConfig, "policy '" + name + "'", "is not in the bundle",
-                nearest(name, std::move(known)));
+                absent_hint(name, std::move(known)));
 }
 
 Status apply_overrides(const Manifest& manifest, const Overrides& overrides,

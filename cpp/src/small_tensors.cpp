@@ -11,6 +11,11 @@ namespace {
 
 constexpr std::size_t kSlotBytes = 256;
 
+/// Whether an input stays as it is for a whole run.
+bool is_steady(const std::string& name) {
+  return name.rfind("param.", 0) == 0 || name.rfind("guard.", 0) == 0;
+}
+
 }  // namespace
 
 Result<SmallTensors> SmallTensors::create(Memory& memory, const std::map<std::string, Io>& inputs,
@@ -19,7 +24,10 @@ Result<SmallTensors> SmallTensors::create(Memory& memory, const std::map<std::st
   found.memory_ = &memory;
   std::vector<std::pair<std::string, std::size_t>> places;
   std::size_t total = 0;
-  for (const auto* group : {&inputs, &outputs}) {
+  std::map<std::string, Io> steady, moving;
+  for (const auto& [name, io] : inputs) (is_steady(name) ? steady : moving)[name] = io;
+  const std::map<std::string, Io>* const groups[] = {&steady, &moving, &outputs};
+  for (const auto* group : groups) {
     for (const auto& [name, io] : *group) {
       FREEWHEEL_ASSIGN(const Shape shape, shape_of(name, io, {}));
       const Tensor tensor{nullptr, io.dtype, shape};
@@ -27,7 +35,8 @@ Result<SmallTensors> SmallTensors::create(Memory& memory, const std::map<std::st
       places.emplace_back(name, total);
       total += (tensor.bytes() + kSlotBytes - 1) / kSlotBytes * kSlotBytes;
     }
-    if (group == &inputs) found.input_bytes_ = total;
+    if (group == &steady) found.steady_bytes_ = total;
+    if (group == &moving) found.input_bytes_ = total;
   }
   const Shape shape{static_cast<std::int64_t>(total)};
   FREEWHEEL_ASSIGN(found.device_, Buffer::create(memory, DType::kUint8, shape));
@@ -52,6 +61,7 @@ Tensor SmallTensors::host(const std::string& name) const {
 void SmallTensors::set(const std::string& name, const std::vector<double>& values) {
   const Tensor tensor = host(name);
   if (tensor.data == nullptr) return;
+  is_steady_set_ = is_steady_set_ || is_steady(name);
   for (std::int64_t i = 0; i < tensor.shape.elements(); ++i) {
     store_number(tensor, i, values[values.size() == 1 ? 0 : static_cast<std::size_t>(i)]);
   }
@@ -63,7 +73,10 @@ void SmallTensors::set(const std::string& name, double value) {
 
 Status SmallTensors::upload() noexcept {
   if (mirror_.empty()) return {};
-  return memory_->upload(device_.view().data, mirror_.view().data, input_bytes_);
+  const std::size_t begin = is_steady_set_ ? 0 : steady_bytes_;
+  is_steady_set_ = false;
+  return memory_->upload(device_.view().as<std::uint8_t>() + begin,
+                         mirror_.view().as<std::uint8_t>() + begin, input_bytes_ - begin);
 }
 
 Status SmallTensors::download() noexcept {

@@ -14,7 +14,9 @@
 
 namespace freewheel {
 
-/// One upload carries all inputs and one download all outputs; on the CPU the mirror is the memory.
+/// One upload carries all inputs that change from step to step, and one download all outputs; those
+/// that stay for a run (`param.` and `guard.`) are carried once they were set. On the CPU the
+/// mirror is the memory.
 class SmallTensors {
  public:
   /// Lays out tensors of static shape.
@@ -37,8 +39,9 @@ class SmallTensors {
  private:
   Memory* memory_ = nullptr;
   Buffer device_;
-  Buffer mirror_;  // empty on the CPU
-  std::size_t input_bytes_ = 0;
+  Buffer mirror_;                                   // empty on the CPU
+  std::size_t steady_bytes_ = 0, input_bytes_ = 0;  // steady inputs lie before all others
+  bool is_steady_set_ = true;
   Tensors bound_, host_;
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <nlohmann/json.hpp>
 
@@ -59,6 +60,14 @@ nlohmann::json branch_json(const BranchStatistics& branch) {
 std::vector<std::string> warnings_of(const RunStatistics& run) {
   std::vector<std::string> warnings = run.warnings;
   if (run.policy == "off") return warnings;
+  if (run.deadline && run.loop_seconds > *run.deadline) {
+    char text[64];
+    std::snprintf(text, sizeof text, "the steps took %.3g s, and their deadline was %.3g s",
+                  run.loop_seconds, *run.deadline);
+    warnings.push_back(std::string(text) + ": the fewest steps that policy '" + run.policy +
+                       "' may compute take longer, or the last ones took longer than those before; "
+                       "ask for fewer steps, or more seconds");
+  }
   std::string idle;
   for (const BranchStatistics& branch : run.branches) {
     if (branch.count(Decision::kComputed) == 0 || branch.count(Decision::kReused) > 0) continue;
@@ -113,6 +122,8 @@ std::string RunStatistics::json() const {
                           {"folded", is_folded},
                           {"steps", steps},
                           {"ideal_speedup", ideal_speedup()},
+                          {"deadline", deadline ? nlohmann::json(*deadline) : nlohmann::json()},
+                          {"loop_seconds", loop_seconds},
                           {"branches", nlohmann::json::object()},
                           {"seconds", nlohmann::json::object()}};
   double computed = 0.0;

@@ -15,6 +15,10 @@ inline double seconds_since(Clock::time_point began) noexcept {
   return std::chrono::duration<double>(Clock::now() - began).count();
 }
 
+inline double seconds_now() noexcept {
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
 /// Adds the seconds of its life to a segment of `statistics`.
 class Timed {
  public:

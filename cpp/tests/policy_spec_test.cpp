@@ -49,6 +49,34 @@ TEST(PolicySpec, FillsDefaultsInAndPads) {
   EXPECT_EQ(resolved->at("variant"), std::vector<double>{1});
 }
 
+TEST(PolicySpec, ValuesThatAListDoesNotHoldAreRefusedByName) {
+  PolicySpec spec = sample();
+  ParameterSpec count;
+  count.dtype = DType::kInt64;
+  count.default_value = std::int64_t{3};
+  count.listed_in = "skips";
+  spec.parameters["count"] = count;
+  EXPECT_TRUE(spec.resolve({{"count", std::int64_t{2}}}).ok());
+  const auto resolved = spec.resolve({{"count", std::int64_t{4}}});
+  EXPECT_EQ(resolved.status().message(),
+            "parameter 'count': 4 is none of 'skips'; give one of 3, 2");
+}
+
+TEST(PolicySpec, ADeadlineIsSecondsAboveZero) {
+  const PolicySpec spec = sample();
+  CacheSetting setting;
+  for (const Value& value : {Value(20.0), Value(std::int64_t{20}), Value(std::string("20s"))}) {
+    setting.deadline.reset();
+    EXPECT_TRUE(apply_override("deadline", value, spec, setting).ok());
+    EXPECT_EQ(setting.deadline, 20.0);
+  }
+  for (const Value& value :
+       {Value(0.0), Value(true), Value(std::string("s")), Value(std::string("20m")),
+        Value(std::numeric_limits<double>::infinity())}) {
+    EXPECT_EQ(apply_override("deadline", value, spec, setting).where(), "parameter 'deadline'");
+  }
+}
+
 TEST(PolicySpec, SpeaksAsPythonDoes) {
   EXPECT_EQ(fault({{"treshold", 0.1}}),
             "parameter 'treshold' of policy 'teacache': is not known; did you mean 'threshold'? "

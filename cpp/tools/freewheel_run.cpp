@@ -35,7 +35,7 @@ extern "C" void on_interrupt(int) { interrupted.store(true); }
 
 struct Options {
   std::string bundle, out, backend, cache, sampler, embeddings, negative, latents, condition;
-  std::string token_ids, negative_token_ids;
+  std::string token_ids, negative_token_ids, deadline;
   std::vector<std::string> settings;
   std::optional<std::int64_t> steps, seed, frames, height, width;
   std::optional<double> guidance, guidance_2, shift;
@@ -124,6 +124,7 @@ Status read_overrides(const Options& options, freewheel::Request& request) {
     }
     request.overrides.emplace_back(setting.substr(0, at), setting.substr(at + 1));
   }
+  if (!options.deadline.empty()) request.overrides.emplace_back("deadline", options.deadline);
   return {};
 }
 
@@ -323,6 +324,9 @@ int main(int argc, char** argv) {
   app.add_option("--cache", options.cache, "A config or a policy of the bundle");
   app.add_option("--set", options.settings,
                  "key=value: a parameter of the policy, first_exact, exact_steps, signal, ...");
+  app.add_option("--deadline", options.deadline,
+                 "Seconds that the denoise steps may take, 20 or 20s: a solved config computes as "
+                 "many steps as fit");
   app.add_option("--steps", options.steps, "Denoise steps");
   app.add_option("--seed", options.seed, "Seed of the start noise");
   app.add_option("--guidance", options.guidance, "Guidance scale; 1 or less runs one branch");

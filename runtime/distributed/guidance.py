@@ -112,7 +112,16 @@ class GuidanceOverRanks:
         self._step_index = -1
 
     def begin(self, session: Session) -> None:
-        """Start a run of a session that has begun it."""
+        """Start a run of a session that has begun it.
+
+        Raises:
+            RequestError: it has a deadline.
+        """
+        if session.resolved.setting.deadline is not None:
+            raise RequestError(
+                "deadline", "is kept by one process's clock, and each rank has its own",
+                "set computed_steps, or start the run alone",
+            )  # fmt: skip
         self._abandon()
         self._session, self._is_new = session, True
         self._runs += 1

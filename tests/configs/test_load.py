@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,30 +137,62 @@ def test_one_of_several_configs_of_a_file_is_named_after_a_hash(tmp_path: Path) 
         load_config(f"{tmp_path / 'plain.json'}#fast")
 
 
+def solved(*schedules: object, **more: object) -> dict[str, object]:
+    return {"feature_caching": "Solved", "infer_steps": 3, "schedules": [*schedules], **more}
+
+
+ONE = {"computed": [0], "mix": [[1.0], [0.9]]}
+TWO = {"computed": [0, 1], "mix": [[1.5, -0.5]]}
+
+
 @pytest.mark.parametrize(
-    ("mix", "message"),
+    ("config", "message"),
     [
-        ([[], [1.0]], "one row in 'mix' for each of 'infer_steps' 3, not 2"),
-        ({"cond": [[1.0], [], []]}, "an empty first row in 'mix.cond'"),
-        ([[], [1, 0, 0, 0, 0, 0, 0], []], "at most 6 values"),
+        (solved(), "at least 1 item"),
+        (solved({"computed": [0], "mix": [[1.0]]}), "2 rows, one for each reused step, in 'sched"),
+        (solved({"computed": [1], "mix": [[1.0], [1.0]]}), "ascending steps from 0 to below 3"),
+        (solved({"computed": [0, 3], "mix": [[1.0]]}), "ascending steps from 0 to below 3"),
+        (
+            solved({"computed": [0], "mix": {"cond": [[1.0], [0.5, 0.5]]}}),
+            "no more factors in a row of 'schedules[0].mix.cond' than steps were computed before",
+        ),
+        (solved({"computed": [0, 1], "mix": [[1, 0, 0, 0, 0, 0, 0]]}), "at most 6 values"),
+        (solved({"computed": [0, 1], "mix": [[]]}), "at least 1 item"),
+        (solved(TWO, ONE), "'schedules' of ever more computed steps, not of [2, 1]"),
+        (solved(ONE, TWO, computed_steps=3), "'computed_steps' of one of 'schedules', not 3: 1, 2"),
+        (
+            solved(ONE, {"computed": [0, 1], "mix": {"cond": [[1.0]]}}),
+            "the same branches in 'mix' of all 'schedules'",
+        ),
+        (solved(ONE, infer_steps=201), "'infer_steps' of 1 to 200, not 201"),
     ],
 )
-def test_solved_tables_that_fit_no_run_are_refused(mix: object, message: str) -> None:
+def test_solved_schedules_that_fit_no_run_are_refused(config: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        parse_config({"feature_caching": "Solved", "infer_steps": 3, "mix": mix}, where="x")
+        parse_config(config, where="x")
+
+
+def test_more_factors_than_the_tables_hold_are_refused() -> None:
+    wide = [[1.0, 0, 0, 0, 0, 0]]
+    schedules = [
+        {"computed": [*range(c)], "mix": wide * (200 - c)} for c in range(6, 134)
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="at most 65536 factors in the mixes of all"):
+        parse_config(solved(*schedules, infer_steps=200), where="x")
 
 
 def test_solved_and_magcache_tables_become_parameters_per_branch() -> None:
-    rows = {"cond": [[], [1.5, -0.5], []], "uncond": [[], [], [1.0]]}
-    solved = parse_config({"feature_caching": "Solved", "infer_steps": 3, "mix": rows}, where="x")
-    setting = solved.setting()
-    assert setting.branches["cond"]["reuse"] == [0, 1, 0]
-    assert setting.for_branch("cond").parameters["mix"] == [
-        *(1, 0, 0, 0, 0, 0),
-        *(1.5, -0.5, 0, 0, 0, 0),
-        *(1, 0, 0, 0, 0, 0),
-    ]
-    assert setting.for_branch("uncond").parameters["history"] == 1
+    rows = {"cond": [[1.5, -0.5]], "uncond": [[1.0]]}
+    config = parse_config(solved({"computed": [0, 1], "mix": rows}), where="x")
+    setting = config.setting()
+    assert setting.parameters["computed"][:3] == [1, 1, 0]
+    assert setting.parameters["history"] == 2
+    assert setting.for_branch("cond").parameters["mix"] == [1.5, -0.5]
+    assert setting.for_branch("uncond").parameters["mix"] == [1.0, 0.0]
+    both = parse_config(solved(ONE, TWO, computed_steps=1), where="x").setting()
+    assert both.parameters["computed_steps"] == 1
+    assert both.parameters["budgets"] == [1, 2]
+    assert both.parameters["mix"] == [1.0, 0.0, 0.9, 0.0, 1.5, -0.5]
     mag = parse_config(
         {"feature_caching": "Mag", "magcache_ratios": [1.0, 0.9]}, where="x"
     ).setting()

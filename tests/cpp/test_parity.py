@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 
 STEPS, GUIDANCE, SHIFT = 10, 3.0, 3.0
 BRANCHES = ("cond", "uncond")
+FRONTIER = ([1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 1, 0, 1])
 SETTINGS = {
     "off": CacheSetting(),
     "teacache": CacheSetting(policy="teacache", parameters={"threshold": 0.3}),
@@ -58,8 +59,9 @@ SETTINGS = {
     "solved": CacheSetting(
         policy="solved",
         parameters={
-            "steps": 5, "reuse": [0, 0, 1, 0, 1],
-            "mix": [1.0, *[0.0] * 5] * 2 + [1.5, -0.5, *[0.0] * 4] * 3, "history": 2,
+            "computed_steps": 3, "steps": 5, "budgets": [2, 3, 4],
+            "computed": [m for row in FRONTIER for m in (*row, *[0] * (200 - len(row)))],
+            "mix": [1.0, 0.0, *[1.5, -0.5] * 5], "history": 2,
         },
     ),
     "spectrum": CacheSetting(

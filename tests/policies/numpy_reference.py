@@ -355,22 +355,38 @@ class FirstBlock(_Law):
 
 
 class Solved(_Law):
-    """ALGORITHMS 7: rows of tables, stretched to the run's length."""
+    """ALGORITHMS 7: one schedule of several, stretched to the run's length."""
 
-    def __init__(self, steps, reuse, mix, step_count):
+    def __init__(self, computed_steps, steps, budgets, computed, mix, history, step_count):
         self.rows = [t * steps // step_count for t in range(step_count)]
-        self.reuse = [*reuse, *[reuse[-1]] * (steps - len(reuse))]
-        self.mix = [mix[6 * i : 6 * i + 6] for i in range(steps)]
+        self.stretch, self.depth = step_count / steps, history
+        chosen = budgets.index(computed_steps)
+        marks = [*computed, *[computed[-1]] * 200][200 * chosen : 200 * chosen + steps]
+        self.computed = [step for step in range(steps) if marks[step]]
+        first = sum(steps - budget for budget in budgets[:chosen])
+        reused = [step for step in range(steps) if not marks[step]]
+        self.mix = {
+            step: mix[history * (first + i) : history * (first + i + 1)]
+            for i, step in enumerate(reused)
+        }
 
     def wants_computation(self, t, must, signals):
         before = self.rows[t - 1] if t else -1
-        return any(not self.reuse[row] for row in range(before + 1, self.rows[t] + 1))
+        return any(before < row <= self.rows[t] for row in self.computed)
 
     def forecast(self, t, history):
-        factors = self.mix[self.rows[t]]
-        if not any(factors) or any(factors[len(history) :]):
+        row = self.rows[t]
+        factors = self.mix.get(row)
+        if factors is None:
             return history[0][1]
-        return sum(f * r for f, (_, r) in zip(factors, history, strict=False))
+        meant = [math.ceil(s * self.stretch - 1e-9) for s in self.computed[::-1] if s <= row]
+        steps, residuals = zip(*reversed(history[: self.depth]), strict=True)
+        held = np.array(residuals)
+        total = 0.0
+        for factor, step in zip(factors, meant, strict=False):
+            shares = [np.interp(step, steps, unit) for unit in np.eye(len(steps))]
+            total = total + factor * np.tensordot(shares, held, 1)
+        return total
 
 
 class SeaCache(TaylorSeer):

@@ -10,6 +10,7 @@ import torch
 
 from freewheel.policies import policy_class
 from freewheel.policies.base import Step
+from freewheel.policies.deadline import Pace
 from freewheel.policies.law import DecisionRecord, Law, difference_gram
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.spec import PolicySpec
@@ -46,6 +47,7 @@ def step_at(index: int, computed: list[int], size: int = 5, count: int = 100) ->
         sigma=torch.tensor(1 - index / count),
         computed_timesteps=1000 * sigmas,
         computed_sigmas=sigmas,
+        **{name: torch.tensor(seconds) for name, seconds in Pace()._asdict().items()},
     )
 
 
@@ -109,7 +111,6 @@ def reference_law(
     if setting.policy == "spectrum":
         return numpy_forecasts.Spectrum(**p, step_count=step_count)
     if setting.policy == "solved":
-        p.pop("history")
         return reference.Solved(**p, step_count=step_count)
     codebook = list(zip(p.pop("codebook_thresholds"), p.pop("codebook_skips"), strict=True))
     return reference.AdaCache(codebook, **p)

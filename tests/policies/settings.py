@@ -13,9 +13,29 @@ PLAIN_1_3B = [2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774
 NEUTRAL = {"moreg_power": 0.0, "mograd": 0.0}
 
 RATIOS = [1.0, 0.97, 1.04, 0.99, 0.95, 1.01, 0.98, 1.03, 0.96, 0.93]
-MIX_ROWS = ([1], [1], [1.5, -0.5], [1], [1.8, -1.1, 0.3], [1], [1.9, -1.2, 0.4, -0.1])
-MIXES = [factor for row in MIX_ROWS for factor in (*row, *[0] * (6 - len(row)))]
-SOLVED = {"steps": 7, "reuse": [0, 0, 1, 0, 1, 0, 1], "mix": MIXES}
+SCHEDULES = {
+    (0, 2, 5): ([1.1], [1.4, -0.4], [1.6, -0.5], [0.9, 0.2, -0.1]),
+    (0, 1, 3, 5): ([1.5, -0.5], [1.8, -1.1, 0.3], [1.9, -1.2, 0.4, -0.1]),
+}
+"""Computed steps of 7 → the mix of each reused one."""
+
+
+def solved_tables(steps: int, schedules: dict[tuple[int, ...], object]) -> dict[str, object]:
+    """Return the parameters of ``solved`` that hold some schedules, fewest computed steps first."""
+    rows = [row for mixes in schedules.values() for row in mixes]
+    history = max(len(row) for row in rows)
+    return {
+        "computed_steps": len(list(schedules)[-1]),
+        "steps": steps,
+        "budgets": [len(computed) for computed in schedules],
+        "computed": [int(step in computed) for computed in schedules for step in range(200)],
+        "mix": [factor for row in rows for factor in (*row, *[0.0] * (history - len(row)))],
+        "history": history,
+    }
+
+
+SOLVED = solved_tables(7, SCHEDULES)
+MARKS = {name: SOLVED[name] for name in ("computed_steps", "steps", "budgets", "computed")}
 
 SENSITIVITIES = {
     "timesteps": [1000.0, 800.0, 450.0, 200.0],
@@ -87,6 +107,7 @@ SETTINGS: dict[str, CacheSetting] = {
         guard=GuardSetting(first_exact=2, last_exact=1, max_consecutive=4, exact_steps=[9]),
     ),
     "solved": CacheSetting(policy="solved", parameters=SOLVED),
+    "solved_fewer": CacheSetting(policy="solved", parameters={**SOLVED, "computed_steps": 3}),
     "solved_guarded": CacheSetting(
         policy="solved", parameters=SOLVED, guard=GuardSetting(first_exact=3, max_consecutive=2)
     ),
@@ -158,6 +179,6 @@ SETTINGS: dict[str, CacheSetting] = {
     "spectrum_hold": CacheSetting(policy="spectrum+hold", parameters={"growth": 0.4}),
     "solved_newton": CacheSetting(
         policy="solved+taylorseer",
-        parameters={"steps": 7, "reuse": SOLVED["reuse"], "order": 2, "variant": "newton"},
+        parameters={**MARKS, "order": 2, "variant": "newton"},
     ),
 }  # fmt: skip

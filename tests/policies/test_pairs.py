@@ -28,7 +28,7 @@ LOOSE = {
     "seacache": {"threshold": 0.4},
     "dicache": {"threshold": 0.3},
     "sencache": {"threshold": 0.8, "early": 0.0},
-    "solved": {"steps": 3, "reuse": [0, 1, 1]},
+    "solved": {"computed_steps": 1, "steps": 3, "budgets": [1], "computed": [1, 0]},
 }
 """Parameters with which a decision computes some steps of a random run and reuses others."""
 

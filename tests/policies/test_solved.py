@@ -1,23 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solved: tables are followed exactly, and stretched to runs of other lengths."""
+"""Solved: a schedule of several is followed exactly, and stretched to runs of other lengths."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from settings import solved_tables
 
+from freewheel.core.errors import ConfigError
 from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.overrides import apply_overrides
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.policies.solved import HISTORY
+from freewheel.policies.solved import HISTORY, Solved, between
 
-REUSE = [0, 0, 1, 0, 1, 1]
-ROWS = ([1], [1], [1.5, -0.5], [1], [1.6, -0.7, 0.1], [1.8, -0.8])
-MIX = [factor for row in ROWS for factor in (*row, *[0] * (HISTORY - len(row)))]
+TABLES = solved_tables(
+    6,
+    {
+        (0, 2): ([0.9], [1.2, -0.2], [1.3, -0.3], [1.4, -0.4]),
+        (0, 1, 3): ([1.5, -0.5], [1.6, -0.7, 0.1], [1.8, -0.8]),
+    },
+)
 HOLD = [1] + [0] * (HISTORY - 1)
 
 
-def run(steps: int, **guard: object) -> list[DecisionRecord]:
-    parameters = {"steps": 6, "reuse": REUSE, "mix": MIX}
-    setting = CacheSetting(policy="solved", parameters=parameters, guard=GuardSetting(**guard))
+def padded(*factors: float) -> object:
+    return pytest.approx([*factors, *[0] * (HISTORY - len(factors))], abs=1e-6)
+
+
+def run(steps: int, given: dict[str, object], **guard: object) -> list[DecisionRecord]:
+    setting = CacheSetting(policy="solved", parameters=given, guard=GuardSetting(**guard))
     law = Law.eager(setting, step_count=steps)
     return [law.decide() for _ in range(steps)]
 
@@ -26,16 +37,35 @@ def marks(records: list[DecisionRecord]) -> str:
     return "".join("#" if r.compute else "." for r in records)
 
 
-def test_tables_are_followed_exactly() -> None:
-    records = run(6)
+def test_the_schedule_of_the_computed_steps_is_followed_exactly() -> None:
+    records = run(6, TABLES)
     assert marks(records) == "##.#.."
-    assert records[2].mix == [1.5, -0.5, 0, 0, 0, 0]
-    assert records[4].mix == pytest.approx([1.6, -0.7, 0.1, 0, 0, 0])
+    assert records[2].mix == padded(1.5, -0.5)
+    assert records[4].mix == padded(1.6, -0.7, 0.1)
+    assert records[5].mix == padded(1.8, -0.8)
+
+
+def test_another_schedule_of_the_same_tables_is_one_override_away() -> None:
+    setting = CacheSetting(policy="solved", parameters=TABLES)
+    fewer = apply_overrides(setting, {"computed_steps": "2"}, Solved.spec)
+    records = run(6, fewer.parameters)
+    assert marks(records) == "#.#..."
+    assert [r.mix for r in records if not r.compute] == [
+        padded(0.9), padded(1.2, -0.2), padded(1.3, -0.3), padded(1.4, -0.4),
+    ]  # fmt: skip
+
+
+def test_computed_steps_that_no_schedule_has_are_refused_by_name() -> None:
+    message = "parameter 'computed_steps': 4 is none of 'budgets'; give one of 2, 3"
+    with pytest.raises(ConfigError, match=message):
+        Law.eager(
+            CacheSetting(policy="solved", parameters={**TABLES, "computed_steps": 4}), step_count=6
+        )
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(12, "#.#...#....."), (3, "###"), (24, 24)])
 def test_another_number_of_steps_stretches_them(steps: int, expected: object) -> None:
-    found = marks(run(steps))
+    found = marks(run(steps, TABLES))
     if isinstance(expected, str):
         assert found == expected
     else:
@@ -43,21 +73,26 @@ def test_another_number_of_steps_stretches_them(steps: int, expected: object) ->
         assert found.count("#") == 3
 
 
-def test_a_mix_of_residuals_that_are_not_there_holds_the_newest() -> None:
-    parameters = {"steps": 6, "reuse": [0, 1, 1, 1, 1, 1], "mix": MIX}
-    law = Law.eager(CacheSetting(policy="solved", parameters=parameters), step_count=6)
-    records = [law.decide() for _ in range(6)]
-    assert marks(records) == "#....."
-    assert records[2].mix == HOLD
+def test_a_factor_goes_to_the_residual_of_its_step_where_the_guard_computed_more() -> None:
+    # Steps 3, 1 and 0 are meant; 3, 2 and 1 are held.
+    assert run(6, TABLES, exact_steps=[2])[4].mix == padded(1.6, 0.0, -0.7 + 0.1)
+    # Of 12, steps 6, 2 and 0 are meant; 6, 5 and 2 are held.
+    stretched = run(12, TABLES, exact_steps=[5])
+    assert marks(stretched) == "#.#..##....."
+    assert stretched[8].mix == padded(1.6, 0.0, -0.7 + 0.1)
 
 
-def test_a_row_of_zeros_holds() -> None:
-    setting = CacheSetting(policy="solved", parameters={"steps": 3, "reuse": [0, 1, 1]})
-    law = Law.eager(setting, step_count=3)
-    assert [law.decide().mix for _ in range(3)][1:] == [HOLD] * 2
+def test_a_residual_that_is_not_held_is_shared_by_the_two_around_it() -> None:
+    meant, held = torch.tensor([9.0, 7.0, 5.0, 2.0]), torch.tensor([8, 4, 3, -1])
+    shares = [[1, 0, 0, 0], [0.75, 0.25, 0, 0], [0.25, 0.75, 0, 0], [0, 0, 1, 0]]
+    assert torch.equal(between(meant, held), torch.tensor(shares))
+
+
+def test_a_mix_of_more_residuals_than_were_computed_holds_the_newest() -> None:
+    wrong = solved_tables(3, {(0,): ([1.0], [1.4, -0.4])})
+    assert run(3, wrong)[2].mix == HOLD
 
 
 @pytest.mark.parametrize("steps", [1, 7, 200])
 def test_without_tables_every_step_is_computed(steps: int) -> None:
-    law = Law.eager(CacheSetting(policy="solved"), step_count=steps)
-    assert marks([law.decide() for _ in range(steps)]) == "#" * steps
+    assert marks(run(steps, {})) == "#" * steps

@@ -16,9 +16,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "easycache": {"threshold": 1.0},
     "firstblock": {"threshold": 0.3},
     "solved": {
+        "computed_steps": 2,
         "steps": 4,
-        "reuse": [0, 1, 0, 1],
-        "mix": [1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1.5, -0.5, 0, 0, 0, 0],
+        "budgets": [2],
+        "computed": [1, 0, 1, 0],
+        "mix": [1.0, 0.0, 1.5, -0.5],
         "history": 2,
     },
     "spectrum": {"warmup": 2},

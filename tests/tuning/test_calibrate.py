@@ -13,6 +13,8 @@ from freewheel.bundle.reader import Bundle
 from freewheel.configs.load import load_config, read_configs
 from freewheel.core.errors import OutputError, RequestError
 from freewheel.core.progress import Silent
+from freewheel.policies.overrides import apply_overrides
+from freewheel.policies.solved import Solved, SolvedConfig
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.settings import config_entry
 from freewheel.tuning.calibrate import (
@@ -44,8 +46,30 @@ def test_every_policy_gets_a_config_of_the_wanted_speedup(calibration: Calibrati
     assert "magcache_2x" in calibration.configs
     solved = calibration.configs["solved_2x"].setting()
     for branch in solved.branches.values():
-        assert branch["reuse"].count(0) == 8
+        assert len(branch["mix"]) == 8 * solved.parameters["history"]
+    assert solved.parameters["computed"].count(1) == solved.parameters["computed_steps"] == 8
     assert set(solved.branches) == {"cond", "uncond"}
+
+
+def test_one_config_holds_a_schedule_of_every_number_of_computed_steps(
+    calibration: Calibration, generator: Generator, request_of: Any
+) -> None:
+    config = calibration.configs["solved"]
+    assert isinstance(config, SolvedConfig)
+    budgets = [len(schedule.computed) for schedule in config.schedules]
+    assert budgets == [*range(5, 17)]
+    alone = calibration.configs["solved_2x"]
+    assert isinstance(alone, SolvedConfig)
+    assert config.schedules[budgets.index(8)] == alone.schedules[0]
+    assert config.solved_from is not None
+    distances = config.solved_from["distance_db"]
+    assert distances["16"] < distances["12"] < distances["8"] < distances["5"], "more is nearer"
+    setting = config.setting()
+    assert setting.parameters["computed_steps"] == 8, "twice the speed unless asked otherwise"
+    for count in (5, 13):
+        chosen = apply_overrides(setting, {"computed_steps": str(count)}, Solved.spec)
+        result = generator.generate(request_of(chosen, steps=16))
+        assert result.statistics.computed_steps == count
 
 
 def test_what_can_not_be_reached_is_left_out_with_a_reason(calibration: Calibration) -> None:
@@ -82,6 +106,7 @@ def test_unwritable_file_is_one_error(calibration: Calibration, tmp_path: Path) 
         ({"speedups": (float("nan"),)}, "--speedup nan"),
         ({"speedups": (1.0,)}, "--speedup 1: is not above 1"),
         ({"history": 0}, "--history 0"),
+        ({"objective": "mane"}, "--objective 'mane': is not known; did you mean 'mean'"),
         ({"steps": 0}, "--steps 0"),
         ({"guidance": float("nan")}, "--guidance nan: is not finite"),
         ({"first_seed": 2**63 - 1}, "--seed 9223372036854775808: is outside"),

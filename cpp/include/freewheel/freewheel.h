@@ -100,7 +100,8 @@ typedef struct freewheel_prompt {
 } freewheel_prompt;
 
 /* An override of the cache setting: a parameter of the policy, "first_exact", "last_exact",
- * "max_consecutive", "max_reused", "exact_steps" or "signal". */
+ * "max_consecutive", "max_reused", "exact_steps", "signal" or "deadline" (seconds that the denoise
+ * steps may take: a solved config computes as many steps as fit). */
 typedef struct freewheel_parameter {
   const char* name;
   const char* value; /* as JSON: "0.2", "true", "[1, 0.5]" (also "1,0.5"); a bare word is text */

@@ -44,6 +44,7 @@ struct ParameterSpec {
   std::optional<double> minimum, maximum;
   std::vector<std::string> choices;
   bool pad_front = false;
+  std::optional<std::string> listed_in;  ///< The policy's parameter that lists what it may be.
   std::string meaning;
 
   /// Checks a value and turns it into what the graph input holds: one number per element.
@@ -99,13 +100,15 @@ struct CacheSetting {
   Guard guard;
   /// Branch → overrides of `parameters` in that branch alone.
   std::map<std::string, std::map<std::string, Value>> branches;
+  /// Seconds that the denoise loop may take, for a policy that chooses its computed steps by them.
+  std::optional<double> deadline;
 
   /// The setting of one branch: its overrides are among the parameters.
   CacheSetting for_branch(const std::string& name) const;
 
   friend bool operator==(const CacheSetting& a, const CacheSetting& b) {
     return a.policy == b.policy && a.signal == b.signal && a.parameters == b.parameters &&
-           a.guard == b.guard && a.branches == b.branches;
+           a.guard == b.guard && a.branches == b.branches && a.deadline == b.deadline;
   }
 };
 
@@ -113,7 +116,8 @@ struct CacheSetting {
 /// list, as `value_from_text` reads it.
 using Overrides = std::vector<std::pair<std::string, Value>>;
 
-/// What an override may name: the policy's parameters, the guard's limits, `exact_steps`, `signal`.
+/// What an override may name: the policy's parameters, the guard's limits, `exact_steps`, `signal`,
+/// `deadline` (seconds, as a number or "20s").
 std::vector<std::string> override_names(const PolicySpec& spec, const Guard& guard);
 
 /// Replaces one of `override_names`, in every branch. The value is checked by its declaration.

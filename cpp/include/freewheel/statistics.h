@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,8 @@ struct RunStatistics {
   std::int64_t depth = 0;
   std::vector<BranchStatistics> branches;
   std::array<double, kSegments> seconds{};
+  std::optional<double> deadline;     ///< Seconds that the steps were to take.
+  double loop_seconds = 0.0;          ///< From the run's begin to the end of its last step so far.
   std::vector<std::string> warnings;  ///< Of the request; `json` adds those of the run.
 
   /// Steps that ran / computed steps over all branches, as if all but the body were free.

@@ -14,6 +14,7 @@ from freewheel.compiler.verify.policies import (
     random_settings,
 )
 from freewheel.policies import POLICIES, policy, policy_class
+from freewheel.policies.deadline import Pace
 from freewheel.policies.guard import Guarded
 from freewheel.policies.setting import GUARD_PARAMETERS, CacheSetting
 from freewheel.policies.spec import GUARD_STATE
@@ -85,6 +86,7 @@ def test_only_a_difference_at_the_threshold_is_a_tie() -> None:
             "sigma": torch.tensor(0.7),
             "computed_timesteps": torch.tensor([900.0]),
             "computed_sigmas": torch.tensor([0.9]),
+            **{name: torch.tensor(value) for name, value in Pace()._asdict().items()},
             "signal": torch.full((1, 2), 1 + change),
             "previous_signal": torch.ones(1, 2),
             "param.threshold": torch.tensor(0.25),

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// Measures a run's steps, and tells its policy how it stands against its deadline.
+
+#include <array>
+#include <cstddef>
+#include <optional>
+
+namespace freewheel {
+
+/// What decide graphs are told of time before one step, by these names.
+struct Pace {
+  double seconds_left = kNoDeadline;
+  double computed_seconds = 0.0;  ///< Of a computed step; 0 where none was measured.
+  double reused_seconds = 0.0;
+
+  /// Seconds left of a run without a deadline, as `policies/deadline.py` has them.
+  static constexpr double kNoDeadline = 1e30;
+};
+
+/// Seconds of the last computed and reused steps, of this run and those before it. Times are given,
+/// so that any clock will do; nothing is allocated.
+class Pacer {
+ public:
+  /// Starts a run that may take `deadline` seconds, if given.
+  void begin(std::optional<double> deadline, double now) noexcept;
+
+  /// Forgets how long steps take: they become others.
+  void forget() noexcept { computed_ = reused_ = {}; }
+
+  /// Ends the step before, and tells how the run stands before the next. What the slowest of the
+  /// last computed steps took longer than their median is held in reserve.
+  /// @param prepared Seconds of this run that no later step takes again, such as allocations.
+  Pace begin_step(double now, double prepared) noexcept;
+
+  /// Says what the step does that began last; of several branches, what the first does.
+  void note(bool computed) noexcept;
+
+  double taken(double now) const noexcept { return now - began_; }
+
+ private:
+  /// The last of them, in a ring.
+  struct Window {
+    std::array<double, 8> seconds{};
+    std::size_t count = 0;
+
+    void add(double value) noexcept { seconds[count++ % seconds.size()] = value; }
+    std::size_t held() const noexcept { return count < seconds.size() ? count : seconds.size(); }
+    double median() const noexcept;
+    double most() const noexcept;
+  };
+
+  Window computed_, reused_;
+  std::optional<double> deadline_;
+  double began_ = 0.0, step_began_ = 0.0;
+  std::optional<bool> was_computed_;
+};
+
+}  // namespace freewheel

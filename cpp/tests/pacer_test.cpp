@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pacer.h"
+
+#include <gtest/gtest.h>
+
+namespace freewheel {
+namespace {
+
+/// Runs steps of these seconds, all computed or all reused, and returns when they end.
+double run(Pacer& pacer, double now, std::initializer_list<double> seconds, bool computed) {
+  for (const double taken : seconds) {
+    pacer.begin_step(now, 0.0);
+    pacer.note(computed);
+    now += taken;
+  }
+  return now;
+}
+
+TEST(Pacer, WithoutADeadlineNothingIsHurried) {
+  Pacer pacer;
+  pacer.begin({}, 5.0);
+  const double now = run(pacer, 5.0, {1.0, 1.0}, true);
+  const Pace pace = pacer.begin_step(now, 0.0);
+  EXPECT_EQ(pace.seconds_left, Pace::kNoDeadline);
+  EXPECT_EQ(pace.computed_seconds, 0.0);
+}
+
+TEST(Pacer, TellsMediansAndHoldsTheSlowestStepInReserve) {
+  Pacer pacer;
+  pacer.begin(20.0, 100.0);
+  double now = run(pacer, 100.0, {1.0, 1.0, 3.0, 2.0}, true);
+  now = run(pacer, now, {0.5, 0.25}, false);
+  const Pace pace = pacer.begin_step(now, 0.0);
+  EXPECT_DOUBLE_EQ(pace.computed_seconds, 1.5);
+  EXPECT_DOUBLE_EQ(pace.reused_seconds, 0.375);
+  EXPECT_DOUBLE_EQ(pace.seconds_left, 20.0 - 7.75 - 1.5);
+  EXPECT_DOUBLE_EQ(pacer.taken(now), 7.75);
+}
+
+TEST(Pacer, RemembersTheLastEightAcrossRuns) {
+  Pacer pacer;
+  pacer.begin(100.0, 0.0);
+  double now = run(pacer, 0.0, {9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0}, true);
+  pacer.begin_step(now, 0.0);
+  pacer.begin(10.0, now);
+  EXPECT_DOUBLE_EQ(pacer.begin_step(now, 0.0).computed_seconds, 1.0);
+  EXPECT_DOUBLE_EQ(pacer.begin_step(now, 0.0).seconds_left, 10.0);
+  pacer.forget();
+  EXPECT_DOUBLE_EQ(pacer.begin_step(now, 0.0).computed_seconds, 0.0);
+}
+
+TEST(Pacer, LeavesOutWhatNoLaterStepTakesAgain) {
+  Pacer pacer;
+  pacer.begin(10.0, 0.0);
+  pacer.begin_step(0.0, 0.0);
+  pacer.note(true);
+  pacer.note(false);  // another branch of the same step
+  const Pace pace = pacer.begin_step(4.0, 3.0);
+  EXPECT_DOUBLE_EQ(pace.computed_seconds, 1.0);
+  EXPECT_DOUBLE_EQ(pace.seconds_left, 6.0);
+}
+
+}  // namespace
+}  // namespace freewheel

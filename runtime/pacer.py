@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a run's steps, and tell its policy how it stands against its deadline."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+from ..policies.deadline import NO_DEADLINE, Pace
+
+__all__ = ["Pacer"]
+
+REMEMBERED = 8
+"""Steps of a kind that their seconds are taken from: enough for a median, soon forgotten."""
+
+
+class Pacer:
+    """Seconds of the last computed and reused steps, of this run and those before it.
+
+    Times are given, so that any clock will do.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._seconds: dict[bool, deque[float]] = {
+            computed: deque(maxlen=REMEMBERED) for computed in (True, False)
+        }
+        self.begin(None, 0.0)
+
+    def begin(self, deadline: float | None, now: float) -> None:
+        """Start a run.
+
+        Args:
+            deadline: Seconds that it may take, or None.
+            now: Seconds on any clock.
+        """
+        self._began, self._deadline = now, deadline
+        self._step_began = now
+        self._was_computed: bool | None = None
+
+    def forget(self) -> None:
+        """Forget how long steps take: they become others."""
+        for seconds in self._seconds.values():
+            seconds.clear()
+
+    def begin_step(self, now: float, prepared: float = 0.0) -> Pace:
+        """End the step before, and tell how the run stands before the next.
+
+        Half the steps are slower than their median. What the slowest of the last computed ones
+        took longer than that is held in reserve, so that the last one computed does not end late.
+
+        Args:
+            now: Seconds on the clock of `begin`.
+            prepared: Seconds of this run that no later step takes again, such as allocations.
+        """
+        if self._was_computed is not None:
+            self._seconds[self._was_computed].append(now - prepared - self._step_began)
+        self._step_began, self._was_computed = now - prepared, None
+        if self._deadline is None:
+            return Pace()
+        computed, reused = (
+            median(self._seconds[kind]) if self._seconds[kind] else 0.0 for kind in (True, False)
+        )
+        reserve = max(self._seconds[True], default=0.0) - computed
+        left = self._deadline - (now - self._began) - reserve
+        return Pace(min(left, NO_DEADLINE / 2), computed, reused)
+
+    def note(self, computed: bool) -> None:
+        """Say what the step does that began last; of several branches, what the first does."""
+        if self._was_computed is None:
+            self._was_computed = computed
+
+    def taken(self, now: float) -> float:
+        """Return the seconds since the run began."""
+        return now - self._began
