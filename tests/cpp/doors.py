@@ -20,10 +20,24 @@ from numpy.typing import NDArray
 from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
+from freewheel.policies.solved import SolvedConfig
 from freewheel.runtime.settings import choose_setting
 
 Array = NDArray[np.float32]
 
+STEPS = 50
+FRONTIER = SolvedConfig.model_validate(
+    {
+        "infer_steps": STEPS,
+        "schedules": [
+            {
+                "computed": [STEPS * i // count for i in range(count)],
+                "mix": {"cond": [[1.0]] * (STEPS - count), "uncond": [[0.9]] * (STEPS - count)},
+            }
+            for count in (5, 7, 20)
+        ],
+    }
+)
 SIZE = GenerationDefaults(frames=5, height=32, width=48)
 CONFIGS = {
     "off": ConfigEntry(cache=CacheSetting(), generation=SIZE),
@@ -34,6 +48,7 @@ CONFIGS = {
         cache=CacheSetting(policy="taylorseer", parameters={"interval": 2}),
         generation=GenerationDefaults(steps=4, sampler="steps_1000_750_500_250", flow_shift=5.0),
     ),
+    "frontier": ConfigEntry(cache=FRONTIER.setting()),
 }
 """Of the bundle: the default one names a size and nothing else, the others no size; one lists its steps."""
 
@@ -44,6 +59,9 @@ REQUESTS: dict[str, tuple[str | None, dict[str, str]]] = {
     "overrides": ("taylorseer", {"first_exact": "3", "last_exact": "2", "exact_steps": "7,9", "order": "2"}),
     "a config whose branches differ": ("apart", {"interval": "4"}),
     "a config with a list of steps": ("listed", {}),
+    "another number of computed steps": ("frontier", {"computed_steps": "7"}),
+    "a deadline that nothing keeps": ("frontier", {"deadline": "1e-9"}),
+    "a deadline far off": ("frontier", {"deadline": "1000000s", "computed_steps": "7"}),
 }  # fmt: skip
 """Name → config or policy, and overrides as they are typed."""
 

@@ -27,6 +27,13 @@ def doors(
     return Doors(bundle, cpp_build, tmp_path_factory.mktemp("doors"))
 
 
+COMPUTED = {
+    "another number of computed steps": 7,
+    "a deadline that nothing keeps": 5,
+    "a deadline far off": 7,
+}
+
+
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_request_gives_the_same_bits_through_every_door(doors: Doors, name: str) -> None:
     cache, overrides = REQUESTS[name]
@@ -37,6 +44,9 @@ def test_a_request_gives_the_same_bits_through_every_door(doors: Doors, name: st
     assert {len(b["computed"]) for b in branches.values()} == {4 if cache == "listed" else 50}
     assert all(b["computed"][0] for b in branches.values())
     reused = [not all(b["computed"]) for b in branches.values()]
+    counts = {sum(b["computed"]) for b in branches.values()}
+    if name in COMPUTED:
+        assert counts == {COMPUTED[name]}
     assert all(reused) == (name not in ("nothing said", "a policy by name")), name
 
 
@@ -110,7 +120,13 @@ REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
     "no policy of the bundle": ("tecache", {}, "did you mean 'teacache'"),
     "a value out of range": ("teacache", {"threshold": "-1"}, "threshold"),
     "several overrides": ("teacache", {"thresold": "1", "first_exact": "-1"}, "2 faults"),
-}
+    "a deadline of no schedules": ("teacache", {"deadline": "20s"}, "deadline of policy 'teacache'"),
+    "a deadline of no seconds": ("frontier", {"deadline": "-1"}, "expected seconds above 0"),
+    "no such number of computed steps": (
+        "frontier", {"computed_steps": "6"}, "6 is none of 'budgets'; give one of 5, 7, 20",
+    ),
+    "a pair that the bundle lacks": ("teacache+spectrum", {}, "--config teacache+spectrum too"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
