@@ -219,14 +219,14 @@ class _Choice(NamedTuple):
     """The schedule that a step is taken from.
 
     Attributes:
-        index: int64 [], of the schedule.
+        place: int64 [], of the schedule among all.
         row: int64 [], the schedule's step; `before` is that of the run's step before.
         before: int64 [], -1 at step 0.
         computed: bool [MAXIMUM_STEPS], the steps that it computes.
         first_row: int64 [], of its mixes in the table.
     """
 
-    index: Tensor
+    place: Tensor
     row: Tensor
     before: Tensor
     computed: Tensor
@@ -379,4 +379,4 @@ class Solved(Policy):
         due = (chosen.computed & (rows > chosen.before) & (rows <= chosen.row)).any()
         compute = step.must_compute | due
         taken = torch.where(compute & (rows == chosen.row), 1, state["taken"])
-        return Decision(compute, {"schedule": chosen.index, "taken": taken})
+        return Decision(compute, {"schedule": chosen.place, "taken": taken})
