@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of every policy at the same speedups, on held-out prompts.
+r"""Quality of every policy at the same speedups, on held-out prompts.
 
-    freewheel build models/shapes_wan --out out/demo/bundle --config shapes_wan_off
+    freewheel build models/shapes_wan --out out/demo/bundle --config shapes_wan_off \
+        --config firstblock+dmd --config seacache+spectrum
     python benchmarks/quality.py out/demo/bundle --out out/bench
     python benchmarks/quality.py out/demo/bundle --measured --out out/bench/measured
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,6 @@ from freewheel.tuning.trace import Trace, TraceRecorder
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0)
-PROBED = ("taylorseer", "easycache", "firstblock")
 PROBE_ROUNDS = 8
 EVEN: dict[str, dict[str, Any]] = {
     "taylorseer": {"interval": 1000, "order": 1},
@@ -51,6 +51,16 @@ EVEN: dict[str, dict[str, Any]] = {
     "spectrum": {"warmup": 1, "window": 1000.0},
 }
 """Forecasts that are compared at even schedules → parameters that compute nothing by themselves."""
+
+BY_CONTENT = {
+    "easycache": GuardSetting(first_exact=7, last_exact=2),
+    "firstblock": GuardSetting(),
+    "seacache": GuardSetting(first_exact=1, last_exact=1, max_consecutive=2),
+    "dicache": GuardSetting(),
+    "firstblock+dmd": GuardSetting(),
+    "seacache+spectrum": GuardSetting(first_exact=1, last_exact=1),
+}
+"""Policies and pairs whose thresholds are found by replay → their guards."""
 
 Ideals = Mapping[float, float]
 """Steps over computed steps, by the speedup in the heading."""
@@ -120,11 +130,15 @@ def recorded(bundle: Bundle, steps: int, prompt: str) -> Trace:
 
 
 def content_settings(
-    trace: Trace, steps: int, ideals: Mapping[str, Ideals]
+    trace: Trace, steps: int, ideals: Mapping[str, Ideals], policies: Container[str]
 ) -> Iterator[tuple[str, CacheSetting]]:
-    """Yield easycache and firstblock at each speedup: thresholds by replay."""
-    guards = {"easycache": GuardSetting(first_exact=7, last_exact=2), "firstblock": GuardSetting()}
-    for policy, guard in guards.items():
+    """Yield what decides by content at each speedup: thresholds by replay.
+
+    Of pairs those whose graphs the bundle has.
+    """
+    for policy, guard in BY_CONTENT.items():
+        if policy not in policies:
+            continue
         tried = [
             CacheSetting(policy=policy, parameters={"threshold": round(float(t), 4)}, guard=guard)
             for t in np.geomspace(0.005, 2.0, 60)
@@ -143,14 +157,15 @@ def measured_ideals(bundle: Bundle, trace: Trace, steps: int, screen: Screen) ->
     reused step costs; `taylorseer` stands for all that decide by tables, counters or timesteps.
     """
     four = {4.0: 4.0}
-    caches = dict(content_settings(trace, steps, {"easycache": four, "firstblock": four}))
+    wanted = dict.fromkeys(BY_CONTENT, four)
+    caches = dict(content_settings(trace, steps, wanted, bundle.manifest.policies))
     caches["taylorseer 4"] = evenly("taylorseer", 4, steps)
     prompt = captions(1, held_out=False)
-    wanted = BenchRequest(
+    probe = BenchRequest(
         prompts=prompt, seeds=[FIRST_SEED], steps=steps, rounds=PROBE_ROUNDS, caches=caches
     )
     found: dict[str, Ideals] = {}
-    for entry in bench_bundle(bundle, wanted, screen, screen.warn).entries[1:]:
+    for entry in bench_bundle(bundle, probe, screen, screen.warn).entries[1:]:
         computed, speedup = entry["computed_steps"], entry["speedup"]
         cost = (steps / speedup - computed) / (steps - computed)
         counts = {x: max(2, round((steps / x - steps * cost) / (1 - cost))) for x in SPEEDUPS}
@@ -223,7 +238,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     seen = captions(max(prompts, 1), held_out=False)
     trace = recorded(opened, steps, seen[0])
-    ideals: dict[str, Ideals] = {p: {x: x for x in SPEEDUPS} for p in PROBED}
+    ideals: dict[str, Ideals] = {p: {x: x for x in SPEEDUPS} for p in ("taylorseer", *BY_CONTENT)}
     if measured:
         ideals = measured_ideals(opened, trace, steps, screen)
     tabled = ideals["taylorseer"]
@@ -232,7 +247,8 @@ def main(
         request = CalibrationRequest(seen, speedups=list(tabled.values()), steps=steps)
         with screen.progress():
             save_calibration(calibrate(opened, request, screen, screen.warn), calibration)
-    caches = settings(calibration, steps, tabled) | dict(content_settings(trace, steps, ideals))
+    by_content = content_settings(trace, steps, ideals, opened.manifest.policies)
+    caches = settings(calibration, steps, tabled) | dict(by_content)
     kept = tuple(part for part in only.split(",") if part) or ("",)
     caches = {n: s for n, s in caches.items() if n.startswith(kept)}
     foretold = {name: replay(trace, cache).error for name, cache in caches.items()}
