@@ -143,8 +143,8 @@ def run(
     with reporting("run", as_json, quiet, debug) as screen:
         from ..bundle.files import cache_beside
         from ..bundle.reader import Bundle
-        from ..compiler.forecast.fit import check_fit
         from ..compiler.forecast.geometry import check_geometry
+        from ..compiler.forecast.memory_check import check_fit
         from ..compiler.lightx2v import LightX2VRequest, ready_bundle
         from ..compiler.sizes import size_of
         from ..core.extras import require_extra

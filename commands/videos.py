@@ -48,7 +48,7 @@ def videos(
 
         from ..bundle.manifest import ResolvedConfig
         from ..bundle.reader import Bundle
-        from ..compiler.forecast.fit import check_fit
+        from ..compiler.forecast.memory_check import check_fit
         from ..compiler.sizes import size_of
         from ..core.output import check_folder
         from ..runtime.model import DeviceOptions

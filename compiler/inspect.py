@@ -23,10 +23,10 @@ from ..policies.setting import CacheSetting
 from .cut.declared import Cut
 from .cut.document import cut_of
 from .engine_layers import ENGINE_COLUMNS, LAYER_COLUMNS, attention_of, engine_rows, layer_rows
-from .forecast.fit import forecast_memory
 from .forecast.flops import step_flops
 from .forecast.footprint import amount, footprint_of
 from .forecast.host_memory import memory_beside
+from .forecast.memory_check import forecast_memory
 from .forecast.speedup import predict, timestep_tables, timesteps_of
 from .sizes import Size, bundle_pipeline, dims_of, size_of
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from .base import Mix, Mixed, Step, hold
-from .forecast import taylor_mix
+from .forecast_mixes import taylor_mix
 from .spec import HistorySpec, ParameterSpec, PolicySpec, Value
 from .teacache import AccumulatingConfig, TeaCache
 

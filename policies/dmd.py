@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Mix, Mixed, Step
-from .forecast import line_mix
+from .forecast_mixes import line_mix
 from .interval import INTERVAL, Interval
 from .linear import solve
 from .spec import HistorySpec, ParameterSpec, PolicySpec

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .base import Mix, Mixed, Step
-from .forecast import hermite_mix
+from .forecast_mixes import hermite_mix
 from .interval import INTERVAL, Interval
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Decision, Mix, Mixed, Policy, Step
-from .forecast import line_mix
+from .forecast_mixes import line_mix
 from .linear import gram, solve
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import Mix, Mixed, Step
 from .config import CachingConfig
-from .forecast import newton_mix, taylor_mix
+from .forecast_mixes import newton_mix, taylor_mix
 from .interval import INTERVAL, Interval
 from .spec import HistorySpec, ParameterSpec, PolicySpec
 

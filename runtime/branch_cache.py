@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bundle.dims import shape_of
 from ..engines.base import BoundCall
 from ..policies.deadline import Pace
-from ..policies.law import DecisionRecord
+from ..policies.decision_loop import DecisionRecord
 from ..policies.schedule import Schedule
 from .body import Body, allocate
 from .decider import Decider

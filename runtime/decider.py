@@ -12,8 +12,8 @@ from ..bundle.manifest import PolicyEntry
 from ..core.errors import BundleError
 from ..engines.base import BoundCall
 from ..policies.deadline import Pace
+from ..policies.decision_loop import DecisionRecord
 from ..policies.guard import decide_inputs
-from ..policies.law import DecisionRecord
 from ..policies.schedule import Schedule
 from ..policies.setting import GUARD_PARAMETERS, GuardSetting
 from ..policies.spec import GUARD_STATE, Value

@@ -23,7 +23,7 @@ from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
 from ..policies import form_of
 from ..policies.deadline import Pace
-from ..policies.law import DecisionRecord
+from ..policies.decision_loop import DecisionRecord
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from .body import Body, allocate

@@ -93,7 +93,9 @@ def test_run_refuses_what_memory_cannot_hold_unless_told_otherwise(
     freewheel: Run, i2v_bundle: Bundle, first_frame: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("freewheel.compiler.forecast.fit.memory_available_bytes", lambda: 1000)
+    monkeypatch.setattr(
+        "freewheel.compiler.forecast.memory_check.memory_available_bytes", lambda: 1000
+    )
     out = tmp_path / "frame.png"
     arguments = (
         "run", i2v_bundle.folder, "--prompt", "a red circle", "--image", first_frame, "--out", out,
@@ -641,7 +643,9 @@ def test_videos_serves_the_bundle_where_it_was_asked_to(
     assert (options["host"], options["port"]) == ("127.0.0.1", 8123)
     assert "http://127.0.0.1:8123/v1" in result.stderr
     assert testclient.TestClient(app).get("/v1/videos").json()["data"] == []
-    monkeypatch.setattr("freewheel.compiler.forecast.fit.memory_available_bytes", lambda: 1000)
+    monkeypatch.setattr(
+        "freewheel.compiler.forecast.memory_check.memory_available_bytes", lambda: 1000
+    )
     refused = testclient.TestClient(app).post("/v1/videos", json={"prompt": "p"})
     assert refused.status_code == 400
     assert "will not fit" in refused.json()["error"]["message"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..core.errors import RequestError
 from ..policies import form_of
 from ..policies import policy as find_policy
-from ..policies.law import DecisionRecord, Law, difference_gram
+from ..policies.decision_loop import DecisionLoop, DecisionRecord, difference_gram
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from ..runtime.statistics import mean_count
@@ -21,7 +21,7 @@ from .trace import Trace
 
 __all__ = ["BranchReplay", "Replay", "replay"]
 
-LawFactory = Callable[[CacheSetting, Schedule], Law]
+LawFactory = Callable[[CacheSetting, Schedule], DecisionLoop]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Replay:
         }
 
 
-def eager_law(setting: CacheSetting, schedule: Schedule) -> Law:
+def eager_law(setting: CacheSetting, schedule: Schedule) -> DecisionLoop:
     """Return the Python law of a setting."""
-    return Law.eager(setting, step_count=len(schedule), schedule=schedule)
+    return DecisionLoop.eager(setting, step_count=len(schedule), schedule=schedule)
 
 
 def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> Replay:
@@ -121,7 +121,7 @@ Taken = list[tuple[DecisionRecord, list[int]]]
 """Decisions, each with the steps whose residuals were held when it was taken."""
 
 
-def _decide(trace: Trace, branch: str, law: Law, signal: str | None) -> Taken:
+def _decide(trace: Trace, branch: str, law: DecisionLoop, signal: str | None) -> Taken:
     """Take every decision from what ``branch`` saw."""
     signals = trace.get(branch, signal) if signal is not None else None
     features = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..policies.law import Law
+from ..policies.decision_loop import DecisionLoop
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
 from .lockstep import Lockstep
@@ -64,7 +64,7 @@ def computed_steps(lockstep: Lockstep, setting: CacheSetting, schedule: Schedule
     """Return how many steps a policy that looks at latents alone computes, the mean of the runs."""
     counts = []
     for run in range(len(lockstep.start.samples[0])):
-        law = Law.eager(setting, step_count=lockstep.steps, schedule=schedule)
+        law = DecisionLoop.eager(setting, step_count=lockstep.steps, schedule=schedule)
         seen = (lockstep.inputs(s)[run].flatten(0, -2) for s in lockstep.uncached[: lockstep.steps])
         counts.append(sum(law.decide(latents).compute for latents in seen))
     return float(np.mean(counts))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..core.errors import FreewheelError
 from ..policies import policy as find_policy
+from ..policies.decision_loop import DecisionLoop
 from ..policies.guard import Guarded
-from ..policies.law import Law
 from ..policies.schedule import Schedule
 from ..policies.setting import GUARD_PARAMETERS, CacheSetting
 from ..policies.spec import PolicySpec
@@ -97,10 +97,10 @@ def reached_distances(trace: Trace, setting: CacheSetting) -> tuple[Replay, Dist
     """
     laws: list[_Reaching] = []
 
-    def law(of_branch: CacheSetting, schedule: Schedule) -> Law:
+    def law(of_branch: CacheSetting, schedule: Schedule) -> DecisionLoop:
         laws.append(_Reaching(Guarded(find_policy(of_branch.policy))))
         spec = laws[-1].spec
-        return Law(spec, laws[-1], of_branch, step_count=len(schedule), schedule=schedule)
+        return DecisionLoop(spec, laws[-1], of_branch, step_count=len(schedule), schedule=schedule)
 
     was_cached = any(not trace.get(b, "computed").all() for b in trace.branches)
     told = replay(_without_residuals(trace) if was_cached else trace, setting, law)

@@ -18,9 +18,9 @@ from ..defaults import policy_setting
 from ..inspect import describe_flops, render_forecast
 from ..plan import Plan
 from ..sizes import Size, dims_of, size_of
-from .fit import forecast_memory
 from .footprint import amount, footprint_of
 from .host_memory import memory_beside
+from .memory_check import forecast_memory
 
 __all__ = ["describe_plan", "forecast_build", "forecast_disk", "render_plan"]
 

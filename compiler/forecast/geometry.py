@@ -10,9 +10,9 @@ from ...runtime.settings import other_size
 from ..cut.document import cut_of
 from ..inspect import describe_flops, operations
 from ..sizes import Size, bundle_pipeline, dims_of, size_of
-from .fit import forecast_memory
 from .footprint import amount, footprint_of
 from .host_memory import memory_beside
+from .memory_check import forecast_memory
 
 __all__ = ["FAR_BEYOND", "check_geometry"]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare compiled policies with their Python laws, step by step over random runs.
 
-`policies.law.Law` drives the eager law. At every step the compiled graph is given the very same
+`policies.decision_loop.DecisionLoop` drives the eager law. At every step the compiled graph is given the very same
 inputs, state included, and must answer the same: so one difference is one finding, and rounding
 does not add up over a run.
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from ...engines.base import BoundCall, Engine
 from ...policies import policy as find_policy
 from ...policies.deadline import Pace
+from ...policies.decision_loop import DecideFunction, DecisionLoop, difference_gram
 from ...policies.guard import Guarded
-from ...policies.law import DecideFunction, Law, difference_gram
 from ...policies.setting import CacheSetting, GuardSetting
 from ...policies.spec import ParameterSpec, PolicySpec, Value
 
@@ -92,7 +92,7 @@ class PolicyCheck:
 
 
 class CompiledDecide:
-    """A compiled policy as the function that `Law` drives; bound once per shape of its inputs."""
+    """A compiled policy as the function that `DecisionLoop` drives; bound once per shape of its inputs."""
 
     def __init__(
         self, engine: Engine, device: torch.device, synchronize: Callable[[], None]
@@ -172,7 +172,7 @@ def check_policy(
         steps = STEPS[index % len(STEPS)]
         told = ", ".join(f"{n}={v}" for n, v in setting.parameters.items()) or "defaults"
         judge = _Judge(eager, compiled, f"policy '{spec.name}' with {told}")
-        drive(Law(spec, judge, setting, step_count=steps), rng, shapes)
+        drive(DecisionLoop(spec, judge, setting, step_count=steps), rng, shapes)
         judges.append(judge)
     return PolicyCheck(
         policy=spec.name,
@@ -227,7 +227,7 @@ def random_value(spec: ParameterSpec, rng: np.random.Generator) -> Value:
     return _integer(spec, rng) if spec.dtype == "int64" else _near(spec, spec.default, rng)
 
 
-def drive(law: Law, rng: np.random.Generator, shapes: Shapes = SHAPES) -> None:
+def drive(law: DecisionLoop, rng: np.random.Generator, shapes: Shapes = SHAPES) -> None:
     """Let a law decide about every step of a random run: smooth walks of signal and feature."""
     signals = _walk(law.step_count, shapes["signal"], rng)
     features = _walk(law.step_count, shapes["feature"], rng)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import FreewheelError, RankError, RequestError
-from ...policies.law import DecisionRecord
+from ...policies.decision_loop import DecisionRecord
 from ..session import Session
 from ..statistics import BranchStatistics
 from .awaited import Awaited

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...policies import policy as find_policy
-from ...policies.law import Array, DecisionRecord, Law
+from ...policies.decision_loop import Array, DecisionLoop, DecisionRecord
 from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ..body import allocate
@@ -61,7 +61,7 @@ def fold(setting: CacheSetting, tables: Mapping[str, Array], schedule: Schedule)
     signal = spec.signal_of(setting.signal, tables)
     branches = {}
     for branch in sorted(setting.branches) or ["cond"]:
-        law = Law.eager(setting.for_branch(branch), step_count=steps, schedule=schedule)
+        law = DecisionLoop.eager(setting.for_branch(branch), step_count=steps, schedule=schedule)
         seen = [None] * steps if signal is None else list(tables[signal])
         branches[branch] = [
             law.decide(None if s is None else s.reshape(-1, s.shape[-1])) for s in seen

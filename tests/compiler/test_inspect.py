@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.forecast import fit
+from freewheel.compiler.forecast import memory_check
 from freewheel.compiler.inspect import inspect_bundle, render
 from freewheel.core.errors import RequestError
 
@@ -96,7 +96,7 @@ def test_the_text_names_everything(data: dict[str, Any]) -> None:
 def test_a_run_that_does_not_fit_is_told_with_the_number_that_decides(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "memory_available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory_check, "memory_available_bytes", lambda: 1000)
     small = inspect_bundle(tiny_bundle, **SIZE)
     assert small["memory"]["verdict"].startswith("will not fit: ")
     assert small["memory"]["runs"] is False

@@ -11,7 +11,7 @@ import torch
 from freewheel.policies import policy_class
 from freewheel.policies.base import Step
 from freewheel.policies.deadline import Pace
-from freewheel.policies.law import DecisionRecord, Law, difference_gram
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord, difference_gram
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.spec import PolicySpec
 
@@ -51,7 +51,7 @@ def step_at(index: int, computed: list[int], size: int = 5, count: int = 100) ->
     )
 
 
-def fold(law: Law, run: dict[str, np.ndarray]) -> list[DecisionRecord]:
+def fold(law: DecisionLoop, run: dict[str, np.ndarray]) -> list[DecisionRecord]:
     """Decide about every step of the run."""
     records = []
     for t in range(law.step_count):

@@ -9,7 +9,7 @@ import torch
 from runs import step_at
 
 from freewheel.policies.adacache import AdaCache, motion, skip_from_codebook
-from freewheel.policies.law import Law, parameter_tensors
+from freewheel.policies.decision_loop import DecisionLoop, parameter_tensors
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 STILL = {"moreg_power": 0.0, "mograd": 0.0}
@@ -20,7 +20,7 @@ def computed(
     features: np.ndarray, guard: GuardSetting | None = None, **parameters: object
 ) -> list[int]:
     setting = CacheSetting(policy="adacache", parameters=parameters, guard=guard or GuardSetting())
-    law = Law.eager(setting, step_count=len(features))
+    law = DecisionLoop.eager(setting, step_count=len(features))
     return [
         t
         for t in range(len(features))

@@ -19,8 +19,8 @@ from freewheel.compiler.graphs.decide import write_decide_graph
 from freewheel.core.errors import ExportError
 from freewheel.policies import POLICIES, policies, policy_class
 from freewheel.policies.base import Decision, Policy
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.guard import decide_inputs, decide_outputs
-from freewheel.policies.law import Law
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -82,8 +82,10 @@ def test_compiled_policy_decides_as_the_eager_law(compiled, name: str, runtime: 
     setting = SETTINGS[name]
     for seed, steps in enumerate((9, 30, 30, 50)):
         run = random_run(seed, steps, frames=1 + seed, change=[0.02, 0.05, 0.1][seed % 3])
-        eager = Law.eager(setting, step_count=steps)
-        graph = Law(eager.spec, compiled[setting.policy, runtime], setting, step_count=steps)
+        eager = DecisionLoop.eager(setting, step_count=steps)
+        graph = DecisionLoop(
+            eager.spec, compiled[setting.policy, runtime], setting, step_count=steps
+        )
         threshold = setting.parameters.get("threshold", 1.0)
         for expected, found in zip(fold(eager, run), fold(graph, run), strict=True):
             if found.compute != expected.compute:
@@ -101,8 +103,8 @@ def test_compiled_policy_decides_as_the_eager_law(compiled, name: str, runtime: 
 def test_compiled_policy_computes_on_broken_tensors(compiled, name, runtime, value) -> None:
     setting, run = SETTINGS[name], random_run(1, 24, change=0.01)
     run["signal"][7, 1, 3] = run["feature"][1, 0, 2, 1] = value
-    eager = Law.eager(setting, step_count=24)
-    graph = Law(eager.spec, compiled[setting.policy, runtime], setting, step_count=24)
+    eager = DecisionLoop.eager(setting, step_count=24)
+    graph = DecisionLoop(eager.spec, compiled[setting.policy, runtime], setting, step_count=24)
     expected, found = fold(eager, run), fold(graph, run)
     assert [r.compute for r in found] == [r.compute for r in expected]
     broken = 2 if name == "ada_plain" else 7

@@ -12,7 +12,7 @@ from runs import assert_equals_law, fold, forecasts, random_run
 
 from freewheel.configs.load import load_config, parse_config
 from freewheel.policies.custom import DAMPED, Custom
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.setting import CacheSetting
 
 TRACE = Path(__file__).parents[1] / "traces" / "shapes_wan_timesteps_30.npz"
@@ -22,7 +22,7 @@ def test_custom_decides_as_teacache() -> None:
     run = random_run(5, 40)
     parameters = {"threshold": 0.5}
     custom, tea = (
-        fold(Law.eager(CacheSetting(policy=p, parameters=parameters), step_count=40), run)
+        fold(DecisionLoop.eager(CacheSetting(policy=p, parameters=parameters), step_count=40), run)
         for p in ("custom", "teacache")
     )
     assert [(r.compute, r.distance) for r in custom] == [(r.compute, r.distance) for r in tea]
@@ -35,7 +35,7 @@ SIGNALS = np.array([1, 1, 1, 9, 9, 9], np.float32)[:, None, None] * np.ones((1, 
 
 def decide(**parameters: float) -> list[DecisionRecord]:
     setting = CacheSetting(policy="custom", parameters={"threshold": 0.5, **parameters})
-    law = Law.eager(setting, step_count=6)
+    law = DecisionLoop.eager(setting, step_count=6)
     return [law.decide(signal) for signal in SIGNALS]
 
 
@@ -79,12 +79,12 @@ def test_a_lightx2v_file_runs_the_published_law(source: int | str, use_ret_steps
     threshold = 0.3 if source == "recorded" else 0.6
     setting = foreign(use_ret_steps, threshold)
     law = reference.PublishedCustom(threshold, [RET, PLAIN], use_ret_steps, 30)
-    records = fold(Law.eager(setting, step_count=30), run)
+    records = fold(DecisionLoop.eager(setting, step_count=30), run)
     assert {r.compute for r in records} == {True, False}
     assert_equals_law(records, Custom.spec, law, reference.Guard(), run)
     # The damped form of the same decisions reuses something else.
     damped = setting.model_copy(update={"parameters": {**setting.parameters, **DAMPED}})
-    others = forecasts(fold(Law.eager(damped, step_count=30), run), run["residual"])
+    others = forecasts(fold(DecisionLoop.eager(damped, step_count=30), run), run["residual"])
     reused = forecasts(records, run["residual"])
     pairs = [(a, b) for a, b in zip(reused, others, strict=True) if a is not None]
     assert any(not np.allclose(a, b, rtol=1e-3) for a, b in pairs)

@@ -9,8 +9,8 @@ from settings import solved_tables
 
 from freewheel.policies import policy_class, sound_policies
 from freewheel.policies.deadline import NO_DEADLINE, Pace
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.guard import decide_inputs
-from freewheel.policies.law import Law
 from freewheel.policies.setting import CacheSetting
 
 TABLES = solved_tables(
@@ -25,8 +25,8 @@ TABLES = solved_tables(
 )
 
 
-def law() -> Law:
-    return Law.eager(CacheSetting(policy="solved", parameters=TABLES), step_count=8)
+def law() -> DecisionLoop:
+    return DecisionLoop.eager(CacheSetting(policy="solved", parameters=TABLES), step_count=8)
 
 
 def test_every_decide_graph_may_take_them_by_these_names() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 EVERY = 1e9
@@ -19,7 +19,7 @@ def run(
     given = {"threshold": EVERY, "retention": 0.0, **parameters}
     guard = GuardSetting(exact_steps=exact or [])
     setting = CacheSetting(policy="dicache", parameters=given, guard=guard)
-    law = Law.eager(setting, step_count=len(values))
+    law = DecisionLoop.eager(setting, step_count=len(values))
     return [law.decide(np.array([value], np.float32)) for value in values]
 
 

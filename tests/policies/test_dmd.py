@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from runs import fold, forecasts
 
-from freewheel.policies.law import Law
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 STEPS = 30
@@ -29,7 +29,7 @@ def errors(
     setting = CacheSetting(policy=policy, parameters=parameters, guard=guard or GuardSetting())
     run = {"signal": np.zeros((STEPS, 1, 1)), "residual": residual}
     run["feature"] = np.zeros((STEPS, 1, 1, 1))
-    records = fold(Law.eager(setting, step_count=STEPS), run)
+    records = fold(DecisionLoop.eager(setting, step_count=STEPS), run)
     found, last = [], 0
     for t, (record, mixed) in enumerate(zip(records, forecasts(records, residual), strict=True)):
         if record.compute:
@@ -82,6 +82,6 @@ def test_a_residual_that_stays_is_held() -> None:
     residual = np.ones((STEPS, 8), np.float32)
     setting = CacheSetting(policy="dmd", parameters={"interval": 3})
     run = {"signal": residual[:, None], "residual": residual, "feature": residual[:, None, None]}
-    records = fold(Law.eager(setting, step_count=STEPS), run)
+    records = fold(DecisionLoop.eager(setting, step_count=STEPS), run)
     for record, mixed in zip(records, forecasts(records, residual), strict=True):
         assert record.compute or np.allclose(mixed, 1, atol=1e-5)

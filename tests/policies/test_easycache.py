@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 
@@ -18,7 +18,7 @@ def fold(
         parameters={"threshold": threshold},
         guard=GuardSetting(first_exact=first_exact),
     )
-    law = Law.eager(setting, step_count=len(inputs))
+    law = DecisionLoop.eager(setting, step_count=len(inputs))
     records = []
     for value in inputs:
         last = law.last_computed

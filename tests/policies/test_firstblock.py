@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from freewheel.policies.law import Law
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting
 
 
 def decisions(signal: list[float], threshold: float) -> str:
     setting = CacheSetting(policy="firstblock", parameters={"threshold": threshold})
-    law = Law.eager(setting, step_count=len(signal))
+    law = DecisionLoop.eager(setting, step_count=len(signal))
     seen = [np.full((2, 3), value, np.float32) for value in signal]
     return "".join("#" if law.decide(s).compute else "." for s in seen)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 
@@ -15,7 +15,7 @@ def records(
     setting = CacheSetting(
         policy="foca", parameters=parameters, guard=GuardSetting(exact_steps=exact or [])
     )
-    law = Law.eager(setting, step_count=steps)
+    law = DecisionLoop.eager(setting, step_count=steps)
     return [law.decide() for _ in range(steps)]
 
 

@@ -16,8 +16,8 @@ from settings import SETTINGS
 
 from freewheel.policies import POLICIES, policy_class
 from freewheel.policies.base import Decision, Mix, Mixed, Policy, hold
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.guard import Guarded, decide_inputs, decide_outputs
-from freewheel.policies.law import Law
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.policies.spec import HistorySpec, PolicySpec, StateSpec
 
@@ -56,7 +56,7 @@ def holding_but(step_index: int, value: float) -> Mix:
 def computed(guard: GuardSetting, steps: int = 12, policy: Policy | None = None, signals=None):
     policy = policy or Eager()
     setting = CacheSetting(policy="eager", guard=guard)
-    law = Law(policy.spec, Guarded(policy), setting, step_count=steps)
+    law = DecisionLoop(policy.spec, Guarded(policy), setting, step_count=steps)
     signals = np.ones((steps, 1, 4), np.float32) if signals is None else signals
     return [t for t in range(steps) if law.decide(signals[t]).compute], law
 
@@ -92,7 +92,7 @@ def test_mix_that_is_not_finite_computes_and_is_replaced(value: float) -> None:
     policy = Eager()
     policy.mix = holding_but(4, value)
     setting = CacheSetting(policy="eager")
-    law = Law(policy.spec, Guarded(policy), setting, step_count=6)
+    law = DecisionLoop(policy.spec, Guarded(policy), setting, step_count=6)
     records = [law.decide(np.ones((1, 4), np.float32)) for _ in range(6)]
     assert [r.compute for r in records] == [True, False, False, False, True, False]
     assert all(np.isfinite(r.mix).all() for r in records)
@@ -103,7 +103,7 @@ def test_state_that_is_not_finite_computes_and_starts_over(value: float) -> None
     policy = Eager()
     policy.level_at = {4: value}
     guarded = Guarded(policy)
-    law = Law(policy.spec, guarded, CacheSetting(policy="eager"), step_count=6)
+    law = DecisionLoop(policy.spec, guarded, CacheSetting(policy="eager"), step_count=6)
     decisions = []
     for t in range(5):
         decisions.append(law.decide(np.ones((1, 4), np.float32)).compute)
@@ -140,7 +140,7 @@ def test_every_policy_keeps_the_limits(
     guard: GuardSetting, name: str, seed: int, steps: int
 ) -> None:
     setting = SETTINGS[name].model_copy(update={"guard": guard})
-    records = fold(Law.eager(setting, step_count=steps), random_run(seed, steps))
+    records = fold(DecisionLoop.eager(setting, step_count=steps), random_run(seed, steps))
     reused = [not r.compute for r in records]
     forced = [t for t in guard.exact_steps if t < steps]
     forced += range(min(guard.first_exact, steps))

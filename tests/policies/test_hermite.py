@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.setting import CacheSetting
 
 
 def records(steps: int, **parameters: object) -> list[DecisionRecord]:
-    law = Law.eager(CacheSetting(policy="hermite", parameters=parameters), step_count=steps)
+    law = DecisionLoop.eager(
+        CacheSetting(policy="hermite", parameters=parameters), step_count=steps
+    )
     return [law.decide() for _ in range(steps)]
 
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from freewheel.policies.law import Law
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting
 
 
 def decisions(steps: int, **parameters: object) -> str:
     given = {"steps": 10, "retention": 0.0, **parameters}
-    law = Law.eager(CacheSetting(policy="magcache", parameters=given), step_count=steps)
+    law = DecisionLoop.eager(CacheSetting(policy="magcache", parameters=given), step_count=steps)
     return "".join("#" if law.decide().compute else "." for _ in range(steps))
 
 

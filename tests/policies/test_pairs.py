@@ -14,8 +14,8 @@ from freewheel.core.errors import ConfigError
 from freewheel.policies import HOLDING, POLICIES, form_of, mixes, policy_class
 from freewheel.policies.base import Decision
 from freewheel.policies.catalogue import describe_policies, render
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.guard import Guarded
-from freewheel.policies.law import Law
 from freewheel.policies.pairs import pair_of
 from freewheel.policies.setting import CacheSetting
 
@@ -67,9 +67,9 @@ def test_decisions_are_the_ones_and_mixes_the_others(name: str) -> None:
     decider, _, _ = name.partition("+")
     run = random_run(3, 30)
     setting = CacheSetting(policy=name, parameters=LOOSE.get(decider, {}))
-    records = fold(Law.eager(setting, step_count=30), run)
+    records = fold(DecisionLoop.eager(setting, step_count=30), run)
     alone = setting.model_copy(update={"policy": decider})
-    decided = fold(Law.eager(alone, step_count=30), run)
+    decided = fold(DecisionLoop.eager(alone, step_count=30), run)
     assert [(r.compute, r.distance) for r in records] == [(r.compute, r.distance) for r in decided]
     assert {r.compute for r in records} == {True, False}
     parameters = policy_class(name).spec.resolve(setting.parameters)
@@ -155,7 +155,7 @@ def test_state_of_a_mix_goes_with_it() -> None:
 
     found = pair_of(Own, HOLDING, mixes()[HOLDING])
     assert (found.spec.state, list(found.spec.parameters)) == ({}, ["interval"])
-    law = Law(found.spec, Guarded(found()), CacheSetting(policy="foca+hold"), step_count=3)
+    law = DecisionLoop(found.spec, Guarded(found()), CacheSetting(policy="foca+hold"), step_count=3)
     assert [law.decide().compute for _ in range(3)] == [True, False, False]
 
 

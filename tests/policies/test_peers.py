@@ -13,7 +13,7 @@ import torch
 from runs import fold, forecasts, random_run
 from test_dmd import swing
 
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 STEPS = 30
@@ -23,7 +23,7 @@ def our_run(
     setting: CacheSetting, seed: int
 ) -> tuple[dict[str, np.ndarray], list[DecisionRecord], list[np.ndarray | None]]:
     run = random_run(seed, STEPS)
-    records = fold(Law.eager(setting, step_count=STEPS), run)
+    records = fold(DecisionLoop.eager(setting, step_count=STEPS), run)
     return run, records, forecasts(records, run["residual"])
 
 
@@ -69,7 +69,7 @@ def test_dmd_forecasts_as_near_as_cache_dits_calibrator(interval: int) -> None:
     run = random_run(0, STEPS)
     run["residual"] = swing()
     setting = CacheSetting(policy="dmd", parameters={"interval": interval, "ridge": 1e-5})
-    records = fold(Law.eager(setting, step_count=STEPS), run)
+    records = fold(DecisionLoop.eager(setting, step_count=STEPS), run)
     peer, last = calibrators.DMDState(history=6), 0
     mixes = forecasts(records, run["residual"])
     for t, (record, mixed) in enumerate(zip(records, mixes, strict=True)):

@@ -15,7 +15,7 @@ from diffusers.hooks.sea_cache import (
 from runs import TIE, fold, forecasts, random_run
 
 from freewheel.configs.load import load_config
-from freewheel.policies.law import Law
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 STEPS = 30
@@ -33,7 +33,7 @@ def test_decides_and_forecasts_as_diffusers_hook(
         parameters={"threshold": threshold},
         guard=GuardSetting(last_exact=last_exact, max_consecutive=in_a_row),
     )
-    records = fold(Law.eager(setting, step_count=STEPS), run)
+    records = fold(DecisionLoop.eager(setting, step_count=STEPS), run)
     reused = forecasts(records, run["residual"])
     config = SeaCacheConfig(
         threshold=threshold, cache_end_steps=last_exact, max_consecutive_cached=in_a_row
@@ -61,7 +61,9 @@ def test_decides_and_forecasts_as_diffusers_hook(
 
 
 def decisions(values: list[float], **parameters: object) -> str:
-    law = Law.eager(CacheSetting(policy="seacache", parameters=parameters), step_count=len(values))
+    law = DecisionLoop.eager(
+        CacheSetting(policy="seacache", parameters=parameters), step_count=len(values)
+    )
     records = [law.decide(np.full((2, 3), value, np.float32)) for value in values]
     return "".join("#" if r.compute else "." for r in records)
 

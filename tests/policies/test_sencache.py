@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting
 
@@ -18,7 +18,7 @@ def fold(
         "early": 0.0, "latent_sensitivity": [1.0], "timestep_sensitivity": [0.0], **parameters
     }  # fmt: skip
     setting = CacheSetting(policy="sencache", parameters=given)
-    law = Law.eager(setting, step_count=len(latents), schedule=Schedule.of(schedule))
+    law = DecisionLoop.eager(setting, step_count=len(latents), schedule=Schedule.of(schedule))
     return [law.decide(np.full((2, 3), value, np.float32)) for value in latents]
 
 

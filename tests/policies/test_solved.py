@@ -8,7 +8,7 @@ import torch
 from settings import solved_tables
 
 from freewheel.core.errors import ConfigError
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.overrides import apply_overrides
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.policies.solved import HISTORY, Solved, between
@@ -29,7 +29,7 @@ def padded(*factors: float) -> object:
 
 def run(steps: int, given: dict[str, object], **guard: object) -> list[DecisionRecord]:
     setting = CacheSetting(policy="solved", parameters=given, guard=GuardSetting(**guard))
-    law = Law.eager(setting, step_count=steps)
+    law = DecisionLoop.eager(setting, step_count=steps)
     return [law.decide() for _ in range(steps)]
 
 
@@ -58,7 +58,7 @@ def test_another_schedule_of_the_same_tables_is_one_override_away() -> None:
 def test_computed_steps_that_no_schedule_has_are_refused_by_name() -> None:
     message = "parameter 'computed_steps': 4 is none of 'budgets'; give one of 2, 3"
     with pytest.raises(ConfigError, match=message):
-        Law.eager(
+        DecisionLoop.eager(
             CacheSetting(policy="solved", parameters={**TABLES, "computed_steps": 4}), step_count=6
         )
 

@@ -11,14 +11,16 @@ from numpy_reference import Guard
 from runs import assert_equals_law, fold, random_run, step_at
 
 from freewheel.policies import policy_class
-from freewheel.policies.law import DecisionRecord, Law
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.spectrum import CLOCKS, DEGREE, chebyshev_mix
 
 
 def records(steps: int, **parameters: object) -> list[DecisionRecord]:
-    law = Law.eager(CacheSetting(policy="spectrum", parameters=parameters), step_count=steps)
+    law = DecisionLoop.eager(
+        CacheSetting(policy="spectrum", parameters=parameters), step_count=steps
+    )
     return [law.decide() for _ in range(steps)]
 
 
@@ -47,7 +49,7 @@ def test_fit_follows_the_samplers_time_where_it_is_asked_to(clock: str, seed: in
     sigmas = 3 * even / (1 + 2 * even)  # shifted towards noise, as samplers are; 1 at step 0
     setting = CacheSetting(policy="spectrum", parameters={"clock": clock, "warmup": 3})
     schedule = Schedule.of(1000 * sigmas, sigmas)
-    found = fold(Law.eager(setting, step_count=steps, schedule=schedule), run)
+    found = fold(DecisionLoop.eager(setting, step_count=steps, schedule=schedule), run)
     spec = policy_class("spectrum").spec
     resolved = spec.resolve(setting.parameters)
     law = Spectrum(**resolved, step_count=steps, sigmas=sigmas)

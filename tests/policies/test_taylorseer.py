@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from freewheel.policies import policy_class
-from freewheel.policies.law import Law
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 
@@ -14,7 +14,7 @@ def records(steps: int, guard: GuardSetting | None = None, **parameters: object)
     setting = CacheSetting(
         policy="taylorseer", parameters=parameters, guard=guard or GuardSetting()
     )
-    law = Law.eager(setting, step_count=steps)
+    law = DecisionLoop.eager(setting, step_count=steps)
     return [law.decide() for _ in range(steps)]
 
 

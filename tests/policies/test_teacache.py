@@ -13,7 +13,7 @@ from runs import assert_equals_reference, fold, random_run
 
 from freewheel.configs.load import load_config, shipped_configs
 from freewheel.policies import policy_class
-from freewheel.policies.law import Law
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 TRACE = Path(__file__).parents[1] / "traces" / "shapes_wan_timesteps_30.npz"
@@ -28,7 +28,7 @@ def tea(threshold: float, coefficients: list[float] | None = None, **guard: int)
 
 
 def decisions(setting: CacheSetting, signals: np.ndarray) -> list[bool]:
-    law = Law.eager(setting, step_count=len(signals))
+    law = DecisionLoop.eager(setting, step_count=len(signals))
     return [law.decide(signal[None]).compute for signal in signals]
 
 
@@ -42,7 +42,9 @@ def ramp(*values: float) -> np.ndarray:
 )
 def test_threshold_0_never_reuses(seed: int, coefficients: list[float]) -> None:
     run = random_run(seed, 8)
-    assert all(r.compute for r in fold(Law.eager(tea(0.0, coefficients), step_count=8), run))
+    assert all(
+        r.compute for r in fold(DecisionLoop.eager(tea(0.0, coefficients), step_count=8), run)
+    )
 
 
 def test_reuse_stops_when_accumulated_distance_passes_threshold() -> None:
@@ -71,7 +73,7 @@ def test_exact_steps_reset_the_distance() -> None:
 
 def test_polynomial_is_evaluated_highest_power_first() -> None:
     # 2·x² + 0.5·x at x = 0.5 is 0.75.
-    law = Law.eager(tea(9.0, [2.0, 0.5, 0.0]), step_count=2)
+    law = DecisionLoop.eager(tea(9.0, [2.0, 0.5, 0.0]), step_count=2)
     law.decide(ramp(1))
     assert law.decide(ramp(1.5)).distance == pytest.approx(0.75)
 
@@ -87,7 +89,7 @@ def test_step_after_a_signal_that_is_not_finite_computes_and_recovers() -> None:
 
 def test_reset_forgets() -> None:
     run = random_run(3, 20)
-    law = Law.eager(tea(0.4), step_count=20)
+    law = DecisionLoop.eager(tea(0.4), step_count=20)
     first = fold(law, run)
     law.reset()
     assert fold(law, run) == first
@@ -104,7 +106,7 @@ def test_shipped_configs_decide_as_the_transcription_on_a_recorded_signal(name: 
     setting = load_config(name).setting()
     with np.load(TRACE) as trace:
         signals = trace[setting.signal][:, None]
-    law = Law.eager(setting, step_count=len(signals))
+    law = DecisionLoop.eager(setting, step_count=len(signals))
     records = [law.decide(signal) for signal in signals]
     run = {"signal": signals, "residual": random_run(0, len(signals))["residual"]}
     parameters = policy_class(setting.policy).spec.resolve(setting.parameters)

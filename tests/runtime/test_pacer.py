@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import ConfigError
 from freewheel.policies.deadline import NO_DEADLINE, Pace
-from freewheel.policies.law import Law
+from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.solved import SolvedConfig
 from freewheel.runtime.model import LoadedModel
@@ -49,7 +49,7 @@ def drive(
     pacer = pacer or Pacer()
     now = 100.0
     pacer.begin(deadline, now)
-    law, computed, seconds = Law.eager(FRONTIER, step_count=STEPS), [], []
+    law, computed, seconds = DecisionLoop.eager(FRONTIER, step_count=STEPS), [], []
     for step in range(STEPS):
         record = law.decide(pace=pacer.begin_step(now))
         pacer.note(record.compute)

@@ -11,7 +11,7 @@ from runs import assert_equals_reference
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import ConfigError, RequestError
 from freewheel.policies import policy_class
-from freewheel.policies.law import DecisionRecord, Law, difference_gram
+from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord, difference_gram
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.forecast.fold import forecast
 from freewheel.runtime.pipeline.generate import Generator
@@ -75,7 +75,7 @@ def test_a_real_run_decides_as_the_eager_law_on_what_it_saw(
     trace = recorder.trace()
     frames, tokens = trace.frame_shape()
     for name, branch in statistics.branches.items():
-        law = Law.eager(setting, step_count=trace.steps, schedule=trace.schedule)
+        law = DecisionLoop.eager(setting, step_count=trace.steps, schedule=trace.schedule)
         tolerance = policy_class(setting.policy).mix.tolerance
         residuals = trace.get(name, "residual")
         features = trace.get(name, "feature").reshape(trace.steps, frames, tokens, -1)

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.graphs.caching import Delta, Gram, Reuse, cache_segments
 from freewheel.core.tensor_spec import TensorSpec
-from freewheel.policies.law import difference_gram
+from freewheel.policies.decision_loop import difference_gram
 
 HIDDEN = TensorSpec("float32", ("batch", "tokens", 6))
 

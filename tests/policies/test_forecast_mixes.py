@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import step_at as step
 
-from freewheel.policies.forecast import line_mix, newton_mix, taylor_mix
+from freewheel.policies.forecast_mixes import line_mix, newton_mix, taylor_mix
 
 histories = st.sets(st.integers(0, 30), min_size=1, max_size=5).map(
     lambda s: sorted(s, reverse=True)

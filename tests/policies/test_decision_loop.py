@@ -11,8 +11,8 @@ from settings import SETTINGS
 
 from freewheel.core.errors import ConfigError
 from freewheel.policies import policy_class
+from freewheel.policies.decision_loop import DecisionLoop, initial_tensors, parameter_tensors
 from freewheel.policies.guard import decide_inputs
-from freewheel.policies.law import Law, initial_tensors, parameter_tensors
 from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
@@ -42,7 +42,7 @@ def constant(value: float, *shape: int) -> np.ndarray:
 
 def test_previous_signal_is_that_of_the_step_before_computed_or_not() -> None:
     decide = Recorder("teacache", [True, False, False, True])
-    law = Law(decide.spec, decide, CacheSetting(policy="teacache"), step_count=4)
+    law = DecisionLoop(decide.spec, decide, CacheSetting(policy="teacache"), step_count=4)
     for t in range(4):
         law.decide(constant(t + 1, 1, 2))
     assert [s["signal"][0, 0].item() for s in decide.seen] == [1, 2, 3, 4]
@@ -51,7 +51,7 @@ def test_previous_signal_is_that_of_the_step_before_computed_or_not() -> None:
 
 def test_features_are_those_of_the_last_two_computed_steps() -> None:
     decide = Recorder("adacache", [True, True, False, True, False])
-    law = Law(decide.spec, decide, CacheSetting(policy="adacache"), step_count=5)
+    law = DecisionLoop(decide.spec, decide, CacheSetting(policy="adacache"), step_count=5)
     for _ in range(5):
         last = law.last_computed
         law.decide(feature=None if last is None else constant(last + 1, 2, 3, 4))
@@ -61,7 +61,7 @@ def test_features_are_those_of_the_last_two_computed_steps() -> None:
 
 def test_computed_steps_are_those_of_the_residuals_kept() -> None:
     decide = Recorder("taylorseer", [True, True, False, True, True])
-    law = Law(decide.spec, decide, CacheSetting(policy="taylorseer"), step_count=5)
+    law = DecisionLoop(decide.spec, decide, CacheSetting(policy="taylorseer"), step_count=5)
     for _ in range(5):
         law.decide()
     expected = [[-1, -1], [0, -1], [1, 0], [1, 0], [3, 1]]
@@ -72,7 +72,7 @@ def test_schedule_is_that_of_the_step_and_of_the_residuals_kept() -> None:
     decide = Recorder("custom", [True, False, True, True])
     schedule = Schedule.of([900.0, 800.0, 700.0, 600.0], [4.0, 3.0, 2.0, 1.0])
     setting = CacheSetting(policy="custom")
-    law = Law(decide.spec, decide, setting, step_count=4, schedule=schedule)
+    law = DecisionLoop(decide.spec, decide, setting, step_count=4, schedule=schedule)
     for _ in range(4):
         law.decide(constant(1, 1, 2))
     seen = [(s["timestep"].item(), s["sigma"].item()) for s in decide.seen]
@@ -84,7 +84,7 @@ def test_schedule_is_that_of_the_step_and_of_the_residuals_kept() -> None:
 
 def test_without_a_schedule_noise_falls_evenly() -> None:
     decide = Recorder("teacache", [True] * 4)
-    law = Law(decide.spec, decide, CacheSetting(policy="teacache"), step_count=4)
+    law = DecisionLoop(decide.spec, decide, CacheSetting(policy="teacache"), step_count=4)
     for _ in range(4):
         law.decide(constant(1, 1, 2))
     assert [s["sigma"].item() for s in decide.seen] == [1, 0.75, 0.5, 0.25]
@@ -94,7 +94,7 @@ def test_without_a_schedule_noise_falls_evenly() -> None:
 def test_state_and_mask_are_fed_back() -> None:
     decide = Recorder("adacache", [True, False, True])
     setting = CacheSetting(policy="adacache", guard=GuardSetting(exact_steps=[2], last_exact=1))
-    law = Law(decide.spec, decide, setting, step_count=3)
+    law = DecisionLoop(decide.spec, decide, setting, step_count=3)
     for _ in range(3):
         law.decide(feature=constant(1, 1, 1, 1))
     assert [s["state.skip"].item() for s in decide.seen] == [1, 2, 3]
@@ -106,7 +106,7 @@ def test_state_and_mask_are_fed_back() -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_reset_forgets_the_run_before(name: str) -> None:
     run, other = random_run(1, 25), random_run(2, 25)
-    law = Law.eager(SETTINGS[name], step_count=25)
+    law = DecisionLoop.eager(SETTINGS[name], step_count=25)
     fresh = fold(law, run)
     law.reset()
     fold(law, other)
@@ -117,8 +117,8 @@ def test_reset_forgets_the_run_before(name: str) -> None:
 def test_two_branches_do_not_share_state() -> None:
     run, other = random_run(1, 25), random_run(2, 25)
     setting = SETTINGS["tea"]
-    alone = fold(Law.eager(setting, step_count=25), run)
-    cond, uncond = (Law.eager(setting, step_count=25) for _ in range(2))
+    alone = fold(DecisionLoop.eager(setting, step_count=25), run)
+    cond, uncond = (DecisionLoop.eager(setting, step_count=25) for _ in range(2))
     together = []
     for t in range(25):
         together.append(cond.decide(run["signal"][t]))
@@ -133,11 +133,11 @@ def test_wrong_parameters_are_refused() -> None:
         ({"treshold": 0.1}, "is not known; did you mean 'threshold'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Law.eager(CacheSetting(policy="teacache", parameters=parameters), step_count=3)
+            DecisionLoop.eager(CacheSetting(policy="teacache", parameters=parameters), step_count=3)
     with pytest.raises(
         ConfigError, match=r"signal 'latents': can't be given to policy '[a-z]+'; .*temb"
     ):
-        Law.eager(CacheSetting(policy="teacache", signal="latents"), step_count=3)
+        DecisionLoop.eager(CacheSetting(policy="teacache", signal="latents"), step_count=3)
 
 
 def test_tensors_have_the_declared_dtype_shape_and_padding() -> None:

@@ -25,8 +25,8 @@ from .spec import GUARD_STATE, ParameterSpec, PolicySpec, StateSpec
 __all__ = [
     "Array",
     "DecideFunction",
+    "DecisionLoop",
     "DecisionRecord",
-    "Law",
     "difference_gram",
     "initial_tensors",
     "parameter_tensors",
@@ -85,7 +85,7 @@ def initial_tensors(specs: Mapping[str, StateSpec]) -> dict[str, Tensor]:
     }
 
 
-class Law:
+class DecisionLoop:
     """One branch of one run: decides step after step, holding nothing but that run's state.
 
     Before step t the decide function sees the signal of step t, those of step t − 1 and of the last
@@ -138,7 +138,7 @@ class Law:
     @classmethod
     def eager(
         cls, setting: CacheSetting, *, step_count: int, schedule: Schedule | None = None
-    ) -> Law:
+    ) -> DecisionLoop:
         """Return the Python law of the setting's policy.
 
         Raises:

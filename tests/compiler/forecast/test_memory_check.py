@@ -9,8 +9,8 @@ from generations import generation_of
 
 from freewheel.bundle.manifest import ResolvedConfig
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.forecast import fit
-from freewheel.compiler.forecast.fit import check_fit
+from freewheel.compiler.forecast import memory_check
+from freewheel.compiler.forecast.memory_check import check_fit
 from freewheel.compiler.sizes import size_of
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
@@ -29,7 +29,7 @@ def check(bundle: Bundle, entry: ResolvedConfig, frames: int = 81) -> str | None
 
 
 def available(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(fit, "memory_available_bytes", lambda: count)
+    monkeypatch.setattr(memory_check, "memory_available_bytes", lambda: count)
 
 
 def test_what_fits_is_not_mentioned(
@@ -54,9 +54,11 @@ def test_a_size_beyond_the_memory_is_refused_with_the_number_that_decides(
 def test_mapped_weights_alone_are_a_warning(
     tiny_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "memory_beside", lambda *args, **options: {})
+    monkeypatch.setattr(memory_check, "memory_beside", lambda *args, **options: {})
     monkeypatch.setattr(
-        fit, "footprint_of", lambda *args, **options: _Parts({"weights": 30 * GB, "rest": GB})
+        memory_check,
+        "footprint_of",
+        lambda *args, **options: _Parts({"weights": 30 * GB, "rest": GB}),
     )
     available(monkeypatch, 20 * GB)
     warning = check(tiny_bundle, entry)
@@ -95,7 +97,7 @@ def test_the_gpu_that_will_run_is_the_one_that_is_asked(
     i2v_bundle: Bundle, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {None: 100 * GB, 0: 100 * GB, 1: 10**7}
-    monkeypatch.setattr(fit, "gpu_free_bytes", lambda index=None: free[index])
+    monkeypatch.setattr(memory_check, "gpu_free_bytes", lambda index=None: free[index])
     size = size_of(entry.generation, height=480, width=832, frames=81, steps=4)
     for gpu in (None, 0):
         assert check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, gpu=gpu) is None
