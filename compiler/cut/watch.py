@@ -381,7 +381,7 @@ class _Learner:
             return 1
         known = {n: sizes[0] for n, sizes in self.known.items()}
         tokens = known["rows"] * known["columns"] if "rows" in known else known["tokens"]
-        latents = self.asked["height"] * self.asked["width"] / scale[1] ** 2
+        latents: float = self.asked["height"] * self.asked["width"] / scale[1] ** 2
         return max(1, round((latents / tokens) ** 0.5))
 
     def _multiples(self) -> dict[str, str]:
