@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -382,7 +382,7 @@ class _Learner:
         known = {n: sizes[0] for n, sizes in self.known.items()}
         tokens = known["rows"] * known["columns"] if "rows" in known else known["tokens"]
         latents: float = self.asked["height"] * self.asked["width"] / scale[1] ** 2
-        return max(1, round((latents / tokens) ** 0.5))
+        return max(1, round(sqrt(latents / tokens)))
 
     def _multiples(self) -> dict[str, str]:
         """Return patches, by the keys that configs have for them."""
