@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from ..core.errors import BundleError, RequestError
-from .manifest import MAX_SIZE, IoEntry, Manifest
+from .manifest import MAX_SIZE, IoEntry, Manifest, SumTerm
 
 __all__ = ["derive_dims", "match_dims", "shape_of", "summed"]
 
@@ -69,13 +69,19 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
     return dims | summed(manifest.sums, dims)
 
 
-def summed(sums: Mapping[str, Sequence[str]], dims: Mapping[str, int]) -> dict[str, int]:
-    """Return the dimensions that are sums of known ones."""
-    return {
-        name: sum(dims[term] for term in terms)
-        for name, terms in sums.items()
-        if all(term in dims for term in terms)
-    }
+def summed(sums: Mapping[str, Sequence[SumTerm]], dims: Mapping[str, int]) -> dict[str, int]:
+    """Return the dimensions that are sums of known ones, of numbers, and of padded ones."""
+    found = {name: [_term(term, dims) for term in terms] for name, terms in sums.items()}
+    return {name: sum(t for t in terms if t) for name, terms in found.items() if None not in terms}
+
+
+def _term(term: SumTerm, dims: Mapping[str, int]) -> int | None:
+    """Return a term's value: of a pair, the dimension rounded up to a multiple; None: not known."""
+    if isinstance(term, int):
+        return term
+    name, multiple = (term, 1) if isinstance(term, str) else term
+    size = dims.get(name)
+    return None if size is None else -(-size // multiple) * multiple
 
 
 def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:

@@ -137,13 +137,17 @@ class InputEntry(IoEntry):
             that is nested (``img_shapes.0.0.1``).
         runs: When it may change.
         scale: What that argument is multiplied by.
+        offset: What is added then.
         absent: What stands for it where a pipeline leaves it out, or None.
+        same: Other arguments of diffusers' that are given the same.
     """
 
     argument: str
     runs: Literal["step", "run", "prompt"]
     scale: float = 1.0
+    offset: float = 0.0
     absent: Literal["ones"] | None = None
+    same: list[str] = []
 
 
 class SignalEntry(_Entry):
@@ -295,6 +299,10 @@ class PipelineEntry(_Entry):
     source: str | None = None
 
 
+SumTerm = str | Positive | tuple[str, Positive]
+"""What a dimension is a sum of: another, a number, or another rounded up to a multiple."""
+
+
 class Manifest(_Entry):
     """The whole manifest."""
 
@@ -307,7 +315,7 @@ class Manifest(_Entry):
     weights: Literal["inputs", "baked"]
     inputs: dict[str, InputEntry]
     dims: dict[str, list[tuple[str, Positive]]]
-    sums: dict[str, list[str]] = {}
+    sums: dict[str, list[SumTerm]] = {}
     latent_scale: LatentScale
     vocabulary_size: Positive | None = None
     graphs: dict[str, GraphEntry]

@@ -122,6 +122,7 @@ class Recorder(Protocol):
 class _Branch:
     body: Body
     model_output: Tensor
+    head: BoundCall
     finish: BoundCall
     cache: BranchCache | None = None
     last_step: int = -1
@@ -324,7 +325,7 @@ class Session:
             cache.rejoin(step_index)
         self._select_row(step_index)
         with self._timed("head"):
-            self._head.run()
+            state.head.run()
         with self._timed("decide"):
             decision = self._decide(cache, step_index)
         self._pacer.note(decision.compute)
@@ -399,7 +400,7 @@ class Session:
         self._place(inputs, f"branch '{branch}', step {step_index}")
         state = self._branch(branch)
         self._select_row(step_index)
-        self._head.run()
+        state.head.run()
         self.model.backend.synchronize()
         return OpenStep(self._shared["hidden"], state.body, state.finish, state.model_output)
 
@@ -519,7 +520,6 @@ class Session:
         for name, graph in graphs.items():
             if graph.runs == "shape":
                 self.model.bind(name, shared).run()
-        self._head = self.model.bind("head", shared)
         self._shared = shared
 
     def _branch(self, name: str) -> _Branch:
@@ -544,7 +544,8 @@ class Session:
         body = Body(self.model, name, self._shared, self._prompts[name], self._dims)
         outputs = allocate(self.manifest.graphs["finish"].outputs, body.dims, self.model.device)
         values = {**self._shared, **body.context, "hidden_out": body.hidden_out, **outputs}
-        return _Branch(body, outputs["model_output"], self.model.bind("finish", values))
+        head = self.model.bind("head", values)
+        return _Branch(body, outputs["model_output"], head, self.model.bind("finish", values))
 
     def _record(
         self, branch: str, step_index: int, computed: bool, kept: tuple[Tensor, Tensor | None]

@@ -305,7 +305,7 @@ def _inside(dims: Mapping[str, int], ranges: Ranges) -> dict[str, int]:
 def sample_inputs(
     entry: GraphEntry, manifest: Manifest, dims: Mapping[str, int], seed: int
 ) -> dict[str, Tensor]:
-    """Return seeded random inputs: timesteps in [0, 1000], the rest normal."""
+    """Return seeded random inputs: timesteps in [0, 1000], indices 0, the rest normal."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for name, io in entry.inputs.items():
@@ -313,6 +313,8 @@ def sample_inputs(
         declared = manifest.inputs.get(name)
         if declared is not None and declared.runs == "run":
             value = 1000 * torch.rand(shape, generator=generator)
+        elif io.dtype == "int64":  # a table may have one row
+            value = torch.zeros(shape)
         else:
             value = torch.randn(shape, generator=generator)
         values[name] = value.to(getattr(torch, io.dtype))

@@ -61,11 +61,17 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
   for (const auto& [name, terms] : manifest.sums) {
     std::int64_t sum = 0;
     bool is_known = !terms.empty();
-    for (const std::string& term : terms) {
-      const auto found = dims.find(term);
+    for (const SumTerm& term : terms) {
+      if (term.dim.empty()) {
+        sum += term.number;
+        continue;
+      }
+      const auto found = dims.find(term.dim);
       is_known = is_known && found != dims.end();
       if (!is_known) break;
-      sum = std::min(sum + found->second, kMaxSize);
+      const std::int64_t multiples = (found->second + term.number - 1) / term.number;
+      sum += std::min(multiples, kMaxSize / term.number) * term.number;
+      sum = std::min(sum, kMaxSize);
     }
     if (is_known) dims[name] = sum;
   }

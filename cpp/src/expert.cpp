@@ -178,7 +178,7 @@ Status Expert::set_prompt(const std::string& branch_name, const Tensors& states)
 
 Status Expert::place(const NamedTensor* inputs, std::size_t count) {
   for (int attempt = 0; attempt < 2; ++attempt) {
-    bool fits = head_ != nullptr;
+    bool fits = !shared_.empty();
     for (const StepInput& wanted : step_inputs_) {
       const NamedTensor* given = std::find_if(
           inputs, inputs + count, [&](const NamedTensor& i) { return i.name == wanted.name; });
@@ -217,7 +217,6 @@ Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
   }
   FREEWHEEL_ASSIGN(Dims dims, derive_dims(manifest(), sizes));
   for (const auto& branch : branches_) branch->unbind();
-  head_.reset();
   shared_.clear();
   shared_buffers_ = {};
   Memory& memory = model_.memory();
@@ -242,7 +241,6 @@ Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
     FREEWHEEL_TRY(call->run());
     FREEWHEEL_TRY(memory.synchronize());
   }
-  FREEWHEEL_ASSIGN(head_, bind("head", shared));
   for (StepInput& input : step_inputs_) input.buffer = shared.at(input.name);
   shared_buffers_ = std::move(buffers);
   shared_ = std::move(shared);
@@ -261,6 +259,7 @@ Status Expert::bind_branch(Branch& branch) {
     BufferSet outputs;
     FREEWHEEL_TRY(outputs.allocate(model_.memory(), manifest().graphs.at("finish").outputs,
                                    body->dims(), values));
+    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> head, bind("head", values));
     FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> finish, bind("finish", values));
     const auto output = values.find("model_output");
     if (output == values.end() || output->second.dtype != DType::kFloat32) {
@@ -269,6 +268,7 @@ Status Expert::bind_branch(Branch& branch) {
     }
     branch.model_output = output->second;
     branch.outputs = std::move(outputs);
+    branch.head = std::move(head);
     branch.finish = std::move(finish);
     branch.body = std::move(body);
     branch.cache.reset();
@@ -357,7 +357,7 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   {
     const Timed timed(statistics_, Segment::kHead);
     FREEWHEEL_TRY(select_row(step_index));
-    FREEWHEEL_TRY(head_->run());
+    FREEWHEEL_TRY(branch->head->run());
   }
   {
     const Timed timed(statistics_, Segment::kDecide);

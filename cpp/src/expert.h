@@ -63,11 +63,12 @@ class Expert {
     Tensor model_output;
     std::unique_ptr<Body> body;
     std::unique_ptr<BranchCache> cache;
-    std::unique_ptr<BoundCall> finish;
+    std::unique_ptr<BoundCall> head, finish;
     std::int64_t last_step = -1;
 
     void unbind() {
       cache.reset();
+      head.reset();
       finish.reset();
       body.reset();
       outputs = {};
@@ -126,7 +127,6 @@ class Expert {
   DecisionRecord shared_decision_;  // branch that decided, until that one decides again
   std::vector<StepInput> step_inputs_;
   Dims dims_;
-  std::unique_ptr<BoundCall> head_;
   std::vector<std::unique_ptr<Branch>> branches_;
 };
 

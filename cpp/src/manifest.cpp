@@ -57,6 +57,16 @@ GraphEntry read_graph(FieldReader& reader, const json& entry, const std::string&
   return graph;
 }
 
+SumTerm read_term(FieldReader& reader, const json& term, const std::string& path) {
+  if (term.is_string()) return {term.get<std::string>(), 1};
+  if (term.is_array() && term.size() == 2 && term[0].is_string()) {
+    return {term[0].get<std::string>(), reader.integer(term[1], path, 1, kMaxSize)};
+  }
+  if (term.is_number_integer()) return {"", reader.integer(term, path, 1, kMaxSize)};
+  reader.fault(path, "should be dimensions, numbers, or pairs of a dimension and a multiple");
+  return {};
+}
+
 void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
   manifest.freewheel_version = reader.text(data, "", "freewheel_version");
   manifest.family = reader.text(data, "", "family");
@@ -82,11 +92,7 @@ void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
   if (data.contains("sums")) {
     for (const auto& [name, terms] : reader.object(data, "", "sums").items()) {
       for (const json& term : terms) {
-        if (!term.is_string()) {
-          reader.fault("sums." + name, "should be names of dimensions");
-        } else {
-          manifest.sums[name].push_back(term.get<std::string>());
-        }
+        manifest.sums[name].push_back(read_term(reader, term, "sums." + name));
       }
     }
   }

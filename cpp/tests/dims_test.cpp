@@ -86,5 +86,21 @@ TEST(Dims, MatchDeriveAndShape) {
   EXPECT_FALSE(shape_of("x", io, {{"batch", std::int64_t{1} << 40}}).ok());
 }
 
+TEST_F(DimsTest, ASumIsOfDimensionsPaddedOnesAndNumbers) {
+  manifest_["sums"] = {{"joint", {json::array({"text_tokens", 32}), "tokens", 3}}};
+  const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  const Dims sizes = {{"batch", 1}, {"frames", 1}, {"height", 4}, {"width", 6}};
+  EXPECT_EQ(derive_dims(*parsed, sizes)->count("joint"), 0u);
+  Dims all = sizes;
+  all["text_tokens"] = 33;
+  const Dims found = *derive_dims(*parsed, all);
+  EXPECT_EQ(found.at("joint"), 64 + found.at("tokens") + 3);
+  for (const json& term : {json(0), json(1.5), json::array({"tokens", 0}), json::array({1, 2})}) {
+    manifest_["sums"] = {{"joint", json::array({term})}};
+    EXPECT_FALSE(Manifest::parse(manifest_.dump(), "manifest.json").ok()) << term;
+  }
+}
+
 }  // namespace
 }  // namespace freewheel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.bundle.dims import derive_dims, match_dims, shape_of
-from freewheel.bundle.manifest import IoEntry
+from freewheel.bundle.dims import derive_dims, match_dims, shape_of, summed
+from freewheel.bundle.manifest import IoEntry, SumTerm
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
 
@@ -30,6 +30,13 @@ def test_tokens_follow_from_the_patches(tiny_bundle: Bundle) -> None:
     assert derive_dims(tiny_bundle.manifest, sizes)["tokens"] == 3 * 4 * 3
     with pytest.raises(RequestError, match=r"dimension 'width'.*is 7, which 2 does not divide"):
         derive_dims(tiny_bundle.manifest, {**sizes, "width": 7})
+
+
+def test_a_sum_is_of_dimensions_padded_ones_and_numbers() -> None:
+    sums: dict[str, list[SumTerm]] = {"joint": [("text_tokens", 32), "tokens", 3], "fixed": [16]}
+    assert summed(sums, {"text_tokens": 33, "tokens": 5}) == {"joint": 64 + 5 + 3, "fixed": 16}
+    assert summed(sums, {"text_tokens": 64, "tokens": 1})["joint"] == 64 + 1 + 3
+    assert summed(sums, {"tokens": 5}) == {"fixed": 16}, "the text's size is still to come"
 
 
 def test_dimensions_of_inputs_still_to_come_wait_for_them(tiny_bundle: Bundle) -> None:

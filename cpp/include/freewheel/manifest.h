@@ -115,11 +115,18 @@ struct SamplerEntry {
   std::vector<std::int64_t> steps;
 };
 
+/// What a dimension is a sum of: `dim` rounded up to a multiple of `number`; without a `dim`,
+/// `number`.
+struct SumTerm {
+  std::string dim;
+  std::int64_t number = 1;
+};
+
 struct Manifest {
   std::string freewheel_version, family, precision, weights;
   std::map<std::string, InputEntry> inputs;
   std::map<std::string, std::vector<std::pair<std::string, std::int64_t>>> dims;
-  std::map<std::string, std::vector<std::string>> sums;  ///< Dimension → those it is the sum of.
+  std::map<std::string, std::vector<SumTerm>> sums;
   LatentScale latent_scale;
   std::optional<std::int64_t> vocabulary_size;  ///< Of the text encoder: ids lie below it.
   std::map<std::string, GraphEntry> graphs;
