@@ -261,7 +261,9 @@ def _inputs(cut: Cut) -> dict[str, InputEntry]:
             dtype=i.spec.dtype,
             shape=list(i.spec.shape),
             scale=i.scale,
+            offset=i.offset,
             absent=i.absent,
+            same=list(i.same),
         )
         for n, i in cut.inputs.items()
     }

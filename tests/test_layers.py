@@ -104,6 +104,7 @@ TESTED_THROUGH = {
     "__init__.py": "runtime/pipeline/test_attach.py",
     "compiler/cut/patches.py": "compiler/cut/test_patch.py",
     "__main__.py": "runtime/distributed/test_ranks.py",
+    "compiler/cut/audio_models.py": "compiler/cut/test_models.py",
     "compiler/cut/image_models.py": "compiler/cut/test_models.py",
     "compiler/pipeline_files.py": "compiler/test_build.py",
     "compiler/plan.py": "compiler/forecast/test_build.py",

@@ -56,22 +56,27 @@ class Classes:
     Attributes:
         of: Node → what it depends on; inside blocks, of any instance of the template.
         batch: Symbols that timesteps' shapes have.
+        latents: Symbols that the latents' shapes have.
         conditioning: Values that see the timestep, no latent and no token, all the way from it: a
             vector a step, of which all steps' can be computed in one batch.
     """
 
     of: dict[fx.Node, Dependency]
     batch: set[sympy.Symbol]
+    latents: set[sympy.Symbol]
     conditioning: set[fx.Node]
 
     def runs(self, node: fx.Node) -> str:
-        """Return the seldomest moment at which a value can be computed."""
+        """Return the seldomest moment at which a value can be computed.
+
+        What needs a size that no latents have (the text's) is known with the prompt.
+        """
         found = self.of[node]
         if found.every_step:
             return "step"
         if "run" in found.on:
             return "run" if found.sizes <= self.batch else "step"
-        if "prompt" in found.on:
+        if "prompt" in found.on or not found.sizes <= self.latents:
             return "prompt"
         return "shape" if found.sizes else "constant"
 
@@ -99,8 +104,9 @@ def classify(trace: Trace, templates: Sequence[Template] = ()) -> Classes:
                 for instance, node in zip(template.instances, bound, strict=True):
                     joined[instance.block, node] = together
         if joined == before:
-            batch = _batch(trace)
-            return Classes(of, batch, _conditioning(trace, of, batch))
+            batch = _symbols_of(trace, "run")
+            latents = _symbols_of(trace, "step")
+            return Classes(of, batch, latents, _conditioning(trace, of, batch))
 
 
 def _flow(
@@ -143,6 +149,7 @@ def _conditioning(
     return found
 
 
-def _batch(trace: Trace) -> set[sympy.Symbol]:
-    timesteps = [node for node, declared in trace.declared.items() if declared.changes == "run"]
-    return {symbol for node in timesteps for symbol in sizes_of(node)}
+def _symbols_of(trace: Trace, changes: str) -> set[sympy.Symbol]:
+    """Return the symbols in the shapes of the inputs that change so."""
+    inputs = [node for node, declared in trace.declared.items() if declared.changes == changes]
+    return {symbol for node in inputs for symbol in sizes_of(node)}

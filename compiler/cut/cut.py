@@ -28,6 +28,7 @@ from .row import Row
 from .sums import split_sums
 from .tidy import tidy
 from .trace import Trace, trace, value_of
+from .vectors import spread_no_vectors
 from .words import Call, Cut, Instance, Runs, Segment, Template, is_operation, is_size
 
 __all__ = ["cut_model"]
@@ -56,6 +57,7 @@ def cut_model(
         traced = trace(row, model_class, config, whole)
         tidy(traced)
         divide_joint(traced, find_instances(traced))
+        spread_no_vectors(traced)
         compose_rotary(traced, find_instances(traced))
         join_once(traced, find_instances(traced))
         split_sums(traced)

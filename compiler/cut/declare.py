@@ -29,7 +29,7 @@ from .dimensions import Dimensions
 from .names import fresh_name
 from .precision import typed
 from .refusal import refuse, refuse_what_has_no_word
-from .row import Row
+from .row import Row, Same
 from .streams import find_streams
 from .taps import attention_output, modulated_input
 from .words import PRODUCTS, Call, Cut, arguments, operation, results
@@ -37,7 +37,9 @@ from .words import PRODUCTS, Call, Cut, arguments, operation, results
 __all__ = ["declare"]
 
 INPUT_NAMES = {
+    "cap_feats": "text_states",
     "encoder_attention_mask": "text_mask",
+    "encoder_mask": "text_mask",
     "encoder_hidden_states": "text_states",
     "encoder_hidden_states_image": "image_states",
     "encoder_hidden_states_mask": "text_mask",
@@ -125,12 +127,13 @@ class _Declaration:
         stages = self._stages(tapped)
         signals: dict[str, Any] = {n: (n, "run") for n in self.cut.told}
         signals[SIGNAL] = (SIGNAL, "step")
+        inputs = self._inputs()
         sizes = self.row.sizes(self.config)
         examples = {**sizes, **self.dimensions.derived(sizes)}
         return Declared(
             segments=tuple(graphs),
             stages=stages,
-            inputs=self._inputs(),
+            inputs=inputs,
             signals=signals,
             feature_block=next(s.first + s.count // 2 for s in stages if s.tapped is not None),
             dims=self.dimensions.factors,
@@ -209,7 +212,13 @@ class _Declaration:
                 "prompt" if one.changes == "shape" else one.changes,
                 spec,
                 self.row.timestep_scale if one.changes == "run" else 1.0,
+                self.row.timestep_offset if one.changes == "run" else 0.0,
                 "ones" if one.fill == "mask" else None,
+                tuple(
+                    argument
+                    for argument, other in self.row.inputs.items()
+                    if isinstance(other, Same) and other.argument == name
+                ),
             )
         return found
 
@@ -251,7 +260,8 @@ class _Declaration:
             module, given, stored=stored, batch=self.batch,
             precision=getattr(torch, precision) if segment.runs in BODY else None,
             names=names, returned=returned,
-            divisor=self.row.timestep_scale if segment.runs == "run" else 1.0,
+            scale=self.row.timestep_scale if segment.runs == "run" else 1.0,
+            offset=self.row.timestep_offset if segment.runs == "run" else 0.0,
         )  # fmt: skip
         for one in self.cut.calls:
             if one.segment == call.segment:
@@ -268,12 +278,10 @@ class _Declaration:
             o: self.dimensions.spec(node, dtype, batch)
             for o, node, dtype in zip(outputs, results(module), dtypes, strict=True)
         }
-        # Whole numbers come with the prompt: a pipeline hands them in beside it.
-        by_prompt = any(
-            i.changes == "shape" for n, i in self.cut.inputs.items() if n in call.inputs
-        )
+        if segment.runs == "run":  # of a timestep that is one number, every step's is as well
+            specs = {o: TensorSpec(s.dtype, ("steps", *s.shape[1:])) for o, s in specs.items()}
         graph = Graph(
-            segment.name, "prompt" if by_prompt else MOMENTS[segment.runs], made, inputs, specs, prefix, precision,
+            segment.name, MOMENTS[segment.runs], made, inputs, specs, prefix, precision,
             dropped=(FEATURE,) if tapped else hidden_tables,
         )  # fmt: skip
         if not tapped or signal is None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from ...bundle.manifest import SumTerm
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 
@@ -107,14 +108,18 @@ class ModelInput:
             dimension of ``head``'s.
         spec: dtype and named dimensions.
         scale: What the argument is multiplied by; brings timesteps to the scheduler's values.
+        offset: What is added then.
         absent: What stands for it where a pipeline leaves it out, or None.
+        same: Other arguments that are given the same.
     """
 
     argument: str
     runs: Literal["step", "run", "prompt"]
     spec: TensorSpec
     scale: float = 1.0
+    offset: float = 0.0
     absent: Literal["ones"] | None = None
+    same: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ class Cut:
         dims: Derived dimension → product of floor divisions of others. Where an input has it too,
             both must agree. Those over ``frames``, ``height`` and ``width`` of the latents
             serve forecasts also where no input has these.
-        sums: Dimension → others whose sum it is, as text and image tokens in one sequence are.
+        sums: Dimension → what it is the sum of, as text and image tokens in one sequence are:
+            others, numbers, and others rounded up to a multiple.
         unread: Tensors that the model has and its `forward` does not read.
         history_dtype: dtype in which residuals are kept.
         example_dims: Sizes to trace with.
@@ -151,7 +157,7 @@ class Cut:
     example_dims: Mapping[str, int] = field(default_factory=dict)
     latent_scale: tuple[int, int] = (4, 8)
     limits: Mapping[str, int] = field(default_factory=dict)
-    sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[SumTerm, ...]] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
     usual: Mapping[str, int] = field(default_factory=dict)
 

@@ -10,8 +10,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, PythonMod
 
+from ...bundle.dims import summed
+from ...bundle.manifest import SumTerm
 from ...engines.base import TensorSpec
 from .declared import DimFactor
 from .refusal import refuse
@@ -20,6 +22,9 @@ from .trace import value_of
 from .words import Cut, expression_of
 
 __all__ = ["Dimensions"]
+
+MOST_TIMES = 4
+"""How often a size may count in a sum: two values a token are two sequences, a hundred are not."""
 
 
 class Dimensions:
@@ -33,31 +38,26 @@ class Dimensions:
 
     Attributes:
         factors: Derived dimension → product of floor divisions of others.
-        sums: Dimension → others whose sum it is; grows while values are named.
+        sums: Dimension → what it is the sum of. Both grow while values are named.
     """
 
     def __init__(self, row: Row, cut: Cut, config: Mapping[str, Any], hidden: fx.Node) -> None:
         self.row, self.cut, self.config = row, cut, config
         self.patches = row.sizes(config, dict.fromkeys(row.multiples, 1))
-        self.sums: dict[str, tuple[str, ...]] = {}
-        self.tokens = self._over_sizes(expression_of(value_of(hidden).shape[1]))
-        self.factors: dict[str, tuple[DimFactor, ...]] = self._factors()
+        self.sums: dict[str, tuple[SumTerm, ...]] = {}
+        self.tokens = sympy.sympify(self._over_sizes(expression_of(value_of(hidden).shape[1])))
+        self.factors: dict[str, tuple[DimFactor, ...]] = {}
+        self.factors |= self._factors()
 
     def spec(self, node: fx.Node, dtype: torch.dtype, batch: str | int = "batch") -> TensorSpec:
         """Describe a value in a dtype; ``batch`` names its first dimension if that is the batch."""
         shape = tuple(self._dim(extent, batch) for extent in value_of(node).shape)
         return TensorSpec(str(dtype).removeprefix("torch."), shape)
 
-    def of_word(self, word: str) -> str:
+    def of_word(self, word: str) -> str | int:
         """Name a dimension that a row spells."""
         expression = size_expression(word, self.config)
-        if expression == self.tokens:
-            return "tokens"
-        if expression.is_Add:
-            return self._sum(expression)
-        if not word.isidentifier():
-            refuse(self.cut.model, "takes an input of a size that has no name", [word])
-        return word
+        return self._name(expression, "takes an input of a size that has no name")
 
     def derived(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Add all that follows from the sizes that a model is traced with."""
@@ -68,7 +68,7 @@ class Dimensions:
             found[name] = 1
             for size, divisor in factors:
                 found[name] *= found[size] // divisor
-        return found | {n: sum(found[t] for t in terms) for n, terms in self.sums.items()}
+        return found | summed(self.sums, found)
 
     def limits(self) -> dict[str, int]:
         """Return how far each size of the latents may go, where the model has tables."""
@@ -95,21 +95,27 @@ class Dimensions:
                 "tokens": (("height", by), ("width", by)),
                 "tokens_per_frame": (("tokens", 1),),
             }
-        factors = tuple(self._factor(part) for part in sympy.Mul.make_args(self.tokens))
+        factors = self._product(self.tokens)
+        if factors is None:  # one frame of so many
+            terms = self._terms(self.tokens, "has tokens of a number that no input has")
+            self.sums |= {"tokens": terms, "tokens_per_frame": terms}
+            return {}
         order = ("frames", "height", "width")
         factors = tuple(sorted(factors, key=lambda f: order.index(f[0]) if f[0] in order else 3))
         per_frame = tuple(f for f in factors if f[0] != "frames")
         whole = {} if factors == (("tokens", 1),) else {"tokens": factors}
         return {**whole, "tokens_per_frame": per_frame}
 
-    def _factor(self, part: sympy.Basic) -> DimFactor:
-        """Return size and divisor of ``height`` or ``height // 2``."""
-        size, divisor = part, 1
-        if type(part).__name__ in ("FloorDiv", "CleanDiv"):
-            size, divisor = part.args[0], int(part.args[1])
-        if not size.is_Symbol:
-            refuse(self.cut.model, "has tokens that are no product of sizes", [str(part)])
-        return str(size), divisor
+    def _product(self, expression: Any) -> tuple[DimFactor, ...] | None:
+        """Return sizes and divisors of ``frames * (height // 2)``; None of anything else."""
+        factors = []
+        for part in sympy.Mul.make_args(sympy.sympify(expression)):
+            is_part = type(part).__name__ in ("FloorDiv", "CleanDiv")
+            size, divisor = part.args if is_part else (part, 1)
+            if not size.is_Symbol or not sympy.sympify(divisor).is_Integer:
+                return None
+            factors.append((str(size), int(divisor)))
+        return tuple(factors)
 
     def _over_sizes(self, expression: Any) -> Any:
         if not isinstance(expression, sympy.Basic):
@@ -123,32 +129,54 @@ class Dimensions:
     def _dim(self, extent: Any, batch: str | int) -> str | int:
         """Return a dimension's name, or its size."""
         expression = self._over_sizes(expression_of(extent))
-        if not isinstance(expression, sympy.Basic):
-            return int(expression)
+        name = self._name(expression, "hands on a value of a size that no input has")
+        return batch if name == "batch" else name
+
+    def _name(self, expression: Any, what: str) -> str | int:
+        """Name a size, and say how it follows from those of the inputs.
+
+        Args:
+            expression: The size, over the names of `SIZES`.
+            what: Said of a size that does not: "takes an input of a size that has no name".
+        """
+        expression = sympy.sympify(expression)
         if expression.is_Integer:
             return int(expression)
         if expression == self.tokens:
             return "tokens"
-        if str(expression) == "batch":
-            return batch
-        if expression.is_Add:
-            return self._sum(expression)
-        if not expression.is_Symbol:
-            refuse(
-                self.cut.model, "hands on a value of a size that no input has", [str(expression)]
-            )
-        return str(expression)
-
-    def _sum(self, expression: sympy.Basic) -> str:
-        """Name the sum of two sequences' lengths."""
+        if expression.is_Symbol:
+            return str(expression)
+        factors = self._product(expression)
+        if factors is not None:
+            name = "_times_".join(n if by == 1 else f"{n}_over_{by}" for n, by in factors)
+            self.factors[name] = factors
+            return name
         rest = expression - self.tokens
         has_tokens = rest.count_ops() < expression.count_ops()
-        others = sympy.Add.make_args(rest if has_tokens else expression)
-        terms = sorted(str(one) for one in others) + ["tokens"] * has_tokens
-        if not all(term.isidentifier() for term in terms):
-            refuse(
-                self.cut.model, "hands on a value of a size that no input has", [str(expression)]
-            )
-        name = "_plus_".join(terms)
-        self.sums[name] = tuple(terms)
+        terms = self._terms(rest if has_tokens else expression, what)
+        name = "_plus_".join([*map(_spelled, terms), *(["tokens"] * has_tokens)])
+        if has_tokens:
+            terms = (*terms, *self.sums.get("tokens", ("tokens",)))
+        self.sums[name] = terms
         return name
+
+    def _terms(self, expression: Any, what: str) -> tuple[SumTerm, ...]:
+        """Return what a size is the sum of: dimensions, padded ones, a number."""
+        rest = expression
+        padded: list[SumTerm] = []
+        for padding in sorted(rest.atoms(PythonMod), key=str):  # x + (-x) % n is x rounded up
+            size, multiple = -padding.args[0], padding.args[1]
+            padded.append((str(self._name(size, what)), int(multiple)))
+            rest -= size + padding
+        counted = [term.as_coeff_Mul() for term in sympy.Add.make_args(rest)]
+        number = sum(int(count) for count, one in counted if one == 1)
+        plain = [(int(count), one) for count, one in counted if one != 1 and count != 0]
+        known = all(one.is_Symbol or self._product(one) for _, one in plain)
+        if not known or number < 0 or any(not 0 < count <= MOST_TIMES for count, _ in plain):
+            refuse(self.cut.model, what, [str(expression)])
+        names = sorted(str(self._name(one, what)) for count, one in plain for _ in range(count))
+        return (*names, *padded, *([number] if number else []))
+
+
+def _spelled(term: SumTerm) -> str:
+    return f"{term[0]}_up_to_{term[1]}" if isinstance(term, tuple) else str(term)

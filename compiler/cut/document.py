@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
+from ...bundle.manifest import SumTerm
 from ...bundle.reader import Bundle
 from ...core.dtypes import Precision
 from ...core.errors import BundleError
@@ -58,7 +59,7 @@ KINDS: Mapping[str, type] = {
 """What JSON has no value for, by the key of the object that stands for it."""
 
 Word = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
-DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
+DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")]
 
 
 class _Model(BaseModel):
@@ -103,7 +104,7 @@ class _Document(_Model):
     example_dims: dict[str, int]
     latent_scale: tuple[int, int]
     limits: dict[str, int]
-    sums: dict[str, tuple[str, ...]]
+    sums: dict[str, tuple[SumTerm, ...]]
     unread: list[str]
     usual: dict[str, int]
 

@@ -117,13 +117,16 @@ IMAGE_MODELS: tuple[Row, ...] = (
     Row(
         "ZImageTransformer2DModel",
         {
-            "x": [step("in_channels 1 height width")],
-            "t": run("1"),
-            "cap_feats": [prompt("text_tokens cap_feat_dim")],
+            "x": step("1 in_channels 1 height width", listed=True),
+            "t": run("1", fill="fraction"),
+            "cap_feats": prompt("1 text_tokens cap_feat_dim", listed=True),
         },
         pipelines=("ZImagePipeline",),
+        name="z_image",
         multiples={"height": "all_patch_size[0]", "width": "all_patch_size[0]"},
         latent_scale=(1, 8),
+        timestep_scale=-1000.0,
+        timestep_offset=1000.0,
     ),
     Row(
         "PixArtTransformer2DModel",
@@ -225,6 +228,7 @@ IMAGE_MODELS: tuple[Row, ...] = (
             "img_shapes": [(1, size("rows"), size("columns"))],
         },
         pipelines=("NucleusMoEImagePipeline",),
+        name="nucleus_image",
         latent_scale=(1, 8),
         timestep_scale=1000.0,
         packed=2,
@@ -244,6 +248,33 @@ IMAGE_MODELS: tuple[Row, ...] = (
         latent_scale=(1, 8),
         timestep_scale=1000.0,
         packed=2,
+    ),
+    Row(
+        "Flux3Transformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "img_ids": prompt("tokens 4", fill="positions"),
+            "txt_ids": prompt("text_tokens 4", fill="positions"),
+        },
+        name="flux_3",
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
+    ),
+    Row(
+        "AuraFlowTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+        },
+        pipelines=("AuraFlowPipeline",),
+        name="aura_flow",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
     ),
 )
 """In the order in which each came to be cut."""

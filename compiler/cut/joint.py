@@ -9,14 +9,15 @@ parts itself and divides its result again, as FLUX.1's own blocks do.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from .classes import classify
+from .classes import Dependency, classify
+from .lone import take_out_lists_of_one
 from .rewrite import insert, operations, replace
 from .trace import Trace, value_of
 from .words import Instance, expression_of, is_size, operation, shape_of
@@ -37,12 +38,39 @@ Part = tuple[int, Any, Any]
 def divide_joint(trace: Trace, instances: Sequence[Instance]) -> None:
     """Let blocks that hand on a joint sequence hand on its parts."""
     inside = {node for i in instances for node in i.nodes}
+    join_with_every_axis(trace, inside)
     of = classify(trace).of
     for node, name in operations(trace):
-        if name == "cat" and node not in inside and "step" in of[node].on:
+        if name == "cat" and node not in inside and _is_of_text_and_latents(node, of):
             _follow(trace, node, instances)
     take_parts(trace, inside, fixed={node for node in of if "step" not in of[node].on})
     trace.graph.eliminate_dead_code()
+
+
+def _is_of_text_and_latents(cat: fx.Node, of: Mapping[fx.Node, Dependency]) -> bool:
+    """Say whether parts are of the latents and of the prompt: learnt tokens stay with the latents."""
+    parts = cast("list[fx.Node]", cat.args[0])
+    return "step" in of[cat].on and all(of[part].on & {"prompt", "step"} for part in parts)
+
+
+def join_with_every_axis(trace: Trace, inside: set[fx.Node]) -> None:
+    """Outside blocks, parts that are joined and then get an axis get it before they are joined."""
+    for node, name in operations(trace):
+        joint: Any = node.args[0] if name == "unsqueeze" else None
+        if joint is None or node in inside or not _is_cat(joint) or len(joint.users) > 1:
+            continue
+        below = _axis(joint)
+        new: Any = node.args[1]
+        new %= value_of(node).ndim
+        with trace.graph.inserting_before(node):
+            parts = [
+                insert(trace, node, ATEN.unsqueeze.default, part, new)
+                for part in cast("list[fx.Node]", joint.args[0])
+            ]
+            wide = insert(trace, joint, ATEN.cat.default, parts, below + (new <= below))
+        replace(trace, node, wide)
+        trace.graph.erase_node(joint)
+    take_out_lists_of_one(trace)
 
 
 def _follow(trace: Trace, joint: fx.Node, instances: Sequence[Instance]) -> None:
@@ -134,7 +162,7 @@ def take_parts(trace: Trace, inside: set[fx.Node], fixed: set[fx.Node]) -> None:
         if wanted is None or not _is_joined(source, wanted, inside):
             continue
         with trace.graph.inserting_before(node):
-            new = _taken(trace, source, wanted)
+            new = _taken(trace, source, wanted, node)
         replace(trace, node, new)
 
 
@@ -163,7 +191,10 @@ def _is_joined(node: fx.Node, part: Part, inside: set[fx.Node]) -> bool:
         return False
     if operation(node) == "cat":
         return _axis(node) == axis and _piece(node, begin, end) is not None
-    if operation(node) == "unsqueeze":
+    if operation(node) == "permute":
+        order = cast("list[int]", node.args[1])
+        return _is_joined(node.all_input_nodes[0], (order[axis], begin, end), inside)
+    if operation(node) in ("squeeze", "unsqueeze"):
         return _axis_below(node, axis) >= 0 and _is_joined(
             node.all_input_nodes[0], (_axis_below(node, axis), begin, end), inside
         )
@@ -176,11 +207,19 @@ def _is_joined(node: fx.Node, part: Part, inside: set[fx.Node]) -> bool:
     )
 
 
-def _axis_below(unsqueeze: fx.Node, axis: int) -> int:
-    """Return which axis of an `unsqueeze`'s source an axis of its result is; −1 for the new one."""
-    new: Any = unsqueeze.args[1]
-    new %= value_of(unsqueeze).ndim
-    return -1 if new == axis else axis - (new < axis)
+def _axis_below(node: fx.Node, axis: int) -> int:
+    """Return which axis of its source an axis of a `squeeze`'s or `unsqueeze`'s result is.
+
+    −1 for a new one, and where it is not said which axis goes.
+    """
+    changed: Any = node.args[1] if len(node.args) > 1 else None
+    if not isinstance(changed, int):
+        return -1
+    if operation(node) == "squeeze":
+        wide: int = value_of(node.all_input_nodes[0]).ndim
+        return axis + (changed % wide <= axis)
+    changed %= int(value_of(node).ndim)
+    return -1 if changed == axis else axis - (changed < axis)
 
 
 def _is_long(read: fx.Node, node: fx.Node, axis: int) -> bool:
@@ -192,32 +231,43 @@ def _is_long(read: fx.Node, node: fx.Node, axis: int) -> bool:
     return value.ndim >= behind and str(value.shape[-behind]) == str(result.shape[axis])
 
 
-def _piece(cat: fx.Node, begin: Any, end: Any) -> fx.Node | None:
-    """Return the operand of a `cat` that lies between two expressions."""
+def _piece(cat: fx.Node, begin: Any, end: Any) -> tuple[fx.Node, bool] | None:
+    """Return the operand of a `cat` between two expressions, and whether they take all of it.
+
+    Of the first operand also a part, as a padded sequence has one.
+    """
     place: Any = 0
     parts: Any = cat.args[0]
     for part in parts:
         size = expression_of(value_of(part).shape[_axis(cat)])
         if place == begin and place + size == end:
-            found: fx.Node = part
-            return found
+            return part, True
+        if place == 0 and begin == 0 and sympy.sympify(size - end).is_nonnegative:
+            return part, False
         place = place + size
     return None
 
 
-def _taken(trace: Trace, node: fx.Node, part: Part) -> fx.Node:
-    """Return a part of a value that `_is_joined`."""
+def _taken(trace: Trace, node: fx.Node, part: Part, slice_: fx.Node) -> fx.Node:
+    """Return the part of a value that a slice takes, and that `_is_joined`."""
     axis, begin, end = part
     if operation(node) == "cat":
         found = _piece(node, begin, end)
         assert found is not None, "who takes a part has asked for it"
-        return found
+        piece, is_whole = found
+        if is_whole:
+            return piece
+        return insert(trace, slice_, ATEN.slice.Tensor, piece, axis, 0, slice_.args[3])
 
     def argument(read: fx.Node) -> fx.Node:
-        if operation(node) == "unsqueeze":
-            return _taken(trace, read, (_axis_below(node, axis), begin, end))
+        if operation(node) == "permute":
+            order = cast("list[int]", node.args[1])
+            return _taken(trace, read, (order[axis], begin, end), slice_)
+        if operation(node) in ("squeeze", "unsqueeze"):
+            return _taken(trace, read, (_axis_below(node, axis), begin, end), slice_)
         place = axis - value_of(node).ndim + getattr(value_of(read), "ndim", 0)
-        return _taken(trace, read, (place, begin, end)) if _is_long(read, node, axis) else read
+        is_long = _is_long(read, node, axis)
+        return _taken(trace, read, (place, begin, end), slice_) if is_long else read
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
     return insert(trace, node, node.target, *args, **kwargs)

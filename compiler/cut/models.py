@@ -7,6 +7,7 @@ A row says nothing about how the model computes: that is found in its own `forwa
 from __future__ import annotations
 
 from ...core.errors import CheckpointError, nearest
+from .audio_models import AUDIO_MODELS
 from .image_models import IMAGE_MODELS
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 from .video_models import VIDEO_MODELS
@@ -101,6 +102,7 @@ MODELS: tuple[Row, ...] = (
     ),
     *IMAGE_MODELS,
     *VIDEO_MODELS,
+    *AUDIO_MODELS,
 )
 """Every class that has a row."""
 

@@ -2,7 +2,8 @@
 """Say which segment each node of a traced graph belongs to.
 
 Outside blocks a node goes where its dependencies send it; what every step computes is `head` before
-the blocks, `condition` if it sees the prompt too, `bridge` between two, `finish` if no block needs it.
+the blocks, `condition` if it sees timestep and prompt but no latents, `bridge` between two, `finish` if
+no block needs it.
 Inside blocks, what depends on the prompt alone and has a matrix product behind it is `context`;
 products of vectors that see the timestep and no latent are `modulation`; all else is the block's own
 graph.
@@ -39,7 +40,8 @@ class Region:
         runs: When.
         nodes: In the graph's order.
         behind: Position of the block behind which it runs; −1 before all.
-        again: What `finish` computes again, in the graph's order: a reused step has no `condition`.
+        again: What `head` and `finish` compute again, in the graph's order: a reused step has no
+            `condition`, and `head` runs before it.
     """
 
     name: str
@@ -78,6 +80,8 @@ def partition(
     place = _places(trace, owner, live, classes)
     slots = {node for i in instances for node in i.slots}
     _bring_home(trace, place, classes, kept=slots | set(trace.results))
+    again = {name: _computed_again(trace, name, place, classes) for name in ("head", "finish")}
+    _leave_out(place, {n for nodes in again.values() for n in nodes}, kept=slots)
     regions: dict[Place, Region] = {}
     for node in trace.graph.nodes:
         if node in place:
@@ -85,8 +89,7 @@ def partition(
             region = regions.setdefault(place[node], Region(name, runs, [], behind))
             region.nodes.append(node)
     for region in regions.values():
-        if region.name == "finish":
-            region.again = _computed_again(trace, region.nodes, place, classes)
+        region.again = again.get(region.name, ())
     return Partition(
         [region for _, region in sorted(regions.items(), key=lambda item: item[0])],
         [_block_parts(t.instances[0], classes, modulation=modulation) for t in templates],
@@ -134,7 +137,7 @@ def _places(
         elif ahead[node] >= 0:
             block = ahead[node]
             place[node] = (len(ranks) + 2, f"bridge_{block}", block, "block")
-        elif "prompt" in classes.of[node].on:
+        elif "step" not in classes.of[node].on:
             place[node] = (len(ranks) + 1, "condition", -1, "block")
         else:
             place[node] = (len(ranks), "head", -1, "step")
@@ -142,11 +145,11 @@ def _places(
 
 
 def _computed_again(
-    trace: Trace, nodes: Sequence[fx.Node], place: dict[fx.Node, Place], classes: Classes
+    trace: Trace, region: str, place: dict[fx.Node, Place], classes: Classes
 ) -> list[fx.Node]:
-    """Return what nodes need of `condition` that sees no latents."""
+    """Return what a region needs of `condition` that sees no latents."""
     found: set[fx.Node] = set()
-    waiting = list(nodes)
+    waiting = [node for node, (_, name, *_) in place.items() if name == region]
     while waiting:
         for node in tensors_read(waiting.pop()):
             is_condition = node in place and place[node][1] == "condition"
@@ -154,6 +157,14 @@ def _computed_again(
                 found.add(node)
                 waiting.append(node)
     return [node for node in trace.graph.nodes if node in found]
+
+
+def _leave_out(place: dict[fx.Node, Place], again: set[fx.Node], kept: set[fx.Node]) -> None:
+    """Leave out of `condition` what nobody needs but those that compute it again."""
+    for node in reversed(list(place)):
+        readers = {place[user][1] for user in node.users if user in place}
+        if node in again and node not in kept and readers <= {"head", "finish"}:
+            del place[node]
 
 
 def _blocks_ahead(trace: Trace, owner: dict[fx.Node, int]) -> dict[fx.Node, int]:

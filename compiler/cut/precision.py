@@ -47,7 +47,8 @@ def typed(
     batch: set[sympy.Symbol],
     names: Mapping[str, str] = MappingProxyType({}),
     returned: Mapping[int, torch.dtype] = MappingProxyType({}),
-    divisor: float = 1.0,
+    scale: float = 1.0,
+    offset: float = 0.0,
 ) -> tuple[fx.GraphModule, list[torch.dtype]]:
     """Copy a segment's graph with its dtypes.
 
@@ -60,14 +61,15 @@ def typed(
         batch: Sizes that a vector without tokens may have.
         names: Argument → what the copy calls it.
         returned: Position of a result → dtype that it is cast to.
-        divisor: What the first argument is divided by.
+        scale: What the first argument is divided by,
+        offset: after this is taken off it.
 
     Returns:
         The graph, and the dtypes of what it returns. A whole number that the graph takes becomes
         the length of a vector, as bundles hand it in.
     """
     typing = _Typing(module, given, precision, stored, batch)
-    return typing.run(names, returned, divisor=divisor)
+    return typing.run(names, returned, scale=scale, offset=offset)
 
 
 class _Typing:
@@ -95,7 +97,8 @@ class _Typing:
         names: Mapping[str, str],
         cast: Mapping[int, torch.dtype],
         *,
-        divisor: float,
+        scale: float,
+        offset: float,
     ) -> tuple[fx.GraphModule, list[torch.dtype]]:
         """Copy the graph."""
         returned: list[fx.Node] = []
@@ -107,8 +110,8 @@ class _Typing:
                 ]
             elif node.op == "placeholder":
                 copy = self._argument(node, names.get(node.name, node.name))
-                if divisor != 1.0 and not self.copies:
-                    copy = self._divided(copy, divisor)
+                if not self.copies:
+                    copy = self._brought_back(copy, scale, offset)
                 self.copies[node] = copy
             else:
                 self.copies[node] = self._copy(node)
@@ -135,10 +138,14 @@ class _Typing:
         copy.meta = {**node.meta}
         return copy
 
-    def _divided(self, node: fx.Node, divisor: float) -> fx.Node:
-        divided = self.graph.call_function(torch.ops.aten.div.Tensor, (node, divisor))
-        self._infer(divided)
-        return divided
+    def _brought_back(self, node: fx.Node, scale: float, offset: float) -> fx.Node:
+        """Return (value − offset) / scale."""
+        steps = [(torch.ops.aten.sub.Tensor, offset)] * (offset != 0.0)
+        steps += [(torch.ops.aten.div.Tensor, scale)] * (scale != 1.0)
+        for function, number in steps:
+            node = self.graph.call_function(function, (node, number))
+            self._infer(node)
+        return node
 
     def _copy(self, node: fx.Node) -> fx.Node:
         copy = self._weight(node) if node.op == "get_attr" else self._operation(node)

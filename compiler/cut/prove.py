@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ...core.errors import ExportError
-from .row import SIZES, Input, Row
-from .trace import example, is_leaf, leaves_of, tensors_of
+from .row import SIZES, Row
+from .trace import example, filled, leaves_of, results_of
 from .words import Call, Cut, Segment
 
 __all__ = ["chain", "check_row", "eager", "random_inputs", "random_weights", "relative_error"]
@@ -143,12 +142,9 @@ def _rows(
 def eager(row: Row, model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Run a transformer as it stands on the same inputs."""
     arguments, named = leaves_of(row, getattr(model, "config", {}))
-    given = iter(inputs[name] for name in named)
-    filled = pytree.tree_map(
-        lambda leaf: next(given) if isinstance(leaf, Input) else leaf, arguments, is_leaf=is_leaf
-    )
+    given = filled(arguments, (inputs[name] for name in named))
     with torch.no_grad():
-        return tensors_of(model(**filled))
+        return results_of(model(**given))
 
 
 def random_inputs(

@@ -51,7 +51,6 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
     model = cut.model
     steps = [n for n, one in cut.inputs.items() if one.changes == "step"]
     runs = [n for n, one in cut.inputs.items() if one.changes == "run"]
-    outside = [(c, cut.segments[c.segment].runs) for c in cut.calls if not c.block]
     if len(steps) != 1:
         refuse(model, f"takes {len(steps)} inputs that change at every step", steps)
     if len(runs) != 1:
@@ -67,11 +66,6 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
         sizes = _breaks(one.condition, patches)
         if sizes is not None:
             refuse(model, f"computes otherwise at {sizes}", [one.where])
-    ahead = [call for call, moment in outside if moment in ("shape", "prompt")]
-    made = {value for call in ahead for value in call.outputs}
-    for call in ahead:
-        if made & set(call.inputs):
-            refuse(model, f"needs an order of graphs, of '{call.segment}'")
 
 
 def _breaks(condition: sympy.Basic, patches: Mapping[str, int]) -> str | None:

@@ -20,6 +20,7 @@ __all__ = [
     "Changes",
     "Input",
     "Row",
+    "Same",
     "prompt",
     "run",
     "size",
@@ -53,6 +54,7 @@ class Input:
         dtype: As torch names it.
         fill: Values to prove a cut with.
         needs: Config key without which the model takes no such input.
+        listed: Whether `forward` takes a list with a tensor for each element of the first dimension.
     """
 
     changes: Changes
@@ -60,6 +62,11 @@ class Input:
     dtype: str = "float32"
     fill: Fill = "normal"
     needs: str | None = None
+    listed: bool = False
+
+    def argument(self, value: Any) -> Any:
+        """Return what `forward` takes where a cut takes a tensor, or a whole number."""
+        return list(value.unbind(0)) if self.listed else value
 
     def dimensions(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape at given sizes; of a whole number, its value alone."""
@@ -77,9 +84,22 @@ class Input:
         return tuple(i for i, names in enumerate(words) if SIZES.keys() & set(names))
 
 
+@dataclass(frozen=True)
+class Same:
+    """An argument of `forward` that pipelines give what they give another.
+
+    Attributes:
+        argument: The other.
+    """
+
+    argument: str
+
+
 def size_expression(word: str, config: Mapping[str, Any]) -> Any:
     """Return a dimension that a row spells (``height // patch_size``) over the names of `SIZES`."""
-    numbers = {name: value for name, value in config.items() if isinstance(value, int)}
+    numbers = {
+        name: value for name, value in config.items() if isinstance(value, (int, list, tuple))
+    }
     plain = {name: sympy.Symbol(name, integer=True, positive=True) for name in SIZES}
     return sympy.sympify(word, locals={**numbers, **plain}).replace(
         sympy.floor, lambda ratio: FloorDiv(*ratio.as_numer_denom())
@@ -113,14 +133,16 @@ class Row:
     Attributes:
         model: Name of the class.
         name: What manifests call the model's family; empty where no bundle is made by the row.
-        inputs: Argument of `forward` → `Input`, a nested list or tuple of them, or a plain value.
+        inputs: Argument of `forward` → `Input`, a nested list or tuple of them, `Same`, or a plain
+            value.
         pipelines: Diffusers pipelines whose ``transformer`` it may be.
         multiples: Size → expression over the config of which it is a multiple (a patch).
         whole: Whether blocks must all be traced, because `forward` tells them apart by index.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
         signals: Signal that policies may look at, beside those of every model → path of the
             module that makes it, of timesteps alone.
-        timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's.
+        timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's: multiplied
+        timestep_offset: and then added.
         packed: Latent rows and columns in a token, where latents come as tokens.
         fixed: Size → config key with which `forward` takes one value of it alone, and the value.
         usual: Size that neither pixels nor a config's text length tell → what it usually is.
@@ -138,6 +160,7 @@ class Row:
     latent_scale: tuple[int, int] = (4, 8)
     signals: Mapping[str, str] = field(default_factory=dict)
     timestep_scale: float = 1.0
+    timestep_offset: float = 0.0
     packed: int = 1
     fixed: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     usual: Mapping[str, int] = field(default_factory=dict)

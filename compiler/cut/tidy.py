@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from .complex_as_real import complex_as_real
+from .lone import take_out_lists_of_one
 from .parts import divide_once
 from .rewrite import insert, operations, replace
 from .trace import Trace, value_of
@@ -48,7 +49,9 @@ def tidy(trace: Trace) -> None:
     spell_views(trace)
     spell_by_one_name(trace)
     fill_masks_by_logic(trace)
-    pad_no_lone_sequence(trace)
+    index_by_int64(trace)
+    repeat_shared_heads(trace)
+    take_out_lists_of_one(trace)
     complex_as_real(trace)
     drop_no_ops(trace)
     divide_once(trace)
@@ -153,16 +156,35 @@ def fill_masks_by_logic(trace: Trace) -> None:
             replace(trace, node, new)
 
 
-def pad_no_lone_sequence(trace: Trace) -> None:
-    """`pad_sequence` of one sequence pads nothing: it adds the axis of the batch."""
+def index_by_int64(trace: Trace) -> None:
+    """Indices are int64: ONNX looks nothing up by int32 in several dimensions."""
     for node, name in operations(trace):
-        sequences: Any = node.args[0] if node.args else None
-        if name == "pad_sequence" and len(sequences) == 1:
-            batch_first = len(node.args) > 1 and node.args[1]
-            with trace.graph.inserting_before(node):
-                axis = 0 if batch_first else 1
-                new = insert(trace, node, ATEN.unsqueeze.default, sequences[0], axis)
-            replace(trace, node, new)
+        indices: Any = node.args[1] if name == "index" else ()
+        for index in indices:
+            if index is not None and value_of(index).dtype is torch.int32:
+                with trace.graph.inserting_before(node):
+                    wide = insert(trace, index, ATEN._to_copy.default, index, dtype=torch.int64)
+                node.replace_input_with(index, wide)
+
+
+def repeat_shared_heads(trace: Trace) -> None:
+    """Keys and values that several query heads share are repeated for each.
+
+    ONNX Runtime's attention takes as many of one as of the other.
+    """
+    for node, name in operations(trace):
+        if name != "scaled_dot_product_attention" or not node.kwargs.get("enable_gqa"):
+            continue
+        heads = int(value_of(node.args[0]).shape[1])  # type: ignore[arg-type]  # a node
+        with trace.graph.inserting_before(node):
+            for place in (1, 2):
+                shared: Any = node.args[place]
+                times = heads // int(value_of(shared).shape[1])
+                parts = [insert(trace, shared, ATEN.unsqueeze.default, shared, 2)] * times
+                joined = insert(trace, shared, ATEN.cat.default, parts, 2)
+                repeated = insert(trace, shared, ATEN.flatten.using_ints, joined, 1, 2)
+                node.update_arg(place, repeated)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "enable_gqa"}
 
 
 def stack_what_is_written_in_turn(trace: Trace) -> None:

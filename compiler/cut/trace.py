@@ -27,15 +27,17 @@ from torch.utils import _pytree as pytree
 
 from ...core.errors import ExportError
 from .patch import patched
-from .row import Input, Row, size_expression
+from .row import Input, Row, Same, size_expression
 from .symbolic import symbolic_python
 
 __all__ = [
     "Assumption",
     "Trace",
     "example",
+    "filled",
     "hint",
     "leaves_of",
+    "results_of",
     "skeleton",
     "tensors_of",
     "trace",
@@ -110,12 +112,10 @@ class Watched(nn.Module):
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self.model = model
-        self.plain, self.structure = pytree.tree_flatten(dict(arguments), is_leaf=is_leaf)
+        self.arguments = arguments
 
     def forward(self, leaves: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the transformer's results and every block's."""
-        given = iter(leaves)
-        filled = [next(given) if isinstance(x, Input) else x for x in self.plain]
         kept: list[Tensor] = []
         entries = [
             entry
@@ -128,11 +128,11 @@ class Watched(nn.Module):
             for entry in entries
         ]
         try:
-            results = self.model(**pytree.tree_unflatten(filled, self.structure))
+            results = self.model(**filled(self.arguments, leaves))
         finally:
             for hook in hooks:
                 hook.remove()
-        return tensors_of(results), kept
+        return results_of(results), kept
 
 
 def is_leaf(value: object) -> bool:
@@ -143,6 +143,23 @@ def is_leaf(value: object) -> bool:
 def tensors_of(values: Any) -> list[Tensor]:
     """Return the tensors of a nested value, in order."""
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def filled(arguments: Mapping[str, Any], leaves: Iterable[Any]) -> dict[str, Any]:
+    """Return `forward`'s arguments with a value in place of each `Input`, in order."""
+    given = iter(leaves)
+    found: dict[str, Any] = pytree.tree_map(
+        lambda leaf: leaf.argument(next(given)) if isinstance(leaf, Input) else leaf,
+        dict(arguments),
+        is_leaf=is_leaf,
+    )
+    return {n: found[v.argument] if isinstance(v, Same) else v for n, v in found.items()}
+
+
+def results_of(values: Any) -> list[Tensor]:
+    """Return what a transformer returns; a list with each sample's result is one tensor."""
+    returned = values if isinstance(values, tuple) else (values,)
+    return [torch.stack(v) if isinstance(v, list) else v for v in returned if v is not None]
 
 
 def leaves_of(row: Row, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Input]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .patches import HUNYUAN_VIDEO_15, MOCHI
-from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, step
+from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Input, Row, prompt, run, step
 
 __all__ = ["VIDEO_MODELS"]
 
@@ -12,6 +12,15 @@ COGVIDEO_TABLE = prompt(
     "frames*(height//patch_size)*(width//patch_size) attention_head_dim",
     needs="use_rotary_positional_embeddings",
 )
+
+ALLEGRO_GRID = prompt("1 frames*(height//patch_size)*(width//patch_size)", dtype="int64", fill=1)
+
+
+def _allegro_table(positions: str) -> tuple[Input, Input]:
+    """Return cosines and sines of one axis of Allegro's grid."""
+    table = prompt(f"{positions} attention_head_dim//3")
+    return table, table
+
 
 VIDEO_MODELS: tuple[Row, ...] = (
     Row(
@@ -117,6 +126,26 @@ VIDEO_MODELS: tuple[Row, ...] = (
         multiples=PATCH_IMAGE,
         latent_scale=(6, 8),
         patches=MOCHI,
+    ),
+    Row(
+        "AllegroTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens caption_channels"),
+            "encoder_attention_mask": TEXT_MASK,
+            "image_rotary_emb": (
+                (
+                    _allegro_table("frames"),
+                    _allegro_table("height//patch_size"),
+                    _allegro_table("width//patch_size"),
+                ),
+                (ALLEGRO_GRID, ALLEGRO_GRID, ALLEGRO_GRID),
+            ),
+        },
+        pipelines=("AllegroPipeline",),
+        name="allegro",
+        multiples=PATCH_IMAGE,
     ),
 )
 """In the order in which each came to be cut."""

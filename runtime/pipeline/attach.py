@@ -218,7 +218,7 @@ class FreewheelTransformer:
         self._replaced: dict[str, weakref.ref[Any] | None] = {}
         self._load_session()
         inputs = model.manifest.inputs.values()
-        self._timestep_scale = next(i.scale for i in inputs if i.runs == "run")
+        self._timestep = next(i for i in inputs if i.runs == "run")
 
     def _stand(self, adapters: Adapters) -> None:
         self._adapters, module = adapters, adapters.module
@@ -370,18 +370,18 @@ class FreewheelTransformer:
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | list[Tensor],
         timestep: Tensor,
-        *states: Tensor,
+        *states: Any,
         return_dict: bool = True,
         attention_kwargs: Mapping[str, Any] | None = None,
         joint_attention_kwargs: Mapping[str, Any] | None = None,
         **named_states: Any,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Run one branch of one step.
+    ) -> Transformer2DModelOutput | tuple[Tensor | list[Tensor]]:
+        """Run one branch of one step; of a list of samples, one branch for each.
 
         Args:
-            hidden_states: Latents, as the bundle declares them.
+            hidden_states: Latents, as the bundle declares them, or a list with each sample's.
             timestep: [batch], equal values.
             states: Prompt inputs in the order of the diffusers transformer.
             return_dict: As in diffusers.
@@ -394,19 +394,52 @@ class FreewheelTransformer:
                 can't be placed in a run, or something is given that the bundle takes no account of.
         """
         attention = {**(attention_kwargs or {}), **(joint_attention_kwargs or {})}
+        sample: Tensor | list[Tensor]
         try:
-            prompt = self._prompt_inputs(states, named_states, attention)
-            branch, step_index = self._place(prompt, timestep)
-            sample = self._answer(branch, step_index, prompt, {"latents": hidden_states})
+            self._take_what_is_same(named_states, timestep)
+            if isinstance(hidden_states, list):
+                answers = [
+                    self._call(
+                        one.unsqueeze(0), timestep, [_sample(s, i) for s in states],
+                        {n: _sample(s, i) for n, s in named_states.items()}, dict(attention),
+                    )
+                    for i, one in enumerate(hidden_states)
+                ]  # fmt: skip
+                sample = [answer[0] for answer in answers]
+            else:
+                sample = self._call(hidden_states, timestep, states, named_states, attention)
         except BaseException as error:
             self._abandon()
             if self._guidance is not None and isinstance(error, Exception):
                 self._guidance.fail(error)
             raise
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _call(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        states: Sequence[Any],
+        named_states: Mapping[str, Any],
+        attention: dict[str, Any],
+    ) -> Tensor:
+        prompt = self._prompt_inputs(states, named_states, attention)
+        branch, step_index = self._place(prompt, timestep)
+        sample = self._answer(branch, step_index, prompt, {"latents": latents})
         self._done[branch] = self._last = step_index
         if self._guidance is None:
             self._warn_at_end()
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return sample
+
+    def _take_what_is_same(self, named: dict[str, Any], timestep: Tensor) -> None:
+        """Take arguments out that the bundle's model is given the timestep as, too."""
+        for name in self._timestep.same:
+            other = named.pop(name, timestep)
+            if not torch.equal(torch.as_tensor(other).to(timestep), timestep):
+                raise RequestError(
+                    f"transformer argument '{name}'", "is not the timestep",
+                    f"the bundle is of a model whose pipeline gives '{name}' the timestep itself",
+                )  # fmt: skip
 
     def _answer(
         self,
@@ -428,7 +461,7 @@ class FreewheelTransformer:
         return self._guidance.give(branch, step_index, sample)
 
     def _prompt_inputs(
-        self, states: Sequence[Tensor], named: Mapping[str, Any], attention: dict[str, Any]
+        self, states: Sequence[Any], named: Mapping[str, Any], attention: dict[str, Any]
     ) -> dict[str, Tensor]:
         scale = attention.pop("scale", 1.0)
         if scale != 1.0:
@@ -467,7 +500,8 @@ class FreewheelTransformer:
 
     def _place(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> tuple[str, int]:
         """Return the branch and step that this call is, beginning a run where one begins."""
-        timestep = timestep.reshape(-1).float() * self._timestep_scale
+        given = timestep.reshape(-1).float()
+        timestep = given * self._timestep.scale + self._timestep.offset
         if not bool((timestep == timestep[0]).all()):
             raise RequestError(
                 "timestep",
@@ -496,7 +530,7 @@ class FreewheelTransformer:
                 _is_same(known[n], tensor) for n, tensor in prompt.items()
             ):
                 return name
-        goes_on = self._last >= 0 and _is_at(self.session.timesteps[self._last], timestep)
+        goes_on = self._last >= 0 and self._is_at(self.session.timesteps[self._last], timestep)
         step_index = self._last if goes_on else self._last + 1
         waiting = [n for n in self._unnamed if self._done.get(n, -1) < step_index]
         count = len(self._unnamed)
@@ -509,15 +543,28 @@ class FreewheelTransformer:
         """Return the step of a call that goes on with the run; None if it begins another."""
         done, table = self._done.get(branch, -1), self.session.timesteps
         for step_index in (self._last, self._last + 1):
-            if done < step_index < len(table) and _is_at(table[step_index], timestep):
+            if done < step_index < len(table) and self._is_at(table[step_index], timestep):
                 self._check_adapters()
                 said = self._context.get("step_index")
                 if said is not None and said != step_index + self._offset:
                     raise self._unplaced(timestep)
                 return step_index
-        if self._last > 0 and "name" not in self._context and _is_at(table[self._last], timestep):
+        if (
+            self._last > 0
+            and "name" not in self._context
+            and self._is_at(table[self._last], timestep)
+        ):
             raise self._unplaced(timestep)  # two branches of one prompt
         return None
+
+    def _is_at(self, wanted: Tensor, timestep: Tensor) -> bool:
+        """Tell whether the scheduler's timestep is the one given, which may have been divided before.
+
+        What was subtracted from another number lost digits of its own.
+        """
+        given = timestep[0].to(wanted.device)
+        lost = 1e-8 + 1e-7 * abs(self._timestep.offset)
+        return bool(torch.isclose(wanted, given, rtol=1e-6, atol=lost))
 
     def _calling_scheduler(self) -> Any:
         """Return the scheduler of the pipeline that calls, else of the one attached to."""
@@ -541,7 +588,7 @@ class FreewheelTransformer:
         """Begin a run over the scheduler's timesteps from this one on, as far as they are ours."""
         self._settle_adapters()
         timesteps = torch.as_tensor(scheduler.timesteps).float()
-        found = [i for i, wanted in enumerate(timesteps) if _is_at(wanted, timestep)]
+        found = [i for i, wanted in enumerate(timesteps) if self._is_at(wanted, timestep)]
         said = self._context.get("step_index")
         # A pipeline's own count begins at 0, but for an expert that takes over.
         if not found or (said and not self._model.expert):
@@ -549,7 +596,7 @@ class FreewheelTransformer:
         rest = timesteps[found[0] :]
         is_mine = self._model.serves(rest)
         mine = rest[is_mine]
-        if not len(mine) or not _is_at(mine[0], timestep):
+        if not len(mine) or not self._is_at(mine[0], timestep):
             raise self._unplaced(timestep)
         sigmas = getattr(scheduler, "sigmas", None)  # diffusers' end in one more, the last level
         if sigmas is not None:
@@ -638,15 +685,16 @@ def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
     return torch.as_tensor(value)
 
 
+def _sample(value: Any, index: int) -> Any:
+    """Return one sample's part of a prompt input, with the axis of the batch; else the value."""
+    is_listed = isinstance(value, list) and all(isinstance(one, Tensor) for one in value)
+    return value[index].unsqueeze(0) if is_listed else value
+
+
 def _is_same(first: Tensor, second: Tensor) -> bool:
     """Tell whether two tensors are equal, dtype and device included."""
     alike = first.dtype == second.dtype and first.device == second.device
     return alike and torch.equal(first, second)
-
-
-def _is_at(wanted: Tensor, timestep: Tensor) -> bool:
-    """Tell whether the scheduler's timestep is the one given, which may have been divided before."""
-    return bool(torch.isclose(wanted, timestep[0].to(wanted.device), rtol=1e-6))
 
 
 def _warn(text: str) -> None:

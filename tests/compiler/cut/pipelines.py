@@ -128,6 +128,10 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "motif_video": ("MotifVideoPipeline", flow, lambda c: {
         **both(c.text_embed_dim), **masks("prompt_attention_mask"), **VIDEO,
     }),
+    "z_image": ("ZImagePipeline", flow, lambda c: {
+        "prompt_embeds": [embeds(c.cap_feat_dim)[0]], "guidance_scale": 3.0, **SQUARE,
+        "negative_prompt_embeds": [embeds(c.cap_feat_dim, 9, seed=1)[0]],
+    }),
     "mochi": (
         "MochiPipeline",
         lambda: flow(invert_sigmas=True),

@@ -230,7 +230,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4],
             "capacity_factors": [8.0, 8.0, 8.0, 8.0], "in_channels": 16,
-            "joint_attention_dim": 16, "moe_enabled": False, "num_attention_heads": 4,
+            "joint_attention_dim": 16, "moe_enabled": False, "num_attention_heads": 8,
             "num_layers": 4, "out_channels": 4, "patch_size": 2,
         },
     ),
@@ -267,6 +267,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 2, "num_decoder_layers": 0, "num_layers": 3,
             "num_single_layers": 3, "out_channels": 16, "patch_size": 1, "patch_size_t": 1,
             "rope_axes_dim": [4, 4, 4], "text_embed_dim": 32,
+        },
+    ),
+    "allegro": (
+        "AllegroTransformer3DModel",
+        {
+            "attention_head_dim": 24, "caption_channels": 8, "cross_attention_dim": 48,
+            "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
+            "sample_frames": 8, "sample_height": 8, "sample_width": 8,
+        },
+    ),
+    "flux_3": (
+        "Flux3Transformer2DModel",
+        {
+            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 4, 4],
+            "cond_in_channels": 4, "in_channels": 4, "joint_attention_dim": 32,
+            "num_attention_heads": 2, "num_layers": 4, "num_single_layers": 4,
+        },
+    ),
+    "aura_flow": (
+        "AuraFlowTransformer2DModel",
+        {
+            "attention_head_dim": 8, "caption_projection_dim": 32, "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 4, "num_mmdit_layers":
+            4, "num_single_dit_layers": 4, "out_channels": 4, "patch_size": 2,
+            "pos_embed_max_size": 1024, "sample_size": 32,
+        },
+    ),
+    "ace_step": (
+        "AceStepTransformer1DModel",
+        {
+            "audio_acoustic_hidden_dim": 8, "head_dim": 8, "hidden_size": 32,
+            "in_channels": 24, "intermediate_size": 64, "num_attention_heads": 4,
+            "num_hidden_layers": 6, "num_key_value_heads": 2, "patch_size": 2,
+            "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 16,
         },
     ),
 }  # fmt: skip

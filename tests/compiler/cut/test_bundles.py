@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from bundles import TOLERANCE, check_attach, check_policies, save, session_output
 from chain import relative
+from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import PIPELINES, pipeline_of
 from test_prove import OTHER
 
@@ -25,15 +27,18 @@ from freewheel.compiler.cut.prove import eager, random_inputs
 from freewheel.compiler.cut.row import SIZES
 from freewheel.compiler.graphs.write import io_entries
 from freewheel.compiler.verify.bundle import verify_bundle
+from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
 FOUND = (
-    "qwen_image", "sd3", "sd35",     "bria", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
+    "qwen_image", "sd3", "sd35", "bria", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "sana_video",
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana", "hunyuan_image_glyphs",
-    "hunyuan_video_15", "mochi",
+    "hunyuan_video_15", "mochi", "allegro", "nucleus_image", "z_image", "flux_3", "aura_flow",
+    "ace_step",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd3", "cogvideox")
 NAMES = [
@@ -69,8 +74,20 @@ def inputs_at(
         value = raw[entry.argument]
         if isinstance(value, int):
             value = torch.arange(value, dtype=torch.float32)
-        given[name] = value[:1] * entry.scale if entry.runs == "run" else value
+        given[name] = value[:1] * entry.scale + entry.offset if entry.runs == "run" else value
     return given, eager(one.row, one.model, raw)[0]
+
+
+FULL = {"z_image": ({**SIZES, "height": 4, "width": 8, "text_tokens": 32},)}
+"""Family → sizes at which a sequence that is padded to a multiple needs no padding."""
+
+
+def smallest(one: Case) -> dict[str, int]:
+    """Return the smallest sizes that the transformer itself runs at: one of each, or two frames.
+
+    Allegro squeezes away the axis of its tokens where there is one.
+    """
+    return dict.fromkeys(SIZES, 1) | ({"frames": 2} if one.row.name == "allegro" else {})
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -78,7 +95,7 @@ def test_engines_equal_the_transformer_at_every_size(
     one: Case, bundle: Bundle, backend: str
 ) -> None:
     session = Session(LoadedModel(bundle, backend))
-    for counts in (SIZES, OTHER, dict.fromkeys(SIZES, 1)):
+    for counts in (SIZES, OTHER, smallest(one), *FULL.get(one.row.name, ())):
         given, expected = inputs_at(one, bundle, counts)
         found = session_output(session, given)
         assert relative(found, expected) < TOLERANCE, counts
@@ -97,6 +114,33 @@ def test_its_pipeline_takes_the_bundle(name: str, one: Case, bundle: Bundle) -> 
     by_content = CacheSetting(policy="teacache", parameters={"threshold": 1e6})
     transformer = check_attach(pipe, bundle, arguments, ["taylorseer", by_content])
     assert transformer.session.resolved.signal_name == "modulated_input"
+
+
+@dataclass(eq=False)
+class Loop:
+    """A pipeline that is a loop by hand."""
+
+    transformer: Any
+    scheduler: Any
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def test_a_second_timestep_is_taken_where_it_is_the_first(one: Case, bundle: Bundle) -> None:
+    if not bundle.manifest.inputs["timesteps"].same:
+        pytest.skip("it takes one timestep")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    pipe = Loop(one.model, scheduler)
+    config: Any = one.model.config
+    raw = random_inputs(one.row, config, one.row.sizes(config, {**SIZES, "batch": 1}))
+    raw["timestep"] = scheduler.timesteps[:1] / 1000
+    expected = eager(one.row, one.model, raw)[0]
+    (second,) = bundle.manifest.inputs["timesteps"].same
+    attached = attach(pipe, bundle, "off", backend="onnxruntime").module
+    found = attached(**raw, **{second: raw["timestep"]}, return_dict=False)[0]
+    assert relative(found, expected) < TOLERANCE
+    with pytest.raises(RequestError, match=f"argument '{second}': is not the timestep"):
+        attached(**raw, **{second: raw["timestep"] / 2})
 
 
 def test_bundle_is_verified_against_its_own_cut(one: Case, bundle: Bundle) -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from cases import Case
+from torch.utils._sympy.functions import PythonMod
 
 from freewheel.compiler.cut.dimensions import Dimensions
 from freewheel.compiler.cut.words import arguments, results
@@ -45,6 +47,40 @@ def test_limits_are_those_of_the_models_tables(dimensions: Dimensions) -> None:
 
 def test_a_size_without_a_name_is_refused(dimensions: Dimensions) -> None:
     assert dimensions.of_word("text_tokens") == "text_tokens"
-    assert dimensions.of_word("text_tokens+image_tokens") == "image_tokens_plus_text_tokens"
-    with pytest.raises(ExportError, match=r"no name: text_tokens\*2"):
-        dimensions.of_word("text_tokens*2")
+    with pytest.raises(ExportError, match=r"no name: 100\*text_tokens"):
+        dimensions.of_word("text_tokens*100")
+    with pytest.raises(ExportError, match=r"no name: text_tokens - 1"):
+        dimensions.of_word("text_tokens-1")
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "terms"),
+    [
+        ("text_tokens+image_tokens", "image_tokens_plus_text_tokens", ("image_tokens", "text_tokens")),
+        ("text_tokens+8", "text_tokens_plus_8", ("text_tokens", 8)),
+        ("text_tokens*2", "text_tokens_plus_text_tokens", ("text_tokens", "text_tokens")),
+        (
+            "frames*(height//2)*(width//2)+text_tokens+1", "text_tokens_plus_1_plus_tokens",
+            ("text_tokens", 1, "tokens"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_sum_is_named_by_its_terms(
+    dimensions: Dimensions, word: str, name: str, terms: tuple[Any, ...]
+) -> None:
+    assert dimensions.of_word(word) == name
+    assert dimensions.sums[name] == terms
+
+
+def test_a_part_of_the_latents_grid_is_derived_as_tokens_are(dimensions: Dimensions) -> None:
+    assert dimensions.of_word("height//2") == "height_over_2"
+    assert dimensions.factors["height_over_2"] == (("height", 2),)
+
+
+def test_a_padded_sequence_is_rounded_up(wan: Case, dimensions: Dimensions) -> None:
+    text = sympy.Symbol("text_tokens", integer=True, positive=True)
+    padded = dimensions._name(text + PythonMod(-text, 32), "")
+    assert padded == "text_tokens_up_to_32"
+    assert dimensions.sums[padded] == (("text_tokens", 32),)
+    sizes = {"frames": 3, "height": 10, "width": 14, "text_tokens": 33, "image_tokens": 1}
+    assert dimensions.derived(sizes)[padded] == 64

@@ -99,7 +99,7 @@ def test_a_scaled_timestep_is_divided_where_it_comes_in() -> None:
     (name,) = (node.name for node in module.graph.find_nodes(op="placeholder"))
     made, dtypes = typed(
         module, {name: torch.float32}, precision=None, stored=lambda name: "float32",
-        batch=set(), names={name: "timesteps"}, divisor=1000.0,
+        batch=set(), names={name: "timesteps"}, scale=1000.0,
     )  # fmt: skip
     assert made(timesteps=torch.tensor([500.0]))[0].tolist() == [1.5]
     assert dtypes == [torch.float32]

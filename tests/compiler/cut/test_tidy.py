@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freewheel.compiler.cut.row import step
 from freewheel.compiler.cut.tidy import tidy
-from freewheel.compiler.cut.trace import Trace
+from freewheel.compiler.cut.trace import Trace, value_of
 from freewheel.compiler.cut.words import is_operation, operation, tensors_read
 
 ROWS = step("batch tokens 8")
@@ -105,6 +105,38 @@ def test_an_axis_of_another_size_than_one_is_not_squeezed() -> None:
     assert names(found) == ["mul"]
     x = torch.randn(2, 1, 8)
     assert torch.equal(run(found, x=x), x * 2)
+
+
+def test_indices_are_of_int64() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x.permute(2, 0, 1)[torch.arange(8, dtype=torch.int32).flip(0)]
+
+    found = traced(forward, x=ROWS)
+    tidy(found)
+    (node,) = (n for n in found.graph.nodes if n.op == "call_function" and operation(n) == "index")
+    (index,) = node.args[1]
+    assert value_of(index).dtype is torch.int64
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(run(found, x=x), forward(x))
+
+
+def test_heads_that_share_keys_get_keys_of_their_own() -> None:
+    def forward(x: Tensor) -> Tensor:
+        query = x.unflatten(-1, (4, 2)).transpose(1, 2)
+        shared = x[..., :4].unflatten(-1, (2, 2)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, shared, shared.sin(), enable_gqa=True
+        )
+
+    found = traced(forward, x=ROWS)
+    tidy(found)
+    (node,) = (
+        n for n in found.graph.nodes if n.op == "call_function" and "attention" in operation(n)
+    )
+    assert "enable_gqa" not in node.kwargs
+    assert {value_of(read).shape[1] for read in node.all_input_nodes} == {4}
+    x = torch.randn(3, 5, 8)
+    assert torch.allclose(run(found, x=x), forward(x), atol=1e-6)
 
 
 def test_two_sequences_are_padded_still() -> None:

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that make sound: their latents are frames of one token each."""
+
+from __future__ import annotations
+
+from .row import Row, Same, prompt, run, step
+
+__all__ = ["AUDIO_MODELS"]
+
+AUDIO_MODELS: tuple[Row, ...] = (
+    Row(
+        "AceStepTransformer1DModel",
+        {
+            "hidden_states": step("batch frames audio_acoustic_hidden_dim"),
+            "timestep": run(fill="fraction"),
+            "timestep_r": Same("timestep"),
+            "encoder_hidden_states": prompt("batch text_tokens hidden_size"),
+            "context_latents": prompt("batch frames in_channels-audio_acoustic_hidden_dim"),
+        },
+        pipelines=("AceStepPipeline",),
+        name="ace_step",
+        multiples={"frames": "patch_size"},
+        latent_scale=(1, 1),
+        timestep_scale=1000.0,
+    ),
+)
+"""In the order in which each came to be cut."""
