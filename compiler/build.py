@@ -240,7 +240,10 @@ def _tabulate_samplers(planned: Plan, folder: Path, store: Store) -> list[Sample
     shifts |= {c.generation.flow_shift for c in planned.configs.values()}
     named = [c.generation.sampler for c in planned.configs.values()]
     lists = [name for name in named if name is not None and step_list(name) is not None]
-    return write_tables(folder, scheduler or None, shifts, lists=lists, store=store)
+    return write_tables(
+        folder, scheduler or None, shifts, lists=lists, output_sign=planned.row.output_sign,
+        store=store,
+    )  # fmt: skip
 
 
 def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:

@@ -168,6 +168,7 @@ def write_tables(
     step_counts: Iterable[int] = STEP_COUNTS,
     *,
     lists: Iterable[str] = (),
+    output_sign: int = 1,
     store: Store = NO_STORE,
 ) -> list[SamplerEntry]:
     """Write ``samplers/<name>-<shift>.safetensors`` for every sampler and shift.
@@ -178,6 +179,7 @@ def write_tables(
         shifts: Flow shifts to tabulate.
         step_counts: Step counts to tabulate.
         lists: Samplers of a list of timesteps, each of one step count, to tabulate too.
+        output_sign: -1 where the pipeline turns the model output round before the scheduler has it.
         store: Where tables are kept.
 
     Returns:
@@ -192,7 +194,7 @@ def write_tables(
         listed = step_list(name)
         counts = sorted(set(step_counts)) if listed is None else [len(listed)]
         for shift in sorted(set(shifts)):
-            about = (name, shift, json.dumps(config), tuple(counts))
+            about = (name, shift, json.dumps(config), tuple(counts), output_sign)
             file = f"samplers/{name}-{shift:g}.safetensors"
             store.bring(
                 ["sampler", code_version(), *about], bundle / file, partial(_write_tables, *about)
@@ -212,8 +214,13 @@ def write_tables(
     return entries
 
 
-def _write_tables(name: str, shift: float, config: str, counts: tuple[int, ...], out: Path) -> None:
-    save_file(_tables(name, shift, config, counts), out)
+def _write_tables(
+    name: str, shift: float, config: str, counts: tuple[int, ...], output_sign: int, out: Path
+) -> None:
+    tables = _tables(name, shift, config, counts)
+    window = (next(iter(tables.values())).shape[1] - 2) // 2
+    signs = np.repeat([1.0, float(output_sign)], [2 + window, window])
+    save_file({count: table * signs for count, table in tables.items()}, out)
 
 
 @cache

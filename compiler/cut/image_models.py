@@ -127,6 +127,7 @@ IMAGE_MODELS: tuple[Row, ...] = (
         latent_scale=(1, 8),
         timestep_scale=-1000.0,
         timestep_offset=1000.0,
+        output_sign=-1,
     ),
     Row(
         "PixArtTransformer2DModel",
@@ -231,6 +232,7 @@ IMAGE_MODELS: tuple[Row, ...] = (
         name="nucleus_image",
         latent_scale=(1, 8),
         timestep_scale=1000.0,
+        output_sign=-1,
         packed=2,
     ),
     Row(

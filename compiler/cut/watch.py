@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -130,11 +131,15 @@ def learn_row(pipe: Any, first: Mapping[str, Any], others: Sizes) -> Row:
 
 @dataclass(frozen=True)
 class _Run:
-    """Arguments of each call, their leaves by path, and the scheduler's timesteps."""
+    """Arguments of each call, their leaves by path, and the scheduler's timesteps.
+
+    ``turned`` says whether the scheduler gets the answers with the other sign.
+    """
 
     arguments: list[dict[str, Any]]
     leaves: list[dict[tuple[Any, ...], Any]]
     timesteps: Tensor
+    turned: bool
 
 
 def _watched(pipe: Any, arguments: Mapping[str, Any]) -> _Run:
@@ -143,7 +148,17 @@ def _watched(pipe: Any, arguments: Mapping[str, Any]) -> _Run:
     signature = inspect.signature(type(pipe.transformer).forward)
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": STEPS, "output_type": "latent", "generator": generator}
-    with _answered(pipe.transformer, signature, calls):
+    stepped: list[Tensor] = []
+    scheduler_step = pipe.scheduler.step
+
+    def step(model_output: Tensor, *values: Any, **named: Any) -> Any:
+        stepped.append(model_output)
+        return scheduler_step(model_output, *values, **named)
+
+    with (
+        _answered(pipe.transformer, signature, calls) as answers,
+        mock.patch.object(pipe.scheduler, "step", step),
+    ):
         try:
             pipe(**{**options, **arguments})
         except Exception as error:
@@ -158,15 +173,17 @@ def _watched(pipe: Any, arguments: Mapping[str, Any]) -> _Run:
         )  # fmt: skip
     calls = calls[:: len(calls) // STEPS]  # the first branch of each step
     leaves = [dict(pytree.tree_flatten_with_path(call)[0]) for call in calls]
-    return _Run(calls, leaves, torch.as_tensor(pipe.scheduler.timesteps).float())
+    turned = torch.equal(-answers[0], stepped[0].to(answers[0])) if stepped else False
+    return _Run(calls, leaves, torch.as_tensor(pipe.scheduler.timesteps).float(), turned)
 
 
 @contextmanager
 def _answered(
     transformer: Any, signature: inspect.Signature, calls: list[dict[str, Any]]
-) -> Iterator[None]:
-    """Let a transformer keep what it is given, and return noise."""
+) -> Iterator[list[Tensor]]:
+    """Let a transformer keep what it is given, and return noise; gives that noise."""
     config = transformer.config
+    answers: list[Tensor] = []
 
     def forward(*values: Any, **named: Any) -> Any:
         given = dict(signature.bind(transformer, *values, **named).arguments)
@@ -182,12 +199,13 @@ def _answered(
             made and taken in shape[1:] and latents.ndim > 3
         ):  # tokens have as many channels on either side
             shape[shape.index(taken, 1)] = made
-        return (torch.randn(shape, dtype=latents.dtype),)
+        answers.append(torch.randn(shape, dtype=latents.dtype))
+        return (answers[-1],)
 
     own = transformer.forward
     transformer.forward = forward
     try:
-        yield
+        yield answers
     finally:
         transformer.forward = own
 
@@ -215,7 +233,7 @@ class _Learner:
         self.pipe, self.config, self.asked, self.runs = pipe, config, asked, runs
         self.first = runs[""]
         self.known: dict[str, tuple[int, ...]] = {}
-        self.scale = 1.0
+        self.scale, self.offset = 1.0, 0.0
         kinds = {path: self._changes(path) for path in self.first.leaves[0]}
         steps = [path for path, kind in kinds.items() if kind == "step"]
         if len(steps) != 1:
@@ -245,6 +263,8 @@ class _Learner:
             multiples=self._multiples() if height else {},
             latent_scale=scale,
             timestep_scale=self.scale,
+            timestep_offset=self.offset,
+            output_sign=-1 if self.first.turned else 1,
             packed=self._packed(scale),
         )
 
@@ -260,10 +280,12 @@ class _Learner:
         if any(value.ndim == 0 or value.unique().numel() > 1 for value in values):
             return "step"
         given = torch.stack([value.reshape(-1)[0].float() for value in values])
-        largest = int(given.abs().argmax())
-        self.scale = float(f"{float(self.first.timesteps[largest] / given[largest]):.3g}")
-        if not torch.allclose(given * self.scale, self.first.timesteps, rtol=1e-3, atol=1e-3):
-            raise self._unknown(self._name(path), "is no multiple of the scheduler's timesteps")
+        wanted = self.first.timesteps
+        slope = float((wanted[0] - wanted[-1]) / (given[0] - given[-1]))
+        self.scale = float(f"{slope:.3g}")
+        self.offset = 0.0 if slope > 0 else float(f"{float(wanted[0] - slope * given[0]):.3g}")
+        if not torch.allclose(given * self.scale + self.offset, wanted, rtol=1e-3, atol=1e-3):
+            raise self._unknown(self._name(path), "doesn't follow from the scheduler's timesteps")
         return "run"
 
     def _extents(self, path: tuple[Any, ...]) -> list[tuple[int, ...]]:

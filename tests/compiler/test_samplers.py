@@ -96,6 +96,20 @@ def test_file_holds_every_step_count(tmp_path):
             assert np.isfinite(table).all()
 
 
+def test_a_turned_output_has_the_other_factors(tmp_path):
+    """Of Z-Image, whose pipeline steps with the model output's opposite."""
+    for sign in (1, -1):
+        (tmp_path / str(sign)).mkdir()
+        entries = write_tables(tmp_path / str(sign), None, [3.0], [4, 9], output_sign=sign)
+    for entry in entries:
+        for steps in ("4", "9"):
+            plain, turned = (load_file(tmp_path / s / entry.file)[steps] for s in ("1", "-1"))
+            ahead = 2 + entry.window
+            np.testing.assert_array_equal(turned[:, :ahead], plain[:, :ahead])
+            np.testing.assert_array_equal(turned[:, ahead:], -plain[:, ahead:])
+            assert abs(plain[:, ahead:]).sum() > 0
+
+
 def test_a_list_of_steps_is_tabulated_at_its_own_count(tmp_path):
     name = "steps_1000_908.8427_713.9794"
     entries = write_tables(tmp_path, None, [5.0], [4, 9], lists=[name])

@@ -78,6 +78,34 @@ def test_what_is_learnt_is_what_the_table_says(name: str) -> None:
         check_row(row, model_class, config)
 
 
+class Turned(DiffusionPipeline):
+    """Counts timesteps from the other end, and turns the model output round, as Z-Image's does."""
+
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.transformer, self.scheduler = transformer, scheduler
+
+    def __call__(
+        self, prompt: str, height: int, width: int, num_inference_steps: int, **others: Any
+    ) -> None:
+        self.scheduler.set_timesteps(num_inference_steps)
+        sample = torch.randn(1, 4, height // 8, width // 8)
+        text, pooled = torch.zeros(1, 4 + len(prompt), 32), torch.zeros(1, 64)
+        for t in self.scheduler.timesteps:
+            given = (1000 - t[None]) / 1000
+            (output,) = self.transformer(sample, text, pooled, given, return_dict=False)
+            sample = self.scheduler.step(-output, t, sample).prev_sample
+
+
+def test_a_turned_output_and_timesteps_from_the_other_end_are_learnt() -> None:
+    model, config = CASES["sd3"]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = Turned(stand_in(getattr(diffusers, model), config), scheduler)
+    row = learn_row(pipe, *usual_calls(pipe, "x"))
+    assert (row.timestep_scale, row.timestep_offset, row.output_sign) == (-1000.0, 1000.0, -1)
+    assert row.inputs["encoder_hidden_states"].shape.split()[1] == "text_tokens"
+
+
 def test_a_row_is_spelled_as_the_table_has_it() -> None:
     row, _, _ = learnt("qwen_image")
     names = {"Row": Row, "step": words.step, "run": words.run, "prompt": words.prompt}
@@ -131,7 +159,7 @@ class Lost(DiffusionPipeline):
     [
         ("call", r"can't be called with prompt='x'.*no such size; write a row"),
         ("steps", r"calls its transformer 2 times in 3 steps"),
-        ("timestep", r"'timestep': is no multiple of the scheduler's timesteps"),
+        ("timestep", r"'timestep': doesn't follow from the scheduler's timesteps"),
         ("text", r"'encoder_hidden_states': 2 inputs change at every step"),
         ("size", r"'pooled_projections': has a dimension \(899, 1795, 899.*that no sizes tell"),
         ("rank", r"'pooled_projections': has dimensions that come and go"),
