@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import HUNYUAN_IMAGE
+from .patches import HUNYUAN_IMAGE, LUMINA_2
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 
 __all__ = ["IMAGE_MODELS"]
@@ -277,6 +277,23 @@ IMAGE_MODELS: tuple[Row, ...] = (
         multiples=PATCH_IMAGE,
         latent_scale=(1, 8),
         timestep_scale=1000.0,
+    ),
+    Row(
+        "Lumina2Transformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens cap_feat_dim"),
+            "encoder_attention_mask": prompt("batch text_tokens", dtype="int64", fill="mask"),
+        },
+        pipelines=("Lumina2Pipeline",),
+        name="lumina_2",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+        timestep_scale=-1000.0,
+        timestep_offset=1000.0,
+        output_sign=-1,
+        patches=LUMINA_2,
     ),
 )
 """In the order in which each came to be cut."""

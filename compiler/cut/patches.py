@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .patch import Patch
 
-__all__ = ["HUNYUAN_IMAGE", "HUNYUAN_VIDEO_15", "MOCHI"]
+__all__ = ["HUNYUAN_IMAGE", "HUNYUAN_VIDEO_15", "LUMINA_2", "MOCHI"]
 
 HUNYUAN_IMAGE = (
     Patch(
@@ -104,3 +104,66 @@ scale = (self.target_area / area) ** 0.5
 """Padding of the text is masked, where diffusers takes it out of each batch element; what it computes
 for padding itself is read by nobody. Equal where real tokens come first, as Mochi's tokenizer has
 them: diffusers itself moves others to the front. The root of a size is a tensor's, not Python's."""
+
+LUMINA_2 = (
+    Patch(
+        "Lumina2RotaryPosEmbed._precompute_freqs_cis",
+        first="freqs_dtype =",
+        until="for i, (d, e)",
+        digest="6e945c8b7dce",
+        lines="freqs_dtype = torch.float32",
+    ),
+    Patch(
+        "Lumina2RotaryPosEmbed._get_freqs_cis",
+        first="freqs =",
+        until="return torch.cat",
+        digest="a8901ac9ed8f",
+        lines="result.append(self.freqs_cis[i].to(ids.device)[ids[:, :, i].long()])",
+    ),
+    Patch(
+        "Lumina2RotaryPosEmbed.forward",
+        first="l_effective_cap_len =",
+        until="# image patch embeddings",
+        digest="6309a0115bf2",
+        lines="""
+counts = attention_mask.sum(dim=1)
+positions = torch.arange(encoder_seq_len, device=device)
+zeros = torch.zeros_like(positions)
+text = torch.stack([positions, zeros, zeros], dim=-1)[None].expand(batch_size, -1, -1)
+rows = torch.arange(post_patch_height, device=device)[:, None].expand(-1, post_patch_width)
+columns = torch.arange(post_patch_width, device=device)[None].expand(post_patch_height, -1)
+grid = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)[None]
+behind = torch.stack([counts, torch.zeros_like(counts), torch.zeros_like(counts)], dim=-1)
+freqs_cis = self._get_freqs_cis(torch.cat([text, grid + behind[:, None].to(grid.dtype)], dim=1))
+cap_freqs_cis, img_freqs_cis = freqs_cis[:, :encoder_seq_len], freqs_cis[:, encoder_seq_len:]
+l_effective_cap_len = seq_lengths = None
+""",
+    ),
+    Patch(
+        "Lumina2Transformer2DModel.forward",
+        first="max_seq_len = max(seq_lengths)",
+        until="for layer in self.layers:",
+        digest="dc60a07a25db",
+        lines="""
+use_mask = True
+attention_mask = torch.nn.functional.pad(
+    encoder_attention_mask.bool(), (0, hidden_states.shape[1]), value=True
+)
+hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+""",
+    ),
+    Patch(
+        "Lumina2Transformer2DModel.forward",
+        first="output = []",
+        until="if not return_dict:",
+        digest="9ee879f6496f",
+        lines="""
+output = hidden_states[:, encoder_attention_mask.shape[1] :]
+output = output.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
+output = output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+""",
+    ),
+)
+"""Text stays padded, and its padding masked, where diffusers takes it out of each batch element; the
+image's position behind the text is the count of the real tokens, as there. Equal where real tokens
+come first, as the pipeline's tokenizer has them. Angles are float32: no engine passes doubles on."""

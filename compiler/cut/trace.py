@@ -301,7 +301,8 @@ def trace(
     Raises:
         ExportError: torch can't trace it.
     """
-    model, runs = skeleton(model_class, config, None if row.whole else whole)
+    with patched(model_class, row.patches):
+        model, runs = skeleton(model_class, config, None if row.whole else whole)
     config = {**getattr(model, "config", {}), **config}
     arguments, named = leaves_of(row, config)
     generator = torch.Generator().manual_seed(0)

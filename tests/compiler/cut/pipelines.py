@@ -132,6 +132,9 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         "prompt_embeds": [embeds(c.cap_feat_dim)[0]], "guidance_scale": 3.0, **SQUARE,
         "negative_prompt_embeds": [embeds(c.cap_feat_dim, 9, seed=1)[0]],
     }),
+    "lumina_2": ("Lumina2Pipeline", flow, lambda c: {
+        **both(c.cap_feat_dim), **masks("prompt_attention_mask"), **SQUARE, "guidance_scale": 3.0,
+    }),
     "mochi": (
         "MochiPipeline",
         lambda: flow(invert_sigmas=True),

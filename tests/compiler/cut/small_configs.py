@@ -208,6 +208,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "task_type": "t2v", "text_embed_2_dim": 8, "text_embed_dim": 16,
         },
     ),
+    "lumina_2": (
+        "Lumina2Transformer2DModel",
+        {
+            "axes_dim_rope": [4, 2, 2], "axes_lens": [32, 32, 32], "cap_feat_dim": 8,
+            "ffn_dim_multiplier": 1.0, "hidden_size": 32, "in_channels": 4, "multiple_of": 16,
+            "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 4,
+            "num_refiner_layers": 2, "patch_size": 2, "sample_size": 16,
+        },
+    ),
     "mochi": (
         "MochiTransformer3DModel",
         {

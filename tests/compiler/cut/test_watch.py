@@ -30,7 +30,7 @@ from freewheel.core.errors import CheckpointError, ExportError, RequestError
 from freewheel.runtime.pipeline.attach import attach
 
 EVERY_RUN = ("sd3", "qwen_image", "cogvideox")
-REFUSED = ("hunyuan_video_15", "hunyuan_image_glyphs", "mochi")
+REFUSED = ("hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi")
 """Cases that need a patch: learnt, and then refused, for torch can't trace them."""
 
 
