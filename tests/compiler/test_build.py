@@ -85,7 +85,17 @@ def pipeline(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     scheduler = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}
     scheduler |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     files = {
-        "model_index.json": json.dumps({"_class_name": "WanPipeline"}),
+        "model_index.json": json.dumps(
+            {
+                "_class_name": "WanPipeline",
+                "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+                "text_encoder": ["transformers", "UMT5EncoderModel"],
+                "tokenizer": ["transformers", "T5"],
+                "transformer": ["diffusers", "WanTransformer3DModel"],
+                "unknown": ["diffusers", "Lost"],
+                "vae": ["diffusers", "AutoencoderKLWan"],
+            }
+        ),
         "scheduler/scheduler_config.json": json.dumps(scheduler),
         "tokenizer/tokenizer.json": "{}",
         "text_encoder/model.safetensors": "weights",
@@ -285,7 +295,7 @@ def test_faults_of_the_checkpoint_come_before_anything_is_written(
     config = json.loads((copy / "config.json").read_text())
     request = request_for(model=str(copy))
     for other, said in (
-        ("AllegroTransformer3DModel", r"'_class_name' is 'Allegro.*no family cuts"),
+        ("LatteTransformer3DModel", r"'_class_name' is 'Latte.*no family cuts"),
         ("FluxTransformer2DModel", r"has keys that change the model.*'ffn_dim'.*known: att"),
     ):
         (copy / "config.json").write_text(json.dumps({**config, "_class_name": other}))
