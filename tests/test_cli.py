@@ -323,7 +323,8 @@ def test_bad_requests_are_one_error(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run"], "freewheel run: Missing argument"),
+        (["verify"], "freewheel verify: Missing argument"),
+        (["run"], "freewheel run: Missing option '--prompt'"),
         (["build", "x", "--nonsense"], "No such option: --nonsense"),
         (["run", "x", "--prompt", "x", "--out", "v.mp4", "--fps", "many"], "'--fps'"),
         (["buidl"], "No such command 'buidl'"),

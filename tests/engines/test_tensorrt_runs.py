@@ -193,7 +193,8 @@ COUNTED = {
 """How engines are driven → enqueues, cross-stream waits and graph replays of one branch's step."""
 # Latents in and out, the mix, and rows of tables: blocks, output shift and scale, noise level.
 MOST_SMALL_COPIES = 8
-CONTEXTS = 28
+CONTEXTS = 29
+"""One of every graph that ran, and one more of head for the second branch."""
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from freewheel.policies.setting import CacheSetting
+from freewheel.policies.solved import SolvedConfig, SolvedSchedule
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.tuning.gram import GramRecorder
 
@@ -70,9 +71,8 @@ def test_gram_tells_the_output_error_of_a_reused_step(
     step = transformer.session.step
 
     def reuse_at(t: int) -> CacheSetting:
-        computed = [int(i != t) for i in range(STEPS)]
-        reuse = [1 - c for c in computed]
-        return CacheSetting(policy="solved", parameters={"steps": STEPS, "reuse": reuse})
+        held = SolvedSchedule(computed=[i for i in range(STEPS) if i != t], mix=[[1.0]])
+        return SolvedConfig(feature_caching="Solved", infer_steps=STEPS, schedules=[held]).setting()
 
     for t in (9, 14):
         for name, setting in (("off", CacheSetting()), ("hold", reuse_at(t))):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
-from freewheel.policies.solved import SolvedConfig
+from freewheel.policies.solved import SolvedConfig, SolvedSchedule
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.tuning.lockstep import Lockstep, sampler_rows
 from freewheel.tuning.solve import early_weights, solve
@@ -22,7 +22,13 @@ GUIDANCE = {"cond": 3.0, "uncond": -2.0}
 
 
 def setting(mix: dict[str, list[list[float]]]) -> CacheSetting:
-    return SolvedConfig(feature_caching="Solved", infer_steps=STEPS, mix=mix).setting()
+    """Return a config of one schedule; ``mix`` has an empty row for each step that it computes."""
+    some = next(iter(mix.values()))
+    schedule = SolvedSchedule(
+        computed=[step for step, row in enumerate(some) if not row],
+        mix={branch: [row for row in rows if row] for branch, rows in mix.items()},
+    )
+    return SolvedConfig(feature_caching="Solved", infer_steps=STEPS, schedules=[schedule]).setting()
 
 
 def distance(latents: Tensor, uncached: Tensor) -> float:
