@@ -21,6 +21,7 @@ from torch import Tensor
 HOST_ARGUMENTS = {
     "Reshape": (1,), "Slice": (1, 2, 3, 4), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,),
     "Split": (1,), "ReduceMean": (1,), "ReduceSum": (1,), "ReduceMin": (1,), "ReduceMax": (1,),
+    "TopK": (1,),
 }  # fmt: skip
 """Operator → its inputs that are lists of numbers rather than data."""
 
@@ -234,6 +235,10 @@ def _divide(attributes: Any, a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
+def _top_k(attributes: Any, x: Tensor, count: list[int]) -> Any:
+    return torch.topk(x, *count, attributes.get("axis", -1), bool(attributes.get("largest", 1)))
+
+
 def _squeeze(attributes: Any, x: Tensor, axes: list[int] | None = None) -> Tensor:
     return x.squeeze() if axes is None else x.squeeze(tuple(axes))
 
@@ -253,6 +258,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Abs": _plain(torch.abs), "Add": _plain(torch.add), "And": _plain(torch.logical_and),
     "Attention": _attention,
     "Cast": lambda a, x: x.to(getattr(torch, DTYPE_NAMES.get(a["to"], "float64"))),
+    "Ceil": _plain(torch.ceil),
     "Clip": lambda a, x, low=None, high=None: torch.clamp(x, low, high),
     "Concat": lambda a, *x: torch.cat(x, a["axis"]), "Conv": _conv, "Cos": _plain(torch.cos),
     "Div": _divide, "Equal": _plain(torch.eq),
@@ -279,6 +285,6 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Sigmoid": _plain(torch.sigmoid), "Sin": _plain(torch.sin), "Slice": _slice,
     "Softmax": lambda a, x: torch.softmax(x, a.get("axis", -1)), "Split": _split,
     "Sqrt": _plain(torch.sqrt), "Squeeze": _squeeze, "Sub": _plain(torch.sub),
-    "Transpose": lambda a, x: x.permute(a["perm"]), "Unsqueeze": _unsqueeze,
+    "TopK": _top_k, "Transpose": lambda a, x: x.permute(a["perm"]), "Unsqueeze": _unsqueeze,
     "Where": _plain(torch.where),
 }  # fmt: skip

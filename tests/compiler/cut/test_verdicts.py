@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from small_configs import CASES
-from test_bundles import FOUND, WITH_PIPELINE
+from test_bundles import FOUND
 from verdicts import KINDS, OTHERS, Verdict, classes, listed, verdict
 
 from freewheel.compiler.cut.models import FAMILIES, MODELS, row_of
@@ -27,7 +27,7 @@ def test_a_bundle_is_said_of_what_a_family_cuts_and_of_nothing_else() -> None:
 
 def test_whatever_has_a_row_with_a_name_is_among_the_tests_of_bundles() -> None:
     files = {path.stem.removeprefix("test_") for path in MODELS_OF_THEIR_OWN.glob("test_*.py")}
-    tested = {CASES[name][0] for name in (*FOUND, *WITH_PIPELINE)}
+    tested = {CASES[name][0] for name in FOUND}
     tested |= {row.model for row in MODELS if row.name in files}
     assert {row.model for row in MODELS if row.name} <= tested
 
