@@ -27,7 +27,8 @@ from quality import captions
 from freewheel.bundle.reader import Bundle
 from freewheel.core.output import write_text
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.pipeline.generate import Generation, GenerationRequest, Generator
+from freewheel.runtime.pipeline.generate import Generation, Generator
+from freewheel.runtime.pipeline.request import GenerationRequest
 from freewheel.runtime.settings import choose_setting
 from freewheel.tuning.quality import compare_videos
 

@@ -33,7 +33,8 @@ from freewheel.commands.screen import Screen
 from freewheel.configs.load import load_config, read_configs
 from freewheel.policies.custom import DAMPED, PUBLISHED, CustomConfig
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.pipeline.generate import GenerationRequest, Generator
+from freewheel.runtime.pipeline.generate import Generator
+from freewheel.runtime.pipeline.request import GenerationRequest
 from freewheel.runtime.settings import choose_setting
 from freewheel.tuning.bench import BenchReport, BenchRequest, bench_bundle
 from freewheel.tuning.calibrate import CalibrationRequest, calibrate, save_calibration

@@ -28,7 +28,8 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
 from freewheel.engines import backend
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.pipeline.generate import GenerationRequest, Generator
+from freewheel.runtime.pipeline.generate import Generator
+from freewheel.runtime.pipeline.request import GenerationRequest
 from freewheel.runtime.settings import config_entries
 from freewheel.tuning.quality import compare_videos
 

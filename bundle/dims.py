@@ -9,7 +9,7 @@ from math import prod
 from ..core.errors import BundleError, RequestError
 from .manifest import MAX_SIZE, IoEntry, Manifest, SumTerm
 
-__all__ = ["derive_dims", "match_dims", "shape_of", "summed"]
+__all__ = ["derive_dims", "divisor", "match_dims", "shape_of", "summed"]
 
 
 def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int]:
@@ -82,6 +82,16 @@ def _term(term: SumTerm, dims: Mapping[str, int]) -> int | None:
     name, multiple = (term, 1) if isinstance(term, str) else term
     size = dims.get(name)
     return None if size is None else -(-size // multiple) * multiple
+
+
+def divisor(dims: Mapping[str, Sequence[tuple[str, int]]], name: str) -> int:
+    """Return what a size must be a multiple of: the largest patch that a derived dimension makes.
+
+    Args:
+        dims: Derived dimension → its factors, each a size and its divisor.
+        name: Of the size.
+    """
+    return max((d for factors in dims.values() for dim, d in factors if dim == name), default=1)
 
 
 def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:

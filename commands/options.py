@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ __all__ = [
     "pairs_of",
     "precision_of",
     "quiet_libraries",
+    "value_of",
 ]
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder that `build` wrote.")]
@@ -46,7 +48,9 @@ StepsOption = Annotated[int | None, typer.Option(help="Denoise steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off.")]
 ImageOption = Annotated[
     Path | None,
-    typer.Option("--image", "--image_path", help="First frame, for image-to-video."),
+    typer.Option(
+        "--image", "--image_path", help="First frame of a video, or the picture to begin with."
+    ),
 ]
 OffloadOption = Annotated[
     bool, typer.Option(help="Keep the blocks' weights in host memory, two blocks on the GPU.")
@@ -100,8 +104,15 @@ def precision_of(value: str) -> str:
     return choice_of("--precision", value, known)
 
 
-def pairs_of(texts: list[str] | None) -> dict[str, str]:
+def pairs_of(
+    texts: list[str] | None, flag: str = "--set", example: str = "threshold=0.2"
+) -> dict[str, str]:
     """Divide ``key=value`` of each ``--set``.
+
+    Args:
+        texts: As given.
+        flag: Option that gives them, for the message.
+        example: A pair, for the message.
 
     Raises:
         ConfigError: a text is no such pair.
@@ -110,9 +121,17 @@ def pairs_of(texts: list[str] | None) -> dict[str, str]:
     for text in texts or ():
         key, separator, value = text.partition("=")
         if not separator or not key:
-            raise ConfigError(f"--set '{text}'", "is not key=value", "write --set threshold=0.2")
+            raise ConfigError(f"{flag} '{text}'", "is not key=value", f"write {flag} {example}")
         pairs[key] = value
     return pairs
+
+
+def value_of(text: str) -> Any:
+    """Return a text as the JSON value that it is, else as itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def quiet_libraries() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`freewheel run`: make a video from a prompt."""
+"""`freewheel run`: make a video, a picture or sound from a prompt."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from .options import (
     backend_of,
     pairs_of,
     quiet_libraries,
+    value_of,
 )
 from .ranks import join_job
 from .screen import Screen, reporting
@@ -40,7 +41,9 @@ def run(
     prompt: Annotated[str, typer.Option(help="What to show.")],
     out: Annotated[
         Path,
-        typer.Option("--out", "--save_result_path", help="Video to write: .mp4, .gif or .png."),
+        typer.Option(
+            "--out", "--save_result_path", help="File to write: .mp4, .gif, .png or .wav."
+        ),
     ],
     bundle: Annotated[
         Path | None,
@@ -75,6 +78,17 @@ def run(
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
     image: ImageOption = None,
+    video: Annotated[Path | None, typer.Option(help="Video to begin with.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="White where something new is to be made.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of the picture or video is made anew, 0 to 1.")
+    ] = None,
+    set_pipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Another argument of the pipeline's call: key=value; repeatable."),
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="FILE[:scale] to merge at load; repeatable.")
     ] = None,
@@ -136,7 +150,7 @@ def run(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make a video from a prompt.
+    """Make a video, a picture or sound from a prompt, as the bundle's pipeline does.
 
     Example: freewheel run out/bundle --prompt "a red circle" --cache teacache --out video.mp4
     """
@@ -151,9 +165,12 @@ def run(
         from ..core.output import check_file
         from ..runtime.forecast.fold import forecast
         from ..runtime.model import DeviceOptions
-        from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
+        from ..runtime.pipeline.generate import Generator, check_recordable
+        from ..runtime.pipeline.request import GenerationRequest
+        from ..runtime.pipeline.sound import write_sound
         from ..runtime.pipeline.video import check_output, write_video
         from ..runtime.settings import choose_setting, stretch_warning
+        from ..runtime.summary import live_strip
         from ..tuning.trace import TraceRecorder
 
         check_output(out, 8 if fps is None else fps)
@@ -199,6 +216,8 @@ def run(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
             steps=steps, height=height, width=width, frames=frames, guidance_scale=guidance, seed=seed,
             image=image, sampler=sampler, flow_shift=shift, guidance_scale_2=guidance_2,
+            video=video, mask=mask, strength=strength,
+            extra={n: value_of(v) for n, v in pairs_of(set_pipe, "--set-pipe", "eta=0.5").items()},
         )  # fmt: skip
         request.check()
         ranks = _join(opened, request, backend, lora, device, record, report)
@@ -219,14 +238,15 @@ def run(
             ),
             ranks=ranks,
         )  # fmt: skip
+        generator.check_out(out, request)
         timesteps = generator.timesteps(request)
-        stretched = stretch_warning(chosen.cache, len(timesteps))
+        count = request.value("steps") if timesteps is None else len(timesteps)
+        stretched = stretch_warning(chosen.cache, count)
         if stretched is not None:
             screen.warn(stretched)
         ahead = None
-        if (
-            len(generator.transformer.experts) == 1
-        ):  # of two, each folds its own part of the timesteps
+        # Of two experts, each folds its own part of the timesteps.
+        if timesteps is not None and len(generator.transformer.experts) == 1:
             ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
         if ahead is not None and chosen.cache.policy != "off":
             screen.note(
@@ -242,12 +262,19 @@ def run(
         with screen.progress():
             screen.phase("denoise", request.value("steps"))
             result = generator.generate(
-                request, recorder=recorder, on_step=lambda done, total: screen.advance("")
-            )
+                request, recorder=recorder,
+                on_step=lambda done, total: screen.advance(live_strip(generator.transformer.statistics)),
+            )  # fmt: skip
         if ranks is not None and not ranks.leads:
             ranks.leave()
             return
-        write_video(result.frames, out, fps)
+        written = []
+        if len(result.frames):
+            write_video(result.frames, out, fps)
+            written.append(out)
+        if result.sound is not None:  # beside a video's file
+            written.append(out.with_suffix(".wav"))
+            write_sound(result.sound, written[-1])
         if record is not None:
             recorder.trace().save(record)
         parameters = generator.transformer.session.resolved.parameters
@@ -266,9 +293,10 @@ def run(
             )
             ranks.leave()
         screen.result(
-            {"out": str(out), "cache": chosen.cache.model_dump(), "resolved": result.resolved,
+            {"out": str(out), "written": [str(path) for path in written],
+             "cache": chosen.cache.model_dump(), "resolved": result.resolved,
              "phase_seconds": result.seconds, **data},
-            [str(out)],
+            [str(path) for path in written],
         )  # fmt: skip
 
 

@@ -52,7 +52,8 @@ def videos(
         from ..compiler.sizes import size_of
         from ..core.output import check_folder
         from ..runtime.model import DeviceOptions
-        from ..runtime.pipeline.generate import GenerationRequest, Generator
+        from ..runtime.pipeline.generate import Generator
+        from ..runtime.pipeline.request import GenerationRequest
         from ..runtime.settings import choose_setting
         from ..serving.videos import VideoJobs, videos_app
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,15 +18,25 @@ from ..bundle.manifest import (
 from ..configs.load import load_config
 from ..core.errors import CheckpointError, ConfigError
 from ..policies.setting import CacheSetting
-from .sizes import read_part
+from ..runtime.pipeline.call import PipelineCall, diffusers_pipeline
+from .sizes import STRIDES, read_part
 
-__all__ = ["policy_setting", "resolve_configs", "resolve_generation", "scheduler_shift"]
+__all__ = [
+    "pipeline_defaults",
+    "policy_setting",
+    "resolve_configs",
+    "resolve_generation",
+    "scheduler_shift",
+]
 
 RUN = ResolvedGeneration(
     steps=50, height=480, width=832, frames=81, guidance_scale=5.0, flow_shift=1.0, seed=42,
     text_tokens=512,
 )  # fmt: skip
-"""What a run gets that neither its request nor a config says."""
+"""What a run gets that neither its request, nor a config, nor its pipeline says."""
+
+PICTURE_PIXELS = 1024
+"""Height and width of a picture where neither its pipeline nor its transformer says."""
 
 
 def resolve_generation(
@@ -49,23 +60,62 @@ def resolve_generation(
 def resolve_configs(
     configs: Mapping[str, ConfigEntry], pipeline: Path | None
 ) -> dict[str, ResolvedConfig]:
-    """Fill in what configs leave open: from the first one, then the scheduler, then `RUN`.
+    """Fill in what configs leave open: from the first one, then the pipeline, then `RUN`.
 
     Args:
         configs: Name → config; the first is the default.
-        pipeline: Folder of the diffusers pipeline, whose scheduler has a flow shift, or None.
+        pipeline: Folder of the diffusers pipeline, or None.
 
     Raises:
         ConfigError: a value that no run can take.
         CheckpointError: the scheduler's flow shift is no number.
     """
-    default = RUN.model_copy(update={"flow_shift": scheduler_shift(pipeline)})
+    told = {**pipeline_defaults(pipeline), "flow_shift": scheduler_shift(pipeline)}
+    default = RUN.model_copy(update=told)
     resolved = {}
     for name, config in configs.items():
         generation = resolve_generation(config.generation, default)
         resolved[name] = ResolvedConfig(cache=config.cache, generation=generation)
         default = resolved[next(iter(resolved))].generation
     return resolved
+
+
+def pipeline_defaults(pipeline: Path | None) -> dict[str, Any]:
+    """Return what a pipeline's call takes where nothing is asked for.
+
+    Args:
+        pipeline: Folder of the diffusers pipeline, or None.
+
+    Returns:
+        Fields of `ResolvedGeneration`; those that the call leaves to the pipeline's parts are read
+        from the transformer's config.
+    """
+    pipeline_class = diffusers_pipeline(read_part(pipeline, "model_index.json").get("_class_name"))
+    if pipeline_class is None:
+        return {}
+    transformer = read_part(pipeline, "transformer/config.json")
+    call = PipelineCall(pipeline_class, embeds_guidance=bool(transformer.get("guidance_embeds")))
+    fields = ("steps", "height", "width", "frames", "guidance_scale", "text_tokens")
+    told = {field: call.default(field) for field in fields}
+    usual: dict[str, Any] = {"frames": None} if call.makes_video else {"frames": 1}
+    if not call.makes_video and "height" in call.parameters:
+        usual |= {"height": PICTURE_PIXELS, "width": PICTURE_PIXELS}
+    size = transformer.get("sample_size")
+    height, width = size if isinstance(size, list) else (size, size)
+    stored = {
+        "height": transformer.get("sample_height") or height,
+        "width": transformer.get("sample_width") or width,
+    }
+    pixels = _pixels(read_part(pipeline, "vae/config.json"))
+    usual |= {side: latents * pixels for side, latents in stored.items() if latents}
+    found = {**usual, **{field: value for field, value in told.items() if value is not None}}
+    return {field: value for field, value in found.items() if value is not None}
+
+
+def _pixels(vae: Mapping[str, Any]) -> int:
+    """Return the height and width that one latent stands for, as diffusers' pipelines count it."""
+    told = next((vae[key] for key in STRIDES["pixels"] if vae.get(key)), None)
+    return int(told or 2 ** (len(vae.get("block_out_channels", range(4))) - 1))
 
 
 def policy_setting(name: str, signals: Collection[str]) -> CacheSetting:

@@ -143,7 +143,11 @@ def _respond(scheduler: Any, steps: int, where: str) -> tuple[Matrix, Matrix, Ma
 
 
 def _fit(samples: Matrix, window: int) -> tuple[Matrix, float]:
-    """Fit the rows of a recurrence; return them and the largest error of any factor."""
+    """Fit the rows of a recurrence; return them and the largest error of any factor.
+
+    An error is relative to a sample's largest factor where that is above 1: near pure noise, a
+    prediction of the noise divides by almost nothing.
+    """
     steps = len(samples) - 1
     unit = np.eye(steps + 1)
     rows, worst = np.zeros((steps, 2 * window)), 0.0
@@ -155,7 +159,8 @@ def _fit(samples: Matrix, window: int) -> tuple[Matrix, float]:
         basis = np.stack(seen, axis=1)
         # The least solution, where early steps leave several.
         factors = np.linalg.lstsq(basis, samples[step + 1], rcond=1e-10)[0]
-        worst = max(worst, float(np.abs(basis @ factors - samples[step + 1]).max()))
+        largest = max(1.0, float(np.abs(samples[step + 1]).max()))
+        worst = max(worst, float(np.abs(basis @ factors - samples[step + 1]).max()) / largest)
         rows[step, :reach] = factors[:reach]
         rows[step, window : window + reach] = factors[reach:]
     return rows, worst

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..bundle.dims import summed
+from ..bundle.dims import divisor, summed
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..core.errors import RequestError
@@ -19,6 +19,7 @@ from .checkpoints.folders import read_json
 from .cut.declared import Cut
 
 __all__ = [
+    "STRIDES",
     "Size",
     "bundle_pipeline",
     "dims_of",
@@ -127,8 +128,9 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
     dims = {
         "batch": 1,
         "frames": (size.frames - 1) // by_time + 1,
-        "height": _divided("height", size.height, by_space * _divisor(cut, "height")) // by_space,
-        "width": _divided("width", size.width, by_space * _divisor(cut, "width")) // by_space,
+        "height": _divided("height", size.height, by_space * divisor(cut.dims, "height"))
+        // by_space,
+        "width": _divided("width", size.width, by_space * divisor(cut.dims, "width")) // by_space,
         "text_tokens": size.text_tokens,
         "steps": size.steps,
         **cut.usual,
@@ -172,10 +174,6 @@ def bundle_pipeline(bundle: Bundle) -> Path | None:
     if entry.folder is not None:
         return bundle.path(entry.folder)
     return Path(entry.source) if entry.source is not None else None
-
-
-def _divisor(cut: Cut, name: str) -> int:
-    return max((d for factors in cut.dims.values() for dim, d in factors if dim == name), default=1)
 
 
 def _divided(name: str, pixels: int, multiple: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .statistics import RunStatistics
 
-__all__ = ["counts", "strip", "summary"]
+__all__ = ["counts", "live_strip", "strip", "summary"]
 
 COMPUTED, REUSED, SKIPPED = "█", "░", "·"
 
@@ -22,6 +22,15 @@ def counts(statistics: RunStatistics) -> str:
 def strip(computed: Sequence[bool | None]) -> str:
     """Return a character per step: full where computed, a dot where the branch did not run."""
     return "".join({True: COMPUTED, False: REUSED, None: SKIPPED}[c] for c in computed)
+
+
+def live_strip(statistics: RunStatistics, most: int = 40) -> str:
+    """Return the decisions of a run that still goes on: of its first branch, the ``most`` latest."""
+    branch = next(iter(statistics.branches.values()), None)
+    if branch is None:
+        return ""
+    known = [i for i, computed in enumerate(branch.computed) if computed is not None]
+    return strip(branch.computed[: known[-1] + 1 if known else 0][-most:])
 
 
 def summary(statistics: RunStatistics) -> str:

@@ -22,7 +22,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..core.errors import FreewheelError, RequestError, nearest
-from ..runtime.pipeline.generate import GenerationRequest, Generator
+from ..runtime.pipeline.generate import Generator
+from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.pipeline.video import write_video
 from ..runtime.settings import choose_setting
 

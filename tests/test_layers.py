@@ -114,6 +114,8 @@ TESTED_THROUGH = {
     "commands": "test_cli.py",
     "engines/__init__.py": "engines/test_backends.py",
     "runtime/pipeline/adapters.py": "runtime/test_lora.py",
+    "runtime/pipeline/parts.py": "compiler/forecast/test_host_memory.py",
+    "runtime/pipeline/request.py": "runtime/pipeline/test_generate.py",
     "runtime/body.py": "runtime/test_session.py",
     "runtime/branch_cache.py": "runtime/test_session.py",
     "runtime/decider.py": "tuning/test_replay.py",

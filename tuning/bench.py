@@ -25,7 +25,8 @@ from ..core.output import check_folder, write_text
 from ..policies.setting import CacheSetting
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.model import DeviceOptions
-from ..runtime.pipeline.generate import Generation, GenerationRequest, Generator
+from ..runtime.pipeline.generate import Generation, Generator
+from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.pipeline.video import contact_sheet, write_video
 from ..runtime.settings import choose_setting
 from .quality import Quality, compare_videos

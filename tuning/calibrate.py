@@ -34,7 +34,8 @@ from ..policies.teacache import TeaCacheConfig
 from ..runtime.distributed.ranks import Ranks, facts_of
 from ..runtime.forecast.fold import forecast
 from ..runtime.model import DeviceOptions, LoadedModel
-from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
+from ..runtime.pipeline.generate import Generator, check_recordable
+from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.settings import choose_setting
 from ..runtime.statistics import FEW_STEPS
 from .bench import Watcher

@@ -27,7 +27,8 @@ from ..policies.taylorseer import TaylorSeerConfig
 from ..policies.teacache import TeaCacheConfig
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.model import DeviceOptions
-from ..runtime.pipeline.generate import GenerationRequest, Generator, check_recordable
+from ..runtime.pipeline.generate import Generator, check_recordable
+from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.settings import choose_setting, config_entry, other_size
 from .bench import BenchRequest, Watcher, bench_bundle
 from .replay import replay

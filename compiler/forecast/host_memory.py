@@ -14,7 +14,7 @@ import diffusers
 import torch
 
 from ...engines import backend_class
-from ...runtime.pipeline.generate import loaded_bytes
+from ...runtime.pipeline.parts import loaded_bytes
 from ..cut.declared import Cut
 from ..sizes import Size, read_part
 from .footprint import LiveBytes

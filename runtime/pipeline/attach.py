@@ -190,6 +190,7 @@ class FreewheelTransformer:
         session: Engines and buffers of the runs.
         setting: Cache setting of the runs to come.
         recorder: Gets what a trace keeps, or None.
+        on_call: Called after each answer with the session and the step's index, or None.
         warn: Told once of everything odd about a run.
         experts: Those that `use` chooses for: this one, and of what `attach` returned the others.
     """
@@ -212,6 +213,7 @@ class FreewheelTransformer:
         self._stand(adapters)
         self.setting = CacheSetting()
         self.recorder: Recorder | None = None
+        self.on_call: Callable[[Session, int], None] | None = None
         self.warn: Callable[[str], None] = _warn
         self.experts: list[FreewheelTransformer] = [self]
         self._warned: set[str] = set()
@@ -427,6 +429,8 @@ class FreewheelTransformer:
         branch, step_index = self._place(prompt, timestep)
         sample = self._answer(branch, step_index, prompt, {"latents": latents})
         self._done[branch] = self._last = step_index
+        if self.on_call is not None:
+            self.on_call(self.session, step_index)
         if self._guidance is None:
             self._warn_at_end()
         return sample

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt in, video out: a bundle's whole pipeline, with what it did."""
+"""Prompt in, video, picture or sound out: a bundle's whole pipeline, with what it did."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,112 +15,31 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ...bundle.manifest import ResolvedGeneration
+from ...bundle.dims import divisor
 from ...bundle.reader import Bundle
-from ...bundle.safetensors_header import read_header
-from ...bundle.sampler import DISTILLED, SAMPLERS, check_sampler
+from ...bundle.sampler import DISTILLED, SAMPLERS
 from ...core.errors import BundleError, RequestError
-from ...core.limits import LARGEST_SEED, check_size
-from ...policies.setting import CacheSetting
 from ..distributed.ranks import Ranks
 from ..model import DeviceOptions
 from ..session import Recorder
 from ..statistics import RunStatistics
 from .attach import FreewheelTransformer, attach
+from .call import Media, PipelineCall, diffusers_pipeline, flag_of, media_of, pipeline_for
+from .parts import part_dtypes
+from .request import VALUES, GenerationRequest, size_like
 from .schedulers import make_scheduler
+from .sound import Sound
+from .video import open_frames, open_image
 
-__all__ = ["Generation", "GenerationRequest", "Generator", "check_recordable", "loaded_bytes"]
+__all__ = ["Generation", "Generator", "check_recordable"]
 
-FLOAT32_TEXT_ENCODER_BYTES = 2 << 30
 TRANSFORMERS = {"transformer", "transformer_2"}
 """Parts of a pipeline that a bundle takes the place of."""
 
-VALUES = (
-    "steps", "height", "width", "frames", "guidance_scale", "guidance_scale_2", "seed", "sampler",
-    "flow_shift",
-)  # fmt: skip
-"""What a run says of itself as resolved."""
+ELSEWHERE = ("seed", "sampler", "flow_shift")
+"""Of these, what goes into a pipeline by other ways than its call."""
 
 OnStep = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One run; None takes the config's value.
-
-    Attributes:
-        prompt: What to show.
-        cache: Resolved cache setting.
-        defaults: Generation values of the config.
-        negative_prompt: What not to show.
-        steps: Denoise steps.
-        height: Pixels.
-        width: Pixels.
-        frames: Frames of the video.
-        guidance_scale: 1 turns guidance off.
-        seed: Of the initial noise.
-        sampler: Which one denoises.
-        flow_shift: Of its noise levels.
-        guidance_scale_2: Of the second expert, where there are two.
-        image: First frame, for image-to-video. Where neither height nor width is asked for, the
-            video takes its proportions, at the area that the config names.
-    """
-
-    prompt: str
-    cache: CacheSetting
-    defaults: ResolvedGeneration
-    negative_prompt: str = ""
-    steps: int | None = None
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    sampler: str | None = None
-    flow_shift: float | None = None
-    guidance_scale_2: float | None = None
-    image: Path | None = None
-
-    def value(self, name: str) -> Any:
-        """Return a setting: the request's, else the config's.
-
-        A request's guidance is that of both experts, unless it names the second's too.
-        """
-        found = getattr(self, name, None)
-        if name == "guidance_scale_2" and self.guidance_scale is not None:
-            return found
-        return getattr(self.defaults, name) if found is None else found
-
-    def check(self) -> None:
-        """Refuse values that no model takes, before anything is loaded.
-
-        Raises:
-            RequestError: steps outside [1, 1000], a size beyond 32,768, a guidance scale that is
-                not finite, a seed outside [0, 2**63), a sampler that is not known, a flow shift
-                that is not above 0, or an image that can't be read.
-        """
-        steps, seed, guidance = (self.value(n) for n in ("steps", "seed", "guidance_scale"))
-        if not 1 <= steps <= 1000:
-            raise RequestError(f"--steps {steps}", "is outside [1, 1000]", "use 20 to 50")
-        if not 0 <= seed <= LARGEST_SEED:
-            raise RequestError(f"--seed {seed}", "is outside [0, 2**63)", "use --seed 42")
-        if not math.isfinite(guidance):
-            raise RequestError(
-                f"--guidance {guidance}", "is not finite", "use 1 to 10; 1 turns guidance off"
-            )
-        if self.guidance_scale_2 is not None and not math.isfinite(self.guidance_scale_2):
-            raise RequestError(
-                f"--guidance-2 {self.guidance_scale_2}", "is not finite", "use 1 to 10"
-            )
-        shift = self.value("flow_shift")
-        if not (math.isfinite(shift) and shift > 0):
-            raise RequestError(f"--shift {shift}", "is no number above 0", "use 1 to 12")
-        if self.value("sampler") is not None:
-            check_sampler(self.value("sampler"))
-        for name in ("height", "width", "frames"):
-            check_size(name, self.value(name))
-        if self.image is not None:
-            open_image(self.image)
 
 
 @dataclass(frozen=True)
@@ -131,18 +47,22 @@ class Generation:
     """What came out.
 
     Attributes:
-        frames: uint8 [frames, height, width, 3]; none but on the rank that leads.
-        latents: float32 [1, channels, frames, height, width], before decoding.
+        frames: uint8 [frames, height, width, 3], of pictures one frame each; none of sound, and
+            none but on the rank that leads.
+        latents: As the pipeline's callbacks see them after the last step, float32; None of a
+            pipeline without callbacks.
         statistics: Decisions and seconds of the denoise loop.
-        seconds: ``text``+``denoise``+``decode`` seconds.
+        seconds: Of ``denoise``, text encoders included, and of ``decode``.
         resolved: The values used.
+        sound: What can be heard, or None.
     """
 
     frames: NDArray[np.uint8]
-    latents: torch.Tensor
+    latents: torch.Tensor | None
     statistics: RunStatistics
     seconds: dict[str, float]
     resolved: dict[str, Any]
+    sound: Sound | None = None
 
     def speedup_over(self, uncached: Generation) -> float:
         """Return the measured speedup: denoise seconds of an uncached run / of this one."""
@@ -183,16 +103,11 @@ class Generator:
         Raises:
             BundleError: the rest of the pipeline can't be found.
         """
-        import diffusers
-
         folder = self._pipeline_folder(bundle, model)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
-        pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
-        is_pipeline = isinstance(pipeline_class, type) and issubclass(
-            pipeline_class, diffusers.DiffusionPipeline
-        )
-        if pipeline_class is None or not is_pipeline:
+        pipeline_class: Any = diffusers_pipeline(index.get("_class_name"))
+        if pipeline_class is None:
             raise BundleError(
                 str(folder / "model_index.json"),
                 f"'_class_name' {index.get('_class_name')!r} is no pipeline of diffusers",
@@ -206,12 +121,17 @@ class Generator:
             use_safetensors=True,  # a bundle from elsewhere may hold a pickle
         )
         self.pipe.set_progress_bar_config(disable=True)
-        self._own_scheduler = self.pipe.scheduler
+        self._own: dict[str, Any] = {
+            n: getattr(self.pipe, n, None) for n in ("scheduler", "guider")
+        }
         self.bundle = bundle
         self.transformer: FreewheelTransformer = attach(
             self.pipe, bundle, "off", backend=backend, loras=loras, options=options, ranks=ranks
         )
         self._ranks = ranks
+        self._embeds_guidance = any(
+            entry.argument == "guidance" for entry in bundle.manifest.inputs.values()
+        )
         for expert in self.transformer.experts:
             expert.warn = lambda text: None  # callers read the statistics' warnings
         self.pipe.to(self.transformer.device)
@@ -239,57 +159,49 @@ class Generator:
             on_step: Called after each step with steps done and steps in all.
 
         Raises:
-            RequestError: values that `GenerationRequest.check` refuses, sizes that the model can't
-                take, or an image missing or given to a text-to-video model.
+            RequestError: values that `GenerationRequest.check` refuses, or that the pipeline does
+                not take, sizes that the model can't take, or an image missing.
         """
         request.check()
-        image = self._image(request)
-        values = self._checked_values(request, image)
-
-        def tell(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(step + 1, values["steps"])
-            return tensors
-
         experts = self.transformer.experts
         if recorder is not None and not recorder.across_experts:
             check_recordable(self.bundle)
+        pipe, call = self._calling(request)
+        image = self._image(request, call)
+        values = self._checked_values(request, call, image)
+        arguments = self._arguments(request, call, values, image)
         self.transformer.use(request.cache)
         for expert in experts:
             expert.recorder = recorder
         before = [expert.statistics for expert in experts]
-        arguments: dict[str, Any] = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "height": values["height"],
-            "width": values["width"],
-            "num_frames": values["frames"],
-            "num_inference_steps": values["steps"],
-            "guidance_scale": values["guidance_scale"],
-            "generator": torch.Generator().manual_seed(values["seed"]),
-            "output_type": "latent",
-            "callback_on_step_end": tell,
-        }
-        arguments["max_sequence_length"] = request.value("text_tokens")
-        if "guidance_scale_2" in values:
-            arguments["guidance_scale_2"] = values["guidance_scale_2"]
-        if image is not None:
-            # Filled and cut, as other resizing would stretch it.
-            arguments["image"] = ImageOps.fit(image, (values["width"], values["height"]))
-        self._set_scheduler(request)
+        self._set_scheduler(request, pipe)
+        self._set_guider(request, pipe, call)
+        leads = self._ranks is None or self._ranks.leads
+        loop = _Loop(values.get("steps", 0), on_step)
+        if "callback_on_step_end" in call.parameters:
+            arguments["callback_on_step_end"] = loop.end_step
+        if "output_type" in call.parameters:
+            arguments["output_type"] = "np" if leads else "latent"
+        for expert in experts:
+            expert.on_call = loop.end_call
         began = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(values["seed"])  # of samplers that draw noise at every step
-            latents = self.pipe(**arguments).frames
-        denoised = time.perf_counter()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(values["seed"])  # of samplers that draw noise at every step
+                answer = pipe(**arguments)
+        finally:
+            for expert in experts:
+                expert.on_call = None
+        seconds = {"denoise": loop.ended - began, "decode": time.perf_counter() - loop.ended}
+        loop.end()
         if self._ranks is not None:
             self._ranks.tell({}, "ending the run")  # the first to end must not seem lost
-        leads = self._ranks is None or self._ranks.leads
-        frames = self.decode(latents) if leads else np.zeros((0, 0, 0, 3), np.uint8)
+        made = media_of(pipe, answer) if leads else Media(np.zeros((0, 0, 0, 3), np.uint8))
         for expert in experts:
             expert.session.model.save_caches()
         ran = [e.statistics for e, b in zip(experts, before, strict=True) if e.statistics is not b]
-        seconds = {"denoise": denoised - began, "decode": time.perf_counter() - denoised}
-        return Generation(frames, latents, RunStatistics.joined(ran), seconds, values)
+        statistics = RunStatistics.joined(ran)
+        return Generation(made.frames, loop.latents, statistics, seconds, values, made.sound)
 
     def values(self, request: GenerationRequest) -> dict[str, Any]:
         """Return the values that a request resolves to, as `Generation.resolved` has them.
@@ -298,137 +210,205 @@ class Generator:
             RequestError: as `generate` does.
         """
         request.check()
-        return self._checked_values(request, self._image(request))
+        _, call = self._calling(request)
+        return self._checked_values(request, call, self._image(request, call))
 
-    def timesteps(self, request: GenerationRequest) -> torch.Tensor:
+    def timesteps(self, request: GenerationRequest) -> torch.Tensor | None:
         """Return the timesteps that a request will run through, [steps].
+
+        None where the pipeline alone knows them: it sets noise levels of its own, or shifts them by
+        the size of the latents.
 
         Raises:
             RequestError: as `generate` does.
         """
         values = self.values(request)
-        self._set_scheduler(request)
-        self.pipe.scheduler.set_timesteps(values["steps"])
-        return torch.as_tensor(self.pipe.scheduler.timesteps)
+        pipe, call = self._calling(request)
+        self._set_scheduler(request, pipe)
+        scheduler = pipe.scheduler
+        if call.has_own_timesteps or scheduler.config.get("use_dynamic_shifting"):
+            return None
+        scheduler.set_timesteps(values["steps"])
+        return torch.as_tensor(scheduler.timesteps)
 
-    def _set_scheduler(self, request: GenerationRequest) -> None:
+    def check_out(self, out: Path, request: GenerationRequest) -> None:
+        """Refuse a file that can't hold what the pipeline makes.
+
+        Raises:
+            RequestError: sound in a picture or video, a picture in a video, or either in a .wav.
+        """
+        _, call = self._calling(request)
+        kind = "sound" if call.makes_sound else "a video" if call.makes_video else "a picture"
+        fits = {"sound": (".wav",), "a video": (".mp4", ".gif", ".png"), "a picture": (".png",)}
+        if out.suffix.lower() not in fits[kind]:
+            raise RequestError(
+                f"--out '{out}'", f"can't hold what {call.name} makes, {kind}",
+                f"use {' or '.join(fits[kind])}",
+            )  # fmt: skip
+
+    def _calling(self, request: GenerationRequest) -> tuple[Any, PipelineCall]:
+        """Return the pipeline that takes what the request begins with, and its call."""
+        pipe = pipeline_for(self.pipe, request.asked)
+        if pipe is not self.pipe:
+            pipe.set_progress_bar_config(disable=True)
+        return pipe, PipelineCall(type(pipe), self._embeds_guidance)
+
+    def _arguments(
+        self, request: GenerationRequest, call: PipelineCall, values: Mapping[str, Any],
+        image: Image.Image | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return what the pipeline is called with, by its own names."""
+        given: dict[str, Any] = {
+            "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+            "strength": request.strength, **values,
+        }  # fmt: skip
+        if call.default("text_tokens") is not None:
+            given["text_tokens"] = request.value("text_tokens")
+        if request.flow_shift is not None and "shift" in call.parameters:
+            given["shift"] = request.flow_shift
+        if image is not None:
+            # Filled and cut, as other resizing would stretch it; a reference keeps its own size.
+            is_begun_with = call.makes_video or call.parameter("strength") is not None
+            size = (values.get("width", image.width), values.get("height", image.height))
+            given["image"] = ImageOps.fit(image, size) if is_begun_with else image
+        if request.video is not None:
+            given["video"] = open_frames(request.video, "--video")
+        if request.mask is not None:
+            masks = [frame.convert("L") for frame in open_frames(request.mask, "--mask")]
+            if call.makes_video and len(masks) == 1:
+                masks *= len(given.get("video", ())) or values["frames"]
+            given["mask"] = masks if call.makes_video else masks[0]
+        taken = {n: call.parameter(n) for n, v in given.items() if v is not None}
+        arguments = {name: given[n] for n, name in taken.items() if name is not None}
+        generator = torch.Generator().manual_seed(values["seed"])
+        return {**arguments, "generator": generator, **request.extra}
+
+    def _set_scheduler(self, request: GenerationRequest, pipe: Any) -> None:
         shift, name = request.value("flow_shift"), request.value("sampler")
-        own = self._own_scheduler
+        own = self._own["scheduler"]
         if name is not None:
             is_own = name in SAMPLERS and SAMPLERS[name] == type(own).__name__ and name != DISTILLED
-            self.pipe.scheduler = make_scheduler(name, shift, dict(own.config) if is_own else None)
+            pipe.scheduler = make_scheduler(name, shift, dict(own.config) if is_own else None)
             return
         key = next((k for k in ("flow_shift", "shift") if k in own.config), None)
         if key is not None and own.config[key] != shift:
-            own = type(own).from_config(own.config, **{key: shift})
-        self.pipe.scheduler = own
+            # Shifting by the latents' size takes no account of a shift that is asked for.
+            fixed = {k: False for k in ("use_dynamic_shifting",) if k in own.config}
+            own = type(own).from_config(own.config, **{key: shift}, **fixed)
+        pipe.scheduler = own
 
-    def decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
-        """Decode latents to frames, uint8 [frames, height, width, 3]."""
-        vae = self.pipe.vae
-        shape = (1, vae.config.z_dim, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
-        std = torch.tensor(vae.config.latents_std).view(shape).to(latents)
-        with torch.no_grad():
-            video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-        frames = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
-        return (np.asarray(frames) * 255).round().clip(0, 255).astype(np.uint8)
+    def _set_guider(self, request: GenerationRequest, pipe: Any, call: PipelineCall) -> None:
+        """Give the guidance scale to the part that has it, where the call takes none."""
+        if self._own["guider"] is None:
+            return
+        scale, pipe.guider = request.guidance_scale, self._own["guider"]
+        if scale is not None and call.parameter("guidance_scale") is None:
+            pipe.guider = pipe.guider.new(guidance_scale=scale)
 
     def _checked_values(
-        self, request: GenerationRequest, image: Image.Image | None
+        self, request: GenerationRequest, call: PipelineCall, image: Image.Image | None
     ) -> dict[str, Any]:
-        values = {n: v for n in VALUES if (v := request.value(n)) is not None}
+        self._check_taken(request, call)
+        taken = {n for n in VALUES if call.parameter(n) is not None}
+        values = {
+            n: v
+            for n in VALUES
+            if (n in taken or n in ELSEWHERE) and (v := request.value(n)) is not None
+        }
         if "guidance_scale_2" in values and len(self.bundle.manifest.experts) < 2:
             raise RequestError(
                 f"--guidance-2 {values['guidance_scale_2']}", "is given, and the bundle has one expert",
                 "leave it out, or give one 'sample_guide_scale'",
             )  # fmt: skip
-        scale = self.bundle.manifest.latent_scale
-        spatial = scale.pixels * max(self.transformer.config["patch_size"][1:])
-        if image is not None and request.height is None and request.width is None:
+        manifest = self.bundle.manifest
+        spatial = {
+            n: manifest.latent_scale.pixels * divisor(manifest.dims, n)
+            for n in ("height", "width")
+            if n in values
+        }
+        if image is not None and spatial and request.height is None and request.width is None:
             area = values["height"] * values["width"]
-            values["height"], values["width"] = size_like(image, area, spatial)
-        for name in ("height", "width"):
-            if values[name] < spatial or values[name] % spatial:
+            values["height"], values["width"] = size_like(image, area, max(spatial.values()))
+        for name, multiple in spatial.items():
+            if values[name] < multiple or values[name] % multiple:
                 raise RequestError(
-                    f"--{name} {values[name]}", f"is no multiple of {spatial}",
-                    f"use {max(spatial, round(values[name] / spatial) * spatial)}",
+                    f"--{name} {values[name]}", f"is no multiple of {multiple}",
+                    f"use {max(multiple, round(values[name] / multiple) * multiple)}",
                 )  # fmt: skip
-        step = scale.frames
-        if values["frames"] < 1 or (values["frames"] - 1) % step:
+        step = manifest.latent_scale.frames
+        if "frames" in values and (values["frames"] < 1 or (values["frames"] - 1) % step):
             raise RequestError(
                 f"--frames {values['frames']}", f"is not 1 more than a multiple of {step}",
                 f"use {max(0, round((values['frames'] - 1) / step)) * step + 1}",
             )  # fmt: skip
         return values
 
-    def _image(self, request: GenerationRequest) -> Image.Image | None:
-        """Open the request's image, where the pipeline begins with one."""
-        takes_image = "image" in inspect.signature(self.pipe.__call__).parameters
-        if request.image is None:
-            if takes_image:
+    def _check_taken(self, request: GenerationRequest, call: PipelineCall) -> None:
+        """Refuse what is asked for and nothing of the pipeline takes, and what is missing."""
+        call.check_extra(request.extra)
+        if len(self.bundle.manifest.experts) < 2 and request.guidance_scale_2 is not None:
+            return  # has a message of its own
+        elsewhere = {"sampler"}
+        if self._own["guider"] is not None:
+            elsewhere.add("guidance_scale")
+        own = self._own["scheduler"].config
+        if "shift" in call.parameters or "flow_shift" in own or "shift" in own or request.sampler:
+            elsewhere.add("flow_shift")
+        asked = [n for n in request.asked if n not in elsewhere and n != "image"]
+        call.check_given(asked)
+        for name in ("video", "mask"):
+            if call.wants(name) and getattr(request, name) is None:
                 raise RequestError(
-                    "image", "is missing: this is an image-to-video model", "give --image FILE"
+                    name, f"is missing: {call.name} begins with one", f"give {flag_of(name)} FILE"
+                )
+
+    def _image(self, request: GenerationRequest, call: PipelineCall) -> Image.Image | None:
+        """Open the request's image, where the pipeline begins with one."""
+        kind = "video" if call.makes_video else "image"
+        if request.image is None:
+            if call.wants("image"):
+                raise RequestError(
+                    "image", f"is missing: this is an image-to-{kind} model", "give --image FILE"
                 )
             return None
-        if not takes_image:
+        if call.parameter("image") is None:
             raise RequestError(
-                f"--image '{request.image}'", "is given to a text-to-video model",
-                "leave it out, or build an image-to-video checkpoint",
+                f"--image '{request.image}'", f"is given to a text-to-{kind} model",
+                f"leave it out, or build an image-to-{kind} checkpoint",
             )  # fmt: skip
         return open_image(request.image)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read a picture as RGB.
+class _Loop:
+    """Follows a run from the calls of its transformer and the pipeline's callback.
 
-    Raises:
-        RequestError: it is missing, damaged or no picture.
+    Attributes:
+        ended: When the last step ended, so far.
+        latents: After the last step, so far.
     """
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(
-            f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
-        ) from error
 
+    def __init__(self, total: int, on_step: OnStep) -> None:
+        self.ended = time.perf_counter()
+        self.latents: torch.Tensor | None = None
+        self._total, self._on_step = total, on_step
+        self._done = 0
+        self._step: tuple[int, int] | None = None
 
-def part_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Choose what a pipeline's parts are loaded in: float32, but a large text encoder."""
-    size = sum(f.stat().st_size for f in (folder / "text_encoder").glob("*.safetensors"))
-    small = size <= FLOAT32_TEXT_ENCODER_BYTES
-    return {
-        "default": torch.float32,
-        "text_encoder": torch.float32 if small else torch.bfloat16,
-    }
+    def end_call(self, session: Any, step_index: int) -> None:
+        """Count the step before, where this call is the first of another."""
+        self.ended = time.perf_counter()
+        if self._step is not None and self._step != (id(session), step_index):
+            self._done += 1
+            self._on_step(self._done, self._total)
+        self._step = (id(session), step_index)
 
+    def end_step(self, pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        """Take the latents that the sampler made."""
+        self.ended = time.perf_counter()
+        self.latents = tensors.get("latents")
+        return tensors
 
-def loaded_bytes(folder: Path) -> dict[str, int]:
-    """Return the bytes that each part of a pipeline takes once `Generator` has loaded it.
-
-    Args:
-        folder: A pipeline in diffusers layout.
-
-    Raises:
-        CheckpointError: a weight file's header can't be read.
-    """
-    dtypes = part_dtypes(folder)
-    found: dict[str, int] = {}
-    for file in sorted(folder.glob("*/*.safetensors")):
-        part = file.parent.name
-        if part.startswith("transformer"):
-            continue
-        item_bytes = dtypes.get(part, dtypes["default"]).itemsize
-        count = sum(prod(t.shape) for t in read_header(file).values())
-        found[part] = found.get(part, 0) + item_bytes * count
-    return found
-
-
-def size_like(image: Image.Image, area: int, multiple: int) -> tuple[int, int]:
-    """Return the height and width of about ``area`` pixels in the proportions of ``image``.
-
-    Both are multiples of ``multiple``, rounded down as Wan's own scripts do.
-    """
-    ratio = image.height / image.width
-    height, width = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-    return max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple)
+    def end(self) -> None:
+        """Count the last step."""
+        if self._step is not None:
+            self._on_step(self._done + 1, self._total)

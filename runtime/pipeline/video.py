@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write frames as mp4, gif or png, and videos side by side as a contact sheet."""
+"""Read and write pictures and videos, and lay videos side by side as a contact sheet."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageSequence
 
 from ...core.errors import OutputError, RequestError
 from ...core.extras import require_extra
 from ...core.output import check_file, replaced_whole
 
-__all__ = ["SUFFIXES", "check_output", "contact_sheet", "write_video"]
+__all__ = ["SUFFIXES", "check_output", "contact_sheet", "open_frames", "open_image", "write_video"]
 
 Frames = NDArray[np.uint8]
-SUFFIXES = (".mp4", ".gif", ".png")
+SUFFIXES = (".mp4", ".gif", ".png", ".wav")
 MOST_FPS = 1000
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".gif")
+"""Suffixes of files that are read as videos."""
 
 
 def check_output(path: Path, fps: int = 8) -> None:
     """Fail before a long run rather than after it; nothing is made or written.
 
     Args:
-        path: The video to be written later; its folder may be missing.
+        path: The file to be written later; its folder may be missing.
         fps: Frames per second.
 
     Raises:
@@ -99,3 +101,43 @@ def contact_sheet(videos: Mapping[str, Frames], columns: int = 5, scale: int = 2
             frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(frame, (gap + column * (width + gap), top + label))
     return np.asarray(sheet)
+
+
+def open_frames(path: Path, flag: str) -> list[Image.Image]:
+    """Read a video's frames, or a picture as one frame, as RGB.
+
+    Args:
+        path: A picture, a .gif, or a video.
+        flag: Option that names it, for the messages.
+
+    Raises:
+        RequestError: it is missing, damaged, or neither.
+        DependencyError: it is a video, and what reads those is not installed.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix in VIDEOS and suffix != ".gif":
+            require_extra("video", f"{flag} {path}")
+            import imageio.v3 as iio
+
+            return [Image.fromarray(frame) for frame in iio.imiter(path, plugin="FFMPEG")]
+        with Image.open(path) as opened:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(
+            f"{flag} '{path}'", f"can't be read: {error}", "give a png, jpeg, gif or mp4"
+        ) from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read a picture as RGB.
+
+    Raises:
+        RequestError: it is missing, damaged or no picture.
+    """
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(
+            f"--image '{path}'", f"can't be read: {error}", "give a png or jpeg"
+        ) from error

@@ -13,7 +13,8 @@ from gpu_report import Report
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import DeviceOptions
-from freewheel.runtime.pipeline.generate import Generation, GenerationRequest, Generator
+from freewheel.runtime.pipeline.generate import Generation, Generator
+from freewheel.runtime.pipeline.request import GenerationRequest
 from freewheel.tuning.quality import compare_videos
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

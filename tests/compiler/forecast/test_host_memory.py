@@ -18,7 +18,8 @@ from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.forecast.host_memory import PROGRAM_BYTES, memory_beside, vae_bytes
 from freewheel.compiler.sizes import size_of
 from freewheel.engines.openvino import OpenVino
-from freewheel.runtime.pipeline.generate import Generator, loaded_bytes
+from freewheel.runtime.pipeline.generate import Generator
+from freewheel.runtime.pipeline.parts import loaded_bytes
 
 WAN = family_of("WanTransformer3DModel", "")
 

@@ -18,7 +18,8 @@ from freewheel.compiler.defaults import resolve_generation
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.attach import attach
-from freewheel.runtime.pipeline.generate import GenerationRequest, Generator, size_like
+from freewheel.runtime.pipeline.generate import Generator
+from freewheel.runtime.pipeline.request import GenerationRequest, size_like
 from freewheel.runtime.pipeline.schedulers import make_scheduler
 
 PROMPT = "a red circle moving right"

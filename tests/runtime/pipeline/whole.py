@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole small pipelines of random weights: tokenizer, text encoders, VAE and scheduler too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    CogVideoXDDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
+
+__all__ = ["WHOLE", "save_pipeline"]
+
+ROOT = Path(__file__).parents[3]
+WORDS = 64
+
+
+def tokenizer(longest: int = 128) -> Any:
+    return AutoTokenizer.from_pretrained(
+        ROOT / "models/shapes_wan/tokenizer", model_max_length=longest
+    )
+
+
+def t5(width: int) -> Any:
+    return T5EncoderModel(
+        T5Config(vocab_size=WORDS, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+
+
+def clip(width: int, projected: int | None = None) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=WORDS, hidden_size=width, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, projection_dim=projected or width, eos_token_id=1, pad_token_id=0,
+        bos_token_id=2,
+    )  # fmt: skip
+    return CLIPTextModel(config) if projected is None else CLIPTextModelWithProjection(config)
+
+
+def picture_vae(channels: int) -> Any:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=channels, shift_factor=0.1,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def dynamic() -> Any:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+def flux(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": dynamic(), "vae": picture_vae(config.in_channels // 4),
+        "tokenizer": tokenizer(77), "text_encoder": clip(config.pooled_projection_dim),
+        "tokenizer_2": tokenizer(), "text_encoder_2": t5(config.joint_attention_dim),
+    }  # fmt: skip
+
+
+def sd3(config: Any) -> dict[str, Any]:
+    half = config.joint_attention_dim // 2
+    encoder = {"width": half, "projected": config.pooled_projection_dim // 2}
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": picture_vae(config.in_channels), "tokenizer": tokenizer(77),
+        "text_encoder": clip(**encoder), "tokenizer_2": tokenizer(77),
+        "text_encoder_2": clip(**encoder), "tokenizer_3": tokenizer(),
+        "text_encoder_3": t5(config.joint_attention_dim),
+    }  # fmt: skip
+
+
+def qwen_image(config: Any) -> dict[str, Any]:
+    text = {
+        "vocab_size": WORDS, "hidden_size": config.joint_attention_dim, "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2,
+              "out_hidden_size": config.joint_attention_dim}  # fmt: skip
+    return {
+        "scheduler": dynamic(), "tokenizer": tokenizer(1024),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        ),
+        "vae": AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+    }  # fmt: skip
+
+
+def pixart(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": DPMSolverMultistepScheduler(), "vae": picture_vae(config.in_channels),
+        "tokenizer": tokenizer(), "text_encoder": t5(config.caption_channels),
+    }  # fmt: skip
+
+
+def ltx(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": dynamic(), "tokenizer": tokenizer(),
+        "text_encoder": t5(config.caption_channels),
+        "vae": AutoencoderKLLTXVideo(
+            latent_channels=config.in_channels, block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+        ),
+    }  # fmt: skip
+
+
+def cogvideox(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": CogVideoXDDIMScheduler(), "tokenizer": tokenizer(),
+        "text_encoder": t5(config.text_embed_dim),
+        "vae": AutoencoderKLCogVideoX(
+            latent_channels=config.in_channels, block_out_channels=(8,) * 4, norm_num_groups=4,
+            layers_per_block=1,
+        ),
+    }  # fmt: skip
+
+
+def hunyuan(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0), "tokenizer": tokenizer(1024),
+        "text_encoder": LlamaModel(LlamaConfig(
+            vocab_size=WORDS, hidden_size=config.text_embed_dim, intermediate_size=16,
+            num_hidden_layers=3, num_attention_heads=2,
+        )),
+        "tokenizer_2": tokenizer(77), "text_encoder_2": clip(config.pooled_projection_dim),
+        "vae": AutoencoderKLHunyuanVideo(
+            latent_channels=config.in_channels, block_out_channels=(8,) * 4, norm_num_groups=4,
+            layers_per_block=1,
+        ),
+    }  # fmt: skip
+
+
+WHOLE: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "flux": ("FluxPipeline", flux),
+    "sd3": ("StableDiffusion3Pipeline", sd3),
+    "qwen_image": ("QwenImagePipeline", qwen_image),
+    "pixart": ("PixArtSigmaPipeline", pixart),
+    "ltx": ("LTXPipeline", ltx),
+    "cogvideox": ("CogVideoXPipeline", cogvideox),
+    "hunyuan_video": ("HunyuanVideoPipeline", hunyuan),
+}
+"""Small model of `small_configs.CASES` → its pipeline, and how the other parts are made."""
+
+
+def save_pipeline(name: str, model: Any, folder: Path) -> Any:
+    """Save a whole pipeline around a small transformer; returns it."""
+    torch.manual_seed(0)
+    pipeline, parts = WHOLE[name]
+    pipe = getattr(diffusers, pipeline)(transformer=model, **parts(model.config))
+    pipe.save_pretrained(folder)
+    return pipe
