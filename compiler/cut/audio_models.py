@@ -23,5 +23,20 @@ AUDIO_MODELS: tuple[Row, ...] = (
         latent_scale=(1, 1),
         timestep_scale=1000.0,
     ),
+    Row(
+        "LongCatAudioDiTTransformer",
+        {
+            "hidden_states": step("batch frames latent_dim"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens dit_text_dim"),
+            "encoder_attention_mask": prompt("batch text_tokens", dtype="bool", fill="mask"),
+            "attention_mask": prompt("batch frames", dtype="bool", fill="mask"),
+            "latent_cond": prompt("batch frames latent_dim", needs="use_latent_condition"),
+        },
+        pipelines=("LongCatAudioDiTPipeline",),
+        name="longcat_audio",
+        latent_scale=(1, 1),
+        timestep_scale=1000.0,
+    ),
 )
 """In the order in which each came to be cut."""

@@ -14,11 +14,14 @@ from .classes import Classes
 from .names import fresh_name, module_path, source_of, value_name
 from .sizes import SizeMaker, shape_donors
 from .trace import Trace, value_of
-from .words import is_operation, sizes_read, tensors_read
+from .words import is_operation, operation, shape_of, sizes_read, tensors_read
 
 __all__ = ["extract", "hold"]
 
 KEPT_META = ("val", "nn_module_stack", "stack_trace")
+
+JOINS = frozenset({"cat", "stack"})
+"""Operations that spread none of their arguments over the batch."""
 
 
 def extract(
@@ -79,10 +82,14 @@ def extract(
         new[node] = graph.get_attr(f"constant_{i}")
 
     for node in nodes:
-        size = sizes[classes.runs(node) == "run"]
+        is_table = classes.runs(node) == "run"
+        joins = operation(node) in JOINS and not is_table
 
-        def argument(read: fx.Node, size: SizeMaker = size) -> Any:
-            return new[read] if read in new else size(value_of(read).node.expr)
+        def argument(read: fx.Node, size: SizeMaker = sizes[is_table], joins: bool = joins) -> Any:
+            if read not in new:
+                return size(value_of(read).node.expr)
+            is_row = joins and classes.runs(read) == "run"
+            return _spread(graph, read, new[read], size) if is_row else new[read]
 
         target: Any = node.target
         new[node] = graph.call_function(
@@ -94,6 +101,16 @@ def extract(
     graph.output(tuple(new[node] for node in outputs))
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph, class_name=name), inputs
+
+
+def _spread(graph: fx.Graph, row: fx.Node, copy: fx.Node, size: SizeMaker) -> fx.Node:
+    """Repeat a table's row for each element of the batch that it is joined with."""
+    batch, *others = shape_of(row)
+    spread = graph.call_function(
+        torch.ops.aten.expand.default, (copy, [size(batch), *[-1] * len(others)])
+    )
+    spread.meta = {key: row.meta[key] for key in KEPT_META if key in row.meta}
+    return spread
 
 
 def _with_constants(trace: Trace, classes: Classes, nodes: Sequence[fx.Node]) -> list[fx.Node]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import HUNYUAN_IMAGE, LUMINA_2
+from .patches import ERNIE_IMAGE, HUNYUAN_IMAGE, LUMINA_2
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 
 __all__ = ["IMAGE_MODELS"]
@@ -85,6 +85,7 @@ IMAGE_MODELS: tuple[Row, ...] = (
             "encoder_attention_mask": TEXT_MASK,
         },
         pipelines=("Krea2Pipeline",),
+        name="krea_2",
         latent_scale=(1, 8),
         timestep_scale=1000.0,
         packed=2,
@@ -294,6 +295,20 @@ IMAGE_MODELS: tuple[Row, ...] = (
         timestep_offset=1000.0,
         output_sign=-1,
         patches=LUMINA_2,
+    ),
+    Row(
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(),
+            "text_bth": prompt("batch text_tokens text_in_dim"),
+            "text_lens": prompt("batch", dtype="int64", fill=9),
+        },
+        pipelines=("ErnieImagePipeline",),
+        name="ernie_image",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 16),
+        patches=ERNIE_IMAGE,
     ),
 )
 """In the order in which each came to be cut."""

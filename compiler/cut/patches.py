@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .patch import Patch
 
-__all__ = ["HUNYUAN_IMAGE", "HUNYUAN_VIDEO_15", "LUMINA_2", "MOCHI"]
+__all__ = ["ERNIE_IMAGE", "HUNYUAN_IMAGE", "HUNYUAN_VIDEO_15", "LUMINA_2", "MOCHI"]
 
 HUNYUAN_IMAGE = (
     Patch(
@@ -167,3 +167,56 @@ output = output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 """Text stays padded, and its padding masked, where diffusers takes it out of each batch element; the
 image's position behind the text is the count of the real tokens, as there. Equal where real tokens
 come first, as the pipeline's tokenizer has them. Angles are float32: no engine passes doubles on."""
+
+ERNIE_IMAGE = (
+    Patch(
+        "ErnieImageTransformer2DModel.forward",
+        first="img_sbh =",
+        until="# text_bth, text_lens",
+        digest="1dfd3dd26194",
+        lines="hidden_states = self.x_embedder(hidden_states)",
+    ),
+    Patch(
+        "ErnieImageTransformer2DModel.forward",
+        first="text_sbh =",
+        until="# Position IDs",
+        digest="e6c302d79ecd",
+        lines="x = torch.cat([hidden_states, text_bth], dim=1)",
+    ),
+    Patch(
+        "ErnieImageTransformer2DModel.forward",
+        first="shift_msa, scale_msa",
+        until="for layer in",
+        digest="3e077c9239e1",
+        lines="""
+shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+    self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+)
+c = c.unsqueeze(1)
+""",
+    ),
+    Patch(
+        "ErnieImageTransformer2DModel.forward",
+        first="patches =",
+        until="output = (",
+        digest="0e57a8fb0170",
+        lines="patches = self.final_linear(x)[:, :N_img]",
+    ),
+    Patch(
+        "ErnieImageSharedAdaLNBlock.forward",
+        first="x_bsh =",
+        until="x = residual",
+        digest="2c6e43189c62",
+        lines="""
+attn_out = self.self_attention(x, attention_mask=attention_mask, image_rotary_emb=rotary_pos_emb)
+""",
+    ),
+    Patch(
+        "ErnieImageAdaLNContinuous.forward",
+        first="x = x *",
+        until="return x",
+        digest="ea11302aa42a",
+        lines="x = x * (1 + scale) + shift",
+    ),
+)
+"""The batch stays in front of the tokens, where diffusers' blocks have it behind them."""

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 from torch import fx
 
 from ...core.errors import ExportError
 from .names import module_path
+from .trace import value_of
 from .words import PRODUCTS, operation, shape_of
 
 __all__ = ["attention_output", "modulated_input"]
@@ -17,7 +21,7 @@ __all__ = ["attention_output", "modulated_input"]
 def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
     """Return what a block's first product of the stream multiplies: its normed, modulated input.
 
-    Where a block joins it with a text first, it is the stream's part.
+    Where a block joins it with a text first, it is the stream's part, which is added to the graph.
 
     Args:
         module: The block's graph.
@@ -26,18 +30,22 @@ def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
     Raises:
         ExportError: the block multiplies nothing of the stream's shape.
     """
-    stream = _argument(module, hidden)
+    stream = _argument(module.graph, hidden)
     seen = {stream}
+    joints: list[fx.Node] = []
     nodes: list[fx.Node] = list(module.graph.nodes)
     for node in nodes:
         if node.op != "call_function" or seen.isdisjoint(node.all_input_nodes):
             continue
         if operation(node) in PRODUCTS:
             for read in (part for n in node.all_input_nodes for part in _parts(n)):
-                if read in seen and shape_of(read) == shape_of(stream):
-                    return read
+                if read in seen:
+                    found = _of_stream(module.graph, read, stream, joints)
+                    if found is not None:
+                        return found
         seen.add(node)
-    raise _missing(module, "no product reads the stream")
+        joints += [node] * _joins(node, stream)
+    raise _missing(module.graph, "no product reads the stream")
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:
@@ -45,12 +53,42 @@ def _parts(node: fx.Node) -> list[fx.Node]:
     return [node, *(node.all_input_nodes if operation(node) == "cat" else ())]
 
 
+def _joins(node: fx.Node, stream: fx.Node) -> bool:
+    """Say whether a value is the stream and other sequences, one behind another."""
+    parts: Any = node.args[0] if node.args else None
+    return operation(node) == "cat" and stream in parts
+
+
+def _of_stream(
+    graph: fx.Graph, value: fx.Node, stream: fx.Node, joints: Sequence[fx.Node]
+) -> fx.Node | None:
+    """Return a value of the stream's shape; of a joint sequence's shape, the stream's part of it.
+
+    None of any other value.
+    """
+    if shape_of(value) == shape_of(stream):
+        return value
+    joint = next((one for one in joints if shape_of(one) == shape_of(value)), None)
+    if joint is None:
+        return None
+    parts, axis = cast("tuple[list[fx.Node], int]", (*joint.args, 0)[:2])
+    axis %= value_of(joint).ndim
+    with graph.inserting_before(value.next):
+        begin: Any = 0
+        for part in parts[: parts.index(stream)]:
+            begin = _sum(graph, begin, _extent(graph, part, axis))
+        end = _sum(graph, begin, _extent(graph, stream, axis))
+        found = graph.call_function(torch.ops.aten.slice.Tensor, (value, axis, begin, end))
+    found.meta = {**value.meta, "val": value_of(stream)}
+    return found
+
+
 def attention_output(module: fx.GraphModule, hidden: str) -> fx.GraphModule:
     """Return a block's graph that also returns what its attention adds to the stream, gated.
 
     Args:
         module: The block's graph.
-        hidden: Argument that is the stream.
+        hidden: Argument that is the stream, alone or joined with a text.
 
     Raises:
         ExportError: nothing is added to the stream.
@@ -58,33 +96,58 @@ def attention_output(module: fx.GraphModule, hidden: str) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(module.graph, copies)
-    found = _first_added(module, hidden)
-    graph.output((*result, copies[found]))
     for node, copy in copies.items():
         copy.meta = dict(node.meta)
+    graph.output((*result, _first_added(graph, hidden)))
     return fx.GraphModule(module, graph, class_name=module._get_name())
 
 
-def _first_added(module: fx.GraphModule, hidden: str) -> fx.Node:
-    stream = _argument(module, hidden)
-    for node in module.graph.nodes:
-        if node.op != "call_function" or operation(node) != "add" or len(node.args) != 2:
+def _first_added(graph: fx.Graph, hidden: str) -> fx.Node:
+    stream = _argument(graph, hidden)
+    streams = [stream]
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        streams += [node] * _joins(node, stream)
+        if operation(node) != "add" or len(node.args) != 2:
             continue
         one, two = node.args
-        if stream in (one, two):
-            added: Any = two if one is stream else one
-            if isinstance(added, fx.Node) and shape_of(added) == shape_of(stream):
-                return added
-    raise _missing(module, "nothing is added to the stream")
+        if one in streams or two in streams:
+            added: Any = two if one in streams else one
+            if isinstance(added, fx.Node):
+                found = _of_stream(graph, added, stream, streams[1:])
+                if found is not None:
+                    return found
+    raise _missing(graph, "nothing is added to the stream")
 
 
-def _argument(module: fx.GraphModule, name: str) -> fx.Node:
-    nodes: list[fx.Node] = list(module.graph.nodes)
+def _extent(graph: fx.Graph, node: fx.Node, axis: int) -> Any:
+    """Return a tensor's size along an axis: a node where it is symbolic."""
+    extent = value_of(node).shape[axis]
+    if not isinstance(extent, torch.SymInt):
+        return int(extent)
+    found = graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
+    found.meta["val"] = extent
+    return found
+
+
+def _sum(graph: fx.Graph, one: Any, two: Any) -> Any:
+    """Return the sum of two sizes."""
+    if isinstance(one, int) and (one == 0 or isinstance(two, int)):
+        return one + two if isinstance(two, int) else two
+    found = graph.call_function(operator.add, (one, two))
+    values = (size if isinstance(size, int) else value_of(size) for size in (one, two))
+    found.meta["val"] = sum(values)
+    return found
+
+
+def _argument(graph: fx.Graph, name: str) -> fx.Node:
+    nodes: list[fx.Node] = list(graph.nodes)
     return next(n for n in nodes if n.op == "placeholder" and n.name == name)
 
 
-def _missing(module: fx.GraphModule, what: str) -> ExportError:
-    path = next((module_path(n) for n in module.graph.nodes if module_path(n)), "")
+def _missing(graph: fx.Graph, what: str) -> ExportError:
+    path = next((module_path(n) for n in graph.nodes if module_path(n)), "")
     return ExportError(
         f"block '{path}'", f"can't be tapped: {what}", "report this with the model's config"
     )

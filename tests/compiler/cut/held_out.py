@@ -53,22 +53,6 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
             "pooled_projection_dim": 4, "sample_size": 8, "text_len": 4, "text_len_t5": 4,
         },
     ),
-    "longcat_audio": (
-        Row(
-            "LongCatAudioDiTTransformer",
-            {
-                "hidden_states": step("batch tokens latent_dim"),
-                "timestep": run(fill="fraction"),
-                "encoder_hidden_states": prompt("batch text_tokens dit_text_dim"),
-                "encoder_attention_mask": prompt("batch text_tokens", dtype="bool", fill="mask"),
-                "attention_mask": prompt("batch tokens", dtype="bool", fill="mask"),
-            },
-        ),
-        {
-            "dit_depth": 4, "dit_dim": 64, "dit_heads": 4, "dit_text_dim": 32, "latent_dim": 8,
-            "text_conv": False,
-        },
-    ),
     "minimax_music_3": (
         Row(
             "MiniMaxMusic3Transformer1DModel",

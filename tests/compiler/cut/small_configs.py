@@ -312,5 +312,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 16,
         },
     ),
+    "ernie_image": (
+        "ErnieImageTransformer2DModel",
+        {
+            "eps": 1e-06, "ffn_hidden_size": 16, "hidden_size": 32, "in_channels": 16,
+            "num_attention_heads": 2, "num_layers": 4, "out_channels": 16, "patch_size": 1,
+            "qk_layernorm": True, "rope_axes_dim": [8, 4, 4], "rope_theta": 256, "text_in_dim": 16,
+        },
+    ),
+    "longcat_audio": (
+        "LongCatAudioDiTTransformer",
+        {
+            "dit_depth": 4, "dit_dim": 64, "dit_heads": 4, "dit_text_dim": 32, "latent_dim": 8,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

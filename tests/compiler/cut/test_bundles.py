@@ -38,7 +38,7 @@ FOUND = (
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "sana_video",
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana", "hunyuan_image_glyphs",
     "hunyuan_video_15", "mochi", "allegro", "nucleus_image", "z_image", "flux_3", "aura_flow",
-    "ace_step", "lumina_2",
+    "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd3", "cogvideox")
 NAMES = [

@@ -27,7 +27,7 @@ from freewheel.core.errors import ExportError
 DECLARED = [
     pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
     for name in CASES
-    if name not in ("chrono_edit", "krea_2")
+    if name != "chrono_edit"
 ]
 ERRORS = {"bfloat16": 8e-3, "float16": 1e-3}
 """Largest relative L2 of a low-precision body, unless diffusers' own in that precision is larger: 3e-3
@@ -119,13 +119,6 @@ def test_a_branch_that_was_not_traced_is_refused_with_its_line() -> None:
     """ChronoEdit skips in time where there are two latent frames, and nowhere else."""
     with pytest.raises(ExportError, match=r"at frames = 2: transformer_chronoedit\.py:\d+"):
         declared(case("chrono_edit"))
-
-
-@pytest.mark.nightly
-def test_what_a_bundle_has_no_word_for_is_refused_by_name() -> None:
-    """Krea 2 joins text and latents before its first block, and adds to both at once."""
-    with pytest.raises(ExportError, match="nothing is added to the stream"):
-        declared(case("krea_2"))
 
 
 @pytest.mark.nightly

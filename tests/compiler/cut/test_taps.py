@@ -88,3 +88,18 @@ def test_of_a_product_of_a_joint_sequence_the_streams_part_is_the_signal() -> No
     root = nn.Module()
     root.w = nn.Parameter(torch.zeros(4, 4))
     assert modulated_input(fx.GraphModule(root, graph), "x") is normed
+
+
+def test_of_what_is_added_to_a_joint_sequence_the_streams_part_is_the_feature() -> None:
+    graph = fx.Graph()
+    text, x = graph.placeholder("text"), graph.placeholder("x")
+    text.meta["val"], x.meta["val"] = torch.zeros(1, 2, 4), torch.zeros(1, 3, 4)
+    joint = graph.call_function(torch.ops.aten.cat.default, ([text, x], 1))
+    turned = graph.call_function(torch.ops.aten.neg.default, (joint,))
+    added = graph.call_function(torch.ops.aten.add.Tensor, (turned, joint))
+    for node in (joint, turned, added):
+        node.meta["val"] = torch.zeros(1, 5, 4)
+    graph.output((added,))
+    tapped = attention_output(fx.GraphModule(nn.Module(), graph), "x")
+    stream = torch.randn(1, 3, 4)
+    assert torch.equal(tapped(torch.zeros(1, 2, 4), stream)[1], -stream)
