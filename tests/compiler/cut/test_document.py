@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,19 @@ def test_segments_of_one_module_share_it_still(tmp_path: Path) -> None:
     write_cut(declared(case(EVERY_RUN[0])), tmp_path / "cut")
     modules = {s.name: s.module for s in read_cut(tmp_path / "cut").segments}
     assert modules["block"] is modules["block_tapped"]
+
+
+def test_a_process_that_cut_nothing_reads_it(tmp_path: Path, wan: Case) -> None:
+    """Operators that graphs call are known without what exports them."""
+    write_cut(declared(wan), tmp_path / "cut")
+    assert "onnx.RotaryEmbedding" in (tmp_path / "cut" / DOCUMENT).read_text()
+    program = (
+        "import sys; from pathlib import Path; from freewheel.compiler.cut.document import read_cut\n"
+        "read_cut(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "cut")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
