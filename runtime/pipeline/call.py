@@ -112,7 +112,12 @@ class PipelineCall:
     @property
     def makes_video(self) -> bool:
         """Whether frames come back, and not one picture."""
-        return self.parameter("frames") is not None
+        return self.parameter("frames") is not None or "num_videos_per_prompt" in self.parameters
+
+    @property
+    def makes(self) -> str:
+        """What comes back, in words."""
+        return "sound" if self.makes_sound else "a video" if self.makes_video else "a picture"
 
     @property
     def has_own_timesteps(self) -> bool:
@@ -145,11 +150,10 @@ class PipelineCall:
         Raises:
             RequestError: one has no parameter, or one that the call can't do without is missing.
         """
-        kind = "sound" if self.makes_sound else "a video" if self.makes_video else "a picture"
         for value in given:
             if self.parameter(value) is None:
                 raise RequestError(
-                    flag_of(value), f"is nothing that {self.name} takes, which makes {kind}",
+                    flag_of(value), f"is nothing that {self.name} takes, which makes {self.makes}",
                     "leave it out",
                 )  # fmt: skip
 

@@ -238,12 +238,11 @@ class Generator:
             RequestError: sound in a picture or video, a picture in a video, or either in a .wav.
         """
         _, call = self._calling(request)
-        kind = "sound" if call.makes_sound else "a video" if call.makes_video else "a picture"
         fits = {"sound": (".wav",), "a video": (".mp4", ".gif", ".png"), "a picture": (".png",)}
-        if out.suffix.lower() not in fits[kind]:
+        if out.suffix.lower() not in fits[call.makes]:
             raise RequestError(
-                f"--out '{out}'", f"can't hold what {call.name} makes, {kind}",
-                f"use {' or '.join(fits[kind])}",
+                f"--out '{out}'", f"can't hold what {call.name} makes, {call.makes}",
+                f"use {' or '.join(fits[call.makes])}",
             )  # fmt: skip
 
     def _calling(self, request: GenerationRequest) -> tuple[Any, PipelineCall]:
@@ -276,7 +275,7 @@ class Generator:
         if request.mask is not None:
             masks = [frame.convert("L") for frame in open_frames(request.mask, "--mask")]
             if call.makes_video and len(masks) == 1:
-                masks *= len(given.get("video", ())) or values["frames"]
+                masks *= len(given.get("video", ())) or values.get("frames", 1)
             given["mask"] = masks if call.makes_video else masks[0]
         taken = {n: call.parameter(n) for n, v in given.items() if v is not None}
         arguments = {name: given[n] for n, name in taken.items() if name is not None}

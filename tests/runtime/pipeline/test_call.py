@@ -217,7 +217,8 @@ def test_guidance_is_the_models_own_where_it_takes_one() -> None:
 @pytest.mark.parametrize(
     ("pipeline", "kind"),
     [("FluxPipeline", (False, False)), ("WanPipeline", (True, False)), ("SanaVideoPipeline", (True, False)),
-     ("StableAudioPipeline", (False, True)), ("AceStepPipeline", (False, True))],
+     ("WanVideoToVideoPipeline", (True, False)), ("StableAudioPipeline", (False, True)),
+     ("AceStepPipeline", (False, True))],
 )  # fmt: skip
 def test_what_a_pipeline_makes_is_read_from_its_call(
     pipeline: str, kind: tuple[bool, bool]
