@@ -292,6 +292,19 @@ class ExpertEntry(_Entry):
     from_timestep: float
 
 
+class TokenizerEntry(_Entry):
+    """The pipeline's tokenizer as a graph of OpenVINO's.
+
+    Attributes:
+        file: Its .xml; the .bin lies beside it.
+        unknown: Id that stands for what the graph can't tell apart and the tokenizer can: a text
+            that gives it is refused. None where it is an id like any other.
+    """
+
+    file: str
+    unknown: Annotated[int, Field(ge=0)] | None = None
+
+
 class PipelineEntry(_Entry):
     """The rest of the diffusers pipeline: a folder of the bundle, or where it was found."""
 
@@ -318,6 +331,7 @@ class Manifest(_Entry):
     sums: dict[str, list[SumTerm]] = {}
     latent_scale: LatentScale
     vocabulary_size: Positive | None = None
+    tokenizer: TokenizerEntry | None = None
     graphs: dict[str, GraphEntry]
     stages: list[StageEntry]
     experts: list[ExpertEntry] = []

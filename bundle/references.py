@@ -36,6 +36,8 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
     tables = {n for graph in graphs.values() if graph.runs == "run" for n in graph.outputs}
     if "text_encoder" in graphs and manifest.vocabulary_size is None:
         yield "'vocabulary_size' is missing, and there is a text encoder"
+    if manifest.tokenizer is not None and "text_encoder" not in graphs:
+        yield "'tokenizer' is there, and no text encoder"
     for name in sorted(tables - read - {signal.value for signal in manifest.signals.values()}):
         yield f"table '{name}' is read by no graph, and no signal"
     given = {"step": {n for g in graphs.values() for n in g.outputs} | manifest.inputs.keys()}

@@ -47,6 +47,7 @@ from .engines import STORE, compile_graphs, compiled_graphs
 from .graphs.decide import write_decide_graph
 from .graphs.ends import part_tensors
 from .graphs.groups import write_groups
+from .graphs.tokenizer import bring_tokenizer
 from .graphs.write import wanted_weights, write_graphs
 from .pipeline_files import bring_pipeline
 from .plan import BuildRequest, Plan, plan
@@ -140,6 +141,10 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         clock.start("samplers")
         pipeline = bring_pipeline(checkpoint, folder)
         samplers = _tabulate_samplers(planned, folder, store)
+        tokenizer, notes = None, list(checkpoint.notes)
+        if request.with_text_encoder and checkpoint.pipeline is not None:
+            tokenizer, why_not = bring_tokenizer(checkpoint.pipeline, folder)
+            notes += [why_not] if why_not else []
 
         clock.start("digests")
         if planned.parts and pipeline.folder is None:
@@ -168,6 +173,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             vocabulary_size=next(
                 (p.vocabulary_size for p in planned.parts if p.vocabulary_size), None
             ),
+            tokenizer=tokenizer,
             graphs=graphs,
             stages=stages,
             experts=experts,
@@ -185,7 +191,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         clock.stop()
     store.trim()
-    return BuildReport(manifest, clock.seconds, checkpoint.notes, *disk_use(request.out, files))
+    return BuildReport(manifest, clock.seconds, tuple(notes), *disk_use(request.out, files))
 
 
 def _trace(

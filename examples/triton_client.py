@@ -1,9 +1,10 @@
 """Send one request to a served bundle over gRPC, show its progress, keep the result.
 
     python examples/triton_client.py --model wan --prompt "a red circle moving right" \
-        --tokenizer out/bundle/pipeline/tokenizer --set policy=teacache --set stream=1 --out video.gif
+        --set policy=teacache --set stream=1 --out video.gif
 
-Needs `tritonclient[grpc]`; `tokenizers` for --prompt, Pillow for .gif. Interrupt it and the server
+Needs `tritonclient[grpc]`, and Pillow for .gif. A server without the bundle's tokenizer takes token
+ids: --tokenizer names the folder of a tokenizer to make them here (needs `tokenizers`). Interrupt it and the server
 stops the run within one step.
 """
 
@@ -19,7 +20,12 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as triton
 
-DTYPES = {np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64"}
+DTYPES = {np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64", np.dtype(object): "BYTES"}
+
+
+def text(prompt: str) -> np.ndarray:
+    """Return a prompt as the one element of a tensor."""
+    return np.array([prompt.encode()], object)
 
 
 def ids_of(prompt: str, tokenizer: str) -> np.ndarray:
@@ -84,7 +90,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompt")
     parser.add_argument("--negative-prompt", default="")
-    parser.add_argument("--tokenizer", help="folder with tokenizer.json")
+    parser.add_argument("--tokenizer", help="folder with tokenizer.json: send ids, not text")
     parser.add_argument("--embeddings", help=".npy, float32 [tokens, width]")
     parser.add_argument("--negative-embeddings")
     parser.add_argument("--seed", type=int)
@@ -93,7 +99,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help=".npy, or .gif for frames")
     options = parser.parse_args()
     tensors = {}
-    if options.prompt is not None:
+    if options.prompt is not None and options.tokenizer is None:
+        tensors["text_input"] = text(options.prompt)
+        tensors["negative_text_input"] = text(options.negative_prompt)
+    elif options.prompt is not None:
         tensors["token_ids"] = ids_of(options.prompt, options.tokenizer)
         tensors["negative_token_ids"] = ids_of(options.negative_prompt, options.tokenizer)
     if options.embeddings:

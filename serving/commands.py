@@ -24,12 +24,11 @@ def start_server(repository: Path, backends: Path) -> str:
 def example_request(bundle: Bundle, written: Written) -> str:
     """Return a shell command that sends one request with a policy and shows its progress."""
     policy = next((p for p in bundle.manifest.policies if p != "off"), "off")
-    tokenizer = bundle.folder / "pipeline" / "tokenizer"
-    prompt = (
-        ["--prompt", "a red circle moving right", "--tokenizer", str(tokenizer)]
-        if ENCODER in bundle.manifest.graphs
-        else ["--embeddings", "prompt.npy", "--negative-embeddings", "negative.npy"]
-    )
+    prompt = ["--embeddings", "prompt.npy", "--negative-embeddings", "negative.npy"]
+    if ENCODER in bundle.manifest.graphs:
+        prompt = ["--prompt", "a red circle moving right"]
+        if bundle.manifest.tokenizer is None:
+            prompt += ["--tokenizer", str(bundle.folder / "pipeline" / "tokenizer")]
     return shlex.join(
         [
             "python", "examples/triton_client.py", "--model", written.name, *prompt,

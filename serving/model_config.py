@@ -83,6 +83,8 @@ def _inputs(manifest: Manifest) -> Iterator[Declared]:
     """Declare what a request may bring; the backend says which are missing."""
     prompts = {n: e for n, e in manifest.inputs.items() if e.runs == "prompt"}
     for prefix in ("", "negative_"):
+        if manifest.tokenizer is not None:
+            yield f"{prefix}text_input", "STRING", [1]
         if ENCODER in manifest.graphs:
             yield f"{prefix}token_ids", "INT64", [-1]
         for name, entry in prompts.items():

@@ -7,6 +7,7 @@
 #include <new>
 #include <string>
 
+#include "freewheel/codec.h"
 #include "freewheel/freewheel.h"
 #include "freewheel/sampler.h"
 #include "freewheel/session.h"
@@ -120,6 +121,8 @@ freewheel::Result<freewheel::Request> request_of(const freewheel_run_options& op
     FREEWHEEL_ASSIGN(const freewheel::Shape sizes, shape_of("prompt", prompt.shape, prompt.rank));
     request.prompts[prompt.branch][prompt.input] = view_of(prompt.data, sizes);
   }
+  if (options.prompt != nullptr) request.texts["cond"] = options.prompt;
+  if (options.negative_prompt != nullptr) request.texts["uncond"] = options.negative_prompt;
   if (options.parameter_count > 0 && options.parameters == nullptr) return missing("parameters");
   for (int32_t i = 0; i < options.parameter_count; ++i) {
     const freewheel_parameter& parameter = options.parameters[i];
@@ -127,6 +130,28 @@ freewheel::Result<freewheel::Request> request_of(const freewheel_run_options& op
     request.overrides.emplace_back(parameter.name, std::string(text_or_empty(parameter.value)));
   }
   return request;
+}
+
+/// Length to which a config pads prompts.
+freewheel::Result<std::int64_t> text_tokens(const freewheel::Model& model, const char* cache) {
+  FREEWHEEL_ASSIGN(const freewheel::ConfigEntry config,
+                   freewheel::find_config(model.manifest(), text_or_empty(cache)));
+  return config.generation.text_tokens;
+}
+
+Status encode(freewheel::Model& model, const char* cache, const char* text,
+              const int64_t* token_ids, int64_t count, float* states) {
+  FREEWHEEL_ASSIGN(const std::int64_t length, text_tokens(model, cache));
+  std::vector<std::int64_t> ids;
+  if (text != nullptr) {
+    FREEWHEEL_ASSIGN(ids, model.token_ids(text));
+  } else {
+    if (token_ids == nullptr || count < 1) return missing("text and token_ids");
+    ids.assign(token_ids, token_ids + count);
+  }
+  FREEWHEEL_ASSIGN(const freewheel::Buffer encoded, freewheel::encode_tokens(model, ids, length));
+  std::memcpy(states, encoded.view().data, encoded.view().bytes());
+  return {};
 }
 
 Status run(freewheel::Session& session, const freewheel_run_options& options) {
@@ -217,6 +242,58 @@ freewheel_status freewheel_model_latents_shape(freewheel_model* model, const cha
                      freewheel::requested_shape(model->model->manifest(), request));
     std::copy(found.begin(), found.end(), shape);
     *rank = found.rank();
+    return {};
+  });
+}
+
+freewheel_status freewheel_model_text_shape(freewheel_model* model, const char* cache,
+                                            int64_t shape[3]) noexcept {
+  if (model == nullptr || shape == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(model->error, [&]() -> Status {
+    if (model->model == nullptr) return missing("model");
+    FREEWHEEL_ASSIGN(const std::int64_t tokens, text_tokens(*model->model, cache));
+    FREEWHEEL_ASSIGN(const freewheel::Shape found,
+                     freewheel::text_shape(model->model->manifest(), tokens));
+    std::copy(found.begin(), found.end(), shape);
+    return {};
+  });
+}
+
+freewheel_status freewheel_model_encode(freewheel_model* model, const char* cache, const char* text,
+                                        const int64_t* token_ids, int64_t count,
+                                        float* states) noexcept {
+  if (model == nullptr || states == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(model->error, [&]() -> Status {
+    if (model->model == nullptr) return missing("model");
+    return encode(*model->model, cache, text, token_ids, count, states);
+  });
+}
+
+freewheel_status freewheel_model_frames_shape(freewheel_model* model, const int64_t* latents_shape,
+                                              int32_t latents_rank, int64_t shape[5]) noexcept {
+  if (model == nullptr || shape == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(model->error, [&]() -> Status {
+    if (model->model == nullptr) return missing("model");
+    FREEWHEEL_ASSIGN(const freewheel::Shape latents,
+                     shape_of("latents", latents_shape, latents_rank));
+    FREEWHEEL_ASSIGN(const freewheel::Shape found,
+                     freewheel::frames_shape(model->model->manifest(), latents));
+    std::copy(found.begin(), found.end(), shape);
+    return {};
+  });
+}
+
+freewheel_status freewheel_model_decode(freewheel_model* model, const float* latents,
+                                        const int64_t* latents_shape, int32_t latents_rank,
+                                        uint8_t* frames) noexcept {
+  if (model == nullptr || latents == nullptr || frames == nullptr) return FREEWHEEL_REQUEST;
+  return guarded(model->error, [&]() -> Status {
+    if (model->model == nullptr) return missing("model");
+    FREEWHEEL_ASSIGN(const freewheel::Shape shape,
+                     shape_of("latents", latents_shape, latents_rank));
+    FREEWHEEL_ASSIGN(const freewheel::Buffer decoded,
+                     freewheel::decode_latents(*model->model, view_of(latents, shape)));
+    std::memcpy(frames, decoded.view().data, decoded.view().bytes());
     return {};
   });
 }

@@ -50,6 +50,7 @@ Status lacks(const char* what, const char* flag) {
 }  // namespace
 
 bool can_encode(const Manifest& manifest) noexcept { return manifest.graphs.count(kEncoder) != 0; }
+bool can_tokenize(const Manifest& manifest) noexcept { return manifest.tokenizer.has_value(); }
 bool can_decode(const Manifest& manifest) noexcept { return manifest.graphs.count(kDecoder) != 0; }
 
 std::string text_input(const Manifest& manifest) {
@@ -88,6 +89,18 @@ Status check_decodes(const Manifest& manifest, const Shape& latents) {
                 "latents are " + latents.text() + ", it was compiled for " +
                     (takes == inputs.end() ? "none" : takes->second.text()),
                 "ask for the size that the bundle was built for, or for latents alone");
+}
+
+Result<Shape> text_shape(const Manifest& manifest, std::int64_t text_tokens) {
+  if (!can_encode(manifest)) return lacks("text encoder", "--with-text-encoder");
+  const Io& states = manifest.graphs.at(kEncoder).outputs.begin()->second;
+  return shape_of("text_states", states, {{"batch", 1}, {"text_tokens", text_tokens}});
+}
+
+Result<Shape> frames_shape(const Manifest& manifest, const Shape& latents) {
+  FREEWHEEL_TRY(check_decodes(manifest, latents));
+  const Io& frames = manifest.graphs.at(kDecoder).outputs.begin()->second;
+  return shape_of("frames", frames, {});
 }
 
 Result<Buffer> encode_tokens(Model& model, const std::vector<std::int64_t>& ids,

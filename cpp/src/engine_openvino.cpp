@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <openvino/openvino.hpp>
-#include <sstream>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "backends.h"
 #include "cpu_precision.h"
 #include "freewheel/files.h"
+#include "openvino_fault.h"
 #include "try.h"
 
 namespace freewheel {
@@ -20,19 +20,6 @@ namespace {
 
 constexpr char kBlob[] = "/model.blob";
 constexpr char kDevice[] = "CPU";
-
-/// Picks the telling line of OpenVINO's exception: the last that is no C++ location.
-std::string reason(const std::exception& fault) {
-  std::istringstream lines(fault.what());
-  std::string line, telling = "unknown fault";
-  while (std::getline(lines, line)) {
-    const auto begin = line.find_first_not_of(" \t");
-    if (begin == std::string::npos) continue;
-    line = line.substr(begin);
-    if (line.rfind("Exception from", 0) != 0 && line.rfind("Check '", 0) != 0) telling = line;
-  }
-  return telling;
-}
 
 ov::element::Type element_type(DType dtype) {
   switch (dtype) {
@@ -82,7 +69,7 @@ class OpenVinoCall final : public BoundCall {
       request_.infer();
       return is_checked_ ? Status() : check_outputs();
     } catch (const std::exception& fault) {
-      return Status(Code::kFailed, "engine '" + name_ + "'", reason(fault),
+      return Status(Code::kFailed, "engine '" + name_ + "'", fault_text(fault),
                     "bind outputs of the shapes that the inputs imply");
     }
   }
@@ -129,7 +116,7 @@ class OpenVinoEngine final : public Engine, public std::enable_shared_from_this<
       return std::unique_ptr<BoundCall>(std::make_unique<OpenVinoCall>(
           std::move(request), shared_from_this(), name(), std::move(outputs)));
     } catch (const std::exception& fault) {
-      return Status(Code::kRequest, "engine '" + name() + "'", reason(fault),
+      return Status(Code::kRequest, "engine '" + name() + "'", fault_text(fault),
                     "bind tensors of the shapes that the graph declares");
     }
   }
@@ -180,7 +167,7 @@ class OpenVino final : public Backend {
       return std::shared_ptr<Engine>(std::make_shared<OpenVinoEngine>(
           label, std::move(record), std::move(blob), std::move(model)));
     } catch (const std::exception& fault) {
-      return Status(Code::kBundle, folder + kBlob, "OpenVINO refuses it: " + reason(fault),
+      return Status(Code::kBundle, folder + kBlob, "OpenVINO refuses it: " + fault_text(fault),
                     "rebuild the engines on this machine with 'freewheel build'");
     }
   }
@@ -202,7 +189,7 @@ class OpenVino final : public Backend {
       return std::shared_ptr<Engine>(std::make_shared<OpenVinoEngine>(
           graph_name, std::move(record), MappedFile(), std::move(model)));
     } catch (const std::exception& fault) {
-      return Status(Code::kFailed, onnx, "OpenVINO refuses it: " + reason(fault),
+      return Status(Code::kFailed, onnx, "OpenVINO refuses it: " + fault_text(fault),
                     "build the bundle on this machine");
     }
   }
@@ -257,7 +244,7 @@ Result<std::shared_ptr<Backend>> create_openvino(const BackendOptions& options) 
   try {
     return std::shared_ptr<Backend>(std::make_shared<OpenVino>(options));
   } catch (const std::exception& fault) {
-    return Status(Code::kBackend, "backend 'openvino'", reason(fault),
+    return Status(Code::kBackend, "backend 'openvino'", fault_text(fault),
                   "install OpenVINO where this library was built for it");
   }
 }

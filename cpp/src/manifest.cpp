@@ -104,6 +104,12 @@ void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
   if (const json& size = reader.member(data, "", "vocabulary_size", true); !size.is_null()) {
     manifest.vocabulary_size = reader.integer(size, "vocabulary_size", 1, kMaxSize);
   }
+  if (const json& entry = reader.member(data, "", "tokenizer", true); !entry.is_null()) {
+    manifest.tokenizer = TokenizerEntry{reader.text(entry, "tokenizer", "file"), {}};
+    if (const json& id = reader.member(entry, "tokenizer", "unknown", true); !id.is_null()) {
+      manifest.tokenizer->unknown = reader.integer(id, "tokenizer.unknown", 0, kMaxSize);
+    }
+  }
   for (const auto& [name, entry] : reader.object(data, "", "graphs").items()) {
     manifest.graphs[name] = read_graph(reader, entry, "graphs." + name);
   }
@@ -259,6 +265,12 @@ void check_references(FieldReader& reader, const Manifest& manifest) {
   }
   if (has_graph("text_encoder") && !manifest.vocabulary_size) {
     reader.fault("vocabulary_size", "is missing, and there is a text encoder");
+  }
+  if (manifest.tokenizer && !has_graph("text_encoder")) {
+    reader.fault("tokenizer", "is there, and no text encoder");
+  }
+  if (manifest.tokenizer && manifest.files.count(manifest.tokenizer->file) == 0) {
+    reader.fault("tokenizer.file", "'" + manifest.tokenizer->file + "' is not among the files");
   }
   if (manifest.stages.empty()) reader.fault("stages", "is empty");
   if (manifest.engines.empty()) reader.fault("engines", "is empty");

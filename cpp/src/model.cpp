@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "offload.h"
+#include "tokenizer.h"
 #include "try.h"
 
 namespace freewheel {
@@ -90,6 +91,8 @@ Status Model::load_all() {
     if (set_ != nullptr && set_->files.count(name) == 0) continue;
     if (auto loaded = engine(name); !loaded.ok()) return std::move(loaded).status();
   }
+  // Where the tokenizer's operators are missing, requests bring token ids; a text is told why.
+  if (manifest().tokenizer) (void)token_ids("");
   if (offloaded_ != nullptr) return {};  // bodies read their blocks as they are bound
   for (const auto& [name, tensor] : manifest().tensors) {
     if (auto loaded = weight(name); !loaded.ok()) return std::move(loaded).status();
@@ -137,6 +140,29 @@ Result<Tensor> Model::weight(const std::string& name) {
   const Tensor view = buffer.view();
   uploaded_.emplace(name, std::move(buffer));
   return view;
+}
+
+Result<std::vector<std::int64_t>> Model::token_ids(const std::string& text) {
+  const std::optional<TokenizerEntry>& entry = manifest().tokenizer;
+  if (!entry) {
+    return Status(Code::kRequest, "prompt", "is text, and the bundle has no tokenizer",
+                  "build it with --with-text-encoder, or give token ids");
+  }
+  if (!is_utf8(text) || text.find('\0') != std::string::npos) {
+    return Status(Code::kRequest, "prompt", "is no UTF-8 text", "encode it as UTF-8");
+  }
+  const std::lock_guard<std::mutex> lock(tokenizer_mutex_);
+  if (tokenizer_ == nullptr) {
+    FREEWHEEL_ASSIGN(const std::string file, bundle_->path(entry->file));
+    FREEWHEEL_ASSIGN(tokenizer_, load_tokenizer(file));
+  }
+  FREEWHEEL_ASSIGN(std::vector<std::int64_t> ids, tokenizer_->ids(text));
+  if (entry->unknown && std::count(ids.begin(), ids.end(), *entry->unknown) != 0) {
+    return Status(Code::kRequest, "prompt",
+                  "holds characters that the bundle's tokenizer graph does not know",
+                  "leave them out (emoji, say), or give the prompt's token ids");
+  }
+  return ids;
 }
 
 Result<std::unique_ptr<BoundCall>> Model::bind(const std::string& graph, const Tensors& values,

@@ -203,16 +203,36 @@ Status settle_latents(const Manifest& manifest, const Request& request,
   return draw_latents(shape, seed, prepared);
 }
 
+using TokenIds = std::map<std::string, std::vector<std::int64_t>>;
+
+/// Returns the token ids of every branch that comes with ids or with text.
+Result<TokenIds> all_token_ids(Model& model, const Request& request, bool is_guided) {
+  TokenIds found = request.token_ids;
+  std::map<std::string, std::string> texts = request.texts;
+  const auto has_none = [&](const char* branch) {
+    return found.count(branch) + request.prompts.count(branch) + texts.count(branch) == 0;
+  };
+  if (is_guided && texts.count("cond") != 0 && has_none("uncond")) texts["uncond"] = "";
+  for (const auto& [branch, text] : texts) {
+    if (found.count(branch) != 0) {
+      return Status(Code::kRequest, "branch '" + branch + "'", "comes as text and as token ids",
+                    "give one of them");
+    }
+    FREEWHEEL_ASSIGN(found[branch], model.token_ids(text));
+  }
+  return found;
+}
+
 /// Gives branches their prompts. Token ids are checked; their states are null until `encode`.
-Status settle_prompts(const Manifest& manifest, const Request& request, std::int64_t text_tokens,
-                      RunRequest& run) {
+Status settle_prompts(const Manifest& manifest, const Request& request, const TokenIds& token_ids,
+                      std::int64_t text_tokens, RunRequest& run) {
   run.prompts = request.prompts;
-  for (const auto& [branch, ids] : request.token_ids) {
+  for (const auto& [branch, ids] : token_ids) {
     FREEWHEEL_TRY(check_token_ids(manifest, ids, text_tokens));
     const std::string input = text_input(manifest);
     if (!run.prompts[branch].emplace(input, Tensor{}).second) {
       return Status(Code::kRequest, "branch '" + branch + "', input '" + input + "'",
-                    "comes with token ids", "give one of them");
+                    "comes with the prompt's text or token ids", "give one of them");
     }
   }
   const auto cond = run.prompts.find("cond");
@@ -224,10 +244,10 @@ Status settle_prompts(const Manifest& manifest, const Request& request, std::int
   return {};
 }
 
-/// Encodes the prompts that were given as token ids.
-Status encode(Model& model, const Request& request, std::int64_t text_tokens,
+/// Encodes the prompts that are token ids.
+Status encode(Model& model, const TokenIds& token_ids, std::int64_t text_tokens,
               PreparedRun& prepared) {
-  for (const auto& [branch, ids] : request.token_ids) {
+  for (const auto& [branch, ids] : token_ids) {
     const auto states = prepared.run.prompts.find(branch);
     if (states == prepared.run.prompts.end()) continue;  // a branch that does not run
     FREEWHEEL_ASSIGN(Buffer encoded, encode_tokens(model, ids, text_tokens));
@@ -359,12 +379,13 @@ Result<PreparedRun> prepare_run(Model& model, const Request& request) {
   run.flow_shift = request.flow_shift.value_or(defaults.flow_shift);
   run.sampler = request.sampler.empty() ? defaults.sampler : request.sampler;
   run.condition = request.condition;
-  FREEWHEEL_TRY(settle_prompts(manifest, request, defaults.text_tokens, run));
+  FREEWHEEL_ASSIGN(const TokenIds token_ids, all_token_ids(model, request, run.is_guided()));
+  FREEWHEEL_TRY(settle_prompts(manifest, request, token_ids, defaults.text_tokens, run));
   FREEWHEEL_TRY(settle_latents(manifest, request, defaults, prepared));
   if (request.decodes) FREEWHEEL_TRY(check_decodes(manifest, run.latents.shape));
   FREEWHEEL_TRY(check_run(model.bundle(), run));
   if (!run.is_guided()) run.prompts.erase("uncond");
-  FREEWHEEL_TRY(encode(model, request, defaults.text_tokens, prepared));
+  FREEWHEEL_TRY(encode(model, token_ids, defaults.text_tokens, prepared));
   return prepared;
 }
 

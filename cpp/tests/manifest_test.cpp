@@ -116,6 +116,15 @@ TEST_F(ManifestTest, NoDefaultIsLeftOpen) {
   expect_holds(fault([](json& m) { m["vocabulary_size"] = 0; }), "'vocabulary_size'");
   expect_holds(fault([](json& m) { m["graphs"]["text_encoder"] = m["graphs"]["prompt"]; }),
                "'vocabulary_size' is missing");
+  expect_holds(fault([](json& m) {
+                 m["tokenizer"] = {{"file", "tokenizer/model.xml"}};
+               }),
+               "'tokenizer' is there, and no text encoder");
+  expect_holds(fault([](json& m) {
+                 m["tokenizer"] = {{"file", "tokenizer/model.xml"}};
+               }),
+               "'tokenizer.file' 'tokenizer/model.xml' is not among the files");
+  expect_holds(fault([](json& m) { m["tokenizer"] = {{"unknown", -1}}; }), "'tokenizer.file'");
   expect_holds(
       fault([](json& m) { m["configs"]["plain"]["generation"]["seed"] = 9223372036854775808u; }),
       "generation.seed' is 9223372036854775808");

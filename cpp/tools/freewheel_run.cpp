@@ -36,11 +36,13 @@ extern "C" void on_interrupt(int) { interrupted.store(true); }
 struct Options {
   std::string bundle, out, backend, cache, sampler, embeddings, negative, latents, condition;
   std::string token_ids, negative_token_ids, deadline;
+  std::optional<std::string> prompt, negative_prompt;
   std::vector<std::string> settings;
   std::optional<std::int64_t> steps, seed, frames, height, width;
   std::optional<double> guidance, guidance_2, shift;
   int threads = 0;
   int device = 0;
+  int fps = 8;
   bool cuda_graphs = false;
   bool offload = false;
   bool force = false;
@@ -143,12 +145,13 @@ Status read_named(const std::string& path, const std::string& name, std::vector<
   return {};
 }
 
-/// Reads the prompts' files and token ids.
+/// Reads the prompts' texts, files and token ids.
 Status read_prompts(const Options& options, const freewheel::Manifest& manifest,
                     std::vector<Loaded>& files, freewheel::Request& request) {
   const std::string name = freewheel::text_input(manifest);
   const std::string* embeddings[] = {&options.embeddings, &options.negative};
-  const std::string* texts[] = {&options.token_ids, &options.negative_token_ids};
+  const std::string* id_lists[] = {&options.token_ids, &options.negative_token_ids};
+  const std::optional<std::string>* texts[] = {&options.prompt, &options.negative_prompt};
   for (std::size_t side = 0; side < 2; ++side) {
     const std::string branch = freewheel::kSides[side];
     if (!embeddings[side]->empty()) {
@@ -158,8 +161,9 @@ Status read_prompts(const Options& options, const freewheel::Manifest& manifest,
       if (side == 0) take_prompt(loaded->tensors, manifest, "uncond", false, request.prompts);
       files.push_back(std::move(loaded).value());
     }
-    if (texts[side]->empty()) continue;
-    auto ids = ids_of(*texts[side]);
+    if (*texts[side]) request.texts[branch] = **texts[side];
+    if (id_lists[side]->empty()) continue;
+    auto ids = ids_of(*id_lists[side]);
     if (!ids.ok()) return std::move(ids).status();
     request.token_ids[branch] = std::move(ids).value();
   }
@@ -233,7 +237,7 @@ void show_summary(const freewheel::RunStatistics& statistics) {
 }
 
 Status run(const Options& options, nlohmann::json& report) {
-  auto out = ResultFile::create(options.out);
+  auto out = ResultFile::create(options.out, options.fps);
   if (!out.ok()) return std::move(out).status();
   freewheel::ModelOptions model_options;
   model_options.backend = options.backend;
@@ -305,13 +309,18 @@ int exit_code(Code code) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Run a Freewheel bundle: prompt embeddings or token ids to latents or frames."};
+  CLI::App app{"Run a Freewheel bundle: a prompt to a video, frames or latents."};
   Options options;
   app.set_version_flag("--version", std::string("freewheel-run ") + freewheel_version());
   app.add_option("bundle", options.bundle, "Folder that 'freewheel build' wrote")->required();
   app.add_option("-o,--out", options.out,
-                 ".safetensors or .npy for latents, .rgb or a new folder (of PNG) for frames")
+                 ".mp4 (needs ffmpeg), .rgb or a new folder (of PNG) for frames, .safetensors or "
+                 ".npy for latents")
       ->required();
+  app.add_option("--prompt", options.prompt,
+                 "What to show, as text (needs the text encoder and its tokenizer)");
+  app.add_option("--negative-prompt", options.negative_prompt,
+                 "What not to show; empty beside a --prompt that guidance needs one for");
   app.add_option("--embeddings", options.embeddings,
                  "Prompt embeddings: .npy [tokens, width], or .safetensors with 'text_states' or "
                  "'cond.text_states' and 'uncond.text_states'");
@@ -338,6 +347,7 @@ int main(int argc, char** argv) {
   app.add_option("--frames", options.frames, "Frames of the video");
   app.add_option("--height", options.height, "Height in pixels");
   app.add_option("--width", options.width, "Width in pixels");
+  app.add_option("--fps", options.fps, "Frames per second of a video")->check(CLI::Range(1, 240));
   app.add_option("--backend", options.backend, "Backend to run on");
   app.add_option("--threads", options.threads, "CPU threads; 0 takes every core")
       ->check(CLI::NonNegativeNumber);
@@ -364,6 +374,7 @@ int main(int argc, char** argv) {
     *path = expand_home(*path);
   }
   std::signal(SIGINT, on_interrupt);
+  std::signal(SIGPIPE, SIG_IGN);  // an ffmpeg that ends early is a message, not a death
   nlohmann::json report;
   Status status;
   try {

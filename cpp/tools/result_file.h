@@ -13,9 +13,11 @@ std::string expand_home(const std::string& path);
 
 class ResultFile {
  public:
-  /// Reads what a name asks for: latents (.npy, .safetensors), raw RGB frames (.rgb), or a new
-  /// folder of PNG (no suffix, or a slash at the end). Fails where that can't be written.
-  static freewheel::Result<ResultFile> create(const std::string& path);
+  /// Reads what a name asks for: latents (.npy, .safetensors), raw RGB frames (.rgb), a video that
+  /// ffmpeg writes (.mp4), or a new folder of PNG (no suffix, or a slash at the end). Fails where
+  /// that can't be written, and where there is no ffmpeg.
+  /// @param fps Frames per second of a video.
+  static freewheel::Result<ResultFile> create(const std::string& path, int fps);
 
   bool wants_latents() const noexcept { return kind_ == Kind::kNpy || kind_ == Kind::kSafetensors; }
 
@@ -23,12 +25,14 @@ class ResultFile {
   freewheel::Status write(const freewheel::Tensor& result) const;
 
  private:
-  enum class Kind { kNpy, kSafetensors, kRgb, kFolder };
+  enum class Kind { kNpy, kSafetensors, kRgb, kVideo, kFolder };
 
-  ResultFile(std::string path, Kind kind) : path_(std::move(path)), kind_(kind) {}
+  ResultFile(std::string path, Kind kind, int fps)
+      : path_(std::move(path)), kind_(kind), fps_(fps) {}
   freewheel::Status check() const;
   freewheel::Status write_to(const std::string& place, const freewheel::Tensor& result) const;
 
   std::string path_;
   Kind kind_;
+  int fps_;
 };

@@ -71,8 +71,8 @@ Status Instance::serve(TRITONBACKEND_Request* request, Responder& responder, Tim
     FREEWHEEL_ASSIGN(received, ReceivedRequest::read(request));
     times.compute_start = now_ns();
     FREEWHEEL_ASSIGN(const RequestOptions options, RequestOptions::read(received.parameters));
-    FREEWHEEL_ASSIGN(
-        job, make_job(*model_.model, model_.options, options, received.tensors, received.outputs));
+    FREEWHEEL_ASSIGN(job, make_job(*model_.model, model_.options, options, received.tensors,
+                                   received.texts, received.outputs));
     FREEWHEEL_TRY(run(job, responder));
     FREEWHEEL_ASSIGN(outputs, outputs_of(job));
     return {};

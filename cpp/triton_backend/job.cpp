@@ -22,14 +22,21 @@ const Tensor* find(const Tensors& tensors, const std::string& name) {
   return found == tensors.end() ? nullptr : &found->second;
 }
 
-/// Refuses tensors that nothing reads.
-Status check_names(const Manifest& manifest, const Tensors& tensors) {
+using Texts = std::map<std::string, std::string>;
+
+/// Refuses inputs that nothing reads.
+Status check_names(const Manifest& manifest, const Tensors& tensors, const Texts& texts) {
   std::vector<std::string> known = {kSeed, kLatents, kCondition};
   if (can_encode(manifest)) known.insert(known.end(), {kTokenIds, kNegativeTokenIds});
   for (const auto& [name, entry] : manifest.inputs) {
     if (entry.runs != "prompt") continue;
     known.push_back(name);
     known.push_back(kNegative + name);
+  }
+  for (const auto& [name, text] : texts) {
+    if (name != kTextInput && name != kNegativeTextInput) {
+      return Status(Code::kRequest, "input '" + name + "'", "is text", "send numbers");
+    }
   }
   for (const auto& [name, tensor] : tensors) {
     if (std::find(known.begin(), known.end(), name) == known.end()) {
@@ -53,6 +60,13 @@ void take_prompt(const Manifest& manifest, const std::string& branch, const Tens
   if (ids == nullptr) return;
   const auto* first = ids->as<std::int64_t>();
   request.token_ids[branch] = {first, first + ids->shape.elements()};
+}
+
+/// Takes the prompts that are text.
+void take_texts(const Texts& texts, Request& request) {
+  const auto prompt = texts.find(kTextInput), negative = texts.find(kNegativeTextInput);
+  if (prompt != texts.end()) request.texts["cond"] = prompt->second;
+  if (negative != texts.end()) request.texts["uncond"] = negative->second;
 }
 
 /// Takes the seed from the input of that name, beside the parameter.
@@ -98,9 +112,10 @@ Tensor without_batch(Tensor tensor) {
 }
 
 Result<Job> make_job(Model& model, const ServedOptions& served, const RequestOptions& given,
-                     const Tensors& tensors, const std::set<std::string>& outputs) {
+                     const Tensors& tensors, const Texts& texts,
+                     const std::set<std::string>& outputs) {
   const Manifest& manifest = model.manifest();
-  FREEWHEEL_TRY(check_names(manifest, tensors));
+  FREEWHEEL_TRY(check_names(manifest, tensors, texts));
   Job job;
   job.stream = given.stream;
   FREEWHEEL_TRY(settle_outputs(manifest, given, outputs, job));
@@ -113,6 +128,7 @@ Result<Job> make_job(Model& model, const ServedOptions& served, const RequestOpt
     request.condition = with_batch(*condition);
   }
   for (const char* branch : kSides) take_prompt(manifest, branch, tensors, request);
+  take_texts(texts, request);
   FREEWHEEL_ASSIGN(job.prepared, prepare_run(model, request));
   return job;
 }

@@ -10,6 +10,8 @@
 namespace freewheel::triton {
 namespace {
 
+constexpr std::uint64_t kMaxText = 1 << 20;
+
 std::optional<DType> dtype_of(TRITONSERVER_DataType dtype) noexcept {
   if (dtype == TRITONSERVER_TYPE_FP32) return DType::kFloat32;
   if (dtype == TRITONSERVER_TYPE_FP16) return DType::kFloat16;
@@ -48,8 +50,9 @@ Status read_parameters(TRITONBACKEND_Request* request, Parameters& parameters) {
 }
 
 /// Copies an input's parts one after another.
+/// @param target Bytes, as many as there should be.
 Status gather(TRITONBACKEND_Input* input, const std::string& where, std::uint32_t parts,
-              const Tensor& target) {
+              std::uint8_t* target, std::size_t size) {
   std::size_t filled = 0;
   for (std::uint32_t index = 0; index < parts; ++index) {
     const void* data = nullptr;
@@ -61,14 +64,32 @@ Status gather(TRITONBACKEND_Input* input, const std::string& where, std::uint32_
     if (memory == TRITONSERVER_MEMORY_GPU) {
       return Status(Code::kRequest, where, "lies in GPU memory", "send it in host memory");
     }
-    if (bytes > target.bytes() - filled) break;
-    std::memcpy(target.as<std::uint8_t>() + filled, data, bytes);
+    if (bytes > size - filled) break;
+    std::memcpy(target + filled, data, bytes);
     filled += bytes;
   }
-  if (filled == target.bytes()) return {};
+  if (filled == size) return {};
   return Status(Code::kRequest, where,
-                "has other bytes than the " + std::to_string(target.bytes()) + " of its shape",
+                "has other bytes than the " + std::to_string(size) + " of its shape",
                 "send shape and data that agree");
+}
+
+/// Reads one text: its length in four bytes, then the text.
+Status read_text(TRITONBACKEND_Input* input, const std::string& where, std::uint32_t parts,
+                 std::uint64_t bytes, std::string& text) {
+  std::uint32_t length = 0;
+  if (bytes > kMaxText) {
+    return Status(Code::kRequest, where, "is longer than " + std::to_string(kMaxText) + " bytes",
+                  "shorten the prompt");
+  }
+  std::vector<std::uint8_t> held(bytes);
+  FREEWHEEL_TRY(gather(input, where, parts, held.data(), held.size()));
+  if (bytes >= sizeof length) std::memcpy(&length, held.data(), sizeof length);
+  if (bytes < sizeof length || length != bytes - sizeof length) {
+    return Status(Code::kRequest, where, "is not one text", "send one element");
+  }
+  text.assign(held.begin() + sizeof length, held.end());
+  return {};
 }
 
 Status read_tensor(TRITONBACKEND_Input* input, ReceivedRequest& received) {
@@ -80,6 +101,9 @@ Status read_tensor(TRITONBACKEND_Input* input, ReceivedRequest& received) {
   FREEWHEEL_TRITON_TRY(TRITONBACKEND_InputProperties, input, &name, &type, &sizes, &rank, &bytes,
                        &parts);
   const std::string where = std::string("input '") + name + "'";
+  if (type == TRITONSERVER_TYPE_BYTES) {
+    return read_text(input, where, parts, bytes, received.texts[name]);
+  }
   const std::optional<DType> dtype = dtype_of(type);
   if (!dtype) return Status(Code::kRequest, where, "has a datatype that no input takes");
   Shape shape;
@@ -90,7 +114,8 @@ Status read_tensor(TRITONBACKEND_Input* input, ReceivedRequest& received) {
     return Status(Code::kRequest, where, "is empty: " + shape.text(), "leave it out, or fill it");
   }
   FREEWHEEL_ASSIGN(Buffer buffer, Buffer::create(host_memory(), *dtype, shape));
-  FREEWHEEL_TRY(gather(input, where, parts, buffer.view()));
+  FREEWHEEL_TRY(
+      gather(input, where, parts, buffer.view().as<std::uint8_t>(), buffer.view().bytes()));
   received.tensors[name] = buffer.view();
   received.buffers.push_back(std::move(buffer));
   return {};

@@ -3,6 +3,7 @@
 
 /// What the server hands over for one request, in our types.
 
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -19,7 +20,8 @@ struct ReceivedRequest {
   Parameters parameters;
   std::set<std::string> outputs;
   Tensors tensors;
-  std::vector<Buffer> buffers;  ///< What the tensors point into.
+  std::map<std::string, std::string> texts;  ///< Inputs of type BYTES, one element each.
+  std::vector<Buffer> buffers;               ///< What the tensors point into.
 
   /// Reads a request. Fails on tensors in GPU memory, and on elements that nothing here takes.
   static Result<ReceivedRequest> read(TRITONBACKEND_Request* request);

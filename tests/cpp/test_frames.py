@@ -1,9 +1,11 @@
-"""From token ids to frames in one process without Python, on the demo model."""
+"""From a prompt to a video in one process without Python, on the demo model."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -123,3 +125,108 @@ def test_no_python_is_in_the_process(cpp_build: Path) -> None:
     )
     assert "openvino" in loaded.stdout
     assert "libpython" not in loaded.stdout
+
+
+def run_text(build: Path, bundle: Bundle, out: Path, *arguments: str, **env: str) -> dict:
+    command = [str(build / "freewheel-run"), str(bundle.folder), "--out", str(out)]
+    command += ["--cache", "off", "--steps", "2", "--guidance", "3", "--json", "--quiet"]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, check=False, env=env
+    )
+    return {"rc": done.returncode, "said": done.stderr, **json.loads(done.stdout)}
+
+
+def test_text_is_its_token_ids(
+    cpp_build: Path, whole_bundle: Bundle, arguments: list[str], tmp_path: Path
+) -> None:
+    ids = arguments[1]
+    negative = arguments[3]
+    by_ids = run_text(
+        cpp_build, whole_bundle, tmp_path / "ids.npy", "--token-ids", ids,
+        "--negative-token-ids", negative,
+    )  # fmt: skip
+    by_text = run_text(cpp_build, whole_bundle, tmp_path / "text.npy", "--prompt", f"  {PROMPT}\n")
+    assert (by_ids["rc"], by_text["rc"]) == (0, 0), by_text
+    assert np.array_equal(np.load(tmp_path / "ids.npy"), np.load(tmp_path / "text.npy"))
+    other = run_text(
+        cpp_build, whole_bundle, tmp_path / "other.npy", "--prompt", PROMPT,
+        "--negative-prompt", "a blue square",
+    )  # fmt: skip
+    assert other["rc"] == 0, other
+    assert not np.array_equal(np.load(tmp_path / "other.npy"), np.load(tmp_path / "text.npy"))
+
+
+def test_text_that_can_not_be_taken_is_refused(
+    cpp_build: Path, whole_bundle: Bundle, demo_bundle: Bundle, tmp_path: Path,
+    linked_bundle: Callable[..., Path],
+) -> None:  # fmt: skip
+    def fault(bundle: Bundle, *arguments: str, **env: str) -> str:
+        answer = run_text(cpp_build, bundle, tmp_path / "x.npy", *arguments, **env)
+        assert answer["rc"] in (3, 4)
+        assert not (tmp_path / "x.npy").exists()
+        return f"{answer['error']['message']}"
+
+    assert "the bundle has no tokenizer; build it with --with-text-encoder" in fault(
+        demo_bundle, "--prompt", PROMPT
+    )
+    assert "comes as text and as token ids" in fault(
+        whole_bundle, "--prompt", PROMPT, "--token-ids", "5,1"
+    )
+    assert "are 31, expected 1 to 16" in fault(whole_bundle, "--prompt", "red " * 30)
+    assert "is no UTF-8 text" in fault(whole_bundle, "--prompt", os.fsdecode(b"red \xff"))
+    missing = fault(whole_bundle, "--prompt", PROMPT, FREEWHEEL_TOKENIZERS="/nowhere/lib.so")
+    assert "set FREEWHEEL_TOKENIZERS to libopenvino_tokenizers.so" in missing
+
+    def refuse_red(manifest: dict) -> None:
+        manifest["tokenizer"]["unknown"] = int(manifest_ids["red"])
+
+    tokenizer = AutoTokenizer.from_pretrained(whole_bundle.path("pipeline/tokenizer"))
+    manifest_ids = tokenizer.get_vocab()
+    strict = Bundle(linked_bundle(whole_bundle, refuse_red))
+    assert "characters that the bundle's tokenizer graph does not know" in fault(
+        strict, "--prompt", PROMPT
+    )
+
+
+def test_a_video_is_written_by_ffmpeg(
+    cpp_build: Path, whole_bundle: Bundle, tmp_path: Path
+) -> None:
+    """The binary of imageio-ffmpeg, under the name that the PATH is searched for."""
+    import imageio_ffmpeg
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    place = {"PATH": str(tmp_path / "bin")}
+    video = tmp_path / "out" / "video.mp4"
+    answer = run_text(
+        cpp_build, whole_bundle, video, "--prompt", PROMPT, "--seed", "3", "--fps", "12", **place
+    )
+    assert answer["rc"] == 0, answer
+    frames = iio.imread(video, plugin="FFMPEG")
+    assert frames.shape == (17, 96, 96, 3)
+    assert iio.immeta(video, plugin="FFMPEG")["fps"] == 12
+    run_text(cpp_build, whole_bundle, tmp_path / "png", "--prompt", PROMPT, "--seed", "3")
+    exact = frames_of(tmp_path / "png").astype(int)
+    assert np.abs(exact - frames).mean() < 12, "the same video, encoded with loss"
+    (tmp_path / "none").mkdir()
+    refused = run_text(
+        cpp_build,
+        whole_bundle,
+        tmp_path / "no.mp4",
+        "--prompt",
+        PROMPT,
+        PATH=str(tmp_path / "none"),
+    )
+    assert "no ffmpeg is on the PATH" in refused["error"]["message"]
+    (tmp_path / "none" / "ffmpeg").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "none" / "ffmpeg").chmod(0o755)
+    broken = run_text(
+        cpp_build,
+        whole_bundle,
+        tmp_path / "no.mp4",
+        "--prompt",
+        PROMPT,
+        PATH=str(tmp_path / "none"),
+    )
+    assert "can't write the video" in broken["error"]["message"]
+    assert not [p for p in tmp_path.iterdir() if "no.mp4" in p.name]

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from freewheel.bundle.reader import Bundle
 
@@ -36,6 +37,7 @@ def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(texts, capture_output=True, text=True, check=False, **options)
 
 
+PROMPT = "a red circle moving right on a gray background"
 HEADER = "cpp/include/freewheel/freewheel.h"
 
 C_PROGRAM = """
@@ -150,6 +152,7 @@ class RunOptions(ctypes.Structure):
         ("seed", c_uint64), ("progress", OnStep), ("user", c_void_p),
         ("condition", POINTER(c_float)), ("condition_channels", c_int64),
         ("guidance_scale_2", c_double), ("has_config_seed", c_int32), ("force", c_int32),
+        ("prompt", c_char_p), ("negative_prompt", c_char_p),
     ]  # fmt: skip
 
 
@@ -189,6 +192,79 @@ def test_python_runs_a_bundle_through_ctypes(shared: Path, demo_bundle: Bundle) 
     assert seen == [(0, 1), (1, 0), (2, 0), (3, 0), (4, 1), (5, 0)]
     assert np.isfinite(latents).all()
     assert latents.std() > 0.1
+    library.freewheel_session_destroy(session)
+    library.freewheel_model_destroy(model)
+
+
+def test_a_sentence_becomes_frames_through_ctypes(shared: Path, whole_bundle: Bundle) -> None:
+    library = ctypes.CDLL(str(shared))
+    library.freewheel_model_last_error.restype = c_char_p
+    library.freewheel_session_last_error.restype = c_char_p
+    numbers = POINTER(c_float)
+    model, session = c_void_p(), c_void_p()
+    assert (
+        library.freewheel_model_create(str(whole_bundle.folder).encode(), None, byref(model)) == 0
+    )
+    assert library.freewheel_session_create(model, byref(session)) == 0
+
+    def said() -> str:
+        return library.freewheel_model_last_error(model).decode()
+
+    text_shape = (c_int64 * 3)()
+    assert library.freewheel_model_text_shape(model, None, text_shape) == 0, said()
+    assert list(text_shape) == [1, 16, 128]
+
+    def encoded(text: bytes | None, ids: list[int]) -> np.ndarray:
+        states = np.empty(list(text_shape), np.float32)
+        held = (c_int64 * max(1, len(ids)))(*ids)
+        done = library.freewheel_model_encode(
+            model, None, text, held, c_int64(len(ids)), states.ctypes.data_as(numbers)
+        )
+        assert done == 0, said()
+        return states
+
+    ids = AutoTokenizer.from_pretrained(whole_bundle.path("pipeline/tokenizer"))(PROMPT).input_ids
+    states = encoded(PROMPT.encode(), [])
+    np.testing.assert_array_equal(states, encoded(None, ids))
+    assert np.abs(states[0, : len(ids)]).min(axis=-1).max() > 0
+    assert not states[0, len(ids) :].any()
+
+    shape, rank = (c_int64 * 8)(), c_int32()
+    sizes = (c_int64(0), c_int64(0), c_int64(0))
+    assert library.freewheel_model_latents_shape(model, None, *sizes, shape, byref(rank)) == 0
+    results = []
+    for options in ({"prompt": PROMPT.encode()}, {"prompts": states}):
+        latents = np.zeros(list(shape)[: rank.value], np.float32)
+        given = dict(options)
+        if "prompts" in options:
+            empty = encoded(b"", [])
+            given["prompts"] = (Prompt * 2)(
+                *(Prompt(b, b"text_states", s.ctypes.data_as(numbers), text_shape, 3)
+                  for b, s in ((b"cond", states), (b"uncond", empty)))
+            )  # fmt: skip
+            given["prompt_count"] = 2
+        run_options = RunOptions(
+            struct_size=ctypes.sizeof(RunOptions), latents=latents.ctypes.data_as(numbers),
+            latents_shape=shape, latents_rank=rank, steps=2, guidance_scale=3.0, cache=b"off",
+            has_seed=1, seed=7, **given,
+        )  # fmt: skip
+        done = library.freewheel_session_run(session, byref(run_options))
+        assert done == 0, library.freewheel_session_last_error(session)
+        results.append(latents)
+    np.testing.assert_array_equal(results[0], results[1])
+
+    frames_shape = (c_int64 * 5)()
+    assert library.freewheel_model_frames_shape(model, shape, rank, frames_shape) == 0, said()
+    assert list(frames_shape) == [1, 17, 96, 96, 3]
+    frames = np.zeros(list(frames_shape), np.uint8)
+    decoded = library.freewheel_model_decode(
+        model, results[0].ctypes.data_as(numbers), shape, rank, frames.ctypes.data_as(c_void_p)
+    )
+    assert decoded == 0, said()
+    assert frames.std() > 10
+    other = (c_int64 * 5)(1, 16, 1, 4, 4)
+    assert library.freewheel_model_frames_shape(model, other, 5, frames_shape) != 0
+    assert "it was compiled for [1, 16, 5, 12, 12]" in said()
     library.freewheel_session_destroy(session)
     library.freewheel_model_destroy(model)
 

@@ -199,8 +199,9 @@ def test_an_interrupt_cancels(cpp_build, demo_bundle, embeddings, tmp_path) -> N
 
 
 def test_an_installed_library_is_found(
-    cpp_build, cmake_arguments, repository, demo_bundle, tmp_path
+    cpp_build, cmake_arguments, repository, whole_bundle, tmp_path
 ) -> None:
+    """And the program of the docs goes from a sentence to pictures."""
     installed = run("cmake", "--install", cpp_build, "--prefix", tmp_path / "prefix")
     assert installed.returncode == 0, installed.stderr
     source, build = repository / "examples" / "embed", tmp_path / "embed"
@@ -211,9 +212,13 @@ def test_an_installed_library_is_found(
     assert configured.returncode == 0, configured.stderr
     built = run("ninja", "-C", build)
     assert built.returncode == 0, built.stdout
-    done = run(build / "embed", demo_bundle.folder)
+    (tmp_path / "pictures").mkdir()
+    done = run(build / "embed", whole_bundle.folder, "a red circle", tmp_path / "pictures")
     assert done.returncode == 0, done.stderr
-    assert "computed" in done.stdout
+    assert json.loads(done.stdout)["branches"]["cond"]["computed"][:3] == [True, False, True]
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 17
+    refused = run(build / "embed", whole_bundle.folder, "red " * 99, tmp_path / "pictures")
+    assert "are 100, expected 1 to 16" in refused.stderr
 
 
 def test_sources_are_formatted(repository: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from freewheel.bundle.manifest import TokenizerEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.serving.commands import example_request, start_server
@@ -57,4 +58,8 @@ def test_a_bundle_with_its_text_encoder_is_asked_with_words(tiny_bundle: Bundle)
     manifest = tiny_bundle.manifest.model_copy(update={"graphs": graphs})
     tiny = Bundle(tiny_bundle.folder)
     tiny.manifest = manifest
+    assert "--tokenizer" in example_request(tiny, written)
+    with_tokenizer = {"tokenizer": TokenizerEntry(file="tokenizer/model.xml")}
+    tiny.manifest = manifest.model_copy(update=with_tokenizer)
     assert "--prompt" in example_request(tiny, written)
+    assert "--tokenizer" not in example_request(tiny, written)

@@ -22,6 +22,7 @@ PYTHON = ROOT / os.environ.get("FREEWHEEL_PYTHON", ".venv/bin/python")
 
 DTYPES = {
     np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64", np.dtype(np.float64): "FP64",
+    np.dtype(object): "BYTES",
 }  # fmt: skip
 
 TINY_SIZE = {"frames": 5, "height": 32, "width": 32}

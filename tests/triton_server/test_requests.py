@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 
-from client import COND, UNCOND, ask, run_alone
+import tritonclient.grpc as triton
+from client import COND, ROOT, UNCOND, ask, run_alone
 from conftest import HANG_SECONDS
 
 pytestmark = pytest.mark.triton
@@ -151,6 +153,57 @@ def test_a_whole_pipeline_goes_from_token_ids_to_frames(server) -> None:
     # One step before its end the prediction is the result, up to what the last step changes.
     assert np.abs(answer.previews[-1] - small).mean() < 5
     assert answer.frames.std() > 10
+
+
+PROMPT = "a red circle moving right on a gray background"
+
+
+def text(*prompts: str) -> np.ndarray:
+    return np.array([p.encode() for p in prompts], object)
+
+
+def test_a_prompt_is_sent_as_text(server) -> None:
+    """What the pipeline's tokenizer makes of it, and an empty negative prompt."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ROOT / "models/shapes_wan/tokenizer/tokenizer.json"))
+    ids = {
+        "token_ids": np.array(tokenizer.encode(PROMPT).ids),
+        "negative_token_ids": np.array(tokenizer.encode("").ids),
+    }
+    asked = {"policy": "off", "steps": 2, "outputs": "latents"}
+    by_ids = ask(server.grpc, "demo", tensors=ids, **asked)
+    by_text = ask(server.grpc, "demo", tensors={"text_input": text(f" {PROMPT} ")}, **asked)
+    np.testing.assert_array_equal(by_text.latents, by_ids.latents)
+    other = {"text_input": text(PROMPT), "negative_text_input": text("a blue square")}
+    assert (
+        np.abs(ask(server.grpc, "demo", tensors=other, **asked).latents - by_ids.latents).max() > 0
+    )
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.http}/v2/models/demo/generate_stream",
+        json.dumps(
+            {"text_input": PROMPT, "policy": "off", "steps": 2, "outputs": "latents"}
+        ).encode(),
+        {"Content-Type": "application/json"},
+    )
+    events = urllib.request.urlopen(request).read().decode()
+    found = json.loads(events.split("data: ")[-1])["latents"]
+    np.testing.assert_allclose(np.array(found), by_ids.latents.ravel(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"text_input": text("red " * 30)}, "are 31, expected 1 to 16"),
+        ({"text_input": text("red", "blue")}, "unexpected shape for input 'text_input'"),
+        ({"text_input": np.array([b"red \xff"], object)}, "is no UTF-8 text"),
+        ({"text_input": text("red"), "token_ids": np.array([5, 1])}, "as text and as token ids"),
+    ],
+    ids=["too long", "two texts", "not UTF-8", "ids too"],
+)
+def test_a_text_that_can_not_be_taken_is_refused(server, tensors, message) -> None:
+    with pytest.raises(triton.InferenceServerException, match=re.escape(message)):
+        ask(server.grpc, "demo", tensors=tensors, steps=2)
 
 
 def test_http_streams_events(server) -> None:

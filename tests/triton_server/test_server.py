@@ -27,7 +27,9 @@ def test_models_are_ready_and_describe_themselves(server) -> None:
         "text_states", "negative_text_states", "seed", "latents",
     }  # fmt: skip
     demo = json.loads(server.get("/v2/models/demo"))
-    assert {"token_ids", "negative_token_ids"} < {i["name"] for i in demo["inputs"]}
+    assert {
+        "text_input", "negative_text_input", "token_ids", "negative_token_ids",
+    } < {i["name"] for i in demo["inputs"]}  # fmt: skip
     assert {o["name"] for o in demo["outputs"]} == {"progress", "latents", "frames", "preview"}
     config = json.loads(server.get("/v2/models/tiny/config"))
     assert config["model_transaction_policy"]["decoupled"]

@@ -14,6 +14,9 @@ namespace freewheel {
 /// Whether the bundle was built with its text encoder.
 bool can_encode(const Manifest& manifest) noexcept;
 
+/// Whether the bundle takes prompts as text.
+bool can_tokenize(const Manifest& manifest) noexcept;
+
 /// Whether the bundle was built with its VAE decoder.
 bool can_decode(const Manifest& manifest) noexcept;
 
@@ -29,6 +32,12 @@ Status check_token_ids(const Manifest& manifest, const std::vector<std::int64_t>
 
 /// Checks that the decoder takes latents of this shape, before they are computed.
 Status check_decodes(const Manifest& manifest, const Shape& latents);
+
+/// The shape of what `encode_tokens` returns.
+Result<Shape> text_shape(const Manifest& manifest, std::int64_t text_tokens);
+
+/// The shape of what `decode_latents` returns; fails as `check_decodes` does.
+Result<Shape> frames_shape(const Manifest& manifest, const Shape& latents);
 
 /// Encodes a prompt.
 /// @param ids Token ids of the pipeline's tokenizer, its end token included.

@@ -81,6 +81,30 @@ freewheel_status freewheel_model_latents_shape(freewheel_model* model, const cha
                                                int64_t frames, int64_t height, int64_t width,
                                                int64_t* shape, int32_t* rank) FREEWHEEL_NOEXCEPT;
 
+/* The shape of one prompt's text states: 1, the config's text length, the width. `cache` as in
+ * `freewheel_run_options`. The bundle needs its text encoder, here and below. */
+freewheel_status freewheel_model_text_shape(freewheel_model* model, const char* cache,
+                                            int64_t shape[3]) FREEWHEEL_NOEXCEPT;
+
+/* Encodes a prompt: UTF-8 `text`, or where that is NULL `count` token ids. `states` gets float32 of
+ * `freewheel_model_text_shape`, zero behind the prompt. Runs take texts themselves: this is for
+ * prompts that are used again. */
+freewheel_status freewheel_model_encode(freewheel_model* model, const char* cache, const char* text,
+                                        const int64_t* token_ids, int64_t count,
+                                        float* states) FREEWHEEL_NOEXCEPT;
+
+/* The shape of the frames that latents of a shape decode to: 1, frames, height, width, 3. The
+ * bundle needs its VAE, here and below. */
+freewheel_status freewheel_model_frames_shape(freewheel_model* model, const int64_t* latents_shape,
+                                              int32_t latents_rank,
+                                              int64_t shape[5]) FREEWHEEL_NOEXCEPT;
+
+/* Decodes latents, as a run leaves them. `frames` gets uint8 RGB of `freewheel_model_frames_shape`.
+ */
+freewheel_status freewheel_model_decode(freewheel_model* model, const float* latents,
+                                        const int64_t* latents_shape, int32_t latents_rank,
+                                        uint8_t* frames) FREEWHEEL_NOEXCEPT;
+
 /* As with models, a failed creation leaves a handle that tells why. */
 freewheel_status freewheel_session_create(freewheel_model* model,
                                           freewheel_session** session) FREEWHEEL_NOEXCEPT;
@@ -147,6 +171,10 @@ typedef struct freewheel_run_options {
   int32_t has_config_seed; /* not 0: as `has_seed`, with the config's seed */
   /* Not 0: a config may be run at a size that is 20 times the bundle's own or more. */
   int32_t force;
+  /* Prompts as UTF-8 text, in place of their text states; or NULL. Where guidance needs a negative
+   * prompt beside a `prompt` and none is given, it is empty. */
+  const char* prompt;
+  const char* negative_prompt;
 } freewheel_run_options;
 
 /* Runs the whole denoise loop. The latents are left as they were where it fails. */

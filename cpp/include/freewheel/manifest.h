@@ -122,6 +122,12 @@ struct SumTerm {
   std::int64_t number = 1;
 };
 
+/// The pipeline's tokenizer as a graph of OpenVINO's.
+struct TokenizerEntry {
+  std::string file;                     ///< Its .xml; the .bin lies beside it.
+  std::optional<std::int64_t> unknown;  ///< Id that a text must not give: the graph can't tell.
+};
+
 struct Manifest {
   std::string freewheel_version, family, precision, weights;
   std::map<std::string, InputEntry> inputs;
@@ -129,6 +135,7 @@ struct Manifest {
   std::map<std::string, std::vector<SumTerm>> sums;
   LatentScale latent_scale;
   std::optional<std::int64_t> vocabulary_size;  ///< Of the text encoder: ids lie below it.
+  std::optional<TokenizerEntry> tokenizer;
   std::map<std::string, GraphEntry> graphs;
   std::vector<StageEntry> stages;
   std::vector<ExpertEntry> experts;  ///< Empty where the graphs serve one transformer.

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "freewheel/bundle.h"
 #include "freewheel/engine.h"
@@ -14,6 +15,7 @@
 namespace freewheel {
 
 class OffloadedWeights;
+class Tokenizer;
 
 struct ModelOptions {
   /// A backend that the bundle has engines for; empty takes the first that is compiled in.
@@ -58,6 +60,10 @@ class Model {
   /// A weight in the backend's memory, valid as long as the model.
   Result<Tensor> weight(const std::string& name);
 
+  /// Returns the token ids of a prompt, the pipeline's end token included. Refuses text that is no
+  /// UTF-8, or that holds what the bundle's tokenizer graph can't tell apart.
+  Result<std::vector<std::int64_t>> token_ids(const std::string& text);
+
   /// Binds `graph` to buffers by name (others are ignored), and to the weights of `block` of the
   /// manifest's expert number `expert`.
   Result<std::unique_ptr<BoundCall>> bind(const std::string& graph, const Tensors& values,
@@ -73,6 +79,8 @@ class Model {
   std::mutex mutex_;
   std::map<std::string, std::shared_ptr<Engine>> engines_;
   std::map<std::string, Buffer> uploaded_;
+  std::mutex tokenizer_mutex_;
+  std::unique_ptr<Tokenizer> tokenizer_;         ///< Null until the first text.
   std::unique_ptr<OffloadedWeights> offloaded_;  ///< Null where weights are not offloaded.
 };
 

@@ -47,6 +47,9 @@ struct Request {
   std::map<std::string, Tensors> prompts;
   /// Branch → token ids, in place of its text states.
   std::map<std::string, std::vector<std::int64_t>> token_ids;
+  /// Branch → prompt as UTF-8 text, in place of its token ids. Where guidance runs a branch without
+  /// any prompt beside a text, that branch's is empty.
+  std::map<std::string, std::string> texts;
   bool decodes = false;  ///< Whether the VAE decoder has to take the result.
   /// Frames · height · width that may be asked for.
   std::int64_t max_pixels = std::numeric_limits<std::int64_t>::max();
@@ -123,7 +126,7 @@ struct PreparedRun {
 };
 
 /// Makes the run that a request asks for: settles every value, checks everything that is known
-/// before the first step, then draws noise and encodes token ids.
+/// before the first step, then draws noise and encodes texts and token ids.
 /// @param request Its tensors must outlive the run.
 Result<PreparedRun> prepare_run(Model& model, const Request& request);
 

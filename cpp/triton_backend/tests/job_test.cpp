@@ -25,7 +25,7 @@ class JobTest : public ::testing::Test {
     options_.request.frames = 5;
     options_.request.height = options_.request.width = 32;
   }
-  Result<Job> make() { return make_job(*model_, served_, options_, tensors_, kAll); }
+  Result<Job> make() { return make_job(*model_, served_, options_, tensors_, texts_, kAll); }
   std::string fault() {
     const auto job = make();
     return job.ok() ? "none" : job.status().message();
@@ -37,7 +37,15 @@ class JobTest : public ::testing::Test {
   ServedOptions served_;
   RequestOptions options_;
   Tensors tensors_;
+  std::map<std::string, std::string> texts_;
 };
+
+TEST_F(JobTest, TextNeedsATokenizer) {
+  texts_["text_input"] = "a red circle";
+  EXPECT_NE(fault().find("the bundle has no tokenizer"), std::string::npos) << fault();
+  texts_ = {{"seed", "9"}};
+  EXPECT_NE(fault().find("input 'seed': is text"), std::string::npos) << fault();
+}
 
 TEST_F(JobTest, SizesAndSeedMakeTheNoise) {
   options_.request.seed = 9;
