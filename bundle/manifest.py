@@ -36,6 +36,7 @@ __all__ = [
     "ResolvedGeneration",
     "SamplerEntry",
     "SignalEntry",
+    "SkipEntry",
     "StageEntry",
     "TensorEntry",
 ]
@@ -118,6 +119,18 @@ class GroupEntry(_Entry):
     count: BlockCount
 
 
+class SkipEntry(_Entry):
+    """What each block of a stage reads of a block of an earlier stage.
+
+    Attributes:
+        stream: The maker gives it as ``<stream>_out``.
+        blocks: The maker's place in the loop, for each block of the stage.
+    """
+
+    stream: str
+    blocks: list[BlockIndex]
+
+
 class StageEntry(_Entry):
     """A run of equal blocks inside ``body``."""
 
@@ -127,6 +140,7 @@ class StageEntry(_Entry):
     first: BlockIndex
     count: BlockCount
     groups: list[GroupEntry] = []
+    skips: dict[str, SkipEntry] = {}
 
 
 class InputEntry(IoEntry):
@@ -345,3 +359,9 @@ class Manifest(_Entry):
     engines: list[EngineSetEntry]
     samplers: list[SamplerEntry] = []
     files: dict[str, FileEntry]
+
+    @property
+    def kept(self) -> frozenset[tuple[str, int]]:
+        """Streams that a later stage reads as a block left them: (stream, place of the block)."""
+        skips = (skip for stage in self.stages for skip in stage.skips.values())
+        return frozenset((skip.stream, place) for skip in skips for place in skip.blocks)

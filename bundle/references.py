@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 from .manifest import MAX_BLOCKS, MAX_ENTRIES, Manifest, StageEntry
 
@@ -60,6 +61,32 @@ def _stage_faults(manifest: Manifest) -> Iterator[str]:
                 yield f"'stages.{index}' names graph '{graph}', which is not there"
         if stage.groups and not _groups_cover(stage):
             yield f"'stages.{index}.groups' don't cover the stage's blocks in order"
+    yield from _skip_faults(manifest)
+
+
+def _skip_faults(manifest: Manifest) -> Iterator[str]:
+    makers: list[tuple[str, str]] = []  # of each place in earlier stages: graph, end of its names
+    for index, stage in enumerate(manifest.stages):
+        for name, skip in stage.skips.items():
+            where = f"'stages.{index}.skips.{name}'"
+            if len(skip.blocks) != stage.count:
+                yield f"{where} names {len(skip.blocks)} blocks for {stage.count}"
+            for place in skip.blocks:
+                graph, end = makers[place] if place < len(makers) else ("", "")
+                maker = manifest.graphs.get(graph)
+                if maker is None or f"{skip.stream}_out{end}" not in maker.outputs:
+                    yield f"{where} reads '{skip.stream}' of block {place}, which gives none before"
+        if len(makers) < MAX_BLOCKS:
+            makers += _makers(stage)
+
+
+def _makers(stage: StageEntry) -> list[tuple[str, str]]:
+    """Return of each block the graph that makes what it leaves, and how its outputs' names end."""
+    if not stage.groups:
+        return [(stage.block, "")] * stage.count
+    members = ((g.graph, range(g.first, g.first + g.count)) for g in stage.groups)
+    makers = ((graph, f".{block}") for graph, blocks in members for block in blocks)
+    return list(islice(makers, stage.count))
 
 
 def _groups_cover(stage: StageEntry) -> bool:

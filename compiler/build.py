@@ -25,6 +25,7 @@ from ..bundle.manifest import (
     Manifest,
     PolicyEntry,
     SamplerEntry,
+    SkipEntry,
     StageEntry,
     TensorEntry,
 )
@@ -112,7 +113,15 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
         tensors = _bring_weights(planned, experts, graphs, folder, progress)
         stages = [
             StageEntry(
-                block=s.block, context=s.context, tapped=s.tapped, first=s.first, count=s.count
+                block=s.block,
+                context=s.context,
+                tapped=s.tapped,
+                first=s.first,
+                count=s.count,
+                skips={
+                    n: SkipEntry(stream=skip.stream, blocks=list(skip.blocks))
+                    for n, skip in s.skips.items()
+                },
             )
             for s in cut.stages
         ]

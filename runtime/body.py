@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.dims import derive_dims, match_dims, shape_of
-from ..bundle.manifest import GraphEntry, IoEntry, StageEntry
+from ..bundle.manifest import GraphEntry, GroupEntry, IoEntry, StageEntry
 from ..core.errors import RequestError
 from ..engines.base import BoundCall
 from .finite import is_finite
@@ -46,7 +46,8 @@ class Body:
 
     Hidden states go from ``hidden`` (kept, for the residual) through two alternating buffers that
     all branches share; ``hidden_out`` is the one the last call writes. Other streams go from what
-    ``prompt`` gave through two buffers of the branch's own.
+    ``prompt`` gave through two buffers of the branch's own. What a later stage reads (a skip
+    connection) has a buffer of its own in each branch.
 
     Attributes:
         context: The prompt's inputs and what its graph made of them.
@@ -87,16 +88,25 @@ class Body:
         self._probed = 0
         self._streams = {"hidden": shared["hidden"]}
         self._buffers = {"hidden": [shared["hidden_even"], shared["hidden_odd"]]}
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        before = 0  # blocks of earlier stages
         for stage in self._manifest.stages:
             blocks = range(stage.first, stage.first + stage.count)
             own = {b: self._bind_context(stage, b, {**shared, **context}) for b in blocks}
+            for name, skip in stage.skips.items():
+                for block, maker in zip(blocks, skip.blocks, strict=True):
+                    own[block][name] = self._kept[skip.stream, maker]
+            place = before - stage.first
             for group in stage.groups:
                 members = range(group.first, group.first + group.count)
                 named = {f"{n}.{b}": t for b in members for n, t in own[b].items()}
-                self._add_call(group.graph, members, {**shared, **context, **named}, group.graph)
+                values = {**shared, **context, **named, **self._kept_of_group(group, place)}
+                self._add_call(group.graph, members, values, group.graph)
             for block in () if stage.groups else blocks:
                 values = {**shared, **context, **own[block]}
-                self._add_call(stage.block, range(block, block + 1), values, stage.tapped)
+                one = range(block, block + 1)
+                self._add_call(stage.block, one, values, stage.tapped, place + block)
+            before += stage.count
         self.hidden_out = self._streams["hidden"]
         self.set_prompt(prompt)
 
@@ -110,14 +120,37 @@ class Body:
         self._prompt_calls.append(self._model.bind(stage.context, {**values, **own}, block))
         return own
 
+    def _kept_of_group(self, group: GroupEntry, place: int) -> dict[str, Tensor]:
+        """Allocate what blocks of a group give that a later stage reads; ``place`` is block 0's."""
+        outputs = self._manifest.graphs[group.graph].outputs
+        members = range(group.first, group.first + group.count)
+        kept = {(s, b): f"{s}_out.{b}" for s, p in self._manifest.kept for b in members
+                if p == place + b}  # fmt: skip
+        made = allocate({n: outputs[n] for n in kept.values()}, self.dims, self._model.device)
+        self._kept |= {(stream, place + b): made[name] for (stream, b), name in kept.items()}
+        return made
+
     def _add_call(
-        self, graph: str, blocks: range, values: Mapping[str, Tensor], tapped: str | None
+        self,
+        graph: str,
+        blocks: range,
+        values: Mapping[str, Tensor],
+        tapped: str | None,
+        place: int | None = None,
     ) -> None:
-        """Bind the next call of the body to the streams as the one before leaves them."""
+        """Bind the next call of the body to the streams as the one before leaves them.
+
+        At a ``place`` in the loop whose result a later stage reads, that is kept.
+        """
         entry = self._manifest.graphs[graph]
         values = {**values, **self._streams}
         for stream in entry.streams:
-            target = self._next_buffer(stream, entry)
+            if place is not None and (stream, place) in self._manifest.kept:
+                spec = {stream: entry.outputs[f"{stream}_out"]}
+                target = allocate(spec, self.dims, self._model.device)[stream]
+                self._kept[stream, place] = target
+            else:
+                target = self._next_buffer(stream, entry)
             values[f"{stream}_out"] = self._streams[stream] = target
         # A group writes its feature on every run, wanted or not.
         if FEATURE in entry.outputs:
@@ -188,7 +221,9 @@ class Body:
             first, second = [
                 i for i, c in enumerate(self._calls) if "hidden" in graphs[c.graph].streams
             ][:2]
-            self.probe_out = torch.zeros_like(self._streams["hidden"])
+            written = self._calls[first].values["hidden_out"]
+            is_kept = any(written is kept for kept in self._kept.values())
+            self.probe_out = written if is_kept else torch.zeros_like(written)
             self._rebind(first, {"hidden_out": self.probe_out})
             for index in range(first + 1, second + 1):
                 self._rebind(index, {"hidden": self.probe_out})

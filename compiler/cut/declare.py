@@ -22,7 +22,7 @@ from ...engines.base import TensorSpec
 from .alone import alone
 from .cut import cut_model
 from .declared import Cut as Declared
-from .declared import ModelInput, Stage, StoredDtype
+from .declared import ModelInput, Skip, Stage, StoredDtype
 from .declared import Runs as GraphRuns
 from .declared import Segment as Graph
 from .dimensions import Dimensions
@@ -226,10 +226,11 @@ class _Declaration:
         """Declare a segment's graph; of the first template also its tapped form and the signal."""
         segment = self.cut.segments[call.segment]
         streams = self.streams.inputs.get(call.segment, {})
+        skips = self.streams.skip_names(call.segment)
         names: dict[str, str] = {}
         for i, argument in enumerate(segment.inputs):
             value = self.aliases.get(call.inputs[i], call.inputs[i])
-            word = streams.get(i) or self.words[value]
+            word = streams.get(i) or skips.get(i) or self.words[value]
             names[argument] = word
         if len(set(names.values())) < len(names):
             refuse(
@@ -354,8 +355,13 @@ class _Declaration:
         stages = []
         for segment, group in groupby(self.streams.blocks, key=lambda call: call.segment):
             calls = list(group)
+            streams = self.streams.skips[segment]
+            skips = {
+                name: Skip(streams[i], tuple(self.streams.place_of(c.inputs[i]) for c in calls))
+                for i, name in self.streams.skip_names(segment).items()
+            }
             if not calls[0].block:  # before the first block, or between two
-                stages.append(Stage(segment, None, None, 1))
+                stages.append(Stage(segment, None, None, 1, skips=skips))
                 continue
             first = int(calls[0].block.rpartition(".")[2])
             prefix = next(c for c in self.streams.blocks if c.segment == segment).block.rpartition(
@@ -375,6 +381,7 @@ class _Declaration:
                     f"{segment}_tapped" if segment == tapped else None,
                     len(calls),
                     first,
+                    skips,
                 )
             )
         return tuple(stages)

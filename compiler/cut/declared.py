@@ -23,6 +23,7 @@ __all__ = [
     "ModelInput",
     "Runs",
     "Segment",
+    "Skip",
     "Stage",
     "StoredDtype",
 ]
@@ -72,6 +73,19 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """A skip connection: what each block of a stage reads of a block of an earlier stage.
+
+    Attributes:
+        stream: The maker gives it as ``<stream>_out``; it stays as the maker left it.
+        blocks: The maker's place in the loop, counted over all stages, for each block.
+    """
+
+    stream: str
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Stage:
     """A run of equal blocks inside ``body``.
 
@@ -87,6 +101,7 @@ class Stage:
         tapped: Segment name of the variant with the feature tapped, or None.
         count: Number of blocks.
         first: Checkpoint index of the first one.
+        skips: Input → what blocks of an earlier stage left there.
     """
 
     block: str
@@ -94,6 +109,7 @@ class Stage:
     tapped: str | None
     count: int
     first: int = 0
+    skips: Mapping[str, Skip] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def partition(
     live = _live(trace, instances, owner)
     place = _places(trace, owner, live, classes)
     slots = {node for i in instances for node in i.slots}
+    _join_bridges(trace, place, live)
     _bring_home(trace, place, classes, kept=slots | set(trace.results))
     again = {name: _computed_again(trace, name, place, classes) for name in ("head", "finish")}
     _leave_out(place, {n for nodes in again.values() for n in nodes}, kept=slots)
@@ -142,6 +143,18 @@ def _places(
         else:
             place[node] = (len(ranks), "head", -1, "step")
     return place
+
+
+def _join_bridges(trace: Trace, place: dict[fx.Node, Place], live: set[fx.Node]) -> None:
+    """Compute what one later bridge alone reads in that bridge: a hint's scale where it is added."""
+    for node in reversed(trace.graph.nodes):
+        if node not in place or not place[node][1].startswith("bridge_"):
+            continue
+        readers = {place.get(user) for user in node.users if user in live or user.op == "output"}
+        home = next(iter(readers)) if len(readers) == 1 else None
+        is_part = node.target is operator.getitem  # a tuple never crosses a border
+        if home is not None and home[1].startswith("bridge_") and not is_part:
+            place[node] = home
 
 
 def _computed_again(

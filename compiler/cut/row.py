@@ -49,8 +49,9 @@ class Input:
 
     Attributes:
         changes: When it may change.
-        shape: Dimensions, apart by spaces: expressions over `SIZES` and the model's config. Of a
-            whole number that follows from a run's sizes (``changes="shape"``): its value.
+        shape: Dimensions, apart by spaces: expressions over `SIZES` and the model's config, and
+            the `len` of its lists. Of a whole number that follows from a run's sizes
+            (``changes="shape"``): its value.
         dtype: As torch names it.
         fill: Values to prove a cut with.
         needs: Config key without which the model takes no such input.
@@ -71,7 +72,8 @@ class Input:
     def dimensions(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape at given sizes; of a whole number, its value alone."""
         names = {**config, **sizes}
-        return tuple(eval(word, {"__builtins__": {}}, names) for word in self.shape.split())
+        known = {"__builtins__": {}, "len": len}
+        return tuple(eval(word, known, names) for word in self.shape.split())
 
     def with_fixed(self, fixed: Mapping[str, str]) -> Input:
         """Return the input with numbers in place of some sizes."""

@@ -23,17 +23,31 @@ class Streams:
         of: Value → its stream.
         inputs: Template → position of an argument → stream.
         outputs: Template → position of a result → stream.
+        skips: Template → position of an argument → stream that it reads as a block of an earlier
+            stage left it.
     """
 
     blocks: Sequence[Call]
     of: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, dict[int, str]] = field(default_factory=dict)
     outputs: dict[str, dict[int, str]] = field(default_factory=dict)
+    skips: dict[str, dict[int, str]] = field(default_factory=dict)
 
     @property
     def first_of_hidden(self) -> str:
         """The template of the first block that ``hidden`` goes through."""
-        return next(c.segment for c in self.blocks if "hidden" in self.inputs[c.segment].values())
+        return next(c.segment for c in self.blocks if "hidden" in self.outputs[c.segment].values())
+
+    def skip_names(self, template: str) -> dict[int, str]:
+        """Return position of an argument that is a skip connection → its name."""
+        names: dict[int, str] = {}
+        for i, stream in self.skips.get(template, {}).items():
+            names[i] = fresh_name(f"{stream}_skip", names.values())
+        return names
+
+    def place_of(self, value: str) -> int:
+        """Return the place in the loop of the call that makes a value."""
+        return next(i for i, call in enumerate(self.blocks) if value in call.outputs)
 
 
 def find_streams(cut: Cut) -> Streams:
@@ -64,9 +78,12 @@ class _Streams:
             refuse(self.cut.model, f"hands {len(begun)} values of the latents to its blocks", begun)
         found.of[begun[0]] = "hidden"
         now = {"hidden": begun[0]}
-        for call in self.blocks:
+        for place, call in enumerate(self.blocks):
             passed = carried[call.segment]
+            if call.segment not in found.inputs:
+                self._carry_rest(place, passed, now["hidden"])
             inputs = found.inputs.setdefault(call.segment, {})
+            skips = found.skips.setdefault(call.segment, {})
             for i, value in enumerate(call.inputs):
                 if value not in found.of and i in passed.values():
                     found.of[value] = fresh_name("text", now)
@@ -74,15 +91,18 @@ class _Streams:
                 stream = found.of.get(value)
                 if stream is None:
                     continue
-                if now[stream] == value:
-                    if inputs.setdefault(i, stream) != stream:
-                        refuse(self.cut.model, "hands different streams to equal blocks", [value])
-                elif self._is_of_body(value):
+                is_now = now[stream] == value
+                if not is_now and not self._is_of_body(value):
+                    continue
+                if not is_now and self.maker[value].segment == call.segment:
                     refuse(
                         self.cut.model,
-                        "reads in one block what a block before the last made",
+                        "reads in one block what an equal block before the last made",
                         [value],
                     )
+                read, other = (inputs, skips) if is_now else (skips, inputs)
+                if read.setdefault(i, stream) != stream or i in other:
+                    refuse(self.cut.model, "hands different streams to equal blocks", [value])
             outputs = found.outputs.setdefault(call.segment, {})
             for j, value in enumerate(call.outputs):
                 begins = fresh_name(value.rpartition(".")[2], {*now, *outputs.values()})
@@ -90,9 +110,9 @@ class _Streams:
                 outputs[j] = found.of[value] = stream
                 now[stream] = value
         behind = self.cut.calls[-1]
-        read = [v for v in behind.inputs if self._is_of_body(v) and found.of[v] != "hidden"]
-        if read:
-            refuse(self.cut.model, "reads behind its blocks more than the latents' stream", read)
+        others = [v for v in behind.inputs if self._is_of_body(v) and found.of[v] != "hidden"]
+        if others:
+            refuse(self.cut.model, "reads behind its blocks more than the latents' stream", others)
         return found
 
     def _is_of_body(self, value: str) -> bool:
@@ -100,33 +120,44 @@ class _Streams:
         return value in self.maker and self._runs(self.maker[value]) == "block"
 
     def _carried(self) -> dict[str, dict[int, int]]:
-        """Return template → position of a result → argument of the next equal block that takes it.
-
-        A block that no equal one follows takes as it gives: arguments and results of one shape.
-        """
+        """Return template → position of a result → argument of the next equal block that takes it."""
         carried: dict[str, dict[int, int]] = {c.segment: {} for c in self.blocks}
         for one, two in pairwise(self.blocks):
             if one.segment == two.segment:
                 for i, value in enumerate(two.inputs):
                     if value in one.outputs:
                         carried[one.segment][one.outputs.index(value)] = i
-        for call in self.blocks:
-            passed = carried[call.segment]
-            for j in range(len(call.outputs)):
-                found = passed[j] if j in passed else self._alike(call, j)
-                if found is not None:
-                    passed[j] = found
         return carried
 
-    def _alike(self, call: Call, output: int) -> int | None:
-        """Return the stream's argument whose shape a result has."""
+    def _carry_rest(self, place: int, passed: dict[int, int], hidden: str) -> None:
+        """Pair what no equal block tells: a result and the argument that it takes the place of.
+
+        They have one shape, and no block reads the argument later. What the next block reads comes
+        before what it does not, ``hidden`` before other arguments.
+        """
+        call, behind = self.blocks[place], self.blocks[place + 1 :]
+        read_next = behind[0].inputs if behind else ()
+        read_later = {value for later in behind for value in later.inputs}
+        outputs = sorted(range(len(call.outputs)), key=lambda j: call.outputs[j] not in read_next)
+        for j in (j for j in outputs if j not in passed):
+            alike = [
+                i
+                for i in self._alike(call, j)
+                if i not in passed.values() and call.inputs[i] not in read_later
+            ]
+            if alike:
+                passed[j] = min(alike, key=lambda i: call.inputs[i] != hidden)
+
+    def _alike(self, call: Call, output: int) -> list[int]:
+        """Return the streams' arguments whose shape a result has."""
         segment = self.cut.segments[call.segment]
         wanted = shape_of(results(segment.module)[output])
+        found = []
         for i, node in enumerate(arguments(segment.module)):
             made = self.maker.get(call.inputs[i])
             is_stream = made is not None and self._runs(made) in ("block", "step", "prompt")
             if not call.block and made is not None and self._runs(made) == "prompt":
                 continue  # what is made of a prompt between blocks is another value
             if is_stream and shape_of(node) == wanted:
-                return i
-        return None
+                found.append(i)
+        return found

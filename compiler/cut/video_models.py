@@ -147,5 +147,23 @@ VIDEO_MODELS: tuple[Row, ...] = (
         name="allegro",
         multiples=PATCH_IMAGE,
     ),
+    Row(
+        "WanVACETransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_dim"),
+            "encoder_hidden_states_image": prompt(
+                "batch image_tokens image_dim", needs="image_dim"
+            ),
+            "control_hidden_states": prompt("batch vace_in_channels frames height width"),
+            "control_hidden_states_scale": prompt("len(vace_layers)"),
+        },
+        pipelines=("WanVACEPipeline",),
+        name="wan_vace",
+        multiples=PATCH_VIDEO,
+        whole=True,
+        usual={"image_tokens": 257},
+    ),
 )
 """In the order in which each came to be cut."""

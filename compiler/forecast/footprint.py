@@ -160,6 +160,7 @@ def footprint_of(
             "prompt states": PROMPT_COPIES * prompt,
             **_outputs(cut, ("prompt",), dims),
             "context keys and values": pairs,
+            "skip connections": _skip_bytes(cut, dims),
             "model_output": _bytes(finish.outputs["model_output"], dims),
         },
         activation_bytes={
@@ -168,6 +169,21 @@ def footprint_of(
             if s.runs in ("prompt", "prompt_block", "step", "block")
         },
         caches={n: cache_bytes(cut, dims, s, specs[s.policy]) for n, s in settings.items()},
+    )
+
+
+def _skip_bytes(cut: Cut, dims: Mapping[str, int]) -> int:
+    """Return the bytes of what blocks leave for later stages, each once."""
+    makers = [stage.block for stage in cut.stages for _ in range(stage.count)]
+    kept = {
+        (skip.stream, place)
+        for stage in cut.stages
+        for skip in stage.skips.values()
+        for place in skip.blocks
+    }
+    return sum(
+        _bytes(_segment(cut, makers[place]).outputs[f"{stream}_out"], dims)
+        for stream, place in kept
     )
 
 

@@ -7,7 +7,7 @@ by offset and length. ONNX forbids ``..`` in such a location, so the files lie a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -92,24 +92,30 @@ def write_groups(
     """
     entries: dict[str, GraphEntry] = {}
     grouped = []
-    before = 0  # blocks of earlier stages, whose indices may begin at 0 again
+    kept = {(s.stream, at) for stage in stages for s in stage.skips.values() for at in s.blocks}
+    named = 0  # before a stage's indices, which may begin at 0 again
+    before = 0  # blocks of earlier stages
     for stage in stages:
         # The tapped variant differs by one more output, which only the feature's group keeps.
         template = graphs[stage.tapped or stage.block]
         model = ir.load(bundle / template.file)
-        own = graphs[stage.context].outputs if stage.context is not None else {}
+        context = graphs[stage.context].outputs if stage.context is not None else {}
+        own = {**context, **{n: template.inputs[n] for n in stage.skips}}
+        place = before - stage.first
         groups = []
         size = block_bytes(stage, graphs, tensors)
         for first, count in split_blocks(stage.first, stage.count, size, group_blocks):
             blocks = range(first, first + count)
-            name = f"body_{before + first}_{before + blocks[-1]}"
+            name = f"body_{named + first}_{named + blocks[-1]}"
             tapped = feature_block if stage.tapped is not None else None
-            group = stitch_blocks(model, blocks, template, own, tensors, bundle, tapped)
+            left = {(stream, at - place) for stream, at in kept if at - place in blocks}
+            group = stitch_blocks(model, blocks, template, own, tensors, bundle, tapped, left)
             group.graph.name = name
             ir.save(group, bundle / f"{name}.onnx")
             entries[name] = _describe(group, template, own, blocks, f"{name}.onnx")
             groups.append(GroupEntry(graph=name, first=first, count=count))
-        before += stage.first + stage.count
+        named += stage.first + stage.count
+        before += stage.count
         grouped.append(stage.model_copy(update={"groups": groups}))
     return grouped, entries
 
@@ -122,6 +128,7 @@ def stitch_blocks(
     tensors: Mapping[str, TensorEntry],
     bundle: Path,
     feature_block: int | None = None,
+    kept: Collection[tuple[str, int]] = (),
 ) -> ir.Model:
     """Chain a copy of ``template`` for every block.
 
@@ -133,10 +140,11 @@ def stitch_blocks(
         template: A block's graph with weights as inputs; left as it is.
         blocks: Block indices in order.
         entry: The template's manifest entry: says which inputs are weights, and of what name.
-        own_inputs: Inputs that differ between blocks (its context).
+        own_inputs: Inputs that differ between blocks: its context, what it reads of an earlier stage.
         tensors: Where the weights lie below ``bundle``.
         bundle: The bundle's folder.
         feature_block: Block whose ``attention_output`` becomes an output, if it is in the group.
+        kept: Streams that a later stage reads as block *b* left them: outputs ``<stream>_out.b``.
 
     Returns:
         A model whose weights are initializers over the bundle's files, named as in the checkpoint.
@@ -145,6 +153,7 @@ def stitch_blocks(
     initializers: dict[str, ir.Value] = {}
     nodes: list[ir.Node] = []
     streams: dict[str, ir.Value] = {}
+    left: list[ir.Value] = []
     feature: ir.Value | None = None
     for block in blocks:
         copy = template.clone().graph
@@ -175,12 +184,18 @@ def stitch_blocks(
                 result.name = f"{result.name}.{block}"
             nodes.append(node)
         streams = {stream: results[f"{stream}_out"] for stream in entry.streams}
+        for stream in sorted(s for s, maker in kept if maker == block):
+            value = streams[stream]
+            if block == blocks[-1]:  # the group's own output has the value too
+                value = _like(value, str(value.name))
+                nodes.append(ir.node("Identity", [streams[stream]], outputs=[value]))
+            left.append(value)
         if block == feature_block:
             feature = results["attention_output"]
     assert streams, "a group holds at least one block"
     for stream, value in streams.items():
         value.name = f"{stream}_out"
-    outputs = list(streams.values())
+    outputs = [*streams.values(), *left]
     if feature is not None:
         feature.name = "attention_output"
         outputs.append(feature)
@@ -224,5 +239,8 @@ def _describe(
         runs="group",
         precision=template.precision,
         inputs={str(v.name): declared[str(v.name)] for v in group.graph.inputs},
-        outputs={str(v.name): template.outputs[str(v.name)] for v in group.graph.outputs},
+        outputs={
+            str(v.name): template.outputs[str(v.name).partition(".")[0]]
+            for v in group.graph.outputs
+        },
     )

@@ -85,12 +85,19 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, std::size_t expert,
   body->streams_["hidden"] = {shared.at("hidden"), shared.at("hidden_even"),
                               shared.at("hidden_odd")};
   body->values_ = std::move(context);
+  for (const StageEntry& stage : manifest.stages) {
+    for (const auto& [name, skip] : stage.skips) {
+      for (const std::int64_t place : skip.blocks) body->wanted_.insert({skip.stream, place});
+    }
+  }
   for (const StageEntry& stage : manifest.stages) FREEWHEEL_TRY(body->bind_stage(stage));
   return body;
 }
 
 Status Body::bind_stage(const StageEntry& stage) {
-  // What each block alone gets from the prompt, named with its index for groups.
+  const std::int64_t place_of_0 = before_ - stage.first;
+  before_ += stage.count;
+  // What each block alone reads, named with its index for groups.
   Tensors grouped = values_;
   for (std::int64_t block = stage.first; block < stage.first + stage.count; ++block) {
     Tensors values = values_;
@@ -103,42 +110,70 @@ Status Body::bind_stage(const StageEntry& stage) {
         grouped[name + "." + std::to_string(block)] = values.at(name);
       }
     }
+    for (const auto& [name, skip] : stage.skips) {
+      const std::int64_t maker = skip.blocks[static_cast<std::size_t>(block - stage.first)];
+      grouped[name + "." + std::to_string(block)] = values[name] = kept_.at({skip.stream, maker});
+    }
     if (stage.groups.empty()) {
-      FREEWHEEL_TRY(add_call(stage.block, block, 1, std::move(values), stage.tapped));
+      FREEWHEEL_TRY(
+          add_call(stage.block, block, 1, std::move(values), stage.tapped, place_of_0 + block));
     }
   }
   for (const GroupEntry& group : stage.groups) {
-    FREEWHEEL_TRY(add_call(group.graph, group.first, group.count, grouped, group.graph));
+    Tensors values = grouped;
+    const auto& outputs = model_->manifest().graphs.at(group.graph).outputs;
+    for (const auto& [stream, place] : wanted_) {
+      const std::int64_t block = place - place_of_0;
+      if (block < group.first || block >= group.first + group.count) continue;
+      const std::string name = stream + kOut + "." + std::to_string(block);
+      const auto io = outputs.find(name);
+      if (io != outputs.end()) FREEWHEEL_TRY(keep(stream, place, io->second, values[name]));
+    }
+    FREEWHEEL_TRY(add_call(group.graph, group.first, group.count, std::move(values), group.graph));
   }
   return {};
 }
 
 /// Moves a stream on to the one of its two buffers that does not hold it now.
 Status Body::advance(const std::string& stream, const Io& io, Tensor& target) {
-  if (streams_.count(stream) == 0) {
-    Stream fresh;
+  Stream& known = streams_[stream];
+  if (known.even.data == nullptr) {
     Tensors made;
-    for (Tensor* buffer : {&fresh.even, &fresh.odd}) {
+    for (Tensor* buffer : {&known.even, &known.odd}) {
       FREEWHEEL_TRY(buffers_.allocate(model_->memory(), stream, io, dims_, made));
       *buffer = made.at(stream);
     }
-    streams_[stream] = fresh;
   }
-  Stream& known = streams_.at(stream);
   known.now = known.now.data == known.even.data ? known.odd : known.even;
   target = known.now;
   return {};
 }
 
-/// Binds the next call of the body to the streams as the one before leaves them.
+/// Makes the buffer of what a block at a place in the loop leaves for a later stage.
+Status Body::keep(const std::string& stream, std::int64_t place, const Io& io, Tensor& target) {
+  Tensors made;
+  FREEWHEEL_TRY(buffers_.allocate(model_->memory(), stream, io, dims_, made));
+  target = kept_[{stream, place}] = made.at(stream);
+  return {};
+}
+
+/// Binds the next call of the body to the streams as the one before leaves them; at a place in the
+/// loop whose result a later stage reads, that is kept.
 Status Body::add_call(const std::string& graph, std::int64_t first, std::int64_t count,
-                      Tensors values, const std::optional<std::string>& tapped) {
+                      Tensors values, const std::optional<std::string>& tapped,
+                      std::optional<std::int64_t> place) {
   for (const auto& [name, stream] : streams_) values[name] = stream.now;
   const GraphEntry& entry = model_->manifest().graphs.at(graph);
   const auto& outputs = entry.outputs;
   for (const auto& [name, io] : outputs) {
     const std::string stream = stream_of(name);
-    if (!stream.empty()) FREEWHEEL_TRY(advance(stream, io, values[name]));
+    if (stream.empty()) continue;
+    if (place && wanted_.count({stream, *place}) != 0) {
+      FREEWHEEL_TRY(keep(stream, *place, io, values[name]));
+      streams_[stream].now = values[name];
+    } else {
+      FREEWHEEL_TRY(advance(stream, io, values[name]));
+    }
   }
   const auto feature = outputs.find(kFeature);
   if (feature != outputs.end()) {  // a group writes its feature on every run, wanted or not
@@ -217,17 +252,21 @@ Status Body::bind_probe() {
                   "choose a policy without a probe");
   }
   const Io& io = model_->manifest().graphs.at(first->graph).outputs.at("hidden_out");
-  Tensors made;
-  FREEWHEEL_TRY(buffers_.allocate(model_->memory(), "hidden_out", io, dims_, made));
-  first->values["hidden_out"] = made.at("hidden_out");
-  for (auto call = first + 1; call <= second; ++call) {
-    call->values["hidden"] = made.at("hidden_out");
+  Tensor out = first->values.at("hidden_out");
+  const bool is_kept = std::any_of(
+      kept_.begin(), kept_.end(), [&](const auto& entry) { return entry.second.data == out.data; });
+  if (!is_kept) {
+    Tensors made;
+    FREEWHEEL_TRY(buffers_.allocate(model_->memory(), "hidden_out", io, dims_, made));
+    out = made.at("hidden_out");
   }
+  first->values["hidden_out"] = out;
+  for (auto call = first + 1; call <= second; ++call) call->values["hidden"] = out;
   for (auto call = first; call <= second; ++call) {
     FREEWHEEL_ASSIGN(call->bound, bind(call->graph, call->values, call->block));
   }
   probed_ = static_cast<std::size_t>(first - calls_.begin()) + 1;
-  probe_out_ = made.at("hidden_out");
+  probe_out_ = out;
   return taps_.empty() ? Status() : bind_tapped();
 }
 

@@ -7,7 +7,9 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cancellation.h"
@@ -31,7 +33,8 @@ class BufferSet {
 /// Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
 /// Hidden states go from `hidden` (kept, for the residual) through two alternating buffers that all
 /// branches share. Other streams that blocks pass on (`<stream>` in, `<stream>_out` out) go from
-/// what `prompt` gave through two buffers of the branch's own.
+/// what `prompt` gave through two buffers of the branch's own. What a later stage reads (a skip
+/// connection) has a buffer of its own in each branch.
 class Body {
  public:
   /// Allocates the branch's context and binds every block of an expert; `set_prompt` fills it.
@@ -105,7 +108,9 @@ class Body {
   Status bind_tapped();
   Status advance(const std::string& stream, const Io& io, Tensor& target);
   Status add_call(const std::string& graph, std::int64_t first, std::int64_t count, Tensors values,
-                  const std::optional<std::string>& tapped);
+                  const std::optional<std::string>& tapped,
+                  std::optional<std::int64_t> place = std::nullopt);
+  Status keep(const std::string& stream, std::int64_t place, const Io& io, Tensor& target);
 
   Model* model_ = nullptr;
   std::size_t expert_ = 0;
@@ -113,6 +118,9 @@ class Body {
   BufferSet buffers_;
   Tensors prompt_, values_;
   std::map<std::string, Stream> streams_;
+  std::set<std::pair<std::string, std::int64_t>> wanted_;  // streams that later stages read, as a
+  std::map<std::pair<std::string, std::int64_t>, Tensor> kept_;  // block at that place leaves them
+  std::int64_t before_ = 0;                                      // blocks of earlier stages
   std::vector<std::unique_ptr<BoundCall>> prompt_calls_, tapped_;
   std::vector<Call> calls_;
   std::size_t tapped_at_ = 0, probed_ = 0;

@@ -136,6 +136,14 @@ void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
     if (!stage.groups.empty() && grouped != stage.first + stage.count) {
       reader.fault(path + ".groups", "don't cover the stage's blocks");
     }
+    for (const auto& [name, entry] : reader.object(stages[i], path, "skips", true).items()) {
+      const std::string place = path + ".skips." + name;
+      SkipEntry& skip = stage.skips[name];
+      skip.stream = reader.text(entry, place, "stream");
+      for (const json& block : reader.array(entry, place, "blocks")) {
+        skip.blocks.push_back(reader.integer(block, place + ".blocks", 0, kMaxBlocks));
+      }
+    }
     blocks += stage.count;
     manifest.stages.push_back(std::move(stage));
   }
@@ -231,6 +239,43 @@ void read_contents(FieldReader& reader, const json& data, Manifest& manifest) {
   }
 }
 
+/// Checks that each skip connection reads what a block of an earlier stage gives.
+void check_skips(FieldReader& reader, const Manifest& manifest) {
+  // Of each place in earlier stages: the graph that makes what is left there, and how its outputs'
+  // names end.
+  std::vector<std::pair<std::string, std::string>> makers;
+  for (std::size_t i = 0; i < manifest.stages.size(); ++i) {
+    const StageEntry& stage = manifest.stages[i];
+    for (const auto& [name, skip] : stage.skips) {
+      const std::string path = "stages." + std::to_string(i) + ".skips." + name;
+      if (static_cast<std::int64_t>(skip.blocks.size()) != stage.count) {
+        reader.fault(path, "names " + std::to_string(skip.blocks.size()) + " blocks for " +
+                               std::to_string(stage.count));
+      }
+      for (const std::int64_t place : skip.blocks) {
+        const auto at = static_cast<std::size_t>(place);
+        const auto maker =
+            at < makers.size() ? manifest.graphs.find(makers[at].first) : manifest.graphs.end();
+        if (maker == manifest.graphs.end() ||
+            maker->second.outputs.count(skip.stream + "_out" + makers[at].second) == 0) {
+          reader.fault(path, "reads '" + skip.stream + "' of block " + std::to_string(place) +
+                                 ", which gives none before");
+        }
+      }
+    }
+    if (makers.size() >= kMaxBlocks) continue;
+    for (const GroupEntry& group : stage.groups) {
+      const std::int64_t end = std::min(group.first + group.count, stage.first + stage.count);
+      for (std::int64_t block = group.first; block < end && makers.size() < kMaxBlocks; ++block) {
+        makers.emplace_back(group.graph, "." + std::to_string(block));
+      }
+    }
+    if (stage.groups.empty()) {
+      makers.insert(makers.end(), static_cast<std::size_t>(stage.count), {stage.block, ""});
+    }
+  }
+}
+
 /// Checks that names which one part of a manifest uses are there in another.
 void check_references(FieldReader& reader, const Manifest& manifest) {
   const auto has_graph = [&](const std::string& name) { return manifest.graphs.count(name) != 0; };
@@ -248,6 +293,7 @@ void check_references(FieldReader& reader, const Manifest& manifest) {
     if (stage.tapped) wants_graph(path + ".tapped", *stage.tapped);
     for (const GroupEntry& group : stage.groups) wants_graph(path + ".groups", group.graph);
   }
+  check_skips(reader, manifest);
   for (const auto& [name, policy] : manifest.policies) {
     wants_graph("policies." + name + ".graph", policy.graph);
     if (!policy.spec.keeps_gram) continue;

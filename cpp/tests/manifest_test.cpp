@@ -178,6 +178,22 @@ TEST_F(ManifestTest, AbsurdCountsAreRefusedBeforeAllocation) {
 
 TEST_F(ManifestTest, DanglingNamesAreFaults) {
   expect_holds(fault([](json& m) { m["stages"][0]["block"] = "blok"; }), "graph 'blok'");
+  const auto skip = [](std::int64_t place, const char* stream, std::size_t count) {
+    return [=](json& m) {
+      json later = m["stages"][0];
+      later["skips"]["hidden_skip"] = {{"stream", stream},
+                                       {"blocks", std::vector<std::int64_t>(count, place)}};
+      m["stages"].push_back(later);
+    };
+  };
+  expect_holds(fault(skip(0, "hidden", 1)), "names 1 blocks for 3");
+  expect_holds(fault(skip(0, "none", 3)), "reads 'none' of block 0, which gives none before");
+  expect_holds(fault(skip(3, "hidden", 3)), "of block 3, which gives none before");
+  const auto skip_of_a_group = [&](json& m) {
+    skip(0, "hidden", 3)(m);
+    m["stages"][0]["groups"] = {{{"graph", "block"}, {"first", 0}, {"count", 3}}};
+  };
+  expect_holds(fault(skip_of_a_group), "reads 'hidden' of block 0, which gives none before");
   expect_holds(fault([](json& m) { m["default_config"] = "none"; }), "default_config");
   expect_holds(fault([](json& m) { m["graphs"].erase("reuse"); }), "'graphs.reuse' is missing");
   expect_holds(fault([](json& m) { m["graphs"]["head"]["file"] = "x"; }), "not among the files");

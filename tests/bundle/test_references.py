@@ -26,6 +26,10 @@ def group(first: int, count: int) -> dict[str, Any]:
     return {"graph": "block", "first": first, "count": count}
 
 
+def skip(place: int, stream: str = "hidden", count: int = 3) -> dict[str, Any]:
+    return {"hidden_skip": {"stream": stream, "blocks": [place] * count}}
+
+
 @pytest.mark.parametrize(
     ("edit", "fault"),
     [
@@ -40,6 +44,12 @@ def group(first: int, count: int) -> dict[str, Any]:
         (lambda d: d.update(stages=d["stages"] * 2000), "more than 4096 blocks"),
         (lambda d: d["stages"][0].update(groups=[group(0, 1), group(0, 1)]), "don't cover"),
         (lambda d: d["stages"][0].update(groups=[group(0, 2)]), "don't cover"),
+        (lambda d: d["stages"][0].update(skips=skip(0)), "block 0, which gives none before"),
+        (lambda d: d["stages"].append(d["stages"][0] | {"skips": skip(0, count=1)}), "1 blocks for 3"),
+        (lambda d: d["stages"].append(d["stages"][0] | {"skips": skip(0, "none")}), "reads 'none' of block 0"),
+        (lambda d: d["stages"].append(d["stages"][0] | {"skips": skip(3)}), "block 3, which gives none"),
+        (lambda d: d.update(stages=[d["stages"][0] | {"groups": [group(0, 3)]}, d["stages"][0] | {"skips": skip(0)}]),
+         "'hidden' of block 0, which gives none before"),
         (lambda d: d["policies"]["off"].update(graph="decide.of"), "'policies.off.graph'"),
         (lambda d: d["policies"]["teacache"]["spec"].update(distance="none"), "names no state"),
         (lambda d: d["policies"]["off"]["spec"]["history"].update(parameter="x"), "names no parameter"),

@@ -38,9 +38,9 @@ BY_CONTENT = CacheSetting(
 FAMILIES = {"flux": flux, "hunyuan": hunyuan, "ltx": ltx}
 
 
-FOUND = ("qwen_image", "sd35", "flux_2")
+FOUND = ("qwen_image", "sd35", "flux_2", "wan_vace")
 """Models whose cut is found: several graphs of the prompt, masks, three kinds of blocks, streams that a
-block begins."""
+block begins, skip connections."""
 
 
 @pytest.fixture(scope="module")

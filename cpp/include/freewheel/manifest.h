@@ -56,11 +56,18 @@ struct GroupEntry {
   std::int64_t first = 0, count = 0;
 };
 
+/// What each block of a stage reads of a block of an earlier stage.
+struct SkipEntry {
+  std::string stream;                ///< The maker gives it as `<stream>_out`.
+  std::vector<std::int64_t> blocks;  ///< The maker's place in the loop, for each block.
+};
+
 struct StageEntry {
   std::string block;
   std::optional<std::string> context, tapped;
   std::int64_t first = 0, count = 0;
   std::vector<GroupEntry> groups;  ///< Empty where weights are inputs.
+  std::map<std::string, SkipEntry> skips;
 };
 
 /// One of several transformers of equal config, which share every graph and engine.

@@ -144,6 +144,10 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         },
     ),
     "hunyuan_video_15": ("HunyuanVideo15Pipeline", flow, hunyuan_video_15),
+    "wan_vace": ("WanVACEPipeline", flow, lambda c: {
+        **both(c.text_dim), **VIDEO, "guidance_scale": 3.0,
+        "conditioning_scale": torch.linspace(0.5, 1.0, len(c.vace_layers)),
+    }),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 
@@ -154,6 +158,7 @@ PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "guider": lambda config: ClassifierFreeGuidance(guidance_scale=3.0),
         "vae": lambda config: AutoencoderKLWan(base_dim=8, z_dim=config.out_channels),
     },
+    "wan_vace": {"vae": lambda config: AutoencoderKLWan(base_dim=8, z_dim=config.out_channels)},
     "hunyuan_video_15": {
         "guider": lambda config: ClassifierFreeGuidance(guidance_scale=3.0),
         "vae": lambda config: AutoencoderKLHunyuanVideo15(

@@ -326,5 +326,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "dit_depth": 4, "dit_dim": 64, "dit_heads": 4, "dit_text_dim": 32, "latent_dim": 8,
         },
     ),
+    "wan_vace": (
+        "WanVACETransformer3DModel",
+        {**WAN, "in_channels": 16, "num_layers": 6, "out_channels": 16, "vace_in_channels": 96,
+         "vace_layers": [0, 2, 4]},
+    ),
 }  # fmt: skip
 """Name → class and config."""

@@ -38,7 +38,7 @@ FOUND = (
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "sana_video",
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana", "hunyuan_image_glyphs",
     "hunyuan_video_15", "mochi", "allegro", "nucleus_image", "z_image", "flux_3", "aura_flow",
-    "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio",
+    "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio", "wan_vace",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd3", "cogvideox")
 NAMES = [
@@ -150,19 +150,21 @@ def test_bundle_is_verified_against_its_own_cut(one: Case, bundle: Bundle) -> No
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("name", ["sd35", "wan_vace"])
 @pytest.mark.parametrize(
     ("options", "bound"),
     [({"weights": "baked"}, TOLERANCE), ({"precision": "bfloat16"}, 3e-2)],
     ids=["baked", "converted"],
 )
 def test_other_forms_of_weights_give_the_same(
+    name: str,
     options: dict[str, Any],
     bound: float,
     tmp_path: Path,
     build_bundle: Callable[..., Bundle],
 ) -> None:
-    """Three kinds of blocks in groups; weights converted to the body's precision."""
-    one = case("sd35")
+    """Several kinds of blocks in groups; weights converted to the body's precision."""
+    one = case(name)
     bundle = build_bundle(save(one.model, tmp_path / "model"), ("openvino",), **options)
     given, expected = inputs_at(one, bundle, SIZES)
     assert relative(session_output(Session(LoadedModel(bundle)), given), expected) < bound

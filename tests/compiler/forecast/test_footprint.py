@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.declared import Cut, Skip
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.models import family_of
 from freewheel.compiler.cut.transformer import cut_transformer
@@ -81,8 +82,16 @@ def test_buffers_are_those_written_out_by_hand(cut: Cut) -> None:
         "prompt states": 2 * 17 * 24 * 4,
         "encoder_hidden_states_2": 17 * 32 * 4,
         "context keys and values": 3 * 2 * 17 * 32 * 4,
+        "skip connections": 0,
         "model_output": 4 * 3 * 20 * 28 * 4,
     }
+
+
+def test_what_later_stages_read_is_held_once(cut: Cut) -> None:
+    (stage,) = cut.stages
+    later = replace(stage, skips={"hidden_skip": Skip("hidden", (0, 0, 2))})
+    skipping = replace(cut, stages=(stage, later))
+    assert forecast(skipping, CacheSetting()).branch_bytes["skip connections"] == 2 * HIDDEN
 
 
 def test_low_precision_halves_history_and_context() -> None:

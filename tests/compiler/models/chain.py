@@ -79,14 +79,18 @@ class Chain:
         self.values |= self.call("head")
         self.values |= self.call("modulate")
         begun = {"hidden": self.values["hidden"]}
+        left: list[dict[str, Tensor]] = []
         for stage in self.cut.stages:
             for block in range(stage.first, stage.first + stage.count):
                 if stage.context is not None:
                     self.values |= self.call(stage.context, block)
+                for name, skip in stage.skips.items():
+                    self.values[name] = left[skip.blocks[block - stage.first]][skip.stream]
                 found = self.call(stage.tapped or stage.block, block)
                 if stage.tapped is not None:
                     self.values[f"feature.{block}"] = found.pop("attention_output")
-                self.values |= {n.removesuffix("_out"): t for n, t in found.items()}
+                left.append({n.removesuffix("_out"): t for n, t in found.items()})
+                self.values |= left[-1]
         self.values["hidden_out"] = self.values["hidden"]
         self.values |= begun
         return self.call("finish")["model_output"]
