@@ -11,6 +11,7 @@ from .declare_interface import DeclareInterface
 from .decompose_rotary_embedding import DecomposeRotaryEmbedding
 from .distinct_attention_scales import DistinctAttentionScales
 from .expand_attention_masks import ExpandAttentionMasks
+from .keep_sums_before_products import KeepSumsBeforeProducts
 from .mix_by_reduction import MixByReduction
 from .multi_head_attention import MultiHeadAttention
 from .optimize_graph import OptimizeGraph
@@ -29,6 +30,7 @@ PASSES: tuple[type[Pass], ...] = (
     StaticReshapes,
     DeclareInterface,
     DecomposeRotaryEmbedding,
+    KeepSumsBeforeProducts,
     MultiHeadAttention,
     ExpandAttentionMasks,
     MixByReduction,
@@ -60,7 +62,7 @@ def backend_pipeline(backend: str) -> list[Pass]:
     """Return what a portable graph goes through before ``backend`` compiles it."""
     pipelines: dict[str, list[Pass]] = {
         "onnxruntime": [MultiHeadAttention(), ExpandAttentionMasks()],
-        "openvino": [DecomposeRotaryEmbedding()],
+        "openvino": [DecomposeRotaryEmbedding(), KeepSumsBeforeProducts()],
         "tensorrt": [MixByReduction(), DistinctAttentionScales()],
         "tensorrt-rtx": [MixByReduction(), DistinctAttentionScales()],
     }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <openvino/openvino.hpp>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -177,7 +178,15 @@ class OpenVino final : public Backend {
     FREEWHEEL_ASSIGN(const ov::element::Type hint,
                      precision_type(computed_in(precision, capabilities_), onnx));
     try {
-      ov::CompiledModel model = core_.compile_model(onnx, kDevice, properties(hint));
+      const std::shared_ptr<ov::Model> read = core_.read_model(onnx);
+      for (const auto& node : read->get_ops()) {
+        // OpenVINO would multiply by the reciprocal, which differs in the last digit.
+        const bool is_by_constant =
+            node->get_type_name() == std::string_view("Divide") &&
+            node->get_input_node_ptr(1)->get_type_name() == std::string_view("Constant");
+        if (is_by_constant) node->get_rt_info()["nonconvertable_divide_0"] = true;
+      }
+      ov::CompiledModel model = core_.compile_model(read, kDevice, properties(hint));
       EngineRecord record;
       record.backend = name();
       record.version = version_;

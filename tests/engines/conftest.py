@@ -38,6 +38,8 @@ TEXTS = {
     "rotary": "g (bfloat16[batch, 12, tokens, 128] x, bfloat16[batch, tokens, 64] rope_cos,"
     " bfloat16[batch, tokens, 64] rope_sin) => (bfloat16[batch, 12, tokens, 128] out)"
     "{ out = RotaryEmbedding<interleaved = 1>(x, rope_cos, rope_sin) }",
+    "thirds": "g (float[n] x) => (float[n] out)"
+    "{ three = Constant<value = float {3.0}>()  out = Div(x, three) }",
     "unknown_op": "g (float[n, 4] x) => (float[n, 4] out) { [peculiar] out = Fourierise(x) }",
 }
 

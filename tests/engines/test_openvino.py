@@ -104,6 +104,14 @@ def test_float16_is_never_computed_in_bfloat16(graph):
     assert ((out - expected).norm() / expected.norm()).item() < 1e-3
 
 
+def test_a_division_by_a_constant_stays_one(graph):
+    path = graph("thirds")
+    OpenVino().compile(path, Target(), path.parent / "engine")
+    x, out = torch.randn(1000), torch.zeros(1000)
+    OpenVino().load(path.parent / "engine").bind({"x": x, "out": out}).run()
+    assert torch.equal(out, x / 3), "a product with the reciprocal differs in a third of them"
+
+
 def test_probe_names_version_and_native_precisions():
     found = OpenVino.probe()
     assert found.available

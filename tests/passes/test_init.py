@@ -63,7 +63,7 @@ def test_backends_have_passes_of_their_own() -> None:
     names = ("openvino", "onnxruntime", "tensorrt", "tensorrt-rtx")
     found = {n: [type(p).__name__ for p in backend_pipeline(n)] for n in names}
     assert found == {
-        "openvino": ["DecomposeRotaryEmbedding"],
+        "openvino": ["DecomposeRotaryEmbedding", "KeepSumsBeforeProducts"],
         "onnxruntime": ["MultiHeadAttention", "ExpandAttentionMasks"],
         "tensorrt": ["MixByReduction", "DistinctAttentionScales"],
         "tensorrt-rtx": ["MixByReduction", "DistinctAttentionScales"],
