@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,24 +15,44 @@ from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.manifest import GraphEntry
 from freewheel.bundle.reader import Bundle
+from freewheel.bundle.store import Store
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
+from freewheel.compiler.cut.row import Row
 from freewheel.compiler.cut.transformer import cut_transformer
+from freewheel.compiler.engines import STORE
 from freewheel.compiler.graphs.write import write_graphs
+from freewheel.core.dtypes import Precision
 from freewheel.core.progress import Silent
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def cut_model() -> Callable[..., Cut]:
-    """Return a function that cuts a Wan transformer as if its checkpoint were float32."""
+def shared_cut(build_cache: Path) -> Callable[..., Cut]:
+    """Return a function that cuts what a config describes, once for all tests and all builds."""
+    store = Store(build_cache / STORE)
 
     def cut(
-        model: WanTransformer3DModel, precision: str = "float32", stored: str = "float32"
+        row: Row,
+        config: Mapping[str, Any],
+        precision: Precision = "float32",
+        stored: str = "float32",
     ) -> Cut:
-        family = family_of("WanTransformer3DModel", "config.json")
-        return cut_transformer(family, model.config, precision, lambda name: stored)
+        return cut_transformer(row, config, precision, lambda name: stored, store)
+
+    return cut
+
+
+@pytest.fixture(scope="session")
+def cut_model(shared_cut: Callable[..., Cut]) -> Callable[..., Cut]:
+    """Return a function that cuts a Wan transformer as if its checkpoint were float32."""
+    family = family_of("WanTransformer3DModel", "config.json")
+
+    def cut(
+        model: WanTransformer3DModel, precision: Precision = "float32", stored: str = "float32"
+    ) -> Cut:
+        return shared_cut(family, model.config, precision, stored)
 
     return cut
 

@@ -11,6 +11,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,18 @@ def opened(bundle: Bundle, **options: Any) -> Session:
     return Session(LoadedModel(bundle, backend, options=DeviceOptions(**options)))
 
 
-@pytest.mark.parametrize("real_trt", ["tensorrt newest", "tensorrt-rtx"], indirect=True)
-@pytest.mark.parametrize("options", OPTIONS)
+COVERING = {("tensorrt newest", "offload and graphs"), ("tensorrt-rtx", "plain")}
+"""Both packages, engines driven plainly and in every other way at once; the full cross runs nightly."""
+
+
+@pytest.mark.parametrize(
+    ("real_trt", "options"),
+    [
+        pytest.param(*case, marks=() if case in COVERING else pytest.mark.nightly)
+        for case in product(("tensorrt newest", "tensorrt-rtx"), OPTIONS)
+    ],
+    indirect=["real_trt"],
+)
 def test_runs_equal_onnxruntime_bit_for_bit(
     bundle: Bundle, expected: Any, feigned: Any, options: str
 ) -> None:

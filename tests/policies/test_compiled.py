@@ -15,6 +15,8 @@ import torch
 from runs import TIE, fold, random_run
 from settings import SETTINGS
 
+from freewheel.bundle.store import Store
+from freewheel.compiler.engines import STORE
 from freewheel.compiler.graphs.decide import write_decide_graph
 from freewheel.core.errors import ExportError
 from freewheel.policies import POLICIES, policies, policy_class
@@ -33,9 +35,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def entries(bundle: Path) -> dict:
+def entries(bundle: Path, build_cache: Path) -> dict:
     named = policies(setting.policy for setting in SETTINGS.values())
-    return {name: write_decide_graph(policy(), bundle) for name, policy in named.items()}
+    store = Store(build_cache / STORE)
+    return {name: write_decide_graph(policy(), bundle, store) for name, policy in named.items()}
 
 
 def with_onnxruntime(graph: Path) -> Callable[[Tensors], Tensors]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import pytest
 from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.reader import Bundle
+from freewheel.bundle.store import Store
+from freewheel.compiler.engines import STORE
+from freewheel.compiler.plan import BuildRequest, plan
 from freewheel.configs.load import parse_config
 from freewheel.core.errors import ConfigError
 from freewheel.policies.setting import CacheSetting
@@ -75,12 +79,17 @@ def test_what_nothing_goes_by_gets_the_nearest(demo_bundle: Bundle) -> None:
 
 
 def test_a_model_of_one_block_carries_no_policy_that_looks_at_the_first(
-    tmp_path: Path, tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]
+    tmp_path: Path, tiny_checkpoint: Path, tiny_bundle: Bundle, build_cache: Path
 ) -> None:
     config = WanTransformer3DModel.load_config(tiny_checkpoint)
     WanTransformer3DModel.from_config(config, num_layers=1).save_pretrained(tmp_path / "one")
-    bundle = build_bundle(tmp_path / "one", ("onnxruntime",))
-    assert "teacache" in bundle.manifest.policies
+    off = config_entries(["off"], unwarned)
+    request = BuildRequest(str(tmp_path / "one"), tmp_path / "out", [], off)
+    carried = plan(request, Store(build_cache / STORE)).policies
+    assert set(tiny_bundle.manifest.policies) - set(carried) == {"firstblock", "dicache"}
+    bundle = copy(tiny_bundle)
+    kept = {n: p for n, p in bundle.manifest.policies.items() if n in carried}
+    bundle.manifest = bundle.manifest.model_copy(update={"policies": kept})
     with pytest.raises(ConfigError, match="'firstblock': is not in the bundle"):
         choose_setting(bundle, "firstblock", {"threshold": "0.2"}, unwarned)
 

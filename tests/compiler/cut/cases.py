@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, partial
 from typing import Any
 
 import diffusers
@@ -27,17 +27,21 @@ EVERY_RUN = ("wan", "flux", "qwen_image")
 
 @dataclass(frozen=True)
 class Case:
-    """A cut, and the transformer that it was made of, with random weights."""
+    """A transformer with random weights, and its cut, which takes seconds when first asked for."""
 
     row: Row
     model: nn.Module
     weights: Mapping[str, Tensor]
-    cut: Cut
+    make_cut: Callable[[], Cut]
+
+    @cached_property
+    def cut(self) -> Cut:
+        return self.make_cut()
 
 
 @cache
 def case(name: str) -> Case:
-    """Cut a case once."""
+    """Return a case, which is cut once."""
     if name in HELD_OUT:
         row, config = HELD_OUT[name]
         assert row_of(row.model) is None, "it has a row now: hold another class out"
@@ -47,7 +51,7 @@ def case(name: str) -> Case:
     model_class = getattr(diffusers, row.model)
     model = random_weights(model_class.from_config(config).eval())
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return Case(row, model, weights, cut_model(row, model_class, config))
+    return Case(row, model, weights, partial(cut_model, row, model_class, config))
 
 
 def traced(forward: Callable[..., Any], **inputs: Any) -> Trace:
@@ -119,7 +123,7 @@ CONDITIONED = Row(
 
 @cache
 def conditioned() -> Case:
-    """Cut `Conditioned` once."""
+    """Return `Conditioned`, which is cut once."""
     model = random_weights(Conditioned())
-    cut = cut_model(CONDITIONED, Conditioned, {})
-    return Case(CONDITIONED, model, dict(model.named_parameters()), cut)
+    make_cut = partial(cut_model, CONDITIONED, Conditioned, {})
+    return Case(CONDITIONED, model, dict(model.named_parameters()), make_cut)

@@ -53,7 +53,8 @@ def test_a_chained_cut_is_the_transformer(name: str) -> None:
 
 def test_a_wrong_weight_is_seen(wan: Case) -> None:
     name = "blocks.3.attn2.to_k.weight"  # of a block that was not traced
-    broken = Case(wan.row, wan.model, {**wan.weights, name: wan.weights[name] + 0.1}, wan.cut)
+    weights = {**wan.weights, name: wan.weights[name] + 0.1}
+    broken = Case(wan.row, wan.model, weights, lambda: wan.cut)
     assert max(errors(broken, SIZES, 0)) > TOLERANCE
 
 

@@ -129,7 +129,7 @@ def verdict(model: str) -> Verdict:
     try:
         cut = cut_model(row, model_class, config, modulation=False)
         kind = "refused"
-        one = Case(row, whole, weights, cut)
+        one = Case(row, whole, weights, lambda: cut)
         settings: Any = whole.config
         declared = _Declaration(row, cut, settings, "float32", lambda name: "float32").declared()
     except ExportError as reason:

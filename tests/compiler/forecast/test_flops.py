@@ -3,29 +3,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.forecast.flops import flops_of, segment_flops, step_flops
 
 WAN = family_of("WanTransformer3DModel", "")
 
-CHANNELS, FFN, TEXT, FREQUENCIES, LAYERS, LATENT = 32, 48, 24, 16, 3, 4
+CHANNELS, FFN, TEXT, FREQUENCIES, LAYERS, LATENT = 32, 48, 24, 32, 3, 4
 DIMS = {
     "batch": 1, "frames": 3, "height": 6, "width": 10, "tokens": 45, "tokens_per_frame": 15,
     "text_tokens": 7, "image_tokens": 9, "steps": 5,
 }  # fmt: skip
 
 
-def tiny_cut(**config: object) -> Cut:
+@pytest.fixture(scope="module")
+def tiny_cut(shared_cut: Callable[..., Cut]) -> Callable[..., Cut]:
+    """Return a function that cuts the tiny Wan transformer, or one that differs from it."""
     tiny = {
         "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": LATENT,
         "out_channels": LATENT, "text_dim": TEXT, "freq_dim": FREQUENCIES, "ffn_dim": FFN,
         "num_layers": LAYERS, "rope_max_seq_len": 64, "patch_size": (1, 2, 2),
     }  # fmt: skip
-    return cut_transformer(WAN, {**tiny, **config}, "float32", lambda name: "float32")
+    return lambda **config: shared_cut(WAN, {**tiny, **config})
 
 
 def block_flops(tokens: int, batch: int = 1) -> int:
@@ -36,7 +39,7 @@ def block_flops(tokens: int, batch: int = 1) -> int:
 
 
 @pytest.fixture(scope="module")
-def cut() -> Cut:
+def cut(tiny_cut: Callable[..., Cut]) -> Cut:
     return tiny_cut()
 
 
@@ -67,22 +70,16 @@ def test_a_computed_step_runs_every_block_and_a_reused_one_none(cut: Cut) -> Non
     assert flops.prompt == flops.segments["prompt"] + LAYERS * flops.segments["context"]
 
 
-def test_image_models_attend_to_the_image_too() -> None:
+def test_image_models_attend_to_the_image_too(tiny_cut: Callable[..., Cut]) -> None:
     """They pad the text to 512 tokens."""
-    cut = tiny_cut(image_dim=20, added_kv_proj_dim=CHANNELS)
+    cut = tiny_cut(in_channels=36, out_channels=16, image_dim=20, added_kv_proj_dim=CHANNELS)
     counted = segment_flops(cut, DIMS)
     attended = DIMS["image_tokens"] + 512 - DIMS["text_tokens"]
     more = 2 * DIMS["tokens"] * 2 * attended * CHANNELS
     assert counted["block"] == block_flops(DIMS["tokens"]) + more
 
 
-def test_real_sizes_cost_no_memory() -> None:
-    cut = tiny_cut(
-        num_attention_heads=40,
-        attention_head_dim=128,
-        ffn_dim=13824,
-        num_layers=40,
-        rope_max_seq_len=1024,
-    )
+def test_real_sizes_cost_no_memory(shared_cut: Callable[..., Cut]) -> None:
+    cut = shared_cut(WAN, {}, "bfloat16")  # of 14 billion parameters
     flops = step_flops(cut, {**DIMS, "tokens": 75_600, "frames": 21, "height": 90, "width": 160})
     assert flops.computed > 4e15

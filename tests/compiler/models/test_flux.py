@@ -25,7 +25,6 @@ from torch import Tensor
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
@@ -38,16 +37,30 @@ TINY = {
     "attention_head_dim": 16, "joint_attention_dim": 12, "pooled_projection_dim": 10,
     "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
 }  # fmt: skip
+HEADS = {"num_attention_heads": 3, "attention_head_dim": 24, "axes_dims_rope": (4, 12, 8)}
+ODD = {
+    **TINY,
+    **HEADS,
+    "guidance_embeds": False,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "out_channels": 7,
+}
 GEOMETRIES = [
     pytest.param(TINY, id="dev"),
-    pytest.param({**TINY, "guidance_embeds": False}, id="schnell"),
-    pytest.param(
-        {**TINY, "num_attention_heads": 3, "attention_head_dim": 24, "axes_dims_rope": (4, 12, 8)},
-        id="3 heads of 24",
-    ),
-    pytest.param({**TINY, "num_layers": 1, "num_single_layers": 1, "out_channels": 7}, id="1 + 1"),
+    pytest.param(ODD, id="all else at once"),
     pytest.param({**TINY, "num_single_layers": 0}, id="no single blocks"),
+    *(
+        pytest.param(config, id=name, marks=pytest.mark.nightly)
+        for name, config in {
+            "schnell": {**TINY, "guidance_embeds": False},
+            "3 heads of 24": {**TINY, **HEADS},
+            "1 + 1": {**TINY, "num_layers": 1, "num_single_layers": 1, "out_channels": 7},
+        }.items()
+    ),
 ]
+"""A cut takes seconds: everything else at once in every run, one by one nightly."""
+
 SIZES = [(1, 2, 3, 5), (2, 4, 3, 7)]
 """Batch, rows and columns of tokens, text tokens."""
 
@@ -56,8 +69,10 @@ def model_of(config: Mapping[str, Any]) -> Any:
     return randomised(FluxTransformer2DModel(**config))
 
 
-def cut_of(model: Any, precision: Any = "float32") -> Cut:
-    return cut_transformer(FLUX, model.config, precision, lambda name: "float32")
+@pytest.fixture(scope="module")
+def cut_of(shared_cut: Callable[..., Cut]) -> Callable[..., Cut]:
+    """Return a function that cuts a model as if its checkpoint were float32."""
+    return lambda model, precision="float32": shared_cut(FLUX, model.config, precision)
 
 
 def inputs_of(config: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -112,17 +127,21 @@ def bundle(model: Any, tmp_path_factory: Any, build_bundle: Callable[..., Bundle
 @pytest.mark.parametrize("config", GEOMETRIES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_chained_segments_equal_the_eager_transformer(
-    config: dict[str, Any], size: tuple[int, ...]
+    cut_of: Callable[..., Cut], config: dict[str, Any], size: tuple[int, ...]
 ) -> None:
     model, inputs = model_of(config), inputs_of(config, size)
     assert relative(Chain(cut_of(model), model).run(inputs), eager(model, inputs)) < 2e-6
 
 
-def test_every_checkpoint_tensor_is_some_graphs_weight(model: Any) -> None:
+def test_every_checkpoint_tensor_is_some_graphs_weight(
+    cut_of: Callable[..., Cut], model: Any
+) -> None:
     assert taken_weights(cut_of(model)) == set(model.state_dict())
 
 
-def test_signal_and_feature_are_what_the_transformer_computes(model: Any) -> None:
+def test_signal_and_feature_are_what_the_transformer_computes(
+    cut_of: Callable[..., Cut], model: Any
+) -> None:
     inputs, seen = inputs_of(TINY, SIZES[1]), dict[str, Any]()
     first, middle = model.transformer_blocks
     hooks = [
@@ -142,7 +161,9 @@ def test_signal_and_feature_are_what_the_transformer_computes(model: Any) -> Non
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_bodies_stay_close(model: Any, precision: str) -> None:
+def test_low_precision_bodies_stay_close(
+    cut_of: Callable[..., Cut], model: Any, precision: str
+) -> None:
     inputs = inputs_of(TINY, SIZES[1])
     found = Chain(cut_of(model, precision), model).run(inputs)
     bound = {"bfloat16": 3e-2, "float16": 4e-3}[precision]

@@ -32,18 +32,26 @@ TINY = {
     "num_refiner_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
     "text_embed_dim": 12, "pooled_projection_dim": 10, "rope_axes_dim": (4, 6, 6),
 }  # fmt: skip
+HEADS = {
+    "num_attention_heads": 3, "attention_head_dim": 24, "rope_axes_dim": (8, 4, 12), "patch_size": 1,
+    "patch_size_t": 2, "out_channels": 5,
+}  # fmt: skip
+UNGUIDED = {"guidance_embeds": False, "num_refiner_layers": 1}
+IMAGE = {"in_channels": 9, "image_condition_type": "latent_concat"}
 GEOMETRIES = [
     pytest.param(TINY, id="tiny"),
-    pytest.param({**TINY, "guidance_embeds": False, "num_refiner_layers": 1}, id="no guidance"),
-    pytest.param(
-        {**TINY, "in_channels": 9, "image_condition_type": "latent_concat"}, id="image's latents"
+    pytest.param({**TINY, **HEADS, **UNGUIDED, **IMAGE}, id="all else at once"),
+    *(
+        pytest.param({**TINY, **config}, id=name, marks=pytest.mark.nightly)
+        for name, config in {
+            "no guidance": UNGUIDED,
+            "image's latents": IMAGE,
+            "3 heads of 24, patch 211": HEADS,
+        }.items()
     ),
-    pytest.param(
-        {**TINY, "num_attention_heads": 3, "attention_head_dim": 24, "rope_axes_dim": (8, 4, 12),
-         "patch_size": 1, "patch_size_t": 2, "out_channels": 5},
-        id="3 heads of 24, patch 211",
-    ),
-]  # fmt: skip
+]
+"""A cut takes seconds: everything else at once in every run, one by one nightly."""
+
 SIZES = [(1, 2, 4, 2, 5), (2, 4, 2, 6, 7)]
 """Batch, frames, height, width, text tokens."""
 
@@ -52,8 +60,10 @@ def model_of(config: Mapping[str, Any]) -> Any:
     return randomised(HunyuanVideoTransformer3DModel(**config))
 
 
-def cut_of(model: Any, precision: Any = "float32") -> Cut:
-    return cut_transformer(HUNYUAN, model.config, precision, lambda name: "float32")
+@pytest.fixture(scope="module")
+def cut_of(shared_cut: Callable[..., Cut]) -> Callable[..., Cut]:
+    """Return a function that cuts a model as if its checkpoint were float32."""
+    return lambda model, precision="float32": shared_cut(HUNYUAN, model.config, precision)
 
 
 def inputs_of(config: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -105,17 +115,21 @@ def bundle(model: Any, tmp_path_factory: Any, build_bundle: Callable[..., Bundle
 @pytest.mark.parametrize("config", GEOMETRIES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_chained_segments_equal_the_eager_transformer(
-    config: dict[str, Any], size: tuple[int, ...]
+    cut_of: Callable[..., Cut], config: dict[str, Any], size: tuple[int, ...]
 ) -> None:
     model, inputs = model_of(config), inputs_of(config, size)
     assert relative(Chain(cut_of(model), model).run(inputs), eager(model, inputs)) < 2e-6
 
 
-def test_every_checkpoint_tensor_is_some_graphs_weight(model: Any) -> None:
+def test_every_checkpoint_tensor_is_some_graphs_weight(
+    cut_of: Callable[..., Cut], model: Any
+) -> None:
     assert taken_weights(cut_of(model)) == set(model.state_dict())
 
 
-def test_signal_and_feature_are_what_the_transformer_computes(model: Any) -> None:
+def test_signal_and_feature_are_what_the_transformer_computes(
+    cut_of: Callable[..., Cut], model: Any
+) -> None:
     inputs, seen = inputs_of(TINY, SIZES[1]), dict[str, Any]()
     first, middle = model.transformer_blocks
     hooks = [
@@ -135,7 +149,9 @@ def test_signal_and_feature_are_what_the_transformer_computes(model: Any) -> Non
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_bodies_stay_close(model: Any, precision: str) -> None:
+def test_low_precision_bodies_stay_close(
+    cut_of: Callable[..., Cut], model: Any, precision: str
+) -> None:
     inputs = inputs_of(TINY, SIZES[1])
     found = Chain(cut_of(model, precision), model).run(inputs)
     bound = {"bfloat16": 3e-2, "float16": 4e-3}[precision]

@@ -3,40 +3,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import diffusers
 import pytest
-import torch
+import test_flux
+import test_hunyuan
+import test_ltx
 
 from freewheel.compiler.cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Runs
 from freewheel.compiler.cut.models import FAMILIES, Row, family_of
-from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.configs.load import load_config
 from freewheel.core.errors import CheckpointError
 from freewheel.runtime.settings import config_entry
 
-EVERY_RUN = ("wan", "ltx", "flux", "hunyuan", "qwen_image")
+TINY = {"flux": test_flux.TINY, "hunyuan": test_hunyuan.TINY, "ltx": test_ltx.TINY}
+"""Configs that the families' own tests cut too."""
+
+CONFIGS = [
+    pytest.param((f, {}), id=f.name, marks=() if f.name == "wan" else pytest.mark.nightly)
+    for f in FAMILIES
+] + [pytest.param((f, TINY[f.name]), id=f"tiny {f.name}") for f in FAMILIES if f.name in TINY]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(f, id=f.name, marks=() if f.name in EVERY_RUN else pytest.mark.nightly)
-        for f in FAMILIES
-    ],
-)
-def family(request: pytest.FixtureRequest) -> Row:
-    return request.param
+@pytest.fixture(scope="module", params=CONFIGS)
+def cut(request: pytest.FixtureRequest, shared_cut: Callable[..., Cut]) -> Cut:
+    return shared_cut(*request.param, "bfloat16")
 
 
-@pytest.fixture(scope="module")
-def cut(family: Row) -> Cut:
-    with torch.device("meta"):
-        config = getattr(diffusers, family.model)().config
-    return cut_transformer(family, config, "bfloat16", lambda name: "float32")
-
-
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_rows_name_classes_of_diffusers(family: Row) -> None:
     assert hasattr(diffusers, family.model)
     assert all(hasattr(diffusers, p) for p in family.pipelines)
@@ -88,7 +84,7 @@ def test_every_dimension_has_a_size(cut: Cut) -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
 def test_published_polynomials_look_at_a_signal_that_the_family_has(
-    name: str, config: str, coefficients: list[float]
+    shared_cut: Callable[..., Cut], name: str, config: str, coefficients: list[float]
 ) -> None:
     """Values of github.com/ali-vilab/TeaCache, commit 7c10efc; first and last step exact."""
     entry = config_entry(load_config(f"teacache/{config}"))
@@ -96,9 +92,7 @@ def test_published_polynomials_look_at_a_signal_that_the_family_has(
     assert setting.parameters["coefficients"] == coefficients
     assert (setting.guard.first_exact, setting.guard.last_exact) == (1, 1)
     row = next(row for row in FAMILIES if row.name == name)
-    with torch.device("meta"):
-        model = getattr(diffusers, row.model)(num_layers=2).config
-    cut = cut_transformer(row, model, "bfloat16", lambda name: "bfloat16")
+    cut = shared_cut(row, TINY[name])
     assert cut.signals[setting.signal] == ("modulated_input", "step")
     assert (entry.generation.guidance_scale == 1.0) == (name != "ltx"), "guidance is inside"
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
@@ -27,17 +26,36 @@ TINY = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
     "cross_attention_dim": 32, "num_layers": 3, "caption_channels": 12,
 }  # fmt: skip
+HEADS = {"num_attention_heads": 3, "attention_head_dim": 10, "cross_attention_dim": 30}
+NORMS = {"norm_elementwise_affine": True, "norm_eps": 1e-4}
+BARE = {"attention_bias": False, "attention_out_bias": False}
 GEOMETRIES = [
-    pytest.param({**TINY, "activation_fn": "gelu"}, id="gelu"),
     pytest.param(TINY, id="tiny"),
     pytest.param(
-        {**TINY, "num_attention_heads": 3, "attention_head_dim": 10, "cross_attention_dim": 30},
-        id="width that 6 divides",
+        {
+            **TINY,
+            **HEADS,
+            **NORMS,
+            **BARE,
+            "activation_fn": "gelu",
+            "num_layers": 1,
+            "out_channels": 7,
+        },
+        id="all else at once",
     ),
-    pytest.param({**TINY, "num_layers": 1, "out_channels": 7}, id="1 layer"),
-    pytest.param({**TINY, "norm_elementwise_affine": True, "norm_eps": 1e-4}, id="weighted norms"),
-    pytest.param({**TINY, "attention_bias": False, "attention_out_bias": False}, id="no bias"),
+    *(
+        pytest.param({**TINY, **config}, id=name, marks=pytest.mark.nightly)
+        for name, config in {
+            "gelu": {"activation_fn": "gelu"},
+            "width that 6 divides": HEADS,
+            "1 layer": {"num_layers": 1, "out_channels": 7},
+            "weighted norms": NORMS,
+            "no bias": BARE,
+        }.items()
+    ),
 ]
+"""A cut takes seconds: everything else at once in every run, one by one nightly."""
+
 SIZES = [(1, 1, 2, 3, 5), (2, 3, 2, 4, 7)]
 """Batch, frames, rows, columns, text tokens."""
 
@@ -46,8 +64,10 @@ def model_of(config: Mapping[str, Any]) -> Any:
     return randomised(LTXVideoTransformer3DModel(**config))
 
 
-def cut_of(model: Any, precision: Any = "float32") -> Cut:
-    return cut_transformer(LTX, model.config, precision, lambda name: "float32")
+@pytest.fixture(scope="module")
+def cut_of(shared_cut: Callable[..., Cut]) -> Callable[..., Cut]:
+    """Return a function that cuts a model as if its checkpoint were float32."""
+    return lambda model, precision="float32": shared_cut(LTX, model.config, precision)
 
 
 def inputs_of(config: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -98,17 +118,21 @@ def bundle(model: Any, tmp_path_factory: Any, build_bundle: Callable[..., Bundle
 @pytest.mark.parametrize("config", GEOMETRIES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_chained_segments_equal_the_eager_transformer(
-    config: dict[str, Any], size: tuple[int, ...]
+    cut_of: Callable[..., Cut], config: dict[str, Any], size: tuple[int, ...]
 ) -> None:
     model, inputs = model_of(config), inputs_of(config, size)
     assert relative(Chain(cut_of(model), model).run(inputs), eager(model, inputs)) < 1e-6
 
 
-def test_every_checkpoint_tensor_is_some_graphs_weight(model: Any) -> None:
+def test_every_checkpoint_tensor_is_some_graphs_weight(
+    cut_of: Callable[..., Cut], model: Any
+) -> None:
     assert taken_weights(cut_of(model)) == set(model.state_dict())
 
 
-def test_signals_and_feature_are_what_the_transformer_computes(model: Any) -> None:
+def test_signals_and_feature_are_what_the_transformer_computes(
+    cut_of: Callable[..., Cut], model: Any
+) -> None:
     inputs, seen = inputs_of(TINY, SIZES[1]), dict[str, Any]()
     block = model.transformer_blocks[1]
     hooks = [
@@ -133,7 +157,9 @@ def test_signals_and_feature_are_what_the_transformer_computes(model: Any) -> No
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_bodies_stay_close(model: Any, precision: str) -> None:
+def test_low_precision_bodies_stay_close(
+    cut_of: Callable[..., Cut], model: Any, precision: str
+) -> None:
     inputs = inputs_of(TINY, SIZES[1])
     found = Chain(cut_of(model, precision), model).run(inputs)
     bound = {"bfloat16": 3e-2, "float16": 4e-3}[precision]

@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "compiler/cut"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "compiler/models"))
+import test_flux
+import test_ltx
 from cases import case
 from whole import WHOLE, save_pipeline
 
@@ -36,6 +39,9 @@ EVERY_RUN = ("flux", "ltx")
 NAMES = [
     pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly) for name in WHOLE
 ]
+FAMILIES = {"flux": test_flux, "ltx": test_ltx}
+"""Models whose graphs other tests trace too."""
+
 EXTRA = {"pixart": {"use_resolution_binning": False, "clean_caption": False}}
 """What lets a pipeline make the small size that is asked for, as it stands."""
 
@@ -46,7 +52,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(name: str) -> Path:
         if not (base / name).is_dir():
-            save_pipeline(name, case(name).model, base / name)
+            family = FAMILIES.get(name)
+            model = family.model_of(family.TINY) if family is not None else case(name).model
+            save_pipeline(name, model, base / name)
         return base / name
 
     return folder
