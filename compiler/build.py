@@ -214,9 +214,15 @@ def _trace(
         "config": {n: v for n, v in checkpoint.config.items() if not n.startswith("_")},
         "precision": planned.request.precision,
     }
-    graphs = write_graphs(
-        planned.segments, planned.cut.example_dims, folder, progress, dump,
-        store=store, made_from=made_from,
+    own = [segment for segment in planned.segments if segment in planned.cut.segments]
+    # The graphs around the model are the same for every one of this width.
+    around = [segment for segment in planned.segments if segment not in own]
+    sizes = planned.cut.example_dims
+    read = {dim for s in around for spec in s.inputs.values() for dim in spec.shape}
+    graphs = write_graphs(own, sizes, folder, progress, dump, store=store, made_from=made_from)
+    graphs |= write_graphs(
+        around, {n: size for n, size in sizes.items() if n in read}, folder, progress, dump,
+        store=store,
     )  # fmt: skip
     policies = {}
     for name, policy_class in planned.policies.items():

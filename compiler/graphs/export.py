@@ -82,8 +82,14 @@ def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
-    """Let `torch.onnx.export` neither talk nor prepare again what it prepared before."""
-    with warnings.catch_warnings(), _quiet(), _one_operator_registry():
+    """Let `torch.onnx.export` neither talk nor make what nobody reads, nor anything twice."""
+    with (
+        warnings.catch_warnings(),
+        _quiet(),
+        _without_stack_traces(),
+        _one_operator_registry(),
+        _operators_listed_once(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -98,6 +104,19 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Note no Python stack at each node: the passes strip them (a twentieth of an export)."""
+    from torch.fx import config
+
+    previous = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = True  # unknown to older releases of torch, which ignore it
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = previous
 
 
 @contextlib.contextmanager
@@ -121,6 +140,27 @@ def _one_operator_registry() -> Iterator[None]:
         yield
     finally:
         registry_class.from_torchlib = original
+
+
+@contextlib.contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """Let an export list torch's composite operators once.
+
+    `run_decompositions` lists all of them again for each namespace: 57 times in a twentieth of an
+    export (torch 2.13). Should torch move it, exports are slower and nothing else.
+    """
+    from torch._export import utils
+
+    name = "_materialize_cpp_cia_ops"
+    original = getattr(utils, name, None)
+    if original is None:
+        yield
+        return
+    setattr(utils, name, cache(original))
+    try:
+        yield
+    finally:
+        setattr(utils, name, original)
 
 
 @cache

@@ -122,6 +122,24 @@ def test_a_variant_is_built_and_its_pipeline_has_plain_names(request_for, pipeli
     assert [p.name for p in (parts / "text_encoder").iterdir()] == ["model.safetensors"]
 
 
+def test_graphs_around_the_model_are_kept_for_every_model_of_its_width(
+    request_for, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models of other configs take them from the store: their keys name no config and no model."""
+    configs: dict[str, Any] = {}
+    write = building.write_graphs
+
+    def noted(segments: list[Any], *given: Any, **options: Any) -> Any:
+        configs.update(dict.fromkeys([s.name for s in segments], options.get("made_from")))
+        return write(segments, *given, **options)
+
+    monkeypatch.setattr(building, "write_graphs", noted)
+    build(request_for())
+    around = ["delta", "reuse", "gram", "first_block_residual", "noise_level", "filtered_latents"]
+    assert [name for name, config in configs.items() if config is None] == around
+    assert {"block", "head", "finish"} <= configs.keys()
+
+
 def test_a_build_is_a_bundle_that_opens(request_for) -> None:
     request = request_for()
     report = build(request)

@@ -227,13 +227,27 @@ def test_what_torch_cannot_export_is_told_by_segment() -> None:
 def test_tracing_leaves_torch_and_logging_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
     import logging
 
+    from torch._export import utils
+    from torch.fx import config
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     before = ONNXRegistry.__dict__["from_torchlib"].__func__
+    lists, silent = utils._materialize_cpp_cia_ops, config.do_not_emit_stack_traces
     trace(linear_segment(Linear()), {"tokens": 15})
     with pytest.raises(ExportError):
         trace(linear_segment(Branching()), {"tokens": 15})
     after = ONNXRegistry.from_torchlib
     assert getattr(after, "__func__", after) is before
+    assert utils._materialize_cpp_cia_ops is lists
+    assert config.do_not_emit_stack_traces is silent
     assert logging.root.manager.disable == 0
     assert capfd.readouterr().out == ""
+
+
+def test_torch_lists_its_operators_once_in_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._export import utils
+
+    listed, lists = [], utils._materialize_cpp_cia_ops
+    monkeypatch.setattr(utils, "_materialize_cpp_cia_ops", lambda: listed.append(1) or lists())
+    trace(linear_segment(Linear()), {"tokens": 15})
+    assert len(listed) == 1
