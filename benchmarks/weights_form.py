@@ -167,7 +167,7 @@ class BoundBody:
     @property
     def result(self) -> Tensor:
         """The hidden states after the body, float32."""
-        return self.body.hidden_out.float()
+        return self.body.results["hidden"].float()
 
 
 def measure(

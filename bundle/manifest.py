@@ -11,6 +11,7 @@ from ..core.dtypes import ITEM_BYTES, Precision
 from ..core.limits import LARGEST_SEED
 from ..policies.setting import CacheSetting
 from ..policies.spec import PolicySpec
+from .streams import HIDDEN, LATENTS
 
 __all__ = [
     "MANIFEST",
@@ -343,6 +344,7 @@ class Manifest(_Entry):
     inputs: dict[str, InputEntry]
     dims: dict[str, list[tuple[str, Positive]]]
     sums: dict[str, list[SumTerm]] = {}
+    arguments: dict[str, bool | int | float | str | None] = {}
     latent_scale: LatentScale
     vocabulary_size: Positive | None = None
     tokenizer: TokenizerEntry | None = None
@@ -365,3 +367,14 @@ class Manifest(_Entry):
         """Streams that a later stage reads as a block left them: (stream, place of the block)."""
         skips = (skip for stage in self.stages for skip in stage.skips.values())
         return frozenset((skip.stream, place) for skip in skips for place in skip.blocks)
+
+    @property
+    def cached(self) -> list[str]:
+        """The streams whose residuals are kept, ``hidden`` first."""
+        return sorted(self.graphs["reuse"].streams, key=lambda stream: stream != HIDDEN)
+
+    @property
+    def latents(self) -> list[str]:
+        """What the model samples, ``latents`` first: its inputs that change at every step."""
+        steps = [name for name, entry in self.inputs.items() if entry.runs == "step"]
+        return sorted(steps, key=lambda name: name != LATENTS)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from .manifest import MAX_BLOCKS, MAX_ENTRIES, Manifest, StageEntry
+from .streams import HIDDEN, HISTORY, LATENTS, MODEL_OUTPUT, RESIDUAL, beside
 
 __all__ = ["reference_faults"]
 
@@ -20,6 +21,7 @@ def reference_faults(manifest: Manifest) -> list[str]:
     """Say which names lead nowhere, and which parts contradict each other; empty when none do."""
     return [
         *_graph_faults(manifest),
+        *_stream_faults(manifest),
         *_stage_faults(manifest),
         *_policy_faults(manifest),
         *_file_faults(manifest),
@@ -47,6 +49,27 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
         # The first block's residual is what the runtime makes of a probe.
         if signal.value not in given[signal.known] | {"first_block_residual"}:
             yield f"'signals.{kind}.value' '{signal.value}' is given by nothing"
+
+
+def _stream_faults(manifest: Manifest) -> Iterator[str]:
+    """Say what is not there of each of the things that a model samples, and of each cached stream."""
+    graphs = manifest.graphs
+    if not graphs.keys() >= REQUIRED.keys():
+        return
+    if LATENTS not in manifest.latents:
+        yield f"'inputs' lack '{LATENTS}'"
+    for latents in manifest.latents[1:]:
+        output = beside(latents, LATENTS, MODEL_OUTPUT)
+        if output not in graphs["finish"].outputs:
+            yield f"'graphs.finish.outputs' lack '{output}'"
+    for stream in manifest.cached[1:]:
+        if stream not in graphs["head"].outputs:
+            yield f"'graphs.head.outputs' lack '{stream}'"
+        residual, history = (beside(stream, HIDDEN, word) for word in (RESIDUAL, HISTORY))
+        if residual not in graphs["delta"].outputs:
+            yield f"'graphs.delta.outputs' lack '{residual}'"
+        if history not in graphs["reuse"].inputs:
+            yield f"'graphs.reuse.inputs' lack '{history}'"
 
 
 def _stage_faults(manifest: Manifest) -> Iterator[str]:

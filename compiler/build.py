@@ -179,6 +179,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
             dims={n: list(f) for n, f in cut.dims.items()},
             sums={n: list(terms) for n, terms in cut.sums.items()},
             latent_scale=latent_scale(cut, checkpoint.pipeline),
+            arguments=dict(cut.arguments),
             vocabulary_size=next(
                 (p.vocabulary_size for p in planned.parts if p.vocabulary_size), None
             ),

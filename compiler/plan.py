@@ -157,8 +157,7 @@ def plan(request: BuildRequest, store: Store = NO_STORE) -> Plan:
             "build with --weights inputs: engines are the same for both",
         )  # fmt: skip
     signals = _signals(cut, request.weights)
-    hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
-    cache = cache_segments(hidden, cut.history_dtype)
+    cache = cache_segments(cut.cached, cut.history_dtype)
     segments = (*cut.segments, *cache, *filter_segments(cut))
     return Plan(
         request, checkpoint, row, cut, configs, policies, signals,

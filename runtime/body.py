@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..bundle.dims import derive_dims, match_dims, shape_of
 from ..bundle.manifest import GraphEntry, GroupEntry, IoEntry, StageEntry
+from ..bundle.streams import HIDDEN
 from ..core.errors import RequestError
 from ..engines.base import BoundCall
 from .finite import is_finite
@@ -44,18 +45,18 @@ class _Call:
 class Body:
     """Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
 
-    Hidden states go from ``hidden`` (kept, for the residual) through two alternating buffers that
-    all branches share; ``hidden_out`` is the one the last call writes. Other streams go from what
-    ``prompt`` gave through two buffers of the branch's own. What a later stage reads (a skip
-    connection) has a buffer of its own in each branch.
+    Cached streams (``hidden``) go from what ``head`` gave (kept, for the residual) through two
+    alternating buffers that all branches share. Other streams go from what ``prompt`` gave through
+    two buffers of the branch's own. What a later stage reads (a skip connection) has a buffer of its
+    own in each branch.
 
     Attributes:
         context: The prompt's inputs and what its graph made of them.
         dims: Every named dimension, those of the prompt included.
-        hidden_out: [batch, tokens, channels], where the body's result appears.
+        results: Cached stream → [batch, tokens, channels], where the body's result appears.
         taps: Two buffers of the feature, written in turn; empty until `bind_taps`.
-        probe_out: [batch, tokens, channels], what the first block gave, where it stays until the
-            next step; None until `bind_probe`.
+        probe_out: Cached stream that the first block passes on → [batch, tokens, channels], what it
+            gave, where it stays until the next step; empty until `bind_probe`.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Body:
         self._tapped: list[BoundCall] = []
         self._chains: dict[tuple[int | None, int, int], BoundCall] = {}
         self.taps: list[Tensor] = []
-        self.probe_out: Tensor | None = None
+        self.probe_out: dict[str, Tensor] = {}
         self._probed = 0
-        self._streams = {"hidden": shared["hidden"]}
-        self._buffers = {"hidden": [shared["hidden_even"], shared["hidden_odd"]]}
+        cached = self._manifest.cached
+        self._streams = {s: shared[s] for s in cached}
+        self._buffers = {s: [shared[f"{s}_even"], shared[f"{s}_odd"]] for s in cached}
         self._kept: dict[tuple[str, int], Tensor] = {}
         before = 0  # blocks of earlier stages
         for stage in self._manifest.stages:
@@ -107,7 +109,7 @@ class Body:
                 one = range(block, block + 1)
                 self._add_call(stage.block, one, values, stage.tapped, place + block)
             before += stage.count
-        self.hidden_out = self._streams["hidden"]
+        self.results = {s: self._streams[s] for s in cached}
         self.set_prompt(prompt)
 
     def _bind_context(
@@ -210,28 +212,34 @@ class Body:
             self._model.bind(graph, {**call.values, FEATURE: tap}, call.block) for tap in self.taps
         ]
 
-    def bind_probe(self) -> Tensor:
-        """Let the first block that passes ``hidden`` on write where no later block does.
+    def bind_probe(self) -> dict[str, Tensor]:
+        """Let what the first block that passes ``hidden`` on gives lie where no later block writes.
 
         Returns:
-            That buffer, ``probe_out``.
+            Those buffers, ``probe_out``.
         """
-        if self.probe_out is None:
-            graphs = self._manifest.graphs
-            first, second = [
-                i for i, c in enumerate(self._calls) if "hidden" in graphs[c.graph].streams
-            ][:2]
-            written = self._calls[first].values["hidden_out"]
-            is_kept = any(written is kept for kept in self._kept.values())
-            self.probe_out = written if is_kept else torch.zeros_like(written)
-            self._rebind(first, {"hidden_out": self.probe_out})
-            for index in range(first + 1, second + 1):
-                self._rebind(index, {"hidden": self.probe_out})
+        if not self.probe_out:
+            passed = [self._manifest.graphs[call.graph].streams for call in self._calls]
+            first = next(i for i, streams in enumerate(passed) if HIDDEN in streams)
+            for stream in self.results:
+                writers = [i for i, streams in enumerate(passed) if stream in streams]
+                before = [i for i in writers if i <= first]
+                if 0 < len(before) < len(writers):
+                    self._keep_probed(stream, before[-1], writers[len(before)])
             self._probed = first + 1
             if self.taps:
                 self._bind_tapped()
             self._chains.clear()
         return self.probe_out
+
+    def _keep_probed(self, stream: str, writer: int, following: int) -> None:
+        """Give a stream a buffer of its own between a call that writes it and the next that does."""
+        written = self._calls[writer].values[f"{stream}_out"]
+        is_kept = any(written is kept for kept in self._kept.values())
+        self.probe_out[stream] = own = written if is_kept else torch.zeros_like(written)
+        self._rebind(writer, {f"{stream}_out": own})
+        for index in range(writer + 1, following + 1):
+            self._rebind(index, {stream: own})
 
     def _rebind(self, index: int, values: Mapping[str, Tensor]) -> None:
         call = self._calls[index]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.dims import shape_of
+from ..bundle.streams import HIDDEN, HISTORY, RESIDUAL, beside
 from ..engines.base import BoundCall
 from ..policies.deadline import Pace
 from ..policies.decision_loop import DecisionRecord
@@ -47,14 +48,15 @@ class BranchCache:
         """
         self._resolved, self._body, self._record = resolved, body, record
         spec, graphs = resolved.policy.spec, model.manifest.graphs
-        hidden, dims = shared["hidden"], body.dims
+        dims = body.dims
         self.computed_steps: list[int] = []
         self._is_probed = any(
             g.runs == "probe" and resolved.signal is not None and resolved.signal.value in g.outputs
             for g in graphs.values()
         )
         # With a probe, what is reused is what the blocks after it add.
-        base = body.bind_probe() if self._is_probed else hidden
+        begun = {stream: shared[stream] for stream in model.manifest.cached}
+        base = {**begun, **(body.bind_probe() if self._is_probed else {})}
         self.wants_tap = spec.feature == "attention_output" or record
         if self.wants_tap:
             body.bind_taps()
@@ -73,21 +75,24 @@ class BranchCache:
         self.ring: ResidualRing | None = None
         self._gram: Tensor | None = None
         if depth:
-            declared = graphs["delta"].outputs["residual"]
-            shape, dtype = shape_of(declared, dims), getattr(torch, declared.dtype)
-            self.ring = ResidualRing(depth, shape, dtype, model.device)
-            before = {"hidden": base, "hidden_out": body.hidden_out}
+            residuals = graphs["delta"].outputs
+            shapes = {s: shape_of(residuals[beside(s, HIDDEN, RESIDUAL)], dims) for s in begun}
+            dtype = getattr(torch, residuals[RESIDUAL].dtype)
+            self.ring = ResidualRing(depth, shapes, dtype, model.device)
+            results = {f"{stream}_out": given for stream, given in body.results.items()}
+            before = {**base, **results}
             self._deltas = [
-                model.bind("delta", {**before, "residual": self.ring.slot(i)}) for i in range(depth)
+                model.bind("delta", {**before, **_beside_each(self.ring.slot(i), RESIDUAL)})
+                for i in range(depth)
             ]
-            past = {"history": self.ring.history, "mix": self.ring.mix}
+            past = {**_beside_each(self.ring.history, HISTORY), "mix": self.ring.mix}
             self._reuse = model.chain([model.bind("reuse", {**before, **past})])
             self._bind_gram(model)
             self._replay: BoundCall | None = None
             if record:
-                self._replayed = torch.zeros(shape, dtype=dtype, device=model.device)
-                whole = {**before, "hidden": hidden}
-                self._replay = model.bind("delta", {**whole, "residual": self._replayed})
+                replayed = allocate(residuals, dims, model.device)
+                self._replayed = replayed[RESIDUAL]
+                self._replay = model.bind("delta", {**begun, **results, **replayed})
         self._tables: Mapping[str, Tensor] = {}
         self._signals = self._bind_signal(model, shared)
         self._decider = Decider(
@@ -107,7 +112,8 @@ class BranchCache:
         size = self._resolved.policy.spec.history.maximum
         self._factors = torch.zeros(size, size, device=model.device)
         self._gram = torch.zeros(size, size, device=model.device)
-        values = {"history": self.ring.history, "factors": self._factors, "gram": self._gram}
+        history = self.ring.history[HIDDEN]
+        values = {"history": history, "factors": self._factors, "gram": self._gram}
         self._gram_call = model.bind("gram", values)
 
     def _bind_signal(
@@ -140,7 +146,7 @@ class BranchCache:
             return SignalBuffers(roles, buffers, [copy_to(b) for b in buffers])
         values = {**shared, **self._body.context}
         if self._is_probed:
-            values["hidden_out"] = self._body.bind_probe()
+            values["hidden_out"] = self._body.bind_probe()[HIDDEN]
         made = {signal.value: model.manifest.graphs[graph].outputs[signal.value]}
         buffers = [allocate(made, self._body.dims, model.device)[signal.value] for _ in spots]
         calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
@@ -269,9 +275,9 @@ class BranchCache:
             self._deltas[self.ring.next_slot].run()
 
     @property
-    def computed_residual(self) -> Tensor | None:
-        """What `compute` wrote and `keep` has not taken yet; None where no history is kept."""
-        return None if self.ring is None else self.ring.slot(self.ring.next_slot)
+    def computed_residuals(self) -> list[Tensor]:
+        """What `compute` wrote and `keep` has not taken yet, of each stream; none without history."""
+        return [] if self.ring is None else list(self.ring.slot(self.ring.next_slot).values())
 
     def keep(self, step_index: int) -> None:
         """Take the residual that `compute` wrote into the history."""
@@ -300,3 +306,8 @@ class BranchCache:
         assert self._replay is not None, "bound when recording"
         self._replay.run()
         return self._replayed, self._body.taps[self._last_tap] if decision.compute else None
+
+
+def _beside_each(tensors: Mapping[str, Tensor], wanted: str) -> dict[str, Tensor]:
+    """Return tensors of streams by what graphs call them: ``audio_history`` for ``audio_hidden``."""
+    return {beside(stream, HIDDEN, wanted): tensor for stream, tensor in tensors.items()}

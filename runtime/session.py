@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..bundle.dims import derive_dims, match_dims, shape_of
 from ..bundle.manifest import InputEntry
+from ..bundle.streams import HIDDEN, LATENTS, MODEL_OUTPUT, beside, check_samples_one
 from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
 from ..policies import form_of
@@ -96,11 +97,11 @@ class OpenStep:
     def compute(self) -> Tensor:
         """Run the body and return its residual."""
         self._body.run()
-        return self._body.hidden_out - self.hidden
+        return self._body.results[HIDDEN] - self.hidden
 
     def finish(self, residual: Tensor) -> Tensor:
         """Return the model output that a residual leads to, float32."""
-        torch.add(self.hidden, residual, out=self._body.hidden_out)
+        torch.add(self.hidden, residual, out=self._body.results[HIDDEN])
         self._finish.run()
         return self._model_output.clone()
 
@@ -121,11 +122,16 @@ class Recorder(Protocol):
 @dataclass
 class _Branch:
     body: Body
-    model_output: Tensor
+    outputs: dict[str, Tensor]
     head: BoundCall
     finish: BoundCall
     cache: BranchCache | None = None
     last_step: int = -1
+
+    @property
+    def model_output(self) -> Tensor:
+        """What the model gives for the first of its latents."""
+        return self.outputs[MODEL_OUTPUT]
 
 
 class Session:
@@ -292,8 +298,9 @@ class Session:
             inputs: Per-step inputs by name: ``latents`` [batch, channels, frames, height, width].
 
         Returns:
-            The model output, [batch, out channels, frames, height, width], float32: a buffer
-            that the branch's next step overwrites.
+            The model output for ``latents``, [batch, out channels, frames, height, width],
+            float32: a buffer that the branch's next step overwrites. `outputs` has those for
+            others.
 
         Raises:
             RequestError: shapes don't fit, no prompt was set, steps are out of order, an input is
@@ -357,6 +364,14 @@ class Session:
             self._record(branch, step_index, decision.compute, cache.recorded(decision))
         return state.model_output
 
+    def outputs(self, branch: str) -> dict[str, Tensor]:
+        """Return what the branch's last step gave: latents → model output, ``latents`` first.
+
+        The tensors are buffers that the branch's next step overwrites.
+        """
+        made = self._branches[branch].outputs
+        return {n: made[beside(n, LATENTS, MODEL_OUTPUT)] for n in self.manifest.latents}
+
     @property
     def decides_once(self) -> bool:
         """Whether the branch that runs a step first decides for all."""
@@ -396,13 +411,18 @@ class Session:
             branch: A branch whose prompt was set.
             step_index: 0-based, in any order.
             inputs: As for `step`.
+
+        Raises:
+            RequestError: the model samples several things at once, or as for `step`.
         """
+        where = f"bundle '{self.model.bundle.folder}'"
+        check_samples_one(self.manifest.latents, where, "schedules are fitted to one")
         self._place(inputs, f"branch '{branch}', step {step_index}")
         state = self._branch(branch)
         self._select_row(step_index)
         state.head.run()
         self.model.backend.synchronize()
-        return OpenStep(self._shared["hidden"], state.body, state.finish, state.model_output)
+        return OpenStep(self._shared[HIDDEN], state.body, state.finish, state.model_output)
 
     def _decide(self, cache: BranchCache, step_index: int) -> DecisionRecord:
         """Ask a branch's policy, or take what another branch decided about the step."""
@@ -421,14 +441,15 @@ class Session:
         """Raise `NotFiniteError` naming the segment that first made such values in this step."""
         branch = self._branches[name]
         assert branch.cache is not None, "the step has run"
-        residual = branch.cache.computed_residual if computed else None
-        if is_finite(branch.model_output) and (residual is None or is_finite(residual)):
+        residuals = branch.cache.computed_residuals if computed else []
+        kept = all(map(is_finite, residuals))
+        if kept and all(map(is_finite, branch.outputs.values())):
             return
         # What ran before still lies in its buffers.
         segment = "finish"
-        if not is_finite(self._shared["hidden"]):
+        if not all(is_finite(self._shared[stream]) for stream in self.manifest.cached):
             segment = "head"
-        elif not is_finite(branch.body.hidden_out) or not (residual is None or is_finite(residual)):
+        elif not kept or not all(map(is_finite, branch.body.results.values())):
             segment = "body" if computed else "reuse"
         place = branch.body.first_not_finite() if segment == "body" else None
         hint = "compare with --cache off"
@@ -513,10 +534,10 @@ class Session:
         for graph in graphs.values():
             if graph.runs == "shape":
                 shared |= allocate(graph.outputs, dims, device)
-        hidden = graphs["head"].outputs["hidden"]
-        shared |= allocate(
-            dict.fromkeys(("hidden", "hidden_even", "hidden_odd"), hidden), dims, device
-        )
+        for stream in self.manifest.cached:
+            begun = graphs["head"].outputs[stream]
+            names = (stream, f"{stream}_even", f"{stream}_odd")
+            shared |= allocate(dict.fromkeys(names, begun), dims, device)
         for name, graph in graphs.items():
             if graph.runs == "shape":
                 self.model.bind(name, shared).run()
@@ -543,9 +564,11 @@ class Session:
     def _make_branch(self, name: str) -> _Branch:
         body = Body(self.model, name, self._shared, self._prompts[name], self._dims)
         outputs = allocate(self.manifest.graphs["finish"].outputs, body.dims, self.model.device)
-        values = {**self._shared, **body.context, "hidden_out": body.hidden_out, **outputs}
-        head = self.model.bind("head", values)
-        return _Branch(body, outputs["model_output"], head, self.model.bind("finish", values))
+        results = {f"{stream}_out": result for stream, result in body.results.items()}
+        values = {**self._shared, **body.context, **results, **outputs}
+        return _Branch(
+            body, outputs, self.model.bind("head", values), self.model.bind("finish", values)
+        )
 
     def _record(
         self, branch: str, step_index: int, computed: bool, kept: tuple[Tensor, Tensor | None]
@@ -559,7 +582,7 @@ class Session:
                 continue
             values = dict(buffers)
             if graph.runs == "probe":
-                values["hidden_out"] = state.body.bind_probe()
+                values["hidden_out"] = state.body.bind_probe()[HIDDEN]
                 state.body.run_probe()
             made = allocate(graph.outputs, state.body.dims, self.model.device)
             self.model.bind(name, {**values, **made}).run()

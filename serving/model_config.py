@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..bundle.manifest import IoEntry, Manifest
+from ..bundle.streams import check_samples_one
 from ..core.errors import RequestError
 
 __all__ = ["ServedModel", "config_text", "served_backend"]
@@ -48,7 +49,12 @@ def served_backend(manifest: Manifest, wanted: str | None) -> str:
 
 
 def config_text(manifest: Manifest, served: ServedModel) -> str:
-    """Return the text of config.pbtxt."""
+    """Return the text of config.pbtxt.
+
+    Raises:
+        RequestError: the model samples several things at once, or channels are no number.
+    """
+    check_samples_one(manifest.latents, f"family '{manifest.family}'", "a server answers with one")
     runs = [config.generation for config in manifest.configs.values()]
     parameters = {
         "backend": served.backend,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...bundle.streams import LATENTS, MODEL_OUTPUT, beside
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 from .alone import alone
@@ -29,14 +30,16 @@ from .dimensions import Dimensions
 from .names import fresh_name
 from .precision import typed
 from .refusal import refuse, refuse_what_has_no_word
-from .row import Row, Same
-from .streams import find_streams
+from .row import Ignored, Row, Same
+from .streams import find_streams, latents_of
 from .taps import attention_output, modulated_input
 from .words import PRODUCTS, Call, Cut, arguments, operation, results
 
 __all__ = ["declare"]
 
 INPUT_NAMES = {
+    "audio_encoder_attention_mask": "audio_text_mask",
+    "audio_encoder_hidden_states": "audio_text_states",
     "cap_feats": "text_states",
     "encoder_attention_mask": "text_mask",
     "encoder_mask": "text_mask",
@@ -95,6 +98,15 @@ def _cut_of(row: Row, model_class: Any, config: str) -> Cut:
     return cut_model(row, model_class, json.loads(config), modulation=False)
 
 
+def _arguments(row: Row) -> dict[str, bool | int | float | str | None]:
+    """Return the arguments of `forward` that are no inputs → their one value; None is any."""
+    return {
+        name: None if isinstance(value, Ignored) else value
+        for name, value in row.inputs.items()
+        if isinstance(value, (Ignored, bool, int, float, str))
+    }
+
+
 class _Declaration:
     def __init__(
         self,
@@ -143,6 +155,7 @@ class _Declaration:
             limits=self.dimensions.limits(),
             sums=self.dimensions.sums,
             usual=self.row.usual,
+            arguments=_arguments(self.row),
         )
 
     def _runs(self, call: Call) -> str:
@@ -151,13 +164,16 @@ class _Declaration:
     def _words(self) -> dict[str, str]:
         """Return the bundle's name of each value: streams by theirs, all else once."""
         words: dict[str, str] = {}
+        latents = latents_of(self.cut)
         for name, one in self.cut.inputs.items():
-            word = {"step": "latents", "run": "timesteps"}.get(one.changes)
             argument = name.split(".")[0]
-            words[name] = word or fresh_name(
+            known = "timesteps" if one.changes == "run" else latents.get(name)
+            words[name] = known or fresh_name(
                 INPUT_NAMES.get(argument, name.replace(".", "_")), words.values()
             )
-        words[self.cut.results[0]] = "model_output"
+        for result, word in zip(self.cut.results, latents.values(), strict=True):
+            words[result] = beside(word, LATENTS, MODEL_OUTPUT)
+        streams = {"text", *self.streams.of.values()}
         for call in self.cut.calls:
             for value in call.outputs:
                 if value in words:
@@ -168,7 +184,7 @@ class _Declaration:
                 elif call.block:
                     words[value] = value.removeprefix(f"{call.block}.")
                 else:
-                    words[value] = fresh_name(value, {*words.values(), "hidden", "text"})
+                    words[value] = fresh_name(value, {*words.values(), *streams})
         return words
 
     def _aliases(self) -> dict[str, str]:

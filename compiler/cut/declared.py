@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ...bundle.manifest import SumTerm
+from ...bundle.streams import HIDDEN
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 
@@ -90,7 +91,8 @@ class Stage:
     """A run of equal blocks inside ``body``.
 
     A block passes streams on: each output ``<stream>_out`` whose input ``<stream>`` it takes goes
-    to the next block. ``hidden``, which ``head`` begins, is the one whose residual is cached;
+    to the next block. Those that ``head`` begins and ``finish`` reads are cached: ``hidden``, and
+    beside it ``audio_hidden`` where a model samples sound with its video;
     others (a text stream) begin as an output of ``prompt``, or of a block, and end with the last
     block. A block need not write every stream. What is computed once per computed step, before the
     first block or between two, is a stage of one block whose weights are nobody else's.
@@ -156,6 +158,8 @@ class Cut:
         sums: Dimension → what it is the sum of, as text and image tokens in one sequence are:
             others, numbers, and others rounded up to a multiple.
         unread: Tensors that the model has and its `forward` does not read.
+        arguments: Other arguments that pipelines give `forward` → the one value that they may have;
+            None where any gives the same.
         history_dtype: dtype in which residuals are kept.
         example_dims: Sizes to trace with.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
@@ -176,6 +180,7 @@ class Cut:
     sums: Mapping[str, tuple[SumTerm, ...]] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
     usual: Mapping[str, int] = field(default_factory=dict)
+    arguments: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Add the signals that need no segment of the family's own."""
@@ -185,6 +190,14 @@ class Cut:
         if blocks >= 2:
             added[FIRST_BLOCK_RESIDUAL] = (FIRST_BLOCK_RESIDUAL, "step")
         object.__setattr__(self, "signals", {**self.signals, **added})
+
+    @property
+    def cached(self) -> dict[str, TensorSpec]:
+        """Return the streams whose residuals are kept, ``hidden`` first."""
+        given = {s.name: s for s in self.segments}
+        begun, read = given["head"].outputs, given["finish"].inputs
+        streams = [HIDDEN, *(n for n in begun if n != HIDDEN and f"{n}_out" in read)]
+        return {stream: begun[stream] for stream in streams}
 
     def signal_spec(self, kind: str) -> TensorSpec:
         """Return dtype and dimensions of the value that carries a signal, a table's where it is one."""

@@ -108,6 +108,7 @@ class _Document(_Model):
     sums: dict[str, tuple[SumTerm, ...]]
     unread: list[str]
     usual: dict[str, int]
+    arguments: dict[str, bool | int | float | str | None]
 
 
 def write_cut(cut: Cut, folder: Path) -> None:

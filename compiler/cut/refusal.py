@@ -51,12 +51,15 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
     model = cut.model
     steps = [n for n, one in cut.inputs.items() if one.changes == "step"]
     runs = [n for n, one in cut.inputs.items() if one.changes == "run"]
-    if len(steps) != 1:
-        refuse(model, f"takes {len(steps)} inputs that change at every step", steps)
+    if not steps:
+        refuse(model, "takes no input that changes at every step")
     if len(runs) != 1:
         refuse(model, f"takes {len(runs)} timesteps", runs)
-    if len(cut.results) != 1:
-        refuse(model, f"returns {len(cut.results)} values", cut.results)
+    of_many = [n for n in runs if cut.inputs[n].shape not in ("batch", "1")]
+    if of_many:
+        refuse(model, "conditions its tokens on several timesteps at once", of_many)
+    if len(cut.results) != len(steps):
+        refuse(model, f"returns {len(cut.results)} values for {len(steps)} latents", cut.results)
     if not any(call.block for call in cut.calls):
         refuse(model, "has no blocks")
     if not any(segment.runs == "prompt" for segment in cut.segments.values()):

@@ -18,6 +18,7 @@ __all__ = [
     "SIZES",
     "TEXT_MASK",
     "Changes",
+    "Ignored",
     "Input",
     "Row",
     "Same",
@@ -97,6 +98,14 @@ class Same:
     argument: str
 
 
+@dataclass(frozen=True)
+class Ignored:
+    """An argument of `forward` that pipelines give, and that changes nothing whatever it is.
+
+    Nothing reads it where the row's other arguments are given.
+    """
+
+
 def size_expression(word: str, config: Mapping[str, Any]) -> Any:
     """Return a dimension that a row spells (``height // patch_size``) over the names of `SIZES`."""
     numbers = {
@@ -135,8 +144,9 @@ class Row:
     Attributes:
         model: Name of the class.
         name: What manifests call the model's family; empty where no bundle is made by the row.
-        inputs: Argument of `forward` → `Input`, a nested list or tuple of them, `Same`, or a plain
-            value.
+        inputs: Argument of `forward` → `Input`, a nested list or tuple of them, `Same`, `Ignored`,
+            or a plain value, the one that pipelines may give. The first input that changes at every
+            step is the one whose stream policies look at.
         pipelines: Diffusers pipelines whose ``transformer`` it may be.
         multiples: Size → expression over the config of which it is a multiple (a patch).
         whole: Whether blocks must all be traced, because `forward` tells them apart by index.

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follow what blocks hand on: ``hidden``, whose residual is cached, and other streams beside it."""
+"""Follow what blocks hand on: ``hidden``, whose residual is cached, and other streams beside it.
+
+A model that samples several things at once has a cached stream for each that passes its blocks by
+itself: ``hidden`` and ``audio_hidden`` (`bundle.streams`).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from torch import fx
+
+from ...bundle.streams import HIDDEN, LATENTS, beside
 from .names import fresh_name
 from .refusal import refuse
 from .words import Call, Cut, arguments, results, shape_of
 
-__all__ = ["Streams", "find_streams"]
+__all__ = ["Streams", "find_streams", "latents_of"]
 
 
 @dataclass
@@ -50,8 +57,21 @@ class Streams:
         return next(i for i, call in enumerate(self.blocks) if value in call.outputs)
 
 
+def latents_of(cut: Cut) -> dict[str, str]:
+    """Return each input that changes at every step → what a bundle calls it: the first ``latents``."""
+    found: dict[str, str] = {}
+    for name, one in cut.inputs.items():
+        if one.changes == "step":
+            kind = name.split(".")[0].removesuffix("_states").removesuffix(HIDDEN)
+            kind = kind.removesuffix(LATENTS).rstrip("_")
+            found[name] = fresh_name(f"{kind}_{LATENTS}".lstrip("_"), found.values())
+            if len(found) == 1:
+                found[name] = LATENTS
+    return found
+
+
 def find_streams(cut: Cut) -> Streams:
-    """Follow what blocks hand on: ``hidden`` comes from `head`, others from the prompt or a block.
+    """Follow what blocks hand on: cached streams come from `head`, others from the prompt or a block.
 
     Raises:
         ExportError: a block, or what is behind the last, reads what no stream of a bundle can be.
@@ -72,12 +92,9 @@ class _Streams:
         """Name each stream where it begins, and follow it."""
         found = Streams(self.blocks)
         carried = self._carried()
-        made = {v for c in self.cut.calls if self._runs(c) == "step" for v in c.outputs}
-        begun = list(dict.fromkeys(v for call in self.blocks for v in call.inputs if v in made))
-        if len(begun) != 1:
-            refuse(self.cut.model, f"hands {len(begun)} values of the latents to its blocks", begun)
-        found.of[begun[0]] = "hidden"
-        now = {"hidden": begun[0]}
+        now = self._begun()
+        found.of |= {value: stream for stream, value in now.items()}
+        cached = set(now)
         for place, call in enumerate(self.blocks):
             passed = carried[call.segment]
             if call.segment not in found.inputs:
@@ -110,10 +127,41 @@ class _Streams:
                 outputs[j] = found.of[value] = stream
                 now[stream] = value
         behind = self.cut.calls[-1]
-        others = [v for v in behind.inputs if self._is_of_body(v) and found.of[v] != "hidden"]
-        if others:
-            refuse(self.cut.model, "reads behind its blocks more than the latents' stream", others)
+        of_body = {v: found.of[v] for v in behind.inputs if self._is_of_body(v)}
+        read = [v for v, stream in of_body.items() if stream not in cached or now[stream] != v]
+        if read:
+            refuse(self.cut.model, "reads behind its blocks more than the latents' stream", read)
+        left = [now[stream] for stream in cached - set(of_body.values())]
+        if left:
+            refuse(self.cut.model, "reads no more behind its blocks of a stream of latents", left)
         return found
+
+    def _begun(self) -> dict[str, str]:
+        """Return each cached stream, as `head` gives it: one for each of the latents at most."""
+        made = {v for c in self.cut.calls if self._runs(c) == "step" for v in c.outputs}
+        begun = list(dict.fromkeys(v for call in self.blocks for v in call.inputs if v in made))
+        latents = latents_of(self.cut)
+        named: dict[str, str] = {}
+        for value in begun:
+            read = [name for name in latents if name in self._reads(value)]
+            if read:
+                named.setdefault(beside(latents[read[0]], LATENTS, HIDDEN), value)
+        if len(named) != len(begun) or HIDDEN not in named:
+            refuse(self.cut.model, f"hands {len(begun)} values of the latents to its blocks", begun)
+        return {HIDDEN: named[HIDDEN], **named}
+
+    def _reads(self, value: str) -> set[str]:
+        """Return the inputs that `head` makes a value of."""
+        call = self.maker[value]
+        module = self.cut.segments[call.segment].module
+        given = dict(zip(arguments(module), call.inputs, strict=True))
+        left: list[fx.Node] = [results(module)[call.outputs.index(value)]]
+        seen = set(left)
+        while left:
+            new = [n for n in left.pop().all_input_nodes if n not in seen]
+            seen.update(new)
+            left += new
+        return {given[node] for node in seen if node in given}
 
     def _is_of_body(self, value: str) -> bool:
         """Say whether a block makes a value, or what runs before or between blocks."""

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ...core.errors import ExportError
 from .patch import patched
-from .row import Input, Row, Same, size_expression
+from .row import Ignored, Input, Row, Same, size_expression
 from .symbolic import symbolic_python
 
 __all__ = [
@@ -184,6 +184,8 @@ def leaves_of(row: Row, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 
 def _is_taken(argument: Any, config: Mapping[str, Any]) -> bool:
     """Say whether a model of a config takes an argument: one that has no input, or one that it takes."""
+    if isinstance(argument, Ignored):
+        return False
     inputs = [i for i in pytree.tree_leaves(argument, is_leaf=is_leaf) if isinstance(i, Input)]
     return not inputs or any(i.needs is None or config.get(i.needs) for i in inputs)
 

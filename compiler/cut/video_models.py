@@ -4,7 +4,19 @@
 from __future__ import annotations
 
 from .patches import HUNYUAN_VIDEO_15, MOCHI
-from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Input, Row, prompt, run, step
+from .row import (
+    PATCH_IMAGE,
+    PATCH_VIDEO,
+    TEXT_MASK,
+    Ignored,
+    Input,
+    Row,
+    Same,
+    prompt,
+    run,
+    size,
+    step,
+)
 
 __all__ = ["VIDEO_MODELS"]
 
@@ -14,6 +26,11 @@ COGVIDEO_TABLE = prompt(
 )
 
 ALLEGRO_GRID = prompt("1 frames*(height//patch_size)*(width//patch_size)", dtype="int64", fill=1)
+
+
+def _ltx_2_text(width: str) -> Input:
+    """Return what the connectors give: up to LTX-2 the transformer brings it to its width itself."""
+    return prompt(f"batch text_tokens ({width},caption_channels)[use_prompt_embeddings]")
 
 
 def _allegro_table(positions: str) -> tuple[Input, Input]:
@@ -164,6 +181,32 @@ VIDEO_MODELS: tuple[Row, ...] = (
         multiples=PATCH_VIDEO,
         whole=True,
         usual={"image_tokens": 257},
+    ),
+    Row(
+        "LTX2VideoTransformer3DModel",
+        {
+            "hidden_states": step("batch frames*height*width in_channels"),
+            "audio_hidden_states": step("batch audio_tokens audio_in_channels"),
+            "timestep": run(),
+            "sigma": Same("timestep"),
+            "encoder_hidden_states": _ltx_2_text("cross_attention_dim"),
+            "audio_encoder_hidden_states": _ltx_2_text("audio_cross_attention_dim"),
+            "encoder_attention_mask": TEXT_MASK,
+            "audio_encoder_attention_mask": TEXT_MASK,
+            "num_frames": size("frames"),
+            "height": size("height"),
+            "width": size("width"),
+            "video_coords": prompt("batch 3 frames*height*width 2", fill="positions"),
+            "audio_coords": prompt("batch 1 audio_tokens 2", fill="positions"),
+            "isolate_modalities": False,
+            "audio_num_frames": Ignored(),
+            "fps": Ignored(),
+            "use_cross_timestep": Ignored(),
+        },
+        pipelines=("LTX2Pipeline",),
+        name="ltx_2",
+        latent_scale=(8, 32),
+        usual={"audio_tokens": 126},
     ),
 )
 """In the order in which each came to be cut."""

@@ -68,8 +68,7 @@ def segment_flops(cut: Cut, dims: Mapping[str, int], slots: int = 1) -> dict[str
         dims: Size of every named dimension.
         slots: Residuals that `reuse` mixes.
     """
-    hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
-    cache = cache_segments(hidden, cut.history_dtype)
+    cache = cache_segments(cut.cached, cut.history_dtype)
     segments = (*cut.segments, *cache, *filter_segments(cut))
     return {s.name: flops_of(s, {**dims, "slots": slots}) for s in segments}
 

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...bundle.streams import HIDDEN
 from ...core.dtypes import ITEM_BYTES
 from ...engines.base import TensorSpec
 from ...policies.setting import CacheSetting
@@ -142,7 +143,7 @@ def footprint_of(
     rows = {n: b // dims["steps"] for n, b in tables.items()}
     shared = {n: sized[n] for n, i in cut.inputs.items() if i.runs == "step"}
     shared |= _outputs(cut, ("shape",), dims)
-    shared["hidden states"] = HIDDEN_BUFFERS * _bytes(hidden_spec(cut), dims)
+    shared["hidden states"] = HIDDEN_BUFFERS * _bytes_of(cut.cached, dims)
     shared["timestep tables"] = sum(tables.values()) + sum(rows.values())
     prompt = sum(b for n, b in sized.items() if cut.inputs[n].runs == "prompt")
     pairs = sum(
@@ -151,7 +152,6 @@ def footprint_of(
         if stage.context is not None
         for spec in _segment(cut, stage.context).outputs.values()
     )
-    finish = next(s for s in cut.segments if "model_output" in s.outputs)
     return Footprint(
         branches=branches,
         weight_bytes=sum(_size(*w) for w in cut.weights().values()),
@@ -161,7 +161,7 @@ def footprint_of(
             **_outputs(cut, ("prompt",), dims),
             "context keys and values": pairs,
             "skip connections": _skip_bytes(cut, dims),
-            "model_output": _bytes(finish.outputs["model_output"], dims),
+            "model_output": _bytes_of(_segment(cut, "finish").outputs, dims),
         },
         activation_bytes={
             s.name: activation_bytes(s, dims)
@@ -195,7 +195,6 @@ def cache_bytes(
     Raises:
         ConfigError: a parameter is unknown or out of range.
     """
-    hidden = hidden_spec(cut)
     slots = spec.history.kept(spec.resolve(setting.parameters))
     signals = signals_of(cut)
     signal = spec.signal_of(setting.signal, signals)
@@ -206,7 +205,7 @@ def cache_bytes(
         table = _bytes(signal_spec(cut, signal), {**dims, "steps": 1} if known == "run" else dims)
         signal_bytes = buffers * table
         if value == FIRST_BLOCK_RESIDUAL:
-            signal_bytes += _bytes(hidden, dims)  # the first block's output, kept
+            signal_bytes += _bytes_of(_probed(cut), dims)  # the first block's output, kept
     tapped = next((_segment(cut, s.tapped) for s in cut.stages if s.tapped is not None), None)
     feature_bytes = 0
     if spec.feature == "attention_output" and tapped is not None:
@@ -216,15 +215,21 @@ def cache_bytes(
         feature_bytes = 2 * _bytes(finish.outputs["model_output"], dims)
     return CacheBytes(
         slots=slots,
-        history_bytes=slots * _size(cut.history_dtype, shape_at(hidden, dims)),
+        history_bytes=slots
+        * sum(_size(cut.history_dtype, shape_at(spec, dims)) for spec in cut.cached.values()),
         signal_bytes=signal_bytes,
         feature_bytes=feature_bytes,
     )
 
 
-def hidden_spec(cut: Cut) -> TensorSpec:
-    """Return what hidden states are, [batch, tokens, channels]."""
-    return next(s for s in cut.segments if s.name == "head").outputs["hidden"]
+def _probed(cut: Cut) -> dict[str, TensorSpec]:
+    """Return the cached streams that the body has passed on when ``hidden`` is for the first time."""
+    passed: set[str] = set()
+    for stage in cut.stages:
+        passed |= {f"{n}_out" for n in cut.cached} & _segment(cut, stage.block).outputs.keys()
+        if f"{HIDDEN}_out" in passed:
+            break
+    return {n: spec for n, spec in cut.cached.items() if f"{n}_out" in passed}
 
 
 @dataclass(frozen=True)
@@ -353,6 +358,10 @@ def _outputs(cut: Cut, runs: tuple[str, ...], dims: Mapping[str, int]) -> dict[s
 
 def _bytes(spec: TensorSpec, dims: Mapping[str, int]) -> int:
     return _size(spec.dtype, shape_at(spec, dims))
+
+
+def _bytes_of(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> int:
+    return sum(_bytes(spec, dims) for spec in specs.values())
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping, Sequence
 
+import torch
+from torch import Tensor, fx, nn
+
+from ...bundle.streams import HIDDEN, HISTORY, RESIDUAL, beside
 from ...engines.base import TensorSpec
 from ..cut.declared import FIRST_BLOCK_RESIDUAL, Segment
 
@@ -50,20 +53,35 @@ class Gram(nn.Module):
         return torch.matmul(rows, rows.transpose(0, 1)) / rows.shape[1]
 
 
-def cache_segments(hidden: TensorSpec, history_dtype: str) -> tuple[Segment, ...]:
-    """Return ``delta``, ``reuse``, ``gram`` and the probe's signal for hidden states of this spec."""
-    residual = TensorSpec(history_dtype, hidden.shape)
-    history = TensorSpec(history_dtype, ("slots", *hidden.shape))
+def cache_segments(streams: Mapping[str, TensorSpec], history_dtype: str) -> tuple[Segment, ...]:
+    """Return ``delta``, ``reuse``, ``gram`` and the probe's signal.
+
+    ``delta`` and ``reuse`` serve all streams, by one mix; ``gram`` and the signal, which decide, look
+    at ``hidden``.
+
+    Args:
+        streams: `Cut.cached`: stream → its spec.
+        history_dtype: dtype in which residuals are kept.
+    """
+    hidden = streams[HIDDEN]
+    mix = TensorSpec("float32", ("slots",))
+    deltas, reuses = dict[str, Sequence[str]](), dict[str, Sequence[str]]()
+    before, residuals, past, after = (dict[str, TensorSpec]() for _ in range(4))
+    for stream, spec in streams.items():
+        kept = beside(stream, HIDDEN, HISTORY)
+        deltas[stream] = (f"{stream}_out", stream)
+        reuses[stream] = (stream, kept, "mix")
+        before |= {f"{stream}_out": spec, stream: spec}
+        residuals[beside(stream, HIDDEN, RESIDUAL)] = TensorSpec(history_dtype, spec.shape)
+        past |= {stream: spec, kept: TensorSpec(history_dtype, ("slots", *spec.shape))}
+        after[f"{stream}_out"] = spec
+    history = past[HISTORY]
     return (
         Segment(
-            "delta", "computed", Delta(getattr(torch, history_dtype)),
-            {"hidden_out": hidden, "hidden": hidden}, {"residual": residual},
+            "delta", "computed", _for_each(Delta(getattr(torch, history_dtype)), deltas),
+            before, residuals,
         ),
-        Segment(
-            "reuse", "reused", Reuse(),
-            {"hidden": hidden, "history": history, "mix": TensorSpec("float32", ("slots",))},
-            {"hidden_out": hidden},
-        ),
+        Segment("reuse", "reused", _for_each(Reuse(), reuses), {**past, "mix": mix}, after),
         Segment(
             "gram", "computed", Gram(),
             {"history": history, "factors": TensorSpec("float32", ("slots", "slots"))},
@@ -74,3 +92,23 @@ def cache_segments(hidden: TensorSpec, history_dtype: str) -> tuple[Segment, ...
             {"hidden_out": hidden, "hidden": hidden}, {FIRST_BLOCK_RESIDUAL: hidden},
         ),
     )  # fmt: skip
+
+
+def _for_each(part: nn.Module, streams: Mapping[str, Sequence[str]]) -> nn.Module:
+    """Return one module that does for every stream what a part does for one.
+
+    Args:
+        part: What is done.
+        streams: Stream → the arguments that the part is given, by the names of the whole's.
+    """
+    if len(streams) == 1:
+        return part
+    graph = fx.Graph()
+    names = dict.fromkeys(name for arguments in streams.values() for name in arguments)
+    given = {name: graph.placeholder(name) for name in names}
+    calls = [
+        graph.call_module("part", tuple(given[n] for n in arguments))
+        for arguments in streams.values()
+    ]
+    graph.output(tuple(calls))
+    return fx.GraphModule({"part": part}, graph)

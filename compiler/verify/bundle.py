@@ -226,8 +226,7 @@ def check_engines(
         The checks, and why portable graphs were left out.
     """
     manifest, cut = model.manifest, cut_of(model.bundle)
-    hidden = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
-    cache = cache_segments(hidden, cut.history_dtype)
+    cache = cache_segments(cut.cached, cut.history_dtype)
     segments = {s.name: s for s in (*cut.segments, *cache, *filter_segments(cut))}
     prefix = model.prefix
     graphs = {

@@ -309,6 +309,15 @@ void check_references(FieldReader& reader, const Manifest& manifest) {
   if (has_graph("finish") && manifest.graphs.at("finish").outputs.count("model_output") == 0) {
     reader.fault("graphs.finish.outputs", "lack 'model_output'");
   }
+  std::string sampled;
+  for (const auto& [name, input] : manifest.inputs) {
+    if (input.runs == "step") sampled += (sampled.empty() ? "'" : "', '") + name;
+  }
+  if (sampled.find(',') != std::string::npos) {
+    reader.fault("inputs", sampled +
+                               "' are sampled at once, which C++ has no loop for: attach the " +
+                               "bundle to its diffusers pipeline in Python");
+  }
   if (has_graph("text_encoder") && !manifest.vocabulary_size) {
     reader.fault("vocabulary_size", "is missing, and there is a text encoder");
   }

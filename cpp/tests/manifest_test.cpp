@@ -233,5 +233,14 @@ TEST_F(ManifestTest, ThingsOfTheWrongTypeNeverCrash) {
   EXPECT_GT(tried, 500u);
 }
 
+TEST_F(ManifestTest, RefusesAModelThatSamplesSeveralThingsAtOnce) {
+  const std::string found = fault([](json& m) {
+    m["inputs"]["audio_latents"] = m["inputs"]["latents"];
+    m["inputs"]["audio_latents"]["argument"] = "audio_hidden_states";
+  });
+  expect_holds(found, "'audio_latents', 'latents' are sampled at once");
+  expect_holds(found, "attach the bundle to its diffusers pipeline");
+}
+
 }  // namespace
 }  // namespace freewheel

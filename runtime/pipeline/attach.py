@@ -11,18 +11,22 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...bundle.dims import match_dims, shape_of
 from ...bundle.manifest import InputEntry
 from ...bundle.reader import Bundle
+from ...bundle.streams import LATENTS, beside, check_samples_one
 from ...core.errors import RequestError
 from ...policies.setting import CacheSetting
 from ..distributed.guidance import ExchangeCounts, GuidanceOverRanks
@@ -81,12 +85,16 @@ def attach(
 
     Raises:
         BundleError, BackendUnavailable, ConfigError: as their classes say.
-        RequestError: the pipeline's transformer is not the bundle's, or a LoRA can't be applied.
+        RequestError: the pipeline's transformer is not the bundle's, a LoRA can't be applied, or ranks
+            are to share a model that samples several things at once.
         RankError: another rank attaches something else, or is lost.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     files = [parse_lora(lora) for lora in loras]
     if ranks is not None:
+        check_samples_one(
+            opened.manifest.latents, f"bundle '{opened.folder}'", "ranks trade one output a branch"
+        )
         ranks.compare(facts_of(opened, backend))
     _check_boundary(pipe, opened)
     _check_timesteps(pipe)
@@ -221,6 +229,7 @@ class FreewheelTransformer:
         self._load_session()
         inputs = model.manifest.inputs.values()
         self._timestep = next(i for i in inputs if i.runs == "run")
+        self._latents = {n: model.manifest.inputs[n].argument for n in model.manifest.latents}
 
     def _stand(self, adapters: Adapters) -> None:
         self._adapters, module = adapters, adapters.module
@@ -379,7 +388,7 @@ class FreewheelTransformer:
         attention_kwargs: Mapping[str, Any] | None = None,
         joint_attention_kwargs: Mapping[str, Any] | None = None,
         **named_states: Any,
-    ) -> Transformer2DModelOutput | tuple[Tensor | list[Tensor]]:
+    ) -> BaseOutput | tuple[Tensor | list[Tensor], ...]:
         """Run one branch of one step; of a list of samples, one branch for each.
 
         Args:
@@ -389,51 +398,86 @@ class FreewheelTransformer:
             return_dict: As in diffusers.
             attention_kwargs: Only ``scale`` 1 of LoRA loaders is accepted.
             joint_attention_kwargs: The same by the name that some families have for it.
-            named_states: Prompt inputs by diffusers' keywords.
+            named_states: Prompt inputs by diffusers' keywords, and latents beside the first.
+
+        Returns:
+            The model output, or one for each of the latents where a model samples several at once.
 
         Raises:
             RequestError: shapes don't fit the bundle, timesteps differ within the batch, the call
                 can't be placed in a run, or something is given that the bundle takes no account of.
         """
         attention = {**(attention_kwargs or {}), **(joint_attention_kwargs or {})}
-        sample: Tensor | list[Tensor]
+        samples: tuple[Tensor | list[Tensor], ...]
         try:
             self._take_what_is_same(named_states, timestep)
+            self._take_what_is_fixed(named_states)
+            latents = self._take_latents(hidden_states, named_states)
             if isinstance(hidden_states, list):
                 answers = [
                     self._call(
-                        one.unsqueeze(0), timestep, [_sample(s, i) for s in states],
+                        {n: _sample(s, i) for n, s in latents.items()}, timestep,
+                        [_sample(s, i) for s in states],
                         {n: _sample(s, i) for n, s in named_states.items()}, dict(attention),
                     )
-                    for i, one in enumerate(hidden_states)
+                    for i in range(len(hidden_states))
                 ]  # fmt: skip
-                sample = [answer[0] for answer in answers]
+                samples = tuple([one[0] for one in made] for made in zip(*answers, strict=True))
             else:
-                sample = self._call(hidden_states, timestep, states, named_states, attention)
+                samples = self._call(latents, timestep, states, named_states, attention)
         except BaseException as error:
             self._abandon()
             if self._guidance is not None and isinstance(error, Exception):
                 self._guidance.fail(error)
             raise
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return self._named(samples) if return_dict else samples
+
+    def _named(self, samples: Sequence[Any]) -> BaseOutput:
+        """Return samples as diffusers' outputs have them: ``sample``, and ``audio_sample`` beside it."""
+        if len(samples) == 1:
+            return Transformer2DModelOutput(sample=samples[0])
+        names = [beside(latents, LATENTS, "sample") for latents in self._latents]
+        made: BaseOutput = _outputs_of(*names)(*samples)
+        return made
+
+    def _take_latents(self, first: Any, named: dict[str, Any]) -> dict[str, Any]:
+        """Take the latents out that come by keyword, and return all by the bundle's names."""
+        others = {n: argument for n, argument in self._latents.items() if n != LATENTS}
+        missing = [argument for argument in others.values() if named.get(argument) is None]
+        if missing:
+            raise RequestError(
+                f"transformer argument '{missing[0]}'", "is missing",
+                f"the bundle's model samples {', '.join(self._latents)} at once",
+            )  # fmt: skip
+        return {LATENTS: first, **{n: named.pop(argument) for n, argument in others.items()}}
+
+    def _take_what_is_fixed(self, named: dict[str, Any]) -> None:
+        """Take arguments out that the bundle's model was cut with one value of, or that change nothing."""
+        for name, wanted in self._model.manifest.arguments.items():
+            given = named.pop(name, wanted)
+            if wanted is not None and given is not None and given != wanted:
+                raise RequestError(
+                    f"transformer argument '{name}'", f"is {given}, the bundle's model has {wanted}",
+                    f"leave it out, or make the pipeline give {wanted}",
+                )  # fmt: skip
 
     def _call(
         self,
-        latents: Tensor,
+        latents: Mapping[str, Tensor],
         timestep: Tensor,
         states: Sequence[Any],
         named_states: Mapping[str, Any],
         attention: dict[str, Any],
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         prompt = self._prompt_inputs(states, named_states, attention)
         branch, step_index = self._place(prompt, timestep)
-        sample = self._answer(branch, step_index, prompt, {"latents": latents})
+        samples = self._answer(branch, step_index, prompt, latents)
         self._done[branch] = self._last = step_index
         if self.on_call is not None:
             self.on_call(self.session, step_index)
         if self._guidance is None:
             self._warn_at_end()
-        return sample
+        return samples
 
     def _take_what_is_same(self, named: dict[str, Any], timestep: Tensor) -> None:
         """Take arguments out that the bundle's model is given the timestep as, too."""
@@ -451,18 +495,19 @@ class FreewheelTransformer:
         step_index: int,
         prompt: Mapping[str, Tensor],
         inputs: Mapping[str, Tensor],
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """Run a branch's step here, or promise what the rank that runs it makes."""
         if self._guidance is not None:
-            self._guidance.call(step_index, inputs["latents"])
+            self._guidance.call(step_index, inputs[LATENTS])
             if not self._guidance.is_mine(branch):
-                return self._guidance.expect(branch, step_index, inputs)
+                return (self._guidance.expect(branch, step_index, inputs),)
         self.session.set_prompt(branch, prompt)
-        # The pipeline may keep it past this branch's next step.
-        sample = self.session.step(branch, step_index, inputs).clone()
+        self.session.step(branch, step_index, inputs)
+        # The pipeline may keep them past this branch's next step.
+        samples = tuple(made.clone() for made in self.session.outputs(branch).values())
         if self._guidance is None:
-            return sample
-        return self._guidance.give(branch, step_index, sample)
+            return samples
+        return (self._guidance.give(branch, step_index, samples[0]),)
 
     def _prompt_inputs(
         self, states: Sequence[Any], named: Mapping[str, Any], attention: dict[str, Any]
@@ -687,6 +732,12 @@ def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
     if isinstance(value, int) and len(entry.shape) == 1:
         return torch.arange(value)
     return torch.as_tensor(value)
+
+
+@cache
+def _outputs_of(*names: str) -> type[Any]:
+    """Return the class of outputs of these names: diffusers keeps every such class for good."""
+    return make_dataclass("ModelOutputs", names, bases=(BaseOutput,))
 
 
 def _sample(value: Any, index: int) -> Any:

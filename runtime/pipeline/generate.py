@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from ...bundle.dims import divisor
 from ...bundle.reader import Bundle
 from ...bundle.sampler import DISTILLED, SAMPLERS
+from ...bundle.streams import check_samples_one
 from ...core.errors import BundleError, RequestError
 from ..distributed.ranks import Ranks
 from ..model import DeviceOptions
@@ -102,7 +103,11 @@ class Generator:
 
         Raises:
             BundleError: the rest of the pipeline can't be found.
+            RequestError: the model samples more than a video.
         """
+        check_samples_one(
+            bundle.manifest.latents, f"bundle '{bundle.folder}'", "a generation is of a video alone"
+        )
         folder = self._pipeline_folder(bundle, model)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.

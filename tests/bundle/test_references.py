@@ -57,6 +57,11 @@ def skip(place: int, stream: str = "hidden", count: int = 3) -> dict[str, Any]:
         (lambda d: d.update(engines=[]), "'engines' is empty"),
         (lambda d: d.update(engines=d["engines"] * 2), "has backend 'onnxruntime' twice"),
         (lambda d: d["samplers"][0].update(file="weights/none"), "is not among the files"),
+        (lambda d: d["inputs"].update(latent=d["inputs"].pop("latents")), "'inputs' lack 'latents'"),
+        (lambda d: d["inputs"].update(audio_latents=d["inputs"]["latents"]), "lack 'audio_model_output'"),
+        (lambda d: d["graphs"]["reuse"]["outputs"].update(audio_hidden_out=TABLE), "lack 'audio_hidden'"),
+        (lambda d: d["graphs"]["reuse"]["outputs"].update(audio_hidden_out=TABLE), "lack 'audio_residual'"),
+        (lambda d: d["graphs"]["reuse"]["outputs"].update(audio_hidden_out=TABLE), "lack 'audio_history'"),
     ],
 )  # fmt: skip
 def test_a_name_that_leads_nowhere_is_named(data: dict[str, Any], edit: Edit, fault: str) -> None:

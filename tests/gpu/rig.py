@@ -151,7 +151,7 @@ def _trace_wide(folder: Path, other: Any) -> tuple[Any, Any]:
     )
     head = next(s for s in cut.segments if s.name == "head").outputs["hidden"]
     segments = [s for s in cut.segments if s.name in ("head", "block", "finish")]
-    segments += cache_segments(TensorSpec(head.dtype, head.shape), cut.history_dtype)
+    segments += cache_segments({"hidden": TensorSpec(head.dtype, head.shape)}, cut.history_dtype)
     (folder / "graphs").mkdir(parents=True)
     graphs = write_graphs(segments, cut.example_dims, folder, Silent(), None)
     sizes = BuildSizes(height=(480,) * 3, width=(832,) * 3, frames=(1, 81, 81))

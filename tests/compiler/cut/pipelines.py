@@ -13,6 +13,8 @@ from cases import Case
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
@@ -20,6 +22,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from torch import Tensor
 
 __all__ = ["PIPELINES", "pipeline_of", "watched_calls"]
@@ -87,6 +90,50 @@ def hunyuan_video_15(config: Any) -> dict[str, Any]:
     return arguments | {"height": 64, "width": 96}
 
 
+def ltx_2(config: Any) -> dict[str, Any]:
+    """Guidance by the prompt alone: the others call the transformer with blocks left out."""
+    none = {"stg_scale": 0.0, "audio_stg_scale": 0.0}
+    none |= {"modality_scale": 1.0, "audio_modality_scale": 1.0}
+    mask = masks("prompt_attention_mask")
+    width = 2 * config.caption_channels
+    return {**both(width), **mask, **VIDEO, "num_frames": 9, "height": 64, "width": 96, **none}
+
+
+def connectors(config: Any) -> LTX2TextConnectors:
+    """Return the connectors of prompts to a model: of one width, or of two since LTX-2.3."""
+    heads = {
+        "video": (2, config.cross_attention_dim),
+        "audio": (2, config.audio_cross_attention_dim),
+    }
+    if config.use_prompt_embeddings:
+        heads = dict.fromkeys(heads, (2, config.caption_channels))
+    options: dict[str, Any] = {}
+    for kind, (count, width) in heads.items():
+        options[f"{kind}_connector_num_attention_heads"] = count
+        options[f"{kind}_connector_attention_head_dim"] = width // count
+        options[f"{kind}_connector_num_layers"] = 1
+        options[f"{kind}_connector_num_learnable_registers"] = None
+        options[f"{kind}_hidden_dim"] = width
+    return LTX2TextConnectors(
+        caption_channels=config.caption_channels,
+        text_proj_in_factor=2,
+        per_modality_projections=not config.use_prompt_embeddings,
+        **options,
+    )
+
+
+LTX_2_PARTS: dict[str, Callable[[Any], Any]] = {
+    "connectors": connectors,
+    "vae": lambda config: AutoencoderKLLTX2Video(
+        latent_channels=config.in_channels, block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 3, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=32, temporal_compression_ratio=8,
+    ),
+    "audio_vae": lambda config: AutoencoderKLLTX2Audio(
+        base_channels=config.audio_in_channels, latent_channels=2, num_res_blocks=1, mel_bins=12
+    ),
+}  # fmt: skip
+
 PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any]]]] = {
     "qwen_image": ("QwenImagePipeline", shifted, lambda c: {
         **both(c.joint_attention_dim), **masks("prompt_embeds_mask"), **SQUARE,
@@ -148,6 +195,8 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         **both(c.text_dim), **VIDEO, "guidance_scale": 3.0,
         "conditioning_scale": torch.linspace(0.5, 1.0, len(c.vace_layers)),
     }),
+    "ltx_2": ("LTX2Pipeline", shifted, ltx_2),
+    "ltx_2_3": ("LTX2Pipeline", shifted, ltx_2),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 
@@ -168,6 +217,8 @@ PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
             temporal_compression_ratio=4,
         ),
     },
+    "ltx_2": LTX_2_PARTS,
+    "ltx_2_3": LTX_2_PARTS,
 }
 """What a pipeline asks of parts that its latents do not pass through."""
 

@@ -19,6 +19,13 @@ SD3 = {
     "joint_attention_dim": 32, "num_attention_heads": 4, "num_layers": 5, "out_channels": 4,
     "patch_size": 1, "pooled_projection_dim": 64, "pos_embed_max_size": 96, "sample_size": 32,
 }  # fmt: skip
+LTX_2 = {
+    "attention_head_dim": 8, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8,
+    "audio_in_channels": 6, "audio_num_attention_heads": 2, "audio_out_channels": 6,
+    "caption_channels": 12, "cross_attention_dim": 16, "in_channels": 4,
+    "num_attention_heads": 2, "num_layers": 4, "out_channels": 4, "patch_size": 1,
+    "patch_size_t": 1, "qk_norm": "rms_norm_across_heads",
+}  # fmt: skip
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wan": ("WanTransformer3DModel", WAN),
@@ -330,6 +337,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "WanVACETransformer3DModel",
         {**WAN, "in_channels": 16, "num_layers": 6, "out_channels": 16, "vace_in_channels": 96,
          "vace_layers": [0, 2, 4]},
+    ),
+    "ltx_2": ("LTX2VideoTransformer3DModel", LTX_2),
+    "ltx_2_3": (
+        "LTX2VideoTransformer3DModel",
+        {
+            **LTX_2, "audio_cross_attn_mod": True, "audio_gated_attn": True, "cross_attn_mod": True,
+            "gated_attn": True, "perturbed_attn": True, "rope_type": "split",
+            "use_prompt_embeddings": False,
+        },
     ),
 }  # fmt: skip
 """Name → class and config."""

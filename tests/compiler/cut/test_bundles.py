@@ -28,7 +28,7 @@ from freewheel.compiler.cut.row import SIZES
 from freewheel.compiler.graphs.write import io_entries
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import RequestError
-from freewheel.policies.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
@@ -39,6 +39,7 @@ FOUND = (
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana", "hunyuan_image_glyphs",
     "hunyuan_video_15", "mochi", "allegro", "nucleus_image", "z_image", "flux_3", "aura_flow",
     "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio", "wan_vace",
+    "ltx_2", "ltx_2_3",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd3", "cogvideox")
 NAMES = [
@@ -65,8 +66,8 @@ def bundle(
 
 def inputs_at(
     one: Case, bundle: Bundle, counts: dict[str, int]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return inputs by the bundle's names, and what diffusers gives for them."""
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return inputs by the bundle's names, and what diffusers gives for each of the latents."""
     config: Any = one.model.config
     raw = random_inputs(one.row, config, one.row.sizes(config, counts))
     given = {}
@@ -75,7 +76,7 @@ def inputs_at(
         if isinstance(value, int):
             value = torch.arange(value, dtype=torch.float32)
         given[name] = value[:1] * entry.scale + entry.offset if entry.runs == "run" else value
-    return given, eager(one.row, one.model, raw)[0]
+    return given, eager(one.row, one.model, raw)
 
 
 FULL = {"z_image": ({**SIZES, "height": 4, "width": 8, "text_tokens": 32},)}
@@ -97,13 +98,37 @@ def test_engines_equal_the_transformer_at_every_size(
     session = Session(LoadedModel(bundle, backend))
     for counts in (SIZES, OTHER, smallest(one), *FULL.get(one.row.name, ())):
         given, expected = inputs_at(one, bundle, counts)
-        found = session_output(session, given)
-        assert relative(found, expected) < TOLERANCE, counts
+        session_output(session, given)
+        for found, wanted in zip(session.outputs("cond").values(), expected, strict=True):
+            assert relative(found, wanted) < TOLERANCE, counts
 
 
 def test_every_policy_runs_and_decides_by_content(one: Case, bundle: Bundle) -> None:
     given, _ = inputs_at(one, bundle, SIZES)
     check_policies(bundle, given, "modulated_input")
+
+
+@pytest.mark.parametrize("policy", ["firstblock"])
+def test_a_reused_step_gives_what_the_computed_one_did(
+    one: Case, bundle: Bundle, policy: str
+) -> None:
+    """At equal inputs, of each of the latents; another branch runs between, in the same buffers."""
+    given, _ = inputs_at(one, bundle, SIZES)
+    session = Session(LoadedModel(bundle, "onnxruntime"))
+    guard = GuardSetting(first_exact=1, last_exact=0)
+    session.begin(given["timesteps"].repeat(2), CacheSetting(policy=policy, guard=guard))
+    prompts = {n: given[n] for n, i in bundle.manifest.inputs.items() if i.runs == "prompt"}
+    latents = {n: given[n] for n in bundle.manifest.latents}
+    outputs = []
+    for step in range(2):
+        for branch, sign in (("cond", 1), ("uncond", -1)):
+            session.set_prompt(branch, prompts)
+            session.step(branch, step, {n: sign * one for n, one in latents.items()})
+            if branch == "cond":
+                outputs.append([made.clone() for made in session.outputs(branch).values()])
+    assert session.statistics.branches["cond"].computed == [True, False]
+    for first, second in zip(*outputs, strict=True):
+        assert relative(second, first) < TOLERANCE
 
 
 def test_its_pipeline_takes_the_bundle(name: str, one: Case, bundle: Bundle) -> None:
@@ -167,7 +192,7 @@ def test_other_forms_of_weights_give_the_same(
     one = case(name)
     bundle = build_bundle(save(one.model, tmp_path / "model"), ("openvino",), **options)
     given, expected = inputs_at(one, bundle, SIZES)
-    assert relative(session_output(Session(LoadedModel(bundle)), given), expected) < bound
+    assert relative(session_output(Session(LoadedModel(bundle)), given), expected[0]) < bound
 
 
 def test_a_bundles_cut_is_read_not_traced(

@@ -67,7 +67,7 @@ def test_history_in_bfloat16_is_mixed_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_segments_are_declared_for_any_hidden_states(dtype: str) -> None:
-    delta, reuse, gram, probe = cache_segments(HIDDEN, dtype)
+    delta, reuse, gram, probe = cache_segments({"hidden": HIDDEN}, dtype)
     assert (probe.name, probe.runs) == ("first_block_residual", "probe")
     assert probe.outputs["first_block_residual"].dtype == "float32"
     assert (delta.name, delta.runs, reuse.name, reuse.runs) == (

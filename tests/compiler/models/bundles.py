@@ -28,7 +28,7 @@ def session_output(session: Session, inputs: Mapping[str, Tensor], branch: str =
     session.begin(inputs["timesteps"])
     declared = session.manifest.inputs
     session.set_prompt(branch, {n: inputs[n] for n, i in declared.items() if i.runs == "prompt"})
-    return session.step(branch, 0, {n: inputs[n] for n, i in declared.items() if i.runs == "step"})
+    return session.step(branch, 0, {n: inputs[n] for n in session.manifest.latents})
 
 
 def check_policies(bundle: Bundle, inputs: Mapping[str, Tensor], content: str) -> None:
@@ -49,9 +49,10 @@ def check_policies(bundle: Bundle, inputs: Mapping[str, Tensor], content: str) -
         session.begin(timesteps, setting)
         session.set_prompt("cond", prompt)
         for step in range(STEPS):
-            latents = inputs["latents"] * (1 - step / STEPS)
-            output = session.step("cond", step, {"latents": latents})
-            assert bool(torch.isfinite(output).all()), (policy, step)
+            now = {n: inputs[n] * (1 - step / STEPS) for n in bundle.manifest.latents}
+            session.step("cond", step, now)
+            for name, output in session.outputs("cond").items():
+                assert bool(torch.isfinite(output).all()), (policy, step, name)
         computed = session.statistics.branches["cond"].computed
         assert computed[0], policy
         if signal is not None:
@@ -62,14 +63,17 @@ def check_policies(bundle: Bundle, inputs: Mapping[str, Tensor], content: str) -
 
 
 def check_attach(pipe: Any, bundle: Bundle, arguments: Mapping[str, Any], caches: list[Any]) -> Any:
-    """Attach the bundle in place of the pipeline's transformer: the same latents, uncached."""
+    """Attach the bundle in place of the pipeline's transformer: the same latents, uncached.
+
+    Where the pipeline samples several things at once they are compared in one row.
+    """
 
     def latents(steps: int) -> Tensor:
         seed = torch.Generator().manual_seed(3)
         pipe.set_progress_bar_config(disable=True)
         options = {"num_inference_steps": steps, "output_type": "latent", "generator": seed}
-        found: Tensor = pipe(**arguments, **options, return_dict=False)[0]
-        return found
+        found = pipe(**arguments, **options, return_dict=False)[: len(bundle.manifest.latents)]
+        return torch.cat([one.flatten() for one in found])
 
     expected = {steps: latents(steps) for steps in (3, 4)}
     transformer = attach(pipe, bundle, "off", backend="onnxruntime")

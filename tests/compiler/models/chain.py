@@ -66,7 +66,7 @@ class Chain:
         return dict(zip(segment.outputs, outputs, strict=True))
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the model output at the one timestep of ``inputs``."""
+        """Return the model output at the one timestep of ``inputs``; ``values`` has all outputs."""
         self.values = dict(inputs)
         rows = {n: s for g in self.cut.segments for n, s in g.inputs.items()}
         for segment in self.cut.segments:
@@ -78,7 +78,7 @@ class Chain:
                 self.values |= given
         self.values |= self.call("head")
         self.values |= self.call("modulate")
-        begun = {"hidden": self.values["hidden"]}
+        begun = {stream: self.values[stream] for stream in self.cut.cached}
         left: list[dict[str, Tensor]] = []
         for stage in self.cut.stages:
             for block in range(stage.first, stage.first + stage.count):
@@ -91,9 +91,10 @@ class Chain:
                     self.values[f"feature.{block}"] = found.pop("attention_output")
                 left.append({n.removesuffix("_out"): t for n, t in found.items()})
                 self.values |= left[-1]
-        self.values["hidden_out"] = self.values["hidden"]
+        self.values |= {f"{stream}_out": self.values[stream] for stream in begun}
         self.values |= begun
-        return self.call("finish")["model_output"]
+        self.values |= self.call("finish")
+        return self.values["model_output"]
 
 
 def taken_weights(cut: Cut) -> set[str]:
