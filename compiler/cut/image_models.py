@@ -16,6 +16,7 @@ COGVIEW = {
     "target_size": prompt("batch 2", fill=9),
     "crop_coords": prompt("batch 2", fill=9),
 }
+HUNYUAN_TABLE = prompt("(height//patch_size)*(width//patch_size) attention_head_dim")
 
 IMAGE_MODELS: tuple[Row, ...] = (
     Row(
@@ -309,6 +310,25 @@ IMAGE_MODELS: tuple[Row, ...] = (
         multiples=PATCH_IMAGE,
         latent_scale=(1, 16),
         patches=ERNIE_IMAGE,
+    ),
+    Row(
+        "HunyuanDiT2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_len cross_attention_dim"),
+            "text_embedding_mask": prompt("batch text_len", fill="mask"),
+            "encoder_hidden_states_t5": prompt("batch text_len_t5 cross_attention_dim_t5"),
+            "text_embedding_mask_t5": prompt("batch text_len_t5", fill="mask"),
+            "image_meta_size": prompt("batch 6", fill=9),
+            "style": prompt("batch", dtype="int64", fill=1),
+            "image_rotary_emb": (HUNYUAN_TABLE, HUNYUAN_TABLE),
+        },
+        pipelines=("HunyuanDiTPipeline",),
+        name="hunyuan_dit",
+        multiples=PATCH_IMAGE,
+        whole=True,
+        latent_scale=(1, 8),
     ),
 )
 """In the order in which each came to be cut."""

@@ -194,6 +194,7 @@ def _answered(
         })  # fmt: skip
         latents = next(leaf for leaf in pytree.tree_leaves(calls[-1]) if isinstance(leaf, Tensor))
         taken, made = config.get("in_channels"), config.get("out_channels")
+        made = made or getattr(transformer, "out_channels", None)  # twice as many with a variance
         shape = list(latents.shape)
         if (
             made and taken in shape[1:] and latents.ndim > 3

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from freewheel.compiler.cut.row import PATCH_IMAGE, Row, prompt, run, step
+from freewheel.compiler.cut.row import Row, prompt, run, step
 
 WHOLE = "text_tokens+tokens"
-HUNYUAN_TABLE = prompt("(height//patch_size)*(width//patch_size) attention_head_dim")
 
 HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
     "ideogram_4": (
@@ -27,30 +26,6 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
             "adaln_dim": 16, "attention_head_dim": 8, "in_channels": 16, "intermediate_size": 32,
             "llm_features_dim": 24, "mrope_section": [2, 1, 1], "num_attention_heads": 4,
             "num_layers": 4,
-        },
-    ),
-    "hunyuan_dit": (
-        Row(
-            "HunyuanDiT2DModel",
-            {
-                "hidden_states": step("batch in_channels height width"),
-                "timestep": run(),
-                "encoder_hidden_states": prompt("batch text_len cross_attention_dim"),
-                "text_embedding_mask": prompt("batch text_len", fill="mask"),
-                "encoder_hidden_states_t5": prompt("batch text_len_t5 cross_attention_dim_t5"),
-                "text_embedding_mask_t5": prompt("batch text_len_t5", fill="mask"),
-                "image_meta_size": prompt("batch 6"),
-                "style": prompt("batch", dtype="int64", fill=1),
-                "image_rotary_emb": [HUNYUAN_TABLE, HUNYUAN_TABLE],
-            },
-            multiples=PATCH_IMAGE,
-            whole=True,
-        ),
-        {
-            "activation_fn": "gelu-approximate", "attention_head_dim": 8,
-            "cross_attention_dim": 8, "cross_attention_dim_t5": 8, "hidden_size": 16,
-            "in_channels": 4, "num_attention_heads": 2, "num_layers": 6, "patch_size": 2,
-            "pooled_projection_dim": 4, "sample_size": 8, "text_len": 4, "text_len_t5": 4,
         },
     ),
     "minimax_music_3": (

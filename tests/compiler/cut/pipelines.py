@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -134,6 +135,19 @@ LTX_2_PARTS: dict[str, Callable[[Any], Any]] = {
     ),
 }  # fmt: skip
 
+
+def hunyuan_dit(config: Any) -> dict[str, Any]:
+    return {
+        **both(config.cross_attention_dim, tokens=config.text_len),
+        **masks("prompt_attention_mask", config.text_len),
+        **both(config.cross_attention_dim_t5, name="prompt_embeds_2", tokens=config.text_len_t5),
+        **masks("prompt_attention_mask_2", config.text_len_t5),
+        **SQUARE,
+        "use_resolution_binning": False,
+        "guidance_scale": 3.0,
+    }
+
+
 PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any]]]] = {
     "qwen_image": ("QwenImagePipeline", shifted, lambda c: {
         **both(c.joint_attention_dim), **masks("prompt_embeds_mask"), **SQUARE,
@@ -197,6 +211,7 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     }),
     "ltx_2": ("LTX2Pipeline", shifted, ltx_2),
     "ltx_2_3": ("LTX2Pipeline", shifted, ltx_2),
+    "hunyuan_dit": ("HunyuanDiTPipeline", DDPMScheduler, hunyuan_dit),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 

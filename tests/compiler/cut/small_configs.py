@@ -347,5 +347,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_prompt_embeddings": False,
         },
     ),
+    "hunyuan_dit": (
+        "HunyuanDiT2DModel",
+        {
+            "activation_fn": "gelu-approximate", "attention_head_dim": 8, "cross_attention_dim": 8,
+            "cross_attention_dim_t5": 8, "hidden_size": 16, "in_channels": 4,
+            "num_attention_heads": 2, "num_layers": 6, "patch_size": 2, "pooled_projection_dim": 4,
+            "sample_size": 8, "text_len": 7, "text_len_t5": 5,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

@@ -40,6 +40,7 @@ FOUND = (
     "hunyuan_video_15", "mochi", "allegro", "nucleus_image", "z_image", "flux_3", "aura_flow",
     "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio", "wan_vace",
     "ltx_2", "ltx_2_3",
+    "hunyuan_dit",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd3", "cogvideox")
 NAMES = [

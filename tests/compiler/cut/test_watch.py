@@ -30,8 +30,15 @@ from freewheel.core.errors import CheckpointError, ExportError, RequestError
 from freewheel.runtime.pipeline.attach import attach
 
 EVERY_RUN = ("sd3", "qwen_image", "cogvideox")
-REFUSED = ("hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi")
-"""Cases that need a patch: learnt, and then refused, for torch can't trace them."""
+REFUSED = (
+    "hunyuan_video_15",
+    "hunyuan_image_glyphs",
+    "lumina_2",
+    "mochi",
+    "wan_vace",
+    "hunyuan_dit",
+)
+"""Cases that need a patch, or more blocks than the three that are tried: learnt, and then refused."""
 
 
 def learnt(name: str) -> tuple[Row, Any, dict[str, Any]]:
