@@ -166,13 +166,14 @@ def test_fused_weights_are_converted_into_the_bundle(
 SMALL = Size(height=64, width=64, frames=1, steps=4, text_tokens=8, branches=1)
 
 
-def test_a_dry_run_tells_what_is_linked_and_what_is_made(tmp_path: Path) -> None:
+def test_a_dry_run_tells_what_is_linked_and_what_is_made(tmp_path: Path, build_cache: Path) -> None:
     model = tiny("sd35")
     model.save_config(tmp_path)
     file = save(originals.sd3(dict(model.state_dict())), tmp_path / "sd3.safetensors")
     request = BuildRequest(
-        str(file), tmp_path / "out", [backend("onnxruntime")], config_entries(["off"], print)
-    )
+        str(file), tmp_path / "out", [backend("onnxruntime")], config_entries(["off"], print),
+        cache=build_cache,
+    )  # fmt: skip
     planned = describe_plan(plan(request), SMALL)
     assert "original layout" in planned["notes"][0]
     assert planned["notes"][0] in render_plan(planned)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,6 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.declared import Cut, Skip
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.forecast.footprint import (
     Footprint,
     activation_bytes,
@@ -94,11 +94,11 @@ def test_what_later_stages_read_is_held_once(cut: Cut) -> None:
     assert forecast(skipping, CacheSetting()).branch_bytes["skip connections"] == 2 * HIDDEN
 
 
-def test_low_precision_halves_history_and_context() -> None:
+def test_low_precision_halves_history_and_context(shared_cut: Callable[..., Cut]) -> None:
     config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
     full, low = (
         footprint_of(
-            cut_transformer(WAN, config, precision, lambda name: "float32"), DIMS, branches=1,
+            shared_cut(WAN, config, precision), DIMS, branches=1,
             settings={"c": CacheSetting(policy="custom")}, specs=SPECS,
         )
         for precision in ("float32", "bfloat16")

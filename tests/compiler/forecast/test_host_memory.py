@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.forecast.host_memory import PROGRAM_BYTES, memory_beside, vae_bytes
 from freewheel.compiler.sizes import size_of
 from freewheel.engines.openvino import OpenVino
@@ -72,10 +72,10 @@ def test_other_vaes_are_not_guessed_at(tmp_path: Path) -> None:
 
 
 def test_weights_that_the_cpu_must_convert_count_in_float32_once_per_template(
-    monkeypatch: pytest.MonkeyPatch,
+    shared_cut: Callable[..., Cut], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config: dict[str, Any] = {"num_layers": 5, "num_attention_heads": 2, "attention_head_dim": 16}
-    cut = cut_transformer(WAN, config, "bfloat16", lambda name: "float32")
+    config: dict[str, Any] = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    cut = shared_cut(WAN, config, "bfloat16")
     modules = {s.name: s.module for s in cut.segments}
     converted = sum(
         4 * p.numel()
