@@ -74,6 +74,14 @@ def cogview(config: Any) -> dict[str, Any]:
     return {**both(config.text_embed_dim), **SQUARE, "guidance_scale": 3.0}
 
 
+def stable_diffusion_3(config: Any) -> dict[str, Any]:
+    pooled = {
+        "pooled_prompt_embeds": embeds(config.pooled_projection_dim)[:, 0],
+        "negative_pooled_prompt_embeds": embeds(config.pooled_projection_dim, seed=1)[:, 0],
+    }
+    return {**both(config.joint_attention_dim), **pooled, **SQUARE, "guidance_scale": 3.0}
+
+
 def hunyuan_image(config: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {"height": 128, "width": 192, "distilled_guidance_scale": 3.5}
     for last, width, tokens in (
@@ -153,11 +161,8 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         **both(c.joint_attention_dim), **masks("prompt_embeds_mask"), **SQUARE,
         "true_cfg_scale": 3.0,
     }),
-    "sd3": ("StableDiffusion3Pipeline", flow, lambda c: {
-        **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0,
-        "pooled_prompt_embeds": embeds(c.pooled_projection_dim)[:, 0],
-        "negative_pooled_prompt_embeds": embeds(c.pooled_projection_dim, seed=1)[:, 0],
-    }),
+    "sd3": ("StableDiffusion3Pipeline", flow, stable_diffusion_3),
+    "sd35": ("StableDiffusion3Pipeline", flow, stable_diffusion_3),
     "bria": ("BriaPipeline", shifted, lambda c: {
         **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0,
     }),

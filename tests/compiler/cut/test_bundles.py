@@ -42,7 +42,9 @@ FOUND = (
     "ltx_2", "ltx_2_3",
     "hunyuan_dit",
 )  # fmt: skip
-EVERY_RUN = ("qwen_image", "sd3", "cogvideox")
+EVERY_RUN = ("qwen_image", "sd35", "flux_2")
+"""Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
+one batch; streams that a block begins."""
 NAMES = [
     pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly) for name in FOUND
 ]
