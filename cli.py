@@ -17,6 +17,7 @@ from freewheel.commands.calibrate import calibrate
 from freewheel.commands.configs import configs
 from freewheel.commands.doctor import doctor
 from freewheel.commands.inspect import inspect
+from freewheel.commands.lora import lora
 from freewheel.commands.parsing import Command, Commands
 from freewheel.commands.policies import policies
 from freewheel.commands.replay import replay
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 VERBS = (
-    build, run, replay, inspect, verify, bench, calibrate, tune, serve, videos, policies, configs, doctor,
+    build, run, replay, inspect, verify, bench, calibrate, tune, lora, serve, videos, policies, configs, doctor,
 )  # fmt: skip
 for verb in VERBS:
     app.command(cls=Command)(verb)

@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from freewheel import __version__
@@ -106,6 +106,28 @@ def test_run_refuses_what_memory_cannot_hold_unless_told_otherwise(
     assert not out.exists()
     assert freewheel(*arguments, "--force").exit_code == 0
     assert out.exists()
+
+
+def test_a_lora_is_written_for_the_bundle_of_a_whole_pipeline(
+    freewheel: Run, i2v_bundle: Bundle, tmp_path: Path
+) -> None:
+    shape = i2v_bundle.manifest.tensors["blocks.0.attn1.to_q.weight"].shape
+    name = "transformer.blocks.0.attn1.to_q"
+    state = {
+        f"{name}.lora_A.weight": torch.ones(2, shape[1]),
+        f"{name}.lora_B.weight": torch.ones(shape[0], 2),
+    }
+    save_file(state, tmp_path / "shared.safetensors")
+    out = tmp_path / "loras" / "style.safetensors"
+    arguments = ("lora", i2v_bundle.folder, f"{tmp_path / 'shared.safetensors'}:0.5", "--out", out)
+    result = freewheel(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert (data["name"], data["weights"], data["bytes"]) == ("style", 1, out.stat().st_size)
+    written = load_file(out)
+    assert torch.equal(written[f"{name}.lora_B.weight"], torch.full((shape[0], 2), 0.5))
+    error = failure(freewheel(*arguments[:-1], tmp_path / "style.bin", "--json"), 3, "request")
+    assert "ends in .safetensors" in error["message"]
 
 
 def test_inspect_forecasts_a_checkpoint_before_it_is_built(

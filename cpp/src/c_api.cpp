@@ -99,6 +99,7 @@ freewheel::Result<freewheel::Request> request_of(const freewheel_run_options& op
   if (options.flow_shift != 0.0) request.flow_shift = options.flow_shift;
   if (options.has_seed != 0) request.seed = options.seed;
   request.force = options.force != 0;
+  request.lora = text_or_empty(options.lora);
   if (options.latents == nullptr) return missing("latents");
   FREEWHEEL_ASSIGN(const freewheel::Shape shape,
                    shape_of("latents", options.latents_shape, options.latents_rank));
@@ -206,6 +207,7 @@ freewheel_status freewheel_model_create(const char* folder, const freewheel_mode
     wanted.offload = known.offload != 0;
     wanted.allow_compile = known.allow_compile != 0;
     wanted.check_finite = known.skip_finite_check == 0;
+    wanted.lora_folder = text_or_empty(known.lora_folder);
     FREEWHEEL_ASSIGN((*model)->model, freewheel::Model::load(folder, wanted));
     return {};
   });

@@ -255,7 +255,13 @@ Result<SafetensorsFile> SafetensorsFile::open(const std::string& path, Code code
   const std::size_t start = 8 + static_cast<std::size_t>(length);
   std::size_t end = start;
   for (const auto& [name, entry] : header->items()) {
-    if (name == "__metadata__") continue;
+    if (name == "__metadata__") {
+      if (!entry.is_object()) return damaged(path, "has metadata that are no object");
+      for (const auto& [key, value] : entry.items()) {
+        if (value.is_string()) found.metadata[key] = value.get<std::string>();
+      }
+      continue;
+    }
     Tensor tensor;
     const std::string fault = read_entry(entry, start, file, tensor);
     if (!fault.empty()) return damaged(path + ", tensor '" + name + "'", fault);

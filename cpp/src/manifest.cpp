@@ -72,6 +72,8 @@ void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
   manifest.family = reader.text(data, "", "family");
   manifest.precision = reader.text(data, "", "precision");
   manifest.weights = reader.text(data, "", "weights");
+  manifest.checkpoint_sha256 =
+      reader.text(reader.object(data, "", "checkpoint"), "checkpoint", "sha256");
   for (const auto& [name, entry] : reader.object(data, "", "inputs").items()) {
     InputEntry& input = manifest.inputs[name];
     read_io(reader, entry, "inputs." + name, input);

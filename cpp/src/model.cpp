@@ -53,6 +53,8 @@ Result<std::shared_ptr<Model>> Model::load(std::shared_ptr<const Bundle> bundle,
   model->bundle_ = std::move(bundle);
   model->allow_compile_ = options.allow_compile;
   model->check_finite_ = options.check_finite;
+  model->lora_folder_ = options.lora_folder;
+  model->threads_ = options.backend_options.threads;
   const Manifest& manifest = model->manifest();
   if (options.custom_backend != nullptr) {
     model->backend_ = options.custom_backend;
@@ -72,17 +74,31 @@ Result<std::shared_ptr<Model>> Model::load(std::shared_ptr<const Bundle> bundle,
                   "can't be had: this bundle's weights are inside its engines",
                   "build the bundle with --weights inputs");
   }
-  if (options.offload) {
-    model->offloaded_ = std::make_unique<OffloadedWeights>(
-        model->memory(),
-        [bundle = model->bundle_](const std::string& tensor) { return bundle->tensor(tensor); });
-  }
+  if (options.offload) model->offload();
   return model;
 }
 
 Result<std::shared_ptr<Model>> Model::load(const std::string& folder, const ModelOptions& options) {
   FREEWHEEL_ASSIGN(std::shared_ptr<const Bundle> bundle, Bundle::open(folder));
   return load(std::move(bundle), options);
+}
+
+std::shared_ptr<Model> Model::with_weights(std::shared_ptr<Model> model, Weights weights) {
+  std::shared_ptr<Model> other(new Model());
+  other->bundle_ = model->bundle_;
+  other->backend_ = model->backend_;
+  other->check_finite_ = model->check_finite_;
+  other->changed_ = std::move(weights);
+  other->base_ = std::move(model);
+  if (other->base_->offloaded_ != nullptr) other->offload();
+  return other;
+}
+
+void Model::offload() {
+  OffloadedWeights* base = base_ == nullptr ? nullptr : base_->offloaded_.get();
+  offloaded_ = std::make_unique<OffloadedWeights>(
+      memory(), [this](const std::string& name) { return host_weight(name); },
+      [this](const std::string& name) { return changed_.count(name) != 0; }, base);
 }
 
 Status Model::load_all() {
@@ -101,6 +117,7 @@ Status Model::load_all() {
 }
 
 Result<std::shared_ptr<Engine>> Model::engine(const std::string& graph) {
+  if (base_ != nullptr) return base_->engine(graph);
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto known = engines_.find(graph);
   if (known != engines_.end()) return known->second;
@@ -129,16 +146,24 @@ Result<std::shared_ptr<Engine>> Model::engine(const std::string& graph) {
   return engines_[graph] = std::move(compiled);
 }
 
+Result<Tensor> Model::host_weight(const std::string& name) {
+  const auto changed = changed_.find(name);
+  if (changed != changed_.end()) return changed->second.view();
+  return bundle_->tensor(name);
+}
+
 Result<Tensor> Model::weight(const std::string& name) {
-  if (backend_->memory().is_host()) return bundle_->tensor(name);
+  if (backend_->memory().is_host()) return host_weight(name);
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto known = uploaded_.find(name);
   if (known != uploaded_.end()) return known->second.view();
-  FREEWHEEL_ASSIGN(const Tensor mapped, bundle_->tensor(name));
+  if (base_ != nullptr && changed_.count(name) == 0) return base_->weight(name);
+  FREEWHEEL_ASSIGN(const Tensor mapped, host_weight(name));
   FREEWHEEL_ASSIGN(Buffer buffer, Buffer::create(memory(), mapped.dtype, mapped.shape));
   FREEWHEEL_TRY(memory().upload(buffer.view().data, mapped.data, mapped.bytes()));
   const Tensor view = buffer.view();
   uploaded_.emplace(name, std::move(buffer));
+  changed_.erase(name);
   return view;
 }
 

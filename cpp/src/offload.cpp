@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "offload.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -11,6 +12,8 @@ namespace {
 
 constexpr std::size_t kSlabs = 2;
 constexpr std::size_t kAlignment = 256;  // of every address that an engine is given
+
+}  // namespace
 
 /// One block's weights in host memory, in one piece and locked, so that one copy moves all of them.
 class HostBlock {
@@ -59,8 +62,6 @@ class HostBlock {
   std::map<std::string, Place> places_;
 };
 
-}  // namespace
-
 /// Blocks of equal weights in the order in which they were bound, and the slabs that they take in
 /// turn.
 class OffloadedWeights::Lane {
@@ -69,16 +70,10 @@ class OffloadedWeights::Lane {
 
   std::mutex mutex;
 
-  /// Takes a block's weights into host memory, unless they are there.
-  Status add(std::int64_t block, const std::map<std::string, std::string>& weights,
-             const Read& read) {
-    if (turns_.count(block) != 0) return {};
-    std::map<std::string, Tensor> tensors;
-    for (const auto& [pattern, name] : weights) {
-      FREEWHEEL_ASSIGN(tensors[pattern], read(name));
-    }
-    auto stored = std::make_unique<HostBlock>(memory_);
-    FREEWHEEL_TRY(stored->fill(tensors));
+  bool has(std::int64_t block) const { return turns_.count(block) != 0; }
+
+  /// Takes a block's weights.
+  Status add(std::int64_t block, std::shared_ptr<HostBlock> stored) {
     if (slabs_.size() < kSlabs) {
       FREEWHEEL_ASSIGN(std::unique_ptr<Slab> slab, memory_.slab(stored->bytes()));
       slabs_.push_back({std::move(slab), -1});
@@ -126,7 +121,7 @@ class OffloadedWeights::Lane {
 
   Memory& memory_;
   std::map<std::int64_t, std::int64_t> turns_;  ///< Block → its place in the order.
-  std::vector<std::unique_ptr<HostBlock>> blocks_;
+  std::vector<std::shared_ptr<HostBlock>> blocks_;
   std::vector<Held> slabs_;  ///< Destroyed first: a copy out of a block may be under way.
 };
 
@@ -149,10 +144,30 @@ class OffloadedCall final : public BoundCall {
   std::unique_ptr<BoundCall> bound_;
 };
 
-OffloadedWeights::OffloadedWeights(Memory& memory, Read read)
-    : memory_(memory), read_(std::move(read)) {}
+OffloadedWeights::OffloadedWeights(Memory& memory, Read read, IsChanged is_changed,
+                                   OffloadedWeights* base)
+    : memory_(memory), read_(std::move(read)), is_changed_(std::move(is_changed)), base_(base) {}
 
 OffloadedWeights::~OffloadedWeights() = default;
+
+Result<std::shared_ptr<HostBlock>> OffloadedWeights::host_block(
+    const std::map<std::string, std::string>& weights) {
+  const bool is_bundles = std::none_of(weights.begin(), weights.end(), [&](const auto& weight) {
+    return is_changed_(weight.second);
+  });
+  if (is_bundles && base_ != nullptr) return base_->host_block(weights);
+  const std::lock_guard<std::mutex> lock(blocks_mutex_);
+  std::shared_ptr<HostBlock> found = blocks_[weights].lock();
+  if (found != nullptr) return found;
+  std::map<std::string, Tensor> tensors;
+  for (const auto& [pattern, name] : weights) {
+    FREEWHEEL_ASSIGN(tensors[pattern], read_(name));
+  }
+  found = std::make_shared<HostBlock>(memory_);
+  FREEWHEEL_TRY(found->fill(tensors));
+  blocks_[weights] = found;
+  return found;
+}
 
 Result<std::unique_ptr<BoundCall>> OffloadedWeights::bind(
     Engine& engine, Tensors bindings, const std::map<std::string, std::string>& patterns,
@@ -171,7 +186,10 @@ Result<std::unique_ptr<BoundCall>> OffloadedWeights::bind(
     lane = known.get();
   }
   const std::lock_guard<std::mutex> lock(lane->mutex);
-  FREEWHEEL_TRY(lane->add(block, names, read_));
+  if (!lane->has(block)) {
+    FREEWHEEL_ASSIGN(std::shared_ptr<HostBlock> stored, host_block(names));
+    FREEWHEEL_TRY(lane->add(block, std::move(stored)));
+  }
   for (const auto& [input, pattern] : patterns) bindings[input] = lane->weight(block, pattern);
   FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> bound, engine.bind(bindings));
   return std::unique_ptr<BoundCall>(

@@ -18,6 +18,8 @@
 
 namespace freewheel {
 
+class HostBlock;
+
 /// The weights of every block template of one model, two blocks of each kind on the device.
 /// Thread-safe. Outlives its calls.
 class OffloadedWeights {
@@ -25,7 +27,12 @@ class OffloadedWeights {
   /// Reads a tensor by name, where it lies in host memory.
   using Read = std::function<Result<Tensor>(const std::string& name)>;
 
-  OffloadedWeights(Memory& memory, Read read);
+  /// Tells whether a tensor is not the bundle's.
+  using IsChanged = std::function<bool(const std::string& name)>;
+
+  /// @param base Weights of the same bundle, whose copies in host memory serve the blocks that
+  ///   nothing changes; null where there are none. Outlives these.
+  OffloadedWeights(Memory& memory, Read read, IsChanged is_changed, OffloadedWeights* base);
   ~OffloadedWeights();
 
   /// Binds one block of a template. Templates that share their tensors (a block and its tapped
@@ -41,9 +48,15 @@ class OffloadedWeights {
   friend class OffloadedCall;
   class Lane;
 
+  /// One block's weights in host memory: shared by those who hold it, where it is the bundle's.
+  Result<std::shared_ptr<HostBlock>> host_block(const std::map<std::string, std::string>& weights);
+
   Memory& memory_;
   Read read_;
-  std::mutex mutex_;
+  IsChanged is_changed_;
+  OffloadedWeights* base_;
+  std::mutex mutex_, blocks_mutex_;
+  std::map<std::map<std::string, std::string>, std::weak_ptr<HostBlock>> blocks_;
   std::map<std::set<std::string>, std::unique_ptr<Lane>> lanes_;
 };
 

@@ -22,6 +22,7 @@ using Field = std::variant<std::string*, std::optional<std::int64_t>*,
 std::map<std::string, Field> fields_of(Request& request) {
   return {{"policy", &request.cache},
           {"sampler", &request.sampler},
+          {"lora", &request.lora},
           {"steps", &request.steps},
           {"seed", &request.seed},
           {"frames", &request.frames},
@@ -341,6 +342,7 @@ Status check_run(const Bundle& bundle, const RunRequest& request) {
                    bundle.sampler(request.sampler, shift, request.steps));
   FREEWHEEL_ASSIGN([[maybe_unused]] const auto setting,
                    ResolvedSetting::for_all_branches(manifest, request.cache));
+  FREEWHEEL_ASSIGN([[maybe_unused]] const auto loras, open_loras(bundle, request.loras));
   FREEWHEEL_TRY(check_prompts(manifest, request));
   if (latents.data == nullptr || latents.dtype != DType::kFloat32 || latents.shape.rank() < 2) {
     return Status(Code::kRequest, "input 'latents'", "is no float32 tensor",
@@ -379,6 +381,7 @@ Result<PreparedRun> prepare_run(Model& model, const Request& request) {
   run.flow_shift = request.flow_shift.value_or(defaults.flow_shift);
   run.sampler = request.sampler.empty() ? defaults.sampler : request.sampler;
   run.condition = request.condition;
+  FREEWHEEL_ASSIGN(run.loras, find_loras(model.lora_folder(), request.lora));
   FREEWHEEL_ASSIGN(const TokenIds token_ids, all_token_ids(model, request, run.is_guided()));
   FREEWHEEL_TRY(settle_prompts(manifest, request, token_ids, defaults.text_tokens, run));
   FREEWHEEL_TRY(settle_latents(manifest, request, defaults, prepared));

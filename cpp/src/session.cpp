@@ -29,9 +29,10 @@ std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) 
 /// Everything behind the public face: hands steps to the expert that denoises there.
 class Session::Impl {
  public:
-  explicit Impl(std::shared_ptr<Model> model) : model_(std::move(model)) {}
+  explicit Impl(std::shared_ptr<Model> model) : base_(std::move(model)), model_(base_) {}
 
   Status initialise();
+  Status use_loras(const std::vector<LoraUse>& loras);
   Status run(const RunRequest& request);
   Status begin(const std::vector<double>& timesteps, const std::vector<double>& sigmas,
                const CacheSetting& setting);
@@ -40,7 +41,8 @@ class Session::Impl {
   Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
                       std::size_t count);
 
-  std::shared_ptr<Model> model_;
+  std::shared_ptr<Model> base_;   // the bundle's own weights
+  std::shared_ptr<Model> model_;  // the same, or with LoRAs merged into some
   RunStatistics statistics_;
   Cancellation cancellation_;
 
@@ -54,7 +56,8 @@ class Session::Impl {
   Status denoise_branch(const RunRequest& request, std::size_t side, const NamedTensor& input,
                         Denoising& run);
 
-  std::vector<std::unique_ptr<Expert>> experts_;
+  std::vector<LoraUse> loras_;                    // of model_
+  std::vector<std::unique_ptr<Expert>> experts_;  // none after weights could not be changed
   std::vector<std::int64_t> firsts_;  // of each expert: the run's step that is its first
   std::int64_t steps_ = 0;            // 0: no run
   std::int64_t last_step_ = -1;       // of any branch
@@ -63,13 +66,32 @@ class Session::Impl {
 
 Status Session::Impl::initialise() {
   const std::size_t count = std::max<std::size_t>(manifest().experts.size(), 1);
+  std::vector<std::unique_ptr<Expert>> experts;
   for (std::size_t index = 0; index < count; ++index) {
     FREEWHEEL_ASSIGN(std::unique_ptr<Expert> expert,
                      Expert::create(*model_, index, statistics_, cancellation_));
-    experts_.push_back(std::move(expert));
+    experts.push_back(std::move(expert));
   }
+  experts_ = std::move(experts);
   firsts_.assign(count, 0);
   return {};
+}
+
+Status Session::Impl::use_loras(const std::vector<LoraUse>& loras) {
+  if (loras == loras_ && !experts_.empty()) return {};
+  FREEWHEEL_ASSIGN(const std::vector<Lora> opened, open_loras(base_->bundle(), loras));
+  // What was merged before is gone before the next is merged: two never take memory at once.
+  steps_ = 0;
+  experts_.clear();
+  model_ = base_;
+  loras_.clear();
+  auto merged = merge_loras(base_->bundle(), opened, base_->threads());
+  if (merged.ok() && !loras.empty()) {
+    model_ = Model::with_weights(base_, std::move(merged).value());
+    loras_ = loras;
+  }
+  Status status = initialise();
+  return merged.ok() ? std::move(status) : std::move(merged).status();
 }
 
 Status Session::Impl::begin(const std::vector<double>& timesteps, const std::vector<double>& sigmas,
@@ -77,6 +99,7 @@ Status Session::Impl::begin(const std::vector<double>& timesteps, const std::vec
   steps_ = 0;  // no step may run on what is half set up
   last_step_ = -1;
   began_ = Clock::now();
+  if (experts_.empty()) FREEWHEEL_TRY(initialise());
   Schedule schedule{timesteps, sigmas};
   if (sigmas.empty()) {
     std::transform(timesteps.begin(), timesteps.end(), std::back_inserter(schedule.sigmas),
@@ -203,6 +226,7 @@ Status Session::Impl::run(const RunRequest& request) {
   const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
   FREEWHEEL_ASSIGN(const SamplerTable table,
                    model_->bundle().sampler(request.sampler, shift, request.steps));
+  FREEWHEEL_TRY(use_loras(request.loras));
   FREEWHEEL_TRY(begin(table.timesteps, table.sigmas, request.cache));
   statistics_.warnings = request.warnings;
   for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
@@ -263,7 +287,7 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<Model> model) {
   return std::unique_ptr<Session>(new Session(std::move(impl)));
 }
 
-Model& Session::model() noexcept { return *impl_->model_; }
+Model& Session::model() noexcept { return *impl_->base_; }
 const RunStatistics& Session::statistics() const noexcept { return impl_->statistics_; }
 
 Status Session::run(const RunRequest& request) {
@@ -284,6 +308,7 @@ void Session::cancel() noexcept {
   impl_->cancellation_.state.compare_exchange_strong(running, Cancellation::kStopping);
 }
 
+Status Session::use_loras(const std::vector<LoraUse>& loras) { return impl_->use_loras(loras); }
 Status Session::begin(const std::vector<double>& timesteps, const CacheSetting& setting,
                       const std::vector<double>& sigmas) {
   return impl_->begin(timesteps, sigmas, setting);

@@ -5,7 +5,8 @@
  *   c_run BUNDLE THREADS COND UNCOND TOKENS WIDTH NOISE OUT CACHE [KEY=VALUE ...]
  *
  * COND and UNCOND hold raw float32 text states [TOKENS, WIDTH]; NOISE and OUT get raw float32
- * latents. CACHE may be empty. */
+ * latents. CACHE may be empty. The keys lora_folder and lora are options of their own; any other
+ * overrides a parameter. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -39,6 +40,23 @@ int main(int argc, char** argv) {
   freewheel_model_options options = {0};
   options.struct_size = sizeof options;
   options.threads = atoi(argv[2]);
+  freewheel_parameter parameters[kMaxOverrides];
+  freewheel_run_options run = {0};
+  run.struct_size = sizeof run;
+  run.cache = argv[9];
+  for (int i = 10; i < argc; ++i) {
+    char* value = strchr(argv[i], '=');
+    if (value == NULL) return 2;
+    *value++ = '\0';
+    if (strcmp(argv[i], "lora_folder") == 0) {
+      options.lora_folder = value;
+    } else if (strcmp(argv[i], "lora") == 0) {
+      run.lora = value;
+    } else {
+      parameters[run.parameter_count].name = argv[i];
+      parameters[run.parameter_count++].value = value;
+    }
+  }
   freewheel_model* model = NULL;
   freewheel_session* session = NULL;
   if (freewheel_model_create(argv[1], &options, &model) != FREEWHEEL_OK ||
@@ -51,17 +69,6 @@ int main(int argc, char** argv) {
   float* states[2] = {read_floats(argv[3], text_count), read_floats(argv[4], text_count)};
   const freewheel_prompt prompts[2] = {{"cond", "text_states", states[0], text_shape, 3},
                                        {"uncond", "text_states", states[1], text_shape, 3}};
-  freewheel_parameter parameters[kMaxOverrides];
-  freewheel_run_options run = {0};
-  run.struct_size = sizeof run;
-  run.cache = argv[9];
-  for (int i = 10; i < argc; ++i) {
-    char* value = strchr(argv[i], '=');
-    if (value == NULL) return 2;
-    *value = '\0';
-    parameters[run.parameter_count].name = argv[i];
-    parameters[run.parameter_count++].value = value + 1;
-  }
   int64_t shape[8];
   if (freewheel_model_latents_shape(model, run.cache, 0, 0, 0, shape, &run.latents_rank) !=
       FREEWHEEL_OK) {

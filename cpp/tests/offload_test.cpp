@@ -37,10 +37,13 @@ TEST(OffloadedWeights, LieWhereEnginesTakeAnAddress) {
                    {"c", Io{DType::kFloat32, {std::int64_t{64}}}}};
   Watching engine(record);
   std::vector<float> values(64);
-  OffloadedWeights weights(host_memory(), [&](const std::string& name) -> Result<Tensor> {
-    const std::int64_t size = name == "0.a" ? 3 : name == "0.b" ? 5 : 64;
-    return Tensor{values.data(), DType::kFloat32, Shape{size}};
-  });
+  OffloadedWeights weights(
+      host_memory(),
+      [&](const std::string& name) -> Result<Tensor> {
+        const std::int64_t size = name == "0.a" ? 3 : name == "0.b" ? 5 : 64;
+        return Tensor{values.data(), DType::kFloat32, Shape{size}};
+      },
+      [](const std::string&) { return false; }, nullptr);
   auto bound =
       weights.bind(engine, {}, {{"a", "{block}.a"}, {"b", "{block}.b"}, {"c", "{block}.c"}},
                    {{"a", "0.a"}, {"b", "0.b"}, {"c", "0.c"}}, 0);

@@ -95,7 +95,7 @@ TEST_F(RequestTest, WhatIsSaidComesFirst) {
       {"frames", std::int64_t{1}},    {"height", std::string("64")},
       {"width", std::int64_t{32}},    {"guidance_scale", std::int64_t{3}},
       {"guidance_scale_2", 2.5},      {"flow_shift", std::string("1.0")},
-      {"force", std::string("true")}};
+      {"force", std::string("true")}, {"lora", std::string()}};
   ASSERT_EQ(said.size(), Request::names().size());
   for (const auto& [name, value] : said) {
     const Status status = request_.set(name, value);

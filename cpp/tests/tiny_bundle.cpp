@@ -434,7 +434,7 @@ json write_tiny_bundle(const TemporaryFolder& folder) {
       {"schema_version", 2},
       {"freewheel_version", "0"},
       {"family", "tiny"},
-      {"checkpoint", json::object()},
+      {"checkpoint", {{"sha256", std::string(64, 'a')}}},
       {"pipeline", json::object()},
       {"precision", "float32"},
       {"weights", "inputs"},

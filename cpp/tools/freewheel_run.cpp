@@ -35,9 +35,9 @@ extern "C" void on_interrupt(int) { interrupted.store(true); }
 
 struct Options {
   std::string bundle, out, backend, cache, sampler, embeddings, negative, latents, condition;
-  std::string token_ids, negative_token_ids, deadline;
+  std::string token_ids, negative_token_ids, deadline, lora_folder;
   std::optional<std::string> prompt, negative_prompt;
-  std::vector<std::string> settings;
+  std::vector<std::string> settings, loras;
   std::optional<std::int64_t> steps, seed, frames, height, width;
   std::optional<double> guidance, guidance_2, shift;
   int threads = 0;
@@ -184,6 +184,9 @@ Status read_request(const Options& options, const freewheel::Manifest& manifest,
   request.guidance_scale_2 = options.guidance_2;
   request.flow_shift = options.shift;
   request.force = options.force;
+  for (const std::string& lora : options.loras) {
+    request.lora += (request.lora.empty() ? "" : ",") + lora;
+  }
   Status status = options.seed ? request.set("seed", *options.seed) : Status();
   if (status.ok()) status = read_overrides(options, request);
   if (status.ok()) status = read_named(options.latents, "latents", files, request.latents);
@@ -247,6 +250,7 @@ Status run(const Options& options, nlohmann::json& report) {
   model_options.offload = options.offload;
   model_options.allow_compile = options.allow_compile;
   model_options.check_finite = options.check_finite;
+  model_options.lora_folder = options.lora_folder;
   auto model = freewheel::Model::load(options.bundle, model_options);
   if (!model.ok()) return std::move(model).status();
   std::vector<Loaded> files;
@@ -333,6 +337,9 @@ int main(int argc, char** argv) {
   app.add_option("--cache", options.cache, "A config or a policy of the bundle");
   app.add_option("--set", options.settings,
                  "key=value: a parameter of the policy, first_exact, exact_steps, signal, ...");
+  app.add_option("--lora", options.loras,
+                 "name or name:scale: a LoRA of --lora-folder, as 'freewheel lora' writes it");
+  app.add_option("--lora-folder", options.lora_folder, "Folder of LoRAs");
   app.add_option("--deadline", options.deadline,
                  "Seconds that the denoise steps may take, 20 or 20s: a solved config computes as "
                  "many steps as fit");
@@ -370,7 +377,7 @@ int main(int argc, char** argv) {
     return app.exit(fault) == 0 ? 0 : 2;
   }
   for (std::string* path : {&options.bundle, &options.out, &options.embeddings, &options.negative,
-                            &options.latents, &options.condition}) {
+                            &options.latents, &options.condition, &options.lora_folder}) {
     *path = expand_home(*path);
   }
   std::signal(SIGINT, on_interrupt);

@@ -151,6 +151,32 @@ class Adapters:
                 base._parameters.update(before)
         return found
 
+    def factors(self) -> dict[str, Tensor]:
+        """Return what `merged` adds, as factors with every scale inside, by diffusers' names.
+
+        ``NAME.lora_A.weight`` and ``NAME.lora_B.weight``: a pair whose product is added to the
+        weight; ``NAME.lora_B.bias``: what is added to the bias; ``NAME.lora_magnitude_vector.weight``:
+        the length that each row of the sum is given. All float32 and contiguous.
+
+        Raises:
+            RequestError: an adapter is of a kind that isn't written so, or changes a weight that
+                the bundle doesn't have.
+        """
+        found: dict[str, Tensor] = {}
+        for name, layer in _tuner_layers(self.module):
+            for adapter in (a for a in layer.active_adapters if _has_adapter(layer, a)):
+                found |= {f"{name}.{n}": t for n, t in _factors(name, layer, adapter).items()}
+        missing = sorted(
+            n for n in found if self._prefix + _weight_name(n) not in self._bundle.manifest.tensors
+        )
+        if missing:
+            raise RequestError(
+                f"LoRA, tensor '{missing[0]}'",
+                f"changes '{_weight_name(missing[0])}', which is no weight of the bundle",
+                "give a LoRA of this model",
+            )  # fmt: skip
+        return {n: t.detach().float().contiguous() for n, t in found.items()}
+
     def _settle(self) -> None:
         """Go back exactly to the weights before `fuse_lora` where diffusers has unfused them."""
         for _, layer in _tuner_layers(self.module):
@@ -381,6 +407,28 @@ def _put(module: Any, name: str, layer: Any) -> None:
 def _adapter_parameters(layer: Any) -> Iterator[Parameter]:
     base = {id(p) for p in layer.get_base_layer().parameters()}
     return (p for p in layer.parameters() if id(p) not in base)
+
+
+def _factors(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
+    """Return one layer's factors, without its name; see `Adapters.factors`."""
+    if adapter not in getattr(layer, "lora_A", ()):
+        raise RequestError(
+            f"LoRA, module '{name}'", f"is adapted by {type(layer).__name__}, which is no plain LoRA",
+            "merge it into the checkpoint and build that",
+        )  # fmt: skip
+    down, up, scale = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+    found = {"lora_A.weight": down.weight, "lora_B.weight": up.weight * scale}
+    if up.bias is not None:
+        found["lora_B.bias"] = up.bias * scale
+    if adapter in layer.lora_magnitude_vector:
+        found["lora_magnitude_vector.weight"] = layer.lora_magnitude_vector[adapter].weight
+    return found
+
+
+def _weight_name(factor: str) -> str:
+    """Return which parameter a factor changes."""
+    module, _, part = factor.rpartition(".lora_")
+    return f"{module}.bias" if part == "B.bias" else f"{module}.weight"
 
 
 def _has_adapter(layer: Any, name: str) -> bool:

@@ -32,7 +32,7 @@ from .schedulers import make_scheduler
 from .sound import Sound
 from .video import open_frames, open_image
 
-__all__ = ["Generation", "Generator", "check_recordable"]
+__all__ = ["Generation", "Generator", "check_recordable", "pipeline_class_of", "pipeline_of"]
 
 TRANSFORMERS = {"transformer", "transformer_2"}
 """Parts of a pipeline that a bundle takes the place of."""
@@ -83,6 +83,42 @@ def check_recordable(bundle: Bundle) -> None:
         )  # fmt: skip
 
 
+def pipeline_of(bundle: Bundle, model: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Return the folder with the rest of a bundle's pipeline, and its ``model_index.json``.
+
+    Args:
+        bundle: An open bundle.
+        model: The folder, where the bundle has none.
+
+    Raises:
+        BundleError: there is no such folder.
+    """
+    entry = bundle.manifest.pipeline
+    folder = model or (bundle.path(entry.folder) if entry.folder else Path(entry.source or ""))
+    if not (folder / "model_index.json").is_file():
+        raise BundleError(
+            f"{bundle.folder}, 'pipeline'", f"is not to be found at '{folder}'",
+            "give the checkpoint's diffusers folder with --model",
+        )  # fmt: skip
+    return folder, json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+
+
+def pipeline_class_of(folder: Path, index: Mapping[str, Any]) -> Any:
+    """Return the pipeline's class that ``model_index.json`` names.
+
+    Raises:
+        BundleError: diffusers has none of that name.
+    """
+    found: Any = diffusers_pipeline(index.get("_class_name"))
+    if found is None:
+        raise BundleError(
+            str(folder / "model_index.json"),
+            f"'_class_name' {index.get('_class_name')!r} is no pipeline of diffusers",
+            "build the bundle again",
+        )
+    return found
+
+
 class Generator:
     """A bundle with its pipeline around it, ready for any number of requests."""
 
@@ -108,16 +144,9 @@ class Generator:
         check_samples_one(
             bundle.manifest.latents, f"bundle '{bundle.folder}'", "a generation is of a video alone"
         )
-        folder = self._pipeline_folder(bundle, model)
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        folder, index = pipeline_of(bundle, model)
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
-        pipeline_class: Any = diffusers_pipeline(index.get("_class_name"))
-        if pipeline_class is None:
-            raise BundleError(
-                str(folder / "model_index.json"),
-                f"'_class_name' {index.get('_class_name')!r} is no pipeline of diffusers",
-                "build the bundle again",
-            )
+        pipeline_class = pipeline_class_of(folder, index)
         self.pipe: Any = pipeline_class.from_pretrained(
             folder,
             **dict.fromkeys(TRANSFORMERS & index.keys()),
@@ -140,17 +169,6 @@ class Generator:
         for expert in self.transformer.experts:
             expert.warn = lambda text: None  # callers read the statistics' warnings
         self.pipe.to(self.transformer.device)
-
-    @staticmethod
-    def _pipeline_folder(bundle: Bundle, model: Path | None) -> Path:
-        entry = bundle.manifest.pipeline
-        folder = model or (bundle.path(entry.folder) if entry.folder else Path(entry.source or ""))
-        if not (folder / "model_index.json").is_file():
-            raise BundleError(
-                f"{bundle.folder}, 'pipeline'", f"is not to be found at '{folder}'",
-                "give the checkpoint's diffusers folder with --model",
-            )  # fmt: skip
-        return folder
 
     def generate(
         self, request: GenerationRequest, *, recorder: Recorder | None = None,

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doors import CONFIGS, REQUESTS, Doors
+from doors import CONFIGS, LORA_REQUESTS, REQUESTS, Doors
+from safetensors.numpy import load_file, save_file
 
 from freewheel.bundle.reader import Bundle
 
@@ -48,6 +49,46 @@ def test_a_request_gives_the_same_bits_through_every_door(doors: Doors, name: st
     if name in COMPUTED:
         assert counts == {COMPUTED[name]}
     assert all(reused) == (name not in ("nothing said", "a policy by name")), name
+
+
+@pytest.mark.parametrize("name", LORA_REQUESTS)
+def test_loras_give_the_same_bits_through_every_door(doors: Doors, name: str) -> None:
+    cache, overrides, lora = LORA_REQUESTS[name]
+    noise, in_c = doors.in_c(cache, overrides, lora)
+    expected, _ = doors.in_python(cache, overrides, noise, lora)
+    assert np.array_equal(in_c.reshape(expected.shape), expected)
+    assert np.array_equal(doors.in_shell(cache, overrides, lora), expected)
+    assert np.array_equal(doors.in_shell(cache, overrides, lora, options=["--offload"]), expected)
+    plain = doors.in_shell(cache, overrides)
+    assert np.abs(expected - plain).mean() > 0.01 * np.abs(plain).mean()
+
+
+BAD_LORAS = {
+    "no such name": ("stile", "did you mean 'style'"),
+    "another folder": ("../loras/style", "is no plain name"),
+    "a scale of letters": ("style:much", "has scale 'much'; write name:0.8"),
+    "the same twice": ("style,style:0.5", "is named twice"),
+    "another checkpoint's": ("foreign", "was written for the checkpoint 000000000000"),
+    "a file as it was shared": ("source", "is no LoRA that 'freewheel lora' wrote"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LORAS)
+def test_a_lora_that_can_t_be_used_is_refused_before_the_first_step(
+    doors: Doors, tmp_path: Path, case: str
+) -> None:
+    lora, said = BAD_LORAS[case]
+    state = load_file(doors.loras / "style.safetensors")
+    marks = {"freewheel_lora": "1", "checkpoint_sha256": "0" * 64}
+    save_file(state, doors.loras / "foreign.safetensors", metadata=marks)
+    save_file(state, doors.loras / "source.safetensors")
+    error = refused(
+        doors.build, doors.bundle.folder, tmp_path / "x.npy", "--embeddings", doors.folder / "cond.npy",
+        "--negative", doors.folder / "uncond.npy", "--lora-folder", doors.loras,
+        *(part for use in lora.split(",") for part in ("--lora", use)),
+    )  # fmt: skip
+    assert said in error["message"]
+    assert doors.refused_in_c(None, {}, lora) == error["message"]
 
 
 def refused(

@@ -38,6 +38,7 @@ Result<std::string> read_text(const std::string& path, std::size_t limit, Code c
 struct SafetensorsFile {
   MappedFile file;
   Tensors tensors;
+  std::map<std::string, std::string> metadata;
 
   static Result<SafetensorsFile> open(const std::string& path, Code code = Code::kRequest);
 };

@@ -58,6 +58,7 @@ typedef struct freewheel_model_options {
   int32_t skip_finite_check; /* not 0: runs go on with values that are not finite */
   int32_t cuda_graphs;       /* not 0: TensorRT replays each engine call as one CUDA graph */
   int32_t offload;           /* not 0: blocks' weights stay in host memory, two on the device */
+  const char* lora_folder;   /* the only folder that runs may name LoRAs of; NULL takes none */
 } freewheel_model_options;
 
 /* Opens the bundle in `folder`. `options` may be NULL. On failure `*model` is a handle that is good
@@ -175,6 +176,9 @@ typedef struct freewheel_run_options {
    * prompt beside a `prompt` and none is given, it is empty. */
   const char* prompt;
   const char* negative_prompt;
+  /* LoRAs of `lora_folder` that `freewheel lora` wrote, as "name:0.8,other"; NULL is none. The
+   * session keeps the weights that they change until a run with others, or with none. */
+  const char* lora;
 } freewheel_run_options;
 
 /* Runs the whole denoise loop. The latents are left as they were where it fails. */

@@ -137,6 +137,7 @@ struct TokenizerEntry {
 
 struct Manifest {
   std::string freewheel_version, family, precision, weights;
+  std::string checkpoint_sha256;  ///< Digest of the weights that it was built from.
   std::map<std::string, InputEntry> inputs;
   std::map<std::string, std::vector<std::pair<std::string, std::int64_t>>> dims;
   std::map<std::string, std::vector<SumTerm>> sums;

@@ -11,6 +11,7 @@
 
 #include "freewheel/bundle.h"
 #include "freewheel/engine.h"
+#include "freewheel/lora.h"
 
 namespace freewheel {
 
@@ -27,6 +28,8 @@ struct ModelOptions {
   bool check_finite = true;
   /// Whether the blocks' weights stay in host memory, two blocks of each kind on the device.
   bool offload = false;
+  /// The only folder that requests may name LoRAs of; empty takes none.
+  std::string lora_folder;
   /// Used in place of the table's, by tests and by programs with a backend of their own.
   std::shared_ptr<Backend> custom_backend;
 };
@@ -44,12 +47,20 @@ class Model {
   static Result<std::shared_ptr<Model>> load(const std::string& folder,
                                              const ModelOptions& options = {});
 
+  /// The same model, engines and unchanged weights shared, with others in place of some weights.
+  /// @param weights Host tensors of the bundle's shapes and dtypes.
+  static std::shared_ptr<Model> with_weights(std::shared_ptr<Model> model, Weights weights);
+
   const Bundle& bundle() const noexcept { return *bundle_; }
   const Manifest& manifest() const noexcept { return bundle_->manifest(); }
   const Backend& backend() const noexcept { return *backend_; }
   Memory& memory() noexcept { return backend_->memory(); }
 
   bool checks_finite() const noexcept { return check_finite_; }
+  const std::string& lora_folder() const noexcept { return lora_folder_; }
+
+  /// CPU threads of one engine call; 0 takes every core.
+  int threads() const noexcept { return threads_; }
 
   /// Loads every engine and touches every weight now, rather than in the first run.
   Status load_all();
@@ -72,6 +83,13 @@ class Model {
  private:
   Model();
 
+  Result<Tensor> host_weight(const std::string& name);
+  void offload();
+
+  std::shared_ptr<Model> base_;  ///< Has engines and other weights; null where this is it.
+  Weights changed_;              ///< On devices those that are not uploaded yet.
+  std::string lora_folder_;
+  int threads_ = 0;
   std::shared_ptr<const Bundle> bundle_;
   std::shared_ptr<Backend> backend_;
   const EngineSet* set_ = nullptr;

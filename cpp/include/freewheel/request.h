@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "freewheel/bundle.h"
+#include "freewheel/lora.h"
 #include "freewheel/policy_spec.h"
 #include "freewheel/status.h"
 #include "freewheel/tensor.h"
@@ -31,6 +32,8 @@ inline constexpr const char* kSides[] = {"cond", "uncond"};
 struct Request {
   std::string cache;    ///< A config or policy of the bundle; empty takes the default config.
   std::string sampler;  ///< Empty takes the pipeline's own.
+  /// LoRAs of the model's folder, as "name:0.8,other"; empty is none.
+  std::string lora;
   std::optional<std::int64_t> steps, frames, height, width;
   std::optional<std::uint64_t> seed;  ///< Of the start noise, below 2**63.
   std::optional<double> guidance_scale, guidance_scale_2, flow_shift;
@@ -58,7 +61,7 @@ struct Request {
   /// refused.
   Status set(const std::string& name, const Value& value);
 
-  /// "policy" (the field `cache`), "sampler", "steps", "seed", "frames", "height", "width",
+  /// "policy" (the field `cache`), "sampler", "lora", "steps", "seed", "frames", "height", "width",
   /// "guidance_scale", "guidance_scale_2", "flow_shift", "force".
   static const std::vector<std::string>& names();
 };
@@ -97,6 +100,7 @@ struct RunRequest {
   std::string sampler;               ///< Empty takes the pipeline's own.
   std::optional<double> flow_shift;  ///< Nothing takes the default config's.
   CacheSetting cache;
+  std::vector<LoraUse> loras;  ///< Merged into the weights, in this order.
   /// What the request's maker should know; the run's statistics carry them on.
   std::vector<std::string> warnings;
   std::function<void(const BranchEvent&)> on_branch_step;

@@ -37,7 +37,12 @@ class Session {
   Model& model() noexcept;
   const RunStatistics& statistics() const noexcept;
 
-  /// Denoises `request.latents` in place.
+  /// Has the runs to come use these LoRAs, and no others: copies of the weights that they change
+  /// take the place of the bundle's, which come back, bit for bit, with none. Does nothing where
+  /// they are the same as before. After a failure the weights are the bundle's, or those before.
+  Status use_loras(const std::vector<LoraUse>& loras);
+
+  /// Denoises `request.latents` in place, with the LoRAs of `request`.
   Status run(const RunRequest& request);
 
   /// Stops the run in progress, if there is one, before its next engine call. From any thread.
