@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`freewheel lora`: write a LoRA so that C++ applies it."""
+"""`freewheel lora`: write a LoRA so that C++ and a server apply it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lora(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a LoRA for one bundle, so that freewheel-run and the C ABI apply it per request.
+    """Write a LoRA for one bundle, so that freewheel-run, the C ABI and Triton apply it per request.
 
     Example: freewheel lora out/bundle style.safetensors --out out/loras/style.safetensors
     """

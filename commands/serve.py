@@ -31,6 +31,10 @@ def serve(
     backend: Annotated[
         str | None, typer.Option(help="Backend; default: the first that C++ runs.")
     ] = None,
+    lora_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of LoRAs that requests may name; `freewheel lora` writes them."),
+    ] = None,
     backend_directory: Annotated[
         Path, typer.Option(help="Folder with freewheel/libtriton_freewheel.so, for the command.")
     ] = Path("build/cpp/backends"),
@@ -61,10 +65,15 @@ def serve(
             raise RequestError(f"--replicas {replicas}", "is below 1", "give --replicas 2")
         if image is not None and replicas is None:
             raise RequestError(f"--image {image}", "is for --replicas", "give --replicas 2 as well")
+        if replicas is not None and lora_folder is not None:
+            raise RequestError(
+                f"--lora-folder '{lora_folder}'", "is a folder of this machine, which no replica sees",
+                "leave it out, and name one of the volume as 'lora_folder' in config.pbtxt",
+            )  # fmt: skip
         opened = Bundle(bundle)
         request = ServeRequest(
             bundle=opened, out=out, name=name, version=version, instances=instances,
-            backend=backend, threads=threads,
+            backend=backend, threads=threads, lora_folder=lora_folder,
         )  # fmt: skip
         written = write_repository(request)
         library = backend_directory / "freewheel" / "libtriton_freewheel.so"

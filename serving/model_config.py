@@ -27,6 +27,7 @@ class ServedModel:
     backend: str
     instances: int
     threads: int
+    lora_folder: str | None = None
 
 
 def served_backend(manifest: Manifest, wanted: str | None) -> str:
@@ -56,11 +57,13 @@ def config_text(manifest: Manifest, served: ServedModel) -> str:
     """
     check_samples_one(manifest.latents, f"family '{manifest.family}'", "a server answers with one")
     runs = [config.generation for config in manifest.configs.values()]
-    parameters = {
+    parameters: dict[str, object] = {
         "backend": served.backend,
         "threads": served.threads,
         "max_pixels": max(MAX_PIXELS, *(r.frames * r.height * r.width for r in runs)),
     }
+    if served.lora_folder is not None:
+        parameters["lora_folder"] = _escaped(served.lora_folder)
     kind = "KIND_CPU" if served.backend == "openvino" else "KIND_MODEL"
     lines = [
         f'name: "{served.name}"',
@@ -75,6 +78,11 @@ def config_text(manifest: Manifest, served: ServedModel) -> str:
           for name, value in parameters.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Return a text as it stands between the quotes of a config.pbtxt."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 Declared = tuple[str, str, list[int]]

@@ -37,6 +37,8 @@ class ServeRequest:
         instances: Requests that run at once; they share engines and weights.
         backend: One that the bundle has engines for and C++ runs; None takes the first.
         threads: CPU threads of one engine call; None divides the cores among the instances.
+        lora_folder: The only folder that requests may name LoRAs of; None lets them name none. Read
+            where it is: what `freewheel lora` writes there later is served too.
     """
 
     bundle: Bundle
@@ -46,6 +48,7 @@ class ServeRequest:
     instances: int = 1
     backend: str | None = None
     threads: int | None = None
+    lora_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def write_repository(request: ServeRequest) -> Written:
         if value is not None and value < 1:
             raise RequestError(f"--{option} {value}", "is below 1", f"give --{option} 1")
     check_folder(request.out, "--out")
+    _check_lora_folder(request.bundle, request.lora_folder)
     model = request.out.absolute() / name
     version = _version(model, request.version)
     served = ServedModel(
@@ -91,6 +95,7 @@ def write_repository(request: ServeRequest) -> Written:
         backend=served_backend(request.bundle.manifest, request.backend),
         instances=request.instances,
         threads=request.threads or max(1, (os.cpu_count() or 1) // request.instances),
+        lora_folder=None if request.lora_folder is None else str(request.lora_folder.absolute()),
     )
     text = config_text(request.bundle.manifest, served)
     try:
@@ -100,6 +105,18 @@ def write_repository(request: ServeRequest) -> Written:
             str(model), f"can't be written: {error.strerror}", "choose another --out"
         ) from error
     return Written(name, version, model, total, copied)
+
+
+def _check_lora_folder(bundle: Bundle, folder: Path | None) -> None:
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise RequestError(f"--lora-folder '{folder}'", "is no folder", "make it first")
+    if bundle.manifest.weights == "baked":
+        raise RequestError(
+            "--lora-folder", "can't be used: this bundle's weights are inside its engines",
+            "build the bundle with --weights inputs",
+        )  # fmt: skip
 
 
 def _version(model: Path, wanted: int | None) -> int:

@@ -413,6 +413,16 @@ def test_one_file_is_not_written_twice(
     assert "is --out's file too" in failure(freewheel(*base), 3, "request")["message"]
 
 
+def test_replicas_are_not_told_of_a_folder_of_this_machine(freewheel: Run, tmp_path: Path) -> None:
+    refused = freewheel(
+        "serve", tmp_path / "bundle", "--out", tmp_path / "models", "--lora-folder", tmp_path,
+        "--replicas", 2, "--json",
+    )  # fmt: skip
+    error = failure(refused, 3, "request")
+    assert "which no replica sees" in error["message"]
+    assert "'lora_folder' in config.pbtxt" in error["hint"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

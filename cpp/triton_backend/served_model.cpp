@@ -46,6 +46,7 @@ Result<std::unique_ptr<ServedModel>> ServedModel::load(TRITONBACKEND_Model* hand
   options.backend_options.cuda_graphs = served->options.cuda_graphs;
   options.offload = served->options.offload;
   options.allow_compile = served->options.allow_compile;
+  options.lora_folder = served->options.lora_folder;
   FREEWHEEL_ASSIGN(served->model, Model::load(folder, options));
   FREEWHEEL_TRY(served->model->load_all());
   return served;

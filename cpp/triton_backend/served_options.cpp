@@ -56,6 +56,7 @@ Result<ServedOptions> ServedOptions::parse(const std::string& config_json,
       {"device", Count{&options.device, 0, 1024}},
       {"cuda_graphs", &options.cuda_graphs},
       {"offload", &options.offload},
+      {"lora_folder", &options.lora_folder},
       {"allow_compile", &options.allow_compile},
       {"max_pixels", Count{&options.max_pixels, 1, std::int64_t{1} << 45}},
   };

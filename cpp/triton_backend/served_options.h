@@ -17,6 +17,7 @@ struct ServedOptions {
   std::int64_t instances = 1;  ///< Of all instance groups: runs at the same time.
   bool cuda_graphs = false;    ///< Replay each engine call as one CUDA graph.
   bool offload = false;        ///< Keep the blocks' weights in host memory.
+  std::string lora_folder;     ///< The only one that requests may name LoRAs of; empty takes none.
   bool allow_compile = false;  ///< Whether engines that don't fit this machine are compiled anew.
   /// Frames · height · width that a request may ask for: memory grows with it.
   std::int64_t max_pixels = 81LL * 720 * 1280;

@@ -94,3 +94,29 @@ def test_a_version_is_never_overwritten(tiny_bundle: Bundle, tmp_path: Path) -> 
     write_repository(request)
     with pytest.raises(OutputError, match=r"wan/3: is there already; leave --version out for 4"):
         write_repository(request)
+
+
+def test_the_folder_of_loras_is_there_and_its_place_is_absolute(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path('my "loras"')
+    request = ServeRequest(tiny_bundle, tmp_path / "models", name="wan", lora_folder=folder)
+    with pytest.raises(RequestError, match=r"--lora-folder.*is no folder"):
+        write_repository(request)
+    assert not request.out.exists()
+    folder.mkdir()
+    text = (write_repository(request).folder / CONFIG).read_text()
+    place = str(tmp_path / folder).replace('"', '\\"')
+    assert f'key: "lora_folder" value {{ string_value: "{place}" }}' in text
+    plain = write_repository(ServeRequest(tiny_bundle, request.out, name="plain"))
+    assert "lora_folder" not in (plain.folder / CONFIG).read_text()
+
+
+def test_weights_inside_engines_are_served_without_loras(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baked = tiny_bundle.manifest.model_copy(update={"weights": "baked"})
+    monkeypatch.setattr(tiny_bundle, "manifest", baked)
+    with pytest.raises(RequestError, match="weights are inside its engines"):
+        write_repository(ServeRequest(tiny_bundle, tmp_path / "models", lora_folder=tmp_path))

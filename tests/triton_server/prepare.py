@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "cpp")]
 
 from conftest import random_transformer
-from doors import CONFIGS, REQUESTS, Doors
+from doors import CONFIGS, LORA_REQUESTS, REQUESTS, Doors
 
 from freewheel.bundle.manifest import ConfigEntry
 from freewheel.bundle.reader import Bundle
@@ -40,20 +40,26 @@ def build_bundle(
     return Bundle(out)
 
 
-def write_doors(bundle: Bundle, out: Path) -> None:
-    """Write what Python, freewheel-run and the C ABI make of each request, on one thread."""
+def write_doors(bundle: Bundle, out: Path) -> Path:
+    """Write what Python, freewheel-run and the C ABI make of each request, on one thread.
+
+    Returns:
+        The folder of the LoRAs that requests name.
+    """
     out.mkdir()
     torch.set_num_threads(1)
     doors = Doors(bundle, TESTS.parent / "build" / "cpp", out)
     found = {}
-    for name, (cache, overrides) in REQUESTS.items():
-        noise, in_c = doors.in_c(cache, overrides)
-        in_python, _ = doors.in_python(cache, overrides, noise)
+    requests = {**{n: (*r, "") for n, r in REQUESTS.items()}, **LORA_REQUESTS}
+    for name, (cache, overrides, lora) in requests.items():
+        noise, in_c = doors.in_c(cache, overrides, lora)
+        in_python, _ = doors.in_python(cache, overrides, noise, lora)
         found[f"{name}/C ABI"] = in_c.reshape(in_python.shape)
         found[f"{name}/Python"] = in_python
-        found[f"{name}/freewheel-run"] = doors.in_shell(cache, overrides)
+        found[f"{name}/freewheel-run"] = doors.in_shell(cache, overrides, lora)
     np.savez(out / "latents.npz", **found)
-    (out / "requests.json").write_text(json.dumps(REQUESTS))
+    (out / "requests.json").write_text(json.dumps(requests))
+    return doors.loras
 
 
 def main(out: Path, cache: Path) -> None:
@@ -68,8 +74,13 @@ def main(out: Path, cache: Path) -> None:
                 ServeRequest(bundle, out / "models", name="tiny", instances=2, threads=1)
             )
     doors = build_bundle(out / "checkpoints" / "tiny", out / "doors", cache, CONFIGS, whole=False)
-    write_repository(ServeRequest(doors, out / "models", name="doors", threads=1))
-    write_doors(doors, out / "expected")
+    loras = write_doors(doors, out / "expected")
+    for name, instances in (("doors", 1), ("pair", 2)):
+        write_repository(
+            ServeRequest(
+                doors, out / "models", name=name, instances=instances, threads=1, lora_folder=loras
+            )
+        )
     names = [f"shapes_wan_{p}" for p in ("teacache", "off", "custom")]
     configs = config_entries(names, lambda text: None)
     demo = build_bundle(

@@ -16,6 +16,7 @@ TEST(RequestOptionsTest, SortsParametersByWhatTheyAreFor) {
                                           {"guidance_scale", std::int64_t{3}},
                                           {"stream", std::int64_t{2}},
                                           {"preview", true},
+                                          {"lora", text("style:0.5,other")},
                                           {"outputs", text("latents,progress")},
                                           {"threshold", 0.2},
                                           {"first_exact", std::int64_t{2}}});
@@ -23,6 +24,7 @@ TEST(RequestOptionsTest, SortsParametersByWhatTheyAreFor) {
   EXPECT_EQ(read->request.cache, "teacache");
   EXPECT_EQ(read->request.steps, 20);
   EXPECT_EQ(read->request.guidance_scale, 3.0);
+  EXPECT_EQ(read->request.lora, "style:0.5,other");
   EXPECT_EQ(read->stream, 2);
   EXPECT_TRUE(read->preview);
   EXPECT_EQ(read->outputs, (std::set<string>{"latents", "progress"}));

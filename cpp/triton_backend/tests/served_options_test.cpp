@@ -21,6 +21,7 @@ TEST(ServedOptionsTest, DefaultsHoldWhereNothingIsSaid) {
 TEST(ServedOptionsTest, ReadsWhatIsSaid) {
   EXPECT_EQ(ServedOptions::parse(config("threads", "3"), "m")->threads, 3);
   EXPECT_EQ(ServedOptions::parse(config("backend", "openvino"), "m")->backend, "openvino");
+  EXPECT_EQ(ServedOptions::parse(config("lora_folder", "/a/loras"), "m")->lora_folder, "/a/loras");
   EXPECT_TRUE(ServedOptions::parse(config("allow_compile", "true"), "m")->allow_compile);
   EXPECT_TRUE(ServedOptions::parse(config("cuda_graphs", "true"), "m")->cuda_graphs);
   EXPECT_TRUE(ServedOptions::parse(config("offload", "true"), "m")->offload);
