@@ -152,7 +152,7 @@ class RunOptions(ctypes.Structure):
         ("seed", c_uint64), ("progress", OnStep), ("user", c_void_p),
         ("condition", POINTER(c_float)), ("condition_channels", c_int64),
         ("guidance_scale_2", c_double), ("has_config_seed", c_int32), ("force", c_int32),
-        ("prompt", c_char_p), ("negative_prompt", c_char_p),
+        ("prompt", c_char_p), ("negative_prompt", c_char_p), ("lora", c_char_p),
     ]  # fmt: skip
 
 
