@@ -22,7 +22,7 @@ constexpr char kSuffix[] = ".safetensors";
 constexpr char kFormat[] = "freewheel_lora", kFormatVersion[] = "1";
 constexpr char kCheckpoint[] = "checkpoint_sha256";
 constexpr char kRewrite[] = "write it again with 'freewheel lora' and this bundle";
-constexpr std::int64_t kLeastPerThread = 1 << 18;  // products, below which a thread costs more
+constexpr std::int64_t kLeastPerThread = 1 << 18;  // products, below which no other thread is begun
 
 bool ends_with(const std::string& text, const std::string& end) {
   return text.size() > end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
@@ -122,8 +122,8 @@ Result<Buffer> aligned(const Tensor& tensor) {
 }
 
 /// Adds factors[0] · row 0 of `down`, then factors[1] · row 1, …: each sum takes its terms in this
-/// order, and rounds after each product and each sum. Four rows go at a time, as that halves the
-/// time.
+/// order, and rounds after each product and each sum. Four rows go at a time, so that a sum
+/// is loaded and stored once for four terms.
 void add_products(const float* factors, const float* down, std::int64_t rank, std::size_t columns,
                   float* sums) {
   std::int64_t k = 0;
