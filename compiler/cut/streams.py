@@ -128,9 +128,9 @@ class _Streams:
                 now[stream] = value
         behind = self.cut.calls[-1]
         of_body = {v: found.of[v] for v in behind.inputs if self._is_of_body(v)}
-        read = [v for v, stream in of_body.items() if stream not in cached or now[stream] != v]
-        if read:
-            refuse(self.cut.model, "reads behind its blocks more than the latents' stream", read)
+        more = [v for v, stream in of_body.items() if stream not in cached or now[stream] != v]
+        if more:
+            refuse(self.cut.model, "reads behind its blocks more than the latents' stream", more)
         left = [now[stream] for stream in cached - set(of_body.values())]
         if left:
             refuse(self.cut.model, "reads no more behind its blocks of a stream of latents", left)

@@ -212,7 +212,7 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "hunyuan_video_15": ("HunyuanVideo15Pipeline", flow, hunyuan_video_15),
     "wan_vace": ("WanVACEPipeline", flow, lambda c: {
         **both(c.text_dim), **VIDEO, "guidance_scale": 3.0,
-        "conditioning_scale": torch.linspace(0.5, 1.0, len(c.vace_layers)),
+        "conditioning_scale": torch.linspace(0.5, 1.0, len(c.vace_layers)).tolist(),
     }),
     "ltx_2": ("LTX2Pipeline", shifted, ltx_2),
     "ltx_2_3": ("LTX2Pipeline", shifted, ltx_2),
