@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from generations import generation_of
 
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.sizes import dims_of, latent_scale, shape_at, size_of
 from freewheel.core.errors import RequestError
 from freewheel.engines.base import TensorSpec
@@ -20,9 +20,8 @@ WAN = family_of("WanTransformer3DModel", "")
 
 
 @pytest.fixture(scope="module")
-def cut() -> Cut:
-    config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-    return cut_transformer(WAN, config, "float32", lambda name: "float32")
+def cut(shared_cut: Callable[..., Cut]) -> Cut:
+    return shared_cut(WAN, {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16})
 
 
 def test_what_is_asked_for_comes_before_the_config() -> None:

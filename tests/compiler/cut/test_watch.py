@@ -29,10 +29,11 @@ from freewheel.compiler.cut.watch import learn_row, spelled, stand_in, usual_cal
 from freewheel.core.errors import CheckpointError, ExportError, RequestError
 from freewheel.runtime.pipeline.attach import attach
 
-EVERY_RUN = ("sd3", "qwen_image", "cogvideox")
+EVERY_RUN = ("qwen_image", "cogvideox")
+"""A picture packed to tokens, with its sizes in a list; a video of unpacked latents."""
 REFUSED = ("hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi", "hunyuan_dit")
-"""Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused, for torch
-can't trace them."""
+"""Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
+for torch can't trace them."""
 
 
 def learnt(name: str) -> tuple[Row, Any, dict[str, Any]]:
