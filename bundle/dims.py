@@ -9,7 +9,7 @@ from math import prod
 from ..core.errors import BundleError, RequestError
 from .manifest import MAX_SIZE, IoEntry, Manifest, SumTerm
 
-__all__ = ["derive_dims", "divisor", "match_dims", "shape_of", "summed"]
+__all__ = ["all_dims", "derive_dims", "divisor", "match_dims", "shape_of", "summed"]
 
 
 def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int]:
@@ -67,6 +67,27 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
                 "give sizes that belong to the latents",
             )  # fmt: skip
     return dims | summed(manifest.sums, dims)
+
+
+def all_dims(
+    factors: Mapping[str, Sequence[tuple[str, int]]],
+    sums: Mapping[str, Sequence[SumTerm]],
+    sizes: Mapping[str, int],
+) -> dict[str, int]:
+    """Add what derives from sizes that are all known, and what derives from their sums.
+
+    Args:
+        factors: Derived dimension → its factors, each a size and its divisor.
+        sums: Dimension → what it is the sum of.
+        sizes: Of everything that does not derive.
+    """
+    dims = dict(sizes)
+    for _ in ("of sizes", "of sums"):
+        for name, parts in factors.items():
+            if all(dim in dims for dim, _ in parts):
+                dims[name] = prod(dims[dim] // by for dim, by in parts)
+        dims |= summed(sums, dims)
+    return dims
 
 
 def summed(sums: Mapping[str, Sequence[SumTerm]], dims: Mapping[str, int]) -> dict[str, int]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..bundle.dims import divisor, summed
+from ..bundle.dims import all_dims, divisor
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..core.errors import RequestError
@@ -150,10 +149,7 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
 
 def derived(cut: Cut, dims: Mapping[str, int]) -> dict[str, int]:
     """Add the family's derived dimensions, ``tokens`` among them."""
-    found = dict(dims)
-    for name, factors in cut.dims.items():
-        found[name] = prod(found[dim] // divisor for dim, divisor in factors)
-    return found | summed(cut.sums, found)
+    return all_dims(cut.dims, cut.sums, dims)
 
 
 def shape_at(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:

@@ -38,5 +38,15 @@ AUDIO_MODELS: tuple[Row, ...] = (
         latent_scale=(1, 1),
         timestep_scale=1000.0,
     ),
+    Row(
+        "MiniMaxMusic3Transformer1DModel",
+        {
+            "hidden_states": step("batch in_channels frames"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch frames condition_dim"),
+        },
+        name="minimax_music_3",
+        latent_scale=(1, 1),
+    ),
 )
 """In the order in which each came to be cut."""

@@ -25,6 +25,7 @@ from .words import (
     is_operation,
     is_size,
     operation,
+    tensors_read,
 )
 
 __all__ = ["find_instances", "find_templates"]
@@ -38,7 +39,7 @@ def find_instances(trace: Trace) -> list[Instance]:
 
     A module list whose entries see the prompt alone (a text refiner) holds no blocks: it is
     ordinary code of `prompt`. One whose entries see the timestep too runs on computed steps, as
-    those that see the latents do.
+    those that see the latents do. Blocks that the results need nothing of are left out.
     """
     lists = block_lists(trace.model)
     owner: dict[fx.Node, str] = {}
@@ -53,14 +54,28 @@ def find_instances(trace: Trace) -> list[Instance]:
         if block is not None:
             owner[node] = block
             found[block].append(node)
-    of = classify(trace).of
+    of, needed = classify(trace).of, _needed(trace)
     instances = [
         Instance(block, nodes)
         for block, nodes in found.items()
-        if _does_work(nodes) and any(of[node].every_step for node in nodes)
+        if _does_work(nodes)
+        and any(of[node].every_step for node in nodes)
+        and not needed.isdisjoint(nodes)
     ]
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
     return sorted(instances, key=lambda instance: order[instance.nodes[0]])
+
+
+def _needed(trace: Trace) -> set[fx.Node]:
+    """Return what the results are computed of."""
+    found: set[fx.Node] = set()
+    waiting = list(trace.results)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += tensors_read(node)
+    return found
 
 
 def _paths(node: fx.Node) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
-from ...bundle.dims import summed
+from ...bundle.dims import all_dims
 from ...bundle.manifest import SumTerm
 from ...engines.base import TensorSpec
 from .declared import DimFactor
@@ -64,11 +64,7 @@ class Dimensions:
         found = dict(sizes)
         if self.row.packed > 1:
             found |= {n: sizes.get(n, 1) * self.row.packed for n in ("height", "width")}
-        for name, factors in self.factors.items():
-            found[name] = 1
-            for size, divisor in factors:
-                found[name] *= found[size] // divisor
-        return found | summed(self.sums, found)
+        return all_dims(self.factors, self.sums, found)
 
     def limits(self) -> dict[str, int]:
         """Return how far each size of the latents may go, where the model has tables."""
@@ -90,14 +86,15 @@ class Dimensions:
             rows = {"rows": (("height", by),), "columns": (("width", by),)}
             shapes = " ".join(one.shape for one in self.cut.inputs.values())
             given = set(re.findall(r"[a-z_]\w*", shapes))
-            return {
-                **{n: f for n, f in rows.items() if n in given},
-                "tokens": (("height", by), ("width", by)),
-                "tokens_per_frame": (("tokens", 1),),
-            }
+            self.factors |= {n: f for n, f in rows.items() if n in given}
+            image: dict[str, tuple[DimFactor, ...]] = {"tokens_per_frame": (("tokens", 1),)}
+            if len(sympy.Add.make_args(self.tokens)) > 1:  # a text's beside the image's
+                self.sums["tokens"] = self._summed_tokens()
+                return image
+            return {"tokens": (("height", by), ("width", by)), **image}
         factors = self._product(self.tokens)
         if factors is None:  # one frame of so many
-            terms = self._terms(self.tokens, "has tokens of a number that no input has")
+            terms = self._summed_tokens()
             self.sums |= {"tokens": terms, "tokens_per_frame": terms}
             return {}
         order = ("frames", "height", "width")
@@ -105,6 +102,10 @@ class Dimensions:
         per_frame = tuple(f for f in factors if f[0] != "frames")
         whole = {} if factors == (("tokens", 1),) else {"tokens": factors}
         return {**whole, "tokens_per_frame": per_frame}
+
+    def _summed_tokens(self) -> tuple[SumTerm, ...]:
+        """Return what tokens are the sum of, where no product makes them."""
+        return self._terms(self.tokens, "has tokens of a number that no input has")
 
     def _product(self, expression: Any) -> tuple[DimFactor, ...] | None:
         """Return sizes and divisors of ``frames * (height // 2)``; None of anything else."""

@@ -48,19 +48,27 @@ def value_name(node: fx.Node) -> str:
         if names and (is_element or take_any or len(names) == 1):
             index = node.args[1] if is_element else 0
             return names[index if isinstance(index, int) and index < len(names) else 0]
-    path = module_path(node).split(".")[-1]
-    return f"{path}_{node.name}" if path else node.name
+    module = _module_name(node)
+    return f"{module}_{node.name}" if module else node.name
 
 
 def _attention_operand(node: fx.Node) -> str | None:
     """Return ``attn2_key`` of what an attention of module ``attn2`` reads as its key."""
     for user in node.users:
         if is_operation(user) and operation(user) == "scaled_dot_product_attention":
-            module = module_path(user).split(".")[-1]
+            module = _module_name(user)
             found = [w for w, read in zip(OPERANDS, user.args, strict=False) if read is node]
             if module and found:
                 return f"{module}_{found[0]}"
     return None
+
+
+def _module_name(node: fx.Node) -> str:
+    """Return the name of a node's innermost module; of a list's entry, with its list's before it."""
+    *outer, name = module_path(node).split(".")
+    while outer and name[0].isdigit():
+        name = f"{outer.pop()}_{name}"
+    return name
 
 
 def _lines(node: fx.Node) -> list[tuple[str, int]]:

@@ -64,6 +64,9 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
         refuse(model, "has no blocks")
     if not any(segment.runs == "prompt" for segment in cut.segments.values()):
         refuse(model, "makes nothing of the prompt alone")
+    for call in cut.calls:
+        if not set(runs).isdisjoint(call.inputs) and cut.segments[call.segment].runs != "run":
+            refuse(model, "reads a timestep where no table of its steps is", [call.segment])
     patches = row.sizes(config, dict.fromkeys(SIZES, 1))
     for one in (a for a in cut.domain if a.by_model):  # torch asks which strides to choose
         sizes = _breaks(one.condition, patches)

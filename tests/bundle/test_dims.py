@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.bundle.dims import derive_dims, match_dims, shape_of, summed
+from freewheel.bundle.dims import all_dims, derive_dims, match_dims, shape_of, summed
 from freewheel.bundle.manifest import IoEntry, SumTerm
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
@@ -37,6 +37,13 @@ def test_a_sum_is_of_dimensions_padded_ones_and_numbers() -> None:
     assert summed(sums, {"text_tokens": 33, "tokens": 5}) == {"joint": 64 + 5 + 3, "fixed": 16}
     assert summed(sums, {"text_tokens": 64, "tokens": 1})["joint"] == 64 + 1 + 3
     assert summed(sums, {"tokens": 5}) == {"fixed": 16}, "the text's size is still to come"
+
+
+def test_what_derives_from_a_sum_follows_it() -> None:
+    factors = {"patches": [("height", 2), ("width", 2)], "tokens_per_frame": [("tokens", 1)]}
+    found = all_dims(factors, {"tokens": ["patches", "text"]}, {"height": 4, "width": 6, "text": 5})
+    assert (found["patches"], found["tokens"], found["tokens_per_frame"]) == (6, 11, 11)
+    assert all_dims(factors, {}, {"tokens": 3}) == {"tokens": 3, "tokens_per_frame": 3}
 
 
 def test_dimensions_of_inputs_still_to_come_wait_for_them(tiny_bundle: Bundle) -> None:

@@ -28,21 +28,6 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
             "num_layers": 4,
         },
     ),
-    "minimax_music_3": (
-        Row(
-            "MiniMaxMusic3Transformer1DModel",
-            {
-                "hidden_states": step("batch in_channels tokens"),
-                "timestep": run(fill="fraction"),
-                "encoder_hidden_states": prompt("batch tokens condition_dim"),
-            },
-        ),
-        {
-            "attention_head_dim": 8, "condition_dim": 16, "ff_inner_dim": 32,
-            "fourier_embedding_dim": 8, "in_channels": 8, "num_attention_heads": 2,
-            "num_layers": 4, "rotary_dim": 4,
-        },
-    ),
     "stable_audio": (
         Row(
             "StableAudioDiTModel",

@@ -356,5 +356,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sample_size": 8, "text_len": 7, "text_len_t5": 5,
         },
     ),
+    "minimax_music_3": (
+        "MiniMaxMusic3Transformer1DModel",
+        {
+            "attention_head_dim": 8, "condition_dim": 16, "ff_inner_dim": 32,
+            "fourier_embedding_dim": 8, "in_channels": 8, "num_attention_heads": 2,
+            "num_layers": 4, "rotary_dim": 4,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

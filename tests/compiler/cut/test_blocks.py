@@ -28,13 +28,17 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A text refiner, two equal blocks, one with another constant, an embedder that is a list."""
+    """A text refiner, two equal blocks, one with another constant, an embedder that is a list.
+
+    What a block of another list makes is read by nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.ModuleList([nn.Linear(4, 8)])
         self.refine = nn.ModuleList([Block()])
         self.blocks = nn.ModuleList([Block(), Block(), Block(scale=2.0)])
+        self.unread = nn.ModuleList([Block()])
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Model:
@@ -43,6 +47,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor, text: Tensor, return_dict: bool) -> Tensor:
         x = self.embed[0](x)
         text, _ = self.refine[0](text, text)
+        self.unread[0](x, text)
         for block in self.blocks:
             x, text = block(x, text)
         return x

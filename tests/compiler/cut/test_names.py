@@ -39,6 +39,15 @@ def test_a_value_without_a_line_is_named_after_its_operation() -> None:
     assert source_of(node) == "unknown line"
 
 
+def test_a_list_entrys_value_is_named_after_the_list_since_no_name_begins_with_a_digit() -> None:
+    graph = fx.Graph()
+    node = graph.call_function(torch.ops.aten.relu.default, (graph.placeholder("x"),))
+    node.meta["nn_module_stack"] = {"entry": ("model.layers.1.0", nn.ReLU)}
+    assert value_name(node) == f"layers_1_0_{node.name}"
+    node.meta["nn_module_stack"] = {"entry": ("model.layers.1.norm2", nn.ReLU)}
+    assert value_name(node) == f"norm2_{node.name}"
+
+
 def test_lines_of_a_statement_share_its_names(tmp_path: Path) -> None:
     file = tmp_path / "model.py"
     file.write_text("a = (\n    1\n)\nb, c = 2, 3\nd.e = 4\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.graphs.export import BATCH_DIMS
 from freewheel.compiler.verify.engines import (
     TOLERANCES,
+    EngineCheck,
     Reference,
     Subject,
     compare,
@@ -75,6 +77,37 @@ def test_what_a_block_adds_is_compared_not_the_stream_it_passes_on() -> None:
     assert right.error < 1e-3
     assert wrong.error == pytest.approx(0.1, rel=0.05)
     assert not wrong.ok
+
+
+class Sine(nn.Module):
+    """Angles of 1e4, as Ideogram 4 makes of a timestep."""
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return torch.sin(timesteps * 10.0)
+
+
+def test_a_table_may_be_off_by_what_rounding_of_its_timesteps_moves_it() -> None:
+    def check(by: float, runs: Any) -> EngineCheck:
+        entries = {n: IoEntry(dtype="float32", shape=["steps"]) for n in ("timesteps", "y")}
+        inputs, outputs = ({n: entries[n]} for n in entries)
+        spec = TensorSpec("float32", ("steps",))
+
+        def bind(values: Mapping[str, Tensor]) -> SimpleNamespace:
+            angles = values["timesteps"] * (10.0 * by)
+            return SimpleNamespace(run=lambda: values["y"].copy_(angles.sin()))
+
+        segment = Segment("table", runs, Sine(), {"timesteps": spec}, {"y": spec})
+        one = Subject(
+            "table", "fake", None, GraphEntry(file="f", runs=runs, inputs=inputs, outputs=outputs),
+            SimpleNamespace(inputs={"timesteps": spec}, outputs={"y": spec}), bind,
+            Reference(segment, [{}]), torch.device("cpu"), lambda: None, dict,
+        )  # fmt: skip
+        (found,) = compare(one, [{"timesteps": torch.linspace(500.0, 1000.0, 64)}])
+        return found
+
+    assert check(1 + 2**-23, "run").ok
+    assert not check(1 + 2**-23, "block").ok
+    assert not check(1 + 2**-19, "run").ok
 
 
 def test_a_group_is_compared_with_its_blocks_in_a_row() -> None:
