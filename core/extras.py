@@ -14,7 +14,7 @@ VIDEO = {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"}
 METRICS = {"skimage": "scikit-image", "scipy": "scipy"}
 
 EXTRAS: Mapping[str, Mapping[str, str]] = {
-    "openvino": {"openvino": "openvino"},
+    "openvino": {"openvino": "openvino", "openvino_tokenizers": "openvino-tokenizers"},
     "onnxruntime": {"onnxruntime": "onnxruntime"},
     "tensorrt": {"tensorrt": "tensorrt"},
     "tensorrt-rtx": {"tensorrt_rtx": "tensorrt-rtx-cu12"},

@@ -202,7 +202,7 @@ def test_a_family_s_own_scale_and_order_make_the_latents(
 
 
 OUT = {
-    "a suffix that nothing is written in": ("x.mp4", "has suffix '.mp4'"),
+    "a suffix that nothing is written in": ("x.avi", "has suffix '.avi'"),
     "a folder that holds files": ("full", "holds files already"),
     "a file's name with a slash": ("file.npy/", "is a file, not a folder"),
     "a name below a file": ("file.npy/x.npy", "is no folder"),
