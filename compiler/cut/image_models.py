@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import ERNIE_IMAGE, HUNYUAN_IMAGE, LUMINA_2
+from .patches import ERNIE_IMAGE, GLM_IMAGE, HUNYUAN_IMAGE, LUMINA_2
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 
 __all__ = ["IMAGE_MODELS"]
@@ -329,6 +329,28 @@ IMAGE_MODELS: tuple[Row, ...] = (
         multiples=PATCH_IMAGE,
         whole=True,
         latent_scale=(1, 8),
+    ),
+    Row(
+        "GlmImageTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "prior_token_id": prompt(
+                "batch (height//patch_size)*(width//patch_size)", dtype="int64", fill=9
+            ),
+            "prior_token_drop": prompt(
+                "batch (height//patch_size)*(width//patch_size)", dtype="bool", fill=2
+            ),
+            "target_size": prompt("batch 2", fill=9),
+            "crop_coords": prompt("batch 2", fill=9),
+        },
+        pipelines=(),
+        name="glm_image",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+        timestep_offset=1.0,
+        patches=GLM_IMAGE,
     ),
 )
 """In the order in which each came to be cut."""

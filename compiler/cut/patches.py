@@ -5,7 +5,15 @@ from __future__ import annotations
 
 from .patch import Patch
 
-__all__ = ["ERNIE_IMAGE", "HUNYUAN_IMAGE", "HUNYUAN_VIDEO_15", "LUMINA_2", "MOCHI"]
+__all__ = [
+    "CONSIS_ID",
+    "ERNIE_IMAGE",
+    "GLM_IMAGE",
+    "HUNYUAN_IMAGE",
+    "HUNYUAN_VIDEO_15",
+    "LUMINA_2",
+    "MOCHI",
+]
 
 HUNYUAN_IMAGE = (
     Patch(
@@ -168,6 +176,41 @@ output = output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 image's position behind the text is the count of the real tokens, as there. Equal where real tokens
 come first, as the pipeline's tokenizer has them. Angles are float32: no engine passes doubles on."""
 
+CONSIS_ID = (
+    Patch(
+        "PerceiverCrossAttention.forward",
+        first="image_embeds = self.norm1",
+        until="hidden_states = self.norm2",
+        digest="ae04e49c325e",
+        lines="""
+(image_embeds, face_scale), stream = image_embeds, hidden_states
+image_embeds = self.norm1(image_embeds)
+""",
+    ),
+    Patch(
+        "PerceiverCrossAttention.forward",
+        first="out = out.permute",
+        until="return self.to_out",
+        digest="9c98df93f015",
+        lines="""
+out = out.permute(0, 2, 1, 3).reshape(batch_size, seq_len, -1)
+return stream + face_scale * self.to_out(out)
+""",
+    ),
+    Patch(
+        "ConsisIDTransformer3DModel.forward",
+        first="hidden_states = hidden_states + self.local_face_scale",
+        until="ca_idx += 1",
+        digest="5f02180ec179",
+        lines="""
+face = (valid_face_emb, self.local_face_scale)
+hidden_states = self.perceiver_cross_attention[ca_idx](face, hidden_states)
+""",
+    ),
+)
+"""What attention to the face adds to the stream is added inside its block, not behind it: then a block
+hands the stream on, as all others do."""
+
 ERNIE_IMAGE = (
     Patch(
         "ErnieImageTransformer2DModel.forward",
@@ -220,3 +263,14 @@ attn_out = self.self_attention(x, attention_mask=attention_mask, image_rotary_em
     ),
 )
 """The batch stays in front of the tokens, where diffusers' blocks have it behind them."""
+
+GLM_IMAGE = (
+    Patch(
+        "GlmImageTransformer2DModel.forward",
+        first="prior_embedding[prior_token_drop] *=",
+        until="prior_hidden_states =",
+        digest="b0241003acd8",
+        lines="prior_embedding = prior_embedding.masked_fill(prior_token_drop.unsqueeze(-1), 0.0)",
+    ),
+)
+"""Embeddings that are dropped become zeros where they stand: a list of them has no known length."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import HUNYUAN_VIDEO_15, MOCHI
+from .patches import CONSIS_ID, HUNYUAN_VIDEO_15, MOCHI
 from .row import (
     PATCH_IMAGE,
     PATCH_VIDEO,
@@ -24,6 +24,8 @@ COGVIDEO_TABLE = prompt(
     "frames*(height//patch_size)*(width//patch_size) attention_head_dim",
     needs="use_rotary_positional_embeddings",
 )
+
+CONSIS_ID_FACE = prompt("1 image_tokens LFE_vit_dim", needs="is_train_face")
 
 ALLEGRO_GRID = prompt("1 frames*(height//patch_size)*(width//patch_size)", dtype="int64", fill=1)
 
@@ -207,6 +209,38 @@ VIDEO_MODELS: tuple[Row, ...] = (
         name="ltx_2",
         latent_scale=(8, 32),
         usual={"audio_tokens": 126},
+    ),
+    Row(
+        "Kandinsky6Transformer3DModel",
+        {
+            "hidden_states": step(
+                "batch frames height width (1+visual_cond)*in_visual_dim+visual_cond"
+            ),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens in_text_dim"),
+            "pooled_projections": prompt("batch in_text_dim2"),
+            "encoder_attention_mask": prompt("batch text_tokens", dtype="bool", fill="mask"),
+        },
+        pipelines=("Kandinsky6TI2VAPipeline",),
+        name="kandinsky_6",
+        multiples=PATCH_VIDEO,
+    ),
+    Row(
+        "ConsisIDTransformer3DModel",
+        {
+            "hidden_states": step("batch frames in_channels height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "image_rotary_emb": (COGVIDEO_TABLE, COGVIDEO_TABLE),
+            "id_cond": prompt("1 LFE_id_dim", needs="is_train_face"),
+            "id_vit_hidden": [CONSIS_ID_FACE] * 5,
+        },
+        pipelines=("ConsisIDPipeline",),
+        name="consis_id",
+        multiples=PATCH_IMAGE,
+        whole=True,
+        usual={"image_tokens": 577},
+        patches=CONSIS_ID,
     ),
 )
 """In the order in which each came to be cut."""

@@ -327,6 +327,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_layernorm": True, "rope_axes_dim": [8, 4, 4], "rope_theta": 256, "text_in_dim": 16,
         },
     ),
+    "glm_image": (
+        "GlmImageTransformer2DModel",
+        {
+            "attention_head_dim": 8, "condition_dim": 8, "in_channels": 4, "num_attention_heads": 2,
+            "num_layers": 4, "out_channels": 4, "patch_size": 2,
+            "prior_vq_quantizer_codebook_size": 64, "text_embed_dim": 32, "time_embed_dim": 16,
+        },
+    ),
+    "kandinsky_6": (
+        "Kandinsky6Transformer3DModel",
+        {
+            "axes_dims": [4, 6, 6], "ca_rope": True, "cross_gates": True, "ff_dim": 48,
+            "fix_modulation": True, "in_audio_dim": 4, "in_text_dim": 16, "in_text_dim2": 12,
+            "in_visual_dim": 4, "model_dim": 32, "num_text_blocks": 2, "num_visual_blocks": 4,
+            "out_audio_dim": 4, "out_visual_dim": 4, "text_token_padding": True, "time_dim": 24,
+        },
+    ),
+    "consis_id": (
+        "ConsisIDTransformer3DModel",
+        {
+            "LFE_depth": 5, "LFE_dim_head": 4, "LFE_ff_mult": 1, "LFE_id_dim": 6, "LFE_num_heads": 2,
+            "LFE_num_id_token": 2, "LFE_num_querie": 3, "LFE_output_dim": 16, "LFE_vit_dim": 8,
+            "attention_head_dim": 12, "cross_attn_dim_head": 4, "cross_attn_num_heads": 2,
+            "in_channels": 4, "is_train_face": True, "local_face_scale": 0.5,
+            "max_text_seq_length": 11, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
+            "sample_frames": 9, "sample_height": 8, "sample_width": 8, "text_embed_dim": 8,
+            "time_embed_dim": 8, "use_rotary_positional_embeddings": True,
+        },
+    ),
     "longcat_audio": (
         "LongCatAudioDiTTransformer",
         {

@@ -41,6 +41,7 @@ FOUND = (
     "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio", "wan_vace",
     "ltx_2", "ltx_2_3",
     "hunyuan_dit", "minimax_music_3",
+    "glm_image", "kandinsky_6", "consis_id",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
