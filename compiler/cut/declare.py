@@ -254,7 +254,7 @@ class _Declaration:
                 f"reads one value twice in segment '{segment.name}'",
                 list(names.values()),
             )
-        self._refuse_values_of_their_own(call, streams)
+        self._refuse_values_of_their_own(call, {**streams, **skips})
         module = segment.module
         signal: fx.Node | None = None
         outputs = [self.words[v] for v in call.outputs]
@@ -307,18 +307,18 @@ class _Declaration:
         whole = Graph(f"{segment.name}_tapped", "block", made, inputs, specs, prefix, precision)
         return [self._modulate(call, module, signal, streams), graph, whole]
 
-    def _refuse_values_of_their_own(self, first: Call, streams: Mapping[int, str]) -> None:
+    def _refuse_values_of_their_own(self, first: Call, handed_on: Mapping[int, str]) -> None:
         """Refuse blocks of one template that read different rows of a table, or parts of a prompt.
 
-        An argument's name stands for one value, or for a stream, or for what each block's own
-        context makes.
+        An argument's name stands for one value, or for a stream or a skip connection, or for what
+        each block's own context makes.
         """
         for call in self.cut.calls:
             if call.segment != first.segment:
                 continue
             for i, (value, firsts) in enumerate(zip(call.inputs, first.inputs, strict=True)):
                 is_own = value.startswith(f"{call.block}.") and firsts.startswith(f"{first.block}.")
-                if value != firsts and not is_own and i not in streams:
+                if value != firsts and not is_own and i not in handed_on:
                     refuse(
                         self.cut.model,
                         "hands different values to equal blocks",

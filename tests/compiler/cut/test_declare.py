@@ -137,6 +137,12 @@ def test_blocks_that_read_rows_of_their_own_are_refused() -> None:
         declare(CONDITIONED, Numbered, {}, "float32", lambda name: "float32")
 
 
+def test_blocks_may_each_read_what_an_earlier_one_left() -> None:
+    cut = declared(case("hunyuan_dit"))
+    (skip,) = (skip for stage in cut.stages for skip in stage.skips.values())
+    assert len(set(skip.blocks)) == len(skip.blocks) > 1
+
+
 def test_a_branch_that_was_not_traced_is_refused_with_its_line() -> None:
     """ChronoEdit skips in time where there are two latent frames, and nowhere else."""
     with pytest.raises(ExportError, match=r"at frames = 2: transformer_chronoedit\.py:\d+"):
