@@ -63,11 +63,14 @@ class RunningServer:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(HANG_SECONDS)
 
-    def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of a metric over all label sets that hold these labels."""
+    def metrics_text(self) -> str:
         url = f"http://127.0.0.1:{self.metrics}/metrics"
         with urllib.request.urlopen(url, timeout=HANG_SECONDS) as answer:
-            lines = answer.read().decode().splitlines()
+            return answer.read().decode()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric over all label sets that hold these labels."""
+        lines = self.metrics_text().splitlines()
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         return sum(
             float(line.rsplit(" ", 1)[1])

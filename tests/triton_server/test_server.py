@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="run by 'make test-triton'")
 
-from client import ask, until
+from client import ROOT, ask, until
 from conftest import RunningServer, server_command
 
 pytestmark = pytest.mark.triton
@@ -108,3 +109,19 @@ def test_instances_share_weights_and_engines(server) -> None:
     assert any(path.endswith(".safetensors") for path in begun)
     assert any(path.endswith("/block/model.blob") for path in begun)
     assert len(begun) == len(set(begun))
+
+
+def test_the_dashboard_shows_metrics_that_the_server_has(server) -> None:
+    """`deploy/grafana/dashboard.json`, and every label that it sums by."""
+    ask(server.grpc, policy="teacache")
+    text = server.metrics_text()
+    board = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text())
+    asked = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+    names = {name for expr in asked for name in re.findall(r"(?:freewheel|nv)_\w+", expr)}
+    assert len(names) == 7
+    for name in names:
+        assert re.search(rf"^{name}{{", text, re.M), name
+    for expr in asked:
+        for label in re.findall(r"by \((\w+)\)", expr):
+            (metric, *_) = re.findall(r"freewheel_\w+", expr)
+            assert re.search(rf'^{metric}{{.*{label}="', text, re.M), (metric, label)
