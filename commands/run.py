@@ -38,7 +38,6 @@ LIGHTX2V = "LightX2V's flags"
 
 
 def run(
-    prompt: Annotated[str, typer.Option(help="What to show.")],
     out: Annotated[
         Path,
         typer.Option(
@@ -50,6 +49,9 @@ def run(
         typer.Argument(
             help="Folder that `build` wrote; with --model_path, one to build if need be."
         ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to show; needed where the pipeline takes text.")
     ] = None,
     negative_prompt: Annotated[
         str, typer.Option("--negative-prompt", "--negative_prompt", help="What not to show.")
@@ -165,7 +167,7 @@ def run(
         from ..core.output import check_file
         from ..runtime.forecast.fold import forecast
         from ..runtime.model import DeviceOptions
-        from ..runtime.pipeline.generate import Generator, check_recordable
+        from ..runtime.pipeline.generate import Generator, check_ahead, check_recordable
         from ..runtime.pipeline.request import GenerationRequest
         from ..runtime.pipeline.sound import write_sound
         from ..runtime.pipeline.video import check_output, write_video
@@ -220,6 +222,7 @@ def run(
             extra={n: value_of(v) for n, v in pairs_of(set_pipe, "--set-pipe", "eta=0.5").items()},
         )  # fmt: skip
         request.check()
+        check_ahead(opened, request, out, model)
         ranks = _join(opened, request, backend, lora, device, record, report)
         size = size_of(
             chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
@@ -238,7 +241,6 @@ def run(
             ),
             ranks=ranks,
         )  # fmt: skip
-        generator.check_out(out, request)
         timesteps = generator.timesteps(request)
         count = request.value("steps") if timesteps is None else len(timesteps)
         stretched = stretch_warning(chosen.cache, count)
@@ -351,7 +353,7 @@ def _report(
     reference = generator.generate(_uncached(request), recorder=uncached)
     backend = generator.transformer.session.model.backend.name
     write_run_report(
-        path, prompt=request.prompt, result=result, reference=reference, recorder=recorder,
+        path, prompt=request.prompt or "", result=result, reference=reference, recorder=recorder,
         uncached=uncached, setting=request.cache, parameters=parameters,
         provenance=provenance(generator.bundle, backend, ["freewheel", *sys.argv[1:]]),
     )  # fmt: skip

@@ -346,7 +346,7 @@ def test_bad_requests_are_one_error(
     ("arguments", "says"),
     [
         (["verify"], "freewheel verify: Missing argument"),
-        (["run"], "freewheel run: Missing option '--prompt'"),
+        (["run"], "freewheel run: Missing option '--out'"),
         (["build", "x", "--nonsense"], "No such option: --nonsense"),
         (["run", "x", "--prompt", "x", "--out", "v.mp4", "--fps", "many"], "'--fps'"),
         (["buidl"], "No such command 'buidl'"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "FLAGS",
     "Media",
     "PipelineCall",
+    "class_for",
     "diffusers_pipeline",
     "flag_of",
     "media_of",
@@ -54,6 +56,11 @@ NOBODYS = frozenset({
     "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 })  # fmt: skip
 """Parameters of calls that no text can give."""
+
+FITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"sound": (".wav",), "a video": (".mp4", ".gif", ".png"), "a picture": (".png",)}
+)
+"""What comes back → suffixes of files that hold it."""
 
 TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -144,6 +151,18 @@ class PipelineCall:
                     flag, f"is nothing that {self.name} takes", f"use one of {', '.join(free)}"
                 )
 
+    def check_out(self, out: Path) -> None:
+        """Refuse a file that can't hold what the pipeline makes.
+
+        Raises:
+            RequestError: sound in a picture or video, a picture in a video, or either in a .wav.
+        """
+        if out.suffix.lower() not in FITS[self.makes]:
+            raise RequestError(
+                f"--out '{out}'", f"can't hold what {self.name} makes, {self.makes}",
+                f"use {' or '.join(FITS[self.makes])}",
+            )  # fmt: skip
+
     def check_given(self, given: Collection[str]) -> None:
         """Refuse values that a request asks for and the call does not take.
 
@@ -170,25 +189,29 @@ def diffusers_pipeline(name: Any) -> type[DiffusionPipeline] | None:
     return found if is_pipeline else None
 
 
-def pipeline_for(pipe: Any, given: Collection[str]) -> Any:
-    """Return a pipeline of the same parts that begins with what is given.
+def class_for(own: type, given: Collection[str]) -> Any:
+    """Return the pipeline's class that begins with what is given.
 
     Args:
-        pipe: The bundle's own.
+        own: The class of the bundle's pipeline.
         given: Names of a request's values; of these ``mask``, ``video`` and ``image`` choose:
             image-to-image for a picture given to a text-to-image pipeline, and so on.
 
     Returns:
-        ``pipe`` itself where its call takes them, or where diffusers has no other.
+        ``own`` itself where its call takes them, or where diffusers has no other.
     """
-    own = PipelineCall(type(pipe), embeds_guidance=False)
     task = next((name for name in TASKS if name in given), None)
-    if task is None or own.parameter(task) is not None:
-        return pipe
+    if task is None or PipelineCall(own, embeds_guidance=False).parameter(task) is not None:
+        return own
     others: Any = auto_pipeline.SUPPORTED_TASKS_MAPPINGS
-    models = [model for known in others for model, made in known.items() if made is type(pipe)]
-    found = next((TASKS[task][model] for model in models if model in TASKS[task]), None)
-    if found is None:
+    models = [model for known in others for model, made in known.items() if made is own]
+    return next((TASKS[task][model] for model in models if model in TASKS[task]), own)
+
+
+def pipeline_for(pipe: Any, given: Collection[str]) -> Any:
+    """Return a pipeline of the same parts that begins with what is given, as `class_for` says."""
+    found = class_for(type(pipe), given)
+    if found is type(pipe):
         return pipe
     parts: dict[str, Any] = {**pipe.config, **pipe.components}
     return found(

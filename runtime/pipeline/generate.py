@@ -25,14 +25,29 @@ from ..model import DeviceOptions
 from ..session import Recorder
 from ..statistics import RunStatistics
 from .attach import FreewheelTransformer, attach
-from .call import Media, PipelineCall, diffusers_pipeline, flag_of, media_of, pipeline_for
+from .call import (
+    Media,
+    PipelineCall,
+    class_for,
+    diffusers_pipeline,
+    flag_of,
+    media_of,
+    pipeline_for,
+)
 from .parts import part_dtypes
 from .request import VALUES, GenerationRequest, size_like
 from .schedulers import make_scheduler
 from .sound import Sound
 from .video import open_frames, open_image
 
-__all__ = ["Generation", "Generator", "check_recordable", "pipeline_class_of", "pipeline_of"]
+__all__ = [
+    "Generation",
+    "Generator",
+    "check_ahead",
+    "check_recordable",
+    "pipeline_class_of",
+    "pipeline_of",
+]
 
 TRANSFORMERS = {"transformer", "transformer_2"}
 """Parts of a pipeline that a bundle takes the place of."""
@@ -119,6 +134,58 @@ def pipeline_class_of(folder: Path, index: Mapping[str, Any]) -> Any:
     return found
 
 
+def check_ahead(
+    bundle: Bundle, request: GenerationRequest, out: Path, model: Path | None = None
+) -> None:
+    """Refuse what a bundle's pipeline can't take or ``out`` can't hold; nothing is loaded.
+
+    Args:
+        bundle: An open bundle.
+        request: What is asked for; `GenerationRequest.check` has passed it.
+        out: The file to be written.
+        model: Diffusers folder with the rest of the pipeline, where the bundle has none.
+
+    Raises:
+        BundleError: the rest of the pipeline can't be found.
+        RequestError: a value that its call has no parameter for, one that it can't do without, or a
+            file of another kind.
+    """
+    folder, index = pipeline_of(bundle, model)
+    own = pipeline_class_of(folder, index)
+    call = PipelineCall(class_for(own, request.asked), _embeds_guidance(bundle))
+    call.check_out(out)
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    _check_taken(request, call, bundle, scheduler, has_guider="guider" in index)
+
+
+def _check_taken(
+    request: GenerationRequest, call: PipelineCall, bundle: Bundle, scheduler: Mapping[str, Any], *,
+    has_guider: bool,
+) -> None:  # fmt: skip
+    """Refuse what is asked for and nothing of the pipeline takes, and what is missing."""
+    call.check_extra(request.extra)
+    for name in ("prompt", "image", "video", "mask"):
+        is_needed = call.wants(name) or (name == "prompt" and call.parameter(name) is not None)
+        if is_needed and getattr(request, name) is None:
+            how = '"what to show"' if name == "prompt" else "FILE"
+            raise RequestError(
+                name, f"is missing: {call.name} begins with one", f"give {flag_of(name)} {how}"
+            )
+    if len(bundle.manifest.experts) < 2 and request.guidance_scale_2 is not None:
+        return  # has a message of its own
+    elsewhere = {"sampler"} | ({"guidance_scale"} if has_guider else set())
+    is_shifted = "flow_shift" in scheduler or "shift" in scheduler
+    if "shift" in call.parameters or is_shifted or request.sampler:
+        elsewhere.add("flow_shift")
+    call.check_given([n for n in request.asked if n not in elsewhere])
+
+
+def _embeds_guidance(bundle: Bundle) -> bool:
+    """Tell whether the transformer takes the guidance scale as an input."""
+    return any(entry.argument == "guidance" for entry in bundle.manifest.inputs.values())
+
+
 class Generator:
     """A bundle with its pipeline around it, ready for any number of requests."""
 
@@ -163,9 +230,7 @@ class Generator:
             self.pipe, bundle, "off", backend=backend, loras=loras, options=options, ranks=ranks
         )
         self._ranks = ranks
-        self._embeds_guidance = any(
-            entry.argument == "guidance" for entry in bundle.manifest.inputs.values()
-        )
+        self._embeds_guidance = _embeds_guidance(bundle)
         for expert in self.transformer.experts:
             expert.warn = lambda text: None  # callers read the statistics' warnings
         self.pipe.to(self.transformer.device)
@@ -190,7 +255,7 @@ class Generator:
         if recorder is not None and not recorder.across_experts:
             check_recordable(self.bundle)
         pipe, call = self._calling(request)
-        image = self._image(request, call)
+        image = self._image(request)
         values = self._checked_values(request, call, image)
         arguments = self._arguments(request, call, values, image)
         self.transformer.use(request.cache)
@@ -234,7 +299,7 @@ class Generator:
         """
         request.check()
         _, call = self._calling(request)
-        return self._checked_values(request, call, self._image(request, call))
+        return self._checked_values(request, call, self._image(request))
 
     def timesteps(self, request: GenerationRequest) -> torch.Tensor | None:
         """Return the timesteps that a request will run through, [steps].
@@ -253,20 +318,6 @@ class Generator:
             return None
         scheduler.set_timesteps(values["steps"])
         return torch.as_tensor(scheduler.timesteps)
-
-    def check_out(self, out: Path, request: GenerationRequest) -> None:
-        """Refuse a file that can't hold what the pipeline makes.
-
-        Raises:
-            RequestError: sound in a picture or video, a picture in a video, or either in a .wav.
-        """
-        _, call = self._calling(request)
-        fits = {"sound": (".wav",), "a video": (".mp4", ".gif", ".png"), "a picture": (".png",)}
-        if out.suffix.lower() not in fits[call.makes]:
-            raise RequestError(
-                f"--out '{out}'", f"can't hold what {call.name} makes, {call.makes}",
-                f"use {' or '.join(fits[call.makes])}",
-            )  # fmt: skip
 
     def _calling(self, request: GenerationRequest) -> tuple[Any, PipelineCall]:
         """Return the pipeline that takes what the request begins with, and its call."""
@@ -330,7 +381,8 @@ class Generator:
     def _checked_values(
         self, request: GenerationRequest, call: PipelineCall, image: Image.Image | None
     ) -> dict[str, Any]:
-        self._check_taken(request, call)
+        scheduler, guider = self._own["scheduler"].config, self._own["guider"]
+        _check_taken(request, call, self.bundle, scheduler, has_guider=guider is not None)
         taken = {n for n in VALUES if call.parameter(n) is not None}
         values = {
             n: v
@@ -365,40 +417,8 @@ class Generator:
             )  # fmt: skip
         return values
 
-    def _check_taken(self, request: GenerationRequest, call: PipelineCall) -> None:
-        """Refuse what is asked for and nothing of the pipeline takes, and what is missing."""
-        call.check_extra(request.extra)
-        if len(self.bundle.manifest.experts) < 2 and request.guidance_scale_2 is not None:
-            return  # has a message of its own
-        elsewhere = {"sampler"}
-        if self._own["guider"] is not None:
-            elsewhere.add("guidance_scale")
-        own = self._own["scheduler"].config
-        if "shift" in call.parameters or "flow_shift" in own or "shift" in own or request.sampler:
-            elsewhere.add("flow_shift")
-        asked = [n for n in request.asked if n not in elsewhere and n != "image"]
-        call.check_given(asked)
-        for name in ("video", "mask"):
-            if call.wants(name) and getattr(request, name) is None:
-                raise RequestError(
-                    name, f"is missing: {call.name} begins with one", f"give {flag_of(name)} FILE"
-                )
-
-    def _image(self, request: GenerationRequest, call: PipelineCall) -> Image.Image | None:
-        """Open the request's image, where the pipeline begins with one."""
-        kind = "video" if call.makes_video else "image"
-        if request.image is None:
-            if call.wants("image"):
-                raise RequestError(
-                    "image", f"is missing: this is an image-to-{kind} model", "give --image FILE"
-                )
-            return None
-        if call.parameter("image") is None:
-            raise RequestError(
-                f"--image '{request.image}'", f"is given to a text-to-{kind} model",
-                f"leave it out, or build an image-to-{kind} checkpoint",
-            )  # fmt: skip
-        return open_image(request.image)
+    def _image(self, request: GenerationRequest) -> Image.Image | None:
+        return None if request.image is None else open_image(request.image)
 
 
 class _Loop:

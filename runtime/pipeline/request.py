@@ -32,7 +32,7 @@ class GenerationRequest:
     """One run; None takes the config's value.
 
     Attributes:
-        prompt: What to show.
+        prompt: What to show; None for a pipeline that takes no text.
         cache: Resolved cache setting.
         defaults: Generation values of the config.
         negative_prompt: What not to show.
@@ -53,7 +53,7 @@ class GenerationRequest:
         extra: What else the pipeline's call takes, by its names.
     """
 
-    prompt: str
+    prompt: str | None
     cache: CacheSetting
     defaults: ResolvedGeneration
     negative_prompt: str = ""
@@ -85,7 +85,7 @@ class GenerationRequest:
     @property
     def asked(self) -> list[str]:
         """Names of the values that the request gives itself."""
-        names = (*VALUES, "image", "video", "mask", "strength")
+        names = (*VALUES, "prompt", "image", "video", "mask", "strength")
         own = [n for n in names if getattr(self, n) is not None and n != "seed"]
         return [*own, "negative_prompt"] if self.negative_prompt else own
 

@@ -13,7 +13,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DiffusionPipeline,
+    DiTPipeline,
+    FluxPipeline,
+)
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -185,6 +191,39 @@ def test_what_the_pipeline_does_not_take_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=re.escape(says)):
         maker.generate(request_of(bundles("flux"), **given))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", "x", "--out", "v.mp4"], "can't hold what FluxPipeline makes, a picture"),
+        (
+            ["--prompt", "x", "--frames", "5", "--out", "v.png"],
+            "--frames: is nothing that FluxPipe",
+        ),
+        (
+            ["--prompt", "x", "--set-pipe", "what=1", "--out", "v.png"],
+            "--set-pipe what: is nothing",
+        ),
+        (["--out", "v.png"], "prompt: is missing: FluxPipeline begins with one"),
+    ],
+)
+def test_nothing_is_loaded_for_what_is_refused(
+    bundles: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], says: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert "from_pretrained" not in vars(FluxPipeline)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    done = CliRunner().invoke(app, ["run", str(bundles("flux").folder), *arguments])
+    assert done.exit_code == 3, done.output
+    assert says in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_of_classes_takes_no_prompt() -> None:
+    with pytest.raises(RequestError, match="--prompt: is nothing that DiTPipeline takes"):
+        PipelineCall(DiTPipeline, embeds_guidance=False).check_given(["prompt"])
 
 
 @pytest.fixture(scope="module")

@@ -177,13 +177,10 @@ def test_sizes_follow_proportions(size: tuple[int, int], expected: tuple[int, in
 def test_images_are_asked_for_where_they_belong(
     maker: Generator, generator: Generator, request_of: Any, first_frame: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        RequestError, match=r"image: is missing: this is an image-to-video.*give --"
-    ):
+    missing = r"image: is missing: WanImageToVideoPipeline begins with one; give --image FILE"
+    with pytest.raises(RequestError, match=missing):
         maker.generate(request(None))
-    with pytest.raises(
-        RequestError, match=r"frame\.png': is given to a text-to-video model; leave"
-    ):
+    with pytest.raises(RequestError, match=r"--image: is nothing that WanPipeline takes, .* leave"):
         generator.generate(request_of(CacheSetting(), image=first_frame))
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
