@@ -208,7 +208,6 @@ def run(
             raise RequestError("run", "is given no bundle", "name one, or give --model_path")
         else:
             _refuse_without_model(model_cls, task, use_prompt_enhancer)
-        fps = fps or 8
         opened = Bundle(bundle)
         if record is not None:
             check_recordable(opened)
@@ -241,6 +240,8 @@ def run(
             ),
             ranks=ranks,
         )  # fmt: skip
+        fps = fps or round(generator.frame_rate(request) or 8)
+        check_output(out, fps)
         timesteps = generator.timesteps(request)
         count = request.value("steps") if timesteps is None else len(timesteps)
         stretched = stretch_warning(chosen.cache, count)

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import auto_pipeline
 from numpy.typing import NDArray
@@ -61,6 +62,13 @@ FITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"sound": (".wav",), "a video": (".mp4", ".gif", ".png"), "a picture": (".png",)}
 )
 """What comes back → suffixes of files that hold it."""
+
+WITHOUT_PARTS: Mapping[str, float] = MappingProxyType(
+    {
+        "stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0,
+    }
+)  # fmt: skip
+"""Scale of guidance by the model with parts of it left out, which no bundle has → off."""
 
 TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -131,6 +139,11 @@ class PipelineCall:
         """Whether the call may set other noise levels than the scheduler does for a number of steps."""
         return "sigmas" in self.parameters
 
+    @property
+    def without_parts(self) -> dict[str, float]:
+        """Arguments that turn guidance off which asks the model for less than all its parts."""
+        return {name: off for name, off in WITHOUT_PARTS.items() if name in self.parameters}
+
     def check_extra(self, given: Mapping[str, Any]) -> None:
         """Refuse arguments of ``--set-pipe`` that the call does not take, or that we give it.
 
@@ -141,6 +154,12 @@ class PipelineCall:
             flag = f"--set-pipe {name}"
             if name in NOBODYS:
                 raise RequestError(flag, "is given by freewheel itself", "leave it out")
+            off = self.without_parts.get(name)
+            if off is not None and given[name] != off:
+                raise RequestError(
+                    f"{flag}={given[name]}", "asks for guidance by the model with parts left out",
+                    f"leave it out: a bundle has all of them, and runs with {off:g}",
+                )  # fmt: skip
             if name in OURS or name == self._guidance:
                 option = next((v for v, names in NAMES.items() if name in names), name)
                 option = "guidance_scale" if name == self._guidance else option
@@ -265,6 +284,12 @@ def _pictures(found: Any) -> NDArray[np.uint8]:
 
 def _sound(pipe: Any, found: Any) -> Sound:
     """Return the first recording of a batch, with the rate that the pipeline's parts tell."""
-    config = getattr(getattr(pipe, "vae", None), "config", {})
-    rate = getattr(pipe, "sample_rate", None) or config.get("sampling_rate") or 44100
-    return Sound(np.atleast_2d(np.asarray(found[0], np.float32)), int(rate))
+    vocoder, vae = (getattr(getattr(pipe, n, None), "config", None) for n in ("vocoder", "vae"))
+    rate = (
+        getattr(vocoder, "output_sampling_rate", None)
+        or getattr(pipe, "sample_rate", None)
+        or getattr(vae, "sampling_rate", None)
+        or 44100
+    )
+    samples = torch.as_tensor(found[0]).detach().to("cpu", torch.float32).numpy()
+    return Sound(np.atleast_2d(samples), int(rate))

@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 from ...bundle.dims import divisor
 from ...bundle.reader import Bundle
 from ...bundle.sampler import DISTILLED, SAMPLERS
-from ...bundle.streams import check_samples_one
 from ...core.errors import BundleError, RequestError
 from ..distributed.ranks import Ranks
 from ..model import DeviceOptions
@@ -206,11 +205,7 @@ class Generator:
 
         Raises:
             BundleError: the rest of the pipeline can't be found.
-            RequestError: the model samples more than a video.
         """
-        check_samples_one(
-            bundle.manifest.latents, f"bundle '{bundle.folder}'", "a generation is of a video alone"
-        )
         folder, index = pipeline_of(bundle, model)
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
         pipeline_class = pipeline_class_of(folder, index)
@@ -319,6 +314,12 @@ class Generator:
         scheduler.set_timesteps(values["steps"])
         return torch.as_tensor(scheduler.timesteps)
 
+    def frame_rate(self, request: GenerationRequest) -> float | None:
+        """Return the frames a second that the pipeline makes its video for; None where it says nothing."""
+        _, call = self._calling(request)
+        found = request.extra.get("frame_rate", call.parameters.get("frame_rate"))
+        return float(found) if isinstance(found, (int, float)) else None
+
     def _calling(self, request: GenerationRequest) -> tuple[Any, PipelineCall]:
         """Return the pipeline that takes what the request begins with, and its call."""
         pipe = pipeline_for(self.pipe, request.asked)
@@ -394,6 +395,7 @@ class Generator:
                 f"--guidance-2 {values['guidance_scale_2']}", "is given, and the bundle has one expert",
                 "leave it out, or give one 'sample_guide_scale'",
             )  # fmt: skip
+        values |= call.without_parts
         manifest = self.bundle.manifest
         spatial = {
             n: manifest.latent_scale.pixels * divisor(manifest.dims, n)

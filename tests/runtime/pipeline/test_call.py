@@ -121,9 +121,15 @@ def test_a_run_gives_what_the_plain_pipeline_gives(
     call = PipelineCall(type(pipe), embeds_guidance=False)
     frames = {"frames": 9} if call.makes_video else {}
     own = {str(call.parameter("frames")): 9} if call.makes_video else {}
-    expected = media_of(pipe, pipe(**asked(call, **own, **extra))).frames
+    given = asked(call, **own, **extra, **call.without_parts)
+    wanted = media_of(pipe, pipe(**given))
+    expected = wanted.frames
     maker = Generator(bundle)
     exact = maker.generate(request_of(bundle, extra=extra, **frames))
+    if wanted.sound is not None:
+        assert exact.sound is not None
+        assert exact.sound.rate == wanted.sound.rate == pipe.vocoder.config.output_sampling_rate
+        np.testing.assert_allclose(exact.sound.samples, wanted.sound.samples, atol=1e-3)
     assert exact.frames.shape == (9 if call.makes_video else 1, 64, 64, 3)
     assert close(exact.frames, expected)
     assert exact.statistics.computed_steps == 6

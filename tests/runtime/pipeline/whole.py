@@ -13,12 +13,15 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     CogVideoXDDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -130,6 +133,33 @@ def ltx(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def ltx_2(config: Any) -> dict[str, Any]:
+    heads = {"num_attention_heads": 2, "attention_head_dim": config.caption_channels // 2}
+    each = {"num_layers": 1, "num_learnable_registers": None, **heads}
+    return {
+        "scheduler": dynamic(), "tokenizer": tokenizer(1024),
+        "text_encoder": LlamaModel(LlamaConfig(
+            vocab_size=WORDS, hidden_size=config.caption_channels, intermediate_size=16,
+            num_hidden_layers=1, num_attention_heads=2,
+        )),
+        "connectors": LTX2TextConnectors(
+            caption_channels=config.caption_channels, text_proj_in_factor=2,
+            video_hidden_dim=config.caption_channels, audio_hidden_dim=config.caption_channels,
+            **{f"{kind}_connector_{n}": v for kind in ("video", "audio") for n, v in each.items()},
+        ),
+        "vae": AutoencoderKLLTX2Video(
+            latent_channels=config.in_channels, block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8, 16, 32), layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+        ),
+        "audio_vae": AutoencoderKLLTX2Audio(
+            base_channels=config.audio_in_channels, latent_channels=2, num_res_blocks=1, mel_bins=12
+        ),
+        "vocoder": LTX2Vocoder(in_channels=24, hidden_channels=32, output_sampling_rate=16000),
+    }  # fmt: skip
+
+
 def cogvideox(config: Any) -> dict[str, Any]:
     return {
         "scheduler": CogVideoXDDIMScheduler(), "tokenizer": tokenizer(),
@@ -162,6 +192,7 @@ WHOLE: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "qwen_image": ("QwenImagePipeline", qwen_image),
     "pixart": ("PixArtSigmaPipeline", pixart),
     "ltx": ("LTXPipeline", ltx),
+    "ltx_2": ("LTX2Pipeline", ltx_2),
     "cogvideox": ("CogVideoXPipeline", cogvideox),
     "hunyuan_video": ("HunyuanVideoPipeline", hunyuan),
 }
