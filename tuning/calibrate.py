@@ -211,7 +211,7 @@ def calibrate(
                 rest = duration(each * (ahead - 1) / shares.size)
                 tell(f"one took {duration(each)}: about {rest} to go")
         own[index] = kept
-        watcher.advance(run.prompt)
+        watcher.advance(run.prompt or "")
     if pieces.found:
         tell(f"{pieces.found} of {len(runs)} runs were recorded before: going on from them")
     recorder.runs = [

@@ -298,7 +298,7 @@ def _record(
             recorder = TraceRecorder()
             generator.generate(run, recorder=recorder, on_step=lambda done, total: shares.beat())
             traces[index] = recorder.trace()
-        watcher.advance(run.prompt)
+        watcher.advance(run.prompt or "")
     return traces
 
 
