@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
@@ -28,7 +29,7 @@ from .words import (
     tensors_read,
 )
 
-__all__ = ["find_instances", "find_templates"]
+__all__ = ["find_instances", "find_templates", "needed"]
 
 FEWEST_PRODUCTS = 3
 """A list entry without attention and with fewer products is an embedder or a head, no block."""
@@ -54,27 +55,34 @@ def find_instances(trace: Trace) -> list[Instance]:
         if block is not None:
             owner[node] = block
             found[block].append(node)
-    of, needed = classify(trace).of, _needed(trace)
+    of, read = classify(trace).of, needed(trace)
     instances = [
         Instance(block, nodes)
         for block, nodes in found.items()
         if _does_work(nodes)
         and any(of[node].every_step for node in nodes)
-        and not needed.isdisjoint(nodes)
+        and not read.isdisjoint(nodes)
     ]
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
     return sorted(instances, key=lambda instance: order[instance.nodes[0]])
 
 
-def _needed(trace: Trace) -> set[fx.Node]:
-    """Return what the results are computed of."""
+def needed(
+    trace: Trace, also: Callable[[fx.Node], Iterable[fx.Node]] = lambda node: ()
+) -> set[fx.Node]:
+    """Return what the results are computed of.
+
+    Args:
+        trace: Of the model.
+        also: What a node needs beside the tensors that it reads.
+    """
     found: set[fx.Node] = set()
     waiting = list(trace.results)
     while waiting:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            waiting += tensors_read(node)
+            waiting += [*tensors_read(node), *also(node)]
     return found
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .blocks import needed
 from .classes import Classes
 from .trace import Trace
 from .words import PRODUCTS, Instance, Runs, Template, is_operation, operation, tensors_read
@@ -104,15 +105,7 @@ Place = tuple[int, str, int, Runs]
 
 def _live(trace: Trace, instances: Sequence[Instance], owner: dict[fx.Node, int]) -> set[fx.Node]:
     """Return what the results need; of a block that is needed, all that it reads."""
-    live: set[fx.Node] = set()
-    waiting = list(trace.results)
-    while waiting:
-        node = waiting.pop()
-        if node not in live:
-            live.add(node)
-            waiting += tensors_read(node)
-            waiting += instances[owner[node]].slots if node in owner else []
-    return live
+    return needed(trace, lambda node: instances[owner[node]].slots if node in owner else ())
 
 
 def _places(

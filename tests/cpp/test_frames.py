@@ -209,24 +209,14 @@ def test_a_video_is_written_by_ffmpeg(
     exact = frames_of(tmp_path / "png").astype(int)
     assert np.abs(exact - frames).mean() < 12, "the same video, encoded with loss"
     (tmp_path / "none").mkdir()
-    refused = run_text(
-        cpp_build,
-        whole_bundle,
-        tmp_path / "no.mp4",
-        "--prompt",
-        PROMPT,
-        PATH=str(tmp_path / "none"),
-    )
-    assert "no ffmpeg is on the PATH" in refused["error"]["message"]
+
+    def fault() -> str:
+        place = {"PATH": str(tmp_path / "none")}
+        answer = run_text(cpp_build, whole_bundle, tmp_path / "no.mp4", "--prompt", PROMPT, **place)
+        return str(answer["error"]["message"])
+
+    assert "no ffmpeg is on the PATH" in fault()
     (tmp_path / "none" / "ffmpeg").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "none" / "ffmpeg").chmod(0o755)
-    broken = run_text(
-        cpp_build,
-        whole_bundle,
-        tmp_path / "no.mp4",
-        "--prompt",
-        PROMPT,
-        PATH=str(tmp_path / "none"),
-    )
-    assert "can't write the video" in broken["error"]["message"]
+    assert "can't write the video" in fault()
     assert not [p for p in tmp_path.iterdir() if "no.mp4" in p.name]
