@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +30,13 @@ from .options import (
     value_of,
 )
 from .ranks import join_job
+from .run_files import RunFiles
+from .run_outcome import outcome, show_outcome, write_media
 from .screen import Screen, reporting
+
+if TYPE_CHECKING:
+    from ..compiler.lightx2v import LightX2VRequest
+    from ..configs.lightx2v import LightX2VConfig
 
 __all__ = ["run"]
 
@@ -159,58 +165,32 @@ def run(
     with reporting("run", as_json, quiet, debug) as screen:
         from ..bundle.files import cache_beside
         from ..bundle.reader import Bundle
-        from ..compiler.forecast.geometry import check_geometry
-        from ..compiler.forecast.memory_check import check_fit
-        from ..compiler.lightx2v import LightX2VRequest, ready_bundle
+        from ..compiler.lightx2v import LightX2VRequest
         from ..compiler.sizes import size_of
-        from ..core.extras import require_extra
-        from ..core.output import check_file
-        from ..runtime.forecast.fold import forecast
         from ..runtime.model import DeviceOptions
-        from ..runtime.pipeline.generate import Generator, check_ahead, check_recordable
+        from ..runtime.pipeline.generate import Generator, check_ahead
         from ..runtime.pipeline.request import GenerationRequest
-        from ..runtime.pipeline.sound import write_sound
-        from ..runtime.pipeline.video import check_output, write_video
-        from ..runtime.settings import choose_setting, stretch_warning
+        from ..runtime.pipeline.video import check_output
+        from ..runtime.settings import choose_setting
         from ..runtime.summary import live_strip
-        from ..tuning.trace import TraceRecorder
 
         check_output(out, 8 if fps is None else fps)
-        if report is not None:
-            require_extra("report", "run --report")
-        for flag, path in (("--record", record), ("--report", report)):
-            if path is not None:
-                check_file(path, flag)
-            if path == out:
-                raise RequestError(f"{flag} '{path}'", "is --out's file too", "name another")
-        if record is not None and report is not None:
-            raise RequestError("--record", "can't be given with --report", "make two runs")
-        if record_tokens is not None and record_tokens < 1:
-            raise RequestError(f"--record-tokens {record_tokens}", "is below 1", "use 64")
+        told_of = RunFiles(record, report, record_tokens, record_signals)
+        told_of.check(out)
         quiet_libraries()
         loras = list(lora or ())
         if model_path is not None:
-            request_of_lightx2v = LightX2VRequest(
+            authors = LightX2VRequest(
                 model_path=model_path, config_json=Path(cache or ""), model_cls=model_cls, task=task,
                 bundle=bundle, cache=cache_beside(bundle or Path("bundle")),
             )  # fmt: skip
-            if cache is None:
-                raise ConfigError("--model_path", "comes with a config", "give --config_json FILE")
-            if use_prompt_enhancer:
-                screen.warn("no effect of --use_prompt_enhancer: the config names no server of it")
-            chosen_backend = backend_of(backend or "auto", "float32", screen, to_build=True)
-            with screen.progress():
-                bundle, told = ready_bundle(
-                    request_of_lightx2v, chosen_backend, screen, screen.warn, screen.note
-                )
+            bundle, told = _bundle_of_authors(authors, cache, backend, use_prompt_enhancer, screen)
             cache, loras, fps = told.config.name, [*told.loras, *loras], fps or told.fps
         elif bundle is None:
             raise RequestError("run", "is given no bundle", "name one, or give --model_path")
         else:
             _refuse_without_model(model_cls, task, use_prompt_enhancer)
         opened = Bundle(bundle)
-        if record is not None:
-            check_recordable(opened)
         overrides = pairs_of(set_) | ({} if deadline is None else {"deadline": deadline})
         chosen = choose_setting(opened, cache, overrides, screen.warn)
         request = GenerationRequest(
@@ -221,47 +201,28 @@ def run(
             extra={n: value_of(v) for n, v in pairs_of(set_pipe, "--set-pipe", "eta=0.5").items()},
         )  # fmt: skip
         request.check()
+        told_of.check_bundle(opened)
         check_ahead(opened, request, out, model)
-        ranks = _join(opened, request, backend, lora, device, record, report)
+        ranks = _join(opened, request, backend, lora, device, told_of)
         size = size_of(
             chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
         )  # fmt: skip
-        warning = check_geometry(opened, str(cache), chosen, size, force=force)
-        if warning is not None:
-            screen.warn(warning)
-        if not force:
-            warning = check_fit(opened, chosen, size, backend=backend, model=model, gpu=device)
-            if warning is not None:
-                screen.warn(warning)
-        generator = Generator(
-            opened, backend=backend, loras=loras, model=model,
-            options=DeviceOptions(
-                offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
-            ),
-            ranks=ranks,
-        )  # fmt: skip
+        _foretell(screen, opened, str(cache), chosen, size, backend, model, device, force=force)
+        began = time.perf_counter()
+        with screen.progress():
+            screen.phase("load")
+            generator = Generator(
+                opened, backend=backend, loras=loras, model=model,
+                options=DeviceOptions(
+                    offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
+                ),
+                ranks=ranks,
+            )  # fmt: skip
+        seconds = {"load": time.perf_counter() - began}
         fps = fps or round(generator.frame_rate(request) or 8)
         check_output(out, fps)
-        timesteps = generator.timesteps(request)
-        count = request.value("steps") if timesteps is None else len(timesteps)
-        stretched = stretch_warning(chosen.cache, count)
-        if stretched is not None:
-            screen.warn(stretched)
-        ahead = None
-        # Of two experts, each folds its own part of the timesteps.
-        if timesteps is not None and len(generator.transformer.experts) == 1:
-            ahead = forecast(generator.transformer.session.model, timesteps, chosen.cache)
-        if ahead is not None and chosen.cache.policy != "off":
-            screen.note(
-                f"decisions known ahead: {ahead.computed_steps:.0f} of {ahead.steps} steps computed, "
-                f"ideal speedup {ahead.ideal_speedup:.2f}"
-            )
-        recorder: Any = None
-        if record is not None:
-            recorder = TraceRecorder(record_signals, record_tokens)
-        if report is not None:
-            recorder = _report_recorder(generator, request)
-            _warm_up(generator, request)
+        _tell_decisions(screen, generator, request)
+        recorder = told_of.recorder(generator, request)
         with screen.progress():
             screen.phase("denoise", request.value("steps"))
             result = generator.generate(
@@ -271,36 +232,36 @@ def run(
         if ranks is not None and not ranks.leads:
             ranks.leave()
             return
-        written = []
-        if len(result.frames):
-            write_video(result.frames, out, fps)
-            written.append(out)
-        if result.sound is not None:  # beside a video's file
-            written.append(out.with_suffix(".wav"))
-            write_sound(result.sound, written[-1])
-        if record is not None:
-            recorder.trace().save(record)
-        parameters = generator.transformer.session.resolved.parameters
-        data = {**result.statistics.as_dict(parameters), "measured_speedup": None}
-        for warning in [*data["warnings"], *generator.transformer.rank_warnings()]:
-            screen.warn(warning)
-        if report is not None:
-            reference = _report(report, generator, request, result, recorder, parameters)
-            data["measured_speedup"] = result.speedup_over(reference)
-            screen.note(f"report: {report}")
-        _run_tables(screen, data)
+        written = write_media(result, out, fps)
+        reference = told_of.write(screen, generator, request, result, recorder)
+        data = outcome(
+            generator, result, seconds | result.seconds, reference,
+            None if ranks is None else ranks.size,
+        )  # fmt: skip
+        show_outcome(screen, data)
         if ranks is not None:
-            data["exchange"] = _exchange(generator, ranks.size)
-            screen.table(
-                "bytes that rank 0 sent", list(data["exchange"]), [list(data["exchange"].values())]
-            )
             ranks.leave()
         screen.result(
             {"out": str(out), "written": [str(path) for path in written],
-             "cache": chosen.cache.model_dump(), "resolved": result.resolved,
-             "phase_seconds": result.seconds, **data},
+             "cache": chosen.cache.model_dump(), "resolved": result.resolved, **data},
             [str(path) for path in written],
         )  # fmt: skip
+
+
+def _bundle_of_authors(
+    request: LightX2VRequest, cache: str | None, backend: str | None, use_prompt_enhancer: bool,
+    screen: Screen,
+) -> tuple[Path, LightX2VConfig]:  # fmt: skip
+    """Return the bundle of a folder in its authors' layout, built if need be, and what its config says."""
+    from ..compiler.lightx2v import ready_bundle
+
+    if cache is None:
+        raise ConfigError("--model_path", "comes with a config", "give --config_json FILE")
+    if use_prompt_enhancer:
+        screen.warn("no effect of --use_prompt_enhancer: the config names no server of it")
+    chosen = backend_of(backend or "auto", "float32", screen, to_build=True)
+    with screen.progress():
+        return ready_bundle(request, chosen, screen, screen.warn, screen.note)
 
 
 def _refuse_without_model(model_cls: str, task: str, use_prompt_enhancer: bool) -> None:
@@ -315,17 +276,16 @@ def _refuse_without_model(model_cls: str, task: str, use_prompt_enhancer: bool) 
 
 def _join(
     bundle: Any, request: Any, backend: str | None, loras: list[str] | None, device: int | None,
-    record: Path | None, report: Path | None,
+    told_of: RunFiles,
 ) -> Any:  # fmt: skip
     """Join the ranks that a launcher started, once they agree; None in a process started alone."""
     if launch() is None:
         return None
-    for flag, path in (("--record", record), ("--report", report)):
-        if path is not None:
-            raise RequestError(
-                f"{flag} {path}", "is for one process, and a launcher started several",
-                "start the run alone",
-            )  # fmt: skip
+    for flag, path in told_of.places().items():
+        raise RequestError(
+            f"{flag} {path}", "is for one process, and a launcher started several",
+            "start the run alone",
+        )  # fmt: skip
     scale = request.value("guidance_scale")
     if scale <= 1:
         raise RequestError(
@@ -337,93 +297,37 @@ def _join(
     return ranks
 
 
-def _exchange(generator: Any, ranks: int) -> dict[str, Any]:
-    """Return the bytes that a run sent; of two transformers, those of the one that ran last."""
-    experts = [e.exchange for e in generator.transformer.experts if e.exchange.formula]
-    return {"ranks": ranks, **experts[-1].as_dict()}
+def _foretell(
+    screen: Screen, bundle: Any, name: str, chosen: Any, size: Any, backend: str | None,
+    model: Path | None, device: int | None, *, force: bool,
+) -> None:  # fmt: skip
+    """Refuse a run that is far beyond the bundle's own, or does not fit in memory; warn of less."""
+    from ..compiler.forecast.geometry import check_geometry
+    from ..compiler.forecast.memory_check import check_fit
+
+    warnings = [check_geometry(bundle, name, chosen, size, force=force)]
+    if not force:
+        warnings.append(check_fit(bundle, chosen, size, backend=backend, model=model, gpu=device))
+    for warning in filter(None, warnings):
+        screen.warn(warning)
 
 
-def _report(
-    path: Path, generator: Any, request: Any, result: Any, recorder: Any, parameters: Any
-) -> Any:
-    """Write a run's page; return the uncached run that is made for it, watched alike."""
-    from ..tuning.provenance import provenance
-    from ..tuning.report import write_run_report
+def _tell_decisions(screen: Screen, generator: Any, request: Any) -> None:
+    """Say what is known of a run's decisions before it starts, and what its tables are too far from."""
+    from ..runtime.forecast.fold import forecast
+    from ..runtime.settings import stretch_warning
 
-    uncached = _report_recorder(generator, request)
-    reference = generator.generate(_uncached(request), recorder=uncached)
-    backend = generator.transformer.session.model.backend.name
-    write_run_report(
-        path, prompt=request.prompt or "", result=result, reference=reference, recorder=recorder,
-        uncached=uncached, setting=request.cache, parameters=parameters,
-        provenance=provenance(generator.bundle, backend, ["freewheel", *sys.argv[1:]]),
-    )  # fmt: skip
-    return reference
-
-
-def _report_recorder(generator: Any, request: Any) -> Any:
-    """Make what watches a run for its page; hidden-sized signals cost time, so only if looked at."""
-    from ..tuning.run_recorder import RunRecorder
-
-    policy = generator.bundle.manifest.policies.get(request.cache.policy)
-    signals = policy.spec.signals if policy is not None else []
-    looked_at = request.cache.signal or next(iter(signals), None)
-    return RunRecorder(wants_signals=looked_at in ("modulated_input", "first_block_residual"))
-
-
-def _warm_up(generator: Any, request: Any) -> None:
-    """Run a few steps with and without the cache, so that neither of two timed runs is the first."""
-    from dataclasses import replace
-
-    from ..tuning.bench import WARM_UP_STEPS
-
-    for each in (request, _uncached(request)):
-        generator.generate(replace(each, steps=WARM_UP_STEPS))
-
-
-def _uncached(request: Any) -> Any:
-    from dataclasses import replace
-
-    from ..policies.setting import CacheSetting
-
-    return replace(request, cache=CacheSetting())
-
-
-def _run_tables(screen: Screen, data: dict[str, Any]) -> None:
-    rows = []
-    for name, branch in data["branches"].items():
-        spread = branch["percentiles"] or {}
-        rows.append(
-            [
-                name,
-                branch["computed"].count(True),
-                branch["computed"].count(False),
-                *(spread.get(p) for p in ("p25", "p50", "p75", "max")),
-            ]
+    timesteps = generator.timesteps(request)
+    count = request.value("steps") if timesteps is None else len(timesteps)
+    stretched = stretch_warning(request.cache, count)
+    if stretched is not None:
+        screen.warn(stretched)
+    # Of two experts, each folds its own part of the timesteps.
+    if timesteps is None or len(generator.transformer.experts) > 1:
+        return
+    ahead = forecast(generator.transformer.session.model, timesteps, request.cache)
+    if ahead is not None and request.cache.policy != "off":
+        screen.note(
+            f"decisions known ahead: {ahead.computed_steps:.0f} of {ahead.steps} steps computed, "
+            f"ideal speedup {ahead.ideal_speedup:.2f}"
         )
-    screen.table(
-        f"policy {data['policy']}"
-        + (f", {data['form']}" if data["form"] else "")
-        + (" (folded ahead of the loop)" if data["folded"] else ""),
-        ["branch", "computed", "reused", "distance p25", "p50", "p75", "max"],
-        rows,
-    )
-    seconds = data["step_seconds"]
-    speed = {
-        "computed step s": _seconds(seconds["computed"]),
-        "reused step s": _seconds(seconds["reused"]),
-        "ideal speedup": data["ideal_speedup"],
-        "estimated speedup": data["estimated_speedup"],
-    }
-    if data["measured_speedup"] is not None:
-        speed["measured speedup"] = data["measured_speedup"]
-    screen.table("speed", list(speed), [list(speed.values())])
-    screen.table(
-        "seconds by segment",
-        ["segment", "seconds"],
-        [[n, _seconds(s)] for n, s in data["seconds"].items()],
-    )
-
-
-def _seconds(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"

@@ -16,11 +16,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ..core.errors import FreewheelError, RankError
 from ..core.launch import launch
@@ -43,6 +46,17 @@ MEMORY_SIGNS = (
 """What PyTorch, ONNX Runtime, OpenVINO and C++ say, in lower case."""
 
 MEMORY_HINT = "ask for a smaller size, free memory, or keep weights in host memory with --offload"
+
+
+class RateColumn(ProgressColumn):
+    """Steps per second of a phase, or seconds per step of a slow one."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate; nothing before the first step."""
+        speed = task.speed or task.finished_speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
 
 
 class Screen:
@@ -120,8 +134,9 @@ class Screen:
             yield self
             return
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("[dim]left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(),
+            TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[what]}"),
         )  # fmt: skip
         with Progress(*columns, console=self._err) as bar:
             self._bar = bar
@@ -130,12 +145,12 @@ class Screen:
             finally:
                 self._bar = None
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int | None = None) -> None:
         """Begin a phase (see `freewheel.core.progress.Progress`)."""
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, what="")
         elif not self.quiet:
-            self._err.print(f"{name}: {total}", markup=False)
+            self._err.print(name if total is None else f"{name}: {total}", markup=False)
 
     def advance(self, what: str, steps: int = 1) -> None:
         """Report a step of the phase."""

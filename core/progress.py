@@ -11,8 +11,8 @@ __all__ = ["Progress", "Silent"]
 class Progress(Protocol):
     """Receives phases and steps; the command line draws bars from them."""
 
-    def phase(self, name: str, total: int) -> None:
-        """Begin a phase of ``total`` steps."""
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Begin a phase of ``total`` steps; None of a phase that is one wait."""
 
     def advance(self, what: str, steps: int = 1) -> None:
         """Report that ``what`` is done."""
@@ -21,7 +21,7 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches."""
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int | None = None) -> None:
         """Ignore."""
 
     def advance(self, what: str, steps: int = 1) -> None:

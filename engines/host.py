@@ -8,9 +8,16 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["disk_free_bytes", "existing_parent", "gpu_free_bytes", "memory_available_bytes"]
+__all__ = [
+    "disk_free_bytes",
+    "existing_parent",
+    "gpu_free_bytes",
+    "memory_available_bytes",
+    "peak_memory_bytes",
+]
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 GROUP = Path("/sys/fs/cgroup")
 
 
@@ -21,6 +28,14 @@ def memory_available_bytes() -> int | None:
     """
     left = [b for b in (_available(MEMINFO), _left_in_group(GROUP)) if b is not None]
     return min(left, default=None)
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most host memory that this process has held, mapped files that it read included.
+
+    None where the system doesn't tell.
+    """
+    return _field(STATUS, "VmHWM:")
 
 
 def gpu_free_bytes(index: int | None = None) -> int | None:
@@ -45,11 +60,16 @@ def existing_parent(folder: Path) -> Path:
 
 
 def _available(meminfo: Path) -> int | None:
+    return _field(meminfo, "MemAvailable:")
+
+
+def _field(file: Path, name: str) -> int | None:
+    """Read a line such as ``VmHWM:  1024 kB`` of a file that the kernel writes, in bytes."""
     try:
-        lines = meminfo.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
+    found = next((line.split() for line in lines if line.startswith(name)), None)
     return int(found[1]) << 10 if found is not None else None
 
 

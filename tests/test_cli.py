@@ -20,9 +20,10 @@ from typer.testing import CliRunner, Result
 from freewheel import __version__
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app, main
-from freewheel.commands.run import _run_tables
+from freewheel.commands.run_outcome import show_outcome
 from freewheel.commands.screen import Screen
 from freewheel.core.extras import EXTRAS
+from freewheel.engines import BACKENDS
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.statistics import BranchStatistics, RunStatistics
 from freewheel.tuning.trace import Trace
@@ -561,9 +562,16 @@ def test_a_speedup_is_called_measured_only_beside_an_uncached_run(
     assert plain.exit_code == 0, plain.output
     assert "estimated speedup" in plain.stderr
     assert "measured speedup" not in plain.stderr
+    assert "steps/s" in plain.stderr
+    assert "peak memory" in plain.stderr
     page = tmp_path / "r.html"
     data = json.loads(freewheel(*base, "--cache", "taylorseer", "--report", page, "--json").stdout)
     assert data["estimated_speedup"] > 0
+    assert list(data["phase_seconds"]) == ["load", "denoise", "decode"]
+    assert data["total_seconds"] == sum(data["phase_seconds"].values())
+    assert data["steps_per_second"] == 4 / data["phase_seconds"]["denoise"]
+    assert data["backend"] in BACKENDS
+    assert data["peak_memory_bytes"] > 64 << 20
     told = f'["measured speedup of the denoise loop", "{data["measured_speedup"]:.2f}"]'
     assert told in page.read_text(encoding="utf-8")
     off = json.loads(freewheel(*base[:-2], "--cache", "off", "--json").stdout)
@@ -610,7 +618,9 @@ def test_summaries_say_which_form_of_the_law_ran(
     run = RunStatistics("custom", True, 2, {"cond": BranchStatistics(2)}, form=form)
     run.branches["cond"].add(0, True, None, [], 1.0)
     assert run.as_dict()["form"] == form
-    _run_tables(Screen(), {**run.as_dict(), "measured_speedup": None})
+    whole = {"measured_speedup": None, "backend": "openvino", "phase_seconds": {"load": 1.0},
+             "total_seconds": 1.0, "steps_per_second": None, "peak_memory_bytes": None}  # fmt: skip
+    show_outcome(Screen(), {**run.as_dict(), **whole})
     assert f"policy custom, {form} (folded" in " ".join(capsys.readouterr().err.split())
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from ..bundle.manifest import ResolvedConfig
 from ..bundle.reader import Bundle
 from ..core.errors import RequestError
 from ..core.output import check_folder, write_text
+from ..core.progress import Progress
 from ..policies.setting import CacheSetting
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.model import DeviceOptions
@@ -40,16 +41,6 @@ WARM_UP_STEPS = 2
 
 DISAGREEMENT = 0.25
 """Spread of a speedup over rounds, relative to its median, beyond which its rounds disagree."""
-
-
-class Watcher(Protocol):
-    """Whatever shows progress."""
-
-    def phase(self, name: str, total: int) -> None:
-        """Begin a phase."""
-
-    def advance(self, what: str, steps: int = 1) -> None:
-        """Report a step."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +242,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def bench_bundle(
-    bundle: Bundle, request: BenchRequest, watcher: Watcher, warn: Callable[[str], None],
+    bundle: Bundle, request: BenchRequest, progress: Progress, warn: Callable[[str], None],
     ranks: Ranks | None = None,
 ) -> BenchReport:  # fmt: skip
     """Measure; see the module.
@@ -259,7 +250,7 @@ def bench_bundle(
     Args:
         bundle: An open bundle.
         request: What to measure.
-        watcher: Shown each run.
+        progress: Shown each run.
         warn: Told what a user would want to know.
         ranks: Processes that share the rounds, all at once; all get the report, the first alone
             the pictures. None runs them all here.
@@ -286,14 +277,14 @@ def bench_bundle(
 
     shares = Shares(ranks)
     names = [UNCACHED, *settings, *((EAGER,) if eager else ())]
-    watcher.phase("bench", rounds * len(names) + 1)
+    progress.phase("bench", rounds * len(names) + 1)
 
     def run(wanted: GenerationRequest) -> Generation:
         return generator.generate(wanted, on_step=lambda done, total: shares.beat())
 
     for entry in (uncached, *settings.values()):
         run(_request(pairs[0], entry, WARM_UP_STEPS, request.image))
-    watcher.advance("warm-up")
+    progress.advance("warm-up")
     own: dict[int, Any] = {}
     pictures: dict[str, NDArray[np.uint8]] = {}
     for index in range(rounds):
@@ -303,20 +294,20 @@ def bench_bundle(
         plain = _request(pair, uncached, request.steps, request.image)
         reference = run(plain)
         measured = {UNCACHED: _measured(reference, reference, is_new=False)}
-        watcher.advance(UNCACHED)
+        progress.advance(UNCACHED)
         if index == 0:
             pictures[UNCACHED] = reference.frames
         for name, entry in settings.items():
             result = run(_request(pair, entry, request.steps, request.image))
             measured[name] = _measured(result, reference, is_new=is_new)
-            watcher.advance(name)
+            progress.advance(name)
             if index == 0:
                 pictures[name] = result.frames
         if eager is not None:
             measured[EAGER] = _measured(eager.generate(plain), reference, is_new=is_new)
             # The plain pipeline computes every step and fills no statistics of ours.
             measured[EAGER] |= {n: measured[UNCACHED][n] for n in ("steps", "computed", "ideal")}
-            watcher.advance(EAGER)
+            progress.advance(EAGER)
         own[index] = measured
     found = shares.gather_json(own, "gathering rounds")
     rows = {n: BenchRow(n) for n in names}

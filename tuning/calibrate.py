@@ -17,6 +17,7 @@ import torch
 from ..bundle.reader import Bundle
 from ..core.errors import RequestError, nearest
 from ..core.output import write_text
+from ..core.progress import Progress
 from ..policies import policy_config
 from ..policies.config import CachingConfig
 from ..policies.custom import DAMPED, CustomConfig
@@ -38,7 +39,6 @@ from ..runtime.pipeline.generate import Generator, check_recordable
 from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.settings import choose_setting
 from ..runtime.statistics import FEW_STEPS
-from .bench import Watcher
 from .checkpoints import Checkpoints
 from .effort import PRESETS, duration, model_runs
 from .fit import PolynomialFit, fit_polynomial
@@ -140,7 +140,7 @@ class Calibration:
 def calibrate(
     bundle: Bundle,
     request: CalibrationRequest,
-    watcher: Watcher,
+    progress: Progress,
     warn: Callable[[str], None],
     tell: Callable[[str], None] = lambda text: None,
     ranks: Ranks | None = None,
@@ -150,7 +150,7 @@ def calibrate(
     Args:
         bundle: An open bundle.
         request: What to do.
-        watcher: Shown each run.
+        progress: Shown each run.
         warn: Told of refused fits and of step counts too low to cache.
         tell: Told first what it will take, in model runs, and once the first is done in time.
         ranks: Processes that share prompts and schedules; all get the result, which is that of one
@@ -191,7 +191,7 @@ def calibrate(
     steps = runs[0].value("steps")
     ahead = model_runs(len(runs), request.speedups, request.refine, request.search, steps)
     tell(f"about {ahead} model runs, cached ones counted by what they compute")
-    watcher.phase("calibrate", len(request.prompts))
+    progress.phase("calibrate", len(request.prompts))
     shares = Shares(ranks)
     pieces = _Pieces(request, _identity(bundle, model, request), [_facts(run) for run in runs])
     own: dict[int, bytes] = {}
@@ -211,7 +211,7 @@ def calibrate(
                 rest = duration(each * (ahead - 1) / shares.size)
                 tell(f"one took {duration(each)}: about {rest} to go")
         own[index] = kept
-        watcher.advance(run.prompt or "")
+        progress.advance(run.prompt or "")
     if pieces.found:
         tell(f"{pieces.found} of {len(runs)} runs were recorded before: going on from them")
     recorder.runs = [
@@ -227,7 +227,7 @@ def calibrate(
         warn("the bundle has no sampler table for this run, so solved mixes are not refined")
     scale = resolved["guidance_scale"]
     configs, left_out, lockstep = _solved(
-        model, recorder, request, rows, scale, common, watcher, shares, pieces
+        model, recorder, request, rows, scale, common, progress, shares, pieces
     )
     fits = _fits(recorder, warn)
     found, missing = _by_threshold(model, recorder, fits, request.speedups, common, lockstep)
@@ -338,7 +338,7 @@ def _solved(
     rows: SamplerRows | None,
     guidance: float,
     common: dict[str, Any],
-    watcher: Watcher,
+    progress: Progress,
     shares: Shares,
     pieces: _Pieces,
 ) -> tuple[dict[str, CachingConfig], dict[str, str], Lockstep | None]:
@@ -361,10 +361,10 @@ def _solved(
         )
     else:
         schedules = candidates(grams, factors, sigmas, history=request.history)
-        watcher.phase("solve", sum(c in wanted or c >= fewest for c in schedules))
+        progress.phase("solve", sum(c in wanted or c >= fewest for c in schedules))
         solutions = frontier(
             lockstep, schedules, wanted, rounds=request.search, objective=request.objective,
-            fewest=fewest, done=watcher.advance,
+            fewest=fewest, done=progress.advance,
             known=_searched(lockstep, schedules, wanted, request, shares, pieces),
         )  # fmt: skip
     about = {

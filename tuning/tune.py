@@ -18,6 +18,7 @@ from ..bundle.reader import Bundle
 from ..configs.load import read_configs
 from ..core.errors import RequestError, nearest
 from ..core.output import write_text
+from ..core.progress import Progress
 from ..policies.adacache import CODEBOOKS, AdaCacheConfig
 from ..policies.config import CachingConfig
 from ..policies.custom import DAMPED, CustomConfig
@@ -30,7 +31,7 @@ from ..runtime.model import DeviceOptions
 from ..runtime.pipeline.generate import Generator, check_recordable
 from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.settings import choose_setting, config_entry, other_size
-from .bench import BenchRequest, Watcher, bench_bundle
+from .bench import BenchRequest, bench_bundle
 from .replay import replay
 from .shares import Shares
 from .table import spread_cell
@@ -211,7 +212,7 @@ class TuneReport:
 
 
 def tune(
-    bundle: Bundle, request: TuneRequest, watcher: Watcher, warn: Callable[[str], None],
+    bundle: Bundle, request: TuneRequest, progress: Progress, warn: Callable[[str], None],
     ranks: Ranks | None = None,
 ) -> TuneReport:  # fmt: skip
     """Search by replay and confirm by running.
@@ -219,7 +220,7 @@ def tune(
     Args:
         bundle: An open bundle.
         request: Goal, prompts and bounds.
-        watcher: Shown each run.
+        progress: Shown each run.
         warn: Told where prompts are too few to hold any out, and of speedups not to be trusted.
         ranks: Processes that share recorded prompts, with the replays of every candidate on them,
             and the rounds that confirm; all get the report. None does all here.
@@ -237,7 +238,7 @@ def tune(
     runs = _uncached_runs(bundle, request, replayed, base)
     space = _search_space(bundle, request, warn)
     shares = Shares(ranks)
-    traces = _record(bundle, request, runs, watcher, shares)
+    traces = _record(bundle, request, runs, progress, shares)
     candidates = _candidates(bundle, space, traces, shares)
     tried = _worth_running(candidates, request.goal, request.confirm)
     if not tried:
@@ -250,7 +251,7 @@ def tune(
         rounds=request.rounds, steps=request.steps, backend=request.backend,
         options=request.options,
     )  # fmt: skip
-    rows = bench_bundle(bundle, bench, watcher, warn, ranks).entries[1:]
+    rows = bench_bundle(bundle, bench, progress, warn, ranks).entries[1:]
     met = [r for r in rows if request.goal.is_met(r)]
     chosen = max(met, key=request.goal.rank)["name"] if met else None
     return TuneReport(
@@ -286,19 +287,19 @@ def _uncached_runs(
 
 
 def _record(
-    bundle: Bundle, request: TuneRequest, runs: Sequence[GenerationRequest], watcher: Watcher,
+    bundle: Bundle, request: TuneRequest, runs: Sequence[GenerationRequest], progress: Progress,
     shares: Shares,
 ) -> dict[int, Trace]:  # fmt: skip
     """Run this rank's replayed prompts uncached; traces by prompt."""
     generator = Generator(bundle, backend=request.backend, options=request.options)
-    watcher.phase("record", len(runs))
+    progress.phase("record", len(runs))
     traces = {}
     for index, run in enumerate(runs):
         if shares.is_mine(index):
             recorder = TraceRecorder()
             generator.generate(run, recorder=recorder, on_step=lambda done, total: shares.beat())
             traces[index] = recorder.trace()
-        watcher.advance(run.prompt or "")
+        progress.advance(run.prompt or "")
     return traces
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,14 @@ def test_disk_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     place = tmp_path / "not" / "there"
     assert host.existing_parent(place) == tmp_path
     assert host.disk_free_bytes(place) > 0
+
+
+def test_the_peak_stays_where_memory_is_given_back() -> None:
+    before = host.peak_memory_bytes()
+    assert before is not None
+    held = bytearray(os.urandom(1 << 20) * 64)
+    during = host.peak_memory_bytes()
+    assert during is not None
+    assert during >= before
+    del held
+    assert host.peak_memory_bytes() == during
