@@ -47,7 +47,7 @@ def run(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "--save_result_path", help="File to write: .mp4, .gif, .png or .wav."
+            "--out", "--save_result_path", help="File to write: .mp4, .gif, .webp, .png or .wav."
         ),
     ],
     bundle: Annotated[

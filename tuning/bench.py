@@ -30,6 +30,7 @@ from ..runtime.pipeline.generate import Generation, Generator
 from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.pipeline.video import contact_sheet, write_video
 from ..runtime.settings import choose_setting
+from .moving_picture import Panel, moving_picture
 from .quality import Quality, compare_videos
 from .shares import Shares
 from .table import markdown_table, spread_cell
@@ -324,7 +325,7 @@ def bench_bundle(
         found[0][UNCACHED]["steps"], rounds, len(pairs),
         generator.transformer.session.model.backend.name, bundle.manifest.precision,
         [r.as_dict() for r in rows.values()], pictures,
-        {n: found[0][n]["decisions"] for n in settings}, shares.size,
+        {n: found[0][n]["decisions"] for n in (UNCACHED, *settings)}, shares.size,
     )  # fmt: skip
     if request.out is not None and shares.leads:
         _write(request.out, report)
@@ -405,3 +406,16 @@ def _write(folder: Path, report: BenchReport) -> None:
         write_video(frames, folder / f"{stem}.mp4")
         write_video(frames, folder / f"{stem}.gif")
     write_video(contact_sheet(report.pictures)[None], folder / "contact_sheet.png")
+    write_video(moving_picture(_panels(report)), folder / "comparison.webp")
+
+
+def _panels(report: BenchReport) -> list[Panel]:
+    """Return the settings that have a video, the uncached run first."""
+    entries = {entry["name"]: entry for entry in report.entries}
+    return [
+        Panel(
+            name, frames, next(iter(report.decisions[name].values())),
+            entries[name]["seconds"], entries[name]["speedup"],
+        )
+        for name, frames in report.pictures.items()
+    ]  # fmt: skip

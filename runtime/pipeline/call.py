@@ -59,7 +59,7 @@ NOBODYS = frozenset({
 """Parameters of calls that no text can give."""
 
 FITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"sound": (".wav",), "a video": (".mp4", ".gif", ".png"), "a picture": (".png",)}
+    {"sound": (".wav",), "a video": (".mp4", ".gif", ".webp", ".png"), "a picture": (".png",)}
 )
 """What comes back → suffixes of files that hold it."""
 

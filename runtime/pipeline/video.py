@@ -17,10 +17,12 @@ from ...core.output import check_file, replaced_whole
 __all__ = ["SUFFIXES", "check_output", "contact_sheet", "open_frames", "open_image", "write_video"]
 
 Frames = NDArray[np.uint8]
-SUFFIXES = (".mp4", ".gif", ".png", ".wav")
+SUFFIXES = (".mp4", ".gif", ".webp", ".png", ".wav")
 MOST_FPS = 1000
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".gif")
-"""Suffixes of files that are read as videos."""
+WEBP_QUALITY = 90
+MOVING_PICTURES = (".gif", ".webp")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
+"""Suffixes of files that are read by imageio; Pillow reads all others."""
 
 
 def check_output(path: Path, fps: int = 8) -> None:
@@ -51,7 +53,7 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
 
     Args:
         frames: uint8 [frames, height, width, 3]; a png shows them side by side.
-        path: ``.mp4`` (H.264), ``.gif`` or ``.png``. Its folder is made where there is none.
+        path: ``.mp4`` (H.264), ``.gif``, ``.webp`` or ``.png``. Its folder is made where there is none.
         fps: Frames per second, 1 to 1000; a png has none.
 
     Raises:
@@ -67,9 +69,11 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
             even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
             iio.imwrite(partial, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2,
                         output_params=["-crf", "14"])  # fmt: skip
-        elif path.suffix.lower() == ".gif":
+        elif path.suffix.lower() in MOVING_PICTURES:
             first, *others = [Image.fromarray(frame) for frame in frames]
-            first.save(partial, save_all=True, append_images=others, duration=1000 / fps, loop=0)
+            # GIF knows no quality, and Pillow wants whole milliseconds of WebP.
+            first.save(partial, save_all=True, append_images=others, duration=round(1000 / fps),
+                       loop=0, quality=WEBP_QUALITY)  # fmt: skip
         else:
             Image.fromarray(np.concatenate(list(frames), axis=1)).save(partial)
 
@@ -107,7 +111,7 @@ def open_frames(path: Path, flag: str) -> list[Image.Image]:
     """Read a video's frames, or a picture as one frame, as RGB.
 
     Args:
-        path: A picture, a .gif, or a video.
+        path: A picture, a .gif or .webp, or a video.
         flag: Option that names it, for the messages.
 
     Raises:
@@ -116,7 +120,7 @@ def open_frames(path: Path, flag: str) -> list[Image.Image]:
     """
     suffix = path.suffix.lower()
     try:
-        if suffix in VIDEOS and suffix != ".gif":
+        if suffix in VIDEOS:
             require_extra("video", f"{flag} {path}")
             import imageio.v3 as iio
 

@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from freewheel.core.errors import DependencyError, OutputError, RequestError
-from freewheel.runtime.pipeline.video import SUFFIXES, check_output, contact_sheet, write_video
+from freewheel.runtime.pipeline.video import (
+    SUFFIXES,
+    check_output,
+    contact_sheet,
+    open_frames,
+    write_video,
+)
 
 
 def ramp(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
@@ -21,13 +27,13 @@ def ramp(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
     return video
 
 
-@pytest.mark.parametrize(("suffix", "tolerance"), [(".mp4", 8.0), (".gif", 4.0)])
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".mp4", 8.0), (".gif", 4.0), (".webp", 4.0)])
 def test_frames_come_back(tmp_path: Path, suffix: str, tolerance: float) -> None:
     path = tmp_path / f"video{suffix}"
     write_video(ramp(), path)
-    found = iio.imread(path)
-    assert found.shape[:3] == ramp().shape[:3]
-    assert np.abs(found[..., :3].astype(int) - ramp()).mean() < tolerance
+    found = np.stack([np.asarray(frame) for frame in open_frames(path, "--video")])
+    assert found.shape == ramp().shape
+    assert np.abs(found.astype(int) - ramp()).mean() < tolerance
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -42,7 +48,9 @@ def test_odd_sizes_lose_a_line_in_mp4(tmp_path: Path) -> None:
 
 
 def test_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"suffix '\.avi'.*use one of \.mp4, \.gif, \.png"):
+    with pytest.raises(
+        OutputError, match=r"suffix '\.avi'.*use one of \.mp4, \.gif, \.webp, \.png"
+    ):
         check_output(tmp_path / "video.avi")
 
 
@@ -53,7 +61,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fps", [0, -5, 1001])
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 def test_frames_per_second_are_bounded(tmp_path: Path, suffix: str, fps: int) -> None:
     with pytest.raises(RequestError, match=rf"--fps {fps}: is outside \[1, 1000\]; use 8 to 30"):
         write_video(ramp(), tmp_path / f"video{suffix}", fps)
@@ -87,7 +95,7 @@ def test_mp4_alone_wants_a_package_and_says_so_ahead(
     monkeypatch.setattr("freewheel.core.extras.find_spec", lambda _: None)
     with pytest.raises(DependencyError, match=r"--out .*video\.mp4: needs imageio, imageio-ffmpeg"):
         check_output(tmp_path / "video.mp4")
-    for suffix in (".gif", ".png"):
+    for suffix in (".gif", ".webp", ".png"):
         write_video(ramp(), tmp_path / f"video{suffix}")
 
 
