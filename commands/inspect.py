@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import RequestError
-from .options import DebugOption, JsonOption, backend_of, precision_of
+from ..core.errors import BackendUnavailable, RequestError
+from .options import DebugOption, JsonOption, OffloadOption, backend_of, precision_of
 from .screen import Screen, reporting
 
 __all__ = ["inspect"]
@@ -31,6 +31,7 @@ def inspect(
     ] = "off",
     backend: Annotated[str, typer.Option(help="Before building: backend.")] = "auto",
     precision: Annotated[str, typer.Option(help="Before building: of the body.")] = "float32",
+    offload: OffloadOption = False,
     cut: Annotated[
         bool, typer.Option("--cut", help="Show how the transformer is cut, from its config alone.")
     ] = False,
@@ -57,12 +58,14 @@ def inspect(
         if target.exists() and not (target / MANIFEST).is_file():
             from ..compiler.forecast.build import render_plan
 
-            data = _plan(target, config, backend, precision, screen, (height, width, frames, steps))
+            sizes = (height, width, frames, steps)
+            data = _plan(target, config, backend, precision, screen, sizes, offload=offload)
             screen.result(data, render_plan(data))
             return
         data = inspect_bundle(
-            Bundle(target), height=height, width=width, frames=frames, steps=steps, engine=engine
-        )
+            Bundle(target), height=height, width=width, frames=frames, steps=steps, engine=engine,
+            offload=offload,
+        )  # fmt: skip
         screen.result(data, render(data))
 
 
@@ -94,7 +97,8 @@ def _cut(target: Path, *forecast: object) -> dict[str, Any]:
 
 
 def _plan(
-    model: Path, config: str, backend: str, precision: str, screen: Screen, size: tuple[int | None, ...]
+    model: Path, config: str, backend: str, precision: str, screen: Screen,
+    size: tuple[int | None, ...], *, offload: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
     from ..compiler.defaults import resolve_configs
@@ -110,11 +114,25 @@ def _plan(
     request = BuildRequest(
         model=str(model),
         out=model.absolute().with_name(f"{model.name}-bundle"),
-        backends=[backend_of(backend, precision, screen, to_build=True)],
+        backends=[_backend(backend, precision, screen)],
         configs=configs,
         precision=precision,  # type: ignore[arg-type]  # one of the three
     )
     return describe_plan(
         plan(request),
         size_of(generation, height=height, width=width, frames=frames, steps=steps),
+        offload=offload,
     )
+
+
+def _backend(name: str, precision: str, screen: Screen) -> Any:
+    """Return a backend to forecast for, which need not be here."""
+    from ..compiler.forecast.build import AbsentBackend
+
+    try:
+        return backend_of(name, precision, screen, to_build=True)
+    except BackendUnavailable as error:
+        if name == "auto":
+            raise
+        screen.note(f"{error} (to build or run; the forecast is made without it)")
+        return AbsentBackend(name)

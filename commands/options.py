@@ -53,7 +53,10 @@ ImageOption = Annotated[
     ),
 ]
 OffloadOption = Annotated[
-    bool, typer.Option(help="Keep the blocks' weights in host memory, two blocks on the GPU.")
+    bool,
+    typer.Option(
+        help="Leave weights in host memory: two blocks and one other part of the pipeline on the GPU."
+    ),
 ]
 CudaGraphsOption = Annotated[bool, typer.Option(help="Replay steps as CUDA graphs (TensorRT).")]
 DeviceOption = Annotated[

@@ -207,7 +207,10 @@ def run(
         size = size_of(
             chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
         )  # fmt: skip
-        _foretell(screen, opened, str(cache), chosen, size, backend, model, device, force=force)
+        _foretell(
+            screen, opened, str(cache), chosen, size, backend, model, device, offload=offload,
+            force=force,
+        )  # fmt: skip
         began = time.perf_counter()
         with screen.progress():
             screen.phase("load")
@@ -299,7 +302,7 @@ def _join(
 
 def _foretell(
     screen: Screen, bundle: Any, name: str, chosen: Any, size: Any, backend: str | None,
-    model: Path | None, device: int | None, *, force: bool,
+    model: Path | None, device: int | None, *, offload: bool, force: bool,
 ) -> None:  # fmt: skip
     """Refuse a run that is far beyond the bundle's own, or does not fit in memory; warn of less."""
     from ..compiler.forecast.geometry import check_geometry
@@ -307,7 +310,11 @@ def _foretell(
 
     warnings = [check_geometry(bundle, name, chosen, size, force=force)]
     if not force:
-        warnings.append(check_fit(bundle, chosen, size, backend=backend, model=model, gpu=device))
+        warnings.append(
+            check_fit(
+                bundle, chosen, size, backend=backend, model=model, gpu=device, offload=offload
+            )
+        )
     for warning in filter(None, warnings):
         screen.warn(warning)
 

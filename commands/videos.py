@@ -69,7 +69,7 @@ def videos(
                     request.defaults, height=request.height, width=request.width,
                     frames=request.frames, steps=request.steps, guidance=request.guidance_scale,
                 ),
-                backend=backend, model=None, gpu=device,
+                backend=backend, model=None, gpu=device, offload=offload,
             )  # fmt: skip
 
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)

@@ -24,8 +24,7 @@ from .cut.declared import Cut
 from .cut.document import cut_of
 from .engine_layers import ENGINE_COLUMNS, LAYER_COLUMNS, attention_of, engine_rows, layer_rows
 from .forecast.flops import step_flops
-from .forecast.footprint import amount, footprint_of
-from .forecast.host_memory import memory_beside
+from .forecast.footprint import amount
 from .forecast.memory_check import forecast_memory
 from .forecast.speedup import predict, timestep_tables, timesteps_of
 from .sizes import Size, bundle_pipeline, dims_of, size_of
@@ -51,6 +50,7 @@ def inspect_bundle(
     frames: int | None = None,
     steps: int | None = None,
     engine: str | None = None,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Describe a bundle and forecast a run at a size.
 
@@ -61,6 +61,7 @@ def inspect_bundle(
         frames: Frames of the video.
         steps: Denoise steps.
         engine: Graph whose engines' layers `render` lists one by one.
+        offload: As `forecast_memory` takes it.
 
     Returns:
         Plain data, as ``inspect --json`` prints it. Every size is in bytes, every count of
@@ -79,12 +80,6 @@ def inspect_bundle(
     dims = dims_of(cut, size, bundle_pipeline(bundle))
     settings = {n: p.setting for n, p in manifest.policies.items()}
     settings |= {n: c.cache for n, c in manifest.configs.items()}
-    footprint = footprint_of(
-        cut, dims, branches=size.branches, settings=settings,
-        specs={n: p.spec for n, p in manifest.policies.items()},
-    )  # fmt: skip
-    backend, pipeline = manifest.engines[0].backend, bundle_pipeline(bundle)
-    beside = memory_beside(cut, size, pipeline, backend=backend, precision=manifest.precision)
     total, own = disk_use(bundle.folder, [*manifest.files, MANIFEST])
     return {
         "bundle": str(bundle.folder),
@@ -104,7 +99,15 @@ def inspect_bundle(
         "dims": dims,
         "flops": describe_flops(cut, dims, size),
         "memory": forecast_memory(
-            footprint, manifest.default_config, device=backend, beside=beside
+            cut,
+            size,
+            setting=manifest.default_config,
+            settings=settings,
+            specs={n: p.spec for n, p in manifest.policies.items()},
+            pipeline=bundle_pipeline(bundle),
+            backend=manifest.engines[0].backend,
+            precision=manifest.precision,
+            offload=offload,
         ),
         "speedup": _speedups(bundle, cut, dims, settings, steps),
     }

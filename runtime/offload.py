@@ -21,9 +21,11 @@ from torch import Tensor
 from ..core.errors import RequestError
 from ..engines.base import ALIGNMENT, BoundCall, Engine
 
-__all__ = ["HostBlock", "OffloadedCall", "OffloadedWeights"]
+__all__ = ["SLABS", "HostBlock", "OffloadedCall", "OffloadedWeights"]
 
 SLABS = 2
+"""Blocks of each kind whose weights are on the device."""
+
 LOCKED_FOR_EVERY_GPU = 1  # cudaHostRegisterPortable: sessions on several GPUs share a block
 
 

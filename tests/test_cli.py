@@ -695,3 +695,22 @@ def test_videos_serves_the_bundle_where_it_was_asked_to(
     odd = testclient.TestClient(app).post("/v1/videos", json={"prompt": "p", "size": "49x32"})
     assert "is no multiple of" in odd.json()["error"]["message"], "before the run, not after"
     assert testclient.TestClient(app).get("/v1/videos").json()["data"] == []
+
+
+def test_a_gpus_memory_is_foretold_where_there_is_none(freewheel: Run) -> None:
+    asked = (
+        "inspect",
+        "models/shapes_wan",
+        "--backend",
+        "tensorrt",
+        "--precision",
+        "bfloat16",
+        "--json",
+    )
+    whole, less = (
+        json.loads(freewheel(*asked, *more).stdout)["forecast"]["memory"]
+        for more in ((), ("--offload",))
+    )
+    assert (whole["device"], less["device"]) == ("gpu", "gpu")
+    assert less["needed_bytes"] < whole["needed_bytes"]
+    assert failure(freewheel(*asked[:3], "tensort", "--json"), 3, "config")["hint"]

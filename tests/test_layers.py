@@ -116,7 +116,7 @@ TESTED_THROUGH = {
     "engines/__init__.py": "engines/test_backends.py",
     "engines/openvino_tokenizer.py": "compiler/graphs/test_tokenizer.py",
     "runtime/pipeline/adapters.py": "runtime/test_lora.py",
-    "runtime/pipeline/parts.py": "compiler/forecast/test_host_memory.py",
+    "runtime/pipeline/parts.py": "compiler/forecast/test_memory_beside.py",
     "runtime/pipeline/request.py": "runtime/pipeline/test_generate.py",
     "runtime/body.py": "runtime/test_session.py",
     "runtime/branch_cache.py": "runtime/test_session.py",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,31 @@ from ..defaults import policy_setting
 from ..inspect import describe_flops, render_forecast
 from ..plan import Plan
 from ..sizes import Size, dims_of, size_of
-from .footprint import amount, footprint_of
-from .host_memory import memory_beside
+from .footprint import amount
 from .memory_check import forecast_memory
 
-__all__ = ["describe_plan", "forecast_build", "forecast_disk", "render_plan"]
+__all__ = ["AbsentBackend", "describe_plan", "forecast_build", "forecast_disk", "render_plan"]
 
 LINKING_BACKENDS = ("onnxruntime",)
 """Whose engines share baked weights with the bundle; the others' hold a copy."""
 
 
-def describe_plan(planned: Plan, size: Size | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AbsentBackend:
+    """A backend that this machine can't build for, as far as a forecast asks for one."""
+
+    name: str
+
+
+def describe_plan(
+    planned: Plan, size: Size | None = None, *, offload: bool = False
+) -> dict[str, Any]:
     """Say what a build and a run of it would do and need, as ``build --dry-run --json`` prints it.
 
     Args:
         planned: What would be built.
         size: Size of the run; None takes the default config's.
+        offload: As `forecast_memory` takes it.
 
     Raises:
         RequestError: a size that VAE or patches do not divide.
@@ -51,16 +60,19 @@ def describe_plan(planned: Plan, size: Size | None = None) -> dict[str, Any]:
         "precision": request.precision,
         "ranges": planned.ranges,
         "out": str(request.out),
-        "forecast": forecast_build(planned, size),
+        "forecast": forecast_build(planned, size, offload=offload),
     }
 
 
-def forecast_build(planned: Plan, size: Size | None = None) -> dict[str, Any]:
+def forecast_build(
+    planned: Plan, size: Size | None = None, *, offload: bool = False
+) -> dict[str, Any]:
     """Forecast memory and operations of a run under the default config, and the disk for a bundle.
 
     Args:
         planned: What would be built; the first of its backends runs it.
         size: Size of the run; None takes the default config's.
+        offload: As `forecast_memory` takes it.
 
     Raises:
         RequestError: a size that VAE or patches do not divide.
@@ -72,19 +84,22 @@ def forecast_build(planned: Plan, size: Size | None = None) -> dict[str, Any]:
     dims = dims_of(cut, size, checkpoint.pipeline)
     settings = {n: policy_setting(n, cut.signals) for n in planned.policies}
     settings |= {n: c.cache for n, c in configs.items()}
-    footprint = footprint_of(
-        cut, dims, branches=size.branches, settings=settings,
-        specs={n: p.spec for n, p in planned.policies.items()},
-    )  # fmt: skip
-    beside = memory_beside(
-        cut, size, checkpoint.pipeline, backend=backends[0], precision=request.precision
-    )
     baked = request.weights == "baked"
     return {
         "size": vars(size),
         "dims": dims,
         "flops": describe_flops(cut, dims, size),
-        "memory": forecast_memory(footprint, default, device=backends[0], beside=beside),
+        "memory": forecast_memory(
+            cut,
+            size,
+            setting=default,
+            settings=settings,
+            specs={n: p.spec for n, p in planned.policies.items()},
+            pipeline=checkpoint.pipeline,
+            backend=backends[0],
+            precision=request.precision,
+            offload=offload,
+        ),
         "disk": forecast_disk(checkpoint, cut, backends=backends, baked=baked, out=request.out),
     }
 

@@ -8,7 +8,7 @@ instead of from a bundle, so that the forecast can be had before anything is bui
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -24,6 +24,7 @@ from ...core.dtypes import ITEM_BYTES
 from ...engines.base import TensorSpec
 from ...policies.setting import CacheSetting
 from ...policies.spec import PolicySpec
+from ...runtime.offload import SLABS
 from ..cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment
 from ..graphs.filters import signal_spec, signals_of
 from ..sizes import shape_at
@@ -77,6 +78,7 @@ class Footprint:
     Attributes:
         branches: Branches of the run.
         weight_bytes: Every tensor that the graphs take, once; memory-mapped on CPU backends.
+        offloaded_weight_bytes: Of these, what a GPU holds where block weights stay on the host.
         shared_bytes: Buffer → bytes, once: latents, rotary tables, hidden states, timestep tables.
         branch_bytes: Buffer → bytes, per branch: prompt states, context, its keys and values of
             every block, model output.
@@ -86,16 +88,17 @@ class Footprint:
 
     branches: int
     weight_bytes: int
+    offloaded_weight_bytes: int
     shared_bytes: Mapping[str, int]
     branch_bytes: Mapping[str, int]
     activation_bytes: Mapping[str, int]
     caches: Mapping[str, CacheBytes]
 
-    def parts(self, setting: str) -> dict[str, int]:
+    def parts(self, setting: str, *, offload: bool = False) -> dict[str, int]:
         """Return the bytes of a run under one of `caches`, branches added up."""
         cache = self.caches[setting]
         return {
-            "weights": self.weight_bytes,
+            "weights": self.offloaded_weight_bytes if offload else self.weight_bytes,
             "hidden buffers": sum(self.shared_bytes.values()),
             "prompt and context": self.branches * sum(self.branch_bytes.values()),
             "residual history": self.branches * cache.history_bytes,
@@ -108,6 +111,7 @@ class Footprint:
         return {
             "branches": self.branches,
             "weight_bytes": self.weight_bytes,
+            "offloaded_weight_bytes": self.offloaded_weight_bytes,
             "shared_bytes": dict(self.shared_bytes),
             "branch_bytes": dict(self.branch_bytes),
             "activation_bytes": dict(self.activation_bytes),
@@ -154,7 +158,8 @@ def footprint_of(
     )
     return Footprint(
         branches=branches,
-        weight_bytes=sum(_size(*w) for w in cut.weights().values()),
+        weight_bytes=_weight_bytes(cut),
+        offloaded_weight_bytes=_offloaded_bytes(cut),
         shared_bytes=shared,
         branch_bytes={
             "prompt states": PROMPT_COPIES * prompt,
@@ -170,6 +175,24 @@ def footprint_of(
         },
         caches={n: cache_bytes(cut, dims, s, specs[s.policy]) for n, s in settings.items()},
     )
+
+
+def _weight_bytes(cut: Cut) -> int:
+    return sum(_size(*weight) for weight in cut.weights().values())
+
+
+def _offloaded_bytes(cut: Cut) -> int:
+    """Return the bytes of weights on the device where `runtime.offload` holds those of blocks."""
+    templates = {name for stage in cut.stages for name in (stage.block, stage.context)}
+    tapped = {stage.tapped for stage in cut.stages}  # shares its block's
+    once = [s for s in cut.segments if s.name not in templates | tapped]
+    resident = _weight_bytes(replace(cut, segments=tuple(once)))
+    for segment in cut.segments:
+        if segment.name in templates:
+            blocks = cut.blocks_of(segment.name)
+            all_bytes = _weight_bytes(replace(cut, segments=(segment,)))
+            resident += all_bytes // len(blocks) * min(SLABS, len(blocks))
+    return resident
 
 
 def _skip_bytes(cut: Cut, dims: Mapping[str, int]) -> int:

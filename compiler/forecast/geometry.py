@@ -10,8 +10,7 @@ from ...runtime.settings import other_size
 from ..cut.document import cut_of
 from ..inspect import describe_flops, operations
 from ..sizes import Size, bundle_pipeline, dims_of, size_of
-from .footprint import amount, footprint_of
-from .host_memory import memory_beside
+from .footprint import amount
 from .memory_check import forecast_memory
 
 __all__ = ["FAR_BEYOND", "check_geometry"]
@@ -50,13 +49,11 @@ def check_geometry(
     dims = dims_of(cut, size, pipeline)
     run = describe_flops(cut, dims, size)["uncached_run"]
     usual = describe_flops(cut, dims_of(cut, own, pipeline), own)["uncached_run"]
-    footprint = footprint_of(
-        cut, dims, branches=size.branches, settings={name: entry.cache},
-        specs={n: p.spec for n, p in manifest.policies.items()},
-    )  # fmt: skip
-    backend = manifest.engines[0].backend
-    beside = memory_beside(cut, size, pipeline, backend=backend, precision=manifest.precision)
-    memory = forecast_memory(footprint, name, device=backend, beside=beside)["needed_bytes"]
+    memory = forecast_memory(
+        cut, size, setting=name, settings={name: entry.cache},
+        specs={n: p.spec for n, p in manifest.policies.items()}, pipeline=pipeline,
+        backend=manifest.engines[0].backend, precision=manifest.precision,
+    )["needed_bytes"]  # fmt: skip
     times = f"{run / usual:.1f}" if run < 10 * usual else f"{run / usual:,.0f}"
     what = (
         f"{found}: {times} times the operations ({operations(run)} FLOPs uncached, "

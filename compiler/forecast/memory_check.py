@@ -7,49 +7,70 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...bundle.manifest import ConfigEntry
 from ...bundle.reader import Bundle
 from ...core.errors import RequestError
-from ...engines import backend_class
 from ...engines.host import gpu_free_bytes, memory_available_bytes
+from ...policies.setting import CacheSetting
+from ...policies.spec import PolicySpec
+from ..cut.declared import Cut
 from ..cut.document import cut_of
 from ..sizes import Size, bundle_pipeline, dims_of
-from .footprint import Footprint, fit_verdict, footprint_of
-from .host_memory import memory_beside
+from .footprint import fit_verdict, footprint_of
+from .memory_beside import memory_beside, runs_on_host
 
 __all__ = ["check_fit", "forecast_memory"]
 
 
 def forecast_memory(
-    footprint: Footprint,
-    setting: str,
+    cut: Cut,
+    size: Size,
     *,
-    device: str,
-    beside: Mapping[str, int],
+    setting: str,
+    settings: Mapping[str, CacheSetting],
+    specs: Mapping[str, PolicySpec],
+    pipeline: Path | None,
+    backend: str,
+    precision: str,
     gpu: int | None = None,
+    offload: bool = False,
 ) -> dict[str, Any]:
-    """Set a forecast against the memory that this machine has left.
+    """Forecast a run's memory where its model runs, and set it against what this machine has left.
 
     Args:
-        footprint: The forecast.
-        setting: The cache setting that decides whether it fits.
-        device: Backend that will run it.
-        beside: Part → bytes of what a run on the host needs besides the model.
+        cut: The cut model.
+        size: What is asked for.
+        setting: Of ``settings``, the one that decides whether it fits.
+        settings: Cache settings to forecast for, by any name.
+        specs: Policy name → declaration.
+        pipeline: Folder of the diffusers pipeline; without one its parts are left out.
+        backend: Backend that will run it.
+        precision: Precision of the body.
         gpu: Index of the GPU that it runs on; the current one where none is named.
+        offload: Whether a GPU leaves block weights and the pipeline's parts in host memory.
+
+    Raises:
+        ConfigError: a setting's parameter is unknown or out of range.
+        RequestError: a size that VAE or patches do not divide.
     """
-    # Backends of the CPU say so as a class; the others find their GPU when made.
-    is_on_cpu = getattr(backend_class(device), "device", None) == torch.device("cpu")
-    available = memory_available_bytes() if is_on_cpu else gpu_free_bytes(gpu)
-    parts = {**footprint.parts(setting), **(beside if is_on_cpu else {})}
-    verdict = fit_verdict(parts, available, mapped=is_on_cpu)
+    on_host = runs_on_host(backend)
+    footprint = footprint_of(
+        cut, dims_of(cut, size, pipeline), branches=size.branches, settings=settings, specs=specs
+    )
+    parts = {
+        **footprint.parts(setting, offload=offload and not on_host),
+        **memory_beside(
+            cut, size, pipeline, backend=backend, precision=precision, offload=offload
+        ),
+    }  # fmt: skip
+    available = memory_available_bytes() if on_host else gpu_free_bytes(gpu)
+    verdict = fit_verdict(parts, available, mapped=on_host)
     return {
         **footprint.as_dict(),
         "setting": setting,
         "parts": parts,
         "needed_bytes": sum(parts.values()),
-        "device": "host" if is_on_cpu else "gpu",
+        "device": "host" if on_host else "gpu",
         "available_bytes": available,
         "verdict": None if verdict is None else verdict.text,
         "runs": verdict is None or verdict.runs,
@@ -64,6 +85,7 @@ def check_fit(
     backend: str | None,
     model: Path | None,
     gpu: int | None = None,
+    offload: bool = False,
 ) -> str | None:
     """Forecast a run's memory before anything of it is allocated.
 
@@ -74,6 +96,7 @@ def check_fit(
         backend: Name of a backend; None takes the bundle's first.
         model: Diffusers folder with the rest of the pipeline, where the bundle has none.
         gpu: Index of the GPU that it runs on; the current one where none is named.
+        offload: Whether a GPU leaves block weights and the pipeline's parts in host memory.
 
     Returns:
         What to warn of: weights that do not stay in memory. None where all is well.
@@ -81,19 +104,19 @@ def check_fit(
     Raises:
         RequestError: the run will not fit; says which part decides.
     """
-    name = backend or bundle.manifest.engines[0].backend
-    pipeline = model or bundle_pipeline(bundle)
-    cut = cut_of(bundle)
-    footprint = footprint_of(
-        cut, dims_of(cut, size, pipeline), branches=size.branches, settings={"run": entry.cache},
-        specs={n: p.spec for n, p in bundle.manifest.policies.items()},
+    manifest = bundle.manifest
+    memory = forecast_memory(
+        cut_of(bundle), size, setting="run", settings={"run": entry.cache},
+        specs={n: p.spec for n, p in manifest.policies.items()},
+        pipeline=model or bundle_pipeline(bundle), backend=backend or manifest.engines[0].backend,
+        precision=manifest.precision, gpu=gpu, offload=offload,
     )  # fmt: skip
-    beside = memory_beside(cut, size, pipeline, backend=name, precision=bundle.manifest.precision)
-    memory = forecast_memory(footprint, "run", device=name, beside=beside, gpu=gpu)
     if memory["verdict"] is None or memory["runs"]:
         verdict: str | None = memory["verdict"]
         return verdict
     raise RequestError(
         f"run at {size.width}x{size.height}, {size.frames} frames", memory["verdict"],
-        "ask for fewer frames or a smaller size, or pass --force to try all the same",
+        "ask for fewer frames or a smaller size, "
+        + ("" if offload or memory["device"] == "host" else "keep weights in host memory with --offload, ")
+        + "or pass --force to try all the same",
     )  # fmt: skip

@@ -228,7 +228,11 @@ class Generator:
         self._embeds_guidance = _embeds_guidance(bundle)
         for expert in self.transformer.experts:
             expert.warn = lambda text: None  # callers read the statistics' warnings
-        self.pipe.to(self.transformer.device)
+        if options is not None and options.offload and self.pipe.model_cpu_offload_seq:
+            # One part at a time; the transformer leaves where it is what offload left to it.
+            self.pipe.enable_model_cpu_offload(device=self.transformer.device)
+        else:
+            self.pipe.to(self.transformer.device)
 
     def generate(
         self, request: GenerationRequest, *, recorder: Recorder | None = None,

@@ -22,9 +22,10 @@ from freewheel.compiler.forecast.footprint import (
     fit_verdict,
     footprint_of,
 )
+from freewheel.engines.base import ALIGNMENT
 from freewheel.policies import policies
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import DeviceOptions, LoadedModel
 from freewheel.runtime.session import Session
 
 WAN = family_of("WanTransformer3DModel", "")
@@ -119,6 +120,24 @@ def test_weights_are_the_tensors_that_a_bundle_brings(tiny_bundle: Bundle, cut: 
     tensors = tiny_bundle.manifest.tensors
     assert cut.weights() == {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
     assert forecast(cut, CacheSetting()).weight_bytes == sum(t.bytes for t in tensors.values())
+
+
+def test_offloading_leaves_two_blocks_of_each_kind_on_the_device(
+    tiny_bundle: Bundle, cut: Cut
+) -> None:
+    model = LoadedModel(tiny_bundle, "onnxruntime", options=DeviceOptions(offload=True))
+    inputs, prompt = (
+        {"latents": torch.randn(1, 4, 3, 20, 28)},
+        {"text_states": torch.randn(1, 17, 24)},
+    )
+    run(Session(model), inputs, prompt, CacheSetting())
+    assert model._offloaded is not None
+    held = model._offloaded.resident_bytes() + sum(t.nbytes for t in model._tensors.values())
+    footprint = forecast(cut, CacheSetting())
+    padding = ALIGNMENT * len(cut.weights())
+    assert footprint.offloaded_weight_bytes <= held < footprint.offloaded_weight_bytes + padding
+    assert footprint.parts("chosen", offload=True)["weights"] == footprint.offloaded_weight_bytes
+    assert footprint.offloaded_weight_bytes < footprint.weight_bytes
 
 
 @pytest.mark.parametrize("policy", ["off", "teacache", "taylorseer", "adacache"])

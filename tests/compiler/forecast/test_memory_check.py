@@ -9,11 +9,13 @@ from generations import generation_of
 
 from freewheel.bundle.manifest import ResolvedConfig
 from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.forecast import memory_check
-from freewheel.compiler.forecast.memory_check import check_fit
+from freewheel.compiler.forecast.memory_check import check_fit, forecast_memory
 from freewheel.compiler.sizes import size_of
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
+from freewheel.runtime.pipeline.parts import loaded_bytes
 
 GB = 10**9
 
@@ -73,7 +75,7 @@ class _Parts:
     def __init__(self, parts: dict[str, int]) -> None:
         self._parts = parts
 
-    def parts(self, setting: str) -> dict[str, int]:
+    def parts(self, setting: str, *, offload: bool) -> dict[str, int]:
         return self._parts
 
     def as_dict(self) -> dict[str, object]:
@@ -101,5 +103,35 @@ def test_the_gpu_that_will_run_is_the_one_that_is_asked(
     size = size_of(entry.generation, height=480, width=832, frames=81, steps=4)
     for gpu in (None, 0):
         assert check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, gpu=gpu) is None
-    with pytest.raises(RequestError, match=r"90\.\d+ MB needed, 10\.00 MB available"):
+    with pytest.raises(RequestError, match=r"10\.00 MB available.*with --offload, or pass --force"):
         check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, gpu=1)
+
+
+def test_a_gpu_holds_the_pipelines_parts_and_offloading_leaves_it_less(
+    i2v_bundle: Bundle, i2v_checkpoint: Path, entry: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_check, "gpu_free_bytes", lambda index=None: 0)
+    size = size_of(entry.generation, height=64, width=96, frames=9, steps=4)
+
+    def parts(backend: str, **options: bool) -> dict[str, int]:
+        manifest = i2v_bundle.manifest
+        found: dict[str, int] = forecast_memory(
+            cut_of(i2v_bundle), size, setting="run", settings={"run": entry.cache},
+            specs={n: p.spec for n, p in manifest.policies.items()}, pipeline=i2v_checkpoint,
+            backend=backend, precision=manifest.precision, **options,
+        )["parts"]  # fmt: skip
+        return found
+
+    host, gpu, less = parts("onnxruntime"), parts("tensorrt"), parts("tensorrt", offload=True)
+    assert gpu == {name: count for name, count in host.items() if name != "program"}
+    loaded = loaded_bytes(i2v_checkpoint)
+    assert gpu["other parts of the pipeline"] == sum(loaded.values())
+    assert less["largest part of the pipeline"] == loaded["vae"] + gpu["VAE at work"]
+    assert less["largest part of the pipeline"] > loaded["text_encoder"]
+    assert less["weights"] < gpu["weights"]
+    changed = {"weights", "largest part of the pipeline"}
+    assert {n: less[n] for n in less.keys() - changed} == {
+        n: gpu[n] for n in gpu.keys() - {"weights", "other parts of the pipeline", "VAE at work"}
+    }
+    with pytest.raises(RequestError, match="smaller size, or pass --force"):
+        check_fit(i2v_bundle, entry, size, backend="tensorrt", model=None, offload=True)

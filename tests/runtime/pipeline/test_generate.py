@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import WanImageToVideoPipeline
 from PIL import Image, ImageOps
 
@@ -17,6 +18,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.defaults import resolve_generation
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
+from freewheel.runtime.model import DeviceOptions
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.pipeline.request import GenerationRequest, size_like
@@ -92,6 +94,19 @@ def test_a_request_gives_what_the_plain_pipeline_gives(
     assert relative_l1(result.latents, expected) < 1e-4
     assert result.frames.shape == (5, 64, 96, 3)
     assert result.frames.dtype == np.uint8
+
+
+def test_an_offloaded_pipeline_brings_one_part_at_a_time_and_gives_the_same(
+    maker: Generator, i2v_bundle: Bundle, first_frame: Path
+) -> None:
+    offloaded = Generator(i2v_bundle, options=DeviceOptions(offload=True))
+    for part in ("text_encoder", "image_encoder", "vae"):
+        assert isinstance(getattr(offloaded.pipe, part)._hf_hook, CpuOffload)
+    expected = maker.generate(request(first_frame))
+    for _ in range(2):
+        found = offloaded.generate(request(first_frame))
+        assert torch.equal(found.latents, expected.latents)
+        np.testing.assert_array_equal(found.frames, expected.frames)
 
 
 @pytest.mark.parametrize("sampler", ["distilled", "steps_1000_908.8427_713.9794", "lcm"])

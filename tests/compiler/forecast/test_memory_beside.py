@@ -15,7 +15,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.forecast.host_memory import PROGRAM_BYTES, memory_beside, vae_bytes
+from freewheel.compiler.forecast.memory_beside import PROGRAM_BYTES, memory_beside, vae_bytes
 from freewheel.compiler.sizes import size_of
 from freewheel.engines.openvino import OpenVino
 from freewheel.runtime.pipeline.generate import Generator

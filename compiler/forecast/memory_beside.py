@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forecast what a run on a CPU holds in the host's memory besides the model's own buffers.
+"""Forecast what a run holds besides the model's own buffers, where the model runs.
 
-These are the pipeline's other parts, the VAE's work, weights that engines convert for themselves,
-and the program.
+These are the pipeline's other parts and the VAE's work; on a host also weights that engines convert
+for themselves, and the program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..cut.declared import Cut
 from ..sizes import Size, read_part
 from .footprint import LiveBytes
 
-__all__ = ["memory_beside"]
+__all__ = ["memory_beside", "runs_on_host"]
 
 PROGRAM_BYTES = 500 << 20
 """Python with torch, diffusers, transformers and OpenVINO loaded; 0.45 to 0.5 GB were measured."""
@@ -29,9 +29,10 @@ VAE_CHUNKS = 3
 
 
 def memory_beside(
-    cut: Cut, size: Size, pipeline: Path | None, *, backend: str, precision: str
-) -> dict[str, int]:
-    """Return part → bytes of what a run on this host needs besides the model's buffers.
+    cut: Cut, size: Size, pipeline: Path | None, *, backend: str, precision: str,
+    offload: bool = False,
+) -> dict[str, int]:  # fmt: skip
+    """Return part → bytes of what a run needs besides the model's buffers, where these lie.
 
     Args:
         cut: The cut model.
@@ -39,13 +40,29 @@ def memory_beside(
         pipeline: Folder of the diffusers pipeline; without one its parts are left out.
         backend: Backend that will run the model.
         precision: Precision of the body.
+        offload: Whether a GPU holds one part of the pipeline at a time.
     """
-    parts = {"program": PROGRAM_BYTES}
+    on_host = runs_on_host(backend)
+    parts = {"program": PROGRAM_BYTES} if on_host else {}
     if pipeline is not None:
-        parts["other parts of the pipeline"] = sum(loaded_bytes(pipeline).values())
-        parts["VAE at work"] = vae_bytes(pipeline, size, encodes="image_states" in cut.inputs)
+        loaded = loaded_bytes(pipeline)
+        work = vae_bytes(pipeline, size, encodes="image_states" in cut.inputs)
+        if offload and not on_host:
+            at_work = {**loaded, "vae": loaded.get("vae", 0) + work}
+            parts["largest part of the pipeline"] = max(at_work.values())
+        else:
+            parts["other parts of the pipeline"] = sum(loaded.values())
+            parts["VAE at work"] = work
+    if not on_host:
+        return parts
     converted = converted_bytes(cut, backend, precision)
     return {**parts, "converted weights": converted} if converted else parts
+
+
+def runs_on_host(backend: str) -> bool:
+    """Tell whether a backend computes in the host's memory."""
+    # Backends of the CPU say so as a class; the others find their GPU when made.
+    return getattr(backend_class(backend), "device", None) == torch.device("cpu")
 
 
 def converted_bytes(cut: Cut, backend: str, precision: str) -> int:
