@@ -133,6 +133,13 @@ def build(
             help="Which of several sets of weights the folders have, such as fp16 or bf16."
         ),
     ] = None,
+    float8: Annotated[
+        str,
+        typer.Option(
+            help="keep (weights in float8_e4m3fn stay so, where every backend takes them) or convert "
+            "(to the graphs' own dtypes, which LoRAs need)."
+        ),
+    ] = "keep",
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     resume_engines: Annotated[
@@ -212,6 +219,7 @@ def build(
             pipeline=pipeline,
             low_noise=low_noise_model,
             variant=variant,
+            float8=choice_of("--float8", float8, ("keep", "convert")),  # type: ignore[arg-type]
         )
         if resume_engines:
             with screen.progress():

@@ -182,7 +182,7 @@ def run(
         if model_path is not None:
             authors = LightX2VRequest(
                 model_path=model_path, config_json=Path(cache or ""), model_cls=model_cls, task=task,
-                bundle=bundle, cache=cache_beside(bundle or Path("bundle")),
+                bundle=bundle, cache=cache_beside(bundle or Path("bundle")), has_loras=bool(loras),
             )  # fmt: skip
             bundle, told = _bundle_of_authors(authors, cache, backend, use_prompt_enhancer, screen)
             cache, loras, fps = told.config.name, [*told.loras, *loras], fps or told.fps

@@ -22,6 +22,7 @@ from .checkpoints.authors_folder import (
     find_authors_folder,
     write_pipeline,
 )
+from .checkpoints.checkpoint import Float8
 
 __all__ = ["LightX2VRequest", "ready_bundle", "written_pipeline"]
 
@@ -39,6 +40,7 @@ class LightX2VRequest:
         task: ``t2v`` or ``i2v``.
         bundle: Folder of the bundle; None names one in ``cache`` by what goes into it.
         cache: Folder of what may be deleted: bundles, pipelines, graphs and engines.
+        has_loras: Whether the command adds LoRAs to those of the config.
     """
 
     model_path: Path
@@ -47,6 +49,7 @@ class LightX2VRequest:
     task: str
     bundle: Path | None
     cache: Path
+    has_loras: bool = False
 
 
 def ready_bundle(
@@ -77,15 +80,17 @@ def ready_bundle(
     assert found is not None
     parts = written_pipeline(request.model_path, found, request.cache, told.boundary)
     precision: Precision = "float32" if backend.device.type == "cpu" else "bfloat16"
+    float8: Float8 = "convert" if told.loras or request.has_loras else "keep"
     about = (
-        _stamp(found), told.boundary, entry.model_dump_json(), backend.name, precision, str(parts),
+        _stamp(found), told.boundary, entry.model_dump_json(), backend.name, precision, float8,
+        str(parts),
     )  # fmt: skip
     bundle = request.bundle or request.cache / "bundles" / _name(request.model_path, *about)
     if not (bundle / MANIFEST).is_file():
         report = build(
             BuildRequest(
                 model=str(found.transformer), out=bundle, backends=[backend],
-                configs={told.config.name: entry}, precision=precision, cache=request.cache,
+                configs={told.config.name: entry}, precision=precision, cache=request.cache, float8=float8,
                 pipeline=str(parts), low_noise=None if found.low_noise is None else str(found.low_noise),
             ),
             progress,

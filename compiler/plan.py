@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from ..bundle.manifest import ConfigEntry, ResolvedConfig, SignalEntry
+from ..bundle.scales import scale_name
 from ..bundle.store import NO_STORE, Store
 from ..core.dtypes import Precision
 from ..core.errors import CheckpointError, ConfigError
 from ..engines.base import Backend, ProfiledBackend, Target
 from ..policies import POLICIES, policy_class
 from ..policies.base import Policy
-from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.checkpoint import Checkpoint, Float8, open_checkpoint
 from .checkpoints.completeness import CAST_DTYPES, check_tensors
 from .cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment, StoredDtype
 from .cut.models import family_of
@@ -63,6 +64,8 @@ class BuildRequest:
         pipeline: Folder or hub id of the pipeline, where ``model`` is a transformer alone.
         low_noise: Folder or file of the second expert, where ``model`` is the first alone.
         variant: Which of several sets of weights the folders have, as ``fp16``.
+        float8: Keep weights of the checkpoint that are in float8_e4m3fn where every backend takes
+            them as inputs, or convert them to the graphs' own dtypes, which LoRAs need.
     """
 
     model: str
@@ -85,6 +88,7 @@ class BuildRequest:
     pipeline: str | None = None
     low_noise: str | None = None
     variant: str | None = None
+    float8: Float8 = "keep"
 
 
 @dataclass(frozen=True)
@@ -138,17 +142,18 @@ def plan(request: BuildRequest, store: Store = NO_STORE) -> Plan:
         RequestError: sizes that the model can't serve.
     """
     check_group_blocks(request.group_blocks, request.weights)
+    targets = tuple(complete_target(b, request.target) for b in request.backends)
     checkpoint = open_checkpoint(
         request.model,
         request.revision,
         pipeline=request.pipeline,
         low_noise=request.low_noise,
         variant=request.variant,
+        float8=_float8(request, targets),
     )
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     row, cut = model_cut(checkpoint, request.precision, store, request.row)
     policies = carried_policies(cut, configs, request.policies)
-    targets = tuple(complete_target(b, request.target) for b in request.backends)
     ranges = _ranges(request, cut, checkpoint, configs)
     parts = tuple(_pipeline_parts(request, checkpoint, configs))
     if checkpoint.experts and request.weights == "baked":
@@ -164,6 +169,12 @@ def plan(request: BuildRequest, store: Store = NO_STORE) -> Plan:
         tuple(s for s in segments if s.runs != "probe" or s.name in signals),
         parts, targets, ranges,
     )  # fmt: skip
+
+
+def _float8(request: BuildRequest, targets: Sequence[Target]) -> Float8:
+    """Say whether float8 stays float8: as an input of every engine, or nowhere."""
+    takes = all(b.takes_float8(t) for b, t in zip(request.backends, targets, strict=True))
+    return request.float8 if takes and request.weights == "inputs" else "convert"
 
 
 def model_cut(
@@ -184,17 +195,21 @@ def model_cut(
     wanted = {n: shape for n, (_, shape) in cut.weights().items()}
     for part in [part for part, _ in checkpoint.experts] or ["transformer"]:
         place = checkpoint.place_of(part)
-        check_tensors(checkpoint.of_part(part), wanted, place, unread=cut.unread)
+        unread = {*cut.unread, *map(scale_name, cut.unread)}
+        check_tensors(checkpoint.of_part(part), wanted, place, unread=unread)
     return row, cut
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> StoredDtype:
-    """Return a lookup of the dtypes in which graphs take tensors that nothing has to convert."""
+    """Return a lookup of the dtypes in which graphs take tensors that nothing has to convert.
+
+    Float8 stays float8 where its scale is among the tensors.
+    """
 
     def lookup(name: str) -> str:
         # A missing tensor is reported once the cut has told which ones there must be.
         dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "float32"
-        return CAST_DTYPES.get(dtype, dtype)
+        return dtype if scale_name(name) in checkpoint.tensors else CAST_DTYPES.get(dtype, dtype)
 
     return lookup
 

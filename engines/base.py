@@ -124,6 +124,9 @@ class Backend(Protocol):
         Engines of another compiler or another machine are other engines.
         """
 
+    def takes_float8(self, target: Target) -> bool:
+        """Tell whether engines for ``target`` take weights in float8_e4m3fn as inputs."""
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` into the file or folder ``out``, recording what it is for.
 

@@ -21,6 +21,7 @@ DTYPES: Mapping[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.FLOAT8E4M3FN: "float8_e4m3fn",
     TensorProto.INT64: "int64",
     TensorProto.INT32: "int32",
     TensorProto.BOOL: "bool",

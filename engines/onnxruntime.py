@@ -93,6 +93,10 @@ class OnnxRuntime:
         """Return the package's version; its engines run on any machine."""
         return _version()
 
+    def takes_float8(self, target: Target) -> bool:
+        """Tell that every engine does."""
+        return True
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Check that the CPU provider takes ``graph`` and store it with its external weights.
 

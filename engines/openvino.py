@@ -49,6 +49,11 @@ KEPT_DIVISION = "nonconvertable_divide_0"
 """Marks a division that OpenVINO leaves one (2026.4: `ov::NonconvertibleDivide`)."""
 CPU = torch.device("cpu")
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+WITHOUT_NUMPY = {
+    torch.bfloat16: (torch.int16, "bf16"),
+    torch.float8_e4m3fn: (torch.uint8, "f8e4m3"),
+}
+"""dtype that NumPy lacks → one of its size, and OpenVINO's name."""
 CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
 
@@ -142,6 +147,10 @@ class OpenVino:
         threads = torch.get_num_threads()
         return f"{_version()} {_machine()} {' '.join(computed_in)} {threads} threads"
 
+    def takes_float8(self, target: Target) -> bool:
+        """Tell that every engine does."""
+        return True
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` for this CPU.
 
@@ -203,9 +212,11 @@ def shared_tensor(tensor: Tensor) -> Any:
     """Wrap a torch CPU tensor as an OpenVINO tensor over the same memory."""
     import openvino
 
-    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16
-        bits = tensor.detach().view(torch.int16).numpy()
-        return openvino.Tensor(bits, openvino.Shape(list(tensor.shape)), openvino.Type.bf16)
+    if tensor.dtype in WITHOUT_NUMPY:
+        same_size, kind = WITHOUT_NUMPY[tensor.dtype]
+        bits = tensor.detach().view(same_size).numpy()
+        shape = openvino.Shape(list(tensor.shape))
+        return openvino.Tensor(bits, shape, getattr(openvino.Type, kind))
     return openvino.Tensor(tensor.detach().numpy(), shared_memory=True)
 
 

@@ -39,6 +39,7 @@ DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")  # RTX 30, RTX 40 and L40S, RTX 50
 OLDEST = "10.15"
 OLDER_LACK = "attention came with 10.14, rotary embedding and RMS normalization with 10.15"
 COMPATIBILITY = "hardware_compatibility_level"
+FLOAT8_FROM = "8.9"  # compute capability; TensorRT refuses the numbers before it
 COMPATIBLE_FROM = {"ampere_plus": "8.0", "same_compute_capability": "7.5"}
 """Level of hardware compatibility → the oldest GPU that can build for it."""
 
@@ -115,6 +116,12 @@ class TensorRT:
         capabilities = self._check_target(self._compiler(), target, f"backend '{self.name}'")
         return replace(target, compute_capabilities=capabilities)
 
+    def takes_float8(self, target: Target) -> bool:
+        """Tell whether every GPU of a completed target has the numbers."""
+        newest_alone = _compatibility(target) != "ampere_plus"
+        served = target.compute_capabilities
+        return newest_alone and all(_version(c) >= _version(FLOAT8_FROM) for c in served)
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         """Compile ``graph`` as a strongly typed network.
 
@@ -134,6 +141,11 @@ class TensorRT:
         model = load_graph(graph)
         inputs, outputs = specs_of(model.graph, str(graph))
         capabilities = self._check_target(trt, target, str(graph))
+        float8 = [name for name, spec in inputs.items() if spec.dtype == "float8_e4m3fn"]
+        if float8 and not self.takes_float8(replace(target, compute_capabilities=capabilities)):
+            what = f"is in float8_e4m3fn, which GPUs before compute capability {FLOAT8_FROM} lack"
+            hint = "build with --float8 convert, or for newer GPUs alone"
+            raise BuildError(f"{graph}, tensor '{float8[0]}'", what, hint)
         plan = build_plan(
             trt, model, graph, target, inputs,
             capabilities=capabilities if self.module == "tensorrt_rtx" else (),

@@ -9,6 +9,7 @@ from ..core.tensor_spec import TensorSpec
 from .base import Pass, PassResult, run_passes
 from .declare_interface import DeclareInterface
 from .decompose_rotary_embedding import DecomposeRotaryEmbedding
+from .dequantize_float8 import DequantizeFloat8
 from .distinct_attention_scales import DistinctAttentionScales
 from .expand_attention_masks import ExpandAttentionMasks
 from .keep_sums_before_products import KeepSumsBeforeProducts
@@ -35,6 +36,7 @@ PASSES: tuple[type[Pass], ...] = (
     ExpandAttentionMasks,
     MixByReduction,
     DistinctAttentionScales,
+    DequantizeFloat8,
 )
 
 
@@ -63,7 +65,7 @@ def backend_pipeline(backend: str) -> list[Pass]:
     pipelines: dict[str, list[Pass]] = {
         "onnxruntime": [MultiHeadAttention(), ExpandAttentionMasks()],
         "openvino": [DecomposeRotaryEmbedding(), KeepSumsBeforeProducts()],
-        "tensorrt": [MixByReduction(), DistinctAttentionScales()],
-        "tensorrt-rtx": [MixByReduction(), DistinctAttentionScales()],
+        "tensorrt": [MixByReduction(), DistinctAttentionScales(), DequantizeFloat8()],
+        "tensorrt-rtx": [MixByReduction(), DistinctAttentionScales(), DequantizeFloat8()],
     }
     return pipelines.get(backend, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import BuildRequest, build
@@ -179,6 +181,24 @@ def build_bundle(
 def tiny_bundle(tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
     """A bundle of `tiny_checkpoint` for both CPU backends, float32, weights as inputs."""
     return build_bundle(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def float8_bundle(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory,
+    build_bundle: Callable[..., Bundle],
+) -> Bundle:  # fmt: skip
+    """A bundle of `tiny_checkpoint`, matrices of its blocks in float8 with a scale of each row."""
+    folder = tmp_path_factory.mktemp("float8") / "tiny"
+    shutil.copytree(tiny_checkpoint, folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    for name, weight in list(state.items()):
+        if name.startswith("blocks.") and name.endswith(".weight") and weight.ndim == 2:
+            scale = weight.abs().amax(dim=1, keepdim=True) / 448
+            state |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    save_file(state, file)
+    return build_bundle(folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...bundle.safetensors_header import read_header
 from ...core.errors import CheckpointError, nearest
@@ -14,10 +14,12 @@ from .folders import read_config, read_json, read_tensors
 from .gguf_file import read_gguf
 from .layouts import file_fault, folder_fault
 from .original import ORIGINAL_CONFIGS, original_transformer
-from .scaled import without_scales
+from .scaled import keep_float8, tell_of_scales, without_scales
 from .sources import Weight
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "Float8", "open_checkpoint"]
+
+Float8 = Literal["keep", "convert"]
 
 SECOND = "transformer_2"
 """Where a pipeline has the transformer of the low noise levels, if that is another one."""
@@ -82,6 +84,7 @@ def open_checkpoint(
     pipeline: str | None = None,
     low_noise: str | None = None,
     variant: str | None = None,
+    float8: Float8 = "convert",
 ) -> Checkpoint:
     """Open ``model``: a pipeline's folder, a transformer's folder or single file, or a hub id.
 
@@ -92,6 +95,7 @@ def open_checkpoint(
             transformer's config and the other parts; the transformer's weights may lack there.
         low_noise: Folder or file of the second expert, where ``model`` is the first one alone.
         variant: Which of several sets of weights a folder has, as ``fp16``.
+        float8: Whether weights in float8 stay so, each with its scale beside it.
 
     Raises:
         CheckpointError: nothing there, an unknown layout, no config, a missing or truncated shard,
@@ -115,7 +119,8 @@ def open_checkpoint(
     if has_second:
         other = whole / SECOND if whole else _locate(str(low_noise), None)[0]
         second = _read(other, parts, SECOND, variant)
-    tensors, notes = dict(first.tensors), first.notes
+    tensors: Mapping[str, Weight] = first.tensors
+    notes = first.notes
     experts: tuple[tuple[str, float], ...] = ()
     if second is not None:
         if _geometry(second.config) != _geometry(first.config):
@@ -124,9 +129,12 @@ def open_checkpoint(
                 where, "differs from the first transformer's",
                 "build each transformer's folder by itself",
             )  # fmt: skip
-        tensors |= {f"{SECOND}.{n}": t for n, t in second.tensors.items()}
+        tensors = {**tensors, **{f"{SECOND}.{n}": t for n, t in second.tensors.items()}}
         experts = (("transformer", float(boundary)), (SECOND, 0.0))  # type: ignore[arg-type]
         notes = tuple(dict.fromkeys((*notes, *second.notes)))
+    if float8 == "keep":
+        tensors = keep_float8(tensors, f"{SECOND}.")
+    notes = (*notes, *tell_of_scales(tensors))
     return Checkpoint(
         model, revision, parts, first.place, first.config, tensors, experts,
         second.place if second else None, notes, variant,

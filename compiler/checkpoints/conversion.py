@@ -9,7 +9,6 @@ read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...bundle.safetensors_header import StoredTensor
-from .sources import MadeTensor, Weight, read_weight
+from .sources import MadeTensor, ScaledTensor, Weight, part_of, read_weight
 
 __all__ = ["Converter", "convert"]
 
@@ -109,14 +108,12 @@ class _Recorder(TorchDispatchMode):
         owner, offset = self._owner.get(tensor.untyped_storage()._cdata, (tensor, 0))
         source = self._sources.get(id(owner))
         same = tensor.is_contiguous() and tensor.dtype == owner.dtype
-        if isinstance(source, StoredTensor) and same:
-            item = tensor.element_size()
-            return replace(
-                source,
-                shape=tuple(tensor.shape),
-                offset=source.offset + (offset + int(tensor.storage_offset())) * item,
-                bytes=tensor.numel() * item,
-            )
+        if isinstance(source, (StoredTensor, ScaledTensor)) and same:
+            shape, first = tuple(tensor.shape), offset + int(tensor.storage_offset())
+            if isinstance(source, StoredTensor):
+                return part_of(source, shape, first)
+            if (part := source.part(shape, first)) is not None:
+                return part
         reason = source.reason if isinstance(source, MadeTensor) and same else REASON
         dtype = str(tensor.dtype).removeprefix("torch.")
         return MadeTensor(dtype, tuple(tensor.shape), reason, lambda: self._read(tensor, {}))

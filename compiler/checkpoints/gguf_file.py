@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...core.errors import CheckpointError
 from ...core.extras import require_extra
-from .sources import MadeTensor
+from .sources import WIDE, MadeTensor
 
 __all__ = ["read_gguf"]
 
@@ -25,9 +25,6 @@ PLAIN: Mapping[str, str] = MappingProxyType(
     {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 )
 """Kind that is not quantised → dtype."""
-
-WIDE = "bfloat16"
-"""In which graphs take a quantised weight where they have no dtype of their own for it."""
 
 PIECE = 1 << 20
 """Values that are dequantised at once: the package's own temporaries are several times theirs."""

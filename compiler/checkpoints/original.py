@@ -16,7 +16,6 @@ from typing import Any
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-from ...bundle.safetensors_header import StoredTensor
 from ...core.errors import CheckpointError
 from .completeness import check_marks
 from .conversion import convert
@@ -196,7 +195,7 @@ def _check_quantised(own: Mapping[str, Weight], where: Path) -> None:
 def _told(own: Mapping[str, Weight], tensors: Mapping[str, Weight]) -> tuple[str, ...]:
     """Say what the conversion came to."""
     made = {n: w for n, w in tensors.items() if isinstance(w, MadeTensor)}
-    lying = sum(isinstance(w, StoredTensor) for w in tensors.values())
+    lying = len(tensors) - len(made)
     fused = [n for n, w in made.items() if not any(w is o for o in own.values())]
     text = f"original layout: {lying} of {len(tensors)} tensors are read where they lie"
     if fused:

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Undo the scales of 8-bit weights, as ComfyUI, LightX2V and ModelOpt write them, when they are read.
+"""Join scales with the 8-bit weights that they belong to, and say which of these stay in 8 bits.
 
-A scaled weight is ``stored · scale``, the scale one number or one of each output row. Forms that mean
-anything else (blocks, zero points, two levels of scales) are left as they are, for `check_tensors` to
-refuse by name.
+A scaled weight is ``stored · scale``, the scale one number or one of each output row, as ComfyUI,
+LightX2V and ModelOpt write them. Forms that mean anything else (blocks, zero points, two levels of
+scales) are left as they are, for `check_tensors` to refuse by name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from ...bundle.safetensors_header import StoredTensor
+from ...bundle.scales import KEPT, scale_name
 from ...core.errors import CheckpointError
-from .sources import MadeTensor, Weight, read_weight
+from .sources import MadeTensor, ScaledTensor, Weight, part_of, read_weight
 
-__all__ = ["without_scales"]
+__all__ = ["keep_float8", "tell_of_scales", "without_scales"]
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 SCALES = ("scale_weight", "weight_scale")
@@ -32,14 +35,11 @@ MARK = "scaled_fp8"
 FORMAT = "comfy_quant"
 """Name of JSON, as bytes beside a ``weight``, that says in which format it is."""
 
-WIDE = "bfloat16"
-"""In which graphs take a scaled weight where they have no dtype of their own for it."""
-
 
 def without_scales(
-    stored: Mapping[str, Weight], where: Path
+    stored: Mapping[str, StoredTensor], where: Path
 ) -> tuple[dict[str, Weight], tuple[str, ...]]:
-    """Return the tensors with scaled weights multiplied out, and notes for people.
+    """Return the tensors with each scale joined to its weight, and notes for people.
 
     Args:
         stored: Tensors by the names of their files.
@@ -54,9 +54,7 @@ def without_scales(
         base, _, last = name.rpartition(".")
         weight = None if f"{base}.weight" in made else stored.get(f"{base}.weight")
         if last in SCALES and weight is not None and _is_scale_of(stored[name], weight, last):
-            made[f"{base}.weight"] = MadeTensor(
-                WIDE, weight.shape, "scaled 8 bits", partial(_multiplied, weight, stored[name])
-            )
+            made[f"{base}.weight"] = ScaledTensor(weight, stored[name])
             used.add(name)
     dropped = {n for n in stored if _last(n) in OF_ACTIVATIONS and _base(n) + ".weight" in made}
     for name in stored:
@@ -66,18 +64,74 @@ def without_scales(
     if made:
         used |= {n for n in stored if _last(n) == MARK}
     tensors = {n: made.get(n, w) for n, w in stored.items() if n not in used | dropped}
-    if not made:
-        return tensors, ()
-    kinds = sorted({stored[n].dtype for n in made})
-    read, written = (sum(w.bytes for w in ws) for ws in ((stored[n] for n in made), made.values()))
-    note = (
-        f"scaled {' and '.join(kinds)}: {len(made)} weights ({read / 1e6:.1f} MB) are multiplied by "
-        f"their scales into the bundle ({written / 1e6:.1f} MB in bfloat16, twice that where it takes "
-        "float32)"
-    )
-    if dropped:
-        note += f"; {len(dropped)} scales of activations stay unused: products are not in 8 bits"
-    return tensors, (note,)
+    note = f"{len(dropped)} scales of activations stay unused: products are not in 8 bits"
+    return tensors, (note,) if dropped else ()
+
+
+def keep_float8(tensors: Mapping[str, Weight], second: str) -> dict[str, Weight]:
+    """Return a model's tensors with float8_e4m3fn as it lies, and the scale of each row beside it.
+
+    Blocks share one graph, and so do experts: a weight stays in float8 where it is in all of them.
+    Without a scale of its own, its scale is 1.
+
+    Args:
+        tensors: By the model's own names.
+        second: What begins the names of the second expert's.
+    """
+
+    def of_all(name: str) -> str:
+        return re.sub(r"\d+", "#", name.removeprefix(second))
+
+    wider = {of_all(n) for n, w in tensors.items() if _values(w) is None}
+    kept: dict[str, Weight] = {}
+    for name, weight in tensors.items():
+        values = _values(weight)
+        if values is None or of_all(name) in wider:
+            kept[name] = weight
+        else:
+            kept[name], kept[scale_name(name)] = values, _scale_of_rows(weight)
+    return kept
+
+
+def _values(weight: Weight) -> StoredTensor | None:
+    """Return a weight as it lies, if that is in float8_e4m3fn."""
+    values = weight.values if isinstance(weight, ScaledTensor) else weight
+    return values if isinstance(values, StoredTensor) and values.dtype == KEPT else None
+
+
+def _scale_of_rows(weight: Weight) -> Weight:
+    """Return the scale of each row: where it lies, or made of one number."""
+    shape = (*weight.shape[:1], *[1] * (len(weight.shape) - 1))
+    if not isinstance(weight, ScaledTensor):
+        return MadeTensor("float32", shape, "no scale", partial(torch.ones, shape))
+    scale = weight.scale
+    if prod(scale.shape) == prod(shape):
+        return part_of(scale, shape, 0)
+    return MadeTensor("float32", shape, "one scale", lambda: read_weight(scale).expand(shape))
+
+
+def tell_of_scales(tensors: Mapping[str, Weight]) -> tuple[str, ...]:
+    """Say what comes of weights in 8 bits, for people."""
+    notes = []
+    kept = [w for n, w in tensors.items() if scale_name(n) in tensors]
+    made = [w for w in tensors.values() if isinstance(w, ScaledTensor)]
+    if kept:
+        notes.append(
+            f"{KEPT}: {len(kept)} weights ({_megabytes(kept)} MB) stay as they lie, and graphs "
+            "multiply them by their scales"
+        )
+    if made:
+        kinds = sorted({w.values.dtype for w in made})
+        notes.append(
+            f"scaled {' and '.join(kinds)}: {len(made)} weights "
+            f"({_megabytes(w.values for w in made)} MB) are multiplied by their scales into the "
+            f"bundle ({_megabytes(made)} MB in bfloat16, twice that where it takes float32)"
+        )
+    return tuple(notes)
+
+
+def _megabytes(weights: Iterable[Weight]) -> str:
+    return f"{sum(w.bytes for w in weights) / 1e6:.1f}"
 
 
 def _last(name: str) -> str:
@@ -88,7 +142,7 @@ def _base(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_scale_of(scale: Weight, weight: Weight, name: str) -> bool:
+def _is_scale_of(scale: StoredTensor, weight: StoredTensor, name: str) -> bool:
     """Ask whether ``weight`` is 8 bits, and ``scale`` one number for it or one for each row of it.
 
     int8 is taken with a scale for each row alone, which is LightX2V's form.
@@ -100,13 +154,6 @@ def _is_scale_of(scale: Weight, weight: Weight, name: str) -> bool:
         return False
     is_int8 = weight.dtype == "int8" and name == "weight_scale" and by_row and not whole
     return is_int8 or (weight.dtype in FLOAT8 and (by_row or whole))
-
-
-def _multiplied(weight: Weight, scale: Weight) -> Tensor:
-    """Return ``weight · scale`` in float32."""
-    values = read_weight(weight).to(torch.float32)
-    factors = read_weight(scale).to(torch.float32).reshape(-1, *[1] * (values.ndim - 1))
-    return values.mul_(factors)
 
 
 def _check_format(entry: Weight, where: str) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -14,7 +14,10 @@ from ...bundle.safetensors_header import StoredTensor
 from ...core.dtypes import ITEM_BYTES
 from ...core.errors import CheckpointError
 
-__all__ = ["MadeTensor", "Weight", "lies_as", "read_weight"]
+__all__ = ["WIDE", "MadeTensor", "ScaledTensor", "Weight", "lies_as", "part_of", "read_weight"]
+
+WIDE = "bfloat16"
+"""In which graphs take a weight in 8 bits where they have no dtype of their own for it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,56 @@ class MadeTensor:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-Weight = StoredTensor | MadeTensor
+@dataclass(frozen=True)
+class ScaledTensor:
+    """A weight that lies in a file in 8 bits, to be multiplied by a scale.
+
+    Attributes:
+        values: What lies there, [rows, …].
+        scale: Of a float dtype: one number for the weight, or one for each row.
+    """
+
+    values: StoredTensor
+    scale: StoredTensor
+
+    @property
+    def dtype(self) -> str:
+        """In which graphs take it where they have no dtype of their own for it."""
+        return WIDE
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.values.shape
+
+    @property
+    def bytes(self) -> int:
+        """Its size in ``dtype``."""
+        return prod(self.shape) * ITEM_BYTES[WIDE]
+
+    def part(self, shape: tuple[int, ...], first: int) -> ScaledTensor | None:
+        """Return a contiguous part of it; None where that has another's rows.
+
+        Args:
+            shape: The part's.
+            first: Its first value.
+        """
+        values, scale = part_of(self.values, shape, first), self.scale
+        if prod(scale.shape) == 1:
+            return ScaledTensor(values, scale)
+        row = prod(self.shape[1:])
+        if not shape or prod(shape[1:]) != row or first % row:
+            return None
+        return ScaledTensor(values, part_of(scale, shape[:1], first // row))
+
+
+Weight = StoredTensor | MadeTensor | ScaledTensor
+
+
+def part_of(whole: StoredTensor, shape: tuple[int, ...], first: int) -> StoredTensor:
+    """Return a contiguous part of a tensor, of a shape, from its value ``first`` on."""
+    item = ITEM_BYTES[whole.dtype]
+    return replace(whole, shape=shape, offset=whole.offset + first * item, bytes=prod(shape) * item)
 
 
 def lies_as(weight: Weight, dtype: str) -> bool:
@@ -60,6 +112,10 @@ def read_weight(weight: Weight) -> Tensor:
         made = weight.make()
         assert made.shape == weight.shape, f"made {list(made.shape)}, not {list(weight.shape)}"
         return made
+    if isinstance(weight, ScaledTensor):
+        values = read_weight(weight.values).to(torch.float32)
+        scale = read_weight(weight.scale).to(torch.float32)
+        return values.mul_(scale.reshape(-1, *[1] * (values.ndim - 1)))
     content = bytearray(weight.bytes)
     with weight.file.open("rb") as stream:
         stream.seek(weight.offset)

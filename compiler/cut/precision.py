@@ -6,7 +6,8 @@ precision; norms, rotary embeddings, products of conditioning vectors and of two
 attention sums over tokens, and divides by such a sum) are float32; everything else follows PyTorch's
 own promotion, by which a stream stays float32 (float32 + low is float32) and what lies between two
 products stays low. A weight is taken in the dtype it is stored in and cast in the graph, except by
-products of the body, whose weights a build converts once.
+products of the body, whose weights a build converts once. A weight in float8 is multiplied by the
+scale of its rows in the graph, in float32, and cast where a product is low.
 
 What depends on nothing is computed here and becomes a constant of the graph: another library's `exp`
 would turn the angles of large numbers (timesteps, guidance · 1,000) by 1e-4.
@@ -14,7 +15,7 @@ would turn the angles of large numbers (timesteps, guidance · 1,000) by 1e-4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from ...bundle.scales import KEPT, scale_name
 from .declared import StoredDtype
 from .extract import hold
 from .trace import hint, value_of
@@ -160,14 +162,29 @@ class _Typing:
         if not isinstance(value, nn.Parameter):
             self.constants[copy] = self.weights[copy] = self.values[copy] = value
             return copy
+        stored = self.stored(path)
+        if stored == KEPT:
+            return self._scaled(copy, path, value)
         taken = self.precision
         if not node.users or not all(map(self._is_low, node.users)):
             taken = None
-        dtype = taken or getattr(torch, self.stored(path))
-        weight = torch.empty(value.shape, dtype=dtype, device="meta")
-        self.values[copy] = weight
-        self.weights[copy] = nn.Parameter(weight, requires_grad=False)
+        self._hold(copy, value.shape, taken or getattr(torch, stored))
         return self._cast(copy, torch.float32) if taken is None else copy
+
+    def _scaled(self, copy: fx.Node, path: str, value: Tensor) -> fx.Node:
+        """Return a weight that comes in float8, multiplied by the scale of its rows, in float32."""
+        scale = self.graph.get_attr(scale_name(path))
+        self._hold(copy, value.shape, getattr(torch, KEPT))
+        self._hold(scale, (*value.shape[:1], *[1] * (value.ndim - 1)), torch.float32)
+        wide = self._cast(copy, torch.float32)
+        product = self.graph.call_function(torch.ops.aten.mul.Tensor, (wide, scale))
+        self._infer(product)
+        return product
+
+    def _hold(self, node: fx.Node, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Say what a node that reads a weight gets."""
+        self.values[node] = torch.empty(shape, dtype=dtype, device="meta")
+        self.weights[node] = nn.Parameter(self.values[node], requires_grad=False)
 
     def _is_low(self, node: fx.Node) -> bool:
         """Say whether a node is attention, or a weight's product with tokens, of the body."""

@@ -40,6 +40,8 @@ ov::element::Type element_type(DType dtype) {
       return ov::element::boolean;
     case DType::kUint8:
       return ov::element::u8;
+    case DType::kFloat8E4m3fn:
+      return ov::element::f8e4m3;
   }
   return ov::element::dynamic;
 }
@@ -220,7 +222,7 @@ class OpenVino final : public Backend {
       const std::string name = port.get_any_name();
       Io& io = found[name];
       bool is_known = false;
-      for (int index = 0; index <= static_cast<int>(DType::kUint8); ++index) {
+      for (int index = 0; index <= static_cast<int>(DType::kFloat8E4m3fn); ++index) {
         const auto dtype = static_cast<DType>(index);
         if (element_type(dtype) == port.get_element_type()) io.dtype = dtype, is_known = true;
       }

@@ -343,7 +343,7 @@ Status Lora::check(const Bundle& bundle, const std::string& path) const {
       return Status(Code::kRequest, where,
                     std::string("is ") + dtype_name(entry->second.dtype) + " " + shape.text() +
                         ", which no LoRA changes",
-                    "build the bundle of a checkpoint in bfloat16, float16 or float32");
+                    "build the bundle with --float8 convert");
     }
     const Shape vector{shape[0]};
     if (change.difference.data != nullptr) {

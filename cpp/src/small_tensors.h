@@ -45,7 +45,7 @@ class SmallTensors {
   Tensors bound_, host_;
 };
 
-/// Writes one number as an element of any dtype.
+/// Writes one number as an element of any dtype but float8, which weights alone have.
 void store_number(const Tensor& tensor, std::int64_t index, double value) noexcept;
 
 }  // namespace freewheel

@@ -23,6 +23,7 @@ constexpr DTypeRow kDTypes[] = {
     {DType::kFloat16, "float16", 2}, {DType::kBfloat16, "bfloat16", 2},
     {DType::kInt64, "int64", 8},     {DType::kInt32, "int32", 4},
     {DType::kBool, "bool", 1},       {DType::kUint8, "uint8", 1},
+    {DType::kFloat8E4m3fn, "float8_e4m3fn", 1},
 };
 
 constexpr std::size_t kAlignment = 64;

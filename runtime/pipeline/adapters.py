@@ -8,7 +8,7 @@ merged into the bundle's weights by PEFT itself, so every kind of adapter and sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...bundle.reader import Bundle
+from ...bundle.scales import KEPT, scale_name
 from ...core.errors import RequestError
 
 __all__ = ["Adapters", "check_transformer"]
@@ -65,6 +66,7 @@ class Adapters:
 
     def _take_over(self, standing: Any) -> None:
         self._refuse_baked(f"LoRA '{next(iter(standing.peft_config))}'")
+        self._refuse_float8("pipeline", [name for name, _ in _tuner_layers(standing)])
         for name, layer in _tuner_layers(standing):
             base = {id(p): _stand_in(p.shape) for p in layer.get_base_layer().parameters()}
             taken = copy.deepcopy(layer, base).to("cpu", torch.float32)
@@ -277,6 +279,21 @@ class Adapters:
                     f"updates [{up.shape[0]}, {down.flatten(1).shape[1]}], the weight is [{rows}, {columns}]",
                     "give a LoRA of this model",
                 )
+        self._refuse_float8(place, names)
+
+    def _refuse_float8(self, place: str, modules: Iterable[str]) -> None:
+        """Raise `RequestError` where graphs take a module's weight in float8.
+
+        Rounded to float8 again, most of a small change would be lost.
+        """
+        tensors = self._bundle.manifest.tensors
+        for name in modules:
+            entry = tensors.get(f"{self._prefix}{name}.weight")
+            if entry is not None and entry.dtype == KEPT:
+                raise RequestError(
+                    f"{place}, module '{name}'", f"has its weight in {KEPT}, which no LoRA changes",
+                    "build the bundle with --float8 convert",
+                )  # fmt: skip
 
     def _load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -364,13 +381,22 @@ def check_transformer(bundle: Bundle, prefix: str, standing: Any) -> None:
             raise RequestError(
                 place, f"is {list(parameter.shape)}, the bundle's is {tensors[plain].shape}", hint
             )
-        ours = bundle.tensor(plain).flatten()[:COMPARED_VALUES]
+        ours = _first_values(bundle, plain)
         theirs = parameter.detach().flatten()[:COMPARED_VALUES].cpu()
         # PEFT's unfusing subtracts what it added, and rounds.
         if not _same_values(theirs, ours, rounded=".base_layer" in name):
             raise RequestError(
                 place, "holds other values than the bundle's: a fine-tune, or a fused LoRA", hint
             )
+
+
+def _first_values(bundle: Bundle, name: str) -> Tensor:
+    """Return the values of a weight that are compared, float8 multiplied by its scale."""
+    tensor = bundle.tensor(name)
+    if tensor.dtype == getattr(torch, KEPT):
+        scale = bundle.tensor(scale_name(name))
+        tensor = tensor[:COMPARED_VALUES].float() * scale[:COMPARED_VALUES]
+    return tensor.flatten()[:COMPARED_VALUES]
 
 
 def _same_values(first: Tensor, second: Tensor, *, rounded: bool) -> bool:

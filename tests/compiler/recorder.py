@@ -28,6 +28,9 @@ class Recorder:
     def compiler_version(self) -> str:
         return f"recorder {self.refuses}"
 
+    def takes_float8(self, target: Target) -> bool:
+        return True
+
     def compile(self, graph: Path, target: Target, out: Path) -> None:
         if self.refuses and graph.name.startswith(self.refuses):
             raise BuildError(f"graph '{graph.name}'", "is refused", "take another backend")

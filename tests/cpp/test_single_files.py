@@ -57,3 +57,17 @@ def test_parts_of_fused_weights_are_read_where_they_lie(
     check_equal(loops[0], cpp_build, CacheSetting(), tmp_path)
     (ours, _), (expected, _) = (loop.in_python(CacheSetting()) for loop in loops)
     assert np.array_equal(ours, expected)
+
+
+def test_weights_in_float8_are_read_as_they_lie(
+    float8_bundle: Bundle, cpp_build: Path, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    latents = random.standard_normal((1, 4, 3, 4, 6)).astype(np.float32)
+    prompt = {"text_states": random.standard_normal((1, 5, 24)).astype(np.float32)}
+    loop = Loop(float8_bundle, latents, {"cond": prompt}, 3, 1.0)
+    check_equal(loop, cpp_build, CacheSetting(), tmp_path)
+    expected, _ = loop.in_python(CacheSetting())
+    options = ("--backend", "openvino", "--offload")
+    found, _ = loop.in_cpp(cpp_build, CacheSetting(), tmp_path, options=options)
+    assert np.array_equal(found, expected)

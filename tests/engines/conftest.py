@@ -20,6 +20,13 @@ TEXTS = {
     " => (float16[batch, tokens, 64] out) { out = MatMul(x, w) }",
     "bf16_weight": "g (float[tokens, 64] x, bfloat16[64, 64] w) => (float[tokens, 64] out)"
     "{ wf = Cast<to = 1>(w)  out = MatMul(x, wf) }",
+    "float8_weight": "g (float[tokens, 64] x, float8e4m3fn[64, 64] w, float[64, 1] s)"
+    " => (float[tokens, 64] out) { wide = Cast<to = 1>(w)  scaled = Mul(wide, s)"
+    "  out = MatMul(x, scaled) }",
+    "read_float8": "g (bfloat16[tokens, 64] x, float8e4m3fn[64, 64] w, float[64, 1] s)"
+    " => (bfloat16[tokens, 64] out) { one = Constant<value = float {1.0}>()"
+    "  wide = DequantizeLinear(w, one)  scaled = Mul(wide, s)  low = Cast<to = 16>(scaled)"
+    "  out = MatMul(x, low) }",
     "scalars": "g (int64 step, bool force, float[n, 4] x) => (int64 next, bool late, float mean)"
     "{ one = Constant<value = int64 {1}>()  next = Add(step, one)  after = Greater(step, one)"
     "  late = And(after, force)  mean = ReduceMean<keepdims = 0>(x) }",

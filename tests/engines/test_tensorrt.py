@@ -68,6 +68,31 @@ def test_float32_attention_is_split_because_no_kernel_fuses_it(build):
     assert sum(layer["type"] == "gemm" for layer in record["details"]["layers"]) == 2
 
 
+def test_a_weight_in_float8_is_an_input(build):
+    profiles = {"x": ((1, 64), (64, 64), (4096, 64))}
+    target = Target("bfloat16", profiles, ("8.9", "12.0"))
+    assert TensorRTRTX().takes_float8(target)
+    _, record = build("read_float8", target)
+    assert record["inputs"]["w"] == {"dtype": "float8_e4m3fn", "shape": [64, 64]}
+
+
+@pytest.mark.parametrize("capabilities", [("8.6",), ("8.6", "8.9", "12.0")])
+def test_gpus_without_float8_are_refused_a_weight_in_it(build, capabilities):
+    target = Target("bfloat16", {"x": ((1, 64), (64, 64), (4096, 64))}, capabilities)
+    assert not TensorRTRTX().takes_float8(target)
+    with pytest.raises(
+        BuildError, match=r"tensor 'w': is in float8_e4m3fn, .* 8\.9 lack"
+    ) as caught:
+        build("read_float8", target)
+    assert "--float8 convert" in caught.value.hint
+
+
+def test_an_engine_that_older_gpus_run_too_takes_no_float8():
+    options = {"hardware_compatibility_level": "ampere_plus"}
+    assert not TensorRT().takes_float8(Target(compute_capabilities=("9.0",), options=options))
+    assert TensorRT().takes_float8(Target(compute_capabilities=("9.0",)))
+
+
 def test_rotary_embedding_builds(build):
     tables = ((1, 64, 64), (1, 1560, 64), (2, 32760, 64))
     profiles = {"x": HEADS, "rope_cos": tables, "rope_sin": tables}

@@ -65,6 +65,6 @@ def test_backends_have_passes_of_their_own() -> None:
     assert found == {
         "openvino": ["DecomposeRotaryEmbedding", "KeepSumsBeforeProducts"],
         "onnxruntime": ["MultiHeadAttention", "ExpandAttentionMasks"],
-        "tensorrt": ["MixByReduction", "DistinctAttentionScales"],
-        "tensorrt-rtx": ["MixByReduction", "DistinctAttentionScales"],
+        "tensorrt": ["MixByReduction", "DistinctAttentionScales", "DequantizeFloat8"],
+        "tensorrt-rtx": ["MixByReduction", "DistinctAttentionScales", "DequantizeFloat8"],
     }

@@ -27,6 +27,7 @@ enum class DType : std::uint8_t {
   kInt32,
   kBool,
   kUint8,
+  kFloat8E4m3fn,
 };
 
 /// Bytes of one element.

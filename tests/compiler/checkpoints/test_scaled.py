@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scaled 8-bit weights become what they stand for, one at a time; other forms stay for the refusal."""
+"""Scaled 8-bit weights stay as they lie or become what they stand for; other forms stay for the refusal."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,25 @@ import torch
 from cases import CASES
 from diffusers import SD3Transformer2DModel, WanTransformer3DModel
 from live import Live
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_original import COMFY, save, tiny
 from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.safetensors_header import StoredTensor, read_header
+from freewheel.bundle.scales import scale_name
 from freewheel.compiler.checkpoints import conversion, scaled, weights
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
-from freewheel.compiler.checkpoints.scaled import without_scales
-from freewheel.compiler.checkpoints.sources import MadeTensor, read_weight
+from freewheel.compiler.checkpoints.scaled import keep_float8, tell_of_scales, without_scales
+from freewheel.compiler.checkpoints.sources import ScaledTensor, read_weight
 from freewheel.compiler.checkpoints.weights import bring_weights
+from freewheel.compiler.plan import BuildRequest, plan
+from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import CheckpointError
+from freewheel.engines.onnxruntime import OnnxRuntime
+from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.session import Session
+from freewheel.runtime.settings import config_entries
 
 State = dict[str, Tensor]
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
@@ -116,13 +124,15 @@ def test_weights_are_what_they_stand_for_and_near_the_plain_ones(
         # A mantissa of 3 bits rounds by 2^-4 of a value; int8, of 127 steps, by half a step of a row.
         most = plain[name].abs().amax(dim=-1, keepdim=True) * 2**-8 + plain[name].abs() * 2**-4
         assert bool(((read - plain[name]).abs() <= most).all()), name
-    made = [w for w in found.values() if isinstance(w, MadeTensor)]
+    made = [w for w in found.values() if isinstance(w, ScaledTensor)]
     assert {w.dtype for w in made} == {"bfloat16"}
     kind = "int8" if form is lightx2v_int8 else "float8_e4m3fn"
     size = sum(w.bytes for w in made) / 1e6
-    assert f"scaled {kind}: {len(made)} weights ({size / 2:.1f} MB)" in notes[0]
-    assert f"{size:.1f} MB in bfloat16" in notes[0]
-    assert ("scales of activations stay unused" in notes[0]) == (form in (comfy, comfy_now))
+    (told,) = tell_of_scales(found)
+    assert f"scaled {kind}: {len(made)} weights ({size / 2:.1f} MB)" in told
+    assert f"{size:.1f} MB in bfloat16" in told
+    dropped = f"{len(made)} scales of activations stay unused: products are not in 8 bits"
+    assert notes == ((dropped,) if form in (comfy, comfy_now) else ())
 
 
 def test_a_file_without_scales_is_as_it_was(tmp_path: Path) -> None:
@@ -178,29 +188,161 @@ def test_a_mark_that_the_converter_leaves_aside_names_the_quantisation(tmp_path:
         open_checkpoint(str(file))
 
 
+def save_scaled(
+    checkpoint: Path, form: Callable[[State], State], folder: Path
+) -> tuple[Path, Path]:
+    """Write a model in a form, and in another file what that stands for."""
+    model: Any = WanTransformer3DModel.from_pretrained(checkpoint)
+    state = form(originals.wan(dict(model.state_dict())))
+    prefix = COMFY if form is comfy else ""
+    for name in ("scaled", "plain"):
+        model.save_config(folder / name)
+    return (
+        save(state, folder / "scaled" / "wan.safetensors", prefix),
+        save(multiplied(state), folder / "plain" / "wan.safetensors", prefix),
+    )
+
+
 @pytest.mark.parametrize(
-    ("form", "precision"), [(lightx2v, "float32"), (comfy, "bfloat16")], ids=["float32", "bfloat16"]
+    ("form", "precision", "float8"),
+    [
+        (lightx2v, "float32", "convert"),
+        (comfy, "bfloat16", "convert"),
+        pytest.param(lightx2v_int8, "float32", "keep", marks=pytest.mark.nightly),
+    ],
+    ids=["float32", "bfloat16", "int8"],
 )
 def test_a_bundle_holds_what_the_dequantised_checkpoints_holds(
     tiny_checkpoint: Path, tmp_path: Path, build_bundle: Callable[..., Bundle],
-    form: Callable[[State], State], precision: str,
+    form: Callable[[State], State], precision: str, float8: str,
 ) -> None:  # fmt: skip
-    model: Any = WanTransformer3DModel.from_pretrained(tiny_checkpoint)
-    model.save_config(tmp_path)
-    state = form(originals.wan(dict(model.state_dict())))
-    prefix = COMFY if form is comfy else ""
-    file = save(state, tmp_path / "wan.safetensors", prefix)
-    save(multiplied(state), tmp_path / "plain" / "wan.safetensors", prefix)
-    model.save_config(tmp_path / "plain")
+    file, multiplied_out = save_scaled(tiny_checkpoint, form, tmp_path)
     options = {"precision": precision, "backends": ("openvino",)}
-    plain = build_bundle(tmp_path / "plain" / "wan.safetensors", **options)
-    bundle = build_bundle(file, **options)
+    plain = build_bundle(multiplied_out, **options)
+    bundle = build_bundle(file, **options, float8=float8)
     for name, entry in bundle.manifest.tensors.items():
         expected = plain.tensor(name).to(getattr(torch, entry.dtype))
         assert torch.equal(bundle.tensor(name), expected), name
     body = bundle.manifest.tensors["blocks.0.ffn.net.2.weight"]
     assert body.dtype == precision
     assert "converted" in body.file
+
+
+@pytest.mark.parametrize(
+    ("form", "precision", "backends"),
+    [
+        (lightx2v, "float32", ("openvino", "onnxruntime")),
+        (comfy, "bfloat16", ("openvino",)),
+    ],
+    ids=["of rows, float32", "of weights, bfloat16"],
+)
+def test_float8_stays_where_it_lies_and_engines_multiply_it(
+    tiny_checkpoint: Path, tmp_path: Path, build_bundle: Callable[..., Bundle],
+    form: Callable[[State], State], precision: str, backends: tuple[str, ...],
+) -> None:  # fmt: skip
+    file, _ = save_scaled(tiny_checkpoint, form, tmp_path)
+    options = {"precision": precision, "backends": backends}
+    kept, converted = build_bundle(file, **options), build_bundle(file, **options, float8="convert")
+    state, tensors = load_file(file), kept.manifest.tensors
+    in_8_bits = {n for n, entry in tensors.items() if entry.dtype == "float8_e4m3fn"}
+    assert len(in_8_bits) == sum(
+        t.dtype == torch.float8_e4m3fn and t.ndim == 2 for t in state.values()
+    )
+    for name in in_8_bits:
+        entry, scale = tensors[name], tensors[scale_name(name)]
+        assert kept.path(entry.file).samefile(file), "linked, and nothing of it written"
+        assert scale.dtype == "float32"
+        assert scale.shape == [entry.shape[0], 1]
+        multiplied_out = kept.tensor(name).float() * kept.tensor(scale_name(name))
+        other = converted.tensor(name)
+        assert torch.equal(multiplied_out.to(other.dtype), other), name
+    if form is lightx2v:  # which has the scales as graphs take them
+        assert not any("converted" in tensors[scale_name(n)].file for n in in_8_bits)
+    for backend in backends:
+        verify_bundle(kept, backend).raise_on_mismatch()
+        found, expected = (one_step(bundle, backend) for bundle in (kept, converted))
+        # The same products of the same numbers; engines may fuse what leads to them otherwise.
+        most = 1e-6 if precision == "float32" else 1e-2
+        assert float((found - expected).norm() / expected.norm()) <= most
+
+
+def one_step(bundle: Bundle, backend: str) -> Tensor:
+    """Return the model's output for random latents and text."""
+    generator = torch.Generator().manual_seed(0)
+    session = Session(LoadedModel(bundle, backend))
+    session.set_prompt("cond", {"text_states": torch.randn(1, 5, 24, generator=generator)})
+    session.begin(torch.tensor([600.0]))
+    latents = torch.randn(1, 4, 3, 4, 6, generator=generator)
+    return session.step("cond", 0, {"latents": latents}).clone()
+
+
+@pytest.mark.parametrize("form", [comfy, lightx2v], ids=["of weights", "of rows"])
+def test_parts_of_a_fused_weight_stay_where_they_lie(
+    form: Callable[[State], State], tmp_path: Path
+) -> None:
+    """Of Stable Diffusion 3, whose file has query, key and value in one: a third of its rows each."""
+    model = tiny("sd3")
+    for folder in (tmp_path, tmp_path / "plain"):
+        model.save_config(folder)
+    original = originals.sd3(dict(model.state_dict()))
+    renamed = {f"blocks.{n}" if form is lightx2v else n: t for n, t in original.items()}
+    state = {n.removeprefix("blocks."): t for n, t in form(renamed).items()}
+    file = save(state, tmp_path / "sd3.safetensors")
+    expected = open_checkpoint(str(save(multiplied(state), tmp_path / "plain" / "sd3.safetensors")))
+    tensors = open_checkpoint(str(file), float8="keep").tensors
+    kept = [n for n in tensors if scale_name(n) in tensors]
+    assert any(n.endswith("attn.to_k.weight") for n in kept)
+    for name in kept:
+        values, scale = tensors[name], tensors[scale_name(name)]
+        assert isinstance(values, StoredTensor)
+        assert isinstance(scale, StoredTensor) == (form is lightx2v)
+        found = read_weight(values).float() * read_weight(scale)
+        assert torch.equal(found, read_weight(expected.tensors[name])), name
+    for name in tensors.keys() & expected.tensors.keys() - set(kept):
+        assert torch.equal(
+            read_weight(tensors[name]).float(), read_weight(expected.tensors[name])
+        ), name
+
+
+def test_a_weight_that_is_wider_in_one_block_is_multiplied_in_all(tmp_path: Path) -> None:
+    """Blocks share one graph, as experts do."""
+    names = [
+        f"{p}blocks.{i}.{m}.weight" for p in ("", "transformer_2.") for i in (0, 1) for m in "ab"
+    ]
+    state = lightx2v({n.replace("transformer_2.", "blocks.9."): torch.ones(2, 3) for n in names})
+    state["blocks.9.blocks.1.a.weight"] = torch.ones(2, 3, dtype=torch.bfloat16)
+    del state["blocks.9.blocks.1.a.weight_scale"]
+    state["blocks.0.c.weight"] = torch.full((2, 3), 0.5).to(torch.float8_e4m3fn)
+    save_file(state, tmp_path / "x.safetensors")
+    found, _ = without_scales(read_header(tmp_path / "x.safetensors"), tmp_path)
+    tensors = {n.replace("blocks.9.", "transformer_2."): w for n, w in found.items()}
+    kept = keep_float8(tensors, "transformer_2.")
+    float8 = {n for n in kept if scale_name(n) in kept}
+    assert float8 == {n for n in names if n.endswith("b.weight")} | {"blocks.0.c.weight"}
+    assert torch.equal(read_weight(kept[scale_name("blocks.0.c.weight")]), torch.ones(2, 1))
+    assert tell_of_scales(kept) == (
+        "float8_e4m3fn: 5 weights (0.0 MB) stay as they lie, and graphs multiply them by their scales",
+        "scaled float8_e4m3fn: 3 weights (0.0 MB) are multiplied by their scales into the bundle "
+        "(0.0 MB in bfloat16, twice that where it takes float32)",
+    )
+
+
+def test_baked_weights_and_backends_without_float8_take_none(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = save_scaled(tiny_checkpoint, lightx2v, tmp_path)
+    request = BuildRequest(
+        model=str(file), out=tmp_path / "out", backends=[OnnxRuntime()],
+        configs=config_entries(["off"], lambda text: None),
+    )  # fmt: skip
+
+    def dtypes(request: BuildRequest) -> set[str]:
+        return {dtype for dtype, _ in plan(request).cut.weights().values()}
+
+    assert "float8_e4m3fn" in dtypes(request)
+    assert "float8_e4m3fn" not in dtypes(replace(request, weights="baked"))
+    monkeypatch.setattr(OnnxRuntime, "takes_float8", lambda self, target: False)
+    assert "float8_e4m3fn" not in dtypes(request)
 
 
 def test_memory_holds_one_weight_and_what_it_is_made_of(

@@ -210,6 +210,21 @@ def test_what_can_not_be_written_is_refused(
     assert not (tmp_path / "style.safetensors").exists()
 
 
+def test_a_weight_in_float8_is_refused(
+    float8_bundle: Bundle, tmp_path: Path, pipeline: Path
+) -> None:
+    """Others of the same bundle are not."""
+    file = tmp_path / "shared.safetensors"
+    save_file(convolution(float8_bundle), file)
+    write_lora(float8_bundle, parse_lora(str(file)), tmp_path / "style.safetensors", pipeline)
+    save_file(dora(float8_bundle), file)
+    with pytest.raises(
+        RequestError, match=r"module 'blocks.0.attn1.to_v': has its weight in float8_e4m3fn"
+    ) as caught:
+        write_lora(float8_bundle, parse_lora(str(file)), tmp_path / "other.safetensors", pipeline)
+    assert caught.value.hint == "build the bundle with --float8 convert"
+
+
 def test_a_weight_that_no_graph_reads_is_refused(
     tiny_bundle: Bundle, tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
