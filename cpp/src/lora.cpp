@@ -10,6 +10,7 @@
 #include <set>
 #include <thread>
 
+#include "for_each_cpu.h"
 #include "freewheel/policy_spec.h"
 #include "try.h"
 
@@ -23,6 +24,10 @@ constexpr char kFormat[] = "freewheel_lora", kFormatVersion[] = "1";
 constexpr char kCheckpoint[] = "checkpoint_sha256";
 constexpr char kRewrite[] = "write it again with 'freewheel lora' and this bundle";
 constexpr std::int64_t kLeastPerThread = 1 << 18;  // products, below which no other thread is begun
+
+constexpr std::int64_t kLanes = 16;  // columns that are added to at once, in registers,
+constexpr std::int64_t kRows = 4;    // of so many rows
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 
 bool ends_with(const std::string& text, const std::string& end) {
   return text.size() > end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
@@ -121,27 +126,50 @@ Result<Buffer> aligned(const Tensor& tensor) {
   return copy;
 }
 
-/// Adds factors[0] · row 0 of `down`, then factors[1] · row 1, …: each sum takes its terms in this
-/// order, and rounds after each product and each sum. Four rows go at a time, so that a sum
-/// is loaded and stored once for four terms.
-void add_products(const float* factors, const float* down, std::int64_t rank, std::size_t columns,
-                  float* sums) {
-  std::int64_t k = 0;
-  for (; k + 4 <= rank; k += 4) {
-    const float* rows = down + static_cast<std::size_t>(k) * columns;
-    const float a = factors[k], b = factors[k + 1], c = factors[k + 2], d = factors[k + 3];
-    for (std::size_t i = 0; i < columns; ++i) {
-      sums[i] = (((sums[i] + a * rows[i]) + b * rows[columns + i]) + c * rows[2 * columns + i]) +
-                d * rows[3 * columns + i];
+/// Lays a matrix out in panels of `kLanes` columns, the last filled up with zeros, so that a
+/// panel's rows follow each other in memory.
+Result<Buffer> in_panels(const Tensor& matrix) {
+  const std::int64_t rows = matrix.shape[0], columns = columns_of(matrix.shape);
+  const std::int64_t panels = (columns + kLanes - 1) / kLanes;
+  FREEWHEEL_ASSIGN(Buffer laid,
+                   Buffer::create(host_memory(), DType::kFloat32, Shape{panels, rows, kLanes}));
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      const std::int64_t first = panel * kLanes, count = std::min(kLanes, columns - first);
+      std::memcpy(laid.view().as<float>() + (panel * rows + row) * kLanes,
+                  matrix.as<char>() + (row * columns + first) * std::int64_t{sizeof(float)},
+                  static_cast<std::size_t>(count) * sizeof(float));
     }
   }
-  for (; k < rank; ++k) {
-    const float* row = down + static_cast<std::size_t>(k) * columns;
-    for (std::size_t i = 0; i < columns; ++i) sums[i] += factors[k] * row[i];
+  return laid;
+}
+
+/// Adds scale · (factors · matrix) to `kRows` rows. Each sum takes its terms in order of rank, and
+/// rounds after each product and each sum, on every machine: lanes are columns.
+/// @param factors [kRows, rank].
+/// @param panels The matrix, [panels, rank, kLanes].
+/// @param rows [kRows, panels · kLanes].
+FREEWHEEL_FOR_EACH_CPU
+void add_products(const float* factors, const float* panels, std::int64_t rank, std::int64_t count,
+                  float scale, float* rows) {
+  for (std::int64_t panel = 0; panel < count; ++panel) {
+    Lanes sums[kRows] = {};
+    for (std::int64_t k = 0; k < rank; ++k) {
+      Lanes values;
+      std::memcpy(&values, panels + (panel * rank + k) * kLanes, sizeof values);
+      for (std::int64_t row = 0; row < kRows; ++row) sums[row] += factors[row * rank + k] * values;
+    }
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      Lanes value;
+      float* place = rows + (row * count + panel) * kLanes;
+      std::memcpy(&value, place, sizeof value);
+      value += scale * sums[row];
+      std::memcpy(place, &value, sizeof value);
+    }
   }
 }
 
-/// One change with its numbers where they can be read, and its scale.
+/// One change with its numbers where they can be read, `down` in panels, and its scale.
 struct Loaded {
   Buffer down, up, magnitude, difference;
   float scale = 1.0f;
@@ -149,8 +177,10 @@ struct Loaded {
   static Result<Loaded> from(const Lora::Change& change, double scale) {
     Loaded loaded;
     loaded.scale = static_cast<float>(scale);
-    const std::pair<const Tensor&, Buffer&> parts[] = {{change.down, loaded.down},
-                                                       {change.up, loaded.up},
+    if (change.down.data != nullptr) {
+      FREEWHEEL_ASSIGN(loaded.down, in_panels(change.down));
+    }
+    const std::pair<const Tensor&, Buffer&> parts[] = {{change.up, loaded.up},
                                                        {change.magnitude, loaded.magnitude},
                                                        {change.difference, loaded.difference}};
     for (const auto& [tensor, buffer] : parts) {
@@ -160,24 +190,38 @@ struct Loaded {
     return loaded;
   }
 
-  /// Changes a row of the weight.
-  /// @param update Room for one row.
-  void apply(std::int64_t row, std::vector<float>& weight, std::vector<float>& update) const {
+  /// Changes up to `kRows` rows of the weight.
+  /// @param first The first one's index, of `count`.
+  /// @param columns Of the weight, each row of which begins `stride` after the one before.
+  void apply(std::int64_t first, std::int64_t count, std::size_t columns, std::size_t stride,
+             float* rows) const {
     if (!difference.empty()) {
-      weight[0] += scale * difference.view().as<float>()[row];
+      for (std::int64_t row = 0; row < count; ++row) {
+        rows[static_cast<std::size_t>(row) * stride] +=
+            scale * difference.view().as<float>()[first + row];
+      }
       return;
     }
-    const auto columns = weight.size();
-    const std::int64_t rank = down.view().shape[0];
-    const float* factors = up.view().as<float>() + row * rank;
-    std::fill(update.begin(), update.end(), 0.0f);
-    add_products(factors, down.view().as<float>(), rank, columns, update.data());
-    for (std::size_t i = 0; i < columns; ++i) weight[i] += scale * update[i];
+    const std::int64_t panels = down.view().shape[0], rank = down.view().shape[1];
+    const float* factors = up.view().as<float>() + first * rank;
+    std::vector<float> filled;
+    if (count < kRows) {
+      filled.assign(static_cast<std::size_t>(kRows * rank), 0.0f);
+      std::copy(factors, factors + count * rank, filled.begin());
+      factors = filled.data();
+    }
+    add_products(factors, down.view().as<float>(), rank, panels, scale, rows);
     if (magnitude.empty()) return;
-    double squares = 0.0;
-    for (const float value : weight) squares += static_cast<double>(value) * value;
-    const float length = magnitude.view().as<float>()[row] / static_cast<float>(std::sqrt(squares));
-    for (float& value : weight) value *= length;
+    for (std::int64_t row = 0; row < count; ++row) {
+      float* values = rows + static_cast<std::size_t>(row) * stride;
+      double squares = 0.0;
+      for (std::size_t i = 0; i < columns; ++i) {
+        squares += static_cast<double>(values[i]) * values[i];
+      }
+      const float length =
+          magnitude.view().as<float>()[first + row] / static_cast<float>(std::sqrt(squares));
+      for (std::size_t i = 0; i < columns; ++i) values[i] *= length;
+    }
   }
 };
 
@@ -190,12 +234,23 @@ Status merge_rows(const std::vector<Loaded>& changes, const Tensor& source, cons
     return Tensor{whole.as<char>() + static_cast<std::size_t>(row) * bytes, whole.dtype,
                   Shape{columns}};
   };
-  std::vector<float> weight(static_cast<std::size_t>(columns)), update(weight.size());
-  const Tensor values{weight.data(), DType::kFloat32, Shape{columns}};
-  for (std::int64_t row = begin; row < end; ++row) {
-    FREEWHEEL_TRY(convert(row_of(source, row), values));
-    for (const Loaded& change : changes) change.apply(row, weight, update);
-    FREEWHEEL_TRY(convert(values, row_of(target, row)));
+  const std::int64_t stride = (columns + kLanes - 1) / kLanes * kLanes;
+  std::vector<float> rows(static_cast<std::size_t>(kRows * stride));
+  for (std::int64_t first = begin; first < end; first += kRows) {
+    const std::int64_t count = std::min(kRows, end - first);
+    const auto values_of = [&](std::int64_t row) {
+      return Tensor{rows.data() + row * stride, DType::kFloat32, Shape{columns}};
+    };
+    for (std::int64_t row = 0; row < count; ++row) {
+      FREEWHEEL_TRY(convert(row_of(source, first + row), values_of(row)));
+    }
+    for (const Loaded& change : changes) {
+      change.apply(first, count, static_cast<std::size_t>(columns),
+                   static_cast<std::size_t>(stride), rows.data());
+    }
+    for (std::int64_t row = 0; row < count; ++row) {
+      FREEWHEEL_TRY(convert(values_of(row), row_of(target, first + row)));
+    }
   }
   return {};
 }
@@ -206,7 +261,7 @@ Status merge_weight(const std::vector<Loaded>& changes, const Tensor& source, co
   const std::int64_t rows = source.shape.rank() == 0 ? 1 : source.shape[0];
   std::int64_t products = 0;
   for (const Loaded& change : changes) {
-    products += source.shape.elements() * (change.down.empty() ? 1 : change.down.view().shape[0]);
+    products += source.shape.elements() * (change.down.empty() ? 1 : change.down.view().shape[1]);
   }
   const std::int64_t shares =
       std::clamp<std::int64_t>(products / kLeastPerThread, 1, std::min(threads, rows));

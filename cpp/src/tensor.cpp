@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "freewheel/tensor.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
+#include "for_each_cpu.h"
 #include "try.h"
 
 namespace freewheel {
@@ -19,10 +24,14 @@ struct DTypeRow {
 };
 
 constexpr DTypeRow kDTypes[] = {
-    {DType::kFloat32, "float32", 4}, {DType::kFloat64, "float64", 8},
-    {DType::kFloat16, "float16", 2}, {DType::kBfloat16, "bfloat16", 2},
-    {DType::kInt64, "int64", 8},     {DType::kInt32, "int32", 4},
-    {DType::kBool, "bool", 1},       {DType::kUint8, "uint8", 1},
+    {DType::kFloat32, "float32", 4},
+    {DType::kFloat64, "float64", 8},
+    {DType::kFloat16, "float16", 2},
+    {DType::kBfloat16, "bfloat16", 2},
+    {DType::kInt64, "int64", 8},
+    {DType::kInt32, "int32", 4},
+    {DType::kBool, "bool", 1},
+    {DType::kUint8, "uint8", 1},
     {DType::kFloat8E4m3fn, "float8_e4m3fn", 1},
 };
 
@@ -45,22 +54,42 @@ class OrderedSlab final : public Slab {
   Buffer buffer_;
 };
 
+/// Lets the system give much memory in pages of 2 MiB: a merged weight is touched 512 times
+/// seldomer.
+void advise_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] std::size_t bytes) noexcept {
+#ifdef MADV_HUGEPAGE
+  constexpr std::uintptr_t kHuge = std::uintptr_t{2} << 20;
+  const auto address = reinterpret_cast<std::uintptr_t>(start);
+  const std::uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+  const std::uintptr_t end = (address + bytes) / kHuge * kHuge;
+  if (begin < end) (void)::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 class HostMemory final : public Memory {
  public:
   bool is_host() const noexcept override { return true; }
 
   Result<void*> allocate(std::size_t bytes) override {
-    const std::size_t rounded = (std::max<std::size_t>(bytes, 1) + kAlignment - 1) / kAlignment;
-    void* data = std::aligned_alloc(kAlignment, rounded * kAlignment);
-    if (data == nullptr) {
+    // `calloc` takes much memory as the system gives it, zeroed when it is touched, and by whom.
+    const std::size_t room = bytes + kAlignment;
+    void* start = room < bytes ? nullptr : std::calloc(room, 1);
+    if (start == nullptr) {
       return Status(Code::kFailed, "memory", std::to_string(bytes) + " bytes can't be allocated",
                     "choose a smaller size");
     }
-    std::memset(data, 0, rounded * kAlignment);
-    return data;
+    advise_huge_pages(start, room);
+    const auto address = reinterpret_cast<std::uintptr_t>(start);
+    const std::size_t offset = kAlignment - address % kAlignment;
+    static_assert(alignof(std::max_align_t) >= sizeof(void*), "there is room for the start");
+    void** data = reinterpret_cast<void**>(static_cast<char*>(start) + offset);
+    data[-1] = start;
+    return static_cast<void*>(data);
   }
 
-  void release(void* data) noexcept override { std::free(data); }
+  void release(void* data) noexcept override {
+    if (data != nullptr) std::free(static_cast<void**>(data)[-1]);
+  }
 
   Status upload(void* target, const void* host, std::size_t bytes) noexcept override {
     return copy(target, host, bytes);
@@ -89,6 +118,23 @@ float float_of(std::uint32_t bits) noexcept {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+std::uint16_t rounded_to_bfloat16(float value) noexcept {
+  const std::uint32_t bits = bits_of(value);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const std::uint32_t quiet = (bits >> 16) | 0x40u;
+  return static_cast<std::uint16_t>(value != value ? quiet : rounded);
+}
+
+FREEWHEEL_FOR_EACH_CPU
+void widen(const std::uint16_t* from, float* to, std::int64_t count) noexcept {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = float_of(std::uint32_t{from[i]} << 16);
+}
+
+FREEWHEEL_FOR_EACH_CPU
+void round_all(const float* from, std::uint16_t* to, std::int64_t count) noexcept {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = rounded_to_bfloat16(from[i]);
 }
 
 double load(const Tensor& tensor, std::int64_t index) noexcept {
@@ -212,11 +258,7 @@ float float_from_bfloat16(std::uint16_t bits) noexcept {
   return float_of(static_cast<std::uint32_t>(bits) << 16);
 }
 
-std::uint16_t bfloat16_from_float(float value) noexcept {
-  const std::uint32_t bits = bits_of(value);
-  if (std::isnan(value)) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+std::uint16_t bfloat16_from_float(float value) noexcept { return rounded_to_bfloat16(value); }
 
 float float_from_half(std::uint16_t bits) noexcept {
   const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
@@ -278,9 +320,16 @@ Status convert(const Tensor& source, const Tensor& target) {
                       dtype_name(target.dtype),
                   "give a tensor of that dtype");
   }
-  for (std::int64_t i = 0, n = source.shape.elements(); i < n; ++i) {
-    store(target, i, load(source, i));
+  const std::int64_t count = source.shape.elements();
+  if (source.dtype == DType::kBfloat16 && target.dtype == DType::kFloat32) {
+    widen(source.as<std::uint16_t>(), target.as<float>(), count);
+    return {};
   }
+  if (source.dtype == DType::kFloat32 && target.dtype == DType::kBfloat16) {
+    round_all(source.as<float>(), target.as<std::uint16_t>(), count);
+    return {};
+  }
+  for (std::int64_t i = 0; i < count; ++i) store(target, i, load(source, i));
   return {};
 }
 
