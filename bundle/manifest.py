@@ -133,7 +133,19 @@ class SkipEntry(_Entry):
 
 
 class StageEntry(_Entry):
-    """A run of equal blocks inside ``body``."""
+    """A run of equal blocks inside ``body``.
+
+    Attributes:
+        block: Graph of each block.
+        context: Graph run once per prompt for each block, or None.
+        tapped: Variant of ``block`` that also gives the feature, or None.
+        first: Index of the first block.
+        count: Blocks.
+        groups: Blocks compiled together; empty where weights are inputs.
+        skips: Input → what each block reads there of a block of an earlier stage.
+        reads: Input of ``block`` or ``context`` → the value that each block reads there: a table's
+            row, an input of the prompt, or what a ``prompt`` or a ``shape`` graph gave.
+    """
 
     block: str
     context: str | None
@@ -142,6 +154,7 @@ class StageEntry(_Entry):
     count: BlockCount
     groups: list[GroupEntry] = []
     skips: dict[str, SkipEntry] = {}
+    reads: dict[str, list[str]] = {}
 
 
 class InputEntry(IoEntry):
@@ -367,6 +380,14 @@ class Manifest(_Entry):
         """Streams that a later stage reads as a block left them: (stream, place of the block)."""
         skips = (skip for stage in self.stages for skip in stage.skips.values())
         return frozenset((skip.stream, place) for skip in skips for place in skip.blocks)
+
+    def row_of(self, table: str) -> IoEntry | None:
+        """Return a table's row as graphs read it; None where policies alone look at the table."""
+        names = {table}
+        for stage in self.stages:
+            names |= {name for name, read in stage.reads.items() if table in read}
+        graphs = self.graphs.values()
+        return next((g.inputs[n] for g in graphs for n in g.inputs if n in names), None)
 
     @property
     def cached(self) -> list[str]:

@@ -36,6 +36,7 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
         elif output is not None and output not in graphs[name].outputs:
             yield f"'graphs.{name}.outputs' lack '{output}'"
     read = {name for graph in graphs.values() for name in graph.inputs}
+    read |= {n for stage in manifest.stages for names in stage.reads.values() for n in names}
     tables = {n for graph in graphs.values() if graph.runs == "run" for n in graph.outputs}
     if "text_encoder" in graphs and manifest.vocabulary_size is None:
         yield "'vocabulary_size' is missing, and there is a text encoder"
@@ -84,7 +85,26 @@ def _stage_faults(manifest: Manifest) -> Iterator[str]:
                 yield f"'stages.{index}' names graph '{graph}', which is not there"
         if stage.groups and not _groups_cover(stage):
             yield f"'stages.{index}.groups' don't cover the stage's blocks in order"
+    yield from _read_faults(manifest)
     yield from _skip_faults(manifest)
+
+
+def _read_faults(manifest: Manifest) -> Iterator[str]:
+    """Say which values of their own blocks read that nothing gives before the blocks run."""
+    graphs = manifest.graphs
+    made = (g.outputs for g in graphs.values() if g.runs in ("shape", "prompt", "run"))
+    given = {name for outputs in made for name in outputs}
+    given |= {name for name, entry in manifest.inputs.items() if entry.runs == "prompt"}
+    for index, stage in enumerate(manifest.stages):
+        readers = [graphs[n] for n in (stage.block, stage.context) if n in graphs]
+        for name, values in stage.reads.items():
+            where = f"'stages.{index}.reads.{name}'"
+            if len(values) != stage.count:
+                yield f"{where} names {len(values)} values for {stage.count} blocks"
+            if not any(name in reader.inputs for reader in readers):
+                yield f"{where} is no input of the stage's graphs"
+            for value in sorted(set(values) - given):
+                yield f"{where} names '{value}', which nothing gives before the blocks"
 
 
 def _skip_faults(manifest: Manifest) -> Iterator[str]:

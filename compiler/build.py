@@ -122,6 +122,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> BuildRepor
                     n: SkipEntry(stream=skip.stream, blocks=list(skip.blocks))
                     for n, skip in s.skips.items()
                 },
+                reads={n: list(values) for n, values in s.reads.items()},
             )
             for s in cut.stages
         ]

@@ -94,7 +94,7 @@ class Body:
         before = 0  # blocks of earlier stages
         for stage in self._manifest.stages:
             blocks = range(stage.first, stage.first + stage.count)
-            own = {b: self._bind_context(stage, b, {**shared, **context}) for b in blocks}
+            own = {b: self._own_of(stage, b, {**shared, **context}) for b in blocks}
             for name, skip in stage.skips.items():
                 for block, maker in zip(blocks, skip.blocks, strict=True):
                     own[block][name] = self._kept[skip.stream, maker]
@@ -112,15 +112,17 @@ class Body:
         self.results = {s: self._streams[s] for s in cached}
         self.set_prompt(prompt)
 
-    def _bind_context(
+    def _own_of(
         self, stage: StageEntry, block: int, values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Allocate what ``block`` alone gets from the prompt, and bind the call that fills it."""
+        """Return what ``block`` alone reads, and bind the call that makes its context."""
+        own = {name: values[read[block - stage.first]] for name, read in stage.reads.items()}
         if stage.context is None:
-            return {}
-        own = allocate(self._manifest.graphs[stage.context].outputs, self.dims, self._model.device)
-        self._prompt_calls.append(self._model.bind(stage.context, {**values, **own}, block))
-        return own
+            return own
+        made = allocate(self._manifest.graphs[stage.context].outputs, self.dims, self._model.device)
+        values = {**values, **own, **made}
+        self._prompt_calls.append(self._model.bind(stage.context, values, block))
+        return {**own, **made}
 
     def _kept_of_group(self, group: GroupEntry, place: int) -> dict[str, Tensor]:
         """Allocate what blocks of a group give that a later stage reads; ``place`` is block 0's."""

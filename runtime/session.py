@@ -474,7 +474,7 @@ class Session:
         graphs = self.manifest.graphs.values()
         rows: dict[str, Tensor] = {}
         for name in (n for g in graphs if g.runs == "run" for n in g.outputs):
-            entry = next((g.inputs[name] for g in graphs if name in g.inputs), None)
+            entry = self.manifest.row_of(name)
             if entry is not None:  # else policies alone look at it, in its table
                 rows |= allocate({name: entry}, {}, self.model.device)
         return rows

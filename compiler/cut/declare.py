@@ -29,6 +29,7 @@ from .declared import Segment as Graph
 from .dimensions import Dimensions
 from .names import fresh_name
 from .precision import typed
+from .reads import find_reads
 from .refusal import refuse, refuse_what_has_no_word
 from .row import Ignored, Row, Same
 from .streams import find_streams, latents_of
@@ -124,6 +125,7 @@ class _Declaration:
         self.streams = find_streams(cut)
         self.words = self._words()
         self.aliases = self._aliases()
+        self.reads = find_reads(cut, self.streams, self.words)
         self.dimensions = Dimensions(row, cut, config, self._hidden())
         self.dtypes: dict[str, torch.dtype] = {
             name: getattr(torch, one.dtype) for name, one in cut.inputs.items()
@@ -242,19 +244,18 @@ class _Declaration:
         """Declare a segment's graph; of the first template also its tapped form and the signal."""
         segment = self.cut.segments[call.segment]
         streams = self.streams.inputs.get(call.segment, {})
-        skips = self.streams.skip_names(call.segment)
-        names: dict[str, str] = {}
-        for i, argument in enumerate(segment.inputs):
-            value = self.aliases.get(call.inputs[i], call.inputs[i])
-            word = streams.get(i) or skips.get(i) or self.words[value]
-            names[argument] = word
+        handed_on = {**streams, **self.streams.skip_names(call.segment)}
+        own = self.reads.names[call.segment]
+        names = {
+            argument: handed_on.get(i) or own.get(i) or self._word(call.inputs[i])
+            for i, argument in enumerate(segment.inputs)
+        }
         if len(set(names.values())) < len(names):
             refuse(
                 self.cut.model,
                 f"reads one value twice in segment '{segment.name}'",
                 list(names.values()),
             )
-        self._refuse_values_of_their_own(call, {**streams, **skips})
         module = segment.module
         signal: fx.Node | None = None
         outputs = [self.words[v] for v in call.outputs]
@@ -290,6 +291,8 @@ class _Declaration:
                 segment.inputs, arguments(segment.module), call.inputs, strict=True
             )
         }
+        for name in own.values():
+            self._refuse_other_shapes(name, inputs[name])
         hidden_tables = tuple(self.words[v] for v in call.outputs if v in self.aliases)
         batch = "steps" if segment.runs == "run" else "batch"
         specs = {
@@ -307,23 +310,25 @@ class _Declaration:
         whole = Graph(f"{segment.name}_tapped", "block", made, inputs, specs, prefix, precision)
         return [self._modulate(call, module, signal, streams), graph, whole]
 
-    def _refuse_values_of_their_own(self, first: Call, handed_on: Mapping[int, str]) -> None:
-        """Refuse blocks of one template that read different rows of a table, or parts of a prompt.
+    def _word(self, value: str) -> str:
+        """Return the bundle's name of a value; a view of a table is the table."""
+        return self.words[self.aliases.get(value, value)]
 
-        An argument's name stands for one value, or for a stream or a skip connection, or for what
-        each block's own context makes.
-        """
-        for call in self.cut.calls:
-            if call.segment != first.segment:
-                continue
-            for i, (value, firsts) in enumerate(zip(call.inputs, first.inputs, strict=True)):
-                is_own = value.startswith(f"{call.block}.") and firsts.startswith(f"{first.block}.")
-                if value != firsts and not is_own and i not in handed_on:
-                    refuse(
-                        self.cut.model,
-                        "hands different values to equal blocks",
-                        [f"{firsts} to {first.block}", f"{value} to {call.block}"],
-                    )
+    def _refuse_other_shapes(self, name: str, spec: TensorSpec) -> None:
+        """Refuse values of blocks' own that are not all as the first."""
+        for block, value in self.reads.values[name].items():
+            made = self.maker.get(value)
+            if made is None:
+                found = self._inputs()[self.words[value]].spec
+            else:
+                node = results(self.cut.segments[made.segment].module)[made.outputs.index(value)]
+                found = self._argument_spec(node, value, self.dtypes[value])
+            if found != spec:
+                refuse(
+                    self.cut.model,
+                    "hands values of different shapes to equal blocks",
+                    [f"{value} to {block}"],
+                )
 
     def _modulate(
         self, call: Call, module: fx.GraphModule, signal: fx.Node, streams: Mapping[int, str]
@@ -331,8 +336,7 @@ class _Declaration:
         """Declare the graph of the first block's modulated input."""
         looked_at, read = alone(self.cut, call, module, signal, name="modulate")
         of_stream = {call.inputs[i]: stream for i, stream in streams.items()}
-        values = {a: self.aliases.get(v, v) for a, v in read.items()}
-        names = {a: of_stream.get(v) or self.words[values[a]] for a, v in read.items()}
+        names = {a: of_stream.get(v) or self._word(v) for a, v in read.items()}
         given = {a: self.dtypes[v] for a, v in read.items()}
         made, _ = typed(
             looked_at, given, precision=None, stored=self.stored, batch=self.batch, names=names
@@ -417,6 +421,17 @@ class _Declaration:
                     len(calls),
                     first,
                     skips,
+                    self._reads_of(segment, context.get(calls[0].block), calls),
                 )
             )
         return tuple(stages)
+
+    def _reads_of(
+        self, block: str, context: str | None, calls: Sequence[Call]
+    ) -> dict[str, tuple[str, ...]]:
+        """Return what each block of a stage reads for itself, and its context."""
+        names = {n for s in (block, context) for n in self.reads.names.get(s or "", {}).values()}
+        return {
+            name: tuple(self._word(self.reads.values[name][call.block]) for call in calls)
+            for name in sorted(names)
+        }

@@ -104,6 +104,8 @@ class Stage:
         count: Number of blocks.
         first: Checkpoint index of the first one.
         skips: Input → what blocks of an earlier stage left there.
+        reads: Input of ``block`` or ``context`` → the value that each block reads there, known
+            before the blocks run.
     """
 
     block: str
@@ -112,6 +114,7 @@ class Stage:
     count: int
     first: int = 0
     skips: Mapping[str, Skip] = field(default_factory=dict)
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import ERNIE_IMAGE, GLM_IMAGE, HUNYUAN_IMAGE, LUMINA_2
+from .patches import CHROMA, ERNIE_IMAGE, GLM_IMAGE, HUNYUAN_IMAGE, LUMINA_2
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 
 __all__ = ["IMAGE_MODELS"]
@@ -60,6 +60,23 @@ IMAGE_MODELS: tuple[Row, ...] = (
         name="bria",
         latent_scale=(1, 8),
         packed=2,
+    ),
+    Row(
+        "ChromaTransformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "img_ids": prompt("tokens 3", fill="positions"),
+            "txt_ids": prompt("text_tokens 3", fill="positions"),
+            "attention_mask": prompt("batch text_tokens+tokens", fill="mask"),
+        },
+        pipelines=("ChromaPipeline",),
+        name="chroma",
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        packed=2,
+        patches=CHROMA,
     ),
     Row(
         "OvisImageTransformer2DModel",

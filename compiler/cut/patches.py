@@ -6,6 +6,7 @@ from __future__ import annotations
 from .patch import Patch
 
 __all__ = [
+    "CHROMA",
     "CONSIS_ID",
     "ERNIE_IMAGE",
     "GLM_IMAGE",
@@ -210,6 +211,17 @@ hidden_states = self.perceiver_cross_attention[ca_idx](face, hidden_states)
 )
 """What attention to the face adds to the stream is added inside its block, not behind it: then a block
 hands the stream on, as all others do."""
+
+CHROMA = (
+    Patch(
+        "ChromaCombinedTimestepTextProjEmbeddings.forward",
+        first="guidance_proj =",
+        until="mod_proj =",
+        digest="c0efa1dd051f",
+        lines="guidance_proj = self.guidance_proj(torch.zeros_like(timestep))",
+    ),
+)
+"""As many zeros as there are timesteps: a list of Python's has a length that is no symbolic size."""
 
 ERNIE_IMAGE = (
     Patch(

@@ -358,7 +358,7 @@ def _group_reference(
     segment = segments[stage.block]
     blocks = range(group.first, group.first + group.count)
     context = segments[stage.context].outputs if stage.context is not None else {}
-    own = frozenset({*context, *stage.skips})
+    own = frozenset({*context, *stage.skips, *stage.reads})
     reference = Reference(segment, [_weights(bundle, segment, b) for b in blocks], blocks, own)
     taps = {
         **{n: f"{n}.{blocks[-1]}" for n in segment.outputs if n.endswith("_out")},

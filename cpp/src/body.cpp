@@ -101,6 +101,10 @@ Status Body::bind_stage(const StageEntry& stage) {
   Tensors grouped = values_;
   for (std::int64_t block = stage.first; block < stage.first + stage.count; ++block) {
     Tensors values = values_;
+    for (const auto& [name, read] : stage.reads) {
+      const std::string& value = read[static_cast<std::size_t>(block - stage.first)];
+      grouped[name + "." + std::to_string(block)] = values[name] = values_.at(value);
+    }
     if (stage.context) {
       const auto& outputs = model_->manifest().graphs.at(*stage.context).outputs;
       FREEWHEEL_TRY(buffers_.allocate(model_->memory(), outputs, dims_, values));

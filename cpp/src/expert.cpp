@@ -31,13 +31,11 @@ Status Expert::initialise() {
   for (const auto& [graph_name, graph] : manifest().graphs) {
     if (graph.runs != "run") continue;
     for (const auto& [name, io] : graph.outputs) {
-      for (const auto& [reader_name, reader] : manifest().graphs) {
-        const auto input = reader.inputs.find(name);
-        if (input == reader.inputs.end() || rows_views_.count(name) != 0) continue;
-        FREEWHEEL_TRY(row_buffers_.allocate(model_.memory(), name, input->second, {}, rows_views_));
+      if (const Io* row = manifest().row_of(name)) {
+        FREEWHEEL_TRY(row_buffers_.allocate(model_.memory(), name, *row, {}, rows_views_));
         rows_.push_back({name, rows_views_.at(name), {}});
+        continue;
       }
-      if (rows_views_.count(name) != 0) continue;
       // Policies alone look at it, in its table: this says what shape it has.
       FREEWHEEL_TRY(row_buffers_.allocate(model_.memory(), name, io, {{"steps", 1}}, rows_views_));
     }

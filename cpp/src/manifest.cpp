@@ -146,6 +146,13 @@ void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
         skip.blocks.push_back(reader.integer(block, place + ".blocks", 0, kMaxBlocks));
       }
     }
+    const json& reads = reader.object(stages[i], path, "reads", true);
+    for (const auto& [name, entry] : reads.items()) {
+      std::vector<std::string>& values = stage.reads[name];
+      for (const json& value : reader.array(reads, path + ".reads", name.c_str())) {
+        values.push_back(value.is_string() ? value.get<std::string>() : std::string());
+      }
+    }
     blocks += stage.count;
     manifest.stages.push_back(std::move(stage));
   }
@@ -241,6 +248,40 @@ void read_contents(FieldReader& reader, const json& data, Manifest& manifest) {
   }
 }
 
+/// Checks that blocks read for themselves what is given before they run.
+void check_reads(FieldReader& reader, const Manifest& manifest) {
+  std::set<std::string> given;
+  for (const auto& [name, graph] : manifest.graphs) {
+    if (graph.runs != "shape" && graph.runs != "prompt" && graph.runs != "run") continue;
+    for (const auto& [output, io] : graph.outputs) given.insert(output);
+  }
+  for (const auto& [name, input] : manifest.inputs) {
+    if (input.runs == "prompt") given.insert(name);
+  }
+  for (std::size_t i = 0; i < manifest.stages.size(); ++i) {
+    const StageEntry& stage = manifest.stages[i];
+    const auto takes = [&](const std::string& graph, const std::string& name) {
+      const auto found = manifest.graphs.find(graph);
+      return found != manifest.graphs.end() && found->second.inputs.count(name) != 0;
+    };
+    for (const auto& [name, values] : stage.reads) {
+      const std::string path = "stages." + std::to_string(i) + ".reads." + name;
+      if (static_cast<std::int64_t>(values.size()) != stage.count) {
+        reader.fault(path, "names " + std::to_string(values.size()) + " values for " +
+                               std::to_string(stage.count) + " blocks");
+      }
+      if (!takes(stage.block, name) && !takes(stage.context.value_or(""), name)) {
+        reader.fault(path, "is no input of the stage's graphs");
+      }
+      for (const std::string& value : values) {
+        if (given.count(value) == 0) {
+          reader.fault(path, "names '" + value + "', which nothing gives before the blocks");
+        }
+      }
+    }
+  }
+}
+
 /// Checks that each skip connection reads what a block of an earlier stage gives.
 void check_skips(FieldReader& reader, const Manifest& manifest) {
   // Of each place in earlier stages: the graph that makes what is left there, and how its outputs'
@@ -295,6 +336,7 @@ void check_references(FieldReader& reader, const Manifest& manifest) {
     if (stage.tapped) wants_graph(path + ".tapped", *stage.tapped);
     for (const GroupEntry& group : stage.groups) wants_graph(path + ".groups", group.graph);
   }
+  check_reads(reader, manifest);
   check_skips(reader, manifest);
   for (const auto& [name, policy] : manifest.policies) {
     wants_graph("policies." + name + ".graph", policy.graph);
@@ -363,6 +405,22 @@ std::string Io::text() const {
     text += name != nullptr ? *name : std::to_string(std::get<std::int64_t>(shape[axis]));
   }
   return text + "]";
+}
+
+const Io* Manifest::row_of(const std::string& table) const {
+  std::set<std::string> names{table};
+  for (const StageEntry& stage : stages) {
+    for (const auto& [name, values] : stage.reads) {
+      if (std::find(values.begin(), values.end(), table) != values.end()) names.insert(name);
+    }
+  }
+  for (const auto& [graph_name, graph] : graphs) {
+    for (const std::string& name : names) {
+      const auto input = graph.inputs.find(name);
+      if (input != graph.inputs.end()) return &input->second;
+    }
+  }
+  return nullptr;
 }
 
 Result<Manifest> Manifest::parse(const std::string& text, const std::string& where) {

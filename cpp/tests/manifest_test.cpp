@@ -194,6 +194,14 @@ TEST_F(ManifestTest, DanglingNamesAreFaults) {
     m["stages"][0]["groups"] = {{{"graph", "block"}, {"first", 0}, {"count", 3}}};
   };
   expect_holds(fault(skip_of_a_group), "reads 'hidden' of block 0, which gives none before");
+  const auto read = [](const char* value, std::size_t count, const char* input = "timestep_proj") {
+    return [=](json& m) {
+      m["stages"][0]["reads"][input] = std::vector<std::string>(count, value);
+    };
+  };
+  expect_holds(fault(read("temb", 1)), "names 1 values for 3 blocks");
+  expect_holds(fault(read("temb", 3, "none")), "reads.none' is no input of the stage's graphs");
+  expect_holds(fault(read("hidden", 3)), "names 'hidden', which nothing gives before the blocks");
   expect_holds(fault([](json& m) { m["default_config"] = "none"; }), "default_config");
   expect_holds(fault([](json& m) { m["graphs"].erase("reuse"); }), "'graphs.reuse' is missing");
   expect_holds(fault([](json& m) { m["graphs"]["head"]["file"] = "x"; }), "not among the files");

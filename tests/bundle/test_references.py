@@ -30,6 +30,10 @@ def skip(place: int, stream: str = "hidden", count: int = 3) -> dict[str, Any]:
     return {"hidden_skip": {"stream": stream, "blocks": [place] * count}}
 
 
+def reads(value: str, count: int) -> dict[str, list[str]]:
+    return {"timestep_proj": [value] * count}
+
+
 @pytest.mark.parametrize(
     ("edit", "fault"),
     [
@@ -50,6 +54,9 @@ def skip(place: int, stream: str = "hidden", count: int = 3) -> dict[str, Any]:
         (lambda d: d["stages"].append(d["stages"][0] | {"skips": skip(3)}), "block 3, which gives none"),
         (lambda d: d.update(stages=[d["stages"][0] | {"groups": [group(0, 3)]}, d["stages"][0] | {"skips": skip(0)}]),
          "'hidden' of block 0, which gives none before"),
+        (lambda d: d["stages"][0].update(reads=reads("temb", 1)), "names 1 values for 3 blocks"),
+        (lambda d: d["stages"][0].update(reads={"none": ["temb"] * 3}), "reads.none' is no input of the stage's"),
+        (lambda d: d["stages"][0].update(reads=reads("hidden", 3)), "names 'hidden', which nothing gives before"),
         (lambda d: d["policies"]["off"].update(graph="decide.of"), "'policies.off.graph'"),
         (lambda d: d["policies"]["teacache"]["spec"].update(distance="none"), "names no state"),
         (lambda d: d["policies"]["off"]["spec"]["history"].update(parameter="x"), "names no parameter"),

@@ -38,9 +38,9 @@ BY_CONTENT = CacheSetting(
 FAMILIES = {"flux": flux, "hunyuan": hunyuan, "ltx": ltx}
 
 
-FOUND = ("qwen_image", "sd35", "flux_2", "wan_vace")
+FOUND = ("qwen_image", "sd35", "flux_2", "wan_vace", "chroma")
 """Models whose cut is found: several graphs of the prompt, masks, three kinds of blocks, streams that a
-block begins, skip connections."""
+block begins, skip connections, a table for each block."""
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,8 @@ struct StageEntry {
   std::int64_t first = 0, count = 0;
   std::vector<GroupEntry> groups;  ///< Empty where weights are inputs.
   std::map<std::string, SkipEntry> skips;
+  /// Input of `block` or `context` -> the value that each block reads there, by name.
+  std::map<std::string, std::vector<std::string>> reads;
 };
 
 /// One of several transformers of equal config, which share every graph and engine.
@@ -157,6 +159,9 @@ struct Manifest {
   std::vector<EngineSet> engines;
   std::vector<SamplerEntry> samplers;
   std::map<std::string, FileEntry> files;
+
+  /// A table's row as graphs read it; null where policies alone look at the table.
+  const Io* row_of(const std::string& table) const;
 
   /// Parses and checks a manifest's text. Reports all its faults in one status.
   /// @param where What to call the file in messages.

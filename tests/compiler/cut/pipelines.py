@@ -166,6 +166,10 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "bria": ("BriaPipeline", shifted, lambda c: {
         **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0,
     }),
+    "chroma": ("ChromaPipeline", shifted, lambda c: {
+        **both(c.joint_attention_dim), **masks("prompt_attention_mask", dtype=torch.float32),
+        **SQUARE, "guidance_scale": 3.0,
+    }),
     "ovis_image": ("OvisImagePipeline", shifted, lambda c: {
         **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0, "negative_prompt": None,
     }),

@@ -86,6 +86,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": None,
         },
     ),
+    "chroma": (
+        "ChromaTransformer2DModel",
+        {
+            "approximator_hidden_dim": 16, "approximator_layers": 1, "approximator_num_channels": 8,
+            "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "in_channels": 4,
+            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 4,
+            "num_single_layers": 4, "patch_size": 1,
+        },
+    ),
     "ovis_image": (
         "OvisImageTransformer2DModel",
         {

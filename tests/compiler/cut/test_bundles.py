@@ -34,7 +34,7 @@ from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
 FOUND = (
-    "qwen_image", "sd3", "sd35", "bria", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
+    "qwen_image", "sd3", "sd35", "bria", "chroma", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "sana_video",
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana", "hunyuan_image_glyphs",
     "hunyuan_video_15", "mochi", "allegro", "nucleus_image", "z_image", "flux_3", "aura_flow",
@@ -179,7 +179,7 @@ def test_bundle_is_verified_against_its_own_cut(one: Case, bundle: Bundle) -> No
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["sd35", "wan_vace"])
+@pytest.mark.parametrize("name", ["sd35", "wan_vace", "chroma"])
 @pytest.mark.parametrize(
     ("options", "bound"),
     [({"weights": "baked"}, TOLERANCE), ({"precision": "bfloat16"}, 3e-2)],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONDITIONED, EVERY_RUN, Case, Conditioned, case
+from cases import EVERY_RUN, Case, case
 from small_configs import CASES
 from torch import Tensor
 
@@ -117,24 +117,6 @@ def test_a_sequence_of_two_kinds_of_tokens_has_their_sum() -> None:
     assert cut.sums == {"text_tokens_plus_tokens": ("text_tokens", "tokens")}
     rotary = cut.segments[0].outputs
     assert any("text_tokens_plus_tokens" in spec.shape for spec in rotary.values())
-
-
-class Numbered(Conditioned):
-    """Blocks that each read a row of their own, as Chroma's and Bria FIBO's do."""
-
-    def forward(self, x: Tensor, t: Tensor, pooled: Tensor, *, return_dict: bool) -> Tensor:
-        scale = self.scale(self.embed(t.unsqueeze(1)).tanh())
-        hidden = x.sin() * self.pool(pooled).unsqueeze(1)
-        for i, block in enumerate(self.blocks):
-            hidden = block(hidden, scale * (i + 1))
-        return hidden.sin()
-
-
-def test_blocks_that_read_rows_of_their_own_are_refused() -> None:
-    """One graph serves them all, and would give each the first one's."""
-    said = r"different values to equal blocks: \w+ to blocks\.0, \w+ to blocks\.[1-3]"
-    with pytest.raises(ExportError, match=said):
-        declare(CONDITIONED, Numbered, {}, "float32", lambda name: "float32")
 
 
 def test_blocks_may_each_read_what_an_earlier_one_left() -> None:

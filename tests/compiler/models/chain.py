@@ -69,6 +69,8 @@ class Chain:
         """Return the model output at the one timestep of ``inputs``; ``values`` has all outputs."""
         self.values = dict(inputs)
         rows = {n: s for g in self.cut.segments for n, s in g.inputs.items()}
+        for stage in self.cut.stages:
+            rows |= {n: rows[name] for name, read in stage.reads.items() for n in read}
         for segment in self.cut.segments:
             if segment.runs in ("prompt", "shape"):
                 self.values |= self.call(segment.name)
@@ -82,6 +84,8 @@ class Chain:
         left: list[dict[str, Tensor]] = []
         for stage in self.cut.stages:
             for block in range(stage.first, stage.first + stage.count):
+                for name, read in stage.reads.items():
+                    self.values[name] = self.values[read[block - stage.first]]
                 if stage.context is not None:
                     self.values |= self.call(stage.context, block)
                 for name, skip in stage.skips.items():
