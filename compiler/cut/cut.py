@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...core.errors import ExportError
+from .between import bring_into_blocks
 from .blocks import find_instances, find_templates
 from .classes import Classes, classify
 from .extract import extract
@@ -57,6 +58,7 @@ def cut_model(
         traced = trace(row, model_class, config, whole)
         tidy(traced)
         divide_joint(traced, find_instances(traced))
+        bring_into_blocks(traced, find_instances(traced))
         spread_no_vectors(traced)
         compose_rotary(traced, find_instances(traced))
         join_once(traced, find_instances(traced))

@@ -168,10 +168,10 @@ class _Declaration:
         words: dict[str, str] = {}
         latents = latents_of(self.cut)
         for name, one in self.cut.inputs.items():
-            argument = name.split(".")[0]
+            place = name.removeprefix("joint_attention_kwargs.")
             known = "timesteps" if one.changes == "run" else latents.get(name)
             words[name] = known or fresh_name(
-                INPUT_NAMES.get(argument, name.replace(".", "_")), words.values()
+                INPUT_NAMES.get(place.split(".")[0], place.replace(".", "_")), words.values()
             )
         for result, word in zip(self.cut.results, latents.values(), strict=True):
             words[result] = beside(word, LATENTS, MODEL_OUTPUT)

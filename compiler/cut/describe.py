@@ -24,6 +24,7 @@ from ...core.errors import CheckpointError, nearest
 from .cut import cut_model
 from .models import MODELS, row_of
 from .prove import random_inputs
+from .reads import late_values, own_places
 from .row import Row
 from .trace import skeleton
 from .words import Call, Cut, Segment
@@ -186,15 +187,23 @@ def _ahead(segments: list[dict[str, Any]], weights: int) -> dict[str, dict[str, 
 def _edges(cut: Cut) -> dict[tuple[str, str], dict[str, None]]:
     """Return segment or ``inputs`` and segment or ``results`` → values that the one gives the other.
 
-    Blocks of a template are one; a value bears its name without the block.
+    Blocks of a template are one; a value bears its name without the block. Values that blocks read
+    each for itself are one too: ``temb of each block``.
     """
     maker = dict.fromkeys(cut.inputs, ("inputs", ""))
+    own = {
+        (segment, i): f"{next(iter(values.values()))} of each block"
+        for segment in cut.segments
+        for i, values in own_places(cut, segment).items()
+        if not late_values(cut, values)
+    }
     edges: dict[tuple[str, str], dict[str, None]] = {}
     for call in cut.calls:
-        for name in call.inputs:
+        for i, name in enumerate(call.inputs):
             if name in maker:
                 source, block = maker[name]
-                edges.setdefault((source, call.segment), {})[name.removeprefix(f"{block}.")] = None
+                said = own.get((call.segment, i), name.removeprefix(f"{block}."))
+                edges.setdefault((source, call.segment), {})[said] = None
         maker.update((name, (call.segment, call.block)) for name in call.outputs)
     for name in cut.results:
         edges.setdefault((maker[name][0], "results"), {})[name] = None

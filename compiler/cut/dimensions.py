@@ -62,7 +62,7 @@ class Dimensions:
     def derived(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Add all that follows from the sizes that a model is traced with."""
         found = dict(sizes)
-        if self.row.packed > 1:
+        if self.row.packed:
             found |= {n: sizes.get(n, 1) * self.row.packed for n in ("height", "width")}
         return all_dims(self.factors, self.sums, found)
 
@@ -81,7 +81,7 @@ class Dimensions:
 
     def _factors(self) -> dict[str, tuple[DimFactor, ...]]:
         """Say how tokens, and tokens of a frame, follow from the sizes of the latents."""
-        if self.row.packed > 1:
+        if self.row.packed:
             by = self.row.packed
             rows = {"rows": (("height", by),), "columns": (("width", by),)}
             shapes = " ".join(one.shape for one in self.cut.inputs.values())

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import CHROMA, ERNIE_IMAGE, GLM_IMAGE, HUNYUAN_IMAGE, LUMINA_2
+from .patches import BRIA_FIBO_2, CHROMA, ERNIE_IMAGE, GLM_IMAGE, HUNYUAN_IMAGE, LUMINA_2
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
 
 __all__ = ["IMAGE_MODELS"]
@@ -60,6 +60,44 @@ IMAGE_MODELS: tuple[Row, ...] = (
         name="bria",
         latent_scale=(1, 8),
         packed=2,
+    ),
+    Row(
+        "BriaFibo2Transformer2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt(
+                "batch 1+len(injection_layer_ids) text_tokens cap_feat_dim"
+            ),
+            "encoder_attention_mask": prompt("batch text_tokens", dtype="bool", fill="mask"),
+        },
+        pipelines=("BriaFibo2Pipeline",),
+        name="bria_fibo_2",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+        timestep_scale=1000.0,
+        patches=BRIA_FIBO_2,
+    ),
+    Row(
+        "BriaFiboTransformer2DModel",
+        {
+            "hidden_states": step("batch tokens in_channels"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens joint_attention_dim"),
+            "text_encoder_layers": prompt(
+                "num_layers+num_single_layers batch text_tokens text_encoder_dim", listed=True
+            ),
+            "img_ids": prompt("tokens 3", fill="positions"),
+            "txt_ids": prompt("text_tokens 3", fill="positions"),
+            "joint_attention_kwargs": {
+                "attention_mask": prompt("batch 1 1 text_tokens+tokens", dtype="bool", fill="mask")
+            },
+        },
+        pipelines=("BriaFiboPipeline",),
+        name="bria_fibo",
+        latent_scale=(1, 16),
+        packed=1,
+        whole=True,
     ),
     Row(
         "ChromaTransformer2DModel",

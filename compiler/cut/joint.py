@@ -48,9 +48,11 @@ def divide_joint(trace: Trace, instances: Sequence[Instance]) -> None:
 
 
 def _is_of_text_and_latents(cat: fx.Node, of: Mapping[fx.Node, Dependency]) -> bool:
-    """Say whether parts are of the latents and of the prompt: learnt tokens stay with the latents."""
+    """Say whether tokens are of the latents and of the prompt: learnt ones stay with the latents."""
     parts = cast("list[fx.Node]", cat.args[0])
-    return "step" in of[cat].on and all(of[part].on & {"prompt", "step"} for part in parts)
+    is_of_tokens = _axis(cat) < value_of(cat).ndim - 1
+    of_both = "step" in of[cat].on and all(of[part].on & {"prompt", "step"} for part in parts)
+    return is_of_tokens and of_both
 
 
 def join_with_every_axis(trace: Trace, inside: set[fx.Node]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .patch import Patch
 
 __all__ = [
+    "BRIA_FIBO_2",
     "CHROMA",
     "CONSIS_ID",
     "ERNIE_IMAGE",
@@ -211,6 +212,34 @@ hidden_states = self.perceiver_cross_attention[ca_idx](face, hidden_states)
 )
 """What attention to the face adds to the stream is added inside its block, not behind it: then a block
 hands the stream on, as all others do."""
+
+BRIA_FIBO_2 = (
+    Patch(
+        "BriaFibo2Transformer2DModel.forward",
+        first="# 4. Gist count",
+        until="noise_mask = torch.zeros(",
+        digest="69b7f064d75c",
+        lines="""
+config = self.config
+fewest, most = config.min_num_gist_tokens, config.max_num_gist_tokens
+span = config.gist_max_text_len - config.gist_min_text_len
+lengths = encoder_attention_mask.sum(dim=1) - config.gist_min_text_len
+raw = fewest * span + lengths.clamp(0, span) * (most - fewest)
+counts = torch.ceil(raw / (span * config.gist_step)) * config.gist_step
+gist_mask = torch.arange(most, device=device) < counts.clamp(fewest, most)[:, None]
+gist = self.perceiver(encoder_hidden_states[:, 0], most, encoder_attention_mask, gist_mask)
+gist_ids = self.create_coordinate_grid((most, 1, 1), (1, 0, 0), device).flatten(0, 2)
+gist_freqs = self.rope_embedder(gist_ids).unsqueeze(0)
+image_start = most
+attention_mask = F.pad(gist_mask, (0, hidden_states.shape[1]), value=True)
+hidden_states = torch.cat([gist, hidden_states], dim=1)
+freqs_cis = torch.cat([gist_freqs, image_freqs], dim=1)
+""",
+    ),
+)
+"""All prompts have the most gist tokens, of which a mask tells those that the text's length asks for: as
+diffusers does it with prompts of several lengths in a batch. Positions tell tokens apart, so their
+order changes nothing."""
 
 CHROMA = (
     Patch(

@@ -156,7 +156,7 @@ class Row:
         timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's: multiplied
         timestep_offset: and then added.
         output_sign: -1 where the pipeline turns the model output round before the scheduler has it.
-        packed: Latent rows and columns in a token, where latents come as tokens.
+        packed: Latent rows and columns in a token, where latents come as tokens; else 0.
         fixed: Size → config key with which `forward` takes one value of it alone, and the value.
         usual: Size that neither pixels nor a config's text length tell → what it usually is.
         patches: What is traced in place of lines that can't be.
@@ -175,7 +175,7 @@ class Row:
     timestep_scale: float = 1.0
     timestep_offset: float = 0.0
     output_sign: int = 1
-    packed: int = 1
+    packed: int = 0
     fixed: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     usual: Mapping[str, int] = field(default_factory=dict)
     patches: tuple[Patch, ...] = ()

@@ -203,7 +203,7 @@ def example(
         return shape[0]
     if declared.fill == "mask":  # each batch element has fewer ones than the one before it
         ones = torch.tensor([max(shape[-1] - 2 * i, 1) for i in range(shape[0])])
-        return (torch.arange(shape[-1]) < ones[:, None]).to(dtype)
+        return (torch.arange(shape[-1]) < ones[:, None]).reshape(shape).to(dtype)
     if declared.fill in ("timestep", "fraction"):
         return torch.full(shape, 437.0 if declared.fill == "timestep" else 0.437).to(dtype)
     if declared.fill == "positions":

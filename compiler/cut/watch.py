@@ -399,9 +399,9 @@ class _Learner:
         return (frames or usual[0]) if moving else 1, next((p for p in pixels if p), usual[1])
 
     def _packed(self, scale: tuple[int, int]) -> int:
-        """Return latent rows in a token, where latents come as tokens."""
+        """Return latent rows in a token; 0 where latents don't come as tokens."""
         if "height" in self.known or "frames" in self.runs:
-            return 1
+            return 0
         known = {n: sizes[0] for n, sizes in self.known.items()}
         tokens = known["rows"] * known["columns"] if "rows" in known else known["tokens"]
         latents: float = self.asked["height"] * self.asked["width"] / scale[1] ** 2

@@ -195,9 +195,8 @@ TEST_F(ManifestTest, DanglingNamesAreFaults) {
   };
   expect_holds(fault(skip_of_a_group), "reads 'hidden' of block 0, which gives none before");
   const auto read = [](const char* value, std::size_t count, const char* input = "timestep_proj") {
-    return [=](json& m) {
-      m["stages"][0]["reads"][input] = std::vector<std::string>(count, value);
-    };
+    return
+        [=](json& m) { m["stages"][0]["reads"][input] = std::vector<std::string>(count, value); };
   };
   expect_holds(fault(read("temb", 1)), "names 1 values for 3 blocks");
   expect_holds(fault(read("temb", 3, "none")), "reads.none' is no input of the stage's graphs");

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 import sys
 import warnings
 import weakref
@@ -23,7 +24,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ...bundle.dims import match_dims, shape_of
+from ...bundle.dims import derive_dims, match_dims, shape_of
 from ...bundle.manifest import InputEntry
 from ...bundle.reader import Bundle
 from ...bundle.streams import LATENTS, beside, check_samples_one
@@ -520,7 +521,8 @@ class FreewheelTransformer:
             )  # fmt: skip
         inputs = self._model.manifest.inputs
         wanted = {n: i for n, i in inputs.items() if i.runs == "prompt"}
-        prompt_arguments = list(dict.fromkeys(i.argument.split(".")[0] for i in wanted.values()))
+        paths = {n: _of_attention(i.argument) for n, i in wanted.items()}
+        prompt_arguments = list(dict.fromkeys(path.split(".")[0] for path in paths.values()))
         if len(states) > len(prompt_arguments):
             raise RequestError(
                 "transformer", f"is given {len(states)} prompt inputs",
@@ -535,9 +537,9 @@ class FreewheelTransformer:
                 f"leave it out; it takes {', '.join(prompt_arguments)}",
             )  # fmt: skip
         found = {
-            n: _as_tensor(_leaf(given, i.argument), i)
+            n: _as_tensor(_leaf(given, paths[n]), i)
             for n, i in wanted.items()
-            if i.argument.split(".")[0] in given
+            if paths[n].split(".")[0] in given
         }
         absent = {n: i for n, i in wanted.items() if i.absent == "ones" and n not in found}
         sizes = {
@@ -545,6 +547,7 @@ class FreewheelTransformer:
             for name, tensor in (found.items() if absent else ())
             for dim, size in match_dims(name, wanted[name], tensor.shape).items()
         }
+        sizes = derive_dims(self._model.manifest, sizes)
         return found | {n: torch.ones(shape_of(i, sizes)) for n, i in absent.items()}
 
     def _place(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> tuple[str, int]:
@@ -713,6 +716,11 @@ class FreewheelTransformer:
                 self.warn(text)
 
 
+def _of_attention(path: str) -> str:
+    """Return the place of an argument; what attention is given lies beside the others."""
+    return re.sub(r"^(joint_)?attention_kwargs\.", "", path)
+
+
 def _leaf(given: Mapping[str, Any], path: str) -> Any:
     """Return a leaf of a nested argument: ``img_shapes.0.0.1``, ``added_cond_kwargs.resolution``."""
     name, *keys = path.split(".")
@@ -728,9 +736,11 @@ def _is_absent(value: Any) -> bool:
 
 
 def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
-    """Turn what a pipeline gives into a tensor: a count into its indices, numbers into a row."""
+    """Turn what a pipeline gives into a tensor: a count into its indices, a list into rows."""
     if isinstance(value, int) and len(entry.shape) == 1:
         return torch.arange(value)
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return torch.stack(value)
     return torch.as_tensor(value)
 
 

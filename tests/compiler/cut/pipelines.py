@@ -144,6 +144,18 @@ LTX_2_PARTS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+def bria_fibo_2(config: Any) -> dict[str, Any]:
+    """One text for the gist, and one for each block that reads the text."""
+    texts = 1 + len(config.injection_layer_ids)
+    prompts = both(config.cap_feat_dim, tokens=texts * TOKENS)
+    return {
+        **{name: one.unflatten(1, (texts, TOKENS)) for name, one in prompts.items()},
+        **masks("prompt_embeds_mask", dtype=torch.bool),
+        **SQUARE,
+        "guidance_scale": 3.0,
+    }
+
+
 def hunyuan_dit(config: Any) -> dict[str, Any]:
     return {
         **both(config.cross_attention_dim, tokens=config.text_len),
@@ -166,6 +178,7 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "bria": ("BriaPipeline", shifted, lambda c: {
         **both(c.joint_attention_dim), **SQUARE, "guidance_scale": 3.0,
     }),
+    "bria_fibo_2": ("BriaFibo2Pipeline", shifted, bria_fibo_2),
     "chroma": ("ChromaPipeline", shifted, lambda c: {
         **both(c.joint_attention_dim), **masks("prompt_attention_mask", dtype=torch.float32),
         **SQUARE, "guidance_scale": 3.0,

@@ -86,6 +86,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_single_layers": 4, "patch_size": 1, "pooled_projection_dim": None,
         },
     ),
+    "bria_fibo": (
+        "BriaFiboTransformer2DModel",
+        {
+            "attention_head_dim": 8, "axes_dims_rope": [0, 4, 4], "in_channels": 48,
+            "joint_attention_dim": 64, "num_attention_heads": 2, "num_layers": 3,
+            "num_single_layers": 3, "patch_size": 1, "pooled_projection_dim": None,
+            "text_encoder_dim": 32,
+        },
+    ),
+    "bria_fibo_2": (
+        "BriaFibo2Transformer2DModel",
+        {
+            "axes_dims": [4, 6, 6], "axes_lens": [64, 32, 32], "cap_feat_dim": 16, "dim": 32,
+            "gist_max_text_len": 32, "gist_min_text_len": 4, "gist_step": 2, "in_channels": 4,
+            "injection_layer_ids": [1, 2, 4], "max_num_gist_tokens": 8, "min_num_gist_tokens": 4,
+            "n_heads": 2, "n_layers": 6, "n_refiner_layers": 3, "perceiver_num_layers": 1,
+        },
+    ),
     "chroma": (
         "ChromaTransformer2DModel",
         {

@@ -25,6 +25,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.prove import eager, random_inputs
 from freewheel.compiler.cut.row import SIZES
+from freewheel.compiler.cut.trace import filled, leaves_of
 from freewheel.compiler.graphs.write import io_entries
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import RequestError
@@ -34,7 +35,8 @@ from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
 FOUND = (
-    "qwen_image", "sd3", "sd35", "bria", "chroma", "ovis_image", "prx", "joy_image_edit", "pixart", "pixart_alpha",
+    "qwen_image", "sd3", "sd35", "bria", "bria_fibo", "bria_fibo_2", "chroma", "ovis_image", "prx",
+    "joy_image_edit", "pixart", "pixart_alpha",
     "cogview3_plus", "cogview4", "hunyuan_image", "longcat_image", "sana_video",
     "cogvideox", "skyreels_v2", "motif_video", "flux_2", "sana", "hunyuan_image_glyphs",
     "hunyuan_video_15", "mochi", "allegro", "nucleus_image", "z_image", "flux_3", "aura_flow",
@@ -170,6 +172,28 @@ def test_a_second_timestep_is_taken_where_it_is_the_first(one: Case, bundle: Bun
     assert relative(found, expected) < TOLERANCE
     with pytest.raises(RequestError, match=f"argument '{second}': is not the timestep"):
         attached(**raw, **{second: raw["timestep"] / 2})
+
+
+def test_lists_and_what_attention_is_given_are_inputs(one: Case, bundle: Bundle) -> None:
+    """Given as the pipeline gives them, and without the mask, which masks nothing then."""
+    masks = [i.argument for i in bundle.manifest.inputs.values() if "kwargs." in i.argument]
+    if not masks:
+        pytest.skip("its attention is given nothing of the prompt")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(2)
+    config: Any = one.model.config
+    raw = random_inputs(one.row, config, one.row.sizes(config, {**SIZES, "batch": 1}))
+    (changing,) = (i.argument for i in bundle.manifest.inputs.values() if i.runs == "run")
+    raw[changing] = scheduler.timesteps[:1] / one.row.timestep_scale
+    pipe = Loop(one.model, scheduler)
+    attached = attach(pipe, bundle, "off", backend="onnxruntime").module
+    for padding in (True, False):
+        raw |= {name: raw[name] if padding else torch.ones_like(raw[name]) for name in masks}
+        arguments, named = leaves_of(one.row, config)
+        given = filled(arguments, (raw[name] for name in named))
+        if not padding:
+            given |= {name.split(".")[0]: {} for name in masks}
+        assert relative(attached(**given)[0], eager(one.row, one.model, raw)[0]) < TOLERANCE
 
 
 def test_bundle_is_verified_against_its_own_cut(one: Case, bundle: Bundle) -> None:

@@ -70,6 +70,15 @@ def test_values_go_from_segment_to_segment(wan: Case) -> None:
     assert edges["finish", "results"] == ["output"]
 
 
+@pytest.mark.nightly
+def test_values_of_each_block_are_one() -> None:
+    """Chroma's blocks each read two parts of the modulation, the image's and the text's."""
+    data = described(case("chroma"))
+    edges = {(source, reader): names for source, reader, names in data["edges"]}
+    found = edges["timestep", "transformer_blocks_block"]
+    assert found == ["temb of each block", "temb_2 of each block"]
+
+
 def test_the_documentation_shows_wans_cut_as_it_is_drawn(wan: Case) -> None:
     page = Path(__file__).parents[3] / "docs/explanation/cutting.md"
     chart = page.read_text(encoding="utf-8").split("```mermaid\n")[1].split("\n```")[0]

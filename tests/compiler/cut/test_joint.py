@@ -78,6 +78,22 @@ def test_between_and_behind_the_blocks_the_text_is_not_read(cut: Cut) -> None:
     assert last.outputs.index(read[0]) == 1  # the parts come out as they were joined
 
 
+class Channels(Model):
+    """The channels of a sequence are the latents' and the prompt's."""
+
+    def forward(self, x: Tensor, text: Tensor, return_dict: bool) -> Tensor:
+        joint = torch.cat([x[..., :2], text[..., :2]], dim=-1)
+        for block in self.blocks:
+            joint = block(joint)
+        return joint.sin()
+
+
+def test_channels_that_are_joined_are_no_two_sequences() -> None:
+    row = Row("Channels", {"x": step("batch tokens 4"), "text": prompt("batch tokens 4")})
+    streams = find_streams(cut_model(row, Channels, {}))
+    assert set(streams.outputs["block"].values()) == {"hidden"}
+
+
 def kinds(forward: Any) -> tuple[list[str], Any]:
     found = traced(forward, x=step("batch tokens 4"), y=step("batch text_tokens 4"))
     divide_joint(found, [])
