@@ -168,6 +168,7 @@ class InputEntry(IoEntry):
         offset: What is added then.
         absent: What stands for it where a pipeline leaves it out, or None.
         same: Other arguments of diffusers' that are given the same.
+        of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step.
     """
 
     argument: str
@@ -176,6 +177,7 @@ class InputEntry(IoEntry):
     offset: float = 0.0
     absent: Literal["ones"] | None = None
     same: list[str] = []
+    of: list[str] = [LATENTS]
 
 
 class SignalEntry(_Entry):

@@ -290,6 +290,7 @@ def _inputs(cut: Cut) -> dict[str, InputEntry]:
             offset=i.offset,
             absent=i.absent,
             same=list(i.same),
+            of=list(i.of),
         )
         for n, i in cut.inputs.items()
     }

@@ -34,6 +34,7 @@ from .model import LoadedModel
 from .pacer import Pacer
 from .resolved_setting import ResolvedSetting, resolve
 from .statistics import BranchStatistics, RunStatistics
+from .timesteps import timestep_inputs
 
 __all__ = ["OpenStep", "Recorder", "Session", "StepRecord"]
 
@@ -158,6 +159,7 @@ class Session:
         self._shared_decision: tuple[int, DecisionRecord] | None = None
         self.on_decision: Callable[[int, DecisionRecord], None] = lambda step_index, decision: None
         self._timesteps = torch.zeros(0)
+        self._timestep_inputs: dict[str, Tensor] = {}
         self._schedule = Schedule.of(())
         self._tables: dict[str, Tensor] = {}
         self._rows = self._allocate_rows()
@@ -240,6 +242,11 @@ class Session:
     def timesteps(self) -> Tensor:
         """float32 [steps] of the current run."""
         return self._timesteps
+
+    @property
+    def timestep_inputs(self) -> Mapping[str, Tensor]:
+        """Each input that is a timestep, float32 [steps] of the current run."""
+        return self._timestep_inputs
 
     def last_step(self, branch: str) -> int:
         """Return the step that ``branch`` ran last in this run, or -1."""
@@ -485,11 +492,13 @@ class Session:
             return
         with self._timed("prepare"):
             self._timesteps = wanted.clone()
+            given = timestep_inputs(self.manifest.inputs, self._timesteps)
+            self._timestep_inputs = given
             for name, graph in self.manifest.graphs.items():
                 if graph.runs != "run":
                     continue
                 tables = allocate(graph.outputs, {"steps": len(wanted)}, self.model.device)
-                self.model.bind(name, {"timesteps": self._timesteps, **tables}).run()
+                self.model.bind(name, {**given, **tables}).run()
                 self._tables |= tables
             self.model.backend.synchronize()
 

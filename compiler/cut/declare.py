@@ -31,7 +31,7 @@ from .names import fresh_name
 from .precision import typed
 from .reads import find_reads
 from .refusal import refuse, refuse_what_has_no_word
-from .row import Ignored, Row, Same
+from .row import Ignored, Input, Row, Same
 from .streams import find_streams, latents_of
 from .taps import attention_output, modulated_input
 from .words import PRODUCTS, Call, Cut, arguments, operation, results
@@ -108,6 +108,11 @@ def _arguments(row: Row) -> dict[str, bool | int | float | str | None]:
     }
 
 
+def _timesteps(one: Input) -> str:
+    """Return the bundle's name for a timestep: ``timesteps``, or ``next_timesteps``."""
+    return "_".join([*(of for of in one.of if of != LATENTS), "timesteps"])
+
+
 class _Declaration:
     def __init__(
         self,
@@ -169,7 +174,7 @@ class _Declaration:
         latents = latents_of(self.cut)
         for name, one in self.cut.inputs.items():
             place = name.removeprefix("joint_attention_kwargs.")
-            known = "timesteps" if one.changes == "run" else latents.get(name)
+            known = _timesteps(one) if one.changes == "run" else latents.get(name)
             words[name] = known or fresh_name(
                 INPUT_NAMES.get(place.split(".")[0], place.replace(".", "_")), words.values()
             )
@@ -237,6 +242,7 @@ class _Declaration:
                     for argument, other in self.row.inputs.items()
                     if isinstance(other, Same) and other.argument == name
                 ),
+                one.of,
             )
         return found
 

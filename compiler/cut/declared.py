@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from ...bundle.manifest import SumTerm
-from ...bundle.streams import HIDDEN
+from ...bundle.streams import HIDDEN, LATENTS
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 
@@ -132,6 +132,7 @@ class ModelInput:
         offset: What is added then.
         absent: What stands for it where a pipeline leaves it out, or None.
         same: Other arguments that are given the same.
+        of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step.
     """
 
     argument: str
@@ -141,6 +142,7 @@ class ModelInput:
     offset: float = 0.0
     absent: Literal["ones"] | None = None
     same: tuple[str, ...] = ()
+    of: tuple[str, ...] = (LATENTS,)
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,7 @@ IMAGE_MODELS: tuple[Row, ...] = (
         {
             "hidden_states": step("batch in_channels height width"),
             "timestep": run(),
+            "timestep_r": run(of=("next",), needs="use_meanflow"),
             "guidance": prompt("batch", needs="guidance_embeds"),
             "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
             "encoder_attention_mask": TEXT_MASK,
@@ -253,13 +254,6 @@ IMAGE_MODELS: tuple[Row, ...] = (
         latent_scale=(1, 32),
         usual={"text_tokens_2": 128},
         patches=HUNYUAN_IMAGE,
-        refused={
-            "use_meanflow": (
-                True,
-                "is true: distilled models that take a second timestep can't be cut yet",
-                "use the checkpoint that is not distilled",
-            )
-        },
     ),
     Row(
         "LongCatImageTransformer2DModel",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .patch import Patch
 
 __all__ = [
+    "ANY_FLOW",
     "BRIA_FIBO_2",
     "CHROMA",
     "CONSIS_ID",
@@ -315,3 +316,21 @@ GLM_IMAGE = (
     ),
 )
 """Embeddings that are dropped become zeros where they stand: a list of them has no known length."""
+
+ANY_FLOW = (
+    Patch(
+        "AnyFlowDualTimestepTextImageEmbedding.forward_timestep",
+        first="timestep = timestep.reshape",
+        until="timestep = self.timesteps_proj",
+        digest="fb17b9a182c1",
+        lines="timestep, delta_timestep = timestep[:, 0], delta_timestep[:, 0]",
+    ),
+    Patch(
+        "AnyFlowDualTimestepTextImageEmbedding.forward_timestep",
+        first="rt_emb = rt_emb.unflatten",
+        until="return rt_emb",
+        digest="e916fa9bc6f0",
+        lines="rt_emb, timestep_proj = rt_emb.unsqueeze(1), timestep_proj.unsqueeze(1)",
+    ),
+)
+"""All frames have the step's timesteps, so that one embedding serves all of their tokens."""

@@ -63,8 +63,8 @@ def typed(
         batch: Sizes that a vector without tokens may have.
         names: Argument → what the copy calls it.
         returned: Position of a result → dtype that it is cast to.
-        scale: What the first argument is divided by,
-        offset: after this is taken off it.
+        scale: What arguments are divided by,
+        offset: after this is taken off them.
 
     Returns:
         The graph, and the dtypes of what it returns. A whole number that the graph takes becomes
@@ -107,14 +107,10 @@ class _Typing:
         for node in self.module.graph.nodes:
             if node.op == "output":
                 results = [self.copies[one] for one in node.args[0]]
-                returned = [
-                    self._cast(one, cast[i]) if i in cast else one for i, one in enumerate(results)
-                ]
+                returned = [self._returned(one, cast.get(i)) for i, one in enumerate(results)]
             elif node.op == "placeholder":
                 copy = self._argument(node, names.get(node.name, node.name))
-                if not self.copies:
-                    copy = self._brought_back(copy, scale, offset)
-                self.copies[node] = copy
+                self.copies[node] = self._brought_back(copy, scale, offset)
             else:
                 self.copies[node] = self._copy(node)
         dtypes = [self.values[one].dtype for one in returned]
@@ -126,6 +122,12 @@ class _Typing:
         # What no checkpoint holds is no part of a state dict; a graph module forgets that.
         made._non_persistent_buffers_set.update(name for name, _ in made.named_buffers())
         return made, dtypes
+
+    def _returned(self, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+        """Cast a result; no engine hands on float64, in which some models make rotary tables."""
+        is_double = self.values[node].dtype == torch.float64
+        wanted = torch.float32 if dtype is None and is_double else dtype
+        return node if wanted is None else self._cast(node, wanted)
 
     def _argument(self, node: fx.Node, name: str) -> fx.Node:
         """Copy an argument; a whole number is the length of a vector."""
@@ -150,6 +152,8 @@ class _Typing:
         return node
 
     def _copy(self, node: fx.Node) -> fx.Node:
+        if self.precision is not None and _widens(node):  # to turn pairs: float32 does
+            return self.copies[node.all_input_nodes[0]]
         copy = self._weight(node) if node.op == "get_attr" else self._operation(node)
         copy.meta = {**node.meta, **copy.meta}
         return copy
@@ -267,6 +271,11 @@ class _Typing:
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
         with torch.no_grad():
             self.values[node] = target(*args, **kwargs)
+
+
+def _widens(node: fx.Node) -> bool:
+    """Say whether a node casts to float64."""
+    return operation(node) in ("_to_copy", "to") and value_of(node).dtype == torch.float64
 
 
 def on_device_of(constant: Tensor, other: Tensor) -> Tensor:

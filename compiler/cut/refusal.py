@@ -53,7 +53,7 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
     runs = [n for n, one in cut.inputs.items() if one.changes == "run"]
     if not steps:
         refuse(model, "takes no input that changes at every step")
-    if len(runs) != 1:
+    if len({cut.inputs[n].of for n in runs}) != len(runs) or not runs:
         refuse(model, f"takes {len(runs)} timesteps", runs)
     of_many = [n for n in runs if cut.inputs[n].shape not in ("batch", "1")]
     if of_many:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
+from ...bundle.streams import LATENTS
 from .patch import Patch
 
 __all__ = [
@@ -57,6 +58,9 @@ class Input:
         fill: Values to prove a cut with.
         needs: Config key without which the model takes no such input.
         listed: Whether `forward` takes a list with a tensor for each element of the first dimension.
+        of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step.
+        over: Argument, and a dimension of it, over which a timestep is repeated: pipelines give each
+            frame the same.
     """
 
     changes: Changes
@@ -65,6 +69,8 @@ class Input:
     fill: Fill = "normal"
     needs: str | None = None
     listed: bool = False
+    of: tuple[str, ...] = (LATENTS,)
+    over: tuple[str, int] | None = None
 
     def argument(self, value: Any) -> Any:
         """Return what `forward` takes where a cut takes a tensor, or a whole number."""

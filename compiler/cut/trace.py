@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ...bundle.streams import LATENTS
 from ...core.errors import ExportError
 from .patch import patched
 from .row import Ignored, Input, Row, Same, size_expression
@@ -153,6 +154,11 @@ def filled(arguments: Mapping[str, Any], leaves: Iterable[Any]) -> dict[str, Any
         dict(arguments),
         is_leaf=is_leaf,
     )
+    for name, declared in arguments.items():
+        if isinstance(declared, Input) and declared.over is not None:
+            argument, dimension = declared.over
+            times = found[argument].shape[dimension]
+            found[name] = found[name].unsqueeze(-1).expand(-1, times)
     return {n: found[v.argument] if isinstance(v, Same) else v for n, v in found.items()}
 
 
@@ -205,7 +211,8 @@ def example(
         ones = torch.tensor([max(shape[-1] - 2 * i, 1) for i in range(shape[0])])
         return (torch.arange(shape[-1]) < ones[:, None]).reshape(shape).to(dtype)
     if declared.fill in ("timestep", "fraction"):
-        return torch.full(shape, 437.0 if declared.fill == "timestep" else 0.437).to(dtype)
+        value = 437.0 if declared.of == (LATENTS,) else 211.0
+        return torch.full(shape, value if declared.fill == "timestep" else value / 1000).to(dtype)
     if declared.fill == "positions":
         return torch.randint(0, 9, shape, generator=generator).to(dtype)
     if isinstance(declared.fill, int):

@@ -25,8 +25,8 @@ BROADCASTS = frozenset({"add", "addcmul", "div", "expand", "mul", "sub"})
 
 TOKEN_BY_TOKEN = frozenset(
     {
-        "_to_copy", "gelu", "getitem", "layer_norm", "linear", "permute", "rms_norm", "sigmoid",
-        "silu", "slice", "split", "split_with_sizes", "squeeze", "tanh", "to", "unsqueeze",
+        "_to_copy", "gelu", "getitem", "layer_norm", "linear", "permute", "rms_norm", "select",
+        "sigmoid", "silu", "slice", "split", "split_with_sizes", "squeeze", "tanh", "to", "unsqueeze",
     }
 )  # fmt: skip
 """Operations that give the same for each token where they are given the same for each."""
@@ -66,7 +66,7 @@ def _without(trace: Trace, node: fx.Node) -> dict[fx.Node, Any] | None:
             return None
         value = _inferred(trace, reader, thin)
         kinds = {_compared(*pair) for pair in _pairs(value, value_of(reader))}
-        if kinds == {"equal"} and operation(reader) in BROADCASTS:
+        if kinds == {"equal"} and operation(reader) in {"select", *BROADCASTS}:
             continue
         if not kinds <= {"equal", "thin"}:
             return None

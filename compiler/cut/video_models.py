@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import CONSIS_ID, HUNYUAN_VIDEO_15, MOCHI
+from .patches import ANY_FLOW, CONSIS_ID, HUNYUAN_VIDEO_15, MOCHI
 from .row import (
     PATCH_IMAGE,
     PATCH_VIDEO,
@@ -241,6 +241,23 @@ VIDEO_MODELS: tuple[Row, ...] = (
         whole=True,
         usual={"image_tokens": 577},
         patches=CONSIS_ID,
+    ),
+    Row(
+        "AnyFlowTransformer3DModel",
+        {
+            "hidden_states": step("batch frames in_channels height width"),
+            "timestep": run(over=("hidden_states", 1)),
+            "r_timestep": run(of=("next",), over=("hidden_states", 1)),
+            "encoder_hidden_states": prompt("batch text_tokens text_dim"),
+            "encoder_hidden_states_image": prompt(
+                "batch image_tokens image_dim", needs="image_dim"
+            ),
+        },
+        pipelines=("AnyFlowPipeline",),
+        name="any_flow",
+        multiples=PATCH_VIDEO,
+        usual={"image_tokens": 257},
+        patches=ANY_FLOW,
     ),
 )
 """In the order in which each came to be cut."""

@@ -19,6 +19,7 @@ from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ...runtime.forecast.fold import fold
 from ...runtime.pipeline.schedulers import make_scheduler
+from ...runtime.timesteps import timestep_inputs
 from ..cut.declared import Cut
 from ..graphs.filters import signals_of
 from ..samplers import sampler_name
@@ -129,6 +130,7 @@ def timestep_tables(bundle: Bundle, cut: Cut, timesteps: torch.Tensor) -> dict[s
     Returns:
         ``timesteps`` and every output of the segments that run once per run, as arrays.
     """
+    given = timestep_inputs(bundle.manifest.inputs, timesteps)
     tables = {"timesteps": timesteps.numpy()}
     for segment in cut.segments:
         if segment.runs != "run":
@@ -137,7 +139,9 @@ def timestep_tables(bundle: Bundle, cut: Cut, timesteps: torch.Tensor) -> dict[s
             n: bundle.tensor(segment.prefix + n) for n, _ in segment.module.named_parameters()
         }
         with torch.no_grad():
-            outputs = functional_call(segment.module, weights, (timesteps,))
+            outputs = functional_call(
+                segment.module, weights, tuple(given[n] for n in segment.inputs)
+            )
         results = outputs if isinstance(outputs, tuple) else (outputs,)
         tables |= {n: t.numpy() for n, t in zip(segment.outputs, results, strict=True)}
     return tables

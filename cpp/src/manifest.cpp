@@ -353,9 +353,15 @@ void check_references(FieldReader& reader, const Manifest& manifest) {
   if (has_graph("finish") && manifest.graphs.at("finish").outputs.count("model_output") == 0) {
     reader.fault("graphs.finish.outputs", "lack 'model_output'");
   }
-  std::string sampled;
+  std::string sampled, timesteps;
   for (const auto& [name, input] : manifest.inputs) {
     if (input.runs == "step") sampled += (sampled.empty() ? "'" : "', '") + name;
+    if (input.runs == "run") timesteps += (timesteps.empty() ? "'" : "', '") + name;
+  }
+  if (timesteps.find(',') != std::string::npos) {
+    reader.fault("inputs", timesteps +
+                               "' are timesteps of one step, and C++ makes tables of one: attach " +
+                               "the bundle to its diffusers pipeline in Python");
   }
   if (sampled.find(',') != std::string::npos) {
     reader.fault("inputs", sampled +

@@ -249,5 +249,13 @@ TEST_F(ManifestTest, RefusesAModelThatSamplesSeveralThingsAtOnce) {
   expect_holds(found, "attach the bundle to its diffusers pipeline");
 }
 
+TEST_F(ManifestTest, RefusesAModelOfSeveralTimesteps) {
+  const std::string found = fault([](json& m) {
+    m["inputs"]["next_timesteps"] = m["inputs"]["timesteps"];
+    m["inputs"]["next_timesteps"]["argument"] = "timestep_r";
+  });
+  expect_holds(found, "'next_timesteps', 'timesteps' are timesteps of one step");
+}
+
 }  // namespace
 }  // namespace freewheel

@@ -16,6 +16,7 @@ from ..body import allocate
 from ..model import LoadedModel
 from ..resolved_setting import resolve
 from ..statistics import mean_count
+from ..timesteps import timestep_inputs
 
 __all__ = ["Folded", "fold", "forecast"]
 
@@ -86,11 +87,12 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
     if not resolve(model.manifest, setting).is_folded:
         return None
     wanted = timesteps.detach().to(model.device, torch.float32)
+    given = timestep_inputs(model.manifest.inputs, wanted)
     known: dict[str, torch.Tensor] = {}
     for name, graph in model.manifest.graphs.items():
         if graph.runs == "run":
             tables = allocate(graph.outputs, {"steps": len(wanted)}, model.device)
-            model.bind(name, {"timesteps": wanted, **tables}).run()
+            model.bind(name, {**given, **tables}).run()
             model.backend.synchronize()
             known |= {n: t.float().cpu() for n, t in tables.items()}
     return fold(setting, known, Schedule.of(wanted.tolist()))

@@ -228,8 +228,9 @@ class FreewheelTransformer:
         self._warned: set[str] = set()
         self._replaced: dict[str, weakref.ref[Any] | None] = {}
         self._load_session()
-        inputs = model.manifest.inputs.values()
-        self._timestep = next(i for i in inputs if i.runs == "run")
+        runs = {n: i for n, i in model.manifest.inputs.items() if i.runs == "run"}
+        self._timestep = runs.pop("timesteps")
+        self._other_timesteps = runs
         self._latents = {n: model.manifest.inputs[n].argument for n in model.manifest.latents}
 
     def _stand(self, adapters: Adapters) -> None:
@@ -413,11 +414,12 @@ class FreewheelTransformer:
         try:
             self._take_what_is_same(named_states, timestep)
             self._take_what_is_fixed(named_states)
+            others = self._take_other_timesteps(named_states)
             latents = self._take_latents(hidden_states, named_states)
             if isinstance(hidden_states, list):
                 answers = [
                     self._call(
-                        {n: _sample(s, i) for n, s in latents.items()}, timestep,
+                        {n: _sample(s, i) for n, s in latents.items()}, timestep, others,
                         [_sample(s, i) for s in states],
                         {n: _sample(s, i) for n, s in named_states.items()}, dict(attention),
                     )
@@ -425,7 +427,7 @@ class FreewheelTransformer:
                 ]  # fmt: skip
                 samples = tuple([one[0] for one in made] for made in zip(*answers, strict=True))
             else:
-                samples = self._call(latents, timestep, states, named_states, attention)
+                samples = self._call(latents, timestep, others, states, named_states, attention)
         except BaseException as error:
             self._abandon()
             if self._guidance is not None and isinstance(error, Exception):
@@ -466,12 +468,14 @@ class FreewheelTransformer:
         self,
         latents: Mapping[str, Tensor],
         timestep: Tensor,
+        others: Mapping[str, Tensor],
         states: Sequence[Any],
         named_states: Mapping[str, Any],
         attention: dict[str, Any],
     ) -> tuple[Tensor, ...]:
         prompt = self._prompt_inputs(states, named_states, attention)
         branch, step_index = self._place(prompt, timestep)
+        self._check_other_timesteps(others, step_index)
         samples = self._answer(branch, step_index, prompt, latents)
         self._done[branch] = self._last = step_index
         if self.on_call is not None:
@@ -488,6 +492,31 @@ class FreewheelTransformer:
                 raise RequestError(
                     f"transformer argument '{name}'", "is not the timestep",
                     f"the bundle is of a model whose pipeline gives '{name}' the timestep itself",
+                )  # fmt: skip
+
+    def _take_other_timesteps(self, named: dict[str, Any]) -> dict[str, Tensor]:
+        """Take timesteps out beside the first, and return them by the bundle's names."""
+        found: dict[str, Tensor] = {}
+        for name, one in self._other_timesteps.items():
+            given = named.pop(one.argument, None)
+            if given is None:
+                raise RequestError(
+                    f"transformer argument '{one.argument}'", "is missing",
+                    "the bundle's model takes it beside the timestep",
+                )  # fmt: skip
+            found[name] = _timestep_of(given, one)
+        return found
+
+    def _check_other_timesteps(self, given: Mapping[str, Tensor], step_index: int) -> None:
+        """Raise `RequestError` where a timestep is not the one that the step's row was made for."""
+        for name, timestep in given.items():
+            wanted = self.session.timestep_inputs[name][step_index]
+            if not self._is_at(wanted, timestep):
+                one = self._other_timesteps[name]
+                raise RequestError(
+                    f"transformer argument '{one.argument}', step {step_index}",
+                    f"is {float(timestep[0]):g}, and the {' and '.join(one.of)} timestep {float(wanted):g}",
+                    "give the scheduler's, as the bundle's model is made for",
                 )  # fmt: skip
 
     def _answer(
@@ -552,14 +581,7 @@ class FreewheelTransformer:
 
     def _place(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> tuple[str, int]:
         """Return the branch and step that this call is, beginning a run where one begins."""
-        given = timestep.reshape(-1).float()
-        timestep = given * self._timestep.scale + self._timestep.offset
-        if not bool((timestep == timestep[0]).all()):
-            raise RequestError(
-                "timestep",
-                "differs within the batch",
-                "this model is conditioned on one timestep per step",
-            )
+        timestep = _timestep_of(timestep, self._timestep)
         scheduler = self._calling_scheduler()
         if scheduler is self._scheduler and scheduler.timesteps is self._source:
             branch = self._branch(prompt, timestep)
@@ -719,6 +741,22 @@ class FreewheelTransformer:
 def _of_attention(path: str) -> str:
     """Return the place of an argument; what attention is given lies beside the others."""
     return re.sub(r"^(joint_)?attention_kwargs\.", "", path)
+
+
+def _timestep_of(value: Tensor, entry: InputEntry) -> Tensor:
+    """Return a timestep as the scheduler has it, [batch, …] in one dimension.
+
+    Raises:
+        RequestError: its values differ.
+    """
+    timestep = value.reshape(-1).float() * entry.scale + entry.offset
+    if not bool((timestep == timestep[0]).all()):
+        raise RequestError(
+            entry.argument,
+            "differs within the batch, or from frame to frame",
+            "this model is conditioned on one timestep per step",
+        )
+    return timestep
 
 
 def _leaf(given: Mapping[str, Any], path: str) -> Any:

@@ -20,6 +20,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -197,6 +198,7 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "cogview3_plus": ("CogView3PlusPipeline", CogVideoXDDIMScheduler, cogview),
     "cogview4": ("CogView4Pipeline", shifted, cogview),
     "hunyuan_image_glyphs": ("HunyuanImagePipeline", flow, hunyuan_image),
+    "hunyuan_image_distilled": ("HunyuanImagePipeline", flow, hunyuan_image),
     "flux_2": ("Flux2Pipeline", shifted, lambda c: {
         "prompt_embeds": embeds(c.joint_attention_dim), **SQUARE,
     }),
@@ -234,6 +236,9 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "ltx_2": ("LTX2Pipeline", shifted, ltx_2),
     "ltx_2_3": ("LTX2Pipeline", shifted, ltx_2),
     "hunyuan_dit": ("HunyuanDiTPipeline", DDPMScheduler, hunyuan_dit),
+    "any_flow": ("AnyFlowPipeline", FlowMapEulerDiscreteScheduler, lambda c: {
+        **both(c.text_dim), **VIDEO, "guidance_scale": 3.0,
+    }),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 

@@ -233,6 +233,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_axes_dim": [4, 4], "text_embed_dim": 16, "text_embed_2_dim": 12,
         },
     ),
+    "hunyuan_image_distilled": (
+        "HunyuanImageTransformer2DModel",
+        {
+            "attention_head_dim": 8, "guidance_embeds": True, "in_channels": 4,
+            "num_attention_heads": 2, "num_layers": 3, "num_refiner_layers": 2,
+            "num_single_layers": 3, "out_channels": 4, "patch_size": [1, 1],
+            "rope_axes_dim": [4, 4], "text_embed_dim": 16, "text_embed_2_dim": 12,
+            "use_meanflow": True,
+        },
+    ),
     "hunyuan_video_15": (
         "HunyuanVideo15Transformer3DModel",
         {
@@ -381,6 +391,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_text_seq_length": 11, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
             "sample_frames": 9, "sample_height": 8, "sample_width": 8, "text_embed_dim": 8,
             "time_embed_dim": 8, "use_rotary_positional_embeddings": True,
+        },
+    ),
+    "any_flow": (
+        "AnyFlowTransformer3DModel",
+        {
+            "attention_head_dim": 12, "cross_attn_norm": True, "deltatime_type": "r", "ffn_dim": 32,
+            "freq_dim": 32, "gate_value": 0.25, "in_channels": 4, "num_attention_heads": 2,
+            "num_layers": 4, "out_channels": 4, "patch_size": [1, 2, 2], "rope_max_seq_len": 32,
+            "text_dim": 16,
         },
     ),
     "longcat_audio": (

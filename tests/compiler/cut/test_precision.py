@@ -103,3 +103,13 @@ def test_a_scaled_timestep_is_divided_where_it_comes_in() -> None:
     )  # fmt: skip
     assert made(timesteps=torch.tensor([500.0]))[0].tolist() == [1.5]
     assert dtypes == [torch.float32]
+
+
+def test_no_segment_hands_on_float64_and_no_block_computes_in_it() -> None:
+    module = graph_of(traced(lambda x: x.double() * 2, x=step("batch tokens 4")))
+    assert lowered(module)(torch.ones(2, 5, 4))[0].dtype == torch.float32
+    assert "float64" not in lowered(module).code
+    (name,) = (node.name for node in module.graph.find_nodes(op="placeholder"))
+    given = {name: torch.float32}
+    _, dtypes = typed(module, given, precision=None, stored=lambda name: name, batch=set())
+    assert dtypes == [torch.float32]

@@ -49,6 +49,14 @@ def test_modulation_of_every_token_is_computed_of_one_vector() -> None:
     assert "expand" in rewritten(forward)
 
 
+def test_a_timestep_of_each_frame_is_read_of_one() -> None:
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        each = t.unsqueeze(-1).expand(-1, x.shape[1])
+        return x * each[:, 0].sin()[:, None, None]
+
+    assert "expand" not in rewritten(forward)
+
+
 @pytest.mark.parametrize(
     "forward",
     [

@@ -24,8 +24,12 @@ STEPS = 8
 
 
 def session_output(session: Session, inputs: Mapping[str, Tensor], branch: str = "cond") -> Tensor:
-    """Return the model output at the one timestep of ``inputs``, computed by engines."""
-    session.begin(inputs["timesteps"])
+    """Return the model output at the one timestep of ``inputs``, computed by engines.
+
+    The next step's, where the model is given that too, is the one that a second step would have.
+    """
+    behind = inputs.get("next_timesteps", inputs["timesteps"][:0])
+    session.begin(torch.cat([inputs["timesteps"], behind]))
     declared = session.manifest.inputs
     session.set_prompt(branch, {n: inputs[n] for n, i in declared.items() if i.runs == "prompt"})
     return session.step(branch, 0, {n: inputs[n] for n in session.manifest.latents})
