@@ -169,6 +169,8 @@ class InputEntry(IoEntry):
         absent: What stands for it where a pipeline leaves it out, or None.
         same: Other arguments of diffusers' that are given the same.
         of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step.
+            Of a vector of them: whose each is.
+        indices: Of a vector of timesteps: the argument that says which of them each token has.
     """
 
     argument: str
@@ -178,6 +180,7 @@ class InputEntry(IoEntry):
     absent: Literal["ones"] | None = None
     same: list[str] = []
     of: list[str] = [LATENTS]
+    indices: str | None = None
 
 
 class SignalEntry(_Entry):

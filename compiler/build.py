@@ -291,6 +291,7 @@ def _inputs(cut: Cut) -> dict[str, InputEntry]:
             absent=i.absent,
             same=list(i.same),
             of=list(i.of),
+            indices=i.indices,
         )
         for n, i in cut.inputs.items()
     }

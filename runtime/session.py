@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -179,6 +180,7 @@ class Session:
         recorder: Recorder | None = None,
         *,
         sigmas: Tensor | None = None,
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Start a run: forget all state, compute what depends on timesteps alone.
 
@@ -188,23 +190,25 @@ class Session:
             recorder: Gets signals, features and residuals as they arise.
             sigmas: [steps], noise level that each step starts from; None takes a flow model's,
                 ``timesteps / 1000``.
+            beside: Latents beside the first → [steps], their timesteps, where those are others.
 
         Raises:
             ConfigError: unknown policy, parameter or signal.
-            RequestError: no timesteps, not as many sigmas, or they are not finite.
+            RequestError: no timesteps, not as many sigmas or of others, or they are not finite.
         """
         if timesteps.ndim != 1 or not len(timesteps) or not bool(torch.isfinite(timesteps).all()):
             raise RequestError(
                 "timesteps", f"are {tuple(timesteps.shape)}, expected [steps] finite values",
                 "call scheduler.set_timesteps() first",
             )  # fmt: skip
-        if sigmas is not None and not (
-            sigmas.shape == timesteps.shape and bool(torch.isfinite(sigmas).all())
-        ):
-            raise RequestError(
-                "sigmas", f"are {tuple(sigmas.shape)}, expected [{len(timesteps)}] finite values",
-                "give the scheduler's, one per step, or leave them out",
-            )  # fmt: skip
+        others = {} if sigmas is None else {"sigmas": sigmas}
+        others |= {f"timesteps of '{latents}'": values for latents, values in beside.items()}
+        for name, values in others.items():
+            if values.shape != timesteps.shape or not bool(torch.isfinite(values).all()):
+                raise RequestError(
+                    name, f"are {tuple(values.shape)}, expected [{len(timesteps)}] finite values",
+                    "give the scheduler's, one per step, or leave them out",
+                )  # fmt: skip
         resolved = self.resolve(setting or CacheSetting())
         self._pacer.begin(resolved.setting.deadline, self._clock())
         self._has_failed = True  # until the run is set up
@@ -219,7 +223,7 @@ class Session:
             form=form_of(resolved.policy.spec.name, resolved.parameters),
             deadline=resolved.setting.deadline,
         )  # fmt: skip
-        self._compute_tables(timesteps)
+        self._compute_tables(timesteps, beside)
         self._schedule = Schedule.of(
             self._timesteps.tolist(), None if sigmas is None else sigmas.float().tolist()
         )
@@ -245,7 +249,7 @@ class Session:
 
     @property
     def timestep_inputs(self) -> Mapping[str, Tensor]:
-        """Each input that is a timestep, float32 [steps] of the current run."""
+        """Each input that is a timestep, of the current run, as `timestep_inputs` gives it."""
         return self._timestep_inputs
 
     def last_step(self, branch: str) -> int:
@@ -486,18 +490,22 @@ class Session:
                 rows |= allocate({name: entry}, {}, self.model.device)
         return rows
 
-    def _compute_tables(self, timesteps: Tensor) -> None:
-        wanted = timesteps.detach().to(self.model.device, torch.float32)
-        if self._tables and torch.equal(wanted, self._timesteps):
+    def _compute_tables(self, timesteps: Tensor, beside: Mapping[str, Tensor]) -> None:
+        first, *others = (
+            values.detach().to(self.model.device, torch.float32, copy=True)
+            for values in (timesteps, *beside.values())
+        )
+        given = timestep_inputs(self.manifest.inputs, first, dict(zip(beside, others, strict=True)))
+        known = self._timestep_inputs
+        if self._tables and all(torch.equal(known[n], values) for n, values in given.items()):
             return
         with self._timed("prepare"):
-            self._timesteps = wanted.clone()
-            given = timestep_inputs(self.manifest.inputs, self._timesteps)
-            self._timestep_inputs = given
+            self._timesteps, self._timestep_inputs = first, given
             for name, graph in self.manifest.graphs.items():
                 if graph.runs != "run":
                     continue
-                tables = allocate(graph.outputs, {"steps": len(wanted)}, self.model.device)
+                steps = len(given[next(iter(graph.inputs))])
+                tables = allocate(graph.outputs, {"steps": steps}, self.model.device)
                 self.model.bind(name, {**given, **tables}).run()
                 self._tables |= tables
             self.model.backend.synchronize()
@@ -506,7 +514,7 @@ class Session:
         """Put this step's rows where the bound calls read them; small copies, not hidden-sized."""
         if step_index != self._row:
             for name, row in self._rows.items():
-                row.copy_(self._tables[name][step_index].view(row.shape))
+                row.copy_(self._tables[name].view(self.steps, -1)[step_index].view(row.shape))
             self._row = step_index
 
     def _place(self, inputs: Mapping[str, Tensor], place: str) -> None:

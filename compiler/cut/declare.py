@@ -109,8 +109,10 @@ def _arguments(row: Row) -> dict[str, bool | int | float | str | None]:
 
 
 def _timesteps(one: Input) -> str:
-    """Return the bundle's name for a timestep: ``timesteps``, or ``next_timesteps``."""
-    return "_".join([*(of for of in one.of if of != LATENTS), "timesteps"])
+    """Return the bundle's name for a timestep, or for a vector of them."""
+    if len(one.of) > 1:
+        return "step_timesteps"
+    return "timesteps" if one.of == (LATENTS,) else f"{one.of[0]}_timesteps"
 
 
 class _Declaration:
@@ -243,6 +245,7 @@ class _Declaration:
                     if isinstance(other, Same) and other.argument == name
                 ),
                 one.of,
+                one.indices,
             )
         return found
 

@@ -133,6 +133,8 @@ class ModelInput:
         absent: What stands for it where a pipeline leaves it out, or None.
         same: Other arguments that are given the same.
         of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step.
+            Of a vector of them: whose each is.
+        indices: Of a vector of timesteps: the argument that says which of them each token has.
     """
 
     argument: str
@@ -143,6 +145,7 @@ class ModelInput:
     absent: Literal["ones"] | None = None
     same: tuple[str, ...] = ()
     of: tuple[str, ...] = (LATENTS,)
+    indices: str | None = None
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,11 @@ class Dimensions:
         order = ("frames", "height", "width")
         factors = tuple(sorted(factors, key=lambda f: order.index(f[0]) if f[0] in order else 3))
         per_frame = tuple(f for f in factors if f[0] != "frames")
+        given = {word for one in self.cut.inputs.values() for word in one.shape.split()}
+        if not given.issuperset(
+            size for size, _ in per_frame
+        ):  # tokens are given, and no size else
+            per_frame = (("tokens", 1),)
         whole = {} if factors == (("tokens", 1),) else {"tokens": factors}
         return {**whole, "tokens_per_frame": per_frame}
 

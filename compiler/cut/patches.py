@@ -15,6 +15,7 @@ __all__ = [
     "HUNYUAN_IMAGE",
     "HUNYUAN_VIDEO_15",
     "LUMINA_2",
+    "MINIMAX_H3",
     "MOCHI",
 ]
 
@@ -334,3 +335,45 @@ ANY_FLOW = (
     ),
 )
 """All frames have the step's timesteps, so that one embedding serves all of their tokens."""
+
+MINIMAX_H3 = (
+    Patch(
+        "MiniMaxH3Transformer3DModel.forward",
+        first="rotary_emb = self.rope(",
+        until="# 1. Project each",
+        digest="884eefdf6a9b",
+        lines="""
+torch._check(text_indices.shape[0] == encoder_hidden_states.shape[1])
+torch._check(video_indices.shape[0] == hidden_states.shape[1])
+torch._check(audio_indices.shape[0] == audio_hidden_states.shape[1])
+order = torch.cat([text_indices, video_indices, audio_indices])
+rotary_emb = self.rope(position_ids[order])
+timestep_indices, token_tags = timestep_indices[order], token_tags[order]
+""",
+    ),
+    Patch(
+        "MiniMaxH3Transformer3DModel.forward",
+        first="hidden_states = text_embeds.new_zeros",
+        until="# 2. One timestep",
+        digest="9362fbea0cbf",
+        lines="hidden_states = torch.cat([text_embeds, video_embeds, audio_embeds], dim=1)",
+    ),
+    Patch(
+        "MiniMaxH3Transformer3DModel.forward",
+        first="hidden_states = self.norm_out(",
+        until="if not return_dict",
+        digest="d21ec3ff431c",
+        lines="""
+video = text_embeds.shape[1]
+audio = video + video_embeds.shape[1]
+video_output, audio_output = (
+    head(self.norm_out(hidden_states[:, rows], temb, timestep_indices[rows]))
+    for head, rows in (
+        (self.proj_out, slice(video, audio)), (self.audio_proj_out, slice(audio, None))
+    )
+)
+""",
+    ),
+)
+"""A row of the sequence has its position, kind and timestep beside it, so the rows may stand in any
+order: what each of text, video and sound is made of stays together, and each head sees its own."""

@@ -55,7 +55,7 @@ def refuse_what_has_no_word(row: Row, cut: Cut, config: Mapping[str, Any]) -> No
         refuse(model, "takes no input that changes at every step")
     if len({cut.inputs[n].of for n in runs}) != len(runs) or not runs:
         refuse(model, f"takes {len(runs)} timesteps", runs)
-    of_many = [n for n in runs if cut.inputs[n].shape not in ("batch", "1")]
+    of_many = [n for n in runs if cut.inputs[n].shape not in ("batch", str(len(cut.inputs[n].of)))]
     if of_many:
         refuse(model, "conditions its tokens on several timesteps at once", of_many)
     if len(cut.results) != len(steps):

@@ -34,9 +34,9 @@ Changes = Literal["step", "run", "prompt", "shape"]
 """When an input may change: at every step (latents), with the timestep, with the prompt, or with
 the sizes of a run."""
 
-Fill = Literal["normal", "mask", "positions", "timestep", "fraction"] | int
-"""Values to prove a cut with: normal, a prefix of ones, grid positions, a timestep of 0 … 1,000 or of
-0 … 1, below a number."""
+Fill = Literal["normal", "mask", "positions", "places", "timestep", "fraction"] | int
+"""Values to prove a cut with: normal, a prefix of ones, grid positions, each place of a sequence once, a
+timestep of 0 … 1,000 or of 0 … 1, below a number."""
 
 SIZES = {
     "batch": 2, "frames": 3, "height": 5, "width": 7, "tokens": 13, "text_tokens": 11,
@@ -58,7 +58,10 @@ class Input:
         fill: Values to prove a cut with.
         needs: Config key without which the model takes no such input.
         listed: Whether `forward` takes a list with a tensor for each element of the first dimension.
-        of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step.
+        of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step; of a vector of
+            them: whose each is, latents by the bundle's names.
+        indices: Of a vector of timesteps: the argument that says which each token has.
+        behind: Of places: how many others lie before them in the sequence, as ``shape`` spells sizes.
         over: Argument, and a dimension of it, over which a timestep is repeated: pipelines give each
             frame the same.
     """
@@ -71,6 +74,8 @@ class Input:
     listed: bool = False
     of: tuple[str, ...] = (LATENTS,)
     over: tuple[str, int] | None = None
+    indices: str | None = None
+    behind: str = "0"
 
     def argument(self, value: Any) -> Any:
         """Return what `forward` takes where a cut takes a tensor, or a whole number."""

@@ -211,8 +211,11 @@ def example(
         ones = torch.tensor([max(shape[-1] - 2 * i, 1) for i in range(shape[0])])
         return (torch.arange(shape[-1]) < ones[:, None]).reshape(shape).to(dtype)
     if declared.fill in ("timestep", "fraction"):
-        value = 437.0 if declared.of == (LATENTS,) else 211.0
-        return torch.full(shape, value if declared.fill == "timestep" else value / 1000).to(dtype)
+        values = torch.tensor([437.0 if one == LATENTS else 211.0 for one in declared.of])
+        return (values if declared.fill == "timestep" else values / 1000).expand(shape).to(dtype)
+    if declared.fill == "places":
+        (before,) = replace(declared, shape=declared.behind).dimensions(config, sizes)
+        return (before + torch.randperm(shape[0], generator=generator)).to(dtype)
     if declared.fill == "positions":
         return torch.randint(0, 9, shape, generator=generator).to(dtype)
     if isinstance(declared.fill, int):

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from .patches import ANY_FLOW, CONSIS_ID, HUNYUAN_VIDEO_15, MOCHI
+from ...bundle.streams import LATENTS
+from .patches import ANY_FLOW, CONSIS_ID, HUNYUAN_VIDEO_15, MINIMAX_H3, MOCHI
 from .row import (
     PATCH_IMAGE,
     PATCH_VIDEO,
@@ -26,6 +27,9 @@ COGVIDEO_TABLE = prompt(
 )
 
 CONSIS_ID_FACE = prompt("1 image_tokens LFE_vit_dim", needs="is_train_face")
+
+H3_VIDEO = "frames*(height//patch_size[1])*(width//patch_size[2])"
+H3_ROWS = f"text_tokens+{H3_VIDEO}+audio_tokens"
 
 ALLEGRO_GRID = prompt("1 frames*(height//patch_size)*(width//patch_size)", dtype="int64", fill=1)
 
@@ -241,6 +245,36 @@ VIDEO_MODELS: tuple[Row, ...] = (
         whole=True,
         usual={"image_tokens": 577},
         patches=CONSIS_ID,
+    ),
+    Row(
+        "MiniMaxH3Transformer3DModel",
+        {
+            "hidden_states": step(
+                f"batch {H3_VIDEO} in_channels*patch_size[0]*patch_size[1]*patch_size[2]"
+            ),
+            "audio_hidden_states": step("batch audio_tokens audio_in_channels"),
+            "encoder_hidden_states": prompt("batch text_tokens text_dim"),
+            "timestep": run(
+                "2",
+                of=(LATENTS, "audio_latents"),
+                indices="timestep_indices",
+                fill="fraction",
+            ),
+            "timestep_indices": prompt(H3_ROWS, dtype="int64", fill=2),
+            "token_tags": prompt(H3_ROWS, dtype="int64", fill=3),
+            "position_ids": prompt(f"{H3_ROWS} 3", fill="positions"),
+            "video_indices": prompt(H3_VIDEO, dtype="int64", fill="places", behind="text_tokens"),
+            "audio_indices": prompt(
+                "audio_tokens", dtype="int64", fill="places", behind=f"text_tokens+{H3_VIDEO}"
+            ),
+            "text_indices": prompt("text_tokens", dtype="int64", fill="places"),
+        },
+        pipelines=("MiniMaxH3ModularPipeline",),
+        name="minimax_h3",
+        multiples=PATCH_VIDEO,
+        latent_scale=(4, 16),
+        usual={"audio_tokens": 400},
+        patches=MINIMAX_H3,
     ),
     Row(
         "AnyFlowTransformer3DModel",

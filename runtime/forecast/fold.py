@@ -91,7 +91,8 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
     known: dict[str, torch.Tensor] = {}
     for name, graph in model.manifest.graphs.items():
         if graph.runs == "run":
-            tables = allocate(graph.outputs, {"steps": len(wanted)}, model.device)
+            steps = len(given[next(iter(graph.inputs))])
+            tables = allocate(graph.outputs, {"steps": steps}, model.device)
             model.bind(name, {**given, **tables}).run()
             model.backend.synchronize()
             known |= {n: t.float().cpu() for n, t in tables.items()}

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import make_dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +229,8 @@ class FreewheelTransformer:
         self._replaced: dict[str, weakref.ref[Any] | None] = {}
         self._load_session()
         runs = {n: i for n, i in model.manifest.inputs.items() if i.runs == "run"}
-        self._timestep = runs.pop("timesteps")
-        self._other_timesteps = runs
+        self._timestep = next(i for i in runs.values() if LATENTS in i.of)
+        self._other_timesteps = {n: i for n, i in runs.items() if i is not self._timestep}
         self._latents = {n: model.manifest.inputs[n].argument for n in model.manifest.latents}
 
     def _stand(self, adapters: Adapters) -> None:
@@ -239,7 +239,7 @@ class FreewheelTransformer:
         anchor = torch.nn.Parameter(torch.zeros(0, device=self._model.device), requires_grad=False)
         module._parameters = {"freewheel_anchor": anchor, **module._parameters}
         module.freewheel = self
-        module.forward = self.forward
+        module.forward = _signed_as(type(module).forward, self.forward)
         module.cache_context = self.cache_context
         module._apply = self._stay
         module.__deepcopy__ = self._copy_module
@@ -276,6 +276,7 @@ class FreewheelTransformer:
         self._scheduler: Any = None
         self._source: Any = None  # the scheduler's timesteps when the run began
         self._offset = 0  # what diffusers calls the run's first step
+        self._steps = torch.zeros(0, 1)  # the timesteps of each step
         self._done: dict[str, int] = {}  # branch → its last step
         self._last = -1  # step of any branch
         self._unnamed: dict[str, dict[str, Tensor]] = {}  # branch without a context → its prompt
@@ -475,6 +476,7 @@ class FreewheelTransformer:
     ) -> tuple[Tensor, ...]:
         prompt = self._prompt_inputs(states, named_states, attention)
         branch, step_index = self._place(prompt, timestep)
+        prompt = self._with_own_indices(prompt, timestep, step_index)
         self._check_other_timesteps(others, step_index)
         samples = self._answer(branch, step_index, prompt, latents)
         self._done[branch] = self._last = step_index
@@ -582,13 +584,14 @@ class FreewheelTransformer:
     def _place(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> tuple[str, int]:
         """Return the branch and step that this call is, beginning a run where one begins."""
         timestep = _timestep_of(timestep, self._timestep)
-        scheduler = self._calling_scheduler()
+        pipe = self._calling_pipeline()
+        scheduler = pipe.scheduler
         if scheduler is self._scheduler and scheduler.timesteps is self._source:
             branch = self._branch(prompt, timestep)
             step_index = self._continued(branch, timestep)
             if step_index is not None:
                 return branch, step_index
-        self._begin(scheduler, timestep)
+        self._begin(pipe, timestep)
         return self._branch(prompt, timestep), 0
 
     def _branch(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> str:
@@ -604,7 +607,7 @@ class FreewheelTransformer:
                 _is_same(known[n], tensor) for n, tensor in prompt.items()
             ):
                 return name
-        goes_on = self._last >= 0 and self._is_at(self.session.timesteps[self._last], timestep)
+        goes_on = self._last >= 0 and self._is_at(self._steps[self._last], timestep)
         step_index = self._last if goes_on else self._last + 1
         waiting = [n for n in self._unnamed if self._done.get(n, -1) < step_index]
         count = len(self._unnamed)
@@ -615,7 +618,7 @@ class FreewheelTransformer:
 
     def _continued(self, branch: str, timestep: Tensor) -> int | None:
         """Return the step of a call that goes on with the run; None if it begins another."""
-        done, table = self._done.get(branch, -1), self.session.timesteps
+        done, table = self._done.get(branch, -1), self._steps
         for step_index in (self._last, self._last + 1):
             if done < step_index < len(table) and self._is_at(table[step_index], timestep):
                 self._check_adapters()
@@ -632,22 +635,38 @@ class FreewheelTransformer:
         return None
 
     def _is_at(self, wanted: Tensor, timestep: Tensor) -> bool:
-        """Tell whether the scheduler's timestep is the one given, which may have been divided before.
+        """Tell whether a step's timesteps are the ones given, which may have been divided before."""
+        return bool(self._are_close(wanted, timestep).any(0).all())
+
+    def _are_close(self, wanted: Tensor, timestep: Tensor) -> Tensor:
+        """Compare each timestep of a step with each given, bool [wanted, given].
 
         What was subtracted from another number lost digits of its own.
         """
-        given = timestep[0].to(wanted.device)
         lost = 1e-8 + 1e-7 * abs(self._timestep.offset)
-        return bool(torch.isclose(wanted, given, rtol=1e-6, atol=lost))
+        given = timestep.to(wanted.device)
+        return torch.isclose(wanted.reshape(-1, 1), given.reshape(1, -1), rtol=1e-6, atol=lost)
 
-    def _calling_scheduler(self) -> Any:
-        """Return the scheduler of the pipeline that calls, else of the one attached to."""
+    def _with_own_indices(
+        self, prompt: dict[str, Tensor], timestep: Tensor, step_index: int
+    ) -> dict[str, Tensor]:
+        """Return which of the step's timesteps each token has; the call counts those it gives."""
+        inputs = self._model.manifest.inputs
+        name = next((n for n, i in inputs.items() if i.argument == self._timestep.indices), None)
+        if name is None:
+            return prompt
+        given = _timestep_of(timestep, self._timestep)
+        own = self._are_close(self._steps[step_index], given).int().argmax(0)
+        return {**prompt, name: own[prompt[name].to(own.device)]}
+
+    def _calling_pipeline(self) -> Any:
+        """Return the pipeline that calls, else the one attached to."""
         frame = sys._getframe(1)
         while frame is not None:
             if "self" in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
                 caller = frame.f_locals.get("self")
                 if isinstance(caller, DiffusionPipeline) and hasattr(caller, "scheduler"):
-                    return caller.scheduler
+                    return caller
             frame = frame.f_back  # type: ignore[assignment]  # the outermost frame's is None
         pipe = self._pipe()
         if pipe is None:
@@ -656,13 +675,15 @@ class FreewheelTransformer:
                 "is called by no pipeline, and the one that it was attached to is gone",
                 PLACE_HINT,
             )
-        return pipe.scheduler
+        return pipe
 
-    def _begin(self, scheduler: Any, timestep: Tensor) -> None:
+    def _begin(self, pipe: Any, timestep: Tensor) -> None:
         """Begin a run over the scheduler's timesteps from this one on, as far as they are ours."""
         self._settle_adapters()
+        scheduler = pipe.scheduler
         timesteps = torch.as_tensor(scheduler.timesteps).float()
-        found = [i for i, wanted in enumerate(timesteps) if self._is_at(wanted, timestep)]
+        table = torch.stack([self._timesteps_of(pipe, of) for of in self._timestep.of], dim=1)
+        found = [i for i, wanted in enumerate(table) if self._is_at(wanted, timestep)]
         said = self._context.get("step_index")
         # A pipeline's own count begins at 0, but for an expert that takes over.
         if not found or (said and not self._model.expert):
@@ -670,16 +691,30 @@ class FreewheelTransformer:
         rest = timesteps[found[0] :]
         is_mine = self._model.serves(rest)
         mine = rest[is_mine]
-        if not len(mine) or not self._is_at(mine[0], timestep):
+        steps = table[found[0] :][is_mine]
+        if not len(steps) or not self._is_at(steps[0], timestep):
             raise self._unplaced(timestep)
         sigmas = getattr(scheduler, "sigmas", None)  # diffusers' end in one more, the last level
         if sigmas is not None:
             sigmas = torch.as_tensor(sigmas)[found[0] : len(timesteps)].to(rest)[is_mine]
-        self.session.begin(mine, self.setting, self.recorder, sigmas=sigmas)
+        others = dict(zip(self._timestep.of, steps.unbind(1), strict=True))
+        others.pop(LATENTS)
+        self.session.begin(mine, self.setting, self.recorder, sigmas=sigmas, beside=others)
+        self._steps = steps
         self._scheduler, self._source = scheduler, scheduler.timesteps
         self._offset, self._done, self._last, self._unnamed = said or 0, {}, -1, {}
         if self._guidance is not None:
             self._guidance.begin(self.session)
+
+    def _timesteps_of(self, pipe: Any, latents: str) -> Tensor:
+        """Return the timesteps of some latents: of their own scheduler, beside the first's."""
+        scheduler = getattr(pipe, beside(latents, LATENTS, "scheduler"), None)
+        if scheduler is None:
+            raise RequestError(
+                f"pipeline, '{beside(latents, LATENTS, 'scheduler')}'", "is missing",
+                "attach to a pipeline of the bundle's model",
+            )  # fmt: skip
+        return torch.as_tensor(scheduler.timesteps).float()
 
     def _unplaced(self, timestep: Tensor) -> RequestError:
         return RequestError(
@@ -747,16 +782,26 @@ def _timestep_of(value: Tensor, entry: InputEntry) -> Tensor:
     """Return a timestep as the scheduler has it, [batch, …] in one dimension.
 
     Raises:
-        RequestError: its values differ.
+        RequestError: its values differ, and are no vector of timesteps.
     """
     timestep = value.reshape(-1).float() * entry.scale + entry.offset
-    if not bool((timestep == timestep[0]).all()):
+    if len(entry.of) == 1 and not bool((timestep == timestep[0]).all()):
         raise RequestError(
             entry.argument,
             "differs within the batch, or from frame to frame",
             "this model is conditioned on one timestep per step",
         )
     return timestep
+
+
+def _signed_as(model: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what answers in a model's place, with its signature: some pipelines give what that names."""
+
+    @wraps(model)
+    def forward(*given: Any, **named: Any) -> Any:
+        return answer(*given, **named)
+
+    return forward
 
 
 def _leaf(given: Mapping[str, Any], path: str) -> Any:

@@ -231,7 +231,7 @@ def test_a_run_that_can_not_begin_leaves_no_half_of_one(
     session = Session(LoadedModel(tiny_bundle, "openvino"))
     expected = run(session, SETTINGS[3])
     with monkeypatch.context() as patch:
-        patch.setattr(session, "_compute_tables", lambda timesteps: 1 / 0)
+        patch.setattr(session, "_compute_tables", lambda timesteps, beside: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             session.begin(STEPS, SETTINGS[4])
     with pytest.raises(RequestError, match="call begin"):

@@ -22,12 +22,16 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    MiniMaxH3Scheduler,
     UniPCMultistepScheduler,
+)
+from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import (
+    MiniMaxH3CoreDenoiseStep,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from torch import Tensor
 
-__all__ = ["PIPELINES", "pipeline_of", "watched_calls"]
+__all__ = ["MODULAR", "PIPELINES", "pipeline_of", "watched_calls"]
 
 TOKENS, REAL = 6, 4
 """Tokens of a prompt, and how many of the negative one's are no padding."""
@@ -265,8 +269,52 @@ PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
 """What a pipeline asks of parts that its latents do not pass through."""
 
 
+class MiniMaxH3:
+    """The blocks of MiniMax-H3 behind its encoders, called as a pipeline is.
+
+    Its schedulers count the end of the last step as a step.
+    """
+
+    def __init__(self, model: Any) -> None:
+        made = MiniMaxH3CoreDenoiseStep().init_pipeline()
+        made.update_components(
+            transformer=model,
+            scheduler=MiniMaxH3Scheduler(shift=12.0),
+            audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
+        )
+        vars(self)["made"] = made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["made"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.made, name, value)
+
+    def __call__(
+        self, *, num_inference_steps: int, output_type: str, return_dict: bool, **arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        names = ["latents", "audio_latents"]
+        found = self.made(**arguments, num_inference_steps=num_inference_steps + 1, output=names)
+        return found["latents"], found["audio_latents"]
+
+
+def minimax_h3(one: Case) -> tuple[Any, dict[str, Any]]:
+    config: Any = one.model.config
+    tags = torch.ones(TOKENS, dtype=torch.int64)
+    size = {"height": 32, "width": 64, "num_frames": 124}
+    return MiniMaxH3(one.model), {
+        "prompt_embeds": embeds(config.text_dim), "text_token_tags": tags, **size
+    }  # fmt: skip
+
+
+MODULAR: dict[str, Callable[[Case], tuple[Any, dict[str, Any]]]] = {"minimax_h3": minimax_h3}
+"""Cases whose pipeline is put together of blocks."""
+
+
 def pipeline_of(name: str, one: Case) -> tuple[Any, Mapping[str, Any]]:
     """Return a case's pipeline around its model, and what it is called with."""
+    if name in MODULAR:
+        return MODULAR[name](one)
     pipeline, scheduler, arguments = PIPELINES[name]
     made: Any = getattr(diffusers, pipeline)
     parts: dict[str, Any] = {

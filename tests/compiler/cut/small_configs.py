@@ -393,6 +393,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "time_embed_dim": 8, "use_rotary_positional_embeddings": True,
         },
     ),
+    "minimax_h3": (
+        "MiniMaxH3Transformer3DModel",
+        {
+            "attention_head_dim": 16, "audio_in_channels": 32, "ffn_dim": 32, "freq_dim": 8,
+            "hidden_size": 24, "in_channels": 24, "num_attention_heads": 2, "num_layers": 4,
+            "num_refiner_layers": 2, "patch_size": [1, 2, 2], "rope_freq_dim": 2, "text_dim": 8,
+            "time_embed_dim": 16, "time_embed_hidden_dim": 24,
+        },
+    ),
     "any_flow": (
         "AnyFlowTransformer3DModel",
         {

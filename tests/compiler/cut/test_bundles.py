@@ -15,10 +15,10 @@ from cases import Case, case
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from bundles import TOLERANCE, check_attach, check_policies, save, session_output
+from bundles import TOLERANCE, check_attach, check_policies, save, session_output, timesteps_of
 from chain import relative
 from diffusers import FlowMatchEulerDiscreteScheduler
-from pipelines import PIPELINES, pipeline_of
+from pipelines import MODULAR, PIPELINES, pipeline_of
 from test_prove import OTHER
 
 from freewheel.bundle.reader import Bundle
@@ -44,7 +44,7 @@ FOUND = (
     "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio", "wan_vace",
     "ltx_2", "ltx_2_3",
     "hunyuan_dit", "minimax_music_3",
-    "glm_image", "kandinsky_6", "consis_id", "any_flow",
+    "glm_image", "kandinsky_6", "consis_id", "any_flow", "minimax_h3",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
@@ -82,7 +82,9 @@ def inputs_at(
         value = raw[entry.argument]
         if isinstance(value, int):
             value = torch.arange(value, dtype=torch.float32)
-        given[name] = value[:1] * entry.scale + entry.offset if entry.runs == "run" else value
+        if entry.runs == "run":
+            value = value[: len(entry.of)] * entry.scale + entry.offset
+        given[name] = value
     return given, eager(one.row, one.model, raw)
 
 
@@ -126,7 +128,9 @@ def test_a_reused_step_gives_what_the_computed_one_did(
     given, _ = inputs_at(one, bundle, SIZES)
     session = Session(LoadedModel(bundle, "onnxruntime"))
     guard = GuardSetting(first_exact=1, last_exact=0)
-    session.begin(given["timesteps"].repeat(3), CacheSetting(policy=policy, guard=guard))
+    steps = {n: t.repeat(3) for n, t in timesteps_of(bundle.manifest, given).items()}
+    setting = CacheSetting(policy=policy, guard=guard)
+    session.begin(steps.pop("latents"), setting, beside={n: steps[n] for n in steps if n != "next"})
     prompts = {n: given[n] for n, i in bundle.manifest.inputs.items() if i.runs == "prompt"}
     latents = {n: given[n] for n in bundle.manifest.latents}
     outputs = []
@@ -143,7 +147,7 @@ def test_a_reused_step_gives_what_the_computed_one_did(
 
 def test_its_pipeline_takes_the_bundle(name: str, one: Case, bundle: Bundle) -> None:
     """Guidance in two branches, or both prompts in one batch; the negative one's mask has padding."""
-    if name not in PIPELINES:
+    if name not in {*PIPELINES, *MODULAR}:
         pytest.skip("its pipeline can't be called without a text encoder")
     pipe, arguments = pipeline_of(name, one)
     by_content = CacheSetting(policy="teacache", parameters={"threshold": 1e6})
@@ -161,7 +165,8 @@ class Loop:
 
 
 def test_a_second_timestep_is_taken_where_it_is_the_first(one: Case, bundle: Bundle) -> None:
-    if not bundle.manifest.inputs["timesteps"].same:
+    same = [name for entry in bundle.manifest.inputs.values() for name in entry.same]
+    if not same:
         pytest.skip("it takes one timestep")
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(3)
@@ -170,7 +175,7 @@ def test_a_second_timestep_is_taken_where_it_is_the_first(one: Case, bundle: Bun
     raw = random_inputs(one.row, config, one.row.sizes(config, {**SIZES, "batch": 1}))
     raw["timestep"] = scheduler.timesteps[:1] / 1000
     expected = eager(one.row, one.model, raw)[0]
-    (second,) = bundle.manifest.inputs["timesteps"].same
+    (second,) = same
     attached = attach(pipe, bundle, "off", backend="onnxruntime").module
     found = attached(**raw, **{second: raw["timestep"]}, return_dict=False)[0]
     assert relative(found, expected) < TOLERANCE

@@ -51,7 +51,9 @@ def error(one: Case, cut: Cut, counts: dict[str, int]) -> float:
         value = raw[taken.argument]
         if isinstance(value, int):
             value = torch.arange(value, dtype=torch.float32)
-        given[name] = value[:1] * taken.scale + taken.offset if taken.runs == "run" else value
+        if taken.runs == "run":
+            value = value[: len(taken.of)] * taken.scale + taken.offset
+        given[name] = value
     chain = Chain(cut, one.model)
     chain.run(given)
     outputs = chain.segments["finish"].outputs

@@ -11,6 +11,7 @@ import torch
 from chain import relative
 from torch import Tensor
 
+from freewheel.bundle.manifest import Manifest
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.model import LoadedModel
@@ -23,13 +24,25 @@ TOLERANCE = 1e-5
 STEPS = 8
 
 
-def session_output(session: Session, inputs: Mapping[str, Tensor], branch: str = "cond") -> Tensor:
-    """Return the model output at the one timestep of ``inputs``, computed by engines.
+def timesteps_of(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whose timestep → [1], of one step's inputs."""
+    return {
+        of: value.reshape(1)
+        for name, entry in manifest.inputs.items()
+        if entry.runs == "run"
+        for of, value in zip(entry.of, inputs[name], strict=True)
+    }
 
-    The next step's, where the model is given that too, is the one that a second step would have.
+
+def session_output(session: Session, inputs: Mapping[str, Tensor], branch: str = "cond") -> Tensor:
+    """Return the model output at the one step of ``inputs``, computed by engines.
+
+    The next step's timestep, where the model is given that too, is the one that a second step would have.
     """
-    behind = inputs.get("next_timesteps", inputs["timesteps"][:0])
-    session.begin(torch.cat([inputs["timesteps"], behind]))
+    given = timesteps_of(session.manifest, inputs)
+    behind = given.pop("next", torch.zeros(0))
+    first = given.pop("latents")
+    session.begin(torch.cat([first, behind]), beside=given)
     declared = session.manifest.inputs
     session.set_prompt(branch, {n: inputs[n] for n, i in declared.items() if i.runs == "prompt"})
     return session.step(branch, 0, {n: inputs[n] for n in session.manifest.latents})
