@@ -9,6 +9,7 @@ __all__ = [
     "ANY_FLOW",
     "BRIA_FIBO_2",
     "CHROMA",
+    "CHRONO_EDIT",
     "CONSIS_ID",
     "ERNIE_IMAGE",
     "GLM_IMAGE",
@@ -377,3 +378,27 @@ video_output, audio_output = (
 )
 """A row of the sequence has its position, kind and timestep beside it, so the rows may stand in any
 order: what each of text, video and sound is made of stays together, and each head sees its own."""
+
+CHRONO_EDIT = (
+    Patch(
+        "ChronoEditRotaryPosEmbed.forward",
+        first="if num_frames == 2",
+        until="freqs_cos_h",
+        digest="13963d07a659",
+        lines="""
+torch._check(ppf <= freqs_cos[0].shape[0])
+is_pair = torch.scalar_tensor(num_frames) == 2
+positions = torch.arange(ppf) * torch.where(is_pair, self.temporal_skip_len - 1, 1)
+freqs_cos_f = freqs_cos[0][positions].view(ppf, 1, 1, -1).expand(ppf, pph, ppw, -1)
+""",
+    ),
+    Patch(
+        "ChronoEditRotaryPosEmbed.forward",
+        first="if num_frames == 2",
+        until="freqs_sin_h",
+        digest="62408090c9ba",
+        lines="freqs_sin_f = freqs_sin[0][positions].view(ppf, 1, 1, -1).expand(ppf, pph, ppw, -1)",
+    ),
+)
+"""Two frames are the ends of a clip of `temporal_skip_len`, and lie that far apart; where there are
+other frames too, each follows the one before it. The number of frames chooses by a value, not a branch."""

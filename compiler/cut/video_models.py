@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ...bundle.streams import LATENTS
-from .patches import ANY_FLOW, CONSIS_ID, HUNYUAN_VIDEO_15, MINIMAX_H3, MOCHI
+from .patches import ANY_FLOW, CHRONO_EDIT, CONSIS_ID, HUNYUAN_VIDEO_15, MINIMAX_H3, MOCHI
 from .row import (
     PATCH_IMAGE,
     PATCH_VIDEO,
@@ -57,6 +57,8 @@ VIDEO_MODELS: tuple[Row, ...] = (
             ),
         },
         pipelines=("ChronoEditPipeline",),
+        name="chrono_edit",
+        patches=CHRONO_EDIT,
         multiples=PATCH_VIDEO,
         usual={"image_tokens": 257},
     ),

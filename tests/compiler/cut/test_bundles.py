@@ -44,7 +44,7 @@ FOUND = (
     "ace_step", "lumina_2", "krea_2", "ernie_image", "longcat_audio", "wan_vace",
     "ltx_2", "ltx_2_3",
     "hunyuan_dit", "minimax_music_3",
-    "glm_image", "kandinsky_6", "consis_id", "any_flow", "minimax_h3",
+    "glm_image", "kandinsky_6", "consis_id", "any_flow", "minimax_h3", "chrono_edit",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
@@ -88,8 +88,12 @@ def inputs_at(
     return given, eager(one.row, one.model, raw)
 
 
-FULL = {"z_image": ({**SIZES, "height": 4, "width": 8, "text_tokens": 32},)}
-"""Family → sizes at which a sequence that is padded to a multiple needs no padding."""
+FULL = {
+    "z_image": ({**SIZES, "height": 4, "width": 8, "text_tokens": 32},),
+    "chrono_edit": ({**SIZES, "frames": 2},),
+}
+"""Family → sizes at which it computes otherwise: a sequence that is padded to a multiple needs no padding,
+two frames are the ends of a clip."""
 
 
 def smallest(one: Case) -> dict[str, int]:
