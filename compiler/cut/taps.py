@@ -86,6 +86,8 @@ def _of_stream(
 def attention_output(module: fx.GraphModule, hidden: str) -> fx.GraphModule:
     """Return a block's graph that also returns what its attention adds to the stream, gated.
 
+    What is added first and not made of the stream (a position) is part of the stream.
+
     Args:
         module: The block's graph.
         hidden: Argument that is the stream, alone or joined with a text.
@@ -104,20 +106,28 @@ def attention_output(module: fx.GraphModule, hidden: str) -> fx.GraphModule:
 
 def _first_added(graph: fx.Graph, hidden: str) -> fx.Node:
     stream = _argument(graph, hidden)
-    streams = [stream]
+    streams, seen = [stream], {stream}
+    joints: list[fx.Node] = []
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or seen.isdisjoint(node.all_input_nodes):
             continue
-        streams += [node] * _joins(node, stream)
+        seen.add(node)
+        if _joins(node, stream):
+            streams.append(node)
+            joints.append(node)
         if operation(node) != "add" or len(node.args) != 2:
             continue
         one, two = node.args
         if one in streams or two in streams:
             added: Any = two if one in streams else one
-            if isinstance(added, fx.Node):
-                found = _of_stream(graph, added, stream, streams[1:])
-                if found is not None:
-                    return found
+            if not isinstance(added, fx.Node):
+                continue
+            if added not in seen:
+                streams.append(node)
+                continue
+            found = _of_stream(graph, added, stream, joints)
+            if found is not None:
+                return found
     raise _missing(graph, "nothing is added to the stream")
 
 

@@ -103,3 +103,17 @@ def test_of_what_is_added_to_a_joint_sequence_the_streams_part_is_the_feature() 
     tapped = attention_output(fx.GraphModule(nn.Module(), graph), "x")
     stream = torch.randn(1, 3, 4)
     assert torch.equal(tapped(torch.zeros(1, 2, 4), stream)[1], -stream)
+
+
+def test_a_position_that_is_added_first_is_part_of_the_stream() -> None:
+    graph = fx.Graph()
+    x, position = graph.placeholder("x"), graph.placeholder("position")
+    placed = graph.call_function(torch.ops.aten.add.Tensor, (x, position))
+    turned = graph.call_function(torch.ops.aten.neg.default, (placed,))
+    added = graph.call_function(torch.ops.aten.add.Tensor, (placed, turned))
+    for node in (x, position, placed, turned, added):
+        node.meta["val"] = torch.zeros(1, 3, 4)
+    graph.output((added,))
+    tapped = attention_output(fx.GraphModule(nn.Module(), graph), "x")
+    stream, where = torch.randn(2, 1, 3, 4)
+    assert torch.equal(tapped(stream, where)[1], -(stream + where))
