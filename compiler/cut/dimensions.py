@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,9 @@ from .words import Cut, expression_of
 
 __all__ = ["Dimensions"]
 
-MOST_TIMES = 4
-"""How often a size may count in a sum: two values a token are two sequences, a hundred are not."""
+MOST_TIMES = 8
+"""How often a size may count in a sum: two values a token are two sequences, eight are a latent's
+pixels, a hundred are neither."""
 
 
 class Dimensions:
@@ -160,7 +162,9 @@ class Dimensions:
         rest = expression - self.tokens
         has_tokens = rest.count_ops() < expression.count_ops()
         terms = self._terms(rest if has_tokens else expression, what)
-        name = "_plus_".join([*map(_spelled, terms), *(["tokens"] * has_tokens)])
+        counts = Counter(map(_spelled, terms))
+        words = [term if n == 1 else f"{term}_times_{n}" for term, n in counts.items()]
+        name = "_plus_".join([*words, *(["tokens"] * has_tokens)])
         if has_tokens:
             terms = (*terms, *self.sums.get("tokens", ("tokens",)))
         self.sums[name] = terms

@@ -11,6 +11,8 @@ __all__ = [
     "CHROMA",
     "CHRONO_EDIT",
     "CONSIS_ID",
+    "COSMOS",
+    "EASY_ANIMATE",
     "ERNIE_IMAGE",
     "GLM_IMAGE",
     "HUNYUAN_IMAGE",
@@ -402,3 +404,44 @@ freqs_cos_f = freqs_cos[0][positions].view(ppf, 1, 1, -1).expand(ppf, pph, ppw, 
 )
 """Two frames are the ends of a clip of `temporal_skip_len`, and lie that far apart; where there are
 other frames too, each follows the one before it. The number of frames chooses by a value, not a branch."""
+EASY_ANIMATE = (
+    Patch(
+        "EasyAnimateRotaryPosEmbed.get_resize_crop_region_for_grid",
+        first="r = h / w",
+        until="return (crop_top",
+        digest="6c8431029aed",
+        lines="""
+h = torch.scalar_tensor(h, dtype=torch.float32)
+w = torch.scalar_tensor(w, dtype=torch.float32)
+is_tall = h * tw > w * th
+resize_height = torch.where(is_tall, th, torch.round(tw * h / w))
+resize_width = torch.where(is_tall, torch.round(th * w / h), tw)
+crop_top = torch.round((th - resize_height) / 2)
+crop_left = torch.round((tw - resize_width) / 2)
+""",
+    ),
+)
+"""The grid's crop is a tensor of the latents' size, not a branch of Python's. Its sizes are divided last:
+Python's quotient of 9 in 40,000 grids (up to 200 by 200) is rounded otherwise, by one."""
+
+COSMOS = (
+    Patch(
+        "CosmosLearnablePositionalEmbed.forward",
+        first="norm = torch.add(",
+        until="return (emb / norm)",
+        digest="f25bd21c079a",
+        lines="norm = torch.add(self.eps, norm, alpha=emb.shape[-1] ** -0.5)",
+    ),
+    Patch(
+        "CosmosTransformer3DModel.forward",
+        first="padding_mask_resized = transforms",
+        until="hidden_states = torch.cat(",
+        digest="f54ca60716fc",
+        lines="""
+padding_mask_resized = padding_mask.unflatten(3, (width, -1))[..., 0]
+padding_mask_resized = padding_mask_resized.unflatten(2, (height, -1))[:, :, :, 0]
+""",
+    ),
+)
+"""A norm has one number a token, so that the ratio of the two counts is the width's. The padding mask's
+pixels are a multiple of the latents' sizes: the nearest is the first of each."""

@@ -81,7 +81,7 @@ def symbolic_linspace(start: Any, end: Any, steps: Any, **options: Any) -> torch
     dtype = options.get("dtype") or torch.get_default_dtype()
     count: Any = steps
     index = torch.arange(count, dtype=dtype, device=options.get("device"))
-    points: torch.Tensor = start + index * ((end - start) / (count - 1))
+    points: torch.Tensor = start + index * ((end - start) / torch.sym_max(count - 1, 1))
     return points
 
 

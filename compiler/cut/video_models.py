@@ -4,7 +4,16 @@
 from __future__ import annotations
 
 from ...bundle.streams import LATENTS
-from .patches import ANY_FLOW, CHRONO_EDIT, CONSIS_ID, HUNYUAN_VIDEO_15, MINIMAX_H3, MOCHI
+from .patches import (
+    ANY_FLOW,
+    CHRONO_EDIT,
+    CONSIS_ID,
+    COSMOS,
+    EASY_ANIMATE,
+    HUNYUAN_VIDEO_15,
+    MINIMAX_H3,
+    MOCHI,
+)
 from .row import (
     PATCH_IMAGE,
     PATCH_VIDEO,
@@ -294,6 +303,33 @@ VIDEO_MODELS: tuple[Row, ...] = (
         multiples=PATCH_VIDEO,
         usual={"image_tokens": 257},
         patches=ANY_FLOW,
+    ),
+    Row(
+        "EasyAnimateTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+        },
+        pipelines=("EasyAnimatePipeline",),
+        name="easy_animate",
+        multiples=PATCH_IMAGE,
+        patches=EASY_ANIMATE,
+    ),
+    Row(
+        "CosmosTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_embed_dim"),
+            "fps": 30,
+            "padding_mask": prompt("1 1 8*height 8*width", needs="concat_padding_mask"),
+        },
+        pipelines=("CosmosTextToWorldPipeline",),
+        name="cosmos",
+        multiples=PATCH_VIDEO,
+        latent_scale=(8, 8),
+        patches=COSMOS,
     ),
 )
 """In the order in which each came to be cut."""

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+from diffusers.models.transformers import transformer_cosmos
 from held_out import HELD_OUT
 from small_configs import CASES
 from torch import Tensor, fx, nn
@@ -20,6 +22,18 @@ from freewheel.compiler.cut.row import Row, prompt, step
 from freewheel.compiler.cut.row import run as timestep
 from freewheel.compiler.cut.trace import Trace, trace
 from freewheel.compiler.cut.words import Cut
+
+if not hasattr(
+    transformer_cosmos, "transforms"
+):  # of torchvision, whose `resize` of a tensor this is
+    transformer_cosmos.transforms = SimpleNamespace(
+        InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+        functional=SimpleNamespace(
+            resize=lambda image, size, interpolation: nn.functional.interpolate(
+                image, size, mode=interpolation
+            )
+        ),
+    )
 
 EVERY_RUN = ("wan", "flux", "qwen_image")
 """Cases of `make test`: one stream with cross-attention, two kinds of blocks, complex numbers."""

@@ -15,11 +15,13 @@ from diffusers import (
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
+    AutoencoderKLMagvit,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     MiniMaxH3Scheduler,
@@ -161,6 +163,13 @@ def bria_fibo_2(config: Any) -> dict[str, Any]:
     }
 
 
+class Unchecked:
+    """Checks no prompt: embeddings of one are given."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Stay."""
+
+
 def hunyuan_dit(config: Any) -> dict[str, Any]:
     return {
         **both(config.cross_attention_dim, tokens=config.text_len),
@@ -243,6 +252,12 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "any_flow": ("AnyFlowPipeline", FlowMapEulerDiscreteScheduler, lambda c: {
         **both(c.text_dim), **VIDEO, "guidance_scale": 3.0,
     }),
+    "easy_animate": ("EasyAnimatePipeline", shifted, lambda c: {
+        **both(c.text_embed_dim), **masks("prompt_attention_mask"), **VIDEO, "guidance_scale": 3.0,
+    }),
+    "cosmos": ("CosmosTextToWorldPipeline", EDMEulerScheduler, lambda c: {
+        **both(c.text_embed_dim), **VIDEO, "num_frames": 9, "guidance_scale": 3.0,
+    }),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 
@@ -263,6 +278,12 @@ PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
             temporal_compression_ratio=4,
         ),
     },
+    "easy_animate": {
+        "vae": lambda config: AutoencoderKLMagvit(
+            latent_channels=config.in_channels, block_out_channels=(8,) * 4, norm_num_groups=8
+        )
+    },
+    "cosmos": {"safety_checker": lambda config: Unchecked()},
     "ltx_2": LTX_2_PARTS,
     "ltx_2_3": LTX_2_PARTS,
 }

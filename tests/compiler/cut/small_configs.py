@@ -448,5 +448,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_layers": 4, "rotary_dim": 4,
         },
     ),
+    "easy_animate": (
+        "EasyAnimateTransformer3DModel",
+        {
+            "attention_head_dim": 16, "in_channels": 4, "mmdit_layers": 3, "num_attention_heads": 2,
+            "num_layers": 6, "out_channels": 4, "patch_size": 2, "text_embed_dim": 8,
+            "time_embed_dim": 8,
+        },
+    ),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        {
+            "adaln_lora_dim": 4, "attention_head_dim": 12, "concat_padding_mask": True,
+            "extra_pos_embed_type": "learnable", "in_channels": 4, "max_size": [8, 32, 32],
+            "mlp_ratio": 2, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
+            "patch_size": [1, 2, 2], "rope_scale": [2.0, 1.0, 1.0], "text_embed_dim": 16,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

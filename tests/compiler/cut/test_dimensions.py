@@ -58,7 +58,8 @@ def test_a_size_without_a_name_is_refused(dimensions: Dimensions) -> None:
     [
         ("text_tokens+image_tokens", "image_tokens_plus_text_tokens", ("image_tokens", "text_tokens")),
         ("text_tokens+8", "text_tokens_plus_8", ("text_tokens", 8)),
-        ("text_tokens*2", "text_tokens_plus_text_tokens", ("text_tokens", "text_tokens")),
+        ("text_tokens*2", "text_tokens_times_2", ("text_tokens", "text_tokens")),
+        ("8*height", "height_times_8", ("height",) * 8),
         (
             "frames*(height//2)*(width//2)+text_tokens+1", "text_tokens_plus_1_plus_tokens",
             ("text_tokens", 1, "tokens"),

@@ -25,7 +25,8 @@ class Asks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = symbolic_int(x.shape[0]) + symbolic_len(x)
         columns = REPLACED["max"](x.shape[0], x.shape[1]) + REPLACED["min"]([*x.shape])
-        return torch.ones(rows) * symbolic_linspace(0, 1, rows).sum() + columns
+        points = symbolic_linspace(0, 1, rows).sum() + symbolic_linspace(2, 3, x.shape[0]).sum()
+        return torch.ones(rows) * points + columns
 
 
 def test_sizes_stay_symbolic() -> None:
@@ -33,7 +34,7 @@ def test_sizes_stay_symbolic() -> None:
     program = torch.export.export(
         Asks(), (torch.zeros(3, 5),), dynamic_shapes=(dynamic,), strict=False
     )
-    for shape in ((3, 5), (7, 4)):
+    for shape in ((3, 5), (7, 4), (1, 2)):
         x = torch.zeros(shape)
         assert torch.allclose(program.module()(x), Asks()(x)), shape
 
