@@ -17,6 +17,7 @@ __all__ = [
     "GLM_IMAGE",
     "HUNYUAN_IMAGE",
     "HUNYUAN_VIDEO_15",
+    "LATTE",
     "LUMINA_2",
     "MINIMAX_H3",
     "MOCHI",
@@ -445,3 +446,51 @@ padding_mask_resized = padding_mask_resized.unflatten(2, (height, -1))[:, :, :, 
 )
 """A norm has one number a token, so that the ratio of the two counts is the width's. The padding mask's
 pixels are a multiple of the latents' sizes: the nearest is the first of each."""
+
+LATTE = (
+    Patch(
+        "LatteTransformer3DModel.forward",
+        first="# Prepare text embeddings for spatial block",
+        until="shift, scale = (self.scale_shift_table",
+        digest="f77acb51e583",
+        lines="""
+encoder_hidden_states = self.caption_projection(encoder_hidden_states)
+hidden_states = hidden_states.unflatten(0, (batch_size, num_frame)).flatten(1, 2)
+blocks = zip(self.transformer_blocks, self.temporal_transformer_blocks)
+for i, (spatial_block, temp_block) in enumerate(blocks):
+    hidden_states = spatial_block(
+        hidden_states, None, encoder_hidden_states, None, timestep, {"frames": num_frame}
+    )
+    if i == 0 and num_frame > 1:
+        hidden_states = hidden_states.unflatten(1, (num_frame, -1))
+        hidden_states = (hidden_states + self.temp_pos_embed.unsqueeze(2)).flatten(1, 2)
+    hidden_states = temp_block(hidden_states, None, None, None, timestep, {"frames": num_frame})
+""",
+    ),
+    Patch(
+        "BasicTransformerBlock.forward",
+        first="# 1. Prepare GLIGEN inputs",
+        until='if self.norm_type == "ada_norm_zero":',
+        digest="a6fed280c98a",
+        lines="""
+cross_attention_kwargs, gligen_kwargs = {}, None
+together = norm_hidden_states.unflatten(1, (frames, -1))
+if self.attn2 is None:
+    together = together.transpose(1, 2)
+attn_output = self.attn1(together.flatten(0, 1)).unflatten(0, together.shape[:2])
+if self.attn2 is None:
+    attn_output = attn_output.transpose(1, 2)
+attn_output = attn_output.flatten(1, 2)
+""",
+    ),
+    Patch(
+        "BasicTransformerBlock.forward",
+        first="if cross_attention_kwargs is not None:",
+        until="# Notice that normalization",
+        digest="a720552921af",
+        lines='frames = cross_attention_kwargs["frames"]',
+    ),
+)
+"""All tokens stay in one sequence from block to block, and self-attention alone takes them apart, by
+frames or by places, where diffusers lays the stream out anew before each block. A text is attended to by
+the tokens of all frames at once."""

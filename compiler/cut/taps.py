@@ -21,7 +21,8 @@ __all__ = ["attention_output", "modulated_input"]
 def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
     """Return what a block's first product of the stream multiplies: its normed, modulated input.
 
-    Where a block joins it with a text first, it is the stream's part, which is added to the graph.
+    Where a block joins it with a text first, it is the stream's part, which is added to the graph;
+    where a block lays it out anew first (by frames), it is the value as it was before.
 
     Args:
         module: The block's graph.
@@ -48,9 +49,18 @@ def modulated_input(module: fx.GraphModule, hidden: str) -> fx.Node:
     raise _missing(module.graph, "no product reads the stream")
 
 
+LAYOUTS = frozenset(
+    {"_unsafe_view", "clone", "permute", "reshape", "transpose", "unflatten", "view"}
+)
+
+
 def _parts(node: fx.Node) -> list[fx.Node]:
-    """Return a value and, if it joins two sequences, those."""
-    return [node, *(node.all_input_nodes if operation(node) == "cat" else ())]
+    """Return a value, what it lays out anew and, if it joins two sequences, those."""
+    found = [node]
+    while found[-1].op == "call_function" and operation(found[-1]) in LAYOUTS:
+        found += found[-1].all_input_nodes[:1]
+    last = found[-1]
+    return [*found, *(last.all_input_nodes if operation(last) == "cat" else ())]
 
 
 def _joins(node: fx.Node, stream: fx.Node) -> bool:

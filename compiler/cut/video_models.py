@@ -11,6 +11,7 @@ from .patches import (
     COSMOS,
     EASY_ANIMATE,
     HUNYUAN_VIDEO_15,
+    LATTE,
     MINIMAX_H3,
     MOCHI,
 )
@@ -330,6 +331,20 @@ VIDEO_MODELS: tuple[Row, ...] = (
         multiples=PATCH_VIDEO,
         latent_scale=(8, 8),
         patches=COSMOS,
+    ),
+    Row(
+        "LatteTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels video_length height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens caption_channels"),
+            "enable_temporal_attentions": True,
+        },
+        pipelines=("LattePipeline",),
+        name="latte",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+        patches=LATTE,
     ),
 )
 """In the order in which each came to be cut."""

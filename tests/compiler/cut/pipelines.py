@@ -19,6 +19,7 @@ from diffusers import (
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
+    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -254,6 +255,10 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     }),
     "easy_animate": ("EasyAnimatePipeline", shifted, lambda c: {
         **both(c.text_embed_dim), **masks("prompt_attention_mask"), **VIDEO, "guidance_scale": 3.0,
+    }),
+    "latte": ("LattePipeline", lambda: DDIMScheduler(clip_sample=False), lambda c: {
+        **both(c.caption_channels), "height": 64, "width": 96, "video_length": c.video_length,
+        "negative_prompt": None, "clean_caption": False, "guidance_scale": 3.0,
     }),
     "cosmos": ("CosmosTextToWorldPipeline", EDMEulerScheduler, lambda c: {
         **both(c.text_embed_dim), **VIDEO, "num_frames": 9, "guidance_scale": 3.0,

@@ -465,5 +465,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "patch_size": [1, 2, 2], "rope_scale": [2.0, 1.0, 1.0], "text_embed_dim": 16,
         },
     ),
+    "latte": (
+        "LatteTransformer3DModel",
+        {
+            "activation_fn": "gelu-approximate", "attention_bias": True, "attention_head_dim": 8,
+            "caption_channels": 12, "cross_attention_dim": 16, "in_channels": 4,
+            "norm_elementwise_affine": False, "norm_type": "ada_norm_single",
+            "num_attention_heads": 2, "num_layers": 3, "out_channels": 8, "patch_size": 2,
+            "sample_size": 8, "video_length": 3,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

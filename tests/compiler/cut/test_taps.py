@@ -117,3 +117,19 @@ def test_a_position_that_is_added_first_is_part_of_the_stream() -> None:
     tapped = attention_output(fx.GraphModule(nn.Module(), graph), "x")
     stream, where = torch.randn(2, 1, 3, 4)
     assert torch.equal(tapped(stream, where)[1], -(stream + where))
+
+
+def test_a_value_that_is_laid_out_anew_for_a_product_is_the_signal_as_it_was_before() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(1, 6, 4)
+    normed = graph.call_function(torch.ops.aten.silu.default, (x,))
+    normed.meta["val"] = x.meta["val"]
+    by_frame = graph.call_function(torch.ops.aten.view.default, (normed, [2, 3, 4]))
+    by_frame.meta["val"] = torch.zeros(2, 3, 4)
+    graph.output(
+        (graph.call_function(torch.ops.aten.matmul.default, (by_frame, graph.get_attr("w"))),)
+    )
+    root = nn.Module()
+    root.w = nn.Parameter(torch.zeros(4, 4))
+    assert modulated_input(fx.GraphModule(root, graph), "x") is normed

@@ -57,8 +57,9 @@ def inputs_of(row: Row) -> dict[str, str]:
         pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
         for name in PIPELINES
         # counts from the other end; makes one video alone; gives the next step's timestep; takes a
-        # mask of pixels
-        if name not in ("z_image", "wan_vace", "any_flow", "hunyuan_image_distilled", "cosmos")
+        # mask of pixels; has a number of frames of its own
+        if name
+        not in ("z_image", "wan_vace", "any_flow", "hunyuan_image_distilled", "cosmos", "latte")
     ],
 )
 def test_what_is_learnt_is_what_the_table_says(name: str) -> None:
