@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .row import Row, Same, prompt, run, step
+from .row import TEXT_MASK, Row, Same, prompt, run, step
 
 __all__ = ["AUDIO_MODELS"]
 
@@ -46,6 +46,20 @@ AUDIO_MODELS: tuple[Row, ...] = (
             "encoder_hidden_states": prompt("batch frames condition_dim"),
         },
         name="minimax_music_3",
+        latent_scale=(1, 1),
+    ),
+    Row(
+        "StableAudio3DiTModel",
+        {
+            "hidden_states": step("batch io_channels frames"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens cond_token_dim"),
+            "global_hidden_states": prompt("batch global_cond_dim"),
+            "encoder_attention_mask": TEXT_MASK,
+        },
+        pipelines=("StableAudio3Pipeline",),
+        name="stable_audio_3",
+        multiples={"frames": "patch_size"},
         latent_scale=(1, 1),
     ),
 )

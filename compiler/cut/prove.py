@@ -165,6 +165,10 @@ def random_inputs(
     return {n: example(declared, config, sizes, generator) for n, declared in named.items()}
 
 
+SCALES = ("weight", "gamma")
+"""How the names of norms' scales end, which are about one."""
+
+
 def random_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """Fill a transformer with weights at which no part of it vanishes or saturates."""
     generator = torch.Generator().manual_seed(seed)
@@ -174,7 +178,7 @@ def random_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
             if parameter.ndim >= 2:
                 noise *= max(parameter[0].numel(), 1) ** -0.5
             else:
-                noise = 0.1 * noise + float(name.endswith("weight"))
+                noise = 0.1 * noise + float(name.endswith(SCALES))
             parameter.copy_(noise)
     return model.requires_grad_(False)
 

@@ -475,5 +475,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sample_size": 8, "video_length": 3,
         },
     ),
+    "stable_audio_3": (
+        "StableAudio3DiTModel",
+        {
+            "cond_token_dim": 16, "depth": 4, "embed_dim": 32, "ff_mult": 2, "global_cond_dim": 12,
+            "io_channels": 8, "local_add_cond_dim": 5, "num_heads": 4, "num_memory_tokens": 3,
+            "patch_size": 1, "timestep_features_dim": 16, "use_differential_attention": True,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

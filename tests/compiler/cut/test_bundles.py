@@ -28,6 +28,7 @@ from freewheel.compiler.cut.row import SIZES
 from freewheel.compiler.cut.trace import filled, leaves_of
 from freewheel.compiler.graphs.write import io_entries
 from freewheel.compiler.verify.bundle import verify_bundle
+from freewheel.compiler.verify.engines import ROUNDINGS
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.model import LoadedModel
@@ -45,8 +46,7 @@ FOUND = (
     "ltx_2", "ltx_2_3",
     "hunyuan_dit", "minimax_music_3",
     "glm_image", "kandinsky_6", "consis_id", "any_flow", "minimax_h3", "chrono_edit",
-    "easy_animate", "cosmos",
-    "latte",
+    "easy_animate", "cosmos", "latte", "stable_audio_3",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
@@ -90,6 +90,20 @@ def inputs_at(
     return given, eager(one.row, one.model, raw)
 
 
+def moved_by_rounding(one: Case, counts: dict[str, int]) -> list[float]:
+    """Return how far what diffusers gives moves with its timestep's rounding, as `verify` allows it.
+
+    Stable Audio 3 takes sines of 2.7e4, which float32 knows to 2e-3.
+    """
+    config: Any = one.model.config
+    raw = random_inputs(one.row, config, one.row.sizes(config, counts))
+    by = 1.0 + ROUNDINGS * torch.finfo(torch.float32).eps
+    runs = {n for n, declared in leaves_of(one.row, config)[1].items() if declared.changes == "run"}
+    rounded = {n: value * by if n in runs else value for n, value in raw.items()}
+    both = zip(eager(one.row, one.model, rounded), eager(one.row, one.model, raw), strict=True)
+    return [relative(moved, wanted) for moved, wanted in both]
+
+
 FULL = {
     "z_image": ({**SIZES, "height": 4, "width": 8, "text_tokens": 32},),
     "chrono_edit": ({**SIZES, "frames": 2},),
@@ -114,8 +128,10 @@ def test_engines_equal_the_transformer_at_every_size(
     for counts in (SIZES, OTHER, smallest(one), *FULL.get(one.row.name, ())):
         given, expected = inputs_at(one, bundle, counts)
         session_output(session, given)
-        for found, wanted in zip(session.outputs("cond").values(), expected, strict=True):
-            assert relative(found, wanted) < TOLERANCE, counts
+        outputs = session.outputs("cond").values()
+        moved = moved_by_rounding(one, counts)
+        for found, wanted, more in zip(outputs, expected, moved, strict=True):
+            assert relative(found, wanted) < TOLERANCE + more, counts
 
 
 def test_every_policy_runs_and_decides_by_content(one: Case, bundle: Bundle) -> None:

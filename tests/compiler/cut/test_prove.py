@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from cases import EVERY_RUN, Case, case
@@ -63,3 +64,10 @@ def test_random_weights_leave_no_weight_out(wan: Case) -> None:
     for name, weight in again.named_parameters():
         assert torch.equal(weight, wan.weights[name])
         assert float(weight.std()) > 0
+
+
+def test_scales_of_norms_are_about_one_whatever_they_are_called() -> None:
+    """Else queries and keys vanish, and the difference of two attentions is rounding alone."""
+    model = random_weights(diffusers.StableAudio3DiTModel.from_config(CASES["stable_audio_3"][1]))
+    scale = dict(model.named_parameters())["transformer_blocks.0.self_attn.q_norm.gamma"]
+    assert 0.5 < float(scale.mean()) < 1.5
