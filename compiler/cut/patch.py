@@ -34,6 +34,8 @@ class Patch:
         until: How the line behind the last one begins.
         digest: First 12 hexadecimal digits of the SHA-256 of the lines, without their indentation.
         lines: What stands for them, without indentation.
+        rounds: Whether they are left out for rounding in float32 too, and so in the transformer that
+            a cut is compared with.
     """
 
     method: str
@@ -41,6 +43,7 @@ class Patch:
     until: str
     digest: str
     lines: str
+    rounds: bool = False
 
 
 @contextmanager

@@ -17,6 +17,7 @@ __all__ = [
     "GLM_IMAGE",
     "HUNYUAN_IMAGE",
     "HUNYUAN_VIDEO_15",
+    "KANDINSKY_5",
     "LATTE",
     "LUMINA_2",
     "MINIMAX_H3",
@@ -494,3 +495,16 @@ attn_output = attn_output.flatten(1, 2)
 """All tokens stay in one sequence from block to block, and self-attention alone takes them apart, by
 frames or by places, where diffusers lays the stream out anew before each block. A text is attended to by
 the tokens of all frames at once."""
+
+KANDINSKY_5 = (
+    Patch(
+        "Kandinsky5AttnProcessor.__call__",
+        first="return x_out.reshape(*x.shape).to(torch.bfloat16)",
+        until="if rotary_emb is not None:",
+        digest="38b6f0fa79c9",
+        lines="return x_out.reshape(*x.shape)",
+        rounds=True,
+    ),
+)
+"""Rotated queries and keys are rounded to bfloat16 in a model of any precision. A bundle's precision is
+chosen when it is built, and in float32 the last bit of a sum would decide how one is rounded."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ExportError
+from .patch import patched
 from .row import SIZES, Row
 from .trace import example, filled, leaves_of, results_of
 from .words import Call, Cut, Segment
@@ -149,10 +150,10 @@ def _rows(
 
 
 def eager(row: Row, model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Run a transformer as it stands on the same inputs."""
+    """Run a transformer as it stands on the same inputs, but for what it rounds by itself."""
     arguments, named = leaves_of(row, getattr(model, "config", {}))
     given = filled(arguments, (inputs[name] for name in named))
-    with torch.no_grad():
+    with torch.no_grad(), patched(type(model), [one for one in row.patches if one.rounds]):
         return results_of(model(**given))
 
 

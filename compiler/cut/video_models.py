@@ -11,6 +11,7 @@ from .patches import (
     COSMOS,
     EASY_ANIMATE,
     HUNYUAN_VIDEO_15,
+    KANDINSKY_5,
     LATTE,
     MINIMAX_H3,
     MOCHI,
@@ -345,6 +346,28 @@ VIDEO_MODELS: tuple[Row, ...] = (
         multiples=PATCH_IMAGE,
         latent_scale=(1, 8),
         patches=LATTE,
+    ),
+    Row(
+        "Kandinsky5Transformer3DModel",
+        {
+            "hidden_states": step(
+                "batch frames height width (1+visual_cond)*in_visual_dim+visual_cond"
+            ),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens in_text_dim"),
+            "pooled_projections": prompt("batch in_text_dim2"),
+            "visual_rope_pos": [
+                prompt("frames", dtype="int64", fill=9),
+                prompt("height//patch_size[1]", dtype="int64", fill=9),
+                prompt("width//patch_size[2]", dtype="int64", fill=9),
+            ],
+            "text_rope_pos": prompt("text_tokens", dtype="int64", fill=9),
+            "scale_factor": prompt("3", fill="fraction"),
+        },
+        pipelines=("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"),
+        name="kandinsky_5",
+        multiples=PATCH_VIDEO,
+        patches=KANDINSKY_5,
     ),
 )
 """In the order in which each came to be cut."""

@@ -483,5 +483,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "patch_size": 1, "timestep_features_dim": 16, "use_differential_attention": True,
         },
     ),
+    "kandinsky_5": (
+        "Kandinsky5Transformer3DModel",
+        {
+            "axes_dims": [4, 6, 6], "ff_dim": 64, "in_text_dim": 16, "in_text_dim2": 12,
+            "in_visual_dim": 4, "model_dim": 32, "num_text_blocks": 2, "num_visual_blocks": 4,
+            "out_visual_dim": 4, "time_dim": 16,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""
