@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .core.telemetry import turn_off
@@ -10,7 +11,8 @@ from .core.telemetry import turn_off
 if TYPE_CHECKING:
     from .policies.setting import CacheSetting, GuardSetting
     from .runtime.distributed.ranks import Ranks, join_ranks
-    from .runtime.pipeline.attach import FreewheelTransformer, attach, attached
+    from .runtime.pipeline.attach import attach, attached
+    from .runtime.pipeline.transformer import FreewheelTransformer
 
     __version__: str
 
@@ -25,6 +27,17 @@ __all__ = [
     "join_ranks",
 ]
 
+HOMES = {
+    "CacheSetting": "policies.setting",
+    "FreewheelTransformer": "runtime.pipeline.transformer",
+    "GuardSetting": "policies.setting",
+    "Ranks": "runtime.distributed.ranks",
+    "attach": "runtime.pipeline.attach",
+    "attached": "runtime.pipeline.attach",
+    "join_ranks": "runtime.distributed.ranks",
+}
+"""Name → the module that has it."""
+
 turn_off()
 
 
@@ -34,16 +47,6 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("freewheel")
-    if name in ("CacheSetting", "GuardSetting"):
-        from .policies import setting
-
-        return getattr(setting, name)
-    if name in ("Ranks", "join_ranks"):
-        from .runtime.distributed import ranks
-
-        return getattr(ranks, name)
-    if name in ("FreewheelTransformer", "attach", "attached"):
-        from .runtime.pipeline import attach as module
-
-        return getattr(module, name)
-    raise AttributeError(f"module 'freewheel' has no attribute '{name}'")
+    if name not in HOMES:
+        raise AttributeError(f"module 'freewheel' has no attribute '{name}'")
+    return getattr(import_module(f".{HOMES[name]}", __name__), name)

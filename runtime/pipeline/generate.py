@@ -23,7 +23,7 @@ from ..distributed.ranks import Ranks
 from ..model import DeviceOptions
 from ..session import Recorder
 from ..statistics import RunStatistics
-from .attach import FreewheelTransformer, attach
+from .attach import attach
 from .call import (
     Media,
     PipelineCall,
@@ -37,6 +37,7 @@ from .parts import part_dtypes
 from .request import VALUES, GenerationRequest, size_like
 from .schedulers import make_scheduler
 from .sound import Sound
+from .transformer import FreewheelTransformer
 from .video import open_frames, open_image
 
 __all__ = [

@@ -19,7 +19,7 @@ from freewheel.compiler.inspect import describe_flops, inspect_bundle, operation
 from freewheel.compiler.sizes import bundle_pipeline, dims_of, size_of
 from freewheel.configs.load import parse_config
 from freewheel.core.errors import RequestError
-from freewheel.runtime.pipeline.attach import FreewheelTransformer
+from freewheel.runtime.pipeline.transformer import FreewheelTransformer
 from freewheel.runtime.settings import choose_setting, config_entry
 
 FAR = "wan_t2v_custom_1_3b"
