@@ -14,81 +14,34 @@ the previous step's equation gives it as a combination of x[t], x[t−1] and the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from ..bundle.manifest import SamplerEntry
 from ..bundle.sampler import SAMPLERS, TABULATED, step_list
+from ..bundle.sampler_table import Matrix, SamplerTable
 from ..bundle.store import NO_STORE, Store
 from ..core.errors import BuildError
 from ..runtime.pipeline.schedulers import make_scheduler
 from .code_version import code_version
 
-__all__ = ["STEP_COUNTS", "SamplerTable", "probe", "sampler_name", "write_tables"]
+__all__ = ["STEP_COUNTS", "probe", "sampler_name", "write_tables"]
 
 STEP_COUNTS = (*range(1, 61), 100)
 MAX_WINDOW = 4
 TOLERANCE = 1e-7
 """Schedulers compute their factors in float32; what they disagree with themselves is below this."""
 
-Matrix = NDArray[np.float64]
-
 
 class NotRunError(BuildError):
     """The scheduler itself stops within a run of this many steps."""
-
-
-@dataclass(frozen=True)
-class SamplerTable:
-    """One sampler at one step count.
-
-    Attributes:
-        timesteps: [steps], what the model is conditioned on.
-        sigmas: [steps], noise level at the start of each step.
-        rows: [steps, 2 * window]: factors of the samples, newest first, then of the model outputs.
-    """
-
-    timesteps: Matrix
-    sigmas: Matrix
-    rows: Matrix
-
-    @property
-    def window(self) -> int:
-        """Samples, and model outputs, that a step looks at."""
-        return int(self.rows.shape[1]) // 2
-
-    def advance(
-        self,
-        step_index: int,
-        samples: Sequence[NDArray[np.float32]],
-        outputs: Sequence[NDArray[np.float32]],
-    ) -> NDArray[np.float32]:
-        """Return the next sample; summed in float64, in the order that every runtime uses.
-
-        Args:
-            step_index: 0-based.
-            samples: The samples so far, newest first, as many as there are up to ``window``.
-            outputs: The model outputs so far, newest first.
-        """
-        row, window = self.rows[step_index], self.window
-        total = np.zeros(samples[0].shape, np.float64)
-        for age in range(min(window, step_index + 1)):
-            total += row[age] * samples[age].astype(np.float64)
-            total += row[window + age] * outputs[age].astype(np.float64)
-        return total.astype(np.float32)
-
-    def packed(self) -> Matrix:
-        """Return [steps, 2 + 2 * window]: timestep, sigma, row, as bundles store it."""
-        return np.column_stack([self.timesteps, self.sigmas, self.rows])
 
 
 def sampler_name(scheduler_class: str) -> str | None:
@@ -116,7 +69,7 @@ def probe(scheduler: Any, steps: int, window: int | None = None) -> SamplerTable
     for size in [window] if window is not None else range(1, MAX_WINDOW + 1):
         rows, fault = _fit(samples, size)
         if fault < TOLERANCE:
-            return SamplerTable(timesteps, sigmas, rows)
+            return SamplerTable(timesteps, sigmas, rows[:, :size], rows[:, size:])
     raise BuildError(
         where, f"is no linear recurrence over {MAX_WINDOW} samples (off by {fault:.1e})",
         f"use one of {', '.join(dict.fromkeys(SAMPLERS[n] for n in TABULATED))}",

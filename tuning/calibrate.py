@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..bundle.reader import Bundle
+from ..bundle.sampler_table import SamplerTable
 from ..core.errors import RequestError, nearest
 from ..core.output import write_text
 from ..core.progress import Progress
@@ -43,7 +44,7 @@ from .checkpoints import Checkpoints
 from .effort import PRESETS, duration, model_runs
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder, RecordedRun
-from .lockstep import Lockstep, SamplerRows, sampler_rows
+from .lockstep import Lockstep, sampler_table
 from .search import OBJECTIVES, Computed, Recipe, Searched, candidates, frontier, search_count
 from .sensitivity import computed_steps, measure
 from .shares import Shares
@@ -222,12 +223,12 @@ def calibrate(
     if resolved["steps"] <= FEW_STEPS:
         warn(few_steps_advice(resolved["steps"]))
     common = _common(resolved, base.generation.model_dump())
-    rows = sampler_rows(bundle, recorder.tables["timesteps"])
-    if rows is None and request.refine:
+    table = sampler_table(bundle, recorder.tables["timesteps"])
+    if table is None and request.refine:
         warn("the bundle has no sampler table for this run, so solved mixes are not refined")
     scale = resolved["guidance_scale"]
     configs, left_out, lockstep = _solved(
-        model, recorder, request, rows, scale, common, progress, shares, pieces
+        model, recorder, request, table, scale, common, progress, shares, pieces
     )
     fits = _fits(recorder, warn)
     found, missing = _by_threshold(model, recorder, fits, request.speedups, common, lockstep)
@@ -335,7 +336,7 @@ def _solved(
     model: LoadedModel,
     recorder: GramRecorder,
     request: CalibrationRequest,
-    rows: SamplerRows | None,
+    table: SamplerTable | None,
     guidance: float,
     common: dict[str, Any],
     progress: Progress,
@@ -350,9 +351,9 @@ def _solved(
     wanted = {int(grams.steps // speedup) for speedup in request.speedups}
     starts = recorder.starts[: request.refine]
     lockstep = None
-    if rows is not None and starts:
+    if table is not None and starts:
         lockstep = Lockstep(
-            model, starts, rows, factors, history=request.history, on_step=shares.beat
+            model, starts, table, factors, history=request.history, on_step=shares.beat
         )
     fewest = min([FEWEST_COMPUTED, *wanted])
     if lockstep is None:

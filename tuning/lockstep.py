@@ -19,12 +19,13 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from ..bundle.reader import Bundle
+from ..bundle.sampler_table import SamplerTable
 from ..policies.setting import CacheSetting
 from ..runtime.model import LoadedModel
 from ..runtime.session import OpenStep, Session
 from .gram import PERTURBATION, Start
 
-__all__ = ["Lockstep", "Point", "SamplerRows", "sampler_rows"]
+__all__ = ["Lockstep", "Point", "sampler_table"]
 
 Array = NDArray[np.float64]
 Mixes = Mapping[str, tuple[list[float], ...]]
@@ -33,40 +34,14 @@ RIDGE = 1e-3
 """Pull towards holding the newest residual, relative to each direction's own square."""
 
 
-@dataclass(frozen=True)
-class SamplerRows:
-    """A sampler as rows of factors: ``x[t+1] = Σ a[t][k]·x[t−k] + Σ b[t][k]·v[t−k]``.
-
-    Attributes:
-        timesteps: [steps].
-        a: Factors of samples, newest first, [steps, window].
-        b: Factors of model outputs, likewise.
-    """
-
-    timesteps: Array
-    a: Array
-    b: Array
-
-    def advance(self, step: int, samples: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """Return the next sample from all samples and outputs so far, oldest first."""
-        reach = range(min(self.a.shape[1], step + 1))
-        total = torch.zeros_like(samples[step], dtype=torch.float64)
-        for k in reach:
-            total += float(self.a[step, k]) * samples[step - k].double()
-            total += float(self.b[step, k]) * outputs[step - k].double()
-        return total.float()
-
-
-def sampler_rows(bundle: Bundle, timesteps: NDArray[np.floating]) -> SamplerRows | None:
+def sampler_table(bundle: Bundle, timesteps: NDArray[np.floating]) -> SamplerTable | None:
     """Return the bundle's sampler that runs through these timesteps, or None where it has none."""
     for entry in bundle.manifest.samplers:
         if len(timesteps) not in entry.steps:
             continue
-        table = load_file(bundle.path(entry.file))[str(len(timesteps))]
-        if np.allclose(table[:, 0], timesteps, rtol=1e-6):
-            return SamplerRows(
-                table[:, 0], table[:, 2 : 2 + entry.window], table[:, 2 + entry.window :]
-            )
+        table = SamplerTable.of(load_file(bundle.path(entry.file))[str(len(timesteps))])
+        if np.allclose(table.timesteps, timesteps, rtol=1e-6):
+            return table
     return None
 
 
@@ -103,7 +78,7 @@ class Lockstep:
         self,
         model: LoadedModel,
         starts: Sequence[Start],
-        rows: SamplerRows,
+        table: SamplerTable,
         guidance: Mapping[str, float],
         *,
         history: int,
@@ -114,15 +89,15 @@ class Lockstep:
         Args:
             model: Engines.
             starts: What runs begin with, all of one size.
-            rows: The sampler.
+            table: The sampler.
             guidance: Factor of each branch's output in the guided one.
             history: Residuals that a mix uses at most.
             on_step: See the class.
         """
         self.on_step = on_step
-        self._rows, self._guidance, self._history = rows, guidance, history
+        self._table, self._guidance, self._history = table, guidance, history
         self._sessions = [self._session(model, start) for start in starts]
-        self.steps = len(rows.timesteps)
+        self.steps = len(table.timesteps)
         latents = torch.cat([s.latents for s in starts])
         channels = model.manifest.graphs["finish"].outputs["model_output"].shape[1]
         assert isinstance(channels, int), "the output's channels are the checkpoint's"
@@ -138,7 +113,7 @@ class Lockstep:
 
     def _session(self, model: LoadedModel, start: Start) -> Session:
         session = Session(model)
-        session.begin(torch.tensor(self._rows.timesteps, dtype=torch.float32), CacheSetting())
+        session.begin(torch.tensor(self._table.timesteps, dtype=torch.float32), CacheSetting())
         for branch in self._guidance:
             session.set_prompt(branch, dict(start.prompts[branch]))
         return session
@@ -173,7 +148,7 @@ class Lockstep:
         for branch, factor in self._guidance.items():
             output += factor * self._finish(branch, step, sample, [used[branch]])[0]
         outputs = (*point.outputs, output)
-        following = self._rows.advance(step, point.samples, outputs)
+        following = self._table.advance(step, point.samples, outputs)
         mix = {branch: (*point.mix[branch], row) for branch, row in rows.items()}
         self.on_step()
         return Point((*point.samples, following), outputs, residuals, mix)
@@ -216,15 +191,15 @@ class Lockstep:
 
     def _target(self, point: Point) -> Tensor:
         """Return the guided output from which the sampler would reach the uncached next sample."""
-        step, rows = len(point.outputs), self._rows
-        reach = range(min(rows.a.shape[1], step + 1))
+        step, table = len(point.outputs), self._table
+        reach = range(min(table.window, step + 1))
         drift = torch.zeros_like(point.samples[-1])
         for k in reach:
-            drift += float(rows.a[step, k]) * (point.samples[step - k] - self.uncached[step - k])
+            drift += float(table.a[step, k]) * (point.samples[step - k] - self.uncached[step - k])
         for k in reach[1:]:
             apart = point.outputs[step - k] - self._uncached_outputs[step - k]
-            drift += float(rows.b[step, k]) * apart
-        return self._uncached_outputs[step] - drift / float(rows.b[step, 0])
+            drift += float(table.b[step, k]) * apart
+        return self._uncached_outputs[step] - drift / float(table.b[step, 0])
 
     def _fit(self, point: Point) -> dict[str, list[float]]:
         """Return each branch's mix, newest first: least squares over all runs and both branches."""

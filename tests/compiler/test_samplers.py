@@ -28,11 +28,11 @@ def run_scheduler(scheduler, steps, start):
 
 
 def run_table(table, start):
-    samples, outputs = [start], []
-    for index in range(len(table.rows)):
-        outputs.insert(0, model(samples[0], index))
-        samples.insert(0, table.advance(index, samples, outputs))
-    return samples[0]
+    samples, outputs = [torch.from_numpy(start)], []
+    for index in range(len(table.timesteps)):
+        outputs.append(torch.from_numpy(model(samples[-1].numpy(), index)))
+        samples.append(table.advance(index, samples, outputs))
+    return samples[-1].numpy()
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])

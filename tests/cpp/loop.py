@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.samplers import SamplerTable
+from freewheel.bundle.sampler_table import SamplerTable
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
@@ -64,8 +64,7 @@ class Loop:
             for s in self.bundle.manifest.samplers
             if s.name == self.sampler and s.flow_shift == self.shift
         )
-        packed = load_file(self.bundle.path(entry.file))[str(self.steps)]
-        return SamplerTable(packed[:, 0], packed[:, 1], packed[:, 2:])
+        return SamplerTable.of(load_file(self.bundle.path(entry.file))[str(self.steps)])
 
     def in_python(self, setting: CacheSetting) -> tuple[Array, dict[str, Any]]:
         """Return the last sample and per branch what the statistics say, over all experts."""
@@ -76,7 +75,7 @@ class Loop:
             ]
         table = self.table()
         timesteps = torch.from_numpy(table.timesteps.astype(np.float32))
-        samples, outputs = [self.latents], []
+        samples, outputs = [torch.from_numpy(self.latents)], []
         branches: dict[str, dict[str, list[Any]]] = {}
         for index, session in enumerate(self.sessions):
             mine = session.model.serves(timesteps)
@@ -92,18 +91,18 @@ class Loop:
                 given = {n: torch.from_numpy(t) for n, t in states.items()}
                 session.set_prompt(branch, given)
             for step in range(int(mine.sum())):
-                given = {"latents": torch.from_numpy(samples[0])}
-                found = {b: session.step(b, step, given).clone().numpy() for b in self.prompts}
+                given = {"latents": samples[-1]}
+                found = {b: session.step(b, step, given).clone() for b in self.prompts}
                 output = found["cond"]
                 if "uncond" in found:
-                    output = found["uncond"] + np.float32(scale) * (found["cond"] - found["uncond"])
-                outputs.insert(0, output)
-                samples.insert(0, table.advance(first + step, samples, outputs))
+                    output = found["uncond"] + scale * (found["cond"] - found["uncond"])
+                outputs.append(output)
+                samples.append(table.advance(first + step, samples, outputs))
             for branch, own in session.statistics.as_dict()["branches"].items():
                 known = branches.setdefault(branch, {n: [] for n in COMPARED})
                 for name in COMPARED:
                     known[name] += own[name]
-        return samples[0], branches
+        return samples[-1].numpy(), branches
 
     def in_cpp(
         self, build: Path, setting: CacheSetting, folder: Path, config: str | None = None,

@@ -17,7 +17,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.tuning.gram import GramRecorder
-from freewheel.tuning.lockstep import Lockstep, sampler_rows
+from freewheel.tuning.lockstep import Lockstep, sampler_table
 
 STEPS = 20
 GUIDANCE = {"cond": 3.0, "uncond": -2.0}
@@ -55,7 +55,7 @@ def recorded(demo_bundle: Bundle, generator: Generator, request_of: Any) -> Reco
 
 @pytest.fixture(scope="session")
 def lockstep(demo_bundle: Bundle, generator: Generator, recorded: Recorded) -> Lockstep:
-    rows = sampler_rows(demo_bundle, recorded.recorder.tables["timesteps"])
-    assert rows is not None
+    table = sampler_table(demo_bundle, recorded.recorder.tables["timesteps"])
+    assert table is not None
     model = generator.transformer.session.model
-    return Lockstep(model, recorded.recorder.starts, rows, GUIDANCE, history=4)
+    return Lockstep(model, recorded.recorder.starts, table, GUIDANCE, history=4)

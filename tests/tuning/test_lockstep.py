@@ -14,7 +14,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.solved import SolvedConfig, SolvedSchedule
 from freewheel.runtime.pipeline.generate import Generator
-from freewheel.tuning.lockstep import Lockstep, sampler_rows
+from freewheel.tuning.lockstep import Lockstep, sampler_table
 from freewheel.tuning.solve import early_weights, solve
 
 STEPS, COUNT = 20, 8
@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_any_point(lockstep: Lockstep) -> None:
 
 
 def test_sampler_of_other_timesteps_is_not_taken(demo_bundle: Bundle) -> None:
-    assert sampler_rows(demo_bundle, np.linspace(999, 1, STEPS)) is None
+    assert sampler_table(demo_bundle, np.linspace(999, 1, STEPS)) is None
 
 
 def test_recorder_notes_what_each_run_began_with(recorded: Any) -> None:
