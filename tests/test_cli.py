@@ -697,10 +697,10 @@ def test_videos_serves_the_bundle_where_it_was_asked_to(
     assert testclient.TestClient(app).get("/v1/videos").json()["data"] == []
 
 
-def test_a_gpus_memory_is_foretold_where_there_is_none(freewheel: Run) -> None:
+def test_a_gpus_memory_is_foretold_where_there_is_none(freewheel: Run, repository: Path) -> None:
     asked = (
         "inspect",
-        "models/shapes_wan",
+        repository / "models" / "shapes_wan",
         "--backend",
         "tensorrt",
         "--precision",

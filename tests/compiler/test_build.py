@@ -313,7 +313,7 @@ def test_faults_of_the_checkpoint_come_before_anything_is_written(
     config = json.loads((copy / "config.json").read_text())
     request = request_for(model=str(copy))
     for other, said in (
-        ("LatteTransformer3DModel", r"'_class_name' is 'Latte.*no family cuts"),
+        ("SanaWMTransformer3DModel", r"'_class_name' is 'SanaWM.*no family cuts"),
         ("FluxTransformer2DModel", r"has keys that change the model.*'ffn_dim'.*known: att"),
     ):
         (copy / "config.json").write_text(json.dumps({**config, "_class_name": other}))
