@@ -33,6 +33,10 @@ class AbsentBackend:
 
     name: str
 
+    def takes_float8(self, target: object) -> bool:
+        """Tell that engines do: GPUs from compute capability 8.9 on have the numbers, as CPUs do."""
+        return True
+
 
 def describe_plan(
     planned: Plan, size: Size | None = None, *, offload: bool = False
