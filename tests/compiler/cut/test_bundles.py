@@ -207,7 +207,9 @@ def test_a_second_timestep_is_taken_where_it_is_the_first(one: Case, bundle: Bun
 
 def test_lists_and_what_attention_is_given_are_inputs(one: Case, bundle: Bundle) -> None:
     """Given as the pipeline gives them, and without the mask, which masks nothing then."""
-    masks = [i.argument for i in bundle.manifest.inputs.values() if "kwargs." in i.argument]
+    masks = [
+        i.argument for i in bundle.manifest.inputs.values() if "attention_kwargs." in i.argument
+    ]
     if not masks:
         pytest.skip("its attention is given nothing of the prompt")
     scheduler = FlowMatchEulerDiscreteScheduler()
