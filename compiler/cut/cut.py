@@ -28,6 +28,7 @@ from .rotary import compose_rotary
 from .row import Row
 from .sums import split_sums
 from .tidy import tidy
+from .timesteps import tabulate_timesteps
 from .trace import Trace, trace, value_of
 from .vectors import spread_no_vectors
 from .words import Call, Cut, Instance, Runs, Segment, Template, is_operation, is_size
@@ -63,6 +64,7 @@ def cut_model(
         compose_rotary(traced, find_instances(traced))
         join_once(traced, find_instances(traced))
         split_sums(traced)
+        tabulate_timesteps(traced)
         instances = find_instances(traced)
         templates = find_templates(traced, instances)
         unequal = _lists_to_trace_whole(traced, instances, templates)

@@ -401,5 +401,16 @@ IMAGE_MODELS: tuple[Row, ...] = (
         timestep_offset=1.0,
         patches=GLM_IMAGE,
     ),
+    Row(
+        "DiTTransformer2DModel",
+        {
+            "hidden_states": step("batch in_channels sample_size sample_size"),
+            "timestep": run(),
+            "class_labels": prompt("batch", dtype="int64", fill=9),
+        },
+        pipelines=("DiTPipeline",),
+        name="dit",
+        latent_scale=(1, 8),
+    ),
 )
 """In the order in which each came to be cut."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -171,6 +172,16 @@ class Unchecked:
         """Stay."""
 
 
+class Squashed:
+    """Stands for a VAE where a pipeline always decodes: pictures are latents, squashed to 0 … 1."""
+
+    config = SimpleNamespace(scaling_factor=1.0)
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        """Return pixels of -1 … 1, one for each latent."""
+        return SimpleNamespace(sample=2 * latents.sigmoid() - 1)
+
+
 def hunyuan_dit(config: Any) -> dict[str, Any]:
     return {
         **both(config.cross_attention_dim, tokens=config.text_len),
@@ -263,6 +274,9 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "cosmos": ("CosmosTextToWorldPipeline", EDMEulerScheduler, lambda c: {
         **both(c.text_embed_dim), **VIDEO, "num_frames": 9, "guidance_scale": 3.0,
     }),
+    "dit": ("DiTPipeline", lambda: DDIMScheduler(clip_sample=False), lambda c: {
+        "class_labels": [3], "guidance_scale": 3.0,
+    }),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 
@@ -289,6 +303,7 @@ PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         )
     },
     "cosmos": {"safety_checker": lambda config: Unchecked()},
+    "dit": {"vae": lambda config: Squashed()},
     "ltx_2": LTX_2_PARTS,
     "ltx_2_3": LTX_2_PARTS,
 }

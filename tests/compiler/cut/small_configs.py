@@ -491,5 +491,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "out_visual_dim": 4, "time_dim": 16,
         },
     ),
+    "dit": (
+        "DiTTransformer2DModel",
+        {
+            "attention_head_dim": 8, "in_channels": 4, "num_attention_heads": 2,
+            "num_embeds_ada_norm": 1000, "num_layers": 4, "out_channels": 8, "patch_size": 2,
+            "sample_size": 8,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

@@ -46,7 +46,7 @@ FOUND = (
     "ltx_2", "ltx_2_3",
     "hunyuan_dit", "minimax_music_3",
     "glm_image", "kandinsky_6", "consis_id", "any_flow", "minimax_h3", "chrono_edit",
-    "easy_animate", "cosmos", "latte", "stable_audio_3", "kandinsky_5",
+    "easy_animate", "cosmos", "latte", "stable_audio_3", "kandinsky_5", "dit",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in

@@ -90,7 +90,7 @@ def check_attach(pipe: Any, bundle: Bundle, arguments: Mapping[str, Any], caches
         pipe.set_progress_bar_config(disable=True)
         options = {"num_inference_steps": steps, "output_type": "latent", "generator": seed}
         found = pipe(**arguments, **options, return_dict=False)[: len(bundle.manifest.latents)]
-        return torch.cat([one.flatten() for one in found])
+        return torch.cat([torch.as_tensor(one).flatten() for one in found])
 
     expected = {steps: latents(steps) for steps in (3, 4)}
     transformer = attach(pipe, bundle, "off", backend="onnxruntime")
