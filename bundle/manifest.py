@@ -162,7 +162,8 @@ class InputEntry(IoEntry):
 
     Attributes:
         argument: Keyword of the diffusers transformer's ``forward``, with the place in it where
-            that is nested (``img_shapes.0.0.1``).
+            that is nested (``img_shapes.0.0.1``). Complex numbers come as pairs of real ones, in a
+            last dimension of two.
         runs: When it may change.
         scale: What that argument is multiplied by.
         offset: What is added then.

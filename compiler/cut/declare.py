@@ -31,9 +31,10 @@ from .names import fresh_name
 from .precision import typed
 from .reads import find_reads
 from .refusal import refuse, refuse_what_has_no_word
-from .row import Ignored, Input, Row, Same
+from .row import Ignored, Input, OfConfig, Row, Same
 from .streams import find_streams, latents_of
 from .taps import attention_output, modulated_input
+from .trace import by_path
 from .words import PRODUCTS, Call, Cut, arguments, operation, results
 
 __all__ = ["declare"]
@@ -99,13 +100,19 @@ def _cut_of(row: Row, model_class: Any, config: str) -> Cut:
     return cut_model(row, model_class, json.loads(config), modulation=False)
 
 
-def _arguments(row: Row) -> dict[str, bool | int | float | str | None]:
+def _arguments(row: Row, config: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
     """Return the arguments of `forward` that are no inputs → their one value; None is any."""
-    return {
+    plain = {
         name: None if isinstance(value, Ignored) else value
         for name, value in row.inputs.items()
         if isinstance(value, (Ignored, bool, int, float, str))
     }
+    told = {
+        path: leaf.number(config)
+        for path, leaf in by_path(row.inputs)
+        if isinstance(leaf, OfConfig)
+    }
+    return {**plain, **told}
 
 
 def _timesteps(one: Input) -> str:
@@ -164,7 +171,7 @@ class _Declaration:
             limits=self.dimensions.limits(),
             sums=self.dimensions.sums,
             usual=self.row.usual,
-            arguments=_arguments(self.row),
+            arguments=_arguments(self.row, self.config),
         )
 
     def _runs(self, call: Call) -> str:

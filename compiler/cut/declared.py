@@ -123,7 +123,7 @@ class ModelInput:
 
     Attributes:
         argument: Keyword of the diffusers transformer's ``forward``, with the place in it where
-            that is nested (``img_shapes.0.0.1``). A whole number given for a
+            that is nested (``img_shapes.0.0.1``), complex numbers as pairs of real ones. A whole number given for a
             spec of one dimension stands for that many indices, 0 first.
         runs: ``step``, ``run`` or ``prompt``: when it may change. A step's inputs have every
             dimension of ``head``'s.
@@ -166,8 +166,8 @@ class Cut:
         sums: Dimension → what it is the sum of, as text and image tokens in one sequence are:
             others, numbers, and others rounded up to a multiple.
         unread: Tensors that the model has and its `forward` does not read.
-        arguments: Other arguments that pipelines give `forward` → the one value that they may have;
-            None where any gives the same.
+        arguments: Other arguments that pipelines give `forward`, a nested one with its place → the
+            one value that they may have; None where any gives the same.
         history_dtype: dtype in which residuals are kept.
         example_dims: Sizes to trace with.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.

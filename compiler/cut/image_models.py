@@ -3,8 +3,16 @@
 
 from __future__ import annotations
 
-from .patches import BRIA_FIBO_2, CHROMA, ERNIE_IMAGE, GLM_IMAGE, HUNYUAN_IMAGE, LUMINA_2
-from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, Row, prompt, run, size, step
+from .patches import (
+    BRIA_FIBO_2,
+    CHROMA,
+    ERNIE_IMAGE,
+    GLM_IMAGE,
+    HUNYUAN_IMAGE,
+    LUMINA_2,
+    LUMINA_NEXT,
+)
+from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, OfConfig, Row, prompt, run, size, step
 
 __all__ = ["IMAGE_MODELS"]
 
@@ -411,6 +419,25 @@ IMAGE_MODELS: tuple[Row, ...] = (
         pipelines=("DiTPipeline",),
         name="dit",
         latent_scale=(1, 8),
+    ),
+    Row(
+        "LuminaNextDiT2DModel",
+        {
+            "hidden_states": step("batch in_channels height width"),
+            "timestep": run(fill="fraction"),
+            "encoder_hidden_states": prompt("batch text_tokens cross_attention_dim"),
+            "encoder_mask": TEXT_MASK,
+            "image_rotary_emb": prompt("384 384 hidden_size//num_attention_heads//2 2", pairs=True),
+            "cross_attention_kwargs": {"base_sequence_length": OfConfig("(sample_size//2)**2")},
+        },
+        pipelines=("LuminaPipeline",),
+        name="lumina_next",
+        multiples=PATCH_IMAGE,
+        latent_scale=(1, 8),
+        timestep_scale=-1000.0,
+        timestep_offset=1000.0,
+        output_sign=-1,
+        patches=LUMINA_NEXT,
     ),
 )
 """In the order in which each came to be cut."""

@@ -20,6 +20,7 @@ __all__ = [
     "KANDINSKY_5",
     "LATTE",
     "LUMINA_2",
+    "LUMINA_NEXT",
     "MINIMAX_H3",
     "MOCHI",
 ]
@@ -508,3 +509,19 @@ KANDINSKY_5 = (
 )
 """Rotated queries and keys are rounded to bfloat16 in a model of any precision. A bundle's precision is
 chosen when it is built, and in float32 the last bit of a sum would decide how one is rounded."""
+
+LUMINA_NEXT = (
+    Patch(
+        "LuminaAttnProcessor2_0.__call__",
+        first="if base_sequence_length is not None:",
+        until="else:",
+        digest="e860e7eb7d93",
+        lines="""
+if base_sequence_length is not None:
+    length = torch.full((1,), sequence_length, dtype=torch.float32, device=query.device)
+    query = query * (length.log() / math.log(base_sequence_length)).sqrt()
+    softmax_scale = attn.scale
+""",
+    ),
+)
+"""A logarithm of a number of tokens is computed of a tensor; queries are scaled by it, as attention would."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv
 
 from ...bundle.streams import LATENTS
@@ -21,6 +22,7 @@ __all__ = [
     "Changes",
     "Ignored",
     "Input",
+    "OfConfig",
     "Row",
     "Same",
     "prompt",
@@ -58,6 +60,8 @@ class Input:
         fill: Values to prove a cut with.
         needs: Config key without which the model takes no such input.
         listed: Whether `forward` takes a list with a tensor for each element of the first dimension.
+        pairs: Whether `forward` takes complex numbers, whose real and imaginary parts are the last
+            dimension's two.
         of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step; of a vector of
             them: whose each is, latents by the bundle's names.
         indices: Of a vector of timesteps: the argument that says which each token has.
@@ -72,6 +76,7 @@ class Input:
     fill: Fill = "normal"
     needs: str | None = None
     listed: bool = False
+    pairs: bool = False
     of: tuple[str, ...] = (LATENTS,)
     over: tuple[str, int] | None = None
     indices: str | None = None
@@ -79,6 +84,8 @@ class Input:
 
     def argument(self, value: Any) -> Any:
         """Return what `forward` takes where a cut takes a tensor, or a whole number."""
+        if self.pairs:
+            return torch.view_as_complex(value)
         return list(value.unbind(0)) if self.listed else value
 
     def dimensions(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -115,6 +122,21 @@ class Ignored:
 
     Nothing reads it where the row's other arguments are given.
     """
+
+
+@dataclass(frozen=True)
+class OfConfig:
+    """A whole number that pipelines give `forward`, and that follows from the model's config.
+
+    Attributes:
+        value: An expression over the config.
+    """
+
+    value: str
+
+    def number(self, config: Mapping[str, Any]) -> int:
+        """Return the number."""
+        return int(size_expression(self.value, config))
 
 
 def size_expression(word: str, config: Mapping[str, Any]) -> Any:
@@ -156,7 +178,7 @@ class Row:
         model: Name of the class.
         name: What manifests call the model's family; empty where no bundle is made by the row.
         inputs: Argument of `forward` → `Input`, a nested list or tuple of them, `Same`, `Ignored`,
-            or a plain value, the one that pipelines may give. The first input that changes at every
+            or a plain value, the one that pipelines may give, or `OfConfig`. The first input that changes at every
             step is the one whose stream policies look at.
         pipelines: Diffusers pipelines whose ``transformer`` it may be.
         multiples: Size → expression over the config of which it is a multiple (a patch).

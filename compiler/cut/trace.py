@@ -28,12 +28,13 @@ from torch.utils import _pytree as pytree
 from ...bundle.streams import LATENTS
 from ...core.errors import ExportError
 from .patch import patched
-from .row import Ignored, Input, Row, Same, size_expression
+from .row import Ignored, Input, OfConfig, Row, Same, size_expression
 from .symbolic import symbolic_python
 
 __all__ = [
     "Assumption",
     "Trace",
+    "by_path",
     "example",
     "filled",
     "hint",
@@ -174,18 +175,22 @@ def leaves_of(row: Row, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         name: value for name, value in row.inputs.items() if _is_taken(value, config)
     }
     fixed = {name: str(value) for name, (key, value) in row.fixed.items() if config.get(key)}
-    arguments = pytree.tree_map(
-        lambda leaf: leaf.with_fixed(fixed) if isinstance(leaf, Input) else leaf,
-        arguments,
-        is_leaf=is_leaf,
-    )
-    leaves, _ = pytree.tree_flatten_with_path(arguments, is_leaf=is_leaf)
-    named = {
-        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
-        for path, leaf in leaves
-        if isinstance(leaf, Input)
-    }
+
+    def at_config(leaf: Any) -> Any:
+        if isinstance(leaf, OfConfig):
+            return leaf.number(config)
+        return leaf.with_fixed(fixed) if isinstance(leaf, Input) else leaf
+
+    arguments = pytree.tree_map(at_config, arguments, is_leaf=is_leaf)
+    named = {path: leaf for path, leaf in by_path(arguments) if isinstance(leaf, Input)}
     return {**arguments, "return_dict": False}, named
+
+
+def by_path(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what arguments are made of, by its place in them: ``img_shapes.0.1``."""
+    leaves, _ = pytree.tree_flatten_with_path(dict(arguments), is_leaf=is_leaf)
+    for path, leaf in leaves:
+        yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
 
 
 def _is_taken(argument: Any, config: Mapping[str, Any]) -> bool:

@@ -371,6 +371,8 @@ class _Learner:
         words = [self._word(extents, path) for extents in self._extents(path)]
         if kind == "shape":
             return Input("shape", words[0], "int64")
+        if value.is_complex():
+            return Input("prompt", " ".join([*words, "2"]), pairs=True)
         shape = " ".join(words)
         low = kind == "run" or value.dtype in (torch.float16, torch.bfloat16)
         dtype = "float32" if low else str(value.dtype).removeprefix("torch.")
@@ -453,6 +455,8 @@ def _spelled(value: Any) -> str:
             parts.append(f'dtype="{value.dtype}"')
         if value.fill != usual:
             parts.append(f"fill={_spelled(value.fill)}")
+        if value.pairs:
+            parts.append("pairs=True")
         return f"{word}({', '.join(parts)})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_spelled(k)}: {_spelled(v)}" for k, v in value.items()) + "}"

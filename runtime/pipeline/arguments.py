@@ -131,11 +131,11 @@ class Arguments:
     def _take_what_is_fixed(self, named: dict[str, Any]) -> None:
         """Take arguments out that the bundle's model was cut with one value of, or that change nothing."""
         for name, wanted in self._manifest.arguments.items():
-            given = named.pop(name, wanted)
+            given = _take(named, name, wanted)
             if wanted is not None and given is not None and given != wanted:
                 raise RequestError(
                     f"transformer argument '{name}'", f"is {given}, the bundle's model has {wanted}",
-                    f"leave it out, or make the pipeline give {wanted}",
+                    f"make the pipeline give {wanted}",
                 )  # fmt: skip
 
     def _take_other_timesteps(self, named: dict[str, Any]) -> dict[str, Tensor]:
@@ -199,18 +199,33 @@ def _leaf(given: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def _take(given: dict[str, Any], path: str, missing: Any) -> Any:
+    """Take an argument out; what is missing inside of one is 'left out', of which there is no default."""
+    name, _, key = path.partition(".")
+    if not key:
+        return given.pop(name, missing)
+    inside = dict(given.get(name) or {})
+    found = inside.pop(key, "left out")
+    given[name] = inside
+    return found
+
+
 def _is_absent(value: Any) -> bool:
     """Tell whether an argument is None, or a nesting of nothing else."""
     return all(leaf is None for leaf in pytree.tree_leaves(value))
 
 
 def _as_tensor(value: Any, entry: InputEntry) -> Tensor:
-    """Turn what a pipeline gives into a tensor: a count into its indices, a list into rows."""
+    """Turn what a pipeline gives into a tensor: a count into its indices, a list into rows.
+
+    Complex numbers become pairs of real ones.
+    """
     if isinstance(value, int) and len(entry.shape) == 1:
         return torch.arange(value)
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
         return torch.stack(value)
-    return torch.as_tensor(value)
+    tensor = torch.as_tensor(value)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @cache

@@ -277,6 +277,10 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     "dit": ("DiTPipeline", lambda: DDIMScheduler(clip_sample=False), lambda c: {
         "class_labels": [3], "guidance_scale": 3.0,
     }),
+    "lumina_next": ("LuminaPipeline", flow, lambda c: {
+        **both(c.cross_attention_dim), **masks("prompt_attention_mask"), **SQUARE,
+        "guidance_scale": 3.0,
+    }),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 

@@ -499,5 +499,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sample_size": 8,
         },
     ),
+    "lumina_next": (
+        "LuminaNextDiT2DModel",
+        {
+            "cross_attention_dim": 32, "hidden_size": 24, "in_channels": 4, "multiple_of": 16,
+            "num_attention_heads": 3, "num_kv_heads": 1, "num_layers": 4, "sample_size": 16,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

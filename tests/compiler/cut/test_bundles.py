@@ -47,6 +47,7 @@ FOUND = (
     "hunyuan_dit", "minimax_music_3",
     "glm_image", "kandinsky_6", "consis_id", "any_flow", "minimax_h3", "chrono_edit",
     "easy_animate", "cosmos", "latte", "stable_audio_3", "kandinsky_5", "dit",
+    "lumina_next",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
@@ -203,6 +204,22 @@ def test_a_second_timestep_is_taken_where_it_is_the_first(one: Case, bundle: Bun
     assert relative(found, expected) < TOLERANCE
     with pytest.raises(RequestError, match=f"argument '{second}': is not the timestep"):
         attached(**raw, **{second: raw["timestep"] / 2})
+
+
+def test_what_follows_from_the_config_must_be_given_so(one: Case, bundle: Bundle) -> None:
+    nested = {n: value for n, value in bundle.manifest.arguments.items() if "." in n}
+    if not nested:
+        pytest.skip("its pipeline gives no such number")
+    ((place, wanted),) = nested.items()
+    name, key = place.split(".")
+    attached = attach(
+        Loop(one.model, FlowMatchEulerDiscreteScheduler()), bundle, "off", backend="onnxruntime"
+    ).module
+    for given, said in (({key: wanted + 1}, f"is {wanted + 1}"), ({}, "is left out")):
+        with pytest.raises(
+            RequestError, match=f"'{place}': {said}, the bundle's model has {wanted}"
+        ):
+            attached(torch.zeros(1), torch.zeros(1), **{name: given})
 
 
 def test_lists_and_what_attention_is_given_are_inputs(one: Case, bundle: Bundle) -> None:

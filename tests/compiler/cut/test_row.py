@@ -5,9 +5,19 @@ from __future__ import annotations
 
 import pytest
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv
 
-from freewheel.compiler.cut.row import SIZES, Input, Row, prompt, size, size_expression, step
+from freewheel.compiler.cut.row import (
+    SIZES,
+    Input,
+    OfConfig,
+    Row,
+    prompt,
+    size,
+    size_expression,
+    step,
+)
 
 
 def test_a_shape_is_read_from_config_and_sizes() -> None:
@@ -31,6 +41,18 @@ def test_no_two_traced_sizes_are_equal() -> None:
 def test_a_shape_can_name_nothing_but_numbers() -> None:
     with pytest.raises(NameError):
         Input("step", "open").dimensions({}, SIZES)
+
+
+def test_what_a_model_takes_as_complex_numbers_is_pairs() -> None:
+    pairs = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    taken = prompt("2 2", pairs=True).argument(pairs)
+    assert taken.tolist() == [1 + 2j, 3 + 4j]
+
+
+def test_a_number_of_the_config_is_an_expression_over_it_alone() -> None:
+    assert OfConfig("(sample_size//2)**2").number({"sample_size": 16, "name": "x"}) == 64
+    with pytest.raises(TypeError):  # sizes are not known yet
+        OfConfig("height").number({})
 
 
 def test_a_dimension_is_an_expression_over_sizes_alone() -> None:

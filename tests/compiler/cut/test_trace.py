@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Max, PythonMod
 
 from freewheel.compiler.cut.models import row_of
-from freewheel.compiler.cut.row import Row, step
+from freewheel.compiler.cut.row import OfConfig, Row, step
 from freewheel.compiler.cut.trace import (
     Assumption,
     _may_fail,
@@ -82,6 +82,13 @@ def test_nested_inputs_are_named_by_their_place() -> None:
     row = row_of("QwenImageTransformer2DModel")
     assert row is not None
     assert {"img_shapes.0.0.1", "img_shapes.0.0.2"} <= set(leaves_of(row, {})[1])
+
+
+def test_a_number_of_the_config_is_no_input() -> None:
+    row = Row("Model", {"x": step("batch 4"), "kwargs": {"base": OfConfig("width*2")}})
+    arguments, named = leaves_of(row, {"width": 3})
+    assert arguments["kwargs"] == {"base": 6}
+    assert list(named) == ["x"]
 
 
 def test_the_domain_has_the_length_of_tables_over_the_rows_sizes(wan: Case) -> None:
