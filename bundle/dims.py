@@ -9,7 +9,7 @@ from math import prod
 from ..core.errors import BundleError, RequestError
 from .manifest import MAX_SIZE, IoEntry, Manifest, SumTerm
 
-__all__ = ["all_dims", "derive_dims", "divisor", "match_dims", "shape_of", "summed"]
+__all__ = ["all_dims", "derive_dims", "divisor", "least", "match_dims", "shape_of", "summed"]
 
 
 def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int]:
@@ -91,9 +91,20 @@ def all_dims(
 
 
 def summed(sums: Mapping[str, Sequence[SumTerm]], dims: Mapping[str, int]) -> dict[str, int]:
-    """Return the dimensions that are sums of known ones, of numbers, and of padded ones."""
+    """Return the dimensions that are sums of known ones, of numbers, and of padded ones.
+
+    Raises:
+        RequestError: one is less than 1, as a video of one frame has none but the first.
+    """
     found = {name: [_term(term, dims) for term in terms] for name, terms in sums.items()}
-    return {name: sum(t for t in terms if t) for name, terms in found.items() if None not in terms}
+    sizes = {name: sum(t for t in terms if t) for name, terms in found.items() if None not in terms}
+    for name, size in sizes.items():
+        if size < 1:
+            raise RequestError(
+                f"dimension '{name}'", f"is {size}, and follows from the sizes of the run",
+                "choose larger ones, such as more frames",
+            )  # fmt: skip
+    return sizes
 
 
 def _term(term: SumTerm, dims: Mapping[str, int]) -> int | None:
@@ -113,6 +124,20 @@ def divisor(dims: Mapping[str, Sequence[tuple[str, int]]], name: str) -> int:
         name: Of the size.
     """
     return max((d for factors in dims.values() for dim, d in factors if dim == name), default=1)
+
+
+def least(sums: Mapping[str, Sequence[SumTerm]], name: str) -> int:
+    """Return the smallest size at which sums that take a number from it are at least 1.
+
+    Args:
+        sums: Dimension → what it is the sum of.
+        name: Of the size.
+    """
+    numbers = [
+        (terms.count(name), sum(term for term in terms if isinstance(term, int)))
+        for terms in sums.values()
+    ]
+    return max((-((number - 1) // times) for times, number in numbers if times), default=1)
 
 
 def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:

@@ -53,6 +53,7 @@ MAX_ENTRIES = 1_000_000
 
 Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 Positive = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Negative = Annotated[int, Field(ge=-MAX_SIZE, le=-1)]
 BlockIndex = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 BlockCount = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
 StoredDtype = Annotated[str, Field(pattern=f"^({'|'.join(ITEM_BYTES)})$")]
@@ -346,7 +347,7 @@ class PipelineEntry(_Entry):
     source: str | None = None
 
 
-SumTerm = str | Positive | tuple[str, Positive]
+SumTerm = str | Positive | Negative | tuple[str, Positive]
 """What a dimension is a sum of: another, a number, or another rounded up to a multiple."""
 
 

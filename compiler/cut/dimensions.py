@@ -164,7 +164,7 @@ class Dimensions:
         terms = self._terms(rest if has_tokens else expression, what)
         counts = Counter(map(_spelled, terms))
         words = [term if n == 1 else f"{term}_times_{n}" for term, n in counts.items()]
-        name = "_plus_".join([*words, *(["tokens"] * has_tokens)])
+        name = "_plus_".join([*words, *(["tokens"] * has_tokens)]).replace("plus_-", "minus_")
         if has_tokens:
             terms = (*terms, *self.sums.get("tokens", ("tokens",)))
         self.sums[name] = terms
@@ -182,7 +182,7 @@ class Dimensions:
         number = sum(int(count) for count, one in counted if one == 1)
         plain = [(int(count), one) for count, one in counted if one != 1 and count != 0]
         known = all(one.is_Symbol or self._product(one) for _, one in plain)
-        if not known or number < 0 or any(not 0 < count <= MOST_TIMES for count, _ in plain):
+        if not known or any(not 0 < count <= MOST_TIMES for count, _ in plain):
             refuse(self.cut.model, what, [str(expression)])
         names = sorted(str(self._name(one, what)) for count, one in plain for _ in range(count))
         return (*names, *padded, *([number] if number else []))

@@ -23,6 +23,7 @@ __all__ = [
     "LUMINA_NEXT",
     "MINIMAX_H3",
     "MOCHI",
+    "WAN_ANIMATE",
 ]
 
 HUNYUAN_IMAGE = (
@@ -525,3 +526,74 @@ if base_sequence_length is not None:
     ),
 )
 """A logarithm of a number of tokens is computed of a tensor; queries are scaled by it, as attention would."""
+
+WAN_ANIMATE = (
+    Patch(
+        "WanAnimateTransformer3DModel.forward",
+        first="hidden_states[:, :, 1:] =",
+        until="# Calling contiguous",
+        digest="bf74ddac055f",
+        lines="hidden_states = hidden_states + F.pad(pose_hidden_states, (0, 0, 0, 0, 1, 0))",
+    ),
+    Patch(
+        "WanAnimateTransformer3DModel.forward",
+        first="face_batches =",
+        until="motion_vec = motion_vec.view",
+        digest="4fd6ebf1aec5",
+        lines="motion_vec = self.motion_encoder(face_pixel_values)",
+    ),
+    Patch(
+        "WanAnimateTransformer3DModel.forward",
+        first="pad_face =",
+        until="# 5. Transformer blocks",
+        digest="1dcf31177376",
+        lines="""
+motion_vec = F.pad(motion_vec, (0, 0, 0, 0, 1, 0))
+motion_vec = motion_vec.reshape(batch_size, post_patch_num_frames, *motion_vec.shape[2:])
+""",
+    ),
+    Patch(
+        "WanAnimateTransformer3DModel.forward",
+        first="face_adapter_output =",
+        until="# 6. Output norm",
+        digest="edbda637100e",
+        lines="hidden_states = self.face_adapter[face_adapter_block_idx](hidden_states, motion_vec)",
+    ),
+    Patch(
+        "WanAnimateMotionEncoder.forward",
+        first="Q = torch.linalg.qr",
+        until="motion_vec = motion_vec.to",
+        digest="d7868671dfef",
+        lines="""
+left, mirrors = weight, []
+for k in range(weight.shape[1]):
+    first, below = left[k : k + 1, k : k + 1], left[k + 1 :, k : k + 1]
+    length = (first.square() + below.square().sum()).sqrt()
+    mirror = torch.cat([first + torch.where(first < 0, -length, length), below])
+    mirror = F.pad(mirror / mirror.square().sum().sqrt(), (0, 0, k, 0))
+    left = left - 2 * mirror @ (mirror.T @ left)
+    mirrors.append(mirror)
+Q = torch.eye(*weight.shape)
+for mirror in reversed(mirrors):
+    Q = Q - 2 * mirror @ (mirror.T @ Q)
+motion_vec = motion_feat @ Q.T
+""",
+    ),
+    Patch(
+        "WanAnimateFaceBlockAttnProcessor.__call__",
+        first="hidden_states = attn.pre_norm_q",
+        until="encoder_hidden_states = attn.pre_norm_kv",
+        digest="e077792e3cc1",
+        lines="stream, hidden_states = hidden_states, attn.pre_norm_q(hidden_states)",
+    ),
+    Patch(
+        "WanAnimateFaceBlockAttnProcessor.__call__",
+        first="hidden_states = attn.to_out",
+        until="if attention_mask is not None:",
+        digest="9acadcf0dcc9",
+        lines="hidden_states = stream + attn.to_out(hidden_states)",
+    ),
+)
+"""The first frame has no pose. All faces go through the encoder at once: portions of them save memory
+alone. What a face adds to the stream is added inside its block, as in `CONSIS_ID`. ONNX has no QR
+decomposition: mirrors make one, with the signs that LAPACK gives."""

@@ -15,6 +15,7 @@ from .patches import (
     LATTE,
     MINIMAX_H3,
     MOCHI,
+    WAN_ANIMATE,
 )
 from .row import (
     PATCH_IMAGE,
@@ -368,6 +369,28 @@ VIDEO_MODELS: tuple[Row, ...] = (
         name="kandinsky_5",
         multiples=PATCH_VIDEO,
         patches=KANDINSKY_5,
+    ),
+    Row(
+        "WanAnimateTransformer3DModel",
+        {
+            "hidden_states": step("batch in_channels frames height width"),
+            "timestep": run(),
+            "encoder_hidden_states": prompt("batch text_tokens text_dim"),
+            "encoder_hidden_states_image": prompt(
+                "batch image_tokens image_dim", needs="image_dim"
+            ),
+            "pose_hidden_states": prompt("batch latent_channels frames-1 height width"),
+            "face_pixel_values": prompt(
+                "batch 3 4*frames-7 motion_encoder_size motion_encoder_size"
+            ),
+        },
+        pipelines=("WanAnimatePipeline",),
+        name="wan_animate",
+        multiples=PATCH_VIDEO,
+        whole=True,
+        fixed={"text_tokens": ("image_dim", 512)},
+        usual={"image_tokens": 257},
+        patches=WAN_ANIMATE,
     ),
 )
 """In the order in which each came to be cut."""

@@ -37,6 +37,7 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 from torch.func import functional_call
 
+from ...bundle.dims import least
 from ...bundle.manifest import GraphEntry, IoEntry, Manifest
 from ...engines.base import BoundCall, Engine, TensorSpec
 from ..cut.declared import Cut, Segment
@@ -309,7 +310,7 @@ def sample_dims(cut: Cut, case: int, ranges: Ranges = MappingProxyType({})) -> d
     """
     divisors = {dim: d for factors in cut.dims.values() for dim, d in factors}
     patches = dict(zip(("frames", "height", "width"), PATCHES[case], strict=True))
-    dims = {dim: n * divisors.get(dim, 1) for dim, n in patches.items()}
+    dims = {dim: max(n * divisors.get(dim, 1), least(cut.sums, dim)) for dim, n in patches.items()}
     dims |= {"batch": 1 + case, "text_tokens": 7 + case}
     dims |= {name: 9 + place + case for place, name in enumerate(sorted(cut.usual))}
     dims = _inside({**dims, "steps": 4 + case, "slots": 1 + case}, ranges)

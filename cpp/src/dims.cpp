@@ -73,7 +73,13 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
       sum += std::min(multiples, kMaxSize / term.number) * term.number;
       sum = std::min(sum, kMaxSize);
     }
-    if (is_known) dims[name] = sum;
+    if (!is_known) continue;
+    if (sum < 1) {
+      return Status(Code::kRequest, "dimension '" + name + "'",
+                    "is " + std::to_string(sum) + ", and follows from the sizes of the run",
+                    "choose larger ones, such as more frames");
+    }
+    dims[name] = sum;
   }
   return dims;
 }

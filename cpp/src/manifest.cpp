@@ -62,7 +62,10 @@ SumTerm read_term(FieldReader& reader, const json& term, const std::string& path
   if (term.is_array() && term.size() == 2 && term[0].is_string()) {
     return {term[0].get<std::string>(), reader.integer(term[1], path, 1, kMaxSize)};
   }
-  if (term.is_number_integer()) return {"", reader.integer(term, path, 1, kMaxSize)};
+  if (term.is_number_integer()) {
+    const bool is_taken = term < 0;  // from the others
+    return {"", reader.integer(term, path, is_taken ? -kMaxSize : 1, is_taken ? -1 : kMaxSize)};
+  }
   reader.fault(path, "should be dimensions, numbers, or pairs of a dimension and a multiple");
   return {};
 }

@@ -96,6 +96,13 @@ TEST_F(DimsTest, ASumIsOfDimensionsPaddedOnesAndNumbers) {
   all["text_tokens"] = 33;
   const Dims found = *derive_dims(*parsed, all);
   EXPECT_EQ(found.at("joint"), 64 + found.at("tokens") + 3);
+  manifest_["sums"] = {{"poses", {"frames", "frames", -3}}};
+  const auto less = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(less.ok()) << less.status().message();
+  EXPECT_EQ(derive_dims(*less, {{"frames", 3}})->at("poses"), 3);
+  EXPECT_EQ(derive_dims(*less, sizes).status().message(),
+            "dimension 'poses': is -1, and follows from the sizes of the run; choose larger ones, "
+            "such as more frames");
   for (const json& term : {json(0), json(1.5), json::array({"tokens", 0}), json::array({1, 2})}) {
     manifest_["sums"] = {{"joint", json::array({term})}};
     EXPECT_FALSE(Manifest::parse(manifest_.dump(), "manifest.json").ok()) << term;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.bundle.dims import all_dims, derive_dims, match_dims, shape_of, summed
+from freewheel.bundle.dims import all_dims, derive_dims, least, match_dims, shape_of, summed
 from freewheel.bundle.manifest import IoEntry, SumTerm
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
@@ -37,6 +37,15 @@ def test_a_sum_is_of_dimensions_padded_ones_and_numbers() -> None:
     assert summed(sums, {"text_tokens": 33, "tokens": 5}) == {"joint": 64 + 5 + 3, "fixed": 16}
     assert summed(sums, {"text_tokens": 64, "tokens": 1})["joint"] == 64 + 1 + 3
     assert summed(sums, {"tokens": 5}) == {"fixed": 16}, "the text's size is still to come"
+
+
+def test_a_sum_that_takes_more_than_there_is_is_refused() -> None:
+    sums: dict[str, list[SumTerm]] = {"poses": ["frames", -1], "faces": ["frames"] * 4 + [-7]}
+    assert summed(sums, {"frames": 2}) == {"poses": 1, "faces": 1}
+    with pytest.raises(RequestError, match=r"dimension 'poses': is 0,.*choose larger ones"):
+        summed(sums, {"frames": 1})
+    assert (least(sums, "frames"), least(sums, "height"), least({}, "frames")) == (2, 1, 1)
+    assert least({"faces": ["frames"] * 4 + [-8], "more": ["frames", 3]}, "frames") == 3
 
 
 def test_what_derives_from_a_sum_follows_it() -> None:

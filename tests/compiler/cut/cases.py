@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from freewheel.compiler.cut.cut import cut_model
 from freewheel.compiler.cut.models import MODELS, row_of
 from freewheel.compiler.cut.prove import random_weights
-from freewheel.compiler.cut.row import Row, prompt, step
+from freewheel.compiler.cut.row import SIZES, Row, prompt, step
 from freewheel.compiler.cut.row import run as timestep
 from freewheel.compiler.cut.trace import Trace, trace
 from freewheel.compiler.cut.words import Cut
@@ -66,6 +66,15 @@ def case(name: str) -> Case:
     model = random_weights(model_class.from_config(config).eval())
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return Case(row, model, weights, partial(cut_model, row, model_class, config))
+
+
+def smallest(one: Case) -> dict[str, int]:
+    """Return the smallest sizes that the transformer itself runs at: one of each, or two frames.
+
+    Allegro squeezes away the axis of its tokens where there is one; Wan Animate's first frame has no pose.
+    """
+    more = {"frames": 2} if one.row.name in ("allegro", "wan_animate") else {}
+    return dict.fromkeys(SIZES, 1) | more
 
 
 def traced(forward: Callable[..., Any], **inputs: Any) -> Trace:

@@ -506,5 +506,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 3, "num_kv_heads": 1, "num_layers": 4, "sample_size": 16,
         },
     ),
+    "wan_animate": (
+        "WanAnimateTransformer3DModel",
+        {
+            **WAN, "added_kv_proj_dim": 24, "face_encoder_hidden_dim": 16,
+            "face_encoder_num_heads": 2, "image_dim": 16, "in_channels": 12,
+            "inject_face_latents_blocks": 2, "latent_channels": 4, "motion_dim": 4,
+            "motion_encoder_channel_sizes": {"16": 16, "4": 16, "8": 16},
+            "motion_encoder_dim": 16, "motion_encoder_size": 16, "motion_style_dim": 8,
+            "num_layers": 6,
+        },
+    ),
 }  # fmt: skip
 """Name → class and config."""

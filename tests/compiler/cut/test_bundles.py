@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, case
+from cases import Case, case, smallest
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -47,7 +47,7 @@ FOUND = (
     "hunyuan_dit", "minimax_music_3",
     "glm_image", "kandinsky_6", "consis_id", "any_flow", "minimax_h3", "chrono_edit",
     "easy_animate", "cosmos", "latte", "stable_audio_3", "kandinsky_5", "dit",
-    "lumina_next",
+    "lumina_next", "wan_animate",
 )  # fmt: skip
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
@@ -111,14 +111,6 @@ FULL = {
 }
 """Family → sizes at which it computes otherwise: a sequence that is padded to a multiple needs no padding,
 two frames are the ends of a clip."""
-
-
-def smallest(one: Case) -> dict[str, int]:
-    """Return the smallest sizes that the transformer itself runs at: one of each, or two frames.
-
-    Allegro squeezes away the axis of its tokens where there is one.
-    """
-    return dict.fromkeys(SIZES, 1) | ({"frames": 2} if one.row.name == "allegro" else {})
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

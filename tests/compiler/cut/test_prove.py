@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from cases import EVERY_RUN, Case, case
+from cases import EVERY_RUN, Case, case, smallest
 from held_out import HELD_OUT
 from small_configs import CASES
 
@@ -30,7 +30,6 @@ OTHER = {
     "text_tokens_2": 21, "image_tokens": 7, "audio_tokens": 12,
     "rows": 6, "columns": 4,
 }  # fmt: skip
-ONES = dict.fromkeys(SIZES, 1)
 
 NAMES = [
     pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
@@ -49,7 +48,7 @@ def errors(one: Case, counts: dict[str, int], seed: int) -> list[float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chained_cut_is_the_transformer(name: str) -> None:
     one = case(name)
-    for seed, counts in enumerate((SIZES, OTHER, ONES)):
+    for seed, counts in enumerate((SIZES, OTHER, smallest(one))):
         assert max(errors(one, counts, seed)) < TOLERANCE, counts
 
 
