@@ -312,7 +312,9 @@ def sample_dims(cut: Cut, case: int, ranges: Ranges = MappingProxyType({})) -> d
     patches = dict(zip(("frames", "height", "width"), PATCHES[case], strict=True))
     dims = {dim: max(n * divisors.get(dim, 1), least(cut.sums, dim)) for dim, n in patches.items()}
     dims |= {"batch": 1 + case, "text_tokens": 7 + case}
-    dims |= {name: 9 + place + case for place, name in enumerate(sorted(cut.usual))}
+    named = {d for i in cut.inputs.values() for d in i.spec.shape if isinstance(d, str)}
+    others = sorted(named - dims.keys() - cut.dims.keys() - cut.sums.keys())
+    dims |= {name: 9 + place + case for place, name in enumerate(others)}
     dims = _inside({**dims, "steps": 4 + case, "slots": 1 + case}, ranges)
     # A graph that takes tokens has a range for them, and none for what they derive from.
     return _inside(derived(cut, dims), ranges)

@@ -38,6 +38,8 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
                 "global_hidden_states": prompt("batch 1 global_states_input_dim"),
                 "rotary_embedding": (prompt("tokens+1 4"), prompt("tokens+1 4")),
             },
+            name="stable_audio",
+            usual={"tokens": 1024},
         ),
         {
             "attention_head_dim": 8, "cross_attention_dim": 8, "cross_attention_input_dim": 8,

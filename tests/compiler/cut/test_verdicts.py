@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from held_out import HELD_OUT
 from small_configs import CASES
 from test_bundles import FOUND
 from verdicts import KINDS, OTHERS, Verdict, classes, listed, verdict
@@ -20,16 +21,19 @@ def test_every_dit_has_a_verdict() -> None:
     assert {one.kind for one in listed().values()} <= KINDS.keys()
 
 
-def test_a_bundle_is_said_of_what_a_family_cuts_and_of_nothing_else() -> None:
+def test_a_bundle_is_said_of_what_a_named_row_cuts_and_of_nothing_else() -> None:
     bundles = {model for model, one in listed().items() if one.kind == "bundle"}
-    assert bundles == {family.model for family in FAMILIES}
+    held_out = {row.model for row, _ in HELD_OUT.values() if row.name}
+    assert bundles == {family.model for family in FAMILIES} | held_out
 
 
 def test_whatever_has_a_row_with_a_name_is_among_the_tests_of_bundles() -> None:
     files = {path.stem.removeprefix("test_") for path in MODELS_OF_THEIR_OWN.glob("test_*.py")}
-    tested = {CASES[name][0] for name in FOUND}
-    tested |= {row.model for row in MODELS if row.name in files}
-    assert {row.model for row in MODELS if row.name} <= tested
+    rows = [*MODELS, *(row for row, _ in HELD_OUT.values())]
+    tested = {HELD_OUT[name][0].model for name in FOUND if name in HELD_OUT}
+    tested |= {CASES[name][0] for name in FOUND if name in CASES}
+    tested |= {row.model for row in rows if row.name in files}
+    assert {row.model for row in rows if row.name} <= tested
 
 
 def test_a_class_has_one_small_model() -> None:

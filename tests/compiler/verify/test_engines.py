@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,6 +168,9 @@ def test_sample_sizes_are_not_those_that_graphs_are_traced_with(tiny_bundle: Bun
     assert all(first[n] != second[n] for n in ("batch", "frames", "height", "text_tokens", "slots"))
     assert all(d["tokens"] != traced["tokens"] for d in (first, second))
     assert first["tokens"] == first["frames"] * (first["height"] // 2) * (first["width"] // 2)
+    unknown = replace(cut, dims={}, sums={}, usual={})
+    wanted = {d for i in cut.inputs.values() for d in i.spec.shape if isinstance(d, str)}
+    assert wanted <= sample_dims(unknown, 0).keys(), "a dimension that nothing else tells"
 
 
 def test_sample_inputs_are_seeded_and_timesteps_lie_in_their_range(tiny_bundle: Bundle) -> None:
