@@ -136,18 +136,19 @@ class OfConfig:
 
     def number(self, config: Mapping[str, Any]) -> int:
         """Return the number."""
-        return int(size_expression(self.value, config))
+        return int(sympy.sympify(self.value, locals=_numbers(config)))
 
 
 def size_expression(word: str, config: Mapping[str, Any]) -> Any:
     """Return a dimension that a row spells (``height // patch_size``) over the names of `SIZES`."""
-    numbers = {
-        name: value for name, value in config.items() if isinstance(value, (int, list, tuple))
-    }
     plain = {name: sympy.Symbol(name, integer=True, positive=True) for name in SIZES}
-    return sympy.sympify(word, locals={**numbers, **plain}).replace(
+    return sympy.sympify(word, locals={**_numbers(config), **plain}).replace(
         sympy.floor, lambda ratio: FloorDiv(*ratio.as_numer_denom())
     )
+
+
+def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if isinstance(value, (int, list, tuple))}
 
 
 def step(shape: str, **options: Any) -> Input:

@@ -41,9 +41,9 @@ def test_rows_name_classes_of_diffusers(family: Row) -> None:
 
 def test_unknown_class_is_refused_where_it_was_read() -> None:
     with pytest.raises(CheckpointError) as caught:
-        family_of("WanAnimateTransformer3DModel", "some/config.json")
+        family_of("WanAnimate2Transformer3DModel", "some/config.json")
     assert caught.value.where == "some/config.json"
-    assert "'WanAnimateTransformer3DModel'" in caught.value.what
+    assert "'WanAnimate2Transformer3DModel'" in caught.value.what
     assert "WanTransformer3DModel" in caught.value.hint
 
 
