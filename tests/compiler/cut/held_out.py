@@ -33,7 +33,7 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
             "StableAudioDiTModel",
             {
                 "hidden_states": step("batch in_channels tokens"),
-                "timestep": run(),
+                "timestep": run(fill="fraction"),
                 "encoder_hidden_states": prompt("batch text_tokens cross_attention_input_dim"),
                 "global_hidden_states": prompt("batch 1 global_states_input_dim"),
                 "rotary_embedding": (prompt("tokens+1 4"), prompt("tokens+1 4")),

@@ -93,11 +93,12 @@ def inputs_at(
     return given, eager(one.row, one.model, raw)
 
 
-def moved_by_rounding(one: Case, counts: dict[str, int]) -> list[float]:
-    """Return how far what diffusers gives moves with its timestep's rounding, as `verify` allows it.
+LARGE_ANGLES = ("stable_audio_3",)
+"""Families that take sines of up to 2.7e4, which float32 knows to 2e-3."""
 
-    Stable Audio 3 takes sines of 2.7e4, which float32 knows to 2e-3.
-    """
+
+def moved_by_rounding(one: Case, counts: dict[str, int]) -> list[float]:
+    """Return how far what diffusers gives moves with its timestep's rounding, as `verify` allows it."""
     config: Any = one.model.config
     raw = random_inputs(one.row, config, one.row.sizes(config, counts))
     by = 1.0 + ROUNDINGS * torch.finfo(torch.float32).eps
@@ -124,7 +125,8 @@ def test_engines_equal_the_transformer_at_every_size(
         given, expected = inputs_at(one, bundle, counts)
         session_output(session, given)
         outputs = session.outputs("cond").values()
-        moved = moved_by_rounding(one, counts)
+        is_large = one.row.name in LARGE_ANGLES
+        moved = moved_by_rounding(one, counts) if is_large else [0.0] * len(expected)
         for found, wanted, more in zip(outputs, expected, moved, strict=True):
             assert relative(found, wanted) < TOLERANCE + more, counts
 
