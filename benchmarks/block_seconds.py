@@ -32,7 +32,7 @@ def compare(
     sessions = [Session(LoadedModel(bundle)) for bundle in (whole, cut)]
     for session in sessions:
         session.set_prompt("cond", prompt_states(session))
-    blocks = [sum(s.count for s in session.manifest.stages) for session in sessions]
+    blocks = [session.manifest.block_count for session in sessions]
     latents = latents_of(sessions[0], size)
     taken: list[list[float]] = [[], []]
     for turn in range(ROUNDS + 1):  # the first warms up

@@ -30,7 +30,9 @@ def build_case(
     checkpoint: str, out: str, precision: str, backends: list[str], weights: str, queue: Any
 ) -> None:
     """Build once in a fresh process and put what it took into ``queue``."""
-    from freewheel.compiler.build import BuildRequest, build
+    from freewheel.compiler.build import build
+    from freewheel.compiler.plan import plan
+    from freewheel.compiler.request import BuildRequest
     from freewheel.engines import backend
     from freewheel.runtime.settings import config_entries
 
@@ -38,15 +40,16 @@ def build_case(
     sampler = MemorySampler()
     sampler.start()
     began, used = time.perf_counter(), time.process_time()
-    report = build(
-        BuildRequest(
-            model=checkpoint, out=Path(out), backends=[backend(b, to_build=True) for b in backends],
-            configs=config_entries(["off"], typer.echo), precision=precision, weights=weights,  # type: ignore[arg-type]  # names of theirs
-        )
+    request = BuildRequest(
+        model=checkpoint, out=Path(out), backends=[backend(b, to_build=True) for b in backends],
+        configs=config_entries(["off"], typer.echo), precision=precision, weights=weights,  # type: ignore[arg-type]  # names of theirs
     )  # fmt: skip
+    planned = plan(request)
+    planning = time.perf_counter() - began
+    report = build(planned)
     taken, processor = time.perf_counter() - began, time.process_time() - used
     sampler.stop()
-    phases = dict(report.seconds)
+    phases = {"plan": round(planning, 3), **report.seconds}
     peaks = sampler.peaks(phases)
     queue.put(
         {

@@ -28,7 +28,9 @@ from safetensors.torch import load_file, save_file
 from weights_form import BoundBody, machine
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
 
@@ -67,10 +69,10 @@ def write_checkpoints(size: tuple[int, int, int], folder: Path) -> dict[str, Pat
 def built(checkpoint: Path, out: Path) -> dict[str, int]:
     """Build a bundle; return its bytes, and those written."""
     report = build(
-        BuildRequest(
+        plan(BuildRequest(
             model=str(checkpoint), out=out, backends=[backend(BACKEND)], precision="bfloat16",
             configs=config_entries(["off"], lambda text: None),
-        )
+        ))
     )  # fmt: skip
     tensors = report.manifest.tensors
     blocks = sum(t.bytes for n, t in tensors.items() if n.startswith("blocks."))

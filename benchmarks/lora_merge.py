@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from weights_form import machine
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.runtime.lora import parse_lora
 from freewheel.runtime.pipeline.adapters import Adapters
@@ -47,10 +49,10 @@ def prepare(folder: Path, precision: Any, rank: int) -> tuple[Path, Path]:
     model.to(getattr(torch, precision)).save_pretrained(checkpoint)  # type: ignore[attr-defined]  # diffusers hides it
     (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     build(
-        BuildRequest(
+        plan(BuildRequest(
             model=str(checkpoint), out=folder / "bundle", backends=[backend("openvino")],
             configs=config_entries(["off"], lambda text: None), precision=precision, policies=[],
-        )
+        ))
     )  # fmt: skip
     state = {}
     for name, module in model.blocks.named_modules():

@@ -19,7 +19,9 @@ import numpy as np
 import typer
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.generate import Generation, Generator
@@ -39,7 +41,7 @@ def generations(precision: str, folder: Path, steps: int) -> list[Generation]:
     configs = config_entries(["shapes_wan_off"], typer.echo)
     openvino = backend("openvino")
     out = folder / precision
-    build(BuildRequest(str(MODEL), out, [openvino], configs, precision=precision))  # type: ignore[arg-type]  # a name of PRECISIONS
+    build(plan(BuildRequest(str(MODEL), out, [openvino], configs, precision=precision)))  # type: ignore[arg-type]  # a name of PRECISIONS
     bundle = Bundle(out)
     generator = Generator(bundle)
     defaults = bundle.manifest.configs["shapes_wan_off"].generation

@@ -154,7 +154,7 @@ def measure(
         "bundle": bundle.folder.name,
         "backend": session.model.backend.name,
         "precision": session.manifest.precision,
-        "blocks": sum(s.count for s in session.manifest.stages),
+        "blocks": session.manifest.block_count,
         "weight_bytes": sum(t.bytes for t in session.manifest.tensors.values()),
         "tokens": frames * (height // 16) * (width // 16),
         "warm_up_seconds": first,

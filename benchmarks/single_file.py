@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from synthetic import GEOMETRIES, random_tensor
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.settings import config_entries
@@ -46,10 +48,10 @@ def main(
     sampler = MemorySampler()
     sampler.start()
     report = build(
-        BuildRequest(
+        plan(BuildRequest(
             model=str(single), out=out / "bundle", backends=[backend("openvino")],
             configs=config_entries(["off"], lambda text: None), precision="bfloat16", cache=None,
-        )
+        ))
     )  # fmt: skip
     sampler.stop()
     found: dict[str, Any] = {

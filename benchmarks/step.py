@@ -25,7 +25,9 @@ from diffusers import WanTransformer3DModel
 from synthetic import GEOMETRIES, write_checkpoint
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import LoadedModel
@@ -61,10 +63,10 @@ def session_for(
     """Build a bundle and open a session on it."""
     out = folder / f"{name}-{precision}-{weights}"
     build(
-        BuildRequest(
+        plan(BuildRequest(
             model=str(checkpoint), out=out, backends=[backend(name)], precision=precision,  # type: ignore[arg-type]  # a name of PRECISIONS
             configs=config_entries(["off"], typer.echo), weights=weights,  # type: ignore[arg-type]  # inputs or baked
-        )
+        ))
     )  # fmt: skip
     return Session(LoadedModel(Bundle(out)))
 

@@ -25,7 +25,9 @@ import torch
 import typer
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.generate import Generator
@@ -122,7 +124,7 @@ def main(
     folder = Path(tempfile.mkdtemp(dir=out))
     try:
         configs = config_entries(["shapes_wan_off"], typer.echo)
-        build(BuildRequest(str(MODEL), folder / "b", [backend("openvino")], configs))
+        build(plan(BuildRequest(str(MODEL), folder / "b", [backend("openvino")], configs)))
         generator = Generator(Bundle(folder / "b"))
         rows = measure(
             generator, WanTransformer3DModel, steps, [int(i) for i in intervals.split(",")]

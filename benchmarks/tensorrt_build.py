@@ -30,9 +30,11 @@ SLOW_IMPORTS = ["torch", "freewheel.compiler.build", "freewheel.engines.tensorrt
 
 def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queue: Any) -> None:
     """Write a bundle without engines, and every graph's profiles into ``queue``."""
-    from freewheel.compiler.build import BuildRequest, build
+    from freewheel.compiler.build import build
     from freewheel.compiler.cut.document import CUT, read_cut
+    from freewheel.compiler.plan import plan
     from freewheel.compiler.profiles import BuildSizes, dim_ranges, parse_range, profiles_of
+    from freewheel.compiler.request import BuildRequest
     from freewheel.runtime.settings import config_entries
 
     configs = config_entries(["off"], typer.echo)
@@ -41,7 +43,7 @@ def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queu
         precision=precision,  # type: ignore[arg-type]  # a name of theirs
     )  # fmt: skip
     began = time.perf_counter()
-    manifest = build(request).manifest
+    manifest = build(plan(request)).manifest
     seconds = time.perf_counter() - began
     cut = read_cut(Path(out) / CUT)
     asked = BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items()})

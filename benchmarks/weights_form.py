@@ -30,8 +30,10 @@ from torch import Tensor
 
 from freewheel.bundle.dims import derive_dims
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
 from freewheel.compiler.graphs.groups import block_bytes
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.core.dtypes import Precision
 from freewheel.engines import backend
 from freewheel.runtime.body import Body, allocate
@@ -131,7 +133,7 @@ def build_form(
         weights=form,
         group_blocks=group_blocks,
     )
-    build(request)
+    build(plan(request))
     return Bundle(out)
 
 
@@ -231,7 +233,7 @@ def describe(
         case=case.name,
         backend=name,
         tokens=bodies[name, "inputs"].tokens,
-        blocks=sum(s.count for s in manifest.stages),
+        blocks=manifest.block_count,
         block_bytes=block_bytes(manifest.stages[0], manifest.graphs, manifest.tensors),
         seconds={form: statistics.median(seconds[name, form]) for form in FORMS},
         best_seconds={form: min(seconds[name, form]) for form in FORMS},

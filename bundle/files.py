@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import BundleError
-from .manifest import FileEntry
+from .manifest import FileEntry, TensorEntry
 
 __all__ = [
     "cache_beside",
@@ -22,6 +23,7 @@ __all__ = [
     "safe_path",
     "sha256_of",
     "sha256_of_each",
+    "weights_digest",
 ]
 
 CHUNK_BYTES = 8 << 20
@@ -144,3 +146,9 @@ def safe_path(folder: Path, name: str) -> Path:
             "the bundle is damaged or hostile; build it again",
         )
     return path
+
+
+def weights_digest(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEntry]) -> str:
+    """Digest what a model computes with: every tensor's place and its file's digest."""
+    text = json.dumps([[n, t.offset, files[t.file].sha256] for n, t in sorted(tensors.items())])
+    return hashlib.sha256(text.encode()).hexdigest()

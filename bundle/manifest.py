@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.dtypes import ITEM_BYTES, Precision
 from ..core.limits import LARGEST_SEED
+from ..core.tensor_spec import TensorSpec
 from ..policies.setting import CacheSetting
 from ..policies.spec import PolicySpec
 from .streams import HIDDEN, LATENTS
@@ -20,6 +21,7 @@ __all__ = [
     "MAX_SIZE",
     "SCHEMA_VERSION",
     "CheckpointEntry",
+    "CheckpointSource",
     "ConfigEntry",
     "EngineSetEntry",
     "ExpertEntry",
@@ -32,6 +34,7 @@ __all__ = [
     "LatentScale",
     "Manifest",
     "PipelineEntry",
+    "PlannedManifest",
     "PolicyEntry",
     "ResolvedConfig",
     "ResolvedGeneration",
@@ -69,6 +72,11 @@ class IoEntry(_Entry):
 
     dtype: StoredDtype
     shape: Annotated[list[Size | str], Field(max_length=MAX_RANK)]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The same as engines and graphs have it."""
+        return TensorSpec(self.dtype, tuple(self.shape))
 
 
 class FileEntry(_Entry):
@@ -122,11 +130,11 @@ class GroupEntry(_Entry):
 
 
 class SkipEntry(_Entry):
-    """What each block of a stage reads of a block of an earlier stage.
+    """A skip connection: what each block of a stage reads of a block of an earlier stage.
 
     Attributes:
-        stream: The maker gives it as ``<stream>_out``.
-        blocks: The maker's place in the loop, for each block of the stage.
+        stream: The maker gives it as ``<stream>_out``; it stays as the maker left it.
+        blocks: The maker's place in the loop, counted over all stages, for each block.
     """
 
     stream: str
@@ -136,11 +144,18 @@ class SkipEntry(_Entry):
 class StageEntry(_Entry):
     """A run of equal blocks inside ``body``.
 
+    A block passes streams on: each output ``<stream>_out`` whose input ``<stream>`` it takes goes
+    to the next block. Those that ``head`` begins and ``finish`` reads are cached: ``hidden``, and
+    beside it ``audio_hidden`` where a model samples sound with its video;
+    others (a text stream) begin as an output of ``prompt``, or of a block, and end with the last
+    block. A block need not write every stream. What is computed once per computed step, before the
+    first block or between two, is a stage of one block whose weights are nobody else's.
+
     Attributes:
         block: Graph of each block.
         context: Graph run once per prompt for each block, or None.
         tapped: Variant of ``block`` that also gives the feature, or None.
-        first: Index of the first block.
+        first: Index of the first block in the checkpoint's names.
         count: Blocks.
         groups: Blocks compiled together; empty where weights are inputs.
         skips: Input → what each block reads there of a block of an earlier stage.
@@ -149,10 +164,10 @@ class StageEntry(_Entry):
     """
 
     block: str
-    context: str | None
-    tapped: str | None
-    first: BlockIndex
-    count: BlockCount
+    context: str | None = None
+    tapped: str | None = None
+    first: BlockIndex = 0
+    count: BlockCount = 1
     groups: list[GroupEntry] = []
     skips: dict[str, SkipEntry] = {}
     reads: dict[str, list[str]] = {}
@@ -161,12 +176,14 @@ class StageEntry(_Entry):
 class InputEntry(IoEntry):
     """A tensor that callers hand in.
 
+    A whole number given for one of one dimension stands for that many indices, 0 first.
+
     Attributes:
         argument: Keyword of the diffusers transformer's ``forward``, with the place in it where
             that is nested (``img_shapes.0.0.1``). Complex numbers come as pairs of real ones, in a
             last dimension of two.
-        runs: When it may change.
-        scale: What that argument is multiplied by.
+        runs: When it may change. A step's inputs have every dimension of ``head``'s.
+        scale: What that argument is multiplied by; brings timesteps to the scheduler's values.
         offset: What is added then.
         absent: What stands for it where a pipeline leaves it out, or None.
         same: Other arguments of diffusers' that are given the same.
@@ -303,13 +320,18 @@ class SamplerEntry(_Entry):
     file: str
 
 
-class CheckpointEntry(_Entry):
-    """Where the weights came from."""
+class CheckpointSource(_Entry):
+    """Where the weights come from."""
 
     source: str
     revision: str | None = None
     transformer_class: str
     config: dict[str, Any]
+
+
+class CheckpointEntry(CheckpointSource):
+    """Where the weights came from, and the digest of all that the model computes with."""
+
     sha256: Sha256
 
 
@@ -351,14 +373,13 @@ SumTerm = str | Positive | Negative | tuple[str, Positive]
 """What a dimension is a sum of: another, a number, or another rounded up to a multiple."""
 
 
-class Manifest(_Entry):
-    """The whole manifest."""
+class PlannedManifest(_Entry):
+    """A manifest without bytes: all that is known before a graph is traced or a file written."""
 
     schema_version: Literal[2] = 2
     freewheel_version: str
     family: str
-    checkpoint: CheckpointEntry
-    pipeline: PipelineEntry
+    checkpoint: CheckpointSource
     precision: Precision
     weights: Literal["inputs", "baked"]
     inputs: dict[str, InputEntry]
@@ -367,8 +388,6 @@ class Manifest(_Entry):
     arguments: dict[str, bool | int | float | str | None] = {}
     latent_scale: LatentScale
     vocabulary_size: Positive | None = None
-    tokenizer: TokenizerEntry | None = None
-    graphs: dict[str, GraphEntry]
     stages: list[StageEntry]
     experts: list[ExpertEntry] = []
     signals: dict[str, SignalEntry]
@@ -377,16 +396,48 @@ class Manifest(_Entry):
     policies: dict[str, PolicyEntry]
     configs: dict[str, ResolvedConfig]
     default_config: str
-    tensors: dict[str, TensorEntry]
-    engines: list[EngineSetEntry]
-    samplers: list[SamplerEntry] = []
-    files: dict[str, FileEntry]
 
     @property
     def kept(self) -> frozenset[tuple[str, int]]:
         """Streams that a later stage reads as a block left them: (stream, place of the block)."""
         skips = (skip for stage in self.stages for skip in stage.skips.values())
         return frozenset((skip.stream, place) for skip in skips for place in skip.blocks)
+
+    @property
+    def latents(self) -> list[str]:
+        """What the model samples, ``latents`` first: its inputs that change at every step."""
+        steps = [name for name, entry in self.inputs.items() if entry.runs == "step"]
+        return sorted(steps, key=lambda name: name != LATENTS)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of all stages."""
+        return sum(stage.count for stage in self.stages)
+
+    @property
+    def settings(self) -> dict[str, CacheSetting]:
+        """The setting of every policy and of every config, by its name."""
+        return {n: e.setting for n, e in self.policies.items()} | {
+            n: e.cache for n, e in self.configs.items()
+        }
+
+    @property
+    def specs(self) -> dict[str, PolicySpec]:
+        """What each policy declares."""
+        return {n: e.spec for n, e in self.policies.items()}
+
+
+class Manifest(PlannedManifest):
+    """The whole manifest."""
+
+    checkpoint: CheckpointEntry
+    pipeline: PipelineEntry
+    tokenizer: TokenizerEntry | None = None
+    graphs: dict[str, GraphEntry]
+    tensors: dict[str, TensorEntry]
+    engines: list[EngineSetEntry]
+    samplers: list[SamplerEntry] = []
+    files: dict[str, FileEntry]
 
     def row_of(self, table: str) -> IoEntry | None:
         """Return a table's row as graphs read it; None where policies alone look at the table."""
@@ -400,9 +451,3 @@ class Manifest(_Entry):
     def cached(self) -> list[str]:
         """The streams whose residuals are kept, ``hidden`` first."""
         return sorted(self.graphs["reuse"].streams, key=lambda stream: stream != HIDDEN)
-
-    @property
-    def latents(self) -> list[str]:
-        """What the model samples, ``latents`` first: its inputs that change at every step."""
-        steps = [name for name, entry in self.inputs.items() if entry.runs == "step"]
-        return sorted(steps, key=lambda name: name != LATENTS)

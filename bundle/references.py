@@ -76,7 +76,7 @@ def _stream_faults(manifest: Manifest) -> Iterator[str]:
 def _stage_faults(manifest: Manifest) -> Iterator[str]:
     if not manifest.stages:
         yield "'stages' is empty"
-    if sum(stage.count for stage in manifest.stages) > MAX_BLOCKS:
+    if manifest.block_count > MAX_BLOCKS:
         yield f"'stages' have more than {MAX_BLOCKS} blocks"
     for index, stage in enumerate(manifest.stages):
         named = [stage.block, stage.context, stage.tapped, *(g.graph for g in stage.groups)]

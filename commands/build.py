@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -163,13 +164,13 @@ def build(
     """
     with reporting("build", as_json, quiet, debug, remedy=REMEDY) as screen:
         from ..bundle.files import cache_beside
-        from ..bundle.staging import check_target
         from ..compiler.build import build as run_build
         from ..compiler.checkpoints.authors_folder import find_authors_folder
         from ..compiler.forecast.build import describe_plan, render_plan
         from ..compiler.lightx2v import written_pipeline
-        from ..compiler.plan import BuildRequest, plan
+        from ..compiler.plan import plan
         from ..compiler.profiles import BuildSizes, parse_range
+        from ..compiler.request import BuildRequest
         from ..compiler.resume_engines import left_to_gpus
         from ..compiler.resume_engines import resume_engines as resume
         from ..engines import Target
@@ -212,7 +213,7 @@ def build(
             replace=force,
             target=target,
             sizes=BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in sizes.items() if t}),
-            cache=build_cache or cache_beside(out),
+            cache=None if dry_run else build_cache or cache_beside(out),
             dump=dump_passes,
             with_text_encoder=with_text_encoder,
             with_vae=with_vae,
@@ -230,25 +231,28 @@ def build(
             screen.result({"bundle": str(out), "backends": built}, [str(out)])
             return
         if dry_run:
-            check_target(out, replace=force)
-            planned = describe_plan(plan(request))
-            screen.result(planned, render_plan(planned))
+            described = describe_plan(plan(request))
+            screen.result(described, render_plan(described))
             return
         with screen.progress():
-            report = run_build(request, screen)
+            began = time.perf_counter()
+            planned = plan(request)
+            planning = round(time.perf_counter() - began, 3)
+            report = run_build(planned, screen)
+        seconds = {"plan": planning, **report.seconds}
         for text in report.notes:
             screen.note(text)
         for name, entry in report.manifest.configs.items():
             other = other_size(report.manifest, entry.generation)
             if other is not None:
                 screen.warn(f"config '{name}' {other}: runs that name it take its size")
-        screen.table("phases", ["phase", "seconds"], list(report.seconds.items()))
+        screen.table("phases", ["phase", "seconds"], list(seconds.items()))
         data = {
             "bundle": str(out),
             "backends": [b.name for b in backends],
             "precision": precision,
             "weights": report.manifest.weights,
-            "seconds": dict(report.seconds),
+            "seconds": seconds,
             "bytes": report.bytes,
             "written_bytes": report.written_bytes,
             "notes": list(report.notes),

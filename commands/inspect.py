@@ -103,7 +103,8 @@ def _plan(
     """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
     from ..compiler.defaults import resolve_configs
     from ..compiler.forecast.build import describe_plan
-    from ..compiler.plan import BuildRequest, plan
+    from ..compiler.plan import plan
+    from ..compiler.request import BuildRequest
     from ..compiler.sizes import size_of
     from ..runtime.settings import config_entries
 
@@ -117,6 +118,7 @@ def _plan(
         backends=[_backend(backend, precision, screen)],
         configs=configs,
         precision=precision,  # type: ignore[arg-type]  # one of the three
+        replace=True,
     )
     return describe_plan(
         plan(request),

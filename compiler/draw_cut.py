@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .inspect import draw_table, operations
+from .forecast.tables import draw_table, operations
 
 __all__ = ["mermaid", "render_cut"]
 

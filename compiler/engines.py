@@ -112,13 +112,21 @@ def compile_graph(
     keeping.bring(about, out, lambda place: backend.compile(graph, target, place))
 
 
-def complete_target(backend: Backend, target: Target) -> Target:
+def complete_target(backend: Backend, target: Target, cache: Path | None = None) -> Target:
     """Return what ``backend`` compiles for: devices and options concern those that are told them.
+
+    Args:
+        backend: Compiles.
+        target: Devices and options that are asked for.
+        cache: Folder in which such a backend keeps what saves time in the next build.
 
     Raises:
         BuildError: there is no such device or option.
     """
-    return backend.complete(target) if isinstance(backend, ProfiledBackend) else Target()
+    if not isinstance(backend, ProfiledBackend):
+        return Target()
+    backend.cache_folder = cache
+    return backend.complete(target)
 
 
 def target_label(target: Target) -> str:

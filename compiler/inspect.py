@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from ..bundle.files import disk_use
 from ..bundle.manifest import EngineSetEntry
@@ -19,27 +15,16 @@ from ..bundle.reader import MANIFEST, Bundle
 from ..core.errors import RequestError, nearest
 from ..engines import backend_class
 from ..engines.record import EngineRecord
-from ..policies.setting import CacheSetting
 from .cut.declared import Cut
 from .cut.document import cut_of
 from .engine_layers import ENGINE_COLUMNS, LAYER_COLUMNS, attention_of, engine_rows, layer_rows
-from .forecast.flops import step_flops
 from .forecast.footprint import amount
-from .forecast.memory_check import forecast_memory
+from .forecast.run import forecast_run, render_forecast
 from .forecast.speedup import predict, timestep_tables, timesteps_of
-from .sizes import Size, bundle_pipeline, dims_of, size_of
+from .forecast.tables import draw_table
+from .sizes import bundle_pipeline, size_of
 
-__all__ = [
-    "describe_flops",
-    "draw_table",
-    "inspect_bundle",
-    "operations",
-    "render",
-    "render_forecast",
-]
-
-WIDTH = 110
-TEXT_COLUMNS = ("runs", "precision", "operators", "policy", "computed steps", *LAYER_COLUMNS)
+__all__ = ["inspect_bundle", "render"]
 
 
 def inspect_bundle(
@@ -77,9 +62,10 @@ def inspect_bundle(
         raise RequestError(f"engine '{engine}'", "is not in the bundle", hint)
     generation = manifest.configs[manifest.default_config].generation
     size = size_of(generation, height=height, width=width, frames=frames, steps=steps)
-    dims = dims_of(cut, size, bundle_pipeline(bundle))
-    settings = {n: p.setting for n, p in manifest.policies.items()}
-    settings |= {n: c.cache for n, c in manifest.configs.items()}
+    forecast = forecast_run(
+        manifest, cut, size, pipeline=bundle_pipeline(bundle),
+        backend=manifest.engines[0].backend, offload=offload,
+    )  # fmt: skip
     total, own = disk_use(bundle.folder, [*manifest.files, MANIFEST])
     return {
         "bundle": str(bundle.folder),
@@ -88,28 +74,15 @@ def inspect_bundle(
         "checkpoint": manifest.checkpoint.model_dump(exclude={"config"}),
         "precision": manifest.precision,
         "weights": manifest.weights,
-        "blocks": sum(s.count for s in manifest.stages),
+        "blocks": manifest.block_count,
         "default_config": manifest.default_config,
         "graphs": {name: describe_graph(bundle, name) for name in manifest.graphs},
         "tensors": describe_tensors(bundle),
         "engines": [describe_engines(bundle, entry) for entry in manifest.engines],
         "engine": engine,
         "disk": {"bytes": total, "own_bytes": own, "linked_bytes": total - own},
-        "size": vars(size),
-        "dims": dims,
-        "flops": describe_flops(cut, dims, size),
-        "memory": forecast_memory(
-            cut,
-            size,
-            setting=manifest.default_config,
-            settings=settings,
-            specs={n: p.spec for n, p in manifest.policies.items()},
-            pipeline=bundle_pipeline(bundle),
-            backend=manifest.engines[0].backend,
-            precision=manifest.precision,
-            offload=offload,
-        ),
-        "speedup": _speedups(bundle, cut, dims, settings, steps),
+        **forecast,
+        "speedup": _speedups(bundle, cut, forecast["dims"], steps),
     }
 
 
@@ -179,20 +152,6 @@ def describe_engines(bundle: Bundle, entry: EngineSetEntry) -> dict[str, Any]:
     }
 
 
-def describe_flops(cut: Cut, dims: Mapping[str, int], size: Size) -> dict[str, Any]:
-    """Count operations: of each graph once, of a step, and of the uncached run of all branches."""
-    flops = step_flops(cut, dims)
-    blocks = {s.block: s.count for s in cut.stages}
-    return {
-        "segments": dict(flops.segments),
-        "blocks": blocks,
-        "computed_step": flops.computed,
-        "reused_step": flops.reused,
-        "prompt": flops.prompt,
-        "uncached_run": size.branches * (size.steps * flops.computed + flops.prompt),
-    }
-
-
 def render(data: Mapping[str, Any]) -> list[str]:
     """Turn what `inspect_bundle` found into lines for people."""
     origin, disk, tensors = data["checkpoint"], data["disk"], data["tensors"]
@@ -233,45 +192,6 @@ def _render_layers(engines: Mapping[str, Any], chosen: str | None) -> list[str]:
     return lines
 
 
-def render_forecast(data: Mapping[str, Any]) -> list[str]:
-    """Turn the ``size``, ``flops`` and ``memory`` of a forecast into lines for people."""
-    size, dims, flops, memory = data["size"], data["dims"], data["flops"], data["memory"]
-    title = (
-        f"at {size['width']}x{size['height']}, {size['frames']} frames ({dims['tokens']} tokens), "
-        f"{size['steps']} steps, {size['branches']} branches"
-    )
-    per_step = [
-        [name, flops["blocks"].get(name, 1), operations(count)]
-        for name, count in flops["segments"].items()
-        if count
-    ]
-    per_step += [
-        ["computed step", "", operations(flops["computed_step"])],
-        ["reused step", "", operations(flops["reused_step"])],
-        ["uncached run", "", operations(flops["uncached_run"])],
-    ]
-    caches = [
-        [name, c["slots"], amount(c["history_bytes"]), amount(c["signal_bytes"]),
-         amount(c["feature_bytes"]), amount(c["total_bytes"])]
-        for name, c in memory["caches"].items()
-    ]  # fmt: skip
-    parts = [[name, amount(b)] for name, b in memory["parts"].items()]
-    parts.append(["needed", amount(memory["needed_bytes"])])
-    available = memory["available_bytes"]
-    parts.append(
-        [f"available ({memory['device']})", "unknown" if available is None else amount(available)]
-    )
-    lines = [title, ""]
-    lines += draw_table("operations of one branch", ["graph", "times", "FLOPs"], per_step)
-    lines += draw_table(
-        "cache of one branch, and memory of the whole run",
-        ["setting", "slots", "history", "signals", "features", "run"],
-        caches,
-    )  # fmt: skip
-    lines += draw_table(f"memory of a run with {memory['setting']}", ["part", "bytes"], parts)
-    return lines if memory["verdict"] is None else [*lines, memory["verdict"]]
-
-
 def _render_speedups(data: Mapping[str, Any]) -> list[str]:
     rows = [
         [name, p["policy"], p["reason"] or f"{p['computed_steps']} of {p['steps']}",
@@ -286,7 +206,6 @@ def _speedups(
     bundle: Bundle,
     cut: Cut,
     dims: Mapping[str, int],
-    settings: Mapping[str, CacheSetting],
     steps: int | None,
 ) -> dict[str, Any]:
     """Predict each setting: a config on its own schedule, a policy on the default config's.
@@ -297,7 +216,7 @@ def _speedups(
     default = manifest.configs[manifest.default_config].generation
     tables: dict[tuple[int, float], dict[str, Any]] = {}
     found = {}
-    for name, setting in settings.items():
+    for name, setting in manifest.settings.items():
         carried = manifest.configs.get(name)
         generation = default if carried is None else carried.generation
         key = (size_of(generation, steps=steps).steps, generation.flow_shift)
@@ -307,28 +226,6 @@ def _speedups(
     return found
 
 
-def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Draw a table into lines; columns of numbers align right."""
-    table = Table(box=SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        is_text = index == 0 or column in TEXT_COLUMNS
-        table.add_column(column, justify="left" if is_text else "right")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    stream = io.StringIO()
-    Console(file=stream, width=WIDTH, no_color=True, highlight=False).print(table)
-    drawn = [line.rstrip() for line in stream.getvalue().splitlines()]
-    return [title, *(line for line in drawn if line), ""]
-
-
 def _top(operators: Mapping[str, int]) -> str:
     shown = [f"{n} {op}" for op, n in list(operators.items())[:4]]
     return ", ".join(shown) + (" …" if len(operators) > 4 else "")
-
-
-def operations(count: int) -> str:
-    """Spell a count of operations with its unit."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)

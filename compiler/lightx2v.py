@@ -15,7 +15,7 @@ from ..core.errors import CheckpointError, ConfigError
 from ..core.progress import Progress
 from ..engines.base import Backend
 from ..runtime.settings import Warn, config_entry, warn_of_ignored
-from .build import BuildRequest, build
+from .build import build
 from .checkpoints.authors_folder import (
     AuthorsFolder,
     PartFiles,
@@ -23,6 +23,8 @@ from .checkpoints.authors_folder import (
     write_pipeline,
 )
 from .checkpoints.checkpoint import Float8
+from .plan import plan
+from .request import BuildRequest
 
 __all__ = ["LightX2VRequest", "ready_bundle", "written_pipeline"]
 
@@ -88,11 +90,11 @@ def ready_bundle(
     bundle = request.bundle or request.cache / "bundles" / _name(request.model_path, *about)
     if not (bundle / MANIFEST).is_file():
         report = build(
-            BuildRequest(
+            plan(BuildRequest(
                 model=str(found.transformer), out=bundle, backends=[backend],
                 configs={told.config.name: entry}, precision=precision, cache=request.cache, float8=float8,
                 pipeline=str(parts), low_noise=None if found.low_noise is None else str(found.low_noise),
-            ),
+            )),
             progress,
         )  # fmt: skip
         for text in report.notes:

@@ -4,15 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
-from ..bundle.manifest import ConfigEntry, ResolvedConfig, SignalEntry
+from ..bundle.manifest import (
+    CheckpointSource,
+    ExpertEntry,
+    PlannedManifest,
+    PolicyEntry,
+    ResolvedConfig,
+    SignalEntry,
+)
 from ..bundle.scales import scale_name
+from ..bundle.staging import check_target
 from ..bundle.store import NO_STORE, Store
 from ..core.dtypes import Precision
 from ..core.errors import CheckpointError, ConfigError
+from ..core.output import check_folder
 from ..engines.base import Backend, ProfiledBackend, Target
 from ..policies import POLICIES, policy_class
 from ..policies.base import Policy
@@ -22,73 +31,20 @@ from .cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment, StoredDtype
 from .cut.models import family_of
 from .cut.row import Row
 from .cut.transformer import cut_transformer
-from .defaults import resolve_configs
-from .engines import complete_target
+from .defaults import policy_setting, resolve_configs
+from .engines import STORE, complete_target
 from .graphs.caching import cache_segments
 from .graphs.ends import PipelinePart, text_encoder_part, vae_decode_part
 from .graphs.filters import filter_segments, signals_of
 from .graphs.groups import check_group_blocks
-from .profiles import BuildSizes, Range, dim_ranges
+from .profiles import Range, dim_ranges
+from .request import BuildRequest
+from .sizes import latent_scale
 
-__all__ = ["BuildRequest", "Plan", "carried_policies", "model_cut", "plan"]
+__all__ = ["Plan", "carried_policies", "model_cut", "plan"]
 
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build.
-
-    Attributes:
-        model: A diffusers folder, a transformer's single file, or a hub id.
-        out: The bundle's folder.
-        backends: Compile the engines; the first is what runs use by default.
-        configs: Name → config to carry; the first is the default. What they leave open is filled
-            in (`compiler/defaults.py`).
-        policies: Names of policies and pairs to carry beside ``off`` and those of the configs; None
-            carries every policy.
-        row: What a class takes that the table has no row of (`compiler.cut.watch`).
-        precision: Precision of ``body``.
-        weights: Block templates with weights as inputs, or groups of blocks with weights inside.
-            ``baked`` computed 6 to 12 % faster on a CPU at 180 and 1,560 tokens
-            (`benchmarks/weights_form.py`), for engines of one checkpoint alone and no LoRA at run.
-        group_blocks: Blocks per group of the baked form; None takes as many as 4 GiB of weights.
-        revision: Commit of a hub checkpoint.
-        replace: Whether an existing bundle may be replaced.
-        target: Devices and options of backends that are told them (`ProfiledBackend`); precision
-            and profiles are each graph's own.
-        sizes: What engines of those backends are to serve.
-        cache: Folder of what saves time in the next build: graphs and engines without weights
-            (`Store`), and the caches of such backends. None keeps nothing.
-        dump: Folder for graphs as text after each pass, or None.
-        with_text_encoder: Whether to carry the text encoder as a graph, for programs without Python.
-        with_vae: Likewise for the VAE's decoder, at the default config's size.
-        pipeline: Folder or hub id of the pipeline, where ``model`` is a transformer alone.
-        low_noise: Folder or file of the second expert, where ``model`` is the first alone.
-        variant: Which of several sets of weights the folders have, as ``fp16``.
-        float8: Keep weights of the checkpoint that are in float8_e4m3fn where every backend takes
-            them as inputs, or convert them to the graphs' own dtypes, which LoRAs need.
-    """
-
-    model: str
-    out: Path
-    backends: Sequence[Backend]
-    configs: Mapping[str, ConfigEntry]
-    policies: Sequence[str] | None = None
-    row: Row | None = None
-    precision: Precision = "float32"
-    weights: Literal["inputs", "baked"] = "inputs"
-    group_blocks: int | None = None
-    revision: str | None = None
-    replace: bool = False
-    target: Target = field(default_factory=Target)
-    sizes: BuildSizes = field(default_factory=BuildSizes)
-    cache: Path | None = None
-    dump: Path | None = None
-    with_text_encoder: bool = False
-    with_vae: bool = False
-    pipeline: str | None = None
-    low_noise: str | None = None
-    variant: str | None = None
-    float8: Float8 = "keep"
+TRAIN_TIMESTEPS = 1000
+"""Of the flow-matching schedulers: what a boundary between experts is a fraction of."""
 
 
 @dataclass(frozen=True)
@@ -96,30 +52,38 @@ class Plan:
     """Everything that `build` will do, known before it does it.
 
     Attributes:
-        request: What was asked for.
+        manifest: What the bundle's manifest will say, without what bytes alone tell.
+        out: The bundle's folder.
+        replace: Whether an existing bundle may be replaced.
         checkpoint: Where weights and pipeline lie.
-        row: The model's declaration.
         cut: The transformer, cut.
-        configs: Name → config that leaves nothing open; the first is the default.
-        policies: Name → policy to carry.
-        signals: Kind → signal that the bundle gives.
+        output_sign: -1 where the pipeline turns the model output round before its scheduler has it.
+        policies: Name → policy to trace.
         segments: Graphs of the model and of caching.
         parts: Graphs of the pipeline's other parts.
-        targets: What each backend of the request compiles for.
+        backends: Each backend with what it compiles for; the first is what runs use by default.
         ranges: Dimension → sizes that engines are to serve; empty where no backend is told.
+        group_blocks: Blocks per group of the baked form; None takes as many as 4 GiB of weights.
+        with_tokenizer: Whether to carry the tokenizer as a graph.
+        dump: Folder for graphs as text after each pass, or None.
+        store: Where finished graphs and engines are kept.
     """
 
-    request: BuildRequest
+    manifest: PlannedManifest
+    out: Path
+    replace: bool
     checkpoint: Checkpoint
-    row: Row
     cut: Cut
-    configs: Mapping[str, ResolvedConfig]
+    output_sign: int
     policies: Mapping[str, type[Policy]]
-    signals: Mapping[str, SignalEntry]
     segments: tuple[Segment, ...]
     parts: tuple[PipelinePart, ...]
-    targets: tuple[Target, ...]
+    backends: tuple[tuple[Backend, Target], ...]
     ranges: Mapping[str, Range]
+    group_blocks: int | None
+    with_tokenizer: bool
+    dump: Path | None
+    store: Store
 
     @property
     def graph_count(self) -> int:
@@ -127,53 +91,98 @@ class Plan:
         return len(self.segments) + len(self.policies) + len(self.parts)
 
 
-def plan(request: BuildRequest, store: Store = NO_STORE) -> Plan:
+def plan(request: BuildRequest) -> Plan:
     """Decide what a build will do; read configs and headers, and cut the model.
 
-    Args:
-        request: What to build.
-        store: Where the cut is kept; without one, nothing is written.
-
     Raises:
+        OutputError: the target exists or can't be written.
         CheckpointError: nothing usable at ``request.model``, or nothing of what it is to carry.
         ConfigError: groups of no block, or of two transformers, are asked for; a policy is not known,
             or needs a signal that the model does not give.
         BuildError: there is no such device or option.
         RequestError: sizes that the model can't serve.
     """
+    check_target(request.out, replace=request.replace)  # a checkpoint may be downloaded next
+    for option, folder in (("--dump-passes", request.dump), ("--build-cache", request.cache)):
+        if folder is not None:
+            check_folder(folder, option)
     check_group_blocks(request.group_blocks, request.weights)
-    targets = tuple(complete_target(b, request.target) for b in request.backends)
+    store = Store(request.cache / STORE) if request.cache is not None else NO_STORE
+    backends = tuple(
+        (b, complete_target(b, request.target, request.cache)) for b in request.backends
+    )
     checkpoint = open_checkpoint(
         request.model,
         request.revision,
         pipeline=request.pipeline,
         low_noise=request.low_noise,
         variant=request.variant,
-        float8=_float8(request, targets),
+        float8=_float8(request, backends),
     )
-    configs = resolve_configs(request.configs, checkpoint.pipeline)
-    row, cut = model_cut(checkpoint, request.precision, store, request.row)
-    policies = carried_policies(cut, configs, request.policies)
-    ranges = _ranges(request, cut, checkpoint, configs)
-    parts = tuple(_pipeline_parts(request, checkpoint, configs))
     if checkpoint.experts and request.weights == "baked":
         raise ConfigError(
             "--weights baked", "means engines of one checkpoint, and this pipeline has two",
             "build with --weights inputs: engines are the same for both",
         )  # fmt: skip
+    configs = resolve_configs(request.configs, checkpoint.pipeline)
+    row, cut = model_cut(checkpoint, request.precision, store, request.row)
+    policies = carried_policies(cut, configs, request.policies)
     signals = _signals(cut, request.weights)
-    cache = cache_segments(cut.cached, cut.history_dtype)
-    segments = (*cut.segments, *cache, *filter_segments(cut))
-    return Plan(
-        request, checkpoint, row, cut, configs, policies, signals,
-        tuple(s for s in segments if s.runs != "probe" or s.name in signals),
-        parts, targets, ranges,
+    parts = tuple(_pipeline_parts(request, checkpoint, configs))
+    manifest = PlannedManifest(
+        freewheel_version=version("freewheel"),
+        family=row.name,
+        checkpoint=CheckpointSource(
+            source=checkpoint.source,
+            revision=checkpoint.revision,
+            transformer_class=checkpoint.transformer_class,
+            config=dict(checkpoint.config),
+        ),
+        precision=request.precision,
+        weights=request.weights,
+        inputs=dict(cut.inputs),
+        dims={n: list(factors) for n, factors in cut.dims.items()},
+        sums={n: list(terms) for n, terms in cut.sums.items()},
+        arguments=dict(cut.arguments),
+        latent_scale=latent_scale(cut, checkpoint.pipeline),
+        vocabulary_size=next((p.vocabulary_size for p in parts if p.vocabulary_size), None),
+        stages=list(cut.stages),
+        experts=_experts(checkpoint),
+        signals=signals,
+        feature_block=cut.feature_block,
+        history_dtype=cut.history_dtype,
+        policies={
+            n: PolicyEntry(graph=f"decide.{n}", spec=p.spec, setting=policy_setting(n, signals))
+            for n, p in policies.items()
+        },
+        configs=configs,
+        default_config=next(iter(configs)),
+    )
+    segments = (
+        *cut.segments, *cache_segments(cut.cached, cut.history_dtype), *filter_segments(cut),
     )  # fmt: skip
+    return Plan(
+        manifest=manifest,
+        out=request.out,
+        replace=request.replace,
+        checkpoint=checkpoint,
+        cut=cut,
+        output_sign=row.output_sign,
+        policies=policies,
+        segments=tuple(s for s in segments if s.runs != "probe" or s.name in signals),
+        parts=parts,
+        backends=backends,
+        ranges=_ranges(request, cut, checkpoint, configs),
+        group_blocks=request.group_blocks,
+        with_tokenizer=request.with_text_encoder,
+        dump=request.dump,
+        store=store,
+    )
 
 
-def _float8(request: BuildRequest, targets: Sequence[Target]) -> Float8:
+def _float8(request: BuildRequest, backends: Sequence[tuple[Backend, Target]]) -> Float8:
     """Say whether float8 stays float8: as an input of every engine, or nowhere."""
-    takes = all(b.takes_float8(t) for b, t in zip(request.backends, targets, strict=True))
+    takes = all(backend.takes_float8(target) for backend, target in backends)
     return request.float8 if takes and request.weights == "inputs" else "convert"
 
 
@@ -243,6 +252,16 @@ def carried_policies(
                 "leave it out",
             )
     return carried
+
+
+def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
+    """Describe the experts: the first has its weights' plain names, others their part's before."""
+    return [
+        ExpertEntry(
+            part=part, prefix=f"{part}." if index else "", from_timestep=ratio * TRAIN_TIMESTEPS
+        )
+        for index, (part, ratio) in enumerate(checkpoint.experts)
+    ]
 
 
 def _signals(cut: Cut, weights: str) -> dict[str, SignalEntry]:

@@ -84,10 +84,8 @@ def resume_engines(
     store = Store(cache / STORE if cache is not None else None)
     with alone(folder):
         for backend in backends:
-            if isinstance(backend, ProfiledBackend):
-                backend.cache_folder = cache
             progress.phase(f"compile for {backend.name}", len(graphs))
-            own = complete_target(backend, target)
+            own = complete_target(backend, target, cache)
             made.append(
                 compile_graphs(
                     backend, graphs, folder, own, progress, profiles=profiles, store=store

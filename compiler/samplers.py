@@ -24,15 +24,17 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..bundle.manifest import SamplerEntry
+from ..bundle.manifest import ResolvedConfig, SamplerEntry
 from ..bundle.sampler import SAMPLERS, TABULATED, step_list
 from ..bundle.sampler_table import Matrix, SamplerTable
 from ..bundle.store import NO_STORE, Store
 from ..core.errors import BuildError
 from ..runtime.pipeline.schedulers import make_scheduler
 from .code_version import code_version
+from .defaults import scheduler_shift
+from .sizes import read_part
 
-__all__ = ["STEP_COUNTS", "probe", "sampler_name", "write_tables"]
+__all__ = ["STEP_COUNTS", "bring_samplers", "probe", "sampler_name", "write_tables"]
 
 STEP_COUNTS = (*range(1, 61), 100)
 MAX_WINDOW = 4
@@ -117,6 +119,35 @@ def _fit(samples: Matrix, window: int) -> tuple[Matrix, float]:
         rows[step, :reach] = factors[:reach]
         rows[step, window : window + reach] = factors[reach:]
     return rows, worst
+
+
+def bring_samplers(
+    bundle: Path,
+    pipeline: Path | None,
+    configs: Iterable[ResolvedConfig],
+    output_sign: int,
+    store: Store = NO_STORE,
+) -> list[SamplerEntry]:
+    """Tabulate the samplers at the flow shifts of a pipeline's scheduler and of every config.
+
+    Args:
+        bundle: The bundle's folder.
+        pipeline: Folder of the diffusers pipeline, or None.
+        configs: What the bundle carries; the step lists that they name are tabulated too.
+        output_sign: As `write_tables` takes it.
+        store: Where tables are kept.
+    """
+    carried = [config.generation for config in configs]
+    shifts = {scheduler_shift(pipeline), *(g.flow_shift for g in carried)}
+    named = [g.sampler for g in carried if g.sampler is not None]
+    return write_tables(
+        bundle,
+        read_part(pipeline, "scheduler/scheduler_config.json") or None,
+        shifts,
+        lists=[name for name in named if step_list(name) is not None],
+        output_sign=output_sign,
+        store=store,
+    )
 
 
 def write_tables(

@@ -19,7 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.generate import Generator
@@ -171,7 +173,7 @@ def build_bundle(
             cache=build_cache,
             **{"configs": config_entries(["off"], lambda text: None), **options},
         )
-        build(request)
+        build(plan(request))
         return Bundle(out)
 
     return make

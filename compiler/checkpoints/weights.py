@@ -16,7 +16,7 @@ from ...core.dtypes import ITEM_BYTES
 from ...core.errors import OutputError
 from .sources import Weight, lies_as, read_weight
 
-__all__ = ["bring_weights"]
+__all__ = ["bring_weights", "shards_to_link"]
 
 CONVERTED_FILE_BYTES = 4 << 30
 
@@ -86,6 +86,15 @@ def bring_weights(
                 file=file, dtype=dtype, shape=list(shape), offset=offsets[name], bytes=_size(dtype, shape)
             )  # fmt: skip
     return entries
+
+
+def shards_to_link(
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]], stored: Mapping[str, Weight], bundle: Path
+) -> list[Path]:
+    """List the checkpoint's files that `bring_weights` will share with a bundle, as headers tell."""
+    lying = [(stored[name], dtype) for name, (dtype, _) in wanted.items() if name in stored]
+    files = {w.file for w, d in lying if isinstance(w, StoredTensor) and lies_as(w, d)}
+    return sorted(f for f in files if f.stat().st_dev == bundle.stat().st_dev)
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:

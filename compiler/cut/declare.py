@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...bundle.manifest import InputEntry, SkipEntry, StageEntry
 from ...bundle.streams import LATENTS, MODEL_OUTPUT, beside
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 from .alone import alone
 from .cut import cut_model
 from .declared import Cut as Declared
-from .declared import ModelInput, Skip, Stage, StoredDtype
 from .declared import Runs as GraphRuns
 from .declared import Segment as Graph
+from .declared import StoredDtype
 from .dimensions import Dimensions
 from .names import fresh_name
 from .precision import typed
@@ -224,7 +225,7 @@ class _Declaration:
         place = next(i for i, s in self.streams.inputs[first].items() if s == "hidden")
         return arguments(self.cut.segments[first].module)[place]
 
-    def _inputs(self) -> dict[str, ModelInput]:
+    def _inputs(self) -> dict[str, InputEntry]:
         found = {}
         for name, one in self.cut.inputs.items():
             words = one.shape.split()
@@ -239,20 +240,21 @@ class _Declaration:
                     for i, word in enumerate(words)
                 )
                 spec = TensorSpec(one.dtype, ("steps",) if one.changes == "run" else shape)
-            found[self.words[name]] = ModelInput(
-                name,
-                "prompt" if one.changes == "shape" else one.changes,
-                spec,
-                self.row.timestep_scale if one.changes == "run" else 1.0,
-                self.row.timestep_offset if one.changes == "run" else 0.0,
-                "ones" if one.fill == "mask" else None,
-                tuple(
+            found[self.words[name]] = InputEntry(
+                argument=name,
+                runs="prompt" if one.changes == "shape" else one.changes,
+                dtype=spec.dtype,
+                shape=list(spec.shape),
+                scale=self.row.timestep_scale if one.changes == "run" else 1.0,
+                offset=self.row.timestep_offset if one.changes == "run" else 0.0,
+                absent="ones" if one.fill == "mask" else None,
+                same=[
                     argument
                     for argument, other in self.row.inputs.items()
                     if isinstance(other, Same) and other.argument == name
-                ),
-                one.of,
-                one.indices,
+                ],
+                of=list(one.of),
+                indices=one.indices,
             )
         return found
 
@@ -403,7 +405,7 @@ class _Declaration:
         path, _, _ = call.block.rpartition(".")
         return f"{path}.{{block}}.", f"{call.block}."
 
-    def _stages(self, tapped: str) -> tuple[Stage, ...]:
+    def _stages(self, tapped: str) -> tuple[StageEntry, ...]:
         context = {
             c.block: c.segment for c in self.cut.calls if c.block and self._runs(c) == "context"
         }
@@ -412,11 +414,13 @@ class _Declaration:
             calls = list(group)
             streams = self.streams.skips[segment]
             skips = {
-                name: Skip(streams[i], tuple(self.streams.place_of(c.inputs[i]) for c in calls))
+                name: SkipEntry(
+                    stream=streams[i], blocks=[self.streams.place_of(c.inputs[i]) for c in calls]
+                )
                 for i, name in self.streams.skip_names(segment).items()
             }
             if not calls[0].block:  # before the first block, or between two
-                stages.append(Stage(segment, None, None, 1, skips=skips))
+                stages.append(StageEntry(block=segment, skips=skips))
                 continue
             first = int(calls[0].block.rpartition(".")[2])
             prefix = next(c for c in self.streams.blocks if c.segment == segment).block.rpartition(
@@ -430,24 +434,24 @@ class _Declaration:
                         [prefix, call.block],
                     )
             stages.append(
-                Stage(
-                    segment,
-                    context.get(calls[0].block),
-                    f"{segment}_tapped" if segment == tapped else None,
-                    len(calls),
-                    first,
-                    skips,
-                    self._reads_of(segment, context.get(calls[0].block), calls),
+                StageEntry(
+                    block=segment,
+                    context=context.get(calls[0].block),
+                    tapped=f"{segment}_tapped" if segment == tapped else None,
+                    first=first,
+                    count=len(calls),
+                    skips=skips,
+                    reads=self._reads_of(segment, context.get(calls[0].block), calls),
                 )
             )
         return tuple(stages)
 
     def _reads_of(
         self, block: str, context: str | None, calls: Sequence[Call]
-    ) -> dict[str, tuple[str, ...]]:
+    ) -> dict[str, list[str]]:
         """Return what each block of a stage reads for itself, and its context."""
         names = {n for s in (block, context) for n in self.reads.names.get(s or "", {}).values()}
         return {
-            name: tuple(self._word(self.reads.values[name][call.block]) for call in calls)
+            name: [self._word(self.reads.values[name][call.block]) for call in calls]
             for name in sorted(names)
         }

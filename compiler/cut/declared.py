@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cut in the bundle's words: segments, stages, inputs, and nothing else.
 
-`Segment`s are PyTorch modules on the ``meta`` device with named, typed inputs and outputs; `Stage`s
-say in which order the block templates make up ``body``. No engine and no policy is known here.
+`Segment`s are PyTorch modules on the ``meta`` device with named, typed inputs and outputs. Stages,
+which say in which order the block templates make up ``body``, and inputs are the manifest's own
+entries. No engine and no policy is known here.
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ from typing import Literal
 
 import torch
 
-from ...bundle.manifest import SumTerm
-from ...bundle.streams import HIDDEN, LATENTS
+from ...bundle.manifest import InputEntry, StageEntry, SumTerm
+from ...bundle.streams import HIDDEN
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 
 __all__ = [
     "Cut",
     "DimFactor",
-    "ModelInput",
     "Runs",
     "Segment",
-    "Skip",
-    "Stage",
     "StoredDtype",
 ]
 
@@ -74,81 +72,6 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Skip:
-    """A skip connection: what each block of a stage reads of a block of an earlier stage.
-
-    Attributes:
-        stream: The maker gives it as ``<stream>_out``; it stays as the maker left it.
-        blocks: The maker's place in the loop, counted over all stages, for each block.
-    """
-
-    stream: str
-    blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of equal blocks inside ``body``.
-
-    A block passes streams on: each output ``<stream>_out`` whose input ``<stream>`` it takes goes
-    to the next block. Those that ``head`` begins and ``finish`` reads are cached: ``hidden``, and
-    beside it ``audio_hidden`` where a model samples sound with its video;
-    others (a text stream) begin as an output of ``prompt``, or of a block, and end with the last
-    block. A block need not write every stream. What is computed once per computed step, before the
-    first block or between two, is a stage of one block whose weights are nobody else's.
-
-    Attributes:
-        block: Segment name of the block template.
-        context: Segment run once per prompt for each block, or None.
-        tapped: Segment name of the variant with the feature tapped, or None.
-        count: Number of blocks.
-        first: Checkpoint index of the first one.
-        skips: Input → what blocks of an earlier stage left there.
-        reads: Input of ``block`` or ``context`` → the value that each block reads there, known
-            before the blocks run.
-    """
-
-    block: str
-    context: str | None
-    tapped: str | None
-    count: int
-    first: int = 0
-    skips: Mapping[str, Skip] = field(default_factory=dict)
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """One tensor a caller hands in.
-
-    Attributes:
-        argument: Keyword of the diffusers transformer's ``forward``, with the place in it where
-            that is nested (``img_shapes.0.0.1``), complex numbers as pairs of real ones. A whole number given for a
-            spec of one dimension stands for that many indices, 0 first.
-        runs: ``step``, ``run`` or ``prompt``: when it may change. A step's inputs have every
-            dimension of ``head``'s.
-        spec: dtype and named dimensions.
-        scale: What the argument is multiplied by; brings timesteps to the scheduler's values.
-        offset: What is added then.
-        absent: What stands for it where a pipeline leaves it out, or None.
-        same: Other arguments that are given the same.
-        of: Of a timestep: whose it is, that of ``latents`` or that of the ``next`` step.
-            Of a vector of them: whose each is.
-        indices: Of a vector of timesteps: the argument that says which of them each token has.
-    """
-
-    argument: str
-    runs: Literal["step", "run", "prompt"]
-    spec: TensorSpec
-    scale: float = 1.0
-    offset: float = 0.0
-    absent: Literal["ones"] | None = None
-    same: tuple[str, ...] = ()
-    of: tuple[str, ...] = (LATENTS,)
-    indices: str | None = None
-
-
-@dataclass(frozen=True)
 class Cut:
     """One model, cut.
 
@@ -176,8 +99,8 @@ class Cut:
     """
 
     segments: tuple[Segment, ...]
-    stages: tuple[Stage, ...]
-    inputs: Mapping[str, ModelInput]
+    stages: tuple[StageEntry, ...]
+    inputs: Mapping[str, InputEntry]
     signals: Mapping[str, tuple[str, Literal["run", "step"]]]
     feature_block: int
     dims: Mapping[str, tuple[DimFactor, ...]]

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
-from ...bundle.manifest import SumTerm
+from ...bundle.manifest import InputEntry, StageEntry, SumTerm
 from ...bundle.reader import Bundle
 from ...core.dtypes import Precision
 from ...core.errors import BundleError
 from ...core.tensor_spec import TensorSpec
-from .declared import Cut, DimFactor, ModelInput, Runs, Segment, Stage
+from .declared import Cut, DimFactor, Runs, Segment
 from .extract import hold
 from .precision import on_device_of
 from .sizes import FUNCTIONS as OF_SIZES
@@ -96,8 +96,8 @@ class _Segment(_Model):
 class _Document(_Model):
     graphs: list[_Graph]
     segments: list[_Segment]
-    stages: tuple[Stage, ...]
-    inputs: dict[str, ModelInput]
+    stages: tuple[StageEntry, ...]
+    inputs: dict[str, InputEntry]
     signals: dict[str, tuple[str, Literal["run", "step"]]]
     feature_block: int
     dims: dict[str, tuple[DimFactor, ...]]

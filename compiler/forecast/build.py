@@ -14,14 +14,12 @@ from ...engines.host import disk_free_bytes, existing_parent
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import lies_as
 from ..cut.declared import Cut
-from ..defaults import policy_setting
-from ..inspect import describe_flops, render_forecast
 from ..plan import Plan
-from ..sizes import Size, dims_of, size_of
+from ..sizes import Size, size_of
 from .footprint import amount
-from .memory_check import forecast_memory
+from .run import forecast_run, render_forecast
 
-__all__ = ["AbsentBackend", "describe_plan", "forecast_build", "forecast_disk", "render_plan"]
+__all__ = ["AbsentBackend", "describe_plan", "forecast_disk", "render_plan"]
 
 LINKING_BACKENDS = ("onnxruntime",)
 """Whose engines share baked weights with the bundle; the others' hold a copy."""
@@ -51,60 +49,33 @@ def describe_plan(
     Raises:
         RequestError: a size that VAE or patches do not divide.
     """
-    request, checkpoint = planned.request, planned.checkpoint
+    manifest, checkpoint = planned.manifest, planned.checkpoint
+    backends = [backend.name for backend, _ in planned.backends]
+    forecast = forecast_run(
+        manifest,
+        planned.cut,
+        size or size_of(manifest.configs[manifest.default_config].generation),
+        pipeline=checkpoint.pipeline,
+        backend=backends[0],
+        offload=offload,
+    )
+    disk = forecast_disk(
+        checkpoint, planned.cut, backends=backends, baked=manifest.weights == "baked",
+        out=planned.out,
+    )  # fmt: skip
     return {
-        "family": planned.row.name,
-        "blocks": sum(s.count for s in planned.cut.stages),
+        "family": manifest.family,
+        "blocks": manifest.block_count,
         "graphs": planned.graph_count,
-        "policies": list(planned.policies),
+        "policies": list(manifest.policies),
         "tensors": len(checkpoint.tensors),
         "notes": list(checkpoint.notes),
         "checkpoint_bytes": sum(t.bytes for t in checkpoint.tensors.values()),
-        "backends": [b.name for b in request.backends],
-        "precision": request.precision,
+        "backends": backends,
+        "precision": manifest.precision,
         "ranges": planned.ranges,
-        "out": str(request.out),
-        "forecast": forecast_build(planned, size, offload=offload),
-    }
-
-
-def forecast_build(
-    planned: Plan, size: Size | None = None, *, offload: bool = False
-) -> dict[str, Any]:
-    """Forecast memory and operations of a run under the default config, and the disk for a bundle.
-
-    Args:
-        planned: What would be built; the first of its backends runs it.
-        size: Size of the run; None takes the default config's.
-        offload: As `forecast_memory` takes it.
-
-    Raises:
-        RequestError: a size that VAE or patches do not divide.
-    """
-    cut, checkpoint, configs = planned.cut, planned.checkpoint, planned.configs
-    request, backends = planned.request, [b.name for b in planned.request.backends]
-    default = next(iter(configs))
-    size = size or size_of(configs[default].generation)
-    dims = dims_of(cut, size, checkpoint.pipeline)
-    settings = {n: policy_setting(n, cut.signals) for n in planned.policies}
-    settings |= {n: c.cache for n, c in configs.items()}
-    baked = request.weights == "baked"
-    return {
-        "size": vars(size),
-        "dims": dims,
-        "flops": describe_flops(cut, dims, size),
-        "memory": forecast_memory(
-            cut,
-            size,
-            setting=default,
-            settings=settings,
-            specs={n: p.spec for n, p in planned.policies.items()},
-            pipeline=checkpoint.pipeline,
-            backend=backends[0],
-            precision=request.precision,
-            offload=offload,
-        ),
-        "disk": forecast_disk(checkpoint, cut, backends=backends, baked=baked, out=request.out),
+        "out": str(planned.out),
+        "forecast": {**forecast, "disk": disk},
     }
 
 

@@ -8,10 +8,11 @@ from ...bundle.reader import Bundle
 from ...core.errors import RequestError
 from ...runtime.settings import other_size
 from ..cut.document import cut_of
-from ..inspect import describe_flops, operations
 from ..sizes import Size, bundle_pipeline, dims_of, size_of
 from .footprint import amount
 from .memory_check import forecast_memory
+from .run import describe_flops
+from .tables import operations
 
 __all__ = ["FAR_BEYOND", "check_geometry"]
 
@@ -51,7 +52,7 @@ def check_geometry(
     usual = describe_flops(cut, dims_of(cut, own, pipeline), own)["uncached_run"]
     memory = forecast_memory(
         cut, size, setting=name, settings={name: entry.cache},
-        specs={n: p.spec for n, p in manifest.policies.items()}, pipeline=pipeline,
+        specs=manifest.specs, pipeline=pipeline,
         backend=manifest.engines[0].backend, precision=manifest.precision,
     )["needed_bytes"]  # fmt: skip
     times = f"{run / usual:.1f}" if run < 10 * usual else f"{run / usual:,.0f}"

@@ -107,7 +107,7 @@ def check_fit(
     manifest = bundle.manifest
     memory = forecast_memory(
         cut_of(bundle), size, setting="run", settings={"run": entry.cache},
-        specs={n: p.spec for n, p in manifest.policies.items()},
+        specs=manifest.specs,
         pipeline=model or bundle_pipeline(bundle), backend=backend or manifest.engines[0].backend,
         precision=manifest.precision, gpu=gpu, offload=offload,
     )  # fmt: skip

@@ -221,7 +221,7 @@ def compare(subject: Subject, cases: Sequence[Tensors]) -> list[EngineCheck]:
         output = next(iter(subject.entry.outputs))
         about = (subject.graph, subject.form, subject.block, output)
         return [EngineCheck(*about, None, subject.tolerance(output), fault)]
-    inputs = {n: TensorSpec(e.dtype, tuple(e.shape)) for n, e in subject.entry.inputs.items()}
+    inputs = {n: e.spec for n, e in subject.entry.inputs.items()}
     runners = [
         FunctionRunner("pytorch", inputs, _expected(subject)),
         FunctionRunner(subject.form, inputs, _found(subject)),
@@ -332,7 +332,7 @@ def sample_inputs(
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for name, io in entry.inputs.items():
-        shape = shape_at(TensorSpec(io.dtype, tuple(io.shape)), dims)
+        shape = shape_at(io.spec, dims)
         declared = manifest.inputs.get(name)
         if declared is not None and declared.runs == "run":
             value = 1000 * torch.rand(shape, generator=generator)

@@ -25,10 +25,11 @@ from freewheel.bundle.manifest import (
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler import build as building
 from freewheel.compiler import pipeline_files, samplers
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
 from freewheel.compiler.graphs import decide
 from freewheel.compiler.graphs import write as graphs
 from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.core.errors import (
     BuildError,
     CheckpointError,
@@ -114,7 +115,7 @@ def test_a_variant_is_built_and_its_pipeline_has_plain_names(request_for, pipeli
     (pipeline / "text_encoder" / "model.fp16.safetensors").write_text("half")
     (pipeline / "vae" / "diffusion_pytorch_model.safetensors").write_text("whole")
     request = request_for(model=str(pipeline), variant="fp16")
-    build(request)
+    build(plan(request))
     assert Bundle(request.out).digests() == []
     parts = request.out / "pipeline"
     assert (parts / "text_encoder" / "model.safetensors").read_text() == "half"
@@ -134,7 +135,7 @@ def test_graphs_around_the_model_are_kept_for_every_model_of_its_width(
         return write(segments, *given, **options)
 
     monkeypatch.setattr(building, "write_graphs", noted)
-    build(request_for())
+    build(plan(request_for()))
     around = ["delta", "reuse", "gram", "first_block_residual", "noise_level", "filtered_latents"]
     assert [name for name, config in configs.items() if config is None] == around
     assert {"block", "head", "finish"} <= configs.keys()
@@ -142,7 +143,7 @@ def test_graphs_around_the_model_are_kept_for_every_model_of_its_width(
 
 def test_a_build_is_a_bundle_that_opens(request_for) -> None:
     request = request_for()
-    report = build(request)
+    report = build(plan(request))
     bundle = Bundle(request.out)
     assert bundle.digests() == []
     assert bundle.manifest == report.manifest
@@ -153,7 +154,7 @@ def test_a_build_is_a_bundle_that_opens(request_for) -> None:
 
 
 def test_the_manifest_says_what_was_asked(request_for, tiny_checkpoint: Path) -> None:
-    manifest = build(request_for()).manifest
+    manifest = build(plan(request_for())).manifest
     assert (manifest.family, manifest.weights, manifest.precision) == ("wan", "inputs", "float32")
     assert manifest.checkpoint.source == str(tiny_checkpoint)
     assert manifest.checkpoint.config["num_layers"] == 3
@@ -169,13 +170,13 @@ def test_the_manifest_says_what_was_asked(request_for, tiny_checkpoint: Path) ->
 
 def test_named_policies_are_carried_beside_those_of_the_configs(request_for) -> None:
     request = request_for(policies=["easycache", "teacache+spectrum"])
-    manifest = build(request).manifest
+    fewer = plan(request_for()).graph_count - plan(request).graph_count
+    manifest = build(plan(request)).manifest
     carried = ["off", "teacache", "easycache", "teacache+spectrum"]
     assert list(manifest.policies) == carried
     for compiled in (manifest.graphs, manifest.engines[0].files):
         assert [n for n in compiled if n.startswith("decide.")] == [f"decide.{n}" for n in carried]
     assert Bundle(request.out).digests() == []
-    fewer = plan(request_for()).graph_count - plan(request).graph_count
     assert fewer == len(POLICIES) - len(carried)
 
 
@@ -194,14 +195,13 @@ def test_a_policy_that_cannot_be_carried_is_refused_before_anything_is_written(
     one = tmp_path / "one"
     WanTransformer3DModel.from_config(config, num_layers=1).save_pretrained(one)
     request = request_for(model=str(one), policies=[name])
-    for refused in (build, plan):
-        with pytest.raises(ConfigError, match=message):
-            refused(request)
+    with pytest.raises(ConfigError, match=message):
+        plan(request)
     assert not request.out.parent.exists()
 
 
 def test_report_tells_linked_from_written_bytes(request_for, tiny_checkpoint: Path) -> None:
-    report = build(request_for())
+    report = build(plan(request_for()))
     weights = (tiny_checkpoint / "diffusion_pytorch_model.safetensors").stat().st_size
     assert report.bytes - report.written_bytes == weights
     assert {"trace", "weights", "engines", "samplers", "digests"} <= set(report.seconds)
@@ -209,7 +209,7 @@ def test_report_tells_linked_from_written_bytes(request_for, tiny_checkpoint: Pa
 
 def test_every_phase_is_reported_and_completed(request_for) -> None:
     watcher = Watcher()
-    build(request_for(backends=[Recorder(), OpenVinoRecorder()]), watcher)
+    build(plan(request_for(backends=[Recorder(), OpenVinoRecorder()])), watcher)
     assert {"trace", "weights", "compile for onnxruntime", "compile for openvino"} <= set(
         watcher.phases
     )
@@ -221,27 +221,27 @@ def test_equal_weights_have_one_digest_and_others_another(
 ) -> None:
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     path = copy / "diffusion_pytorch_model.safetensors"
-    first, again = (build(request_for(model=str(m), out=tmp_path / f"b{i}"))
+    first, again = (build(plan(request_for(model=str(m), out=tmp_path / f"b{i}")))
                     for i, m in enumerate((tiny_checkpoint, copy)))  # fmt: skip
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    other = build(request_for(model=str(copy), out=tmp_path / "other"))
+    other = build(plan(request_for(model=str(copy), out=tmp_path / "other")))
     digests = [r.manifest.checkpoint.sha256 for r in (first, again, other)]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_an_existing_bundle_is_kept_unless_it_may_be_replaced(request_for) -> None:
     request = request_for()
-    build(request)
+    build(plan(request))
     before = (request.out / "manifest.json").stat().st_ino
     with pytest.raises(OutputError) as caught:
-        build(request)
+        build(plan(request))
     assert caught.value.where == str(request.out)
     assert caught.value.what == "already exists"
     assert "--force" in caught.value.hint
     assert (request.out / "manifest.json").stat().st_ino == before
-    build(replace(request, replace=True, configs={"off": CONFIGS["off"]}))
+    build(plan(replace(request, replace=True, configs={"off": CONFIGS["off"]})))
     assert list(Bundle(request.out).manifest.configs) == ["off"]
     assert sorted(p.name for p in request.out.parent.iterdir()) == ["bundle"]
 
@@ -252,7 +252,7 @@ def test_a_place_that_cannot_be_written_is_named_before_tracing(
     monkeypatch.setattr(building, "write_graphs", lambda *a, **k: pytest.fail("must not trace"))
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError) as caught:
-        build(request_for(out=tmp_path / "file" / "bundle"))
+        build(plan(request_for(out=tmp_path / "file" / "bundle")))
     assert caught.value.where == str(tmp_path / "file")
     assert caught.value.what == "is a file, expected a folder"
     assert "--out" in caught.value.hint
@@ -264,7 +264,7 @@ PHASES: Mapping[str, FreewheelError | BaseException] = {
     "bring_weights": OutputError("weights", "No space left on device"),
     "compile_graphs": KeyboardInterrupt(),
     "bring_pipeline": OSError(28, "No space left on device"),
-    "write_tables": RuntimeError("a bug"),
+    "bring_samplers": RuntimeError("a bug"),
     "describe_files": OSError(5, "Input/output error"),
     "Manifest": ValueError("a bug"),
 }
@@ -281,7 +281,7 @@ def test_a_failure_in_any_phase_leaves_what_was_there(
 ) -> None:
     request = request_for(replace=exists)
     if exists:
-        build(request)
+        build(plan(request))
     error = PHASES[phase]
 
     def fail(*arguments: Any, **options: Any) -> None:
@@ -289,7 +289,7 @@ def test_a_failure_in_any_phase_leaves_what_was_there(
 
     monkeypatch.setattr(building, phase, fail)
     with pytest.raises((type(error), OutputError)) as caught:
-        build(request)
+        build(plan(request))
     # A full disk is told as one; everything else comes out as it is.
     assert error in (caught.value, caught.value.__cause__)
     assert seen_beside(request.out) == (["bundle"] if exists else [])
@@ -302,7 +302,7 @@ def test_a_refused_graph_is_named_and_leaves_nothing(request_for) -> None:
     with pytest.raises(
         BuildError, match=r"graph 'block.onnxruntime.onnx': is refused; take another backend"
     ):
-        build(request)
+        build(plan(request))
     assert seen_beside(request.out) == []
 
 
@@ -318,7 +318,7 @@ def test_faults_of_the_checkpoint_come_before_anything_is_written(
     ):
         (copy / "config.json").write_text(json.dumps({**config, "_class_name": other}))
         with pytest.raises(CheckpointError, match=rf"config.json: {said}"):
-            build(request)
+            build(plan(request))
         assert not request.out.parent.exists()
 
 
@@ -330,7 +330,7 @@ def test_a_checkpoint_of_another_size_than_its_config_is_refused(
     save_file({n: t for n, t in load_file(path).items() if not n.startswith("blocks.2.")}, path)
     request = request_for(model=str(copy))
     with pytest.raises(CheckpointError, match=r"tensors are missing: 'blocks\.2\.") as caught:
-        build(request)
+        build(plan(request))
     assert "'config.json' belongs to another model" in caught.value.hint
     assert not request.out.parent.exists()
 
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_another_size_than_its_config_is_refused(
 def test_groups_of_no_block_are_refused_before_anything_is_written(request_for) -> None:
     request = request_for(group_blocks=0)
     with pytest.raises(ConfigError):
-        build(request)
+        build(plan(request))
     assert not request.out.parent.exists()
 
 
@@ -346,7 +346,7 @@ def test_the_pipeline_is_linked_without_its_transformer_weights(
     request_for, pipeline: Path
 ) -> None:
     request = request_for(model=str(pipeline))
-    manifest = build(request).manifest
+    manifest = build(plan(request)).manifest
     assert manifest.pipeline.folder == "pipeline"
     assert manifest.pipeline.source is None
     found = {n.removeprefix("pipeline/") for n in manifest.files if n.startswith("pipeline/")}
@@ -377,9 +377,9 @@ def test_samplers_are_tabulated_at_every_flow_shift_that_is_asked_for(
         (folder / entry.file).write_text("table")
         return [entry]
 
-    monkeypatch.setattr(building, "write_tables", write_tables)
+    monkeypatch.setattr("freewheel.compiler.samplers.write_tables", write_tables)
     shifted = ConfigEntry(cache=CacheSetting(), generation=GenerationDefaults(flow_shift=5.0))
-    manifest = build(request_for(model=str(pipeline), configs={"off": shifted})).manifest
+    manifest = build(plan(request_for(model=str(pipeline), configs={"off": shifted}))).manifest
     assert asked == ["UniPCMultistepScheduler", {3.0, 5.0}]
     assert manifest.samplers == [entry]
     assert entry.file in manifest.files
@@ -400,7 +400,7 @@ def test_a_damaged_scheduler_config_is_named(
     config.write_text(text)
     request = request_for(model=str(pipeline))
     with pytest.raises(CheckpointError, match=message) as caught:
-        build(request)
+        build(plan(request))
     assert caught.value.where == str(config)
     assert not request.out.exists()
 
@@ -413,14 +413,14 @@ def test_where_links_are_impossible_small_parts_are_copied_and_large_ones_refere
 
     monkeypatch.setattr(os, "link", refuse)
     request = request_for(model=str(pipeline))
-    manifest = build(request).manifest
+    manifest = build(plan(request)).manifest
     assert manifest.pipeline.folder == "pipeline"
     copied = request.out / "pipeline" / "text_encoder" / "model.safetensors"
     assert copied.stat().st_nlink == 1
     assert Bundle(request.out).digests() == []
 
     monkeypatch.setattr(pipeline_files, "SMALL_FILE_BYTES", 3)
-    referenced = build(replace(request, out=tmp_path / "second")).manifest
+    referenced = build(plan(replace(request, out=tmp_path / "second"))).manifest
     assert referenced.pipeline.folder is None
     assert referenced.pipeline.source == str(pipeline)
     assert not [n for n in referenced.files if n.startswith("pipeline/")]
@@ -436,13 +436,13 @@ def test_a_failed_build_is_resumed_with_what_it_finished(
             building, "describe_files", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            build(request)
+            build(plan(request))
     assert list(request.out.parent.iterdir()) == []
     compiled = list(request.backends[0].compiled)
     assert len(compiled) > 15
     monkeypatch.setattr(graphs, "trace", lambda *a: pytest.fail("traced again"))
     monkeypatch.setattr(decide, "decide_program", lambda *a: pytest.fail("traced again"))
     monkeypatch.setattr(samplers, "probe", lambda *a: pytest.fail("probed again"))
-    build(request)
+    build(plan(request))
     assert request.backends[0].compiled == compiled
     assert Bundle(request.out).digests() == []

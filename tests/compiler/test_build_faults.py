@@ -20,8 +20,10 @@ import torch
 
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.store import Store
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
 from freewheel.compiler.graphs import write as graphs
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.core.errors import BundleError, FreewheelError, OutputError
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
@@ -39,7 +41,7 @@ def request_of(checkpoint: Path, out: Path, cache: Path) -> BuildRequest:
 
 def build_there(checkpoint: Path, out: Path, cache: Path) -> None:
     torch.set_num_threads(1)
-    build(request_of(checkpoint, out, cache))
+    build(plan(request_of(checkpoint, out, cache)))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_builds_killed_at_any_change_of_the_disk_are_resumed(
             with pytest.raises(BundleError):
                 Bundle(out)
     assert grown > 2, "builds were killed with pieces finished"
-    report = build(request_of(tiny_checkpoint, out, cache))
+    report = build(plan(request_of(tiny_checkpoint, out, cache)))
     assert Bundle(out).digests() == []
     assert [p.name for p in out.parent.iterdir() if "whole" not in p.name] == ["bundle"]
     assert len(report.manifest.graphs) > 15
@@ -131,11 +133,11 @@ def test_a_full_disk_is_named_and_the_rerun_resumes(
     monkeypatch.setattr(graphs, "trace", lambda *arguments: pytest.fail("traced again"))
     out = small_disk / "bundle"
     with pytest.raises(FreewheelError) as caught:
-        build(request_of(tiny_checkpoint, out, traced))
+        build(plan(request_of(tiny_checkpoint, out, traced)))
     assert "space" in str(caught.value)
     assert list(small_disk.iterdir()) == []
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    build(request_of(tiny_checkpoint, out, traced))
+    build(plan(request_of(tiny_checkpoint, out, traced)))
     assert Bundle(out).digests() == []
     assert [p.name for p in small_disk.iterdir()] == ["bundle"]
 
@@ -152,7 +154,7 @@ def test_a_store_on_a_full_disk_is_named_and_keeps_nothing_half(
 def test_a_target_that_cannot_be_written_is_named(tiny_checkpoint: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OutputError, match=r"can't be written: .*Read-only"):
-        build(request_of(tiny_checkpoint, small_disk / "bundle", small_disk / "cache"))
+        build(plan(request_of(tiny_checkpoint, small_disk / "bundle", small_disk / "cache")))
     assert list(small_disk.iterdir()) == []
 
 
@@ -168,7 +170,7 @@ def test_a_second_build_at_once_is_refused(
     os.kill(first.pid, signal.SIGSTOP)  # so that it is under way, however long the second takes
     first_files = staging(out)
     with pytest.raises(OutputError, match="another build of this target is running"):
-        build(request_of(tiny_checkpoint, out, cache))
+        build(plan(request_of(tiny_checkpoint, out, cache)))
     assert set(staging(out)) >= set(first_files), "it is not disturbed"
     first.kill()
     first.join()

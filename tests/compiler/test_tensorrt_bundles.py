@@ -25,13 +25,15 @@ from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults, GraphEntr
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler import build as building
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.defaults import resolve_configs
 from freewheel.compiler.engines import compile_graph
 from freewheel.compiler.graphs.write import write_graphs
 from freewheel.compiler.inspect import inspect_bundle, render
+from freewheel.compiler.plan import plan
 from freewheel.compiler.profiles import BuildSizes, dim_ranges, profiles_of
+from freewheel.compiler.request import BuildRequest
 from freewheel.core.errors import BuildError, OutputError, RequestError
 from freewheel.core.progress import Silent
 from freewheel.engines import Target
@@ -68,7 +70,7 @@ def built(
         model=str(tiny_checkpoint), out=folder / "bundle", configs=OFF, backends=[TensorRTRTX()],
         target=LADA, sizes=SIZES, cache=cache,
     )  # fmt: skip
-    build(request, watcher)
+    build(plan(request), watcher)
     return Bundle(request.out), watcher
 
 
@@ -125,7 +127,7 @@ def test_fine_tunes_share_their_engines(
     path = tuned / "diffusion_pytorch_model.safetensors"
     save_file({n: t + 0.01 for n, t in load_file(path).items()}, path)
     request = request_for(model=str(tuned))
-    first, again = built[0].manifest, build(request).manifest
+    first, again = built[0].manifest, build(plan(request)).manifest
     assert again.checkpoint.sha256 != first.checkpoint.sha256
     files = [n for n in first.files if n.startswith("engines/")]
     assert len(files) == 2 * len(first.graphs)
@@ -166,7 +168,7 @@ def test_a_refused_operator_names_segment_and_node(
     monkeypatch.setattr(building, "write_graphs", spoil)
     request = request_for()
     with pytest.raises(BuildError) as caught:
-        build(request)
+        build(plan(request))
     assert caught.value.where == "graph 'head', head.onnx"
     assert "node 'peculiar' (Fourierise)" in caught.value.what
     assert not request.out.exists()
@@ -189,7 +191,7 @@ def test_what_cannot_be_built_is_refused_before_tracing(
     monkeypatch.setattr(building, "write_graphs", lambda *a, **k: pytest.fail("must not trace"))
     request = request_for(**options)
     with pytest.raises(error, match=message):
-        build(request)
+        build(plan(request))
     assert not request.out.parent.exists()
 
 
@@ -211,7 +213,7 @@ def test_without_space_for_an_engine_nothing_is_left(
 ) -> None:
     request = request_for()
     with largest_file(100_000), pytest.raises(OutputError) as caught:
-        build(request)
+        build(plan(request))
     assert caught.value.where.endswith("/rotary")
     assert "can't be written: File too large" in caught.value.what
     assert "free some space" in caught.value.hint

@@ -92,8 +92,10 @@ def pack(folder: Path) -> None:
     from host_device import PLACE, HostDevice
 
     from freewheel.bundle.reader import Bundle
-    from freewheel.compiler.build import BuildRequest, build
+    from freewheel.compiler.build import build
     from freewheel.compiler.engines import compile_graph
+    from freewheel.compiler.plan import plan
+    from freewheel.compiler.request import BuildRequest
     from freewheel.engines import Target, backend
     from freewheel.engines.tensorrt import TensorRT
     from freewheel.runtime.settings import config_entries
@@ -103,7 +105,7 @@ def pack(folder: Path) -> None:
     if not (folder / "tiny").is_dir():
         _write_tiny(folder / "tiny-model")
         made = folder / "tiny-onnxruntime"
-        build(BuildRequest(str(folder / "tiny-model"), made, [backend("onnxruntime")], off))
+        build(plan(BuildRequest(str(folder / "tiny-model"), made, [backend("onnxruntime")], off)))
         with stand_in(HostDevice(races=False), rehearsed=True):
             from graft import grafted
 

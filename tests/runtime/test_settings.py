@@ -13,7 +13,8 @@ from diffusers import WanTransformer3DModel
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.store import Store
 from freewheel.compiler.engines import STORE
-from freewheel.compiler.plan import BuildRequest, plan
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.configs.load import parse_config
 from freewheel.core.errors import ConfigError
 from freewheel.policies.setting import CacheSetting

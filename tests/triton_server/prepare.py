@@ -23,7 +23,9 @@ from doors import CONFIGS, LORA_REQUESTS, REQUESTS, Doors
 
 from freewheel.bundle.manifest import ConfigEntry
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
 from freewheel.serving.repository import ServeRequest, write_repository
@@ -36,7 +38,7 @@ def build_bundle(
         model=str(checkpoint), out=out, backends=[backend("openvino")], replace=True, cache=cache,
         configs=configs, with_text_encoder=whole, with_vae=whole,
     )  # fmt: skip
-    build(request)
+    build(plan(request))
     return Bundle(out)
 
 

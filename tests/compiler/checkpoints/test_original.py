@@ -20,13 +20,14 @@ from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.safetensors_header import StoredTensor, read_header
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 from freewheel.compiler.checkpoints.original import original_transformer
 from freewheel.compiler.checkpoints.sources import MadeTensor, read_weight
 from freewheel.compiler.cut.prove import random_weights
 from freewheel.compiler.forecast.build import describe_plan, render_plan
 from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.compiler.sizes import Size
 from freewheel.core.errors import CheckpointError
 from freewheel.engines import backend
@@ -181,7 +182,7 @@ def test_a_dry_run_tells_what_is_linked_and_what_is_made(tmp_path: Path, build_c
         w.bytes for w in open_checkpoint(str(file)).tensors.values() if isinstance(w, MadeTensor)
     )
     assert planned["forecast"]["disk"]["converted_bytes"] == made > 0
-    report = build(request)
+    report = build(plan(request))
     assert report.notes == tuple(planned["notes"])
 
 

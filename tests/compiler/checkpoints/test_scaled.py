@@ -27,7 +27,8 @@ from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 from freewheel.compiler.checkpoints.scaled import keep_float8, tell_of_scales, without_scales
 from freewheel.compiler.checkpoints.sources import ScaledTensor, read_weight
 from freewheel.compiler.checkpoints.weights import bring_weights
-from freewheel.compiler.plan import BuildRequest, plan
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import CheckpointError
 from freewheel.engines.onnxruntime import OnnxRuntime

@@ -13,7 +13,8 @@ from freewheel.bundle.reader import Bundle
 from freewheel.compiler.forecast import build as forecaster
 from freewheel.compiler.forecast.build import describe_plan, render_plan
 from freewheel.compiler.inspect import inspect_bundle
-from freewheel.compiler.plan import BuildRequest, plan
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.compiler.sizes import size_of
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from freewheel.bundle.manifest import SkipEntry
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.cut.declared import Cut, Skip
+from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.models import family_of
 from freewheel.compiler.forecast.footprint import (
@@ -90,7 +91,9 @@ def test_buffers_are_those_written_out_by_hand(cut: Cut) -> None:
 
 def test_what_later_stages_read_is_held_once(cut: Cut) -> None:
     (stage,) = cut.stages
-    later = replace(stage, skips={"hidden_skip": Skip("hidden", (0, 0, 2))})
+    later = stage.model_copy(
+        update={"skips": {"hidden_skip": SkipEntry(stream="hidden", blocks=[0, 0, 2])}}
+    )
     skipping = replace(cut, stages=(stage, later))
     assert forecast(skipping, CacheSetting()).branch_bytes["skip connections"] == 2 * HIDDEN
 

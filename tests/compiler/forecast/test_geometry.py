@@ -15,7 +15,9 @@ from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.forecast.geometry import FAR_BEYOND, check_geometry
-from freewheel.compiler.inspect import describe_flops, inspect_bundle, operations
+from freewheel.compiler.forecast.run import describe_flops
+from freewheel.compiler.forecast.tables import operations
+from freewheel.compiler.inspect import inspect_bundle
 from freewheel.compiler.sizes import bundle_pipeline, dims_of, size_of
 from freewheel.configs.load import parse_config
 from freewheel.core.errors import RequestError

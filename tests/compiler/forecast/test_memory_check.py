@@ -117,7 +117,7 @@ def test_a_gpu_holds_the_pipelines_parts_and_offloading_leaves_it_less(
         manifest = i2v_bundle.manifest
         found: dict[str, int] = forecast_memory(
             cut_of(i2v_bundle), size, setting="run", settings={"run": entry.cache},
-            specs={n: p.spec for n, p in manifest.policies.items()}, pipeline=i2v_checkpoint,
+            specs=manifest.specs, pipeline=i2v_checkpoint,
             backend=backend, precision=manifest.precision, **options,
         )["parts"]  # fmt: skip
         return found

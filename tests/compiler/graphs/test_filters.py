@@ -90,7 +90,14 @@ def test_models_with_latents_on_a_grid_have_the_signal(tiny_bundle: Bundle) -> N
         noise.module(torch.tensor([1000.0, 250.0])), torch.tensor([[1.0], [0.25]])
     )
     tokens = TensorSpec("float32", ("batch", "tokens", 16))
-    packed = replace(cut, inputs={"latents": replace(cut.inputs["latents"], spec=tokens)})
+    packed = replace(
+        cut,
+        inputs={
+            "latents": cut.inputs["latents"].model_copy(
+                update={"dtype": tokens.dtype, "shape": list(tokens.shape)}
+            )
+        },
+    )
     assert filter_segments(packed) == ()
     assert FILTERED_LATENTS not in signals_of(packed)
 

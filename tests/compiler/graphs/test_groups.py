@@ -16,7 +16,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from freewheel.bundle.files import describe_files
 from freewheel.bundle.manifest import Manifest
 from freewheel.bundle.reader import MANIFEST, Bundle
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
 from freewheel.compiler.engines import compile_graph
 from freewheel.compiler.graphs.groups import (
     GROUP_BYTES,
@@ -26,6 +26,8 @@ from freewheel.compiler.graphs.groups import (
     stitch_blocks,
     write_groups,
 )
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.core.errors import ConfigError, RequestError
 from freewheel.engines import backend
 from freewheel.engines.base import Target
@@ -309,7 +311,7 @@ def test_group_of_no_block_is_refused_before_anything_is_written(
         str(tiny_checkpoint), tmp_path / "bundle", [], {}, weights="baked", group_blocks=0
     )
     with pytest.raises(ConfigError, match=r"--group-blocks.*is 0.*1 or more"):
-        build(request)
+        build(plan(request))
     assert list(tmp_path.iterdir()) == []
 
 

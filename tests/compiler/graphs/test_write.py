@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from freewheel.bundle.manifest import GraphEntry
+from freewheel.bundle.manifest import GraphEntry, StageEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.store import Store
-from freewheel.compiler.cut.declared import Cut, Segment, Stage
+from freewheel.compiler.cut.declared import Cut, Segment
 from freewheel.compiler.graphs import write as graphs
 from freewheel.compiler.graphs.write import io_entries, wanted_weights, write_graphs
 from freewheel.core.tensor_spec import TensorSpec
@@ -151,7 +151,7 @@ def test_weights_are_wanted_for_every_block_in_the_graphs_dtype() -> None:
         "plain": entry.model_copy(update={"weights": {"scale": "blocks.{block}.scale"}}),
         "once": entry.model_copy(update={"weights": {"unused": "outer.unused"}}),
     }
-    stages = (Stage("plain", None, None, count=2, first=2),)
+    stages = (StageEntry(block="plain", count=2, first=2),)
     cut = Cut((plain, once), stages, {}, {}, feature_block=2, dims={}, history_dtype="float32")
     assert wanted_weights(cut, entries) == {
         "blocks.2.scale": ("bfloat16", (4,)),

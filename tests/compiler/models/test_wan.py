@@ -12,7 +12,8 @@ from chain import Chain, relative
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from freewheel.compiler.cut.declared import Cut, Stage
+from freewheel.bundle.manifest import StageEntry
+from freewheel.compiler.cut.declared import Cut
 from freewheel.core.dtypes import PRECISIONS
 from freewheel.core.errors import CheckpointError
 
@@ -252,7 +253,9 @@ def test_the_cut_costs_no_memory_and_follows_the_config(cut_model: Callable[...,
     with torch.device("meta"):
         model = WanTransformer3DModel()
     cut = cut_model(model, "bfloat16")
-    assert cut.stages == (Stage("block", "context", "block_tapped", 40),)
+    assert cut.stages == (
+        StageEntry(block="block", context="context", tapped="block_tapped", count=40),
+    )
     assert cut.feature_block == 20
     assert cut.history_dtype == "bfloat16"
     parameters = [p for s in cut.segments for p in s.module.parameters()]

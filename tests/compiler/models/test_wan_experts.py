@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 
 from freewheel.bundle.reader import MANIFEST, Bundle
 from freewheel.cli import app
-from freewheel.compiler.build import BuildRequest, build
+from freewheel.compiler.build import build
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
+from freewheel.compiler.plan import plan
+from freewheel.compiler.request import BuildRequest
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import BundleError, CheckpointError, ConfigError, RequestError
 from freewheel.engines import backend
@@ -267,4 +269,4 @@ def test_engines_with_weights_inside_are_refused(checkpoint: Path, tmp_path: Pat
         configs=config_entries(["off"], print), weights="baked",
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"--weights baked.*this pipeline has two"):
-        build(request)
+        build(plan(request))
