@@ -258,17 +258,16 @@ def build(
             "notes": list(report.notes),
         }
         screen.result(data, [str(out)])
+        left = left_to_gpus(report.manifest)
+        if left:
+            screen.note(
+                f"TensorRT would compile {len(left)} graphs of it on a machine with a GPU: "
+                f"freewheel build {model} --out {out} --resume-engines --backend tensorrt"
+            )
         screen.note(
             f"{report.bytes / 1e6:.1f} MB, {report.written_bytes / 1e6:.1f} MB of them written; "
             f"next: freewheel run {out} --prompt '…' --out video.mp4"
         )
-        left = left_to_gpus(report.manifest)
-        if left:
-            screen.note(
-                f"TensorRT would compile {len(left)} graphs of it on a machine with a GPU "
-                f"({', '.join(left)}): freewheel build {model} --out {out} --resume-engines "
-                "--backend tensorrt"
-            )
 
 
 def _watched(model: str, revision: str | None, text: str, screen: Screen) -> Row | None:

@@ -165,7 +165,6 @@ def run(
     with reporting("run", as_json, quiet, debug) as screen:
         from ..bundle.files import cache_beside
         from ..bundle.reader import Bundle
-        from ..compiler.lightx2v import LightX2VRequest
         from ..compiler.sizes import size_of
         from ..runtime.model import DeviceOptions
         from ..runtime.pipeline.generate import Generator, check_ahead
@@ -180,6 +179,8 @@ def run(
         quiet_libraries()
         loras = list(lora or ())
         if model_path is not None:
+            from ..compiler.lightx2v import LightX2VRequest
+
             authors = LightX2VRequest(
                 model_path=model_path, config_json=Path(cache or ""), model_cls=model_cls, task=task,
                 bundle=bundle, cache=cache_beside(bundle or Path("bundle")), has_loras=bool(loras),

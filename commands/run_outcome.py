@@ -35,7 +35,7 @@ def outcome(
     Args:
         generator: What ran.
         result: Its `Generation`.
-        seconds: Of ``load``, ``denoise`` (text encoders included) and ``decode``.
+        seconds: Of ``load``, ``encode``, ``denoise`` and ``decode``.
         reference: The uncached run of the same request, or None where none was made.
         ranks: Processes that shared the run; None where it ran in one.
     """

@@ -567,7 +567,7 @@ def test_a_speedup_is_called_measured_only_beside_an_uncached_run(
     page = tmp_path / "r.html"
     data = json.loads(freewheel(*base, "--cache", "taylorseer", "--report", page, "--json").stdout)
     assert data["estimated_speedup"] > 0
-    assert list(data["phase_seconds"]) == ["load", "denoise", "decode"]
+    assert list(data["phase_seconds"]) == ["load", "encode", "denoise", "decode"]
     assert data["total_seconds"] == sum(data["phase_seconds"].values())
     assert data["steps_per_second"] == 4 / data["phase_seconds"]["denoise"]
     assert data["backend"] in BACKENDS

@@ -28,6 +28,16 @@ std::vector<double> seconds_of(const RunStatistics& run, Decision decision) {
   return found;
 }
 
+/// Computed steps of a branch; where branches differ, their mean. An integer where it is whole.
+nlohmann::json mean_computed(const RunStatistics& run) {
+  const auto branches = static_cast<std::int64_t>(run.branches.size());
+  std::int64_t computed = 0;
+  for (const BranchStatistics& branch : run.branches) computed += branch.count(Decision::kComputed);
+  if (branches == 0 || computed % branches == 0)
+    return computed / std::max<std::int64_t>(branches, 1);
+  return static_cast<double>(computed) / static_cast<double>(branches);
+}
+
 nlohmann::json branch_json(const BranchStatistics& branch) {
   nlohmann::json computed = nlohmann::json::array(), distance = nlohmann::json::array();
   nlohmann::json mix = nlohmann::json::array();
@@ -126,15 +136,12 @@ std::string RunStatistics::json() const {
                           {"loop_seconds", loop_seconds},
                           {"branches", nlohmann::json::object()},
                           {"seconds", nlohmann::json::object()}};
-  double computed = 0.0;
   for (const BranchStatistics& branch : branches) {
     found["branches"][branch.name] = branch_json(branch);
-    computed += static_cast<double>(branch.count(Decision::kComputed));
   }
   const double speedup = estimated_speedup();
   found["estimated_speedup"] = speedup > 0.0 ? nlohmann::json(speedup) : nlohmann::json();
-  found["computed_steps"] =
-      branches.empty() ? 0.0 : computed / static_cast<double>(branches.size());
+  found["computed_steps"] = mean_computed(*this);
   for (int segment = 0; segment < kSegments; ++segment) {
     found["seconds"][segment_name(static_cast<Segment>(segment))] =
         seconds[static_cast<std::size_t>(segment)];

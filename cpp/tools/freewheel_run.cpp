@@ -11,18 +11,19 @@
 #include <cstdio>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "freewheel/codec.h"
 #include "freewheel/files.h"
 #include "freewheel/freewheel.h"
 #include "freewheel/session.h"
+#include "outcome.h"
 #include "result_file.h"
 
 namespace {
 
 using freewheel::Buffer;
 using freewheel::Code;
-using freewheel::Decision;
 using freewheel::Result;
 using freewheel::Shape;
 using freewheel::Status;
@@ -211,37 +212,17 @@ void show_step(const freewheel::BranchEvent& event, bool is_terminal) {
   std::fprintf(stderr, "  %.3f s%s", event.seconds, is_terminal ? "   " : "\n");
 }
 
-void show_summary(const freewheel::RunStatistics& statistics) {
-  std::fprintf(stderr, "\n%-8s %9s %7s %9s %9s %9s\n", "branch", "computed", "reused", "dist p50",
-               "dist max", "seconds");
-  for (const freewheel::BranchStatistics& branch : statistics.branches) {
-    std::vector<double> reused;
-    double seconds = 0.0;
-    for (std::size_t step = 0; step < branch.decisions.size(); ++step) {
-      seconds += branch.seconds[step];
-      if (branch.decisions[step] == Decision::kReused) reused.push_back(branch.distance[step]);
-    }
-    std::fprintf(stderr, "%-8s %9lld %7lld %9.4f %9.4f %9.3f\n", branch.name.c_str(),
-                 static_cast<long long>(branch.count(Decision::kComputed)),
-                 static_cast<long long>(branch.count(Decision::kReused)),
-                 freewheel::percentile(reused, 50), freewheel::percentile(reused, 100), seconds);
-  }
-  std::fprintf(stderr, "seconds:");
-  for (int segment = 0; segment < freewheel::kSegments; ++segment) {
-    std::fprintf(stderr, " %s %.3f",
-                 freewheel::segment_name(static_cast<freewheel::Segment>(segment)),
-                 statistics.seconds[static_cast<std::size_t>(segment)]);
-  }
-  std::fprintf(stderr, "\n");
-  if (const double speedup = statistics.estimated_speedup(); speedup > 0.0) {
-    std::fprintf(stderr, "speedup: %.2f estimated, %.2f ideal\n", speedup,
-                 statistics.ideal_speedup());
-  }
+/// Returns the seconds since `began`, and begins anew.
+double lap(std::chrono::steady_clock::time_point& began) {
+  const auto now = std::chrono::steady_clock::now();
+  return std::chrono::duration<double>(now - std::exchange(began, now)).count();
 }
 
 Status run(const Options& options, nlohmann::json& report) {
   auto out = ResultFile::create(options.out, options.fps);
   if (!out.ok()) return std::move(out).status();
+  Outcome outcome;
+  auto clock = std::chrono::steady_clock::now();
   freewheel::ModelOptions model_options;
   model_options.backend = options.backend;
   model_options.backend_options.threads = options.threads;
@@ -253,6 +234,10 @@ Status run(const Options& options, nlohmann::json& report) {
   model_options.lora_folder = options.lora_folder;
   auto model = freewheel::Model::load(options.bundle, model_options);
   if (!model.ok()) return std::move(model).status();
+  auto session = freewheel::Session::create(*model);
+  if (!session.ok()) return std::move(session).status();
+  outcome.backend = (*model)->backend().name();
+  outcome.seconds.load = lap(clock);
   std::vector<Loaded> files;
   freewheel::Request asked;
   Status status = read_request(options, (*model)->manifest(), files, asked);
@@ -269,21 +254,19 @@ Status run(const Options& options, nlohmann::json& report) {
       show_step(event, is_terminal);
     };
   }
-  auto session = freewheel::Session::create(*model);
-  if (!session.ok()) return std::move(session).status();
-  const auto began = std::chrono::steady_clock::now();
+  outcome.seconds.encode = lap(clock);
   status = (*session)->run(request);
   if (!status.ok()) return status;
-  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
-  const freewheel::RunStatistics& statistics = (*session)->statistics();
-  if (!options.quiet) show_summary(statistics);
+  outcome.seconds.denoise = lap(clock);
   status = write_result(*out, **model, request.latents);
   if (!status.ok()) return status;
-  report = nlohmann::json::parse(statistics.json());
+  outcome.seconds.decode = lap(clock);
+  outcome.peak_memory_bytes = peak_memory_bytes();
+  const freewheel::RunStatistics& statistics = (*session)->statistics();
+  if (!options.quiet) show_outcome(statistics, outcome);
+  report = outcome_json(statistics, outcome);
   report["schema_version"] = 1;
   report["out"] = options.out;
-  report["backend"] = (*model)->backend().name();
-  report["total_seconds"] = taken.count();
   return {};
 }
 

@@ -68,7 +68,8 @@ class Generation:
         latents: As the pipeline's callbacks see them after the last step, float32; None of a
             pipeline without callbacks.
         statistics: Decisions and seconds of the denoise loop.
-        seconds: Of ``denoise``, text encoders included, and of ``decode``.
+        seconds: Of ``encode`` (prompts and pictures, up to the transformer's first call), ``denoise``
+            and ``decode``.
         resolved: The values used.
         sound: What can be heard, or None.
     """
@@ -270,17 +271,23 @@ class Generator:
             arguments["callback_on_step_end"] = loop.end_step
         if "output_type" in call.parameters:
             arguments["output_type"] = "np" if leads else "latent"
+        hooks = [e.module.register_forward_pre_hook(loop.begin_call) for e in experts]
         for expert in experts:
             expert.on_call = loop.end_call
-        began = time.perf_counter()
+        asked = time.perf_counter()
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(values["seed"])  # of samplers that draw noise at every step
                 answer = pipe(**arguments)
         finally:
-            for expert in experts:
+            for expert, hook in zip(experts, hooks, strict=True):
                 expert.on_call = None
-        seconds = {"denoise": loop.ended - began, "decode": time.perf_counter() - loop.ended}
+                hook.remove()
+        answered = time.perf_counter()
+        seconds = {
+            "encode": loop.began - asked, "denoise": loop.ended - loop.began,
+            "decode": answered - loop.ended,
+        }  # fmt: skip
         loop.end()
         if self._ranks is not None:
             self._ranks.tell({}, "ending the run")  # the first to end must not seem lost
@@ -432,16 +439,23 @@ class _Loop:
     """Follows a run from the calls of its transformer and the pipeline's callback.
 
     Attributes:
+        began: When the transformer was first called.
         ended: When the last step ended, so far.
         latents: After the last step, so far.
     """
 
     def __init__(self, total: int, on_step: OnStep) -> None:
-        self.ended = time.perf_counter()
+        self.began = self.ended = time.perf_counter()
         self.latents: torch.Tensor | None = None
         self._total, self._on_step = total, on_step
         self._done = 0
+        self._has_begun = False
         self._step: tuple[int, int] | None = None
+
+    def begin_call(self, module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        """Note when the first call of the transformer comes."""
+        if not self._has_begun:
+            self._has_begun, self.began = True, time.perf_counter()
 
     def end_call(self, session: Any, step_index: int) -> None:
         """Count the step before, where this call is the first of another."""

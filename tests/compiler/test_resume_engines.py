@@ -93,7 +93,6 @@ def test_a_build_without_a_gpu_says_what_is_left_and_the_command_it_prints_does_
     told = " ".join(built.stderr.split())
     graphs = Bundle(out).manifest.graphs
     assert f"TensorRT would compile {len(graphs)} graphs of it on a machine with a GPU" in told
-    assert f"({', '.join(graphs)})" in told
     printed = re.search(
         r"freewheel (build \S+ --out \S+ --resume-engines --backend tensorrt)", told
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,32 @@ def test_raw_frames_are_the_pictures_bytes(
     assert np.array_equal(raw.reshape(17, 96, 96, 3), frames_of(tmp_path / "png"))
     freewheel_run(cpp_build, whole_bundle, tmp_path / "x.safetensors", few)
     assert load_file(tmp_path / "x.safetensors")["latents"].shape == SHAPE
+
+
+def test_the_summary_tells_of_the_whole_run(
+    cpp_build: Path, whole_bundle: Bundle, arguments: list[str], tmp_path: Path
+) -> None:
+    few = [*arguments]
+    few[few.index("--steps") + 1] = "2"
+    report = freewheel_run(cpp_build, whole_bundle, tmp_path / "json.rgb", few)
+    phases = report["phase_seconds"]
+    assert set(phases) == {"load", "encode", "denoise", "decode"}
+    assert report["total_seconds"] == pytest.approx(sum(phases.values()))
+    assert report["steps_per_second"] == pytest.approx(2 / phases["denoise"])
+    assert report["peak_memory_bytes"] > 32 << 20
+    assert (report["backend"], report["computed_steps"]) == ("openvino", 2)
+    assert isinstance(report["computed_steps"], int)
+    told = [a for a in few if a not in ("--json", "--quiet")]
+    command = [cpp_build / "freewheel-run", whole_bundle.folder, "--out", tmp_path / "told.rgb"]
+    done = subprocess.run([*command, *told], capture_output=True, text=True, check=True, env={})
+    last = done.stderr.splitlines()[-1]
+    number = r"\d+\.\d\d"
+    seconds = ", ".join(
+        f"{phase} {number} s" for phase in ("load", "encode", "denoise", "decode", "total")
+    )
+    assert re.fullmatch(
+        rf"whole run on openvino: {seconds}; {number} steps/s; peak memory {number} GiB", last
+    ), last
 
 
 def test_what_the_ends_can_not_do_is_said(
