@@ -56,6 +56,14 @@ def calibrate(
     objective: Annotated[
         str, typer.Option(help="What solved schedules are chosen by: mean or worst of the prompts.")
     ] = "mean",
+    hold_out: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Last prompts of the file to fit nothing on and to run with every solved schedule: "
+            "what `run --min-psnr` is kept by; 9 or more.",
+        ),
+    ] = 0,
     backend: BackendOption = None,
     offload: OffloadOption = False,
     cuda_graphs: CudaGraphsOption = False,
@@ -92,7 +100,7 @@ def calibrate(
             history=history, backend=backend, options=options, speedups=speedup or SPEEDUPS,
             refine=chosen.refine if refine is None else refine,
             search=chosen.search if search is None else search, objective=objective,
-            checkpoints=checkpoints,
+            hold_out=hold_out, checkpoints=checkpoints,
         )  # fmt: skip
         opened = Bundle(bundle)
         ranks = join_job(opened, request, device)

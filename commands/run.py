@@ -71,6 +71,13 @@ def run(
             "many steps as fit."
         ),
     ] = None,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(
+            help="dB against the uncached run that nine runs in ten keep: a solved config computes the "
+            "fewest steps that do; needs `calibrate --hold-out`."
+        ),
+    ] = None,
     steps: StepsOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
     guidance: GuidanceOption = None,
@@ -192,7 +199,8 @@ def run(
         else:
             _refuse_without_model(model_cls, task, use_prompt_enhancer)
         opened = Bundle(bundle)
-        overrides = pairs_of(set_) | ({} if deadline is None else {"deadline": deadline})
+        asked = {"deadline": deadline, "min_psnr": min_psnr}
+        overrides = pairs_of(set_) | {n: str(v) for n, v in asked.items() if v is not None}
         chosen = choose_setting(opened, cache, overrides, screen.warn)
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative_prompt, cache=chosen.cache, defaults=chosen.generation,
@@ -330,6 +338,13 @@ def _tell_decisions(screen: Screen, generator: Any, request: Any) -> None:
     stretched = stretch_warning(request.cache, count)
     if stretched is not None:
         screen.warn(stretched)
+    promise = request.cache.promise
+    if request.cache.min_psnr is not None and promise is not None:
+        screen.note(
+            f"{request.cache.parameters['computed_steps']} of {count} steps computed: "
+            f"{100 * promise.coverage:.0f} of 100 runs keep {request.cache.min_psnr:g} dB by it, as "
+            f"{promise.runs} held-out runs tell"
+        )
     # Of two experts, each folds its own part of the timesteps.
     if timesteps is None or len(generator.transformer.experts) > 1:
         return

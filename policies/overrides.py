@@ -18,20 +18,23 @@ __all__ = ["apply_overrides"]
 def apply_overrides(
     setting: CacheSetting, overrides: Mapping[str, str], spec: PolicySpec
 ) -> CacheSetting:
-    """Replace parameters, guard limits, the signal and the deadline of a setting.
+    """Replace parameters, guard limits, the signal, the deadline and the bound of a setting.
 
     Args:
         setting: What a config resolved to; its policy is the spec's.
         overrides: Key → text. Keys are the policy's parameters, the guard's limits,
-            ``exact_steps``, ``signal`` and ``deadline`` (seconds, ``20`` or ``20s``); lists are
-            written ``1,2,3`` or as JSON.
+            ``exact_steps``, ``signal``, ``deadline`` (seconds, ``20`` or ``20s``) and ``min_psnr``
+            (dB; it chooses the number of computed steps); lists are written ``1,2,3`` or as JSON.
         spec: The policy's declaration.
 
     Raises:
-        ConfigError: unknown keys or values of the wrong type or range, all of them in one error.
+        ConfigError: unknown keys or values of the wrong type or range, all of them in one error; a
+            bound that nothing keeps.
     """
     parameters, guard, signal = dict(setting.parameters), setting.guard.model_dump(), setting.signal
-    deadline = setting.deadline
+    deadline, bound = setting.deadline, setting.min_psnr
+    if "computed_steps" in overrides:
+        bound = None
     branches = {
         n: {k: v for k, v in own.items() if k not in overrides}
         for n, own in setting.branches.items()
@@ -49,8 +52,17 @@ def apply_overrides(
                 signal = _signal(text, spec)
             elif key == "deadline":
                 deadline = _seconds(text)
+            elif key == "min_psnr":
+                bound = _decibels(text, overrides)
             else:
-                known = [*spec.parameters, *GUARD_PARAMETERS, "exact_steps", "signal", "deadline"]
+                known = [
+                    *spec.parameters,
+                    *GUARD_PARAMETERS,
+                    "exact_steps",
+                    "signal",
+                    "deadline",
+                    "min_psnr",
+                ]
                 raise ConfigError(
                     f"parameter '{key}'", f"policy '{spec.name}' has none", nearest(key, known)
                 )
@@ -63,7 +75,7 @@ def apply_overrides(
             f"policy '{spec.name}'",
             f"{len(faults)} faults: " + "; ".join(str(fault) for fault in faults),
         )
-    return CacheSetting.model_validate(
+    changed = CacheSetting.model_validate(
         {
             "policy": setting.policy,
             "signal": signal,
@@ -71,8 +83,11 @@ def apply_overrides(
             "branches": branches,
             "guard": guard,
             "deadline": deadline,
+            "min_psnr": bound,
+            "promise": setting.promise,
         }
     )
+    return changed.keeping_bound()
 
 
 def _value(key: str, text: str, spec: ParameterSpec) -> Value:
@@ -98,13 +113,32 @@ def _steps(text: str) -> list[int]:
 
 
 def _seconds(text: str) -> float:
-    seconds = _parsed(text.removesuffix("s"))
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not 0 < seconds < math.inf:
+    seconds = _positive(text.removesuffix("s"))
+    if seconds is None:
         raise ConfigError(
             "parameter 'deadline'", f"expected seconds above 0, found {text!r}", "give 20 or 20s"
         )
-    return float(seconds)
+    return seconds
+
+
+def _decibels(text: str, overrides: Mapping[str, str]) -> float:
+    decibels = _positive(text)
+    if decibels is None:
+        raise ConfigError(
+            "parameter 'min_psnr'", f"expected dB above 0, found {text!r}", "give 30 to 50"
+        )
+    if "computed_steps" in overrides:
+        raise ConfigError(
+            "parameter 'min_psnr'", "chooses 'computed_steps', which is given too",
+            "give one of the two",
+        )  # fmt: skip
+    return decibels
+
+
+def _positive(text: str) -> float | None:
+    number = _parsed(text)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return float(number) if is_number and 0 < number < math.inf else None
 
 
 def _signal(text: str, spec: PolicySpec) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..core.errors import ConfigError
+from .promise import Promise, chosen_budget
 from .spec import ParameterSpec, Value
 
 __all__ = ["GUARD_PARAMETERS", "CacheSetting", "GuardSetting"]
@@ -53,6 +55,9 @@ class CacheSetting(BaseModel):
         guard: Limits around the policy.
         deadline: Seconds that the denoise loop may take, for a policy that chooses its number of
             computed steps by them; None is no deadline.
+        min_psnr: Least PSNR in dB against the uncached run, for a policy that chooses its number of
+            computed steps by it; None is no bound.
+        promise: What numbers of computed steps keep, if it was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +68,8 @@ class CacheSetting(BaseModel):
     branches: dict[str, dict[str, Value]] = {}
     guard: GuardSetting = GuardSetting()
     deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    min_psnr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    promise: Promise | None = None
 
     def for_branch(self, name: str) -> CacheSetting:
         """Return the setting of one branch, its overrides among the parameters."""
@@ -70,3 +77,21 @@ class CacheSetting(BaseModel):
             return self
         own = {**self.parameters, **self.branches.get(name, {})}
         return self.model_copy(update={"parameters": own, "branches": {}})
+
+    def keeping_bound(self) -> CacheSetting:
+        """Return the setting with the fewest computed steps that keep ``min_psnr``, if it is given.
+
+        Raises:
+            ConfigError: nothing keeps it, or a deadline stands beside it.
+        """
+        if self.min_psnr is None:
+            return self
+        if self.deadline is not None:
+            raise ConfigError(
+                f"min_psnr {self.min_psnr:g}", "can't be kept beside a deadline, which may compute "
+                "fewer steps", "give one of the two",
+            )  # fmt: skip
+        budgets = self.parameters.get("budgets", [])
+        assert isinstance(budgets, list), "a list parameter"
+        count = chosen_budget(self.promise, [int(b) for b in budgets], self.min_psnr)
+        return self.model_copy(update={"parameters": {**self.parameters, "computed_steps": count}})

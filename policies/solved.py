@@ -13,6 +13,8 @@ from torch import Tensor
 from .base import Decision, Mix, Mixed, Policy, Step, hold
 from .config import ALL, BRANCHES, PER_BRANCH, CachingConfig
 from .deadline import NO_DEADLINE
+from .promise import FEWEST_RUNS, Promise, promised_psnr
+from .setting import CacheSetting
 from .spec import MAX_SMALL_ELEMENTS, HistorySpec, ParameterSpec, PolicySpec, StateSpec, Value
 
 __all__ = [
@@ -98,6 +100,8 @@ class SolvedSchedule(BaseModel):
         computed: Indices of the steps to compute, ascending, the first one 0.
         mix: For each other step up to 6 factors of past residuals, newest first. One table per
             branch, or one for all.
+        psnr: Of runs that nothing was fitted on, dB against the uncached ones; the same runs in the
+            same order in all schedules.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -106,6 +110,7 @@ class SolvedSchedule(BaseModel):
     mix: Annotated[
         Annotated[MixTable, Tag(ALL)] | Annotated[dict[str, MixTable], Tag(BRANCHES)], PER_BRANCH
     ]
+    psnr: list[float] | None = None
 
     @property
     def tables(self) -> dict[str, MixTable]:
@@ -164,6 +169,12 @@ class SolvedConfig(CachingConfig):
                     )
         if len({frozenset(s.tables) for s in self.schedules}) > 1:
             raise ValueError("the same branches in 'mix' of all 'schedules'")
+        counts = {len(schedule.psnr or ()) for schedule in self.schedules}
+        if len(counts) > 1 or 0 < min(counts) < FEWEST_RUNS:
+            raise ValueError(
+                f"'psnr' of the same {FEWEST_RUNS} runs or more in all 'schedules', or in none, not "
+                f"of {' and '.join(map(str, sorted(counts)))}"
+            )
         budgets = [len(schedule.computed) for schedule in self.schedules]
         if any(b <= a for a, b in pairwise(budgets)):
             raise ValueError(f"'schedules' of ever more computed steps, not of {budgets}")
@@ -179,6 +190,15 @@ class SolvedConfig(CachingConfig):
                 "leave schedules out, or mix fewer residuals"
             )
         return self
+
+    def setting(self) -> CacheSetting:
+        """Resolve to what a runtime is told to do, with what the schedules promise."""
+        setting = super().setting()
+        scores = [schedule.psnr for schedule in self.schedules if schedule.psnr]
+        if not scores:
+            return setting
+        promise = Promise(runs=len(scores[0]), psnr=promised_psnr(scores))
+        return setting.model_copy(update={"promise": promise})
 
     @property
     def _history(self) -> int:
@@ -260,8 +280,8 @@ def _choose(step: Step, state: dict[str, Tensor], parameters: dict[str, Tensor])
     seconds = ahead * step.computed_seconds + reused * step.reused_seconds
     allowed = is_there & (budgets <= parameters["computed_steps"])
     fits = allowed & (seconds <= step.seconds_left)
-    # Where nothing fits, what is over soonest.
-    least = allowed & (seconds == torch.where(allowed, seconds, NO_DEADLINE).min())
+    # Where nothing fits, what computes least: its seconds are guesses of a machine that is late.
+    least = allowed & (ahead == torch.where(allowed, ahead, MAXIMUM_STEPS).min())
     wanted = fits | (least & ~fits.any())  # no Where: ONNX Runtime has none over booleans
     wanted = wanted & (ahead == torch.where(wanted, ahead, -1).max())
     age = (before - rows + 1).clamp(min=1)

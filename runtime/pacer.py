@@ -17,7 +17,8 @@ REMEMBERED = 8
 class Pacer:
     """Seconds of the last computed and reused steps, of this run and those before it.
 
-    Times are given, so that any clock will do.
+    They are kept per branch, since the run before may have had one and this one two. Times are given,
+    so that any clock will do.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class Pacer:
         self._seconds: dict[bool, deque[float]] = {
             computed: deque(maxlen=REMEMBERED) for computed in (True, False)
         }
+        self._branches = 1
         self.begin(None, 0.0)
 
     def begin(self, deadline: float | None, now: float) -> None:
@@ -37,6 +39,7 @@ class Pacer:
         self._began, self._deadline = now, deadline
         self._step_began = now
         self._was_computed: bool | None = None
+        self._noted = 0
 
     def forget(self) -> None:
         """Forget how long steps take: they become others."""
@@ -48,25 +51,31 @@ class Pacer:
 
         Half the steps are slower than their median. What the slowest of the last computed ones
         took longer than that is held in reserve, so that the last one computed does not end late.
+        A computed step takes a reused one's seconds at least: on a busy machine the medians of a few
+        may say otherwise.
 
         Args:
             now: Seconds on the clock of `begin`.
             prepared: Seconds of this run that no later step takes again, such as allocations.
         """
         if self._was_computed is not None:
-            self._seconds[self._was_computed].append(now - prepared - self._step_began)
-        self._step_began, self._was_computed = now - prepared, None
+            self._branches = self._noted
+            taken = now - prepared - self._step_began
+            self._seconds[self._was_computed].append(taken / self._branches)
+        self._step_began, self._was_computed, self._noted = now - prepared, None, 0
         if self._deadline is None:
             return Pace()
         computed, reused = (
-            median(self._seconds[kind]) if self._seconds[kind] else 0.0 for kind in (True, False)
+            self._branches * median(self._seconds[kind]) if self._seconds[kind] else 0.0
+            for kind in (True, False)
         )
-        reserve = max(self._seconds[True], default=0.0) - computed
+        reserve = self._branches * max(self._seconds[True], default=0.0) - computed
         left = self._deadline - (now - self._began) - reserve
-        return Pace(min(left, NO_DEADLINE / 2), computed, reused)
+        return Pace(min(left, NO_DEADLINE / 2), max(computed, reused), reused)
 
     def note(self, computed: bool) -> None:
-        """Say what the step does that began last; of several branches, what the first does."""
+        """Say what a branch does in the step that began last; the first one's is the step's."""
+        self._noted += 1
         if self._was_computed is None:
             self._was_computed = computed
 

@@ -20,7 +20,7 @@ class ResolvedSetting:
     """A cache setting checked against the bundle.
 
     Attributes:
-        setting: As asked for.
+        setting: As asked for, and a bound's number of computed steps.
         policy: The policy's entry in the manifest.
         parameters: Every parameter, defaults filled in.
         signal_name: Signal kind given to the policy, or None.
@@ -39,6 +39,19 @@ class ResolvedSetting:
         if self.policy.spec.content is not None or self.setting.deadline is not None:
             return False
         return self.signal is None or self.signal.known == "run"
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a run of other steps than those that its bound's quality was measured at.
+
+        Raises:
+            ConfigError: as said.
+        """
+        bound, made = self.setting.min_psnr, self.parameters.get("steps")
+        if bound is not None and made != steps:
+            raise ConfigError(
+                f"min_psnr {bound:g}", f"was measured for runs of {made} steps, and this one has {steps}",
+                f"run {made} steps, or calibrate with --steps {steps}",
+            )  # fmt: skip
 
     @property
     def depth(self) -> int:
@@ -70,8 +83,9 @@ def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
 
     Raises:
         ConfigError: unknown policy or parameter, a signal that the model does not give it, or a
-            deadline that the policy can't keep.
+            deadline or a bound that the policy can't keep.
     """
+    setting = setting.keeping_bound()
     policy = carried_policy(manifest, setting.policy)
     if setting.deadline is not None:
         _check_deadline(manifest, policy)

@@ -193,7 +193,7 @@ class Session:
             beside: Latents beside the first → [steps], their timesteps, where those are others.
 
         Raises:
-            ConfigError: unknown policy, parameter or signal.
+            ConfigError: unknown policy, parameter or signal, or a bound that other steps keep.
             RequestError: no timesteps, not as many sigmas or of others, or they are not finite.
         """
         if timesteps.ndim != 1 or not len(timesteps) or not bool(torch.isfinite(timesteps).all()):
@@ -210,6 +210,7 @@ class Session:
                     "give the scheduler's, one per step, or leave them out",
                 )  # fmt: skip
         resolved = self.resolve(setting or CacheSetting())
+        resolved.check_steps(len(timesteps))
         self._pacer.begin(resolved.setting.deadline, self._clock())
         self._has_failed = True  # until the run is set up
         if resolved != self._resolved or (recorder is None) != (self._recorder is None):

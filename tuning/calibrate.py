@@ -44,6 +44,7 @@ from .checkpoints import Checkpoints
 from .effort import PRESETS, duration, model_runs
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder, RecordedRun
+from .held_out import check_count, held_out_psnr, with_psnr
 from .lockstep import Lockstep, sampler_table
 from .search import OBJECTIVES, Computed, Recipe, Searched, candidates, frontier, search_count
 from .sensitivity import computed_steps, measure
@@ -77,7 +78,7 @@ class CalibrationRequest:
     """What to record and to solve for.
 
     Attributes:
-        prompts: One uncached run each.
+        prompts: One uncached run each; the last ``hold_out`` are fitted on nothing.
         first_seed: Seed of the first prompt's noise; each further prompt takes the next.
         speedups: Ideal speedups to write configs for.
         steps: Denoise steps; None takes the bundle's default config's.
@@ -88,6 +89,7 @@ class CalibrationRequest:
             takes both from the uncached runs.
         search: Times that every computed step of a chosen schedule is tried elsewhere, at most.
         objective: What schedules are chosen by: the prompts' ``mean``, or the ``worst`` of them.
+        hold_out: Prompts that are run with every schedule, so that a request may ask for a quality.
         backend: Name of a backend; None takes the bundle's first.
         options: How engines are driven; None drives them plainly.
         checkpoints: Keeps recorded runs and found schedules, for a calibration that was ended.
@@ -103,6 +105,7 @@ class CalibrationRequest:
     refine: int = PRESETS["normal"].refine
     search: int = PRESETS["normal"].search
     objective: str = "mean"
+    hold_out: int = 0
     backend: str | None = None
     options: DeviceOptions | None = None
     checkpoints: Checkpoints | None = None
@@ -173,24 +176,30 @@ def calibrate(
         )  # fmt: skip
     if not 1 <= request.history <= HISTORY:
         raise RequestError(f"--history {request.history}", f"is outside [1, {HISTORY}]", "use 3")
+    check_count(request.hold_out, len(request.prompts))
     began = time.perf_counter()
     base = choose_setting(bundle, None, {}, warn)
     uncached = choose_setting(bundle, "off", {}, warn).cache
-    runs = [
+    asked = [
         GenerationRequest(
             prompt=prompt, cache=uncached, defaults=base.generation, steps=request.steps,
             guidance_scale=request.guidance, seed=request.first_seed + index,
         )
         for index, prompt in enumerate(request.prompts)
     ]  # fmt: skip
-    for run in runs:
+    for run in asked:
         run.check()
     check_recordable(bundle)
+    fitted = len(asked) - request.hold_out
+    runs, held_out = asked[:fitted], asked[fitted:]
     generator = Generator(bundle, backend=request.backend, options=request.options)
     model = generator.transformer.session.model
     recorder = GramRecorder(model, window=request.window)
     steps = runs[0].value("steps")
-    ahead = model_runs(len(runs), request.speedups, request.refine, request.search, steps)
+    ahead = model_runs(
+        len(runs), request.speedups, request.refine, request.search, steps,
+        hold_out=request.hold_out,
+    )  # fmt: skip
     tell(f"about {ahead} model runs, cached ones counted by what they compute")
     progress.phase("calibrate", len(request.prompts))
     shares = Shares(ranks)
@@ -230,6 +239,8 @@ def calibrate(
     configs, left_out, lockstep = _solved(
         model, recorder, request, table, scale, common, progress, shares, pieces
     )
+    if held_out:
+        configs = _held_out(generator, held_out, configs, progress, shares, pieces)
     fits = _fits(recorder, warn)
     found, missing = _by_threshold(model, recorder, fits, request.speedups, common, lockstep)
     about = {
@@ -238,10 +249,38 @@ def calibrate(
         "guidance_scale": resolved["guidance_scale"],
         "size": [resolved["height"], resolved["width"], resolved["frames"]],
         "prompts": list(request.prompts),
+        "held_out": request.hold_out,
         "first_seed": request.first_seed,
         "seconds": round(time.perf_counter() - began, 1),
     }
     return Calibration({**configs, **found}, fits, {**left_out, **missing}, about)
+
+
+def _held_out(
+    generator: Generator, runs: Sequence[GenerationRequest], configs: dict[str, CachingConfig],
+    progress: Progress, shares: Shares, pieces: _Pieces,
+) -> dict[str, CachingConfig]:  # fmt: skip
+    """Run what nothing was fitted on with every schedule, and have these tell their quality."""
+    solved = configs.get("solved")
+    if not isinstance(solved, SolvedConfig):
+        raise RequestError(
+            "--hold-out",
+            "finds no schedules to run",
+            "calibrate with more steps, or fewer than 200",
+        )
+    progress.phase("hold out", len(runs))
+    own: dict[int, Any] = {}
+    for index, run in enumerate(runs):
+        if shares.is_mine(index):
+            facts = [_facts(run), solved.model_dump(mode="json")]
+            own[index] = pieces.json(f"held-out-{index:04}", facts)
+            if own[index] is None:
+                own[index] = held_out_psnr(
+                    generator, run, solved, lambda done, total: shares.beat()
+                )
+                pieces.keep_json(f"held-out-{index:04}", facts, own[index])
+            progress.advance(run.prompt or "")
+    return with_psnr(configs, shares.gather_json(own, "gathering held-out runs"))
 
 
 class _Pieces:
@@ -270,16 +309,19 @@ class _Pieces:
 
     def schedule(self, count: int) -> Any:
         """Return a found schedule, if it was kept."""
-        if self._kept is None:
-            return None
-        name, facts = f"schedule-{count:04}", (self._identity, self._runs, self._solved)
-        content = self._kept.load(name, *facts)
-        return None if content is None else json.loads(content)
+        return self.json(f"schedule-{count:04}", [self._runs, self._solved])
 
     def keep_schedule(self, count: int, schedule: Any) -> None:
+        self.keep_json(f"schedule-{count:04}", [self._runs, self._solved], schedule)
+
+    def json(self, name: str, facts: list[Any]) -> Any:
+        """Return what was found from some facts, if it was kept."""
+        content = None if self._kept is None else self._kept.load(name, self._identity, *facts)
+        return None if content is None else json.loads(content)
+
+    def keep_json(self, name: str, facts: list[Any], found: Any) -> None:
         if self._kept is not None:
-            name, facts = f"schedule-{count:04}", (self._identity, self._runs, self._solved)
-            self._kept.save(json.dumps(schedule).encode(), name, *facts)
+            self._kept.save(json.dumps(found).encode(), name, self._identity, *facts)
 
 
 def _identity(bundle: Bundle, model: LoadedModel, request: CalibrationRequest) -> list[Any]:

@@ -33,7 +33,13 @@ PRESETS = {"quick": Preset(2, 0), "normal": Preset(8, 3), "thorough": Preset(16,
 
 
 def model_runs(
-    prompts: int, speedups: Sequence[float], refine: int, search: int, steps: int = 50
+    prompts: int,
+    speedups: Sequence[float],
+    refine: int,
+    search: int,
+    steps: int = 50,
+    *,
+    hold_out: int = 0,
 ) -> int:
     """Return what a calibration computes, in uncached runs of one prompt: a little more than less.
 
@@ -43,12 +49,13 @@ def model_runs(
         refine: As in `Preset`; no more than ``prompts`` count.
         search: As in `Preset`; a search ends earlier where no move helps.
         steps: Denoise steps; every number of them to compute is run once.
+        hold_out: Prompts that are run with every schedule.
     """
     fitted = min(refine, prompts)
     per_run = steps / 2 + sum(
         (SCHEDULES + STEPS_OF_A_MOVE * search) / speedup for speedup in speedups
     )
-    return round(prompts + fitted * (1 + per_run))
+    return round(prompts + fitted * (1 + per_run) + hold_out * (1 + steps / 2))
 
 
 def duration(seconds: float) -> str:

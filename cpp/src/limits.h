@@ -15,6 +15,7 @@ inline constexpr std::int64_t kMaxBlocks = 4096;
 inline constexpr std::size_t kMaxExperts = 16;
 inline constexpr std::int64_t kMaxHistory = 64;
 inline constexpr std::int64_t kMaxSmallElements = 65536;
+inline constexpr std::size_t kMaxPromised = 200;
 inline constexpr std::int64_t kMaxLatentScale = 1024;
 inline constexpr std::int64_t kMaxVideoSide = 1 << 15;  ///< Pixels of a side, and frames.
 inline constexpr std::int64_t kMaxSeed = std::numeric_limits<std::int64_t>::max();

@@ -23,19 +23,25 @@ void Pacer::begin(std::optional<double> deadline, double now) noexcept {
   deadline_ = deadline;
   began_ = step_began_ = now;
   was_computed_.reset();
+  noted_ = 0;
 }
 
 Pace Pacer::begin_step(double now, double prepared) noexcept {
-  if (was_computed_) (*was_computed_ ? computed_ : reused_).add(now - prepared - step_began_);
+  if (was_computed_) {
+    branches_ = noted_;
+    (*was_computed_ ? computed_ : reused_).add((now - prepared - step_began_) / branches_);
+  }
   step_began_ = now - prepared;
   was_computed_.reset();
+  noted_ = 0;
   if (!deadline_) return {};
-  const double computed = computed_.median();
-  const double left = *deadline_ - (now - began_) - (computed_.most() - computed);
-  return {std::min(left, Pace::kNoDeadline / 2.0), computed, reused_.median()};
+  const double computed = branches_ * computed_.median(), reused = branches_ * reused_.median();
+  const double left = *deadline_ - (now - began_) - (branches_ * computed_.most() - computed);
+  return {std::min(left, Pace::kNoDeadline / 2.0), std::max(computed, reused), reused};
 }
 
 void Pacer::note(bool computed) noexcept {
+  ++noted_;
   if (!was_computed_) was_computed_ = computed;
 }
 

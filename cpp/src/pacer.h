@@ -19,8 +19,9 @@ struct Pace {
   static constexpr double kNoDeadline = 1e30;
 };
 
-/// Seconds of the last computed and reused steps, of this run and those before it. Times are given,
-/// so that any clock will do; nothing is allocated.
+/// Seconds of the last computed and reused steps, of this run and those before it; kept per branch,
+/// since the run before may have had one and this one two. Times are given, so that any clock will
+/// do; nothing is allocated.
 class Pacer {
  public:
   /// Starts a run that may take `deadline` seconds, if given.
@@ -30,11 +31,12 @@ class Pacer {
   void forget() noexcept { computed_ = reused_ = {}; }
 
   /// Ends the step before, and tells how the run stands before the next. What the slowest of the
-  /// last computed steps took longer than their median is held in reserve.
+  /// last computed steps took longer than their median is held in reserve. A computed step takes a
+  /// reused one's seconds at least: on a busy machine the medians of a few may say otherwise.
   /// @param prepared Seconds of this run that no later step takes again, such as allocations.
   Pace begin_step(double now, double prepared) noexcept;
 
-  /// Says what the step does that began last; of several branches, what the first does.
+  /// Says what a branch does in the step that began last; the first one's is the step's.
   void note(bool computed) noexcept;
 
   double taken(double now) const noexcept { return now - began_; }
@@ -55,6 +57,7 @@ class Pacer {
   std::optional<double> deadline_;
   double began_ = 0.0, step_began_ = 0.0;
   std::optional<bool> was_computed_;
+  int noted_ = 0, branches_ = 1;  ///< Branches of this step so far, and of the one before.
 };
 
 }  // namespace freewheel

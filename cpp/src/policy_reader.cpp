@@ -47,6 +47,26 @@ std::map<std::string, Value> read_values(FieldReader& reader, const json& parent
   return found;
 }
 
+Promise read_promise(FieldReader& reader, const json& entry, const std::string& path) {
+  Promise promise;
+  promise.coverage = reader.number(entry, path, "coverage");
+  if (!(promise.coverage > 0.0 && promise.coverage < 1.0)) {
+    reader.fault(path + ".coverage", "is not between 0 and 1");
+  }
+  promise.runs = reader.integer(entry, path, "runs", 1, kMaxSize);
+  for (const json& psnr : reader.array(entry, path, "psnr")) {
+    if (psnr.is_number()) {
+      promise.psnr.push_back(psnr.get<double>());
+    } else {
+      reader.fault(path + ".psnr", "should be numbers");
+    }
+  }
+  if (promise.psnr.empty() || promise.psnr.size() > kMaxPromised) {
+    reader.fault(path + ".psnr", "are not 1 to " + std::to_string(kMaxPromised));
+  }
+  return promise;
+}
+
 }  // namespace
 
 PolicySpec read_policy_spec(FieldReader& reader, const json& entry, const std::string& path) {
@@ -124,6 +144,14 @@ CacheSetting read_setting(FieldReader& reader, const json& entry, const std::str
   setting.deadline = reader.optional_number(entry, path, "deadline");
   if (setting.deadline && !(*setting.deadline > 0.0)) {
     reader.fault(path + ".deadline", "is not above 0");
+  }
+  setting.min_psnr = reader.optional_number(entry, path, "min_psnr");
+  if (setting.min_psnr && !(*setting.min_psnr > 0.0)) {
+    reader.fault(path + ".min_psnr", "is not above 0");
+  }
+  if (entry.contains("promise") && !entry["promise"].is_null()) {
+    setting.promise =
+        read_promise(reader, reader.object(entry, path, "promise"), path + ".promise");
   }
   setting.parameters = read_values(reader, entry, path, "parameters");
   for (const auto& [branch, given] : reader.object(entry, path, "branches", true).items()) {

@@ -261,7 +261,7 @@ CacheSetting CacheSetting::for_branch(const std::string& name) const {
 }
 
 std::vector<std::string> override_names(const PolicySpec& spec, const Guard& guard) {
-  std::vector<std::string> names = {"exact_steps", "signal", "deadline"};
+  std::vector<std::string> names = {"exact_steps", "signal", "deadline", "min_psnr"};
   for (const auto& [name, limit] : guard.limits) names.push_back(name);
   for (const auto& [name, parameter] : spec.parameters) names.push_back(name);
   return names;
@@ -275,6 +275,7 @@ Status apply_override(const std::string& key, const Value& value, const PolicySp
     FREEWHEEL_ASSIGN(const Value given, is_list ? as_list(value) : Result<Value>(value));
     FREEWHEEL_ASSIGN([[maybe_unused]] const auto numbers, parameter->second.numbers(key, given));
     setting.parameters[key] = given;
+    if (key == "computed_steps") setting.min_psnr.reset();
     for (auto& [branch, own] : setting.branches) own.erase(key);
     return {};
   }
@@ -292,6 +293,15 @@ Status apply_override(const std::string& key, const Value& value, const PolicySp
   }
   if (key == "deadline") {
     FREEWHEEL_ASSIGN(setting.deadline, seconds_of(where, value));
+    return {};
+  }
+  if (key == "min_psnr") {
+    const Element decibels = element_of(value);
+    if (!decibels.is_number || !(decibels.number > 0.0) || !std::isfinite(decibels.number)) {
+      return Status(Code::kConfig, where, "expected dB above 0, found " + value_text(value),
+                    "give 30 to 50");
+    }
+    setting.min_psnr = decibels.number;
     return {};
   }
   Guard& guard = setting.guard;

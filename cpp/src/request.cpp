@@ -10,6 +10,7 @@
 #include "freewheel/sampler.h"
 #include "freewheel/settings.h"
 #include "limits.h"
+#include "promise.h"
 #include "resolved_setting.h"
 #include "try.h"
 
@@ -81,6 +82,19 @@ struct Assign {
 };
 
 std::int64_t side_count(const RunRequest& run) noexcept { return run.is_guided() ? 2 : 1; }
+
+/// What a request asks for, where it says, and else what its config has.
+GenerationDefaults asked_of(const Request& request, const GenerationDefaults& defaults) {
+  GenerationDefaults asked = defaults;
+  asked.steps = request.steps.value_or(defaults.steps);
+  asked.height = request.height.value_or(defaults.height);
+  asked.width = request.width.value_or(defaults.width);
+  asked.frames = request.frames.value_or(defaults.frames);
+  asked.guidance_scale = request.guidance_scale.value_or(defaults.guidance_scale);
+  asked.flow_shift = request.flow_shift.value_or(defaults.flow_shift);
+  if (!request.sampler.empty()) asked.sampler = request.sampler;
+  return asked;
+}
 
 /// The per-prompt inputs that a bundle takes.
 std::vector<std::string> prompt_inputs(const Manifest& manifest) {
@@ -369,6 +383,7 @@ Result<PreparedRun> prepare_run(Model& model, const Request& request) {
   FREEWHEEL_ASSIGN(ConfigEntry config, find_config(manifest, request.cache));
   FREEWHEEL_TRY(apply_overrides(manifest, request.overrides, request.also_known, config.cache));
   const GenerationDefaults& defaults = config.generation;
+  FREEWHEEL_TRY(check_bound_values(config.cache, defaults, asked_of(request, defaults)));
   PreparedRun prepared;
   RunRequest& run = prepared.run;
   run.cache = std::move(config.cache);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "freewheel/settings.h"
+#include "promise.h"
 #include "try.h"
 
 namespace freewheel {
@@ -32,6 +33,7 @@ Result<ResolvedSetting> ResolvedSetting::create(const Manifest& manifest,
                                                 const CacheSetting& setting) {
   ResolvedSetting resolved;
   resolved.setting = setting;
+  FREEWHEEL_TRY(keep_bound(resolved.setting));
   FREEWHEEL_ASSIGN(resolved.policy, carried_policy(manifest, setting.policy));
   if (setting.deadline) FREEWHEEL_TRY(check_deadline(manifest, *resolved.policy));
   const PolicySpec& spec = resolved.policy->spec;
@@ -49,7 +51,7 @@ Result<ResolvedSetting> ResolvedSetting::create(const Manifest& manifest,
     }
     resolved.signal = &manifest.signals.at(*name);
   }
-  FREEWHEEL_ASSIGN(resolved.parameters, spec.resolve(setting.parameters));
+  FREEWHEEL_ASSIGN(resolved.parameters, spec.resolve(resolved.setting.parameters));
   return resolved;
 }
 

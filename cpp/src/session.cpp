@@ -9,6 +9,7 @@
 #include "cancellation.h"
 #include "denoising.h"
 #include "expert.h"
+#include "promise.h"
 #include "timed.h"
 #include "try.h"
 
@@ -128,6 +129,10 @@ Status Session::Impl::start(const Schedule& schedule, const CacheSetting& settin
   }
   FREEWHEEL_ASSIGN(const ResolvedSetting resolved,
                    ResolvedSetting::for_all_branches(manifest(), setting));
+  if (const auto made = resolved.parameters.find("steps"); made != resolved.parameters.end()) {
+    FREEWHEEL_TRY(check_bound_steps(setting, static_cast<std::int64_t>(made->second.front()),
+                                    static_cast<std::int64_t>(timesteps.size())));
+  }
   statistics_ = RunStatistics();
   statistics_.policy = resolved.policy->spec.name;
   statistics_.is_folded = resolved.is_folded();
@@ -135,7 +140,7 @@ Status Session::Impl::start(const Schedule& schedule, const CacheSetting& settin
   statistics_.depth = resolved.depth();
   statistics_.deadline = setting.deadline;
   statistics_.branches.reserve(8);
-  return share_out(schedule, setting);
+  return share_out(schedule, resolved.setting);
 }
 
 /// Begins a run of every expert over the timesteps that are its own.

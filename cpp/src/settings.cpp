@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "freewheel/settings.h"
 
+#include <algorithm>
+
 #include "json_value.h"
+#include "promise.h"
 #include "try.h"
 
 namespace freewheel {
@@ -80,13 +83,21 @@ Status apply_overrides(const Manifest& manifest, const Overrides& overrides,
     setting.guard.limits.try_emplace(name, 0);
   }
   std::vector<Status> faults;
+  const auto is_given = [&](const char* name) {
+    return std::any_of(overrides.begin(), overrides.end(),
+                       [&](const auto& given) { return given.first == name; });
+  };
+  if (is_given("min_psnr") && is_given("computed_steps")) {
+    faults.emplace_back(Code::kConfig, "parameter 'min_psnr'",
+                        "chooses 'computed_steps', which is given too", "give one of the two");
+  }
   for (const auto& [key, given] : overrides) {
     const auto value = spelled(given);
     Status status =
         value.ok() ? apply_override(key, *value, spec, setting, also_known) : value.status();
     if (!status.ok()) faults.push_back(std::move(status));
   }
-  if (faults.empty()) return {};
+  if (faults.empty()) return keep_bound(setting);
   if (faults.size() == 1) return faults.front();
   std::string what = std::to_string(faults.size()) + " faults: ";
   for (const Status& fault : faults) what += (&fault == &faults[0] ? "" : "; ") + fault.message();

@@ -49,6 +49,27 @@ TEST(Pacer, RemembersTheLastEightAcrossRuns) {
   EXPECT_DOUBLE_EQ(pacer.begin_step(now, 0.0).computed_seconds, 0.0);
 }
 
+TEST(Pacer, KeepsSecondsPerBranch) {
+  Pacer pacer;
+  pacer.begin(100.0, 0.0);
+  const double now = run(pacer, 0.0, {1.0}, true);
+  EXPECT_DOUBLE_EQ(pacer.begin_step(now, 0.0).computed_seconds, 1.0);
+  pacer.begin(100.0, now);
+  pacer.begin_step(now, 0.0);
+  pacer.note(true);
+  pacer.note(true);
+  EXPECT_DOUBLE_EQ(pacer.begin_step(now + 4.0, 0.0).computed_seconds, 3.0);  // of 1 and 2 a branch
+}
+
+TEST(Pacer, AComputedStepTakesAReusedOnesSecondsAtLeast) {
+  Pacer pacer;
+  pacer.begin(100.0, 0.0);
+  const double now = run(pacer, run(pacer, 0.0, {1.0}, true), {3.0}, false);
+  const Pace pace = pacer.begin_step(now, 0.0);
+  EXPECT_DOUBLE_EQ(pace.computed_seconds, 3.0);
+  EXPECT_DOUBLE_EQ(pace.reused_seconds, 3.0);
+}
+
 TEST(Pacer, LeavesOutWhatNoLaterStepTakesAgain) {
   Pacer pacer;
   pacer.begin(10.0, 0.0);
@@ -56,7 +77,7 @@ TEST(Pacer, LeavesOutWhatNoLaterStepTakesAgain) {
   pacer.note(true);
   pacer.note(false);  // another branch of the same step
   const Pace pace = pacer.begin_step(4.0, 3.0);
-  EXPECT_DOUBLE_EQ(pace.computed_seconds, 1.0);
+  EXPECT_DOUBLE_EQ(pace.computed_seconds, 1.0);  // of both
   EXPECT_DOUBLE_EQ(pace.seconds_left, 6.0);
 }
 

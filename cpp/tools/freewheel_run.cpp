@@ -36,7 +36,7 @@ extern "C" void on_interrupt(int) { interrupted.store(true); }
 
 struct Options {
   std::string bundle, out, backend, cache, sampler, embeddings, negative, latents, condition;
-  std::string token_ids, negative_token_ids, deadline, lora_folder;
+  std::string token_ids, negative_token_ids, deadline, min_psnr, lora_folder;
   std::optional<std::string> prompt, negative_prompt;
   std::vector<std::string> settings, loras;
   std::optional<std::int64_t> steps, seed, frames, height, width;
@@ -128,6 +128,7 @@ Status read_overrides(const Options& options, freewheel::Request& request) {
     request.overrides.emplace_back(setting.substr(0, at), setting.substr(at + 1));
   }
   if (!options.deadline.empty()) request.overrides.emplace_back("deadline", options.deadline);
+  if (!options.min_psnr.empty()) request.overrides.emplace_back("min_psnr", options.min_psnr);
   return {};
 }
 
@@ -326,6 +327,9 @@ int main(int argc, char** argv) {
   app.add_option("--deadline", options.deadline,
                  "Seconds that the denoise steps may take, 20 or 20s: a solved config computes as "
                  "many steps as fit");
+  app.add_option("--min-psnr", options.min_psnr,
+                 "dB against the uncached run that nine runs in ten keep: a solved config computes "
+                 "the fewest steps that do");
   app.add_option("--steps", options.steps, "Denoise steps");
   app.add_option("--seed", options.seed, "Seed of the start noise");
   app.add_option("--guidance", options.guidance, "Guidance scale; 1 or less runs one branch");

@@ -84,7 +84,8 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
     Raises:
         ConfigError: unknown policy, parameter or signal.
     """
-    if not resolve(model.manifest, setting).is_folded:
+    resolved = resolve(model.manifest, setting)
+    if not resolved.is_folded:
         return None
     wanted = timesteps.detach().to(model.device, torch.float32)
     given = timestep_inputs(model.manifest.inputs, wanted)
@@ -96,4 +97,4 @@ def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting)
             model.bind(name, {**given, **tables}).run()
             model.backend.synchronize()
             known |= {n: t.float().cpu() for n, t in tables.items()}
-    return fold(setting, known, Schedule.of(wanted.tolist()))
+    return fold(resolved.setting, known, Schedule.of(wanted.tolist()))

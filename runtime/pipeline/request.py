@@ -13,7 +13,7 @@ from PIL import Image
 
 from ...bundle.manifest import ResolvedGeneration
 from ...bundle.sampler import check_sampler
-from ...core.errors import RequestError
+from ...core.errors import ConfigError, RequestError
 from ...core.limits import LARGEST_SEED, check_size
 from ...policies.setting import CacheSetting
 from .video import open_frames, open_image
@@ -97,7 +97,9 @@ class GenerationRequest:
                 not finite, a seed outside [0, 2**63), a sampler that is not known, a flow shift
                 that is not above 0, a strength outside (0, 1], or a picture or video that can't be
                 read.
+            ConfigError: a bound on PSNR, and another value than its quality was measured at.
         """
+        self._check_bound()
         steps, seed, guidance = (self.value(n) for n in ("steps", "seed", "guidance_scale"))
         if not 1 <= steps <= 1000:
             raise RequestError(f"--steps {steps}", "is outside [1, 1000]", "use 20 to 50")
@@ -125,6 +127,16 @@ class GenerationRequest:
         for flag, path in (("--video", self.video), ("--mask", self.mask)):
             if path is not None:
                 open_frames(path, flag)
+
+    def _check_bound(self) -> None:
+        bound = self.cache.min_psnr
+        for name in (n for n in VALUES if n != "seed" and bound is not None):
+            given, made = getattr(self, name), getattr(self.defaults, name)
+            if given not in (None, made):
+                raise ConfigError(
+                    f"min_psnr {bound:g}", f"was measured at {name} {made}, and the run asks for {given}",
+                    f"leave {name} out, or calibrate with it",
+                )  # fmt: skip
 
 
 def size_like(image: Image.Image, area: int, multiple: int) -> tuple[int, int]:

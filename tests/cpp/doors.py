@@ -38,6 +38,7 @@ FRONTIER = SolvedConfig.model_validate(
             {
                 "computed": [STEPS * i // count for i in range(count)],
                 "mix": {"cond": [[1.0]] * (STEPS - count), "uncond": [[0.9]] * (STEPS - count)},
+                "psnr": [30.0 + count] * 9,
             }
             for count in (5, 7, 20)
         ],
@@ -66,6 +67,7 @@ REQUESTS: dict[str, tuple[str | None, dict[str, str]]] = {
     "a config with a list of steps": ("listed", {}),
     "another number of computed steps": ("frontier", {"computed_steps": "7"}),
     "a deadline that nothing keeps": ("frontier", {"deadline": "1e-9"}),
+    "a bound on quality": ("frontier", {"min_psnr": "36"}),
     "a deadline far off": ("frontier", {"deadline": "1000000s", "computed_steps": "7"}),
 }  # fmt: skip
 """Name → config or policy, and overrides as they are typed."""

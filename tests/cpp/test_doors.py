@@ -32,6 +32,7 @@ COMPUTED = {
     "another number of computed steps": 7,
     "a deadline that nothing keeps": 5,
     "a deadline far off": 7,
+    "a bound on quality": 7,
 }
 
 
@@ -163,6 +164,13 @@ REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
     "several overrides": ("teacache", {"thresold": "1", "first_exact": "-1"}, "2 faults"),
     "a deadline of no schedules": ("teacache", {"deadline": "20s"}, "deadline of policy 'teacache'"),
     "a deadline of no seconds": ("frontier", {"deadline": "-1"}, "expected seconds above 0"),
+    "a bound that nothing keeps": ("frontier", {"min_psnr": "51"}, "90 of 100 runs keep 50.0 dB at most"),
+    "a bound of no held-out runs": ("teacache", {"min_psnr": "40"}, "--hold-out 20"),
+    "a bound of no dB": ("frontier", {"min_psnr": "high"}, "expected dB above 0, found 'high'"),
+    "a bound beside computed steps": (
+        "frontier", {"min_psnr": "36", "computed_steps": "7"}, "chooses 'computed_steps', which is given too",
+    ),
+    "a bound beside a deadline": ("frontier", {"min_psnr": "36", "deadline": "9s"}, "beside a deadline"),
     "no such number of computed steps": (
         "frontier", {"computed_steps": "6"}, "6 is none of 'budgets'; give one of 5, 7, 20",
     ),

@@ -100,6 +100,29 @@ def test_a_deadline_that_nothing_keeps_computes_least() -> None:
     assert sum(computed) <= 5
 
 
+def test_a_late_machine_whose_reused_steps_took_longer_computes_least() -> None:
+    def busy(step: int, computed: bool) -> float:
+        return 0.1 if computed else 1.0
+
+    pacer = Pacer()
+    drive(25.0, busy, pacer)
+    computed, _ = drive(0.5, busy, pacer)
+    assert sum(computed) == 4
+
+
+def test_seconds_are_kept_per_branch() -> None:
+    pacer = Pacer()
+    pacer.begin(100.0, 0.0)
+    pacer.begin_step(0.0)
+    pacer.note(True)
+    assert pacer.begin_step(1.0).computed_seconds == 1.0
+    pacer.begin(100.0, 1.0)
+    pacer.begin_step(1.0)
+    pacer.note(True)
+    pacer.note(True)
+    assert pacer.begin_step(3.0).computed_seconds == 2.0, "two branches, as the run before had one"
+
+
 @given(
     noise=st.lists(st.floats(0.8, 1.25), min_size=STEPS, max_size=STEPS),
     pace=st.floats(0.7, 1.4),

@@ -125,8 +125,9 @@ typedef struct freewheel_prompt {
 } freewheel_prompt;
 
 /* An override of the cache setting: a parameter of the policy, "first_exact", "last_exact",
- * "max_consecutive", "max_reused", "exact_steps", "signal" or "deadline" (seconds that the denoise
- * steps may take: a solved config computes as many steps as fit). */
+ * "max_consecutive", "max_reused", "exact_steps", "signal", "deadline" (seconds that the denoise
+ * steps may take: a solved config computes as many steps as fit) or "min_psnr" (dB against the
+ * uncached run that nine runs in ten keep: a solved config computes the fewest steps that do). */
 typedef struct freewheel_parameter {
   const char* name;
   const char* value; /* as JSON: "0.2", "true", "[1, 0.5]" (also "1,0.5"); a bare word is text */

@@ -92,6 +92,17 @@ struct Guard {
   }
 };
 
+/// PSNR against the uncached run that runs keep, by computed steps.
+struct Promise {
+  double coverage = 0.0;     ///< Share of runs that keep it.
+  std::int64_t runs = 0;     ///< That it was measured on.
+  std::vector<double> psnr;  ///< dB, one for each of the parameter `budgets`.
+
+  friend bool operator==(const Promise& a, const Promise& b) {
+    return a.coverage == b.coverage && a.runs == b.runs && a.psnr == b.psnr;
+  }
+};
+
 /// A policy with its signal, parameters and guard: what one run is told to do.
 struct CacheSetting {
   std::string policy = "off";
@@ -102,13 +113,17 @@ struct CacheSetting {
   std::map<std::string, std::map<std::string, Value>> branches;
   /// Seconds that the denoise loop may take, for a policy that chooses its computed steps by them.
   std::optional<double> deadline;
+  /// Least PSNR in dB against the uncached run, which chooses the computed steps likewise.
+  std::optional<double> min_psnr;
+  std::optional<Promise> promise;  ///< What numbers of computed steps keep, if it was measured.
 
   /// The setting of one branch: its overrides are among the parameters.
   CacheSetting for_branch(const std::string& name) const;
 
   friend bool operator==(const CacheSetting& a, const CacheSetting& b) {
     return a.policy == b.policy && a.signal == b.signal && a.parameters == b.parameters &&
-           a.guard == b.guard && a.branches == b.branches && a.deadline == b.deadline;
+           a.guard == b.guard && a.branches == b.branches && a.deadline == b.deadline &&
+           a.min_psnr == b.min_psnr && a.promise == b.promise;
   }
 };
 
@@ -117,7 +132,7 @@ struct CacheSetting {
 using Overrides = std::vector<std::pair<std::string, Value>>;
 
 /// What an override may name: the policy's parameters, the guard's limits, `exact_steps`, `signal`,
-/// `deadline` (seconds, as a number or "20s").
+/// `deadline` (seconds, as a number or "20s"), `min_psnr` (dB).
 std::vector<std::string> override_names(const PolicySpec& spec, const Guard& guard);
 
 /// Replaces one of `override_names`, in every branch. The value is checked by its declaration.
