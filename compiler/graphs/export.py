@@ -12,11 +12,12 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import cache
 
 import onnx_ir as ir
 import torch
+from torch import fx
 
 from ...core.errors import ExportError
 from ...engines.base import TensorSpec
@@ -26,6 +27,21 @@ __all__ = ["OPSET", "exporting", "trace"]
 
 OPSET = 23
 """First opset with `Attention`, `RotaryEmbedding` and `RMSNormalization`."""
+
+ATEN = torch.ops.aten
+
+CHECKS = frozenset(
+    {
+        ATEN._assert_async.default, ATEN._assert_async.msg, ATEN._assert_scalar.default,
+        ATEN._assert_tensor_metadata.default, ATEN.sym_constrain_range_for_size.default,
+    }
+)  # fmt: skip
+"""Operators that give nothing: no graph of ONNX has them."""
+
+SYNONYMS = {
+    ATEN.__and__.Tensor: ATEN.bitwise_and.Tensor,
+    ATEN.__or__.Tensor: ATEN.bitwise_or.Tensor,
+}
 
 BATCH_DIMS = {"batch": 2, "text_tokens": 11, "image_tokens": 13, "steps": 5, "slots": 3}
 
@@ -89,6 +105,7 @@ def exporting() -> Iterator[None]:
         _without_stack_traces(),
         _one_operator_registry(),
         _operators_listed_once(),
+        _traced_once(),
     ):
         warnings.simplefilter("ignore")
         yield
@@ -161,6 +178,57 @@ def _operators_listed_once() -> Iterator[None]:
         yield
     finally:
         setattr(utils, name, original)
+
+
+@contextlib.contextmanager
+def _traced_once() -> Iterator[None]:
+    """Let an export whose operators ONNX has all leave out decomposition, which traces it again.
+
+    That is half of an export (torch 2.13). Should torch move it, exports are slower and nothing else.
+    """
+    from torch.onnx._internal.exporter import _decomp, _fx_passes
+
+    name = "decompose_with_registry"
+    original = getattr(_fx_passes, name, None)
+    implemented = getattr(_decomp, "get_onnx_implemented_overloads", None)
+    if original is None or implemented is None:
+        yield
+        return
+
+    def decompose(program: torch.export.ExportedProgram, registry: object) -> object:
+        _spell_as_onnx_does(program.graph_module.graph)
+        known = set(implemented(registry))
+        is_left = all(_is_known(node, known) for node in program.graph_module.graph.nodes)
+        return program if is_left else original(program, registry)
+
+    setattr(_fx_passes, name, decompose)
+    try:
+        yield
+    finally:
+        setattr(_fx_passes, name, original)
+
+
+def _spell_as_onnx_does(graph: fx.Graph) -> None:
+    """Write operators as torch's translation to ONNX knows them, and drop checks of sizes."""
+    for node in list(graph.nodes):
+        if node.target in CHECKS:
+            graph.erase_node(node)
+        elif node.target in SYNONYMS:
+            node.target = SYNONYMS[node.target]
+        elif node.target is ATEN.to.dtype and len(node.args) == 2 and not node.kwargs:
+            value, dtype = node.args
+            node.target, node.args, node.kwargs = ATEN._to_copy.default, (value,), {"dtype": dtype}
+    graph.eliminate_dead_code()
+
+
+def _is_known(node: fx.Node, known: Container[object]) -> bool:
+    """Tell whether a node can be translated as it stands."""
+    if node.op != "call_function":
+        return node.op != "call_module"
+    if not isinstance(node.target, torch._ops.OpOverload):  # computes with sizes
+        return getattr(node.target, "__module__", None) in ("_operator", "math")
+    is_known = node.target.namespace == "onnx" or node.target in known
+    return is_known and not node.target._schema.is_mutable
 
 
 @cache

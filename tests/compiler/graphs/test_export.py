@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -184,6 +185,13 @@ class Branching(nn.Module):
         return x + 1 if bool(x.sum() > 0) else x - 1
 
 
+class Mirrored(Linear):
+    """Computes 1 - x, whose operator in torch has no translation of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 - super().forward(x)
+
+
 def linear_segment(module: nn.Module) -> Segment:
     return Segment(
         "linear", "step", module,
@@ -249,5 +257,28 @@ def test_torch_lists_its_operators_once_in_an_export(monkeypatch: pytest.MonkeyP
 
     listed, lists = [], utils._materialize_cpp_cia_ops
     monkeypatch.setattr(utils, "_materialize_cpp_cia_ops", lambda: listed.append(1) or lists())
-    trace(linear_segment(Linear()), {"tokens": 15})
+    trace(linear_segment(Mirrored()), {"tokens": 15})
     assert len(listed) == 1
+
+
+@pytest.mark.parametrize(("module", "traced_again"), [(Linear, 0), (Mirrored, 1)])
+def test_operators_that_onnx_has_are_not_traced_again(
+    monkeypatch: pytest.MonkeyPatch, module: type[Linear], traced_again: int
+) -> None:
+    """Either way the graph computes what the module does."""
+    again, decompose = [], torch.export.ExportedProgram.run_decompositions
+    monkeypatch.setattr(
+        torch.export.ExportedProgram, "run_decompositions",
+        lambda *given: again.append(1) or decompose(*given),
+    )  # fmt: skip
+    model = trace(linear_segment(module()), {"tokens": 15})
+    assert len(again) == traced_again
+    real = module().to_empty(device="cpu")
+    with torch.no_grad():
+        real.layer.weight.copy_(torch.randn(3, 4))
+        real.layer.bias.copy_(torch.randn(3))
+    for name, value in real.state_dict().items():
+        model.graph.initializers[name].const_value = ir.tensor(value.numpy(), name=name)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    x = torch.randn(2, 7, 4)
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], real(x).detach(), rtol=1e-5)
