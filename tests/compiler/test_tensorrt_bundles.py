@@ -25,6 +25,7 @@ from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults, GraphEntr
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.compiler import build as building
+from freewheel.compiler import plan as planning
 from freewheel.compiler.build import build
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.defaults import resolve_configs
@@ -153,12 +154,10 @@ def test_a_refused_operator_names_segment_and_node(
 ) -> None:
     write = building.write_graphs
 
-    def spoil(
-        segments: Any, dims: Any, folder: Path, *rest: Any, **options: Any
-    ) -> dict[str, GraphEntry]:
-        entries = write(segments, dims, folder, *rest, **options)
+    def spoil(segments: Any, dims: Any, *, bundle: Path, **options: Any) -> dict[str, GraphEntry]:
+        entries = write(segments, dims, bundle=bundle, **options)
         if "head" in entries:
-            path = folder / entries["head"].file
+            path = bundle / entries["head"].file
             model = onnx.load(path)
             node = onnx.helper.make_node("Fourierise", ["hidden"], ["odd"], name="peculiar")
             model.graph.node.append(node)
@@ -256,11 +255,11 @@ def test_the_command_line_fills_the_request(
 ) -> None:
     seen: list[BuildRequest] = []
 
-    def note(request: BuildRequest, progress: Any) -> None:
+    def note(request: BuildRequest) -> None:
         seen.append(request)
         raise OutputError("here", "stops", "")
 
-    monkeypatch.setattr(building, "build", note)
+    monkeypatch.setattr(planning, "plan", note)
     out = tmp_path / "b"
     freewheel(
         "build", tiny_checkpoint, "--out", out, "--backend", "tensorrt-rtx", "--workspace-mib", 256,
