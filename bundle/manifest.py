@@ -33,12 +33,14 @@ __all__ = [
     "IoEntry",
     "LatentScale",
     "Manifest",
+    "PartEntry",
     "PipelineEntry",
     "PlannedManifest",
     "PolicyEntry",
     "ResolvedConfig",
     "ResolvedGeneration",
     "SamplerEntry",
+    "SequenceEntry",
     "SignalEntry",
     "SkipEntry",
     "StageEntry",
@@ -207,6 +209,40 @@ class SignalEntry(_Entry):
 
     value: str
     known: Literal["run", "step"]
+
+
+class PartEntry(_Entry):
+    """A part of a block's graph, or an attention between two.
+
+    Attributes:
+        graph: Its graph. An attention's has ``query``, ``key``, ``value`` and ``mask``, of which the
+            i-th of a block gets ``query_i``, … of the parts before it, and gives ``attended_i``.
+        mask: Of an attention: the block's input, or a part's result, that masks its keys.
+    """
+
+    graph: str
+    mask: str | None = None
+
+
+class SequenceEntry(_Entry):
+    """How ranks share one sequence: each has some tokens of every stream, and their caches.
+
+    Attributes:
+        sums: Dimension of several streams' tokens in one sequence → those of the streams.
+        shared: Value → the dimensions, in order, of whose tokens each rank has a part of it.
+        blocks: Block's graph that attention is cut out of → its parts: before, attention, after, ….
+        rows: Graph of what ``finish`` computes token by token.
+        joined: Graph that makes the model's output of all tokens' rows; None where they are it.
+        policies: Policy → graph of the sums over tokens that it looks at, and graph that decides by
+            them; policies that look at none, or at such of latents alone, have no entry.
+    """
+
+    sums: dict[str, list[str]]
+    shared: dict[str, list[str]]
+    blocks: dict[str, list[PartEntry]]
+    rows: str
+    joined: str | None
+    policies: dict[str, tuple[str, str]]
 
 
 class PolicyEntry(_Entry):
@@ -434,6 +470,7 @@ class Manifest(PlannedManifest):
     pipeline: PipelineEntry
     tokenizer: TokenizerEntry | None = None
     graphs: dict[str, GraphEntry]
+    sequence: SequenceEntry | None = None
     tensors: dict[str, TensorEntry]
     engines: list[EngineSetEntry]
     samplers: list[SamplerEntry] = []

@@ -141,6 +141,13 @@ def build(
             "(to the graphs' own dtypes, which LoRAs need)."
         ),
     ] = "keep",
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--sequence-parallel",
+            help="Carry graphs for several processes that share one sequence, cut at the attentions.",
+        ),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub checkpoint.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     resume_engines: Annotated[
@@ -221,6 +228,7 @@ def build(
             low_noise=low_noise_model,
             variant=variant,
             float8=choice_of("--float8", float8, ("keep", "convert")),  # type: ignore[arg-type]
+            sequence_parallel=sequence_parallel,
         )
         if resume_engines:
             with screen.progress():

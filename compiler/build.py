@@ -20,6 +20,7 @@ from ..bundle.manifest import (
     GraphEntry,
     Manifest,
     PipelineEntry,
+    SequenceEntry,
     TensorEntry,
 )
 from ..bundle.reader import MANIFEST
@@ -38,6 +39,7 @@ from .pipeline_files import bring_pipeline
 from .plan import Plan
 from .profiles import profiles_of
 from .samplers import bring_samplers
+from .sequence.measures import measured_graphs, write_measured_graphs
 
 __all__ = ["BuildReport", "build"]
 
@@ -107,7 +109,7 @@ def build(plan: Plan, progress: Progress | None = None) -> BuildReport:
         told = {**dict(planned), "checkpoint": origin, "stages": stages}
         manifest = Manifest(
             **told, pipeline=pipeline, tokenizer=tokenizer, graphs=graphs, tensors=tensors,
-            engines=engines, samplers=samplers, files=files,
+            engines=engines, samplers=samplers, sequence=_sequence(plan, graphs), files=files,
         )  # fmt: skip
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         seconds.end("digests")
@@ -119,14 +121,13 @@ def _trace(plan: Plan, folder: Path, progress: Progress) -> dict[str, GraphEntry
     """Write every graph of the plan."""
     progress.phase("trace", plan.graph_count)
     (folder / "graphs").mkdir()
-    origin, sizes = plan.manifest.checkpoint, plan.cut.example_dims
+    origin, sizes = plan.manifest.checkpoint, plan.example_dims
     made_from = {
         "class": origin.transformer_class,
         "config": {n: v for n, v in origin.config.items() if not n.startswith("_")},
         "precision": plan.manifest.precision,
     }
-    own = [segment for segment in plan.segments if segment in plan.cut.segments]
-    # The graphs around the model are the same for every one of this width.
+    own = plan.own_segments
     around = [segment for segment in plan.segments if segment not in own]
     read = {dim for s in around for spec in s.inputs.values() for dim in spec.shape}
     common = {n: size for n, size in sizes.items() if n in read}
@@ -137,10 +138,21 @@ def _trace(plan: Plan, folder: Path, progress: Progress) -> dict[str, GraphEntry
     graphs |= write(around, common)
     for name, policy_class in plan.policies.items():
         graphs[f"decide.{name}"] = write_decide_graph(policy_class(), folder, plan.store)
+        if plan.sequence is not None:
+            graphs |= write_measured_graphs(name, policy_class(), folder, plan.store)
         progress.advance(f"decide.{name}")
     for part in plan.parts:
         graphs |= write([part.segment], {}, made_from=part.config)
     return graphs
+
+
+def _sequence(plan: Plan, graphs: Mapping[str, GraphEntry]) -> SequenceEntry | None:
+    """Say how ranks share a sequence, and by which graphs policies then decide."""
+    if plan.sequence is None:
+        return None
+    pairs = {n: measured_graphs(n) for n in plan.policies}
+    carried = {n: pair for n, pair in pairs.items() if graphs.keys() >= set(pair)}
+    return plan.sequence.entry.model_copy(update={"policies": carried})
 
 
 def _bring_weights(

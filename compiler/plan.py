@@ -39,6 +39,7 @@ from .graphs.filters import filter_segments, signals_of
 from .graphs.groups import check_group_blocks
 from .profiles import Range, dim_ranges
 from .request import BuildRequest
+from .sequence.cut import SequenceCut, cut_sequence
 from .sizes import latent_scale
 
 __all__ = ["Plan", "carried_policies", "model_cut", "plan"]
@@ -57,6 +58,7 @@ class Plan:
         replace: Whether an existing bundle may be replaced.
         checkpoint: Where weights and pipeline lie.
         cut: The transformer, cut.
+        sequence: Its cut for ranks that share a sequence, or None.
         output_sign: -1 where the pipeline turns the model output round before its scheduler has it.
         policies: Name → policy to trace.
         segments: Graphs of the model and of caching.
@@ -74,6 +76,7 @@ class Plan:
     replace: bool
     checkpoint: Checkpoint
     cut: Cut
+    sequence: SequenceCut | None
     output_sign: int
     policies: Mapping[str, type[Policy]]
     segments: tuple[Segment, ...]
@@ -89,6 +92,19 @@ class Plan:
     def graph_count(self) -> int:
         """Graphs that will be traced; groups of baked blocks come on top."""
         return len(self.segments) + len(self.policies) + len(self.parts)
+
+    @property
+    def example_dims(self) -> dict[str, int]:
+        """Sizes to trace with."""
+        beside = {} if self.sequence is None else self.sequence.example_dims
+        return {**self.cut.example_dims, **beside}
+
+    @property
+    def own_segments(self) -> list[Segment]:
+        """Graphs of the model itself; those around it are the same for every one of its width."""
+        beside = () if self.sequence is None else self.sequence.segments
+        own = {segment.name for segment in (*self.cut.segments, *beside)}
+        return [segment for segment in self.segments if segment.name in own]
 
 
 def plan(request: BuildRequest) -> Plan:
@@ -124,9 +140,15 @@ def plan(request: BuildRequest) -> Plan:
             "--weights baked", "means engines of one checkpoint, and this pipeline has two",
             "build with --weights inputs: engines are the same for both",
         )  # fmt: skip
+    if request.sequence_parallel and request.weights == "baked":
+        raise ConfigError(
+            "--weights baked", "compiles blocks together, and --sequence-parallel cuts them",
+            "build with --weights inputs",
+        )  # fmt: skip
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     row, cut = model_cut(checkpoint, request.precision, store, request.row)
     policies = carried_policies(cut, configs, request.policies)
+    sequence = cut_sequence(cut) if request.sequence_parallel else None
     signals = _signals(cut, request.weights)
     parts = tuple(_pipeline_parts(request, checkpoint, configs))
     manifest = PlannedManifest(
@@ -159,7 +181,8 @@ def plan(request: BuildRequest) -> Plan:
         default_config=next(iter(configs)),
     )
     segments = (
-        *cut.segments, *cache_segments(cut.cached, cut.history_dtype), *filter_segments(cut),
+        *cut.segments, *(sequence.segments if sequence is not None else ()),
+        *cache_segments(cut.cached, cut.history_dtype), *filter_segments(cut),
     )  # fmt: skip
     return Plan(
         manifest=manifest,
@@ -167,6 +190,7 @@ def plan(request: BuildRequest) -> Plan:
         replace=request.replace,
         checkpoint=checkpoint,
         cut=cut,
+        sequence=sequence,
         output_sign=row.output_sign,
         policies=policies,
         segments=tuple(s for s in segments if s.runs != "probe" or s.name in signals),

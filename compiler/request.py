@@ -51,6 +51,8 @@ class BuildRequest:
         variant: Which of several sets of weights the folders have, as ``fp16``.
         float8: Keep weights of the checkpoint that are in float8_e4m3fn where every backend takes
             them as inputs, or convert them to the graphs' own dtypes, which LoRAs need.
+        sequence_parallel: Carry graphs for ranks that share one sequence, beside those for one
+            process.
     """
 
     model: str
@@ -74,3 +76,4 @@ class BuildRequest:
     low_noise: str | None = None
     variant: str | None = None
     float8: Float8 = "keep"
+    sequence_parallel: bool = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bundle.dims import derive_dims, match_dims, shape_of
+from ..bundle.dims import match_dims, shape_of
 from ..bundle.manifest import GraphEntry, GroupEntry, IoEntry, StageEntry
 from ..bundle.streams import HIDDEN
 from ..core.errors import RequestError
@@ -74,7 +74,7 @@ class Body:
         """
         self._model, self._manifest = model, model.manifest
         self._prompt = {n: t.clone() for n, t in prompt.items()}
-        dims = derive_dims(self._manifest, {**dims, **self._prompt_dims(branch, dims)})
+        dims = model.dims_of({**dims, **self._prompt_dims(branch, dims)})
         self.dims = dims
         by_prompt = {n: g for n, g in self._manifest.graphs.items() if g.runs == "prompt"}
         self.context = context = dict(self._prompt)

@@ -101,6 +101,7 @@ class BranchCache:
             resolved.parameters,
             resolved.setting.guard,
             self._arrangements(),
+            model.decide_graph(resolved),
         )
         self._folded: list[DecisionRecord] | None = None
 

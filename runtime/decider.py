@@ -36,6 +36,7 @@ class Decider:
         parameters: Mapping[str, Value],
         guard: GuardSetting,
         arrangements: Mapping[Hashable, Mapping[str, Tensor]],
+        graph: str,
     ) -> None:
         """Allocate the state and bind the policy's graph.
 
@@ -46,13 +47,14 @@ class Decider:
             guard: Limits.
             arrangements: For each way the rotating buffers can stand: ``signal``, ``feature`` and
                 those of the past, as far as the policy declares them.
+            graph: What decides: the policy's own, or one with the same inputs and outputs.
 
         Raises:
             BundleError: the graph takes an input that is not known.
         """
         self._spec, self._guard = policy.spec, guard
-        graph = model.manifest.graphs[policy.graph]
-        unknown = sorted(set(graph.inputs) - set(decide_inputs(policy.spec)))
+        declared = model.manifest.graphs[policy.graph]
+        unknown = sorted(set(declared.inputs) - set(decide_inputs(policy.spec)))
         if unknown:
             raise BundleError(
                 f"graph '{policy.graph}', input '{unknown[0]}'", "is nothing that a session gives",
@@ -61,7 +63,7 @@ class Decider:
         device = model.device
         self._values = {
             n: torch.zeros([s for s in e.shape if isinstance(s, int)], dtype=getattr(torch, e.dtype), device=device)
-            for n, e in (*graph.inputs.items(), *graph.outputs.items())
+            for n, e in (*declared.inputs.items(), *declared.outputs.items())
             if n not in next(iter(arrangements.values()))
         }  # fmt: skip
         for name, spec in self._spec.parameters.items():
@@ -72,7 +74,7 @@ class Decider:
             f"guard_state.{n}": s.initial for n, s in GUARD_STATE.items()
         }
         self._calls: dict[Hashable, BoundCall] = {
-            key: model.bind(policy.graph, {**self._values, **arrangement})
+            key: model.bind(graph, {**self._values, **arrangement})
             for key, arrangement in arrangements.items()
         }
         self.reset(Schedule.even(1))

@@ -7,11 +7,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from ..bundle.dims import derive_dims
 from ..bundle.files import cache_beside
 from ..bundle.reader import Bundle
 from ..core.errors import BackendUnavailable, BundleError, RequestError
@@ -25,7 +27,9 @@ from ..engines.base import (
     ProfiledBackend,
     StreamedBackend,
 )
+from ..policies.decision_loop import DecisionRecord
 from .offload import HostBlock, OffloadedCall, OffloadedWeights
+from .resolved_setting import ResolvedSetting
 
 __all__ = ["DeviceOptions", "LoadedModel"]
 
@@ -61,7 +65,12 @@ class LoadedModel:
 
     Engines load when first used. Weights stay memory-mapped on CPU backends and are uploaded once
     per process on others. ``prefix`` precedes the names of an expert's tensors.
+
+    Attributes:
+        runs_alone: Whether its graphs may be run again at any time: no other process takes part.
     """
+
+    runs_alone: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -105,6 +114,21 @@ class LoadedModel:
         self._offloaded = self._offload()
         if isinstance(self.backend, ProfiledBackend):
             self.backend.cache_folder = cache_beside(bundle.folder)
+
+    def dims_of(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return all sizes that follow from some.
+
+        Raises:
+            RequestError: they don't fit the model.
+        """
+        return derive_dims(self.manifest, sizes)
+
+    def decide_graph(self, resolved: ResolvedSetting) -> str:
+        """Return the graph that decides for a setting."""
+        return resolved.policy.graph
+
+    def agree(self, branch: str, step_index: int, decision: DecisionRecord) -> None:
+        """Hold a decision against those of other processes that share the model; here there are none."""
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> LoadedModel:
         """Return the same model, engines shared, with other tensors in place of some weights.

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..bundle.dims import derive_dims, match_dims, shape_of
+from ..bundle.dims import match_dims, shape_of
 from ..bundle.manifest import InputEntry
 from ..bundle.streams import HIDDEN, LATENTS, MODEL_OUTPUT, beside, check_samples_one
 from ..core.errors import NotFiniteError, RequestError
@@ -347,6 +347,7 @@ class Session:
             state.head.run()
         with self._timed("decide"):
             decision = self._decide(cache, step_index)
+            self.model.agree(branch, step_index, decision)
         self._pacer.note(decision.compute)
         with self._timed("body" if decision.compute else "reuse"):
             if decision.compute:
@@ -410,7 +411,7 @@ class Session:
         Raises:
             RequestError: an input is missing or does not fit.
         """
-        dims = derive_dims(self.manifest, self._sizes(inputs))
+        dims = self.model.dims_of(self._sizes(inputs))
         return shape_of(self.manifest.graphs["finish"].outputs["model_output"], dims)
 
     @_on_stream
@@ -463,7 +464,8 @@ class Session:
             segment = "head"
         elif not kept or not all(map(is_finite, branch.body.results.values())):
             segment = "body" if computed else "reuse"
-        place = branch.body.first_not_finite() if segment == "body" else None
+        can_rerun = segment == "body" and self.model.runs_alone
+        place = branch.body.first_not_finite() if can_rerun else None
         hint = "compare with --cache off"
         if segment != "reuse":
             hint = "run `verify`; a body of lower precision may have to be built as float32"
@@ -523,7 +525,7 @@ class Session:
         sizes = self._sizes(inputs)
         if any(self._dims.get(d) != s for d, s in sizes.items()):
             with self._timed("prepare"):
-                self._allocate(derive_dims(self.manifest, sizes))
+                self._allocate(self.model.dims_of(sizes))
         for name in self._step_inputs():
             self._shared[name].copy_(inputs[name])
             self._check_input(

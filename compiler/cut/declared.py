@@ -29,11 +29,12 @@ __all__ = [
 
 Runs = Literal[
     "prompt", "prompt_block", "run", "shape", "step", "signal", "probe", "block", "computed",
-    "reused", "text_encoder", "vae_decode",
+    "reused", "text_encoder", "vae_decode", "part", "attention",
 ]  # fmt: skip
 """When a graph runs: once per prompt, once per prompt and block, once per run, once per latent
 shape, every step, on steps whose policy wants its signal, after a probed first block, once per
-block of a computed step, after a computed body, on a reused step, before and after the loop."""
+block of a computed step, after a computed body, on a reused step, before and after the loop; over
+ranks that share a sequence, in place of the graph that it is a part of."""
 
 StoredDtype = Callable[[str], str]
 """Checkpoint tensor name → dtype it is stored in."""

@@ -202,10 +202,14 @@ def repeat_no_mask(trace: Trace) -> None:
             continue
         source, heads = repeated.args[:2]
         asked: Any = mask.args[1]
-        if asked[1] != heads or shape_of(mask)[2:] != shape_of(source)[1:]:
+        own = shape_of(source)[1:]
+        has_axis = len(own) == 3 and own[0] == 1
+        if asked[1] != heads or shape_of(mask)[2:] != own[has_axis:]:
             continue
-        with trace.graph.inserting_before(node):
-            spread = insert(trace, mask, ATEN.unsqueeze.default, source, 1)
+        spread = source
+        if not has_axis:
+            with trace.graph.inserting_before(node):
+                spread = insert(trace, mask, ATEN.unsqueeze.default, source, 1)
         node.args = (*node.args[:3], spread, *node.args[4:])
 
 

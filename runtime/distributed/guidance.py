@@ -9,62 +9,24 @@ where a policy has one decision for all branches, the branch that runs a step fi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.errors import FreewheelError, RankError, RequestError
+from ...core.errors import FreewheelError, RankError
 from ...policies.decision_loop import DecisionRecord
 from ..session import Session
 from ..statistics import BranchStatistics
+from .alike import begun, check_alike, check_no_deadline
 from .awaited import Awaited
-from .ranks import FRAME_BYTES, Ranks, brief
+from .counts import ExchangeCounts
+from .ranks import FRAME_BYTES, Ranks
 
-__all__ = ["ExchangeCounts", "GuidanceOverRanks"]
-
-SEEN_LATENTS = 8
-"""Values of the first latents that are held against the other ranks'."""
-
-ALIKE = 0.05
-"""Differences of them that are rounding on another machine; another seed's are of the order of 1."""
-
-BRANCHES = 2
-"""Of classifier-free guidance: ranks beyond them would wait for ever."""
-
-
-@dataclass
-class ExchangeCounts:
-    """Bytes that this rank sent, counted step by step.
-
-    Attributes:
-        formula: Elements of a model output, by dimension.
-        formula_bytes: What the formula gives for this run.
-        computed: Output bytes of each step in which this rank computed.
-        reused: Output bytes of each step in which it reused.
-        note_bytes: Bytes of decisions and other notes, of the whole run.
-    """
-
-    formula: str = ""
-    formula_bytes: int = 0
-    computed: list[int] = field(default_factory=list)
-    reused: list[int] = field(default_factory=list)
-    note_bytes: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what ``run --json`` prints; means per step, None where there was no such step."""
-        steps = len(self.computed) + len(self.reused)
-        return {
-            "formula": self.formula,
-            "formula_bytes": self.formula_bytes,
-            "bytes_per_computed_step": _mean(self.computed),
-            "bytes_per_reused_step": _mean(self.reused),
-            "note_bytes_per_step": self.note_bytes / steps if steps else None,
-        }
+__all__ = ["GuidanceOverRanks"]
 
 
 @dataclass(frozen=True)
@@ -88,17 +50,9 @@ class GuidanceOverRanks:
         """Prepare for runs.
 
         Args:
-            ranks: The job.
+            ranks: One for each branch.
             on_exchange: Called once the outputs of a step, and what was decided, are on all ranks.
-
-        Raises:
-            RequestError: there are not as many ranks as branches.
         """
-        if ranks.size != BRANCHES:
-            raise RequestError(
-                f"{ranks.size} ranks", f"have {BRANCHES} branches of guidance to share out",
-                f"start {BRANCHES} ranks: torchrun --nproc-per-node {BRANCHES}",
-            )  # fmt: skip
         self._ranks, self._on_exchange = ranks, on_exchange
         self._session: Session | None = None
         self._runs = 0
@@ -117,11 +71,7 @@ class GuidanceOverRanks:
         Raises:
             RequestError: it has a deadline.
         """
-        if session.resolved.setting.deadline is not None:
-            raise RequestError(
-                "deadline", "is kept by one process's clock, and each rank has its own",
-                "set computed_steps, or start the run alone",
-            )  # fmt: skip
+        check_no_deadline(session)
         self._abandon()
         self._session, self._is_new = session, True
         self._runs += 1
@@ -200,7 +150,8 @@ class GuidanceOverRanks:
             return []
         (branch,) = self._owners
         return [
-            f"the run had one branch, '{branch}': rank 1 computed nothing and waited for rank 0; "
+            f"the run had one branch, '{branch}': rank {self._ranks.members[1]} computed nothing and "
+            f"waited for rank {self._ranks.members[0]}; "
             "give guidance two branches, or start one process"
         ]
 
@@ -208,32 +159,13 @@ class GuidanceOverRanks:
         """Raise `RankError` where the ranks begin different runs."""
         session = self._session
         assert session is not None, "called within a run"
-        digest = hashlib.sha256(session.timesteps.cpu().numpy().tobytes()).hexdigest()
-        facts = {
-            "the cache setting": brief(session.resolved.setting.model_dump_json()),
-            "the latents' shape": str(list(latents.shape)),
-            "the timesteps": f"{session.steps} steps, {digest[:16]}",
-        }
-        places = torch.linspace(0, latents.numel() - 1, SEEN_LATENTS).long()
-        seen = latents.detach().flatten()[places.to(latents.device)].float().tolist()
-        notes = self._tell("begin", 0, "comparing runs", facts=facts, latents=seen)
-        for rank, note in enumerate(notes):
-            for name, wanted in notes[0]["facts"].items():
-                if (found := note["facts"][name]) != wanted:
-                    raise RankError(
-                        f"rank {rank}, this run", f"{name} is '{found}', rank 0's is '{wanted}'",
-                        "make the same calls on every rank",
-                    )  # fmt: skip
-            pairs = zip(note["latents"], notes[0]["latents"], strict=True)
-            if any(abs(found - wanted) > ALIKE for found, wanted in pairs):
-                raise RankError(
-                    f"rank {rank}, this run", "the latents are not rank 0's",
-                    "give the pipeline the same seed on every rank",
-                )  # fmt: skip
+        notes = self._tell("begin", 0, "comparing runs", **begun(session, latents))
+        check_alike(notes, self._ranks.members)
         declared = session.manifest.graphs["finish"].outputs["model_output"]
         self.counts.formula = " · ".join(("4", *(str(d) for d in declared.shape)))
         shape = session.output_shape({"latents": latents})
         self.counts.formula_bytes = 4 * torch.Size(shape).numel()
+        self.counts.formula_bytes_reused = self.counts.formula_bytes
 
     def _tell_decision(self, step_index: int, decision: DecisionRecord) -> None:
         self._tell("decision", step_index, "telling its decision", decision=vars(decision))
@@ -261,8 +193,8 @@ class GuidanceOverRanks:
             known.add(step_index, **record)
         buffers = [(owner, output.buffer) for owner, output in promised]
         sent = self._ranks.trade([o.buffer for o in given], buffers, doing)
-        has_computed = any(record["computed"] for record in records.values())
-        (self.counts.computed if has_computed else self.counts.reused).append(sent)
+        self.counts.decided(computes=any(record["computed"] for record in records.values()))
+        self.counts.end_step(sent)
         self._on_exchange()
 
     def _tell(self, kind: str, step_index: int, doing: str, **more: Any) -> list[dict[str, Any]]:
@@ -277,17 +209,23 @@ class GuidanceOverRanks:
         self.counts.note_bytes += FRAME_BYTES * (self._ranks.size - 1)
         if kind == "failure":
             return notes
+        members = self._ranks.members
         for rank, note in enumerate(notes):
             if note["kind"] == "failure":
                 error = note["error"]
                 self._abandon()
-                raise RankError(f"rank {rank}, {error['where']}", error["what"], error["hint"])
+                raise RankError(
+                    f"rank {self._ranks.members[rank]}, {error['where']}",
+                    error["what"],
+                    error["hint"],
+                )
         for rank, note in enumerate(notes):
             apart = [f"{n} {note[n]}, not {own[n]}" for n in own if note[n] != own[n]]
             if apart:
                 self._abandon()
                 raise RankError(
-                    f"rank {rank}", f"is out of step with rank {self._ranks.rank}: {'; '.join(apart)}",
+                    f"rank {members[rank]}",
+                    f"is out of step with rank {members[self._ranks.rank]}: {'; '.join(apart)}",
                     "make the same calls on every rank, and end all of them where one fails",
                 )  # fmt: skip
         return notes
@@ -300,7 +238,3 @@ def _record(branch: BranchStatistics, step_index: int) -> dict[str, Any]:
         "mix": branch.mix[step_index],
         "seconds": branch.seconds[step_index],
     }
-
-
-def _mean(counts: list[int]) -> float | None:
-    return sum(counts) / len(counts) if counts else None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...bundle.files import sha256_of
 from ...bundle.reader import Bundle
-from ...core.errors import BackendUnavailable, RankError
+from ...core.errors import BackendUnavailable, FreewheelError, RankError
 from ...core.launch import launch
 
 __all__ = ["FRAME_BYTES", "TIMEOUT", "Ranks", "brief", "claim_error", "facts_of", "join_ranks"]
@@ -61,26 +61,31 @@ def facts_of(bundle: Bundle, backend: str | None) -> dict[str, str]:
 
 
 class Ranks:
-    """All processes of a job, seen from one of them.
+    """All processes of a job, or some of them, seen from one of them.
 
     Every rank calls the same methods in the same order.
 
     Attributes:
-        rank: This process's.
+        rank: This process's, among these.
         size: Processes.
+        members: Of each of them its rank in the job, as messages name it.
     """
 
-    def __init__(self, group: Any, timeout: timedelta, store: Any = None) -> None:
+    def __init__(
+        self, group: Any, timeout: timedelta, store: Any = None, members: Sequence[int] = ()
+    ) -> None:
         """Take part in a group.
 
         Args:
-            group: A gloo process group of all ranks.
+            group: A gloo process group of these ranks.
             timeout: Time that a rank waits for the others.
             store: The job's key-value store; None where a script made its own group.
+            members: Whose group it is; empty is all ranks'.
         """
         import torch.distributed as dist
 
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.members = tuple(members) or tuple(range(dist.get_world_size()))
+        self.rank, self.size = self.members.index(dist.get_rank()), len(self.members)
         self._group, self._timeout, self._store = group, timeout, store
         self._waits = 0
         self._device_group: Any = None
@@ -88,7 +93,20 @@ class Ranks:
     @property
     def leads(self) -> bool:
         """Whether this rank writes files and prints."""
-        return self.rank == 0
+        return self.members[self.rank] == 0
+
+    def divided(self, groups: Sequence[Sequence[int]]) -> Ranks:
+        """Return the group that this rank is in, of several that all ranks of a job are divided into.
+
+        Args:
+            groups: Ranks of each, the same on every rank.
+        """
+        import torch.distributed as dist
+
+        with self._waiting("dividing the ranks"):
+            made = [dist.new_group(list(g), backend="gloo", timeout=self._timeout) for g in groups]
+        mine = next(i for i, group in enumerate(groups) if self.rank in group)
+        return Ranks(made[mine], self._timeout, self._store, groups[mine])
 
     def tell(self, note: Mapping[str, Any], doing: str) -> list[dict[str, Any]]:
         """Give every rank a note, and return all ranks' notes by rank.
@@ -125,8 +143,8 @@ class Ranks:
             for name in {**notes[0], **note}:
                 found, wanted = (n.get(name, "nothing") for n in (note, notes[0]))
                 if found != wanted:
-                    what = f"{name} is '{found}', rank 0's is '{wanted}'"
-                    raise RankError(f"rank {rank}", what, hint)
+                    what = f"{name} is '{found}', rank {self.members[0]}'s is '{wanted}'"
+                    raise RankError(f"rank {self.members[rank]}", what, hint)
 
     def beat(self) -> None:
         """Give a sign of life to ranks in `wait_for_all`."""
@@ -185,17 +203,65 @@ class Ranks:
         Raises:
             RankError: a rank is gone or does not answer, or two ranks have one GPU.
         """
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return self.swap([(r, t) for t in given for r in others], wanted, doing)
+
+    def swap(
+        self, sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]], doing: str
+    ) -> int:
+        """Give some ranks a tensor each and take theirs, all at once.
+
+        Args:
+            sent: Rank and contiguous tensor of this rank.
+            wanted: Rank and contiguous buffer; filled when this returns.
+            doing: As for `tell`.
+
+        Returns:
+            Bytes that this rank sent.
+
+        Raises:
+            RankError: a rank is gone or does not answer, or two ranks have one GPU.
+        """
         import torch.distributed as dist
 
-        tensors = [*given, *(buffer for _, buffer in wanted)]
-        group = self._group_of(tensors[0].device)
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        operations = [dist.P2POp(dist.isend, t, group=group, group_peer=r) for t in given for r in others]  # fmt: skip
-        operations += [dist.P2POp(dist.irecv, t, group=group, group_peer=r) for r, t in wanted]
+        group = self._group_of((*sent, *wanted)[0][1].device)
+        operations = [
+            dist.P2POp(how, tensor.view(torch.uint8), group=group, group_peer=rank)
+            for how, tensors in ((dist.isend, sent), (dist.irecv, wanted))
+            for rank, tensor in tensors
+        ]
         with self._waiting(doing):
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-        return sum(t.numel() * t.element_size() for t in given) * len(others)
+        return sum(tensor.nbytes for _, tensor in sent)
+
+    def totals(self, values: Sequence[float], doing: str) -> list[list[float]]:
+        """Give every rank a few numbers, and return all ranks' numbers by rank.
+
+        Raises:
+            RankError: a rank is gone or does not answer.
+        """
+        import torch.distributed as dist
+
+        own = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with self._waiting(doing):
+            dist.all_gather(found, own, group=self._group)
+        return [one.tolist() for one in found]
+
+    def abandon(self, error: FreewheelError | None) -> None:
+        """End this rank's part of the job because it failed, and leave word of it.
+
+        Ranks that wait for tensors of this one see its connection closed, and read why.
+
+        Args:
+            error: What failed; None where another rank has left word.
+        """
+        with suppress(RuntimeError):
+            if self._store is not None and error is not None:
+                parts = {"where": error.where, "what": error.what, "hint": error.hint}
+                self._store.set("failure", json.dumps({"rank": self.members[self.rank], **parts}))
+        self.leave()
 
     def leave(self) -> None:
         """End this rank's part of the job."""
@@ -214,13 +280,26 @@ class Ranks:
             places = [n["place"] for n in self.tell({"place": place}, "naming its GPU")]
             first = places.index(place)
             if places.count(place) > 1:
+                second = places.index(place, first + 1)
                 raise RankError(
-                    f"rank {places.index(place, first + 1)}", f"has rank {first}'s GPU: {place}",
+                    f"rank {self.members[second]}", f"has rank {self.members[first]}'s GPU: {place}",
                     "start one rank per GPU",
                 )  # fmt: skip
             with self._waiting("starting NCCL"):
-                self._device_group = dist.new_group(backend="nccl", timeout=self._timeout)
+                self._device_group = dist.new_group(
+                    list(self.members), backend="nccl", timeout=self._timeout,
+                    use_local_synchronization=True,
+                )  # fmt: skip
         return self._device_group
+
+    def _word_of_failure(self) -> RankError | None:
+        """Return what a rank that failed has left word of."""
+        with suppress(RuntimeError):
+            if self._store is not None and self._store.check(["failure"]):
+                told = json.loads(self._store.get("failure"))
+                where = f"rank {told['rank']}, {told['where']}"
+                return RankError(where, told["what"], told["hint"])
+        return None
 
     @contextmanager
     def _waiting(self, doing: str) -> Iterator[None]:
@@ -228,13 +307,15 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            other = f"rank {1 - self.rank}" if self.size == 2 else "another rank"
+            if (told := self._word_of_failure()) is not None:
+                raise told from error
+            other = f"rank {self.members[1 - self.rank]}" if self.size == 2 else "another rank"
             seconds = self._timeout.total_seconds()
             if "imed out" in str(error) or "imeout" in str(error):
-                what = f"has not answered rank {self.rank} for {seconds:g} s while {doing}"
+                what = f"has not answered rank {self.members[self.rank]} for {seconds:g} s while {doing}"
                 hint = f"see what it waits for; {TIMEOUT}=SECONDS allows more"
             else:
-                what = f"is gone, said rank {self.rank} while {doing}"
+                what = f"is gone, said rank {self.members[self.rank]} while {doing}"
                 hint = "see how it ended (the launcher's last lines name it), and run it again"
             raise RankError(other, what, hint) from error
 

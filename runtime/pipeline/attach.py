@@ -13,7 +13,9 @@ from ...bundle.reader import Bundle
 from ...bundle.streams import check_samples_one
 from ...core.errors import RequestError
 from ...policies.setting import CacheSetting
+from ..distributed.layout import Layout, layout_of
 from ..distributed.ranks import Ranks, facts_of
+from ..distributed.sequence import SharedModel
 from ..lora import parse_lora
 from ..model import DeviceOptions, LoadedModel
 from .adapters import Adapters, check_transformer
@@ -31,6 +33,7 @@ def attach(
     loras: Sequence[str] = (),
     options: DeviceOptions | None = None,
     ranks: Ranks | None = None,
+    guidance_ranks: int | None = None,
 ) -> FreewheelTransformer:
     """Replace ``pipe.transformer`` by the engines of a bundle.
 
@@ -50,8 +53,11 @@ def attach(
         loras: ``FILE[:scale]``, fused into the first expert's weights: they stay whatever the
             pipeline loads and unloads later.
         options: How engines are driven: weights kept in host memory, CUDA graphs.
-        ranks: Of `join_ranks`: the branches of guidance are shared out over two processes, each of
-            which runs this same script. None runs them all here.
+        ranks: Of `join_ranks`: processes that share the runs, each of which runs this same script. None
+            runs all here.
+        guidance_ranks: Groups of ranks that branches of guidance are shared out over, 1 or 2; the ranks
+            of a group share a sequence, for which the bundle must have been built. None takes 2, or 1
+            where the bundle was built so.
 
     Returns:
         What chooses the cache, of two experts for both, and tells what the last run did. Of two
@@ -60,8 +66,8 @@ def attach(
 
     Raises:
         BundleError, BackendUnavailable, ConfigError: as their classes say.
-        RequestError: the pipeline's transformer is not the bundle's, a LoRA can't be applied, or ranks
-            are to share a model that samples several things at once.
+        RequestError: the pipeline's transformer is not the bundle's, a LoRA can't be applied, ranks
+            are to share a model that samples several things at once, or can't share what they are to.
         RankError: another rank attaches something else, or is lost.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
@@ -70,14 +76,15 @@ def attach(
         check_samples_one(
             opened.manifest.latents, f"bundle '{opened.folder}'", "ranks trade one output a branch"
         )
-        ranks.compare(facts_of(opened, backend))
+        ranks.compare({**facts_of(opened, backend), "guidance_ranks": str(guidance_ranks)})
+    layout = None if ranks is None else layout_of(ranks, opened.manifest, guidance_ranks)
     _check_boundary(pipe, opened)
     _check_timesteps(pipe)
     experts = opened.manifest.experts
     parts = [expert.part for expert in experts] or ["transformer"]
     made: dict[str, FreewheelTransformer] = {}
     for index, part in enumerate(parts):
-        model = LoadedModel(opened, backend, options, index)
+        model = _model(opened, backend, options, index, layout)
         standing = getattr(pipe, part, None)
         known = getattr(standing, "freewheel", None)
         if known is not None and known.is_fused:
@@ -88,7 +95,7 @@ def attach(
         if standing is not None and known is None:
             check_transformer(opened, model.prefix, standing)
         made[part] = FreewheelTransformer(
-            model, pipe, Adapters(opened, model.prefix, standing), ranks
+            model, pipe, Adapters(opened, model.prefix, standing), layout
         )
     first = made[parts[0]]
     first.experts = list(made.values())
@@ -116,6 +123,7 @@ def attached(
     loras: Sequence[str] = (),
     options: DeviceOptions | None = None,
     ranks: Ranks | None = None,
+    guidance_ranks: int | None = None,
 ) -> Iterator[FreewheelTransformer]:
     """Attach for the length of a ``with`` block; keeps the pipeline's own transformers in memory.
 
@@ -125,11 +133,20 @@ def attached(
     before = {part: getattr(pipe, part) for part in parts if hasattr(pipe, part)}
     try:
         yield attach(
-            pipe, bundle, cache, backend=backend, loras=loras, options=options, ranks=ranks
-        )
+            pipe, bundle, cache, backend=backend, loras=loras, options=options, ranks=ranks,
+            guidance_ranks=guidance_ranks,
+        )  # fmt: skip
     finally:
         for part, standing in before.items():
             setattr(pipe, part, standing)
+
+
+def _model(
+    bundle: Bundle, backend: str | None, options: DeviceOptions | None, expert: int, layout: Layout | None
+) -> LoadedModel:  # fmt: skip
+    if layout is None or layout.sequence is None:
+        return LoadedModel(bundle, backend, options, expert)
+    return SharedModel(bundle, backend, options, expert, ranks=layout.sequence)
 
 
 def _check_boundary(pipe: Any, bundle: Bundle) -> None:

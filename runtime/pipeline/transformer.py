@@ -20,8 +20,11 @@ from torch import Tensor
 from ...bundle.streams import LATENTS
 from ...core.errors import RequestError
 from ...policies.setting import CacheSetting
-from ..distributed.guidance import ExchangeCounts, GuidanceOverRanks
-from ..distributed.ranks import Ranks
+from ..distributed.counts import ExchangeCounts
+from ..distributed.guidance import GuidanceOverRanks
+from ..distributed.layout import Layout
+from ..distributed.sequence import SharedModel
+from ..distributed.shared_run import SharedRun
 from ..lora import LoraFile, load_lora
 from ..model import LoadedModel
 from ..session import Recorder, Session
@@ -53,7 +56,7 @@ class FreewheelTransformer:
     """
 
     def __init__(
-        self, model: LoadedModel, pipe: Any, adapters: Adapters, ranks: Ranks | None = None
+        self, model: LoadedModel, pipe: Any, adapters: Adapters, ranks: Layout | None = None
     ) -> None:
         """Wrap a loaded model.
 
@@ -61,11 +64,14 @@ class FreewheelTransformer:
             model: Engines and weights.
             pipe: The pipeline it serves where no other one calls.
             adapters: What stands in the pipeline, with its adapters.
-            ranks: Processes that share the branches of its runs; None runs them all here.
+            ranks: Processes that share its runs; None runs them here.
         """
         self._model = model
         self._ranks = ranks
-        self._guidance = None if ranks is None else GuidanceOverRanks(ranks, self._warn_at_end)
+        self._guidance: GuidanceOverRanks | None = None
+        if ranks is not None and ranks.guidance is not None:
+            self._guidance = GuidanceOverRanks(ranks.guidance, self._warn_at_end)
+        self._sequence = SharedRun(model) if isinstance(model, SharedModel) else None
         self._pipe = weakref.ref(pipe)
         self._stand(adapters)
         self.setting = CacheSetting()
@@ -133,8 +139,21 @@ class FreewheelTransformer:
 
     @property
     def exchange(self) -> ExchangeCounts | None:
-        """Bytes that the last run sent to other ranks; None where it ran in one process."""
-        return None if self._guidance is None else self._guidance.counts
+        """Bytes that the last run sent to other ranks; None where it ran in one process.
+
+        Where ranks share both a sequence and the branches of guidance, those of the sequence.
+        """
+        return next(iter(self.exchanges.values()), None)
+
+    @property
+    def exchanges(self) -> dict[str, ExchangeCounts]:
+        """Bytes that the last run sent for each of ``sequence`` and ``guidance`` that ranks share."""
+        found = {}
+        if self._sequence is not None:
+            found["sequence"] = self._sequence.counts
+        if self._guidance is not None:
+            found["guidance"] = self._guidance.counts
+        return found
 
     def rank_warnings(self) -> list[str]:
         """Return what was odd about the last run's share of the ranks."""
@@ -263,8 +282,9 @@ class FreewheelTransformer:
                 samples = self._call(latents, timestep, others, states, named_states, attention)
         except BaseException as error:
             self._place.forget()
-            if self._guidance is not None and isinstance(error, Exception):
-                self._guidance.fail(error)
+            shared = self._sequence or self._guidance
+            if shared is not None and isinstance(error, Exception):
+                shared.fail(error)
             raise
         return self._arguments.outputs(samples) if return_dict else samples
 
@@ -302,8 +322,9 @@ class FreewheelTransformer:
         self.session.begin(
             begun.timesteps, self.setting, self.recorder, sigmas=begun.sigmas, beside=begun.beside
         )
-        if self._guidance is not None:
-            self._guidance.begin(self.session)
+        for shared in (self._sequence, self._guidance):
+            if shared is not None:
+                shared.begin(self.session)
         return self._place.branch(prompt, timestep), 0
 
     def _with_own_indices(
@@ -337,6 +358,8 @@ class FreewheelTransformer:
         inputs: Mapping[str, Tensor],
     ) -> tuple[Tensor, ...]:
         """Run a branch's step here, or promise what the rank that runs it makes."""
+        if self._sequence is not None:
+            self._sequence.call(inputs[LATENTS])
         if self._guidance is not None:
             self._guidance.call(step_index, inputs[LATENTS])
             if not self._guidance.is_mine(branch):
@@ -385,7 +408,7 @@ class FreewheelTransformer:
 
     def _warn_at_end(self) -> None:
         """Warn of what the CLI warns of, once the last step's last branch has run; one rank does."""
-        if self._ranks is not None and not self._ranks.leads:
+        if self._ranks is not None and not self._ranks.job.leads:
             return
         steps = self.session.steps
         ending = [step for step in self._place.done.values() if step >= steps - 2]

@@ -15,7 +15,16 @@ from freewheel.core.errors import OutputError
 from freewheel.engines import backend
 from freewheel.runtime.settings import config_entries
 
-OF_BYTES = {"pipeline", "tokenizer", "graphs", "tensors", "engines", "samplers", "files"}
+OF_BYTES = {
+    "pipeline",
+    "tokenizer",
+    "graphs",
+    "sequence",
+    "tensors",
+    "engines",
+    "samplers",
+    "files",
+}
 
 
 @pytest.fixture
