@@ -95,9 +95,7 @@ MixLaw = Callable[[Step, Tensor, dict[str, Tensor], dict[str, Tensor], dict[str,
 
 def hold(step: Step) -> Tensor:
     """Return the mix that repeats the newest residual, [1, 0, …]."""
-    newest = torch.zeros_like(step.computed_steps)
-    newest[0] = 1
-    return newest.to(torch.float32)
+    return (torch.arange(step.computed_steps.shape[0]) == 0).to(torch.float32)
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
