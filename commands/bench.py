@@ -90,7 +90,16 @@ def bench(
         for name in cache or opened.manifest.configs:
             chosen = choose_setting(opened, name, {}, lambda _: None)
             size = size_of(chosen.generation, steps=steps)
-            warning = check_geometry(opened, name, chosen, size, force=force)
+            warning = check_geometry(
+                opened,
+                name,
+                chosen,
+                size,
+                force=force,
+                backend=backend,
+                gpu=device,
+                offload=offload,
+            )
             if warning is not None:
                 screen.warn(warning)
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)

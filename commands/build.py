@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -169,12 +170,15 @@ def build(
 
     Example: freewheel build models/shapes_wan --out out/bundle
     """
-    with reporting("build", as_json, quiet, debug, remedy=REMEDY) as screen:
+    with (
+        reporting("build", as_json, quiet, debug, remedy=REMEDY) as screen,
+        ExitStack() as until_done,
+    ):
         from ..bundle.files import cache_beside
         from ..compiler.build import build as run_build
         from ..compiler.checkpoints.authors_folder import find_authors_folder
         from ..compiler.forecast.build import describe_plan, render_plan
-        from ..compiler.lightx2v import written_pipeline
+        from ..compiler.lightx2v import hollow_pipeline, written_pipeline
         from ..compiler.plan import plan
         from ..compiler.profiles import BuildSizes, parse_range
         from ..compiler.request import BuildRequest
@@ -187,10 +191,13 @@ def build(
         backends = [
             backend_of(name, precision, screen, to_build=True) for name in backend or ["auto"]
         ]
-        if pipeline is None and not dry_run and not resume_engines and Path(model).is_dir():
+        if pipeline is None and not resume_engines and Path(model).is_dir():
             found = find_authors_folder(Path(model))
             if found is not None:
-                parts = written_pipeline(Path(model), found, build_cache or cache_beside(out))
+                parts = (
+                    until_done.enter_context(hollow_pipeline(found)) if dry_run
+                    else written_pipeline(Path(model), found, build_cache or cache_beside(out))
+                )  # fmt: skip
                 model, pipeline = str(found.transformer), str(parts)
                 if found.low_noise is not None and low_noise_model is None:
                     low_noise_model = str(found.low_noise)

@@ -80,6 +80,7 @@ def calibrate(
         from ..bundle.reader import Bundle
         from ..core.output import check_file
         from ..runtime.model import DeviceOptions
+        from ..runtime.summary import strip
         from ..tuning.bench import read_prompts
         from ..tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from ..tuning.calibrate import calibrate as run_calibrate
@@ -117,5 +118,21 @@ def calibrate(
             ["signal", "R²", "used"],
             [[n, round(f.r2, 3), not f.refusal] for n, f in found.fits.items()],
         )
-        screen.result({"out": str(out), **found.as_dict()}, [f"{out}#{n}" for n in found.configs])
+        screen.table(
+            "configs", ["config", "computed", "decisions", "dB from uncached"],
+            [
+                [name, "content decides" if t.computed is None else sum(t.computed),
+                 "–" if t.computed is None else strip(t.computed), t.distance_db]
+                for name, t in found.told.items()
+            ],
+        )  # fmt: skip
+        screen.note(
+            "what a config without a figure costs in quality: freewheel bench "
+            f"{bundle} --prompts {prompts} --cache '{out}#NAME'"
+        )
+        told = {name: vars(t) for name, t in found.told.items()}
+        screen.result(
+            {"out": str(out), "told": told, **found.as_dict()},
+            [f"{out}#{n}" for n in found.configs],
+        )
         screen.note(f"next: freewheel run {bundle} --cache '{out}#{next(iter(found.configs), '')}'")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,7 @@ def inspect(
 def _cut(target: Path, *forecast: object) -> dict[str, Any]:
     """Describe the cut of a bundle's transformer, or of a checkpoint's."""
     from ..bundle.reader import MANIFEST, Bundle
+    from ..compiler.checkpoints.authors_folder import find_authors_folder
     from ..compiler.checkpoints.checkpoint import open_checkpoint
     from ..compiler.checkpoints.folders import read_config
     from ..compiler.cut.describe import describe_model
@@ -82,11 +84,13 @@ def _cut(target: Path, *forecast: object) -> dict[str, Any]:
             "inspect --cut", "takes no size and no engine", "leave out the options of a forecast"
         )
     where = target / MANIFEST
+    authors = find_authors_folder(target) if target.is_dir() else None
     if where.is_file():
         origin = Bundle(target).manifest.checkpoint
         model, config = origin.transformer_class, dict(origin.config)
-    elif target.is_file():
-        where, config = target, dict(open_checkpoint(str(target)).config)
+    elif target.is_file() or authors is not None:
+        where = target if authors is None else authors.transformer
+        config = dict(open_checkpoint(str(where)).config)
         model = str(config.get("_class_name"))
     else:
         folder = target if (target / "config.json").is_file() else target / "transformer"
@@ -101,8 +105,10 @@ def _plan(
     size: tuple[int | None, ...], *, offload: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
+    from ..compiler.checkpoints.authors_folder import find_authors_folder
     from ..compiler.defaults import resolve_configs
     from ..compiler.forecast.build import describe_plan
+    from ..compiler.lightx2v import hollow_pipeline
     from ..compiler.plan import plan
     from ..compiler.request import BuildRequest
     from ..compiler.sizes import size_of
@@ -112,19 +118,24 @@ def _plan(
     configs = config_entries([config], screen.warn)
     height, width, frames, steps = size
     generation = next(iter(resolve_configs(configs, None).values())).generation
-    request = BuildRequest(
-        model=str(model),
-        out=model.absolute().with_name(f"{model.name}-bundle"),
-        backends=[_backend(backend, precision, screen)],
-        configs=configs,
-        precision=precision,  # type: ignore[arg-type]  # one of the three
-        replace=True,
-    )
-    return describe_plan(
-        plan(request),
-        size_of(generation, height=height, width=width, frames=frames, steps=steps),
-        offload=offload,
-    )
+    found = find_authors_folder(model) if model.is_dir() else None
+    with nullcontext() if found is None else hollow_pipeline(found) as parts:
+        second = None if found is None else found.low_noise
+        request = BuildRequest(
+            model=str(model if found is None else found.transformer),
+            out=model.absolute().with_name(f"{model.name}-bundle"),
+            backends=[_backend(backend, precision, screen)],
+            configs=configs,
+            precision=precision,  # type: ignore[arg-type]  # one of the three
+            pipeline=None if parts is None else str(parts),
+            low_noise=None if second is None else str(second),
+            replace=True,
+        )
+        return describe_plan(
+            plan(request),
+            size_of(generation, height=height, width=width, frames=frames, steps=steps),
+            offload=offload,
+        )
 
 
 def _backend(name: str, precision: str, screen: Screen) -> Any:

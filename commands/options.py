@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,16 +137,10 @@ def value_of(text: str) -> Any:
         return text
 
 
-def _is_no_fallback(record: logging.LogRecord) -> bool:
-    return "falling back to" not in record.getMessage()
-
-
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars, and what they say of parts that no pipeline uses, out."""
+    """Keep other libraries' progress bars out of ours."""
     import diffusers
     import transformers
 
-    # Said of every image processor that diffusers imports by name, where torchvision is missing.
-    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_fallback)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bundle.guidance import branch_count, embeds_guidance
 from ..core.errors import ConfigError, RequestError
 from ..core.launch import launch
 from .options import (
@@ -214,7 +215,8 @@ def run(
         check_ahead(opened, request, out, model)
         ranks = _join(opened, request, backend, lora, device, told_of)
         size = size_of(
-            chosen.generation, height=height, width=width, frames=frames, steps=steps, guidance=guidance
+            chosen.generation, height=height, width=width, frames=frames, steps=steps,
+            guidance=guidance, true_guidance=request.true_guidance,
         )  # fmt: skip
         _foretell(
             screen, opened, str(cache), chosen, size, backend, model, device, offload=offload,
@@ -298,11 +300,15 @@ def _join(
             f"{flag} {path}", "is for one process, and a launcher started several",
             "start the run alone",
         )  # fmt: skip
-    scale = request.value("guidance_scale")
-    if scale <= 1:
+    scale, inputs = request.value("guidance_scale"), bundle.manifest.inputs.values()
+    if branch_count(inputs, scale, request.true_guidance) == 1:
+        is_inside = embeds_guidance(inputs)
         raise RequestError(
-            f"--guidance {scale:g}", "is no guidance: a run has one branch, and ranks share branches",
-            "start the run alone, or give --guidance above 1",
+            f"--guidance {scale:g}",
+            ("is inside this model" if is_inside else "is no guidance")
+            + ": a run has one branch, and ranks share branches",
+            "start the run alone, or give "
+            + ("--set-pipe true_cfg_scale=4" if is_inside else "--guidance above 1"),
         )  # fmt: skip
     ranks = join_job(bundle, request, device)
     ranks.compare({"--backend": str(backend), "--lora": str(loras or [])})
@@ -317,13 +323,10 @@ def _foretell(
     from ..compiler.forecast.geometry import check_geometry
     from ..compiler.forecast.memory_check import check_fit
 
-    warnings = [check_geometry(bundle, name, chosen, size, force=force)]
+    where: Any = {"backend": backend, "model": model, "gpu": device, "offload": offload}
+    warnings = [check_geometry(bundle, name, chosen, size, force=force, **where)]
     if not force:
-        warnings.append(
-            check_fit(
-                bundle, chosen, size, backend=backend, model=model, gpu=device, offload=offload
-            )
-        )
+        warnings.append(check_fit(bundle, chosen, size, **where))
     for warning in filter(None, warnings):
         screen.warn(warning)
 

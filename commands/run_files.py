@@ -95,13 +95,13 @@ class RunFiles:
 
         uncached = _page_recorder(generator, request)
         reference = generator.generate(_uncached(request), recorder=uncached)
-        session = generator.transformer.session
         write_run_report(
             self.report, prompt=request.prompt or "", result=result, reference=reference,
             recorder=recorder, uncached=uncached, setting=request.cache,
-            parameters=session.resolved.parameters,
+            parameters=result.parameters,
             provenance=provenance(
-                generator.bundle, session.model.backend.name, ["freewheel", *sys.argv[1:]]
+                generator.bundle, generator.transformer.session.model.backend.name,
+                ["freewheel", *sys.argv[1:]]
             ),
         )  # fmt: skip
         screen.note(f"report: {self.report}")

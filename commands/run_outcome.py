@@ -43,7 +43,7 @@ def outcome(
 
     transformer = generator.transformer
     session, statistics = transformer.session, result.statistics
-    told = statistics.as_dict(session.resolved.parameters)
+    told = statistics.as_dict(result.parameters)
     told["warnings"] = [*told["warnings"], *transformer.rank_warnings()]
     return {
         **told,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -158,6 +159,10 @@ class Screen:
             self._bar.update(self._task, advance=steps, what=what)
 
 
+def _is_no_fallback(record: logging.LogRecord) -> bool:
+    return "falling back to" not in record.getMessage()
+
+
 @contextmanager
 def reporting(
     command: str, as_json: bool, quiet: bool, debug: bool, *, remedy: str = "run it again"
@@ -176,6 +181,8 @@ def reporting(
     Raises:
         typer.Exit: something failed; carries the exit code.
     """
+    # Said of each image processor that diffusers imports by name, where torchvision is missing.
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_fallback)
     place = launch()
     silent = place is not None and place.rank > 0
     screen = Screen(as_json=as_json, quiet=quiet or as_json, silent=silent)

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..bundle.manifest import MANIFEST
 from ..configs.lightx2v import LightX2VConfig, read_lightx2v
@@ -26,7 +29,7 @@ from .checkpoints.checkpoint import Float8
 from .plan import plan
 from .request import BuildRequest
 
-__all__ = ["LightX2VRequest", "ready_bundle", "written_pipeline"]
+__all__ = ["LightX2VRequest", "hollow_pipeline", "ready_bundle", "written_pipeline"]
 
 DIGITS = 12
 
@@ -120,6 +123,19 @@ def written_pipeline(
     if not (parts / "model_index.json").is_file():
         write_pipeline(found, parts, boundary)
     return parts
+
+
+@contextmanager
+def hollow_pipeline(found: AuthorsFolder) -> Iterator[Path]:
+    """Yield a folder for forecasts: what `written_pipeline` writes, without the weights' values.
+
+    Raises:
+        CheckpointError, OutputError: as `write_pipeline` does.
+    """
+    with TemporaryDirectory(prefix="freewheel-") as place:
+        parts = Path(place) / "pipeline"
+        write_pipeline(found, parts, hollow=True)
+        yield parts
 
 
 def _check(request: LightX2VRequest, found: AuthorsFolder | None) -> None:

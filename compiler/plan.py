@@ -25,7 +25,7 @@ from ..core.output import check_folder
 from ..engines.base import Backend, ProfiledBackend, Target
 from ..policies import POLICIES, policy_class
 from ..policies.base import Policy
-from .checkpoints.checkpoint import Checkpoint, Float8, open_checkpoint
+from .checkpoints.checkpoint import Checkpoint, Float8, expert_prefixes, open_checkpoint
 from .checkpoints.completeness import CAST_DTYPES, check_tensors
 from .cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment, StoredDtype
 from .cut.models import family_of
@@ -281,10 +281,10 @@ def carried_policies(
 def _experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
     """Describe the experts: the first has its weights' plain names, others their part's before."""
     return [
-        ExpertEntry(
-            part=part, prefix=f"{part}." if index else "", from_timestep=ratio * TRAIN_TIMESTEPS
+        ExpertEntry(part=part, prefix=prefix, from_timestep=ratio * TRAIN_TIMESTEPS)
+        for (part, ratio), prefix in zip(
+            checkpoint.experts, expert_prefixes(checkpoint), strict=False
         )
-        for index, (part, ratio) in enumerate(checkpoint.experts)
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.dims import all_dims, divisor
+from ..bundle.guidance import branch_count
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
 from ..core.errors import RequestError
@@ -20,6 +21,7 @@ from .cut.declared import Cut
 __all__ = [
     "STRIDES",
     "Size",
+    "branches_of",
     "bundle_pipeline",
     "dims_of",
     "latent_scale",
@@ -45,7 +47,9 @@ class Size:
         frames: Frames of the video.
         steps: Denoise steps.
         text_tokens: Tokens of the prompt, padding included.
-        branches: 2 with classifier-free guidance, else 1.
+        guidance_scale: Of classifier-free guidance; 1 or less is none.
+        true_guidance_scale: Of a pipeline whose model embeds the guidance scale: the scale of the
+            guidance by two branches beside it.
     """
 
     height: int
@@ -53,7 +57,8 @@ class Size:
     frames: int
     steps: int
     text_tokens: int
-    branches: int
+    guidance_scale: float
+    true_guidance_scale: float = 1.0
 
 
 def size_of(
@@ -64,6 +69,7 @@ def size_of(
     frames: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    true_guidance: float | None = None,
 ) -> Size:
     """Fill a size in: what is wanted, else what the config says.
 
@@ -74,6 +80,7 @@ def size_of(
         frames: Frames of the video.
         steps: Denoise steps.
         guidance: Guidance scale.
+        true_guidance: Guidance scale beside one that the model embeds; None is none.
     """
     wanted = {
         "height": height, "width": width, "frames": frames, "steps": steps,
@@ -86,8 +93,14 @@ def size_of(
         frames=asked.frames,
         steps=asked.steps,
         text_tokens=asked.text_tokens,
-        branches=2 if asked.guidance_scale > 1 else 1,
+        guidance_scale=asked.guidance_scale,
+        true_guidance_scale=1.0 if true_guidance is None else true_guidance,
     )
+
+
+def branches_of(cut: Cut, size: Size) -> int:
+    """Return the branches of a run's steps: 2 where guidance asks the model twice, else 1."""
+    return branch_count(cut.inputs.values(), size.guidance_scale, size.true_guidance_scale)
 
 
 def latent_scale(cut: Cut, pipeline: Path | None) -> LatentScale:

@@ -68,7 +68,7 @@ class FirstBlock(Policy):
     The signal asks the session for a probe: the first block runs before the decision, on computed
     steps the others follow it, and what is cached is their residual alone.
 
-    Reference: ALGORITHMS 5, First-Block Cache (no paper; the ParaAttention project, as also in
+    Reference: First-Block Cache (no paper; the ParaAttention project, as also in
         diffusers and cache-dit): reuse while ``mean|ρ − ρ_s| / mean|ρ_s|`` is below a threshold, ρ
         the first block's residual and ρ_s that of the last computed step.
 

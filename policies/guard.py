@@ -71,7 +71,7 @@ def decide_outputs(spec: PolicySpec) -> dict[str, tuple[str, Shape]]:
 
 
 class Guarded(torch.nn.Module):
-    """A policy inside the limits that hold for every policy (ALGORITHMS: guards).
+    """A policy inside the limits that hold for every policy.
 
     Computes, whatever the law says, where the session demands it, in the first and last exact
     steps, at the limits of consecutive and total reuses, before a residual exists, and where the

@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class GuardSetting(BaseModel):
-    """Limits that hold for every policy (ALGORITHMS: guards), declared here and nowhere else.
+    """Limits that hold for every policy, declared here and nowhere else.
 
     Config files have a key for each, decide graphs an input for each number; manifests carry them
     with their defaults, from which C++ has them.

@@ -367,8 +367,8 @@ class Solved(Policy):
     held, as in a run of other length or where the guard computed more, goes to the two held
     around it. A run with a deadline goes from schedule to schedule, as the time left allows.
 
-    Reference: ALGORITHMS 7 and 11; schedules come from least squares and dynamic programming over
-        traces (`freewheel.tuning.solve`).
+    Reference: docs/explanation/caching.md, solved schedules: least squares and dynamic programming
+        over traces (`freewheel.tuning.solve`).
     """
 
     config = SolvedConfig

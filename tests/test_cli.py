@@ -573,7 +573,11 @@ def test_a_speedup_is_called_measured_only_beside_an_uncached_run(
     assert data["backend"] in BACKENDS
     assert data["peak_memory_bytes"] > 64 << 20
     told = f'["measured speedup of the denoise loop", "{data["measured_speedup"]:.2f}"]'
-    assert told in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert told in text
+    assert '["policy", "taylorseer {\\"interval\\": 2, ' in text, (
+        "of the run, not of the uncached one"
+    )
     off = json.loads(freewheel(*base[:-2], "--cache", "off", "--json").stdout)
     assert (off["estimated_speedup"], off["measured_speedup"]) == (None, None)
 

@@ -29,6 +29,8 @@ RUN = ["README.md", "docs/tutorial.md", "docs/how-to/use-diffusers.md"]
 """Documents whose commands and programs are run, in this order; the README builds the bundle."""
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LOST_LIST = re.compile(r"<p>(?:(?!</p>).)*?\n(?:\d\.|-) ", re.DOTALL)
+"""In a built page: a list that its paragraph has swallowed, for want of a blank line above it."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)]*)?\)")
 every_document = pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -132,6 +134,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "troubleshooting" / "index.html").is_file()
+    for page in tmp_path.rglob("index.html"):
+        assert LOST_LIST.findall(page.read_text(encoding="utf-8")) == [], page
     python = (tmp_path / "reference" / "python" / "index.html").read_text(encoding="utf-8")
     made = set(re.findall(r'id="freewheel\.[\w.]*\.(\w+)"', python))
     assert {n for n in freewheel.__all__ if not n.startswith("_")} <= made

@@ -55,6 +55,7 @@ __all__ = [
     "SPEEDUPS",
     "Calibration",
     "CalibrationRequest",
+    "Told",
     "calibrate",
     "save_calibration",
 ]
@@ -112,6 +113,21 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a written config will do.
+
+    Attributes:
+        computed: Whether each step of a branch is computed; None where content decides.
+        distance_db: Of solved schedules, the final sample's distance from the uncached one's over
+            the refined prompts (−10·log₁₀ of the relative mean square, as `solved_from` has it);
+            None of others, which calibration does not run.
+    """
+
+    computed: list[bool] | None
+    distance_db: float | None
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What came out.
 
@@ -119,12 +135,14 @@ class Calibration:
         configs: Caching configs by name, ``teacache_2x`` and the like.
         fits: TeaCache's polynomial per signal.
         left_out: Why a config that was asked for is missing, by name.
+        told: Decisions and quality of each config, by name.
         about: Checkpoint, steps, guidance, size, prompts and seconds.
     """
 
     configs: dict[str, CachingConfig]
     fits: dict[str, PolynomialFit]
     left_out: dict[str, str]
+    told: dict[str, Told]
     about: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
@@ -253,7 +271,22 @@ def calibrate(
         "first_seed": request.first_seed,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return Calibration({**configs, **found}, fits, {**left_out, **missing}, about)
+    configs |= found
+    timesteps = torch.from_numpy(recorder.tables["timesteps"])
+    told = {name: _told(model, timesteps, config) for name, config in configs.items()}
+    return Calibration(configs, fits, {**left_out, **missing}, told, about)
+
+
+def _told(model: LoadedModel, timesteps: torch.Tensor, config: CachingConfig) -> Told:
+    setting = config.setting()
+    known = setting.policy in model.manifest.policies
+    ahead = forecast(model, timesteps, setting) if known else None
+    decided = None if ahead is None else [d.compute for d in next(iter(ahead.branches.values()))]
+    distances: dict[str, float] = {}
+    if isinstance(config, SolvedConfig):
+        distances = (config.solved_from or {}).get("distance_db", {})
+    count = str(getattr(config, "computed_steps", None))
+    return Told(decided, distances.get(count))
 
 
 def _held_out(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recorded runs: what a policy would have seen at every step, in one npz file.
 
-Format (DESIGN 9): ``timesteps`` and ``sigmas`` [S], ``branches``; per branch b ``b/temb`` [S, C],
+Format: ``timesteps`` and ``sigmas`` [S], ``branches``; per branch b ``b/temb`` [S, C],
 ``b/timestep_proj`` [S, 6C], ``b/modulated_input`` and ``b/first_block_residual`` [S, N, C] where
 recorded, ``b/feature`` and ``b/residual`` [S, N, C], ``b/latents`` and ``b/model_output`` (the last
 two dimensions as the model has them, the others flattened), ``b/computed`` [S]; scalars ``frames``,

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from ...bundle.files import link_or_none
+from ...bundle.safetensors_header import encode_header
 from ...bundle.staging import staged_folder
 from ...core.errors import CheckpointError
 from .folders import read_json
@@ -160,7 +161,9 @@ def find_authors_folder(folder: Path, named: PartFiles | None = None) -> Authors
     return found
 
 
-def write_pipeline(found: AuthorsFolder, out: Path, boundary: float | None = None) -> None:
+def write_pipeline(
+    found: AuthorsFolder, out: Path, boundary: float | None = None, *, hollow: bool = False
+) -> None:
     """Write text encoder, VAE, image encoder, tokenizer and scheduler in diffusers layout.
 
     Args:
@@ -168,6 +171,7 @@ def write_pipeline(found: AuthorsFolder, out: Path, boundary: float | None = Non
         out: Folder to make; appears whole or not at all.
         boundary: Of two experts: the fraction of timesteps from which the first denoises; None
             takes the authors'.
+        hollow: Write headers of weights without their values: what forecasts read, on no disk.
 
     Raises:
         CheckpointError: a file holds another model, or can't be read.
@@ -197,10 +201,13 @@ def write_pipeline(found: AuthorsFolder, out: Path, boundary: float | None = Non
         )
         scheduler.save_pretrained(folder / "scheduler")
         shutil.copytree(found.tokenizer, folder / "tokenizer", copy_function=_link)
-        _write_part(found.text_encoder, folder / "text_encoder", text_encoder_of, "model")
-        _write_part(found.vae, folder / "vae", vae_of, "diffusion_pytorch_model")
+        save = _save_hollow if hollow else _save
+        _write_part(found.text_encoder, folder / "text_encoder", text_encoder_of, "model", save)
+        _write_part(found.vae, folder / "vae", vae_of, "diffusion_pytorch_model", save)
         if found.image_encoder is not None:
-            _write_part(found.image_encoder, folder / "image_encoder", image_encoder_of, "model")
+            _write_part(
+                found.image_encoder, folder / "image_encoder", image_encoder_of, "model", save
+            )
             CLIPImageProcessorPil().save_pretrained(folder / "image_processor")
         (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
@@ -281,8 +288,9 @@ def image_encoder_of(state: Mapping[str, Tensor]) -> tuple[Any, State]:
 
 
 def _write_part(
-    file: Path, out: Path, converter: Callable[[State], tuple[Any, State]], stem: str
-) -> None:
+    file: Path, out: Path, converter: Callable[[State], tuple[Any, State]], stem: str,
+    save: Callable[[State, Path], object],
+) -> None:  # fmt: skip
     """Write one part's config and weights, having held the names and shapes to its class."""
     state = _read(file)
     try:
@@ -303,7 +311,20 @@ def _write_part(
             "give the part of a Wan 2.1 or 2.2 A14B model",
         )
     model.config.save_pretrained(out) if stem == "model" else model.save_config(out)
-    save_file({n: t.contiguous() for n, t in named.items()}, out / f"{stem}.safetensors")
+    save(named, out / f"{stem}.safetensors")
+
+
+def _save(state: State, path: Path) -> None:
+    save_file({n: t.contiguous() for n, t in state.items()}, path)
+
+
+def _save_hollow(state: State, path: Path) -> None:
+    """Write a file's header; where its values would be, the file has a hole."""
+    told = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in state.items()}
+    header, offsets = encode_header(told)
+    with path.open("wb") as stream:
+        stream.write(header)
+        stream.truncate(max(offsets[n] + t.nbytes for n, t in state.items()))
 
 
 def _read(file: Path) -> State:

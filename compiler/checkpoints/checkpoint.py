@@ -17,7 +17,7 @@ from .original import ORIGINAL_CONFIGS, original_transformer
 from .scaled import keep_float8, tell_of_scales, without_scales
 from .sources import Weight
 
-__all__ = ["Checkpoint", "Float8", "open_checkpoint"]
+__all__ = ["Checkpoint", "Float8", "expert_prefixes", "open_checkpoint"]
 
 Float8 = Literal["keep", "convert"]
 
@@ -139,6 +139,11 @@ def open_checkpoint(
         model, revision, parts, first.place, first.config, tensors, experts,
         second.place if second else None, notes, variant,
     )  # fmt: skip
+
+
+def expert_prefixes(checkpoint: Checkpoint) -> list[str]:
+    """Return what the names of each expert's weights begin with; of one transformer, nothing."""
+    return ["", *(f"{part}." for part, _ in checkpoint.experts[1:])]
 
 
 def _check_experts(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...core.dtypes import ITEM_BYTES
 from ...engines.host import disk_free_bytes, existing_parent
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, expert_prefixes
 from ..checkpoints.sources import lies_as
 from ..cut.declared import Cut
 from ..plan import Plan
@@ -94,12 +94,14 @@ def forecast_disk(
     stored = checkpoint.tensors
     in_body = _body_weights(cut)
     linkable = converted = body = 0
-    for name, (dtype, shape) in cut.weights().items():
-        size = prod(shape) * ITEM_BYTES[dtype]
-        is_as_stored = name in stored and lies_as(stored[name], dtype)
-        linkable += size if is_as_stored else 0
-        converted += 0 if is_as_stored else size
-        body += size if name in in_body else 0
+    for prefix in expert_prefixes(checkpoint):
+        for name, (dtype, shape) in cut.weights().items():
+            size = prod(shape) * ITEM_BYTES[dtype]
+            own = prefix + name
+            is_as_stored = own in stored and lies_as(stored[own], dtype)
+            linkable += size if is_as_stored else 0
+            converted += 0 if is_as_stored else size
+            body += size if name in in_body else 0
     copies = sum(b not in LINKING_BACKENDS for b in backends) if baked else 0
     source = existing_parent(checkpoint.transformer.resolve())
     links = source.stat().st_dev == existing_parent(out).stat().st_dev

@@ -77,6 +77,7 @@ class Footprint:
 
     Attributes:
         branches: Branches of the run.
+        experts: Transformers of the run; each has all of the below but activations for itself.
         weight_bytes: Every tensor that the graphs take, once; memory-mapped on CPU backends.
         offloaded_weight_bytes: Of these, what a GPU holds where block weights stay on the host.
         shared_bytes: Buffer → bytes, once: latents, rotary tables, hidden states, timestep tables.
@@ -87,6 +88,7 @@ class Footprint:
     """
 
     branches: int
+    experts: int
     weight_bytes: int
     offloaded_weight_bytes: int
     shared_bytes: Mapping[str, int]
@@ -95,14 +97,16 @@ class Footprint:
     caches: Mapping[str, CacheBytes]
 
     def parts(self, setting: str, *, offload: bool = False) -> dict[str, int]:
-        """Return the bytes of a run under one of `caches`, branches added up."""
+        """Return the bytes of a run under one of `caches`, branches and experts added up."""
         cache = self.caches[setting]
+        weights = self.offloaded_weight_bytes if offload else self.weight_bytes
+        branches = self.experts * self.branches
         return {
-            "weights": self.offloaded_weight_bytes if offload else self.weight_bytes,
-            "hidden buffers": sum(self.shared_bytes.values()),
-            "prompt and context": self.branches * sum(self.branch_bytes.values()),
-            "residual history": self.branches * cache.history_bytes,
-            "signals and features": self.branches * (cache.signal_bytes + cache.feature_bytes),
+            "weights": self.experts * weights,
+            "hidden buffers": self.experts * sum(self.shared_bytes.values()),
+            "prompt and context": branches * sum(self.branch_bytes.values()),
+            "residual history": branches * cache.history_bytes,
+            "signals and features": branches * (cache.signal_bytes + cache.feature_bytes),
             "activations": max(self.activation_bytes.values(), default=0),
         }
 
@@ -110,6 +114,7 @@ class Footprint:
         """Return plain data."""
         return {
             "branches": self.branches,
+            "experts": self.experts,
             "weight_bytes": self.weight_bytes,
             "offloaded_weight_bytes": self.offloaded_weight_bytes,
             "shared_bytes": dict(self.shared_bytes),
@@ -129,6 +134,7 @@ def footprint_of(
     branches: int,
     settings: Mapping[str, CacheSetting],
     specs: Mapping[str, PolicySpec],
+    experts: int = 1,
 ) -> Footprint:
     """Forecast the memory of a run.
 
@@ -138,6 +144,7 @@ def footprint_of(
         branches: 2 with guidance, else 1.
         settings: Cache settings to forecast for, by any name.
         specs: Policy name → declaration.
+        experts: Transformers that share the graphs, each with weights and buffers of its own.
 
     Raises:
         ConfigError: a setting's parameter is unknown or out of range.
@@ -158,6 +165,7 @@ def footprint_of(
     )
     return Footprint(
         branches=branches,
+        experts=experts,
         weight_bytes=_weight_bytes(cut),
         offloaded_weight_bytes=_offloaded_bytes(cut),
         shared_bytes=shared,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ...bundle.manifest import ConfigEntry
 from ...bundle.reader import Bundle
 from ...core.errors import RequestError
@@ -10,7 +12,7 @@ from ...runtime.settings import other_size
 from ..cut.document import cut_of
 from ..sizes import Size, bundle_pipeline, dims_of, size_of
 from .footprint import amount
-from .memory_check import forecast_memory
+from .memory_check import run_memory
 from .run import describe_flops
 from .tables import operations
 
@@ -21,8 +23,10 @@ FAR_BEYOND = 20
 
 
 def check_geometry(
-    bundle: Bundle, name: str, entry: ConfigEntry, size: Size, *, force: bool
-) -> str | None:
+    bundle: Bundle, name: str, entry: ConfigEntry, size: Size, *, force: bool,
+    backend: str | None = None, model: Path | None = None, gpu: int | None = None,
+    offload: bool = False,
+) -> str | None:  # fmt: skip
     """Set a run with a config of another size beside the bundle's own run.
 
     Args:
@@ -31,6 +35,10 @@ def check_geometry(
         entry: The config.
         size: What runs: the config's size, and what flags say of it.
         force: Whether to let a run pass that is far beyond the bundle's own.
+        backend: As `check_fit` takes it, here and below.
+        model: Diffusers folder with the rest of the pipeline, where the bundle has none.
+        gpu: Index of the GPU.
+        offload: Whether a GPU leaves block weights and the pipeline's parts in host memory.
 
     Returns:
         What to warn of, with the forecast that `inspect` makes; None where the sizes agree.
@@ -46,15 +54,13 @@ def check_geometry(
     own = size_of(manifest.configs[manifest.default_config].generation)
     if (size.height, size.width, size.frames) == (own.height, own.width, own.frames):
         return f"config '{name}' {found}: its thresholds and tables are untried at this size"
-    cut, pipeline = cut_of(bundle), bundle_pipeline(bundle)
+    cut, pipeline = cut_of(bundle), model or bundle_pipeline(bundle)
     dims = dims_of(cut, size, pipeline)
     run = describe_flops(cut, dims, size)["uncached_run"]
     usual = describe_flops(cut, dims_of(cut, own, pipeline), own)["uncached_run"]
-    memory = forecast_memory(
-        cut, size, setting=name, settings={name: entry.cache},
-        specs=manifest.specs, pipeline=pipeline,
-        backend=manifest.engines[0].backend, precision=manifest.precision,
-    )["needed_bytes"]  # fmt: skip
+    memory = run_memory(
+        bundle, entry, size, backend=backend, model=model, gpu=gpu, offload=offload
+    )["needed_bytes"]
     times = f"{run / usual:.1f}" if run < 10 * usual else f"{run / usual:,.0f}"
     what = (
         f"{found}: {times} times the operations ({operations(run)} FLOPs uncached, "

@@ -15,11 +15,11 @@ from ...policies.setting import CacheSetting
 from ...policies.spec import PolicySpec
 from ..cut.declared import Cut
 from ..cut.document import cut_of
-from ..sizes import Size, bundle_pipeline, dims_of
+from ..sizes import Size, branches_of, bundle_pipeline, dims_of
 from .footprint import fit_verdict, footprint_of
 from .memory_beside import memory_beside, runs_on_host
 
-__all__ = ["check_fit", "forecast_memory"]
+__all__ = ["check_fit", "forecast_memory", "run_memory"]
 
 
 def forecast_memory(
@@ -32,6 +32,7 @@ def forecast_memory(
     pipeline: Path | None,
     backend: str,
     precision: str,
+    experts: int = 1,
     gpu: int | None = None,
     offload: bool = False,
 ) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def forecast_memory(
         pipeline: Folder of the diffusers pipeline; without one its parts are left out.
         backend: Backend that will run it.
         precision: Precision of the body.
+        experts: Transformers that share the graphs, each with weights and buffers of its own.
         gpu: Index of the GPU that it runs on; the current one where none is named.
         offload: Whether a GPU leaves block weights and the pipeline's parts in host memory.
 
@@ -55,8 +57,9 @@ def forecast_memory(
     """
     on_host = runs_on_host(backend)
     footprint = footprint_of(
-        cut, dims_of(cut, size, pipeline), branches=size.branches, settings=settings, specs=specs
-    )
+        cut, dims_of(cut, size, pipeline), branches=branches_of(cut, size), settings=settings,
+        specs=specs, experts=experts,
+    )  # fmt: skip
     parts = {
         **footprint.parts(setting, offload=offload and not on_host),
         **memory_beside(
@@ -75,6 +78,26 @@ def forecast_memory(
         "verdict": None if verdict is None else verdict.text,
         "runs": verdict is None or verdict.runs,
     }
+
+
+def run_memory(
+    bundle: Bundle,
+    entry: ConfigEntry,
+    size: Size,
+    *,
+    backend: str | None,
+    model: Path | None,
+    gpu: int | None = None,
+    offload: bool = False,
+) -> dict[str, Any]:
+    """Forecast the memory of a bundle's run as `forecast_memory` does; arguments as of `check_fit`."""
+    manifest = bundle.manifest
+    return forecast_memory(
+        cut_of(bundle), size, setting="run", settings={"run": entry.cache},
+        specs=manifest.specs,
+        pipeline=model or bundle_pipeline(bundle), backend=backend or manifest.engines[0].backend,
+        precision=manifest.precision, experts=len(manifest.experts) or 1, gpu=gpu, offload=offload,
+    )  # fmt: skip
 
 
 def check_fit(
@@ -104,13 +127,7 @@ def check_fit(
     Raises:
         RequestError: the run will not fit; says which part decides.
     """
-    manifest = bundle.manifest
-    memory = forecast_memory(
-        cut_of(bundle), size, setting="run", settings={"run": entry.cache},
-        specs=manifest.specs,
-        pipeline=model or bundle_pipeline(bundle), backend=backend or manifest.engines[0].backend,
-        precision=manifest.precision, gpu=gpu, offload=offload,
-    )  # fmt: skip
+    memory = run_memory(bundle, entry, size, backend=backend, model=model, gpu=gpu, offload=offload)
     if memory["verdict"] is None or memory["runs"]:
         verdict: str | None = memory["verdict"]
         return verdict

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...bundle.manifest import PlannedManifest
 from ..cut.declared import Cut
-from ..sizes import Size, dims_of
+from ..sizes import Size, branches_of, dims_of
 from .flops import step_flops
 from .footprint import amount
 from .memory_check import forecast_memory
@@ -48,7 +48,7 @@ def forecast_run(
     memory = forecast_memory(
         cut, size, setting=manifest.default_config, settings=manifest.settings,
         specs=manifest.specs, pipeline=pipeline, backend=backend, precision=manifest.precision,
-        offload=offload,
+        experts=len(manifest.experts) or 1, offload=offload,
     )  # fmt: skip
     return {
         "size": vars(size),
@@ -68,7 +68,7 @@ def describe_flops(cut: Cut, dims: Mapping[str, int], size: Size) -> dict[str, A
         "computed_step": flops.computed,
         "reused_step": flops.reused,
         "prompt": flops.prompt,
-        "uncached_run": size.branches * (size.steps * flops.computed + flops.prompt),
+        "uncached_run": branches_of(cut, size) * (size.steps * flops.computed + flops.prompt),
     }
 
 
@@ -77,7 +77,7 @@ def render_forecast(data: Mapping[str, Any]) -> list[str]:
     size, dims, flops, memory = data["size"], data["dims"], data["flops"], data["memory"]
     title = (
         f"at {size['width']}x{size['height']}, {size['frames']} frames ({dims['tokens']} tokens), "
-        f"{size['steps']} steps, {size['branches']} branches"
+        f"{size['steps']} steps, {memory['branches']} {'branch' if memory['branches'] == 1 else 'branches'}"
     )
     per_step = [
         [name, flops["blocks"].get(name, 1), operations(count)]

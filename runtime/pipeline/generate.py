@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ...bundle.dims import divisor
+from ...bundle.guidance import embeds_guidance
 from ...bundle.reader import Bundle
 from ...bundle.sampler import DISTILLED, SAMPLERS
 from ...core.errors import BundleError, RequestError
@@ -68,6 +69,7 @@ class Generation:
         latents: As the pipeline's callbacks see them after the last step, float32; None of a
             pipeline without callbacks.
         statistics: Decisions and seconds of the denoise loop.
+        parameters: Of the policy, defaults filled in.
         seconds: Of ``encode`` (prompts and pictures, up to the transformer's first call), ``denoise``
             and ``decode``.
         resolved: The values used.
@@ -77,6 +79,7 @@ class Generation:
     frames: NDArray[np.uint8]
     latents: torch.Tensor | None
     statistics: RunStatistics
+    parameters: dict[str, Any]
     seconds: dict[str, float]
     resolved: dict[str, Any]
     sound: Sound | None = None
@@ -153,7 +156,9 @@ def check_ahead(
     """
     folder, index = pipeline_of(bundle, model)
     own = pipeline_class_of(folder, index)
-    call = PipelineCall(class_for(own, request.asked), _embeds_guidance(bundle))
+    call = PipelineCall(
+        class_for(own, request.asked), embeds_guidance(bundle.manifest.inputs.values())
+    )
     call.check_out(out)
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -180,11 +185,6 @@ def _check_taken(
     if "shift" in call.parameters or is_shifted or request.sampler:
         elsewhere.add("flow_shift")
     call.check_given([n for n in request.asked if n not in elsewhere])
-
-
-def _embeds_guidance(bundle: Bundle) -> bool:
-    """Tell whether the transformer takes the guidance scale as an input."""
-    return any(entry.argument == "guidance" for entry in bundle.manifest.inputs.values())
 
 
 class Generator:
@@ -227,7 +227,7 @@ class Generator:
             self.pipe, bundle, "off", backend=backend, loras=loras, options=options, ranks=ranks
         )
         self._ranks = ranks
-        self._embeds_guidance = _embeds_guidance(bundle)
+        self._embeds_guidance = embeds_guidance(bundle.manifest.inputs.values())
         for expert in self.transformer.experts:
             expert.warn = lambda text: None  # callers read the statistics' warnings
         if options is not None and options.offload and self.pipe.model_cpu_offload_seq:
@@ -296,7 +296,10 @@ class Generator:
             expert.session.model.save_caches()
         ran = [e.statistics for e, b in zip(experts, before, strict=True) if e.statistics is not b]
         statistics = RunStatistics.joined(ran)
-        return Generation(made.frames, loop.latents, statistics, seconds, values, made.sound)
+        parameters = dict(self.transformer.session.resolved.parameters)
+        return Generation(
+            made.frames, loop.latents, statistics, parameters, seconds, values, made.sound
+        )
 
     def values(self, request: GenerationRequest) -> dict[str, Any]:
         """Return the values that a request resolves to, as `Generation.resolved` has them.
@@ -335,6 +338,7 @@ class Generator:
     def _calling(self, request: GenerationRequest) -> tuple[Any, PipelineCall]:
         """Return the pipeline that takes what the request begins with, and its call."""
         pipe = pipeline_for(self.pipe, request.asked)
+        _check_strides(self.pipe, pipe)
         if pipe is not self.pipe:
             pipe.set_progress_bar_config(disable=True)
         return pipe, PipelineCall(type(pipe), self._embeds_guidance)
@@ -433,6 +437,24 @@ class Generator:
 
     def _image(self, request: GenerationRequest) -> Image.Image | None:
         return None if request.image is None else open_image(request.image)
+
+
+def _check_strides(own: Any, pipe: Any) -> None:
+    """Refuse a pipeline that makes other strides of a VAE than the bundle's pipeline does.
+
+    diffusers' video-to-video pipeline of Wan takes each level of the VAE for one that halves a frame.
+
+    Raises:
+        RequestError: they differ.
+    """
+    for name in ("vae_scale_factor_spatial", "vae_scale_factor_temporal"):
+        usual, found = getattr(own, name, None), getattr(pipe, name, None)
+        if None not in (usual, found) and usual != found:
+            raise RequestError(
+                f"{type(pipe).__name__}.{name}",
+                f"is {found}, and {type(own).__name__} has {usual} of the same VAE",
+                "this VAE does not serve that pipeline of diffusers; start from noise",
+            )  # fmt: skip
 
 
 class _Loop:

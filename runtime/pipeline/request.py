@@ -83,6 +83,12 @@ class GenerationRequest:
         return getattr(self.defaults, name) if found is None else found
 
     @property
+    def true_guidance(self) -> float:
+        """Guidance scale beside one that the model embeds; 1 is none."""
+        scale = self.extra.get("true_cfg_scale", 1.0)
+        return float(scale) if isinstance(scale, (int, float)) else 1.0
+
+    @property
     def asked(self) -> list[str]:
         """Names of the values that the request gives itself."""
         names = (*VALUES, "prompt", "image", "video", "mask", "strength")

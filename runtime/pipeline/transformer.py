@@ -168,7 +168,9 @@ class FreewheelTransformer:
         """Say policy, backend, and what the last run computed."""
         model = self._model.manifest.checkpoint.transformer_class
         where = f"{model} on {self._model.backend.name}"
-        return f"<FreewheelTransformer {where}, {self.setting.policy}, {counts(self.statistics)}>"
+        ran = self.statistics
+        by = f"by {ran.policy} " if ran.branches and ran.policy != self.setting.policy else ""
+        return f"<FreewheelTransformer {where}, {self.setting.policy}, {by}{counts(ran)}>"
 
     def summary(self) -> str:
         """Return the last run in a few lines: policy, counts, speedups, a strip per branch."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,20 @@ from ...core.errors import OutputError, RequestError
 from ...core.extras import require_extra
 from ...core.output import check_file, replaced_whole
 
-__all__ = ["SUFFIXES", "check_output", "contact_sheet", "open_frames", "open_image", "write_video"]
+__all__ = [
+    "FRAMES",
+    "SUFFIXES",
+    "check_output",
+    "contact_sheet",
+    "open_frames",
+    "open_image",
+    "write_video",
+]
 
 Frames = NDArray[np.uint8]
-SUFFIXES = (".mp4", ".gif", ".webp", ".png", ".wav")
+FRAMES = (".mp4", ".gif", ".webp", ".png")
+SUFFIXES = (*FRAMES, ".wav")
+"""Of what `run` writes: frames, or sound alone."""
 MOST_FPS = 1000
 WEBP_QUALITY = 90
 MOVING_PICTURES = (".gif", ".webp")
@@ -37,10 +47,7 @@ def check_output(path: Path, fps: int = 8) -> None:
         RequestError: ``fps`` is outside [1, 1000].
         DependencyError: it is an mp4, and what writes those is not installed.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(
-            str(path), f"has suffix '{path.suffix}'", f"use one of {', '.join(SUFFIXES)}"
-        )
+    _check_suffix(path, SUFFIXES)
     if not 1 <= fps <= MOST_FPS:
         raise RequestError(f"--fps {fps}", f"is outside [1, {MOST_FPS}]", "use 8 to 30")
     if path.suffix.lower() == ".mp4":
@@ -57,10 +64,11 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
         fps: Frames per second, 1 to 1000; a png has none.
 
     Raises:
-        OutputError: it can't be written.
+        OutputError: it can't be written, or has another suffix.
         RequestError: ``fps`` is out of range.
         DependencyError: it is an mp4, and what writes those is not installed.
     """
+    _check_suffix(path, FRAMES)
     check_output(path, fps)
     with replaced_whole(path, "choose another --out") as partial:
         if path.suffix.lower() == ".mp4":
@@ -76,6 +84,13 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
                        loop=0, quality=WEBP_QUALITY)  # fmt: skip
         else:
             Image.fromarray(np.concatenate(list(frames), axis=1)).save(partial)
+
+
+def _check_suffix(path: Path, known: Sequence[str]) -> None:
+    if path.suffix.lower() not in known:
+        raise OutputError(
+            str(path), f"has suffix '{path.suffix}'", f"use one of {', '.join(known)}"
+        )
 
 
 def contact_sheet(videos: Mapping[str, Frames], columns: int = 5, scale: int = 2) -> Frames:

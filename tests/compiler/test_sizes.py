@@ -12,7 +12,7 @@ from generations import generation_of
 
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.sizes import dims_of, latent_scale, shape_at, size_of
+from freewheel.compiler.sizes import branches_of, dims_of, latent_scale, shape_at, size_of
 from freewheel.core.errors import RequestError
 from freewheel.engines.base import TensorSpec
 
@@ -24,11 +24,24 @@ def cut(shared_cut: Callable[..., Cut]) -> Cut:
     return shared_cut(WAN, {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16})
 
 
-def test_what_is_asked_for_comes_before_the_config() -> None:
+def test_what_is_asked_for_comes_before_the_config(cut: Cut) -> None:
     generation = generation_of(height=96, steps=30, guidance_scale=1.0)
     size = size_of(generation, steps=8)
-    assert (size.height, size.width, size.steps, size.branches) == (96, 832, 8, 1)
-    assert size_of(generation_of()).branches == 2
+    assert (size.height, size.width, size.steps) == (96, 832, 8)
+    assert branches_of(cut, size) == 1
+    assert branches_of(cut, size_of(generation, guidance=4.0)) == 2
+    assert branches_of(cut, size_of(generation_of())) == 2
+
+
+def test_guidance_inside_the_model_is_one_branch(shared_cut: Callable[..., Cut]) -> None:
+    flux = shared_cut(
+        family_of("FluxTransformer2DModel", ""),
+        {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2,
+         "attention_head_dim": 16, "in_channels": 16, "joint_attention_dim": 32,
+         "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": [4, 6, 6]},
+    )  # fmt: skip
+    assert branches_of(flux, size_of(generation_of())) == 1
+    assert branches_of(flux, size_of(generation_of(), true_guidance=4.0)) == 2
 
 
 def test_wan_at_480p_has_the_tokens_that_its_authors_count(cut: Cut) -> None:

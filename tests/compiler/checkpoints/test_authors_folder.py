@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from authors import KINDS, write_both
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel, UMT5EncoderModel
+from typer.testing import CliRunner
 
+from freewheel.cli import app
 from freewheel.compiler.checkpoints.authors_folder import (
     PartFiles,
     find_authors_folder,
@@ -145,3 +148,31 @@ def test_weights_keep_their_dtype(folder: Path, tmp_path: Path) -> None:
     write_pipeline(found, tmp_path / "out")
     written = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
     assert {t.dtype for t in written.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["i2v", "moe_t2v"])
+def test_forecasts_are_those_of_the_diffusers_folder_and_write_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_both(kind, tmp_path / "diffusers", tmp_path / "authors")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def told(*arguments: str) -> dict[str, Any]:
+        result = CliRunner().invoke(app, [*arguments, "--backend", "onnxruntime", "--json"])
+        assert result.exit_code == 0, result.output
+        forecast: dict[str, Any] = json.loads(result.stdout)["forecast"]
+        return {n: forecast[n] for n in ("size", "dims", "flops")} | {
+            "parts": forecast["memory"]["parts"]
+        }
+
+    out = str(tmp_path / "out")
+    theirs, ours = (
+        told("build", str(tmp_path / layout), "--out", out, "--dry-run")
+        for layout in ("authors", "diffusers")
+    )
+    assert theirs == ours
+    assert theirs["parts"]["other parts of the pipeline"] > 0
+    assert told("inspect", str(tmp_path / "authors")) == theirs
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"authors", "diffusers", "temporary"}

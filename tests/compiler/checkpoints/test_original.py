@@ -164,7 +164,7 @@ def test_fused_weights_are_converted_into_the_bundle(
         ), name
 
 
-SMALL = Size(height=64, width=64, frames=1, steps=4, text_tokens=8, branches=1)
+SMALL = Size(height=64, width=64, frames=1, steps=4, text_tokens=8, guidance_scale=1.0)
 
 
 def test_a_dry_run_tells_what_is_linked_and_what_is_made(tmp_path: Path, build_cache: Path) -> None:

@@ -159,9 +159,9 @@ def _runs(one: Case, counts: Mapping[str, int]) -> bool:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.replace("|", "/").split("\n")[0].split())
+    line = " ".join(text.replace("|", "/").replace("`", "'").split("\n")[0].split())
     line = re.sub(r"<eval_with_key>\.\d+", "generated code", line)
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
+    return f"`{line if len(line) <= LONGEST else line[:LONGEST] + '…'}`"
 
 
 def page(verdicts: Mapping[str, Verdict]) -> str:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -27,9 +30,12 @@ from freewheel.runtime.settings import choose_setting, config_entry
 FAR = "wan_t2v_custom_1_3b"
 
 
-def check(bundle: Bundle, entry: ConfigEntry, *, force: bool = False, **flags: Any) -> str | None:
+def check(
+    bundle: Bundle, entry: ConfigEntry, *, force: bool = False,
+    where: Mapping[str, Any] = MappingProxyType({}), **flags: Any,
+) -> str | None:  # fmt: skip
     size = size_of(entry.generation, **flags)
-    return check_geometry(bundle, "mine", entry, size, force=force)
+    return check_geometry(bundle, "mine", entry, size, force=force, **where)
 
 
 def config(**keys: object) -> ConfigEntry:
@@ -83,6 +89,18 @@ def test_somewhat_more_is_a_warning(demo_bundle: Bundle) -> None:
     assert found is not None
     assert "96x96, 33 frames, and the bundle's own size is 96x96, 17 frames" in found
     assert "times the operations" in found
+
+
+def test_memory_is_that_of_the_backend_and_of_what_is_offloaded(demo_bundle: Bundle) -> None:
+    entry = chosen(demo_bundle, "teacache", config(target_video_length=33))
+    told = [
+        check(demo_bundle, entry, where={"backend": "tensorrt", "offload": offload})
+        for offload in (False, True)
+    ]
+    told.append(check(demo_bundle, entry))
+    found = [re.search(r"and ([\d.]+) MB of memory", str(text)) for text in told]
+    whole, offloaded, host = (float(number[1]) for number in found if number)
+    assert offloaded < whole < host, "the host holds the program too"
 
 
 @pytest.mark.parametrize(

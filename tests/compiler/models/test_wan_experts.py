@@ -15,6 +15,7 @@ import pytest
 import torch
 from chain import randomised, relative
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from generations import generation_of
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -22,8 +23,11 @@ from freewheel.bundle.reader import MANIFEST, Bundle
 from freewheel.cli import app
 from freewheel.compiler.build import build
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
+from freewheel.compiler.forecast.build import describe_plan
+from freewheel.compiler.inspect import inspect_bundle
 from freewheel.compiler.plan import plan
 from freewheel.compiler.request import BuildRequest
+from freewheel.compiler.sizes import size_of
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import BundleError, CheckpointError, ConfigError, RequestError
 from freewheel.engines import backend
@@ -81,6 +85,21 @@ def experts(checkpoint: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
     return build_bundle(checkpoint, ("onnxruntime",))
+
+
+def test_forecasts_count_both_experts(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
+    whole = inspect_bundle(bundle, height=32, width=48, frames=5, steps=4)
+    assert whole["memory"]["experts"] == 2
+    assert whole["memory"]["parts"]["weights"] == whole["tensors"]["bytes"]
+    ahead = BuildRequest(
+        model=str(checkpoint), out=tmp_path / "out", backends=[backend("onnxruntime")],
+        configs=config_entries(["off"], lambda text: None),
+    )  # fmt: skip
+    size = size_of(generation_of(), height=32, width=48, frames=5, steps=4)
+    planned = describe_plan(plan(ahead), size)["forecast"]
+    assert planned["memory"]["parts"] == whole["memory"]["parts"]
+    disk = planned["disk"]
+    assert disk["linked_bytes"] + disk["converted_bytes"] == whole["tensors"]["bytes"]
 
 
 def pipeline(experts: tuple[Any, Any], boundary: float | None = BOUNDARY) -> Any:

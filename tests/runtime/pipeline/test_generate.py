@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,17 @@ def test_values_that_no_model_takes_are_refused_before_a_step(
         with pytest.raises(RequestError, match=says):
             refuse()
     assert ran == []
+
+
+def test_a_pipeline_that_takes_the_vae_for_another_is_refused(
+    generator: Generator, request_of: Any, tmp_path: Path
+) -> None:
+    Image.new("RGB", (96, 96)).save(tmp_path / "in.png")
+    wanted = replace(request_of(CacheSetting()), video=tmp_path / "in.png", strength=0.5)
+    with pytest.raises(
+        RequestError, match=r"vae_scale_factor_spatial: is 4, and WanPipeline has 8"
+    ):
+        generator.generate(wanted)
 
 
 def test_the_largest_seed_runs(generator: Generator, request_of: Any) -> None:

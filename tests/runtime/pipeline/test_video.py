@@ -11,6 +11,7 @@ from PIL import Image
 
 from freewheel.core.errors import DependencyError, OutputError, RequestError
 from freewheel.runtime.pipeline.video import (
+    FRAMES,
     SUFFIXES,
     check_output,
     contact_sheet,
@@ -68,6 +69,14 @@ def test_frames_per_second_are_bounded(tmp_path: Path, suffix: str, fps: int) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_frames_are_no_sound(tmp_path: Path) -> None:
+    assert set(SUFFIXES) - set(FRAMES) == {".wav"}
+    check_output(tmp_path / "sound.wav")
+    with pytest.raises(OutputError, match=r"has suffix '\.wav'; use one of \.mp4, \.gif"):
+        write_video(ramp(), tmp_path / "sound.wav")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_folder_is_made_with_the_video(tmp_path: Path) -> None:
     path = tmp_path / "new" / "video.png"
     check_output(path)
@@ -83,7 +92,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(iio, "imwrite", full)
     monkeypatch.setattr(Image.Image, "save", lambda _, path, **__: full(path))
-    for suffix in SUFFIXES:
+    for suffix in FRAMES:
         with pytest.raises(OutputError, match="No space left"):
             write_video(ramp(), tmp_path / f"video{suffix}")
         assert list(tmp_path.iterdir()) == []
