@@ -36,7 +36,9 @@ from freewheel.compiler.plan import plan
 from freewheel.compiler.request import BuildRequest
 from freewheel.core.dtypes import Precision
 from freewheel.engines import backend
-from freewheel.runtime.body import Body, allocate
+from freewheel.runtime.block_tables import BlockTables
+from freewheel.runtime.body import Body
+from freewheel.runtime.buffers import allocate
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.settings import config_entries
 
@@ -157,7 +159,8 @@ class BoundBody:
         for name in sorted(entries):
             shared[name].copy_(torch.randn(shared[name].shape, generator=generator))
         prompt = torch.randn(1, text_tokens, config["text_dim"], generator=generator)
-        self.body = Body(self.model, "cond", shared, {"text_states": prompt}, dims)
+        tables = BlockTables(self.model, {}, by_prompt=False)
+        self.body = Body(self.model, "cond", shared, {"text_states": prompt}, dims, tables)
 
     def run(self) -> float:
         """Run the body once; return its seconds."""

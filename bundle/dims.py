@@ -9,7 +9,16 @@ from math import prod
 from ..core.errors import BundleError, RequestError
 from .manifest import MAX_SIZE, IoEntry, Manifest, SumTerm
 
-__all__ = ["all_dims", "derive_dims", "divisor", "least", "match_dims", "shape_of", "summed"]
+__all__ = [
+    "all_dims",
+    "check_limits",
+    "derive_dims",
+    "divisor",
+    "least",
+    "match_dims",
+    "shape_of",
+    "summed",
+]
 
 
 def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int]:
@@ -66,7 +75,27 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
                 f"dimension '{name}'", f"is {dims[name]}, but {parts} give {product}",
                 "give sizes that belong to the latents",
             )  # fmt: skip
-    return dims | summed(manifest.sums, dims)
+    dims |= summed(manifest.sums, dims)
+    check_limits({n: (one.most, one.where) for n, one in manifest.limits.items()}, dims)
+    return dims
+
+
+def check_limits(limits: Mapping[str, tuple[int, str]], dims: Mapping[str, int]) -> None:
+    """Refuse sizes that a model has no positions for.
+
+    Args:
+        limits: Dimension → its largest size, and what of the model ends there.
+        dims: Sizes; of a dimension that is not known yet nothing is said.
+
+    Raises:
+        RequestError: one is too large.
+    """
+    for name, (most, where) in limits.items():
+        if dims.get(name, 0) > most:
+            raise RequestError(
+                f"dimension '{name}'", f"is {dims[name]}, the model has positions for {most}: {where}",
+                "choose a smaller size",
+            )  # fmt: skip
 
 
 def all_dims(

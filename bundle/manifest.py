@@ -32,6 +32,7 @@ __all__ = [
     "InputEntry",
     "IoEntry",
     "LatentScale",
+    "LimitEntry",
     "Manifest",
     "PartEntry",
     "PipelineEntry",
@@ -156,17 +157,20 @@ class StageEntry(_Entry):
     Attributes:
         block: Graph of each block.
         context: Graph run once per prompt for each block, or None.
+        modulation: Graph run once per run for each block, all timesteps in one batch, or None; where
+            it reads the prompt, once per prompt too.
         tapped: Variant of ``block`` that also gives the feature, or None.
         first: Index of the first block in the checkpoint's names.
         count: Blocks.
         groups: Blocks compiled together; empty where weights are inputs.
         skips: Input → what each block reads there of a block of an earlier stage.
-        reads: Input of ``block`` or ``context`` → the value that each block reads there: a table's
+        reads: Input of ``block``, ``context`` or ``modulation`` → the value that each block reads there: a table's
             row, an input of the prompt, or what a ``prompt`` or a ``shape`` graph gave.
     """
 
     block: str
     context: str | None = None
+    modulation: str | None = None
     tapped: str | None = None
     first: BlockIndex = 0
     count: BlockCount = 1
@@ -202,6 +206,13 @@ class InputEntry(IoEntry):
     same: list[str] = []
     of: list[str] = [LATENTS]
     indices: str | None = None
+
+
+class LimitEntry(_Entry):
+    """The largest size of a dimension, and what of the model ends there: module and source line."""
+
+    most: Positive
+    where: str
 
 
 class SignalEntry(_Entry):
@@ -421,6 +432,7 @@ class PlannedManifest(_Entry):
     inputs: dict[str, InputEntry]
     dims: dict[str, list[tuple[str, Positive]]]
     sums: dict[str, list[SumTerm]] = {}
+    limits: dict[str, LimitEntry] = {}
     arguments: dict[str, bool | int | float | str | None] = {}
     latent_scale: LatentScale
     vocabulary_size: Positive | None = None
@@ -481,8 +493,19 @@ class Manifest(PlannedManifest):
         names = {table}
         for stage in self.stages:
             names |= {name for name, read in stage.reads.items() if table in read}
-        graphs = self.graphs.values()
-        return next((g.inputs[n] for g in graphs for n in g.inputs if n in names), None)
+        readers = [g for g in self.graphs.values() if g.runs != "run_block"]  # which takes all rows
+        return next((g.inputs[n] for g in readers for n in g.inputs if n in names), None)
+
+    def reads_prompt(self, modulation: str) -> bool:
+        """Tell whether what a stage's ``modulation`` makes is another for each prompt."""
+        names = set(self.graphs[modulation].inputs)
+        for stage in self.stages:
+            if stage.modulation == modulation:
+                names |= {v for n, read in stage.reads.items() if n in names for v in read}
+        made = (g.outputs for g in self.graphs.values() if g.runs == "prompt")
+        given = {name for outputs in made for name in outputs}
+        given |= {name for name, entry in self.inputs.items() if entry.runs == "prompt"}
+        return not given.isdisjoint(names)
 
     @property
     def cached(self) -> list[str]:

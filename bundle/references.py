@@ -79,13 +79,20 @@ def _stage_faults(manifest: Manifest) -> Iterator[str]:
     if manifest.block_count > MAX_BLOCKS:
         yield f"'stages' have more than {MAX_BLOCKS} blocks"
     for index, stage in enumerate(manifest.stages):
-        named = [stage.block, stage.context, stage.tapped, *(g.graph for g in stage.groups)]
+        named = [
+            stage.block,
+            stage.context,
+            stage.modulation,
+            stage.tapped,
+            *(g.graph for g in stage.groups),
+        ]
         for graph in named:
             if graph is not None and graph not in manifest.graphs:
                 yield f"'stages.{index}' names graph '{graph}', which is not there"
         if stage.groups and not _groups_cover(stage):
             yield f"'stages.{index}.groups' don't cover the stage's blocks in order"
     yield from _read_faults(manifest)
+    yield from _modulation_faults(manifest)
     yield from _skip_faults(manifest)
 
 
@@ -96,7 +103,8 @@ def _read_faults(manifest: Manifest) -> Iterator[str]:
     given = {name for outputs in made for name in outputs}
     given |= {name for name, entry in manifest.inputs.items() if entry.runs == "prompt"}
     for index, stage in enumerate(manifest.stages):
-        readers = [graphs[n] for n in (stage.block, stage.context) if n in graphs]
+        named = (stage.block, stage.context, stage.modulation)
+        readers = [graphs[n] for n in named if n in graphs]
         for name, values in stage.reads.items():
             where = f"'stages.{index}.reads.{name}'"
             if len(values) != stage.count:
@@ -105,6 +113,27 @@ def _read_faults(manifest: Manifest) -> Iterator[str]:
                 yield f"{where} is no input of the stage's graphs"
             for value in sorted(set(values) - given):
                 yield f"{where} names '{value}', which nothing gives before the blocks"
+
+
+def _modulation_faults(manifest: Manifest) -> Iterator[str]:
+    """Say what blocks make of the timesteps that their graphs don't take, or of what nothing gives."""
+    graphs = manifest.graphs
+    made = (g.outputs for g in graphs.values() if g.runs in ("prompt", "run"))
+    given = {name for outputs in made for name in outputs}
+    given |= {name for name, entry in manifest.inputs.items() if entry.runs == "prompt"}
+    for index, stage in enumerate(manifest.stages):
+        graph, block = graphs.get(stage.modulation or ""), graphs.get(stage.block)
+        if graph is None or block is None:
+            continue
+        where = f"'stages.{index}.modulation' '{stage.modulation}'"
+        if graph.runs != "run_block":
+            yield f"{where} runs as '{graph.runs}', not as 'run_block'"
+        if not graph.inputs:
+            yield f"{where} takes no table"
+        for name in sorted(graph.outputs.keys() - block.inputs.keys()):
+            yield f"{where} gives '{name}', which graph '{stage.block}' does not take"
+        for name in sorted(graph.inputs.keys() - stage.reads.keys() - given):
+            yield f"{where} takes '{name}', which nothing gives before the steps"
 
 
 def _skip_faults(manifest: Manifest) -> Iterator[str]:

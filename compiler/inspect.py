@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..bundle.files import disk_use
-from ..bundle.manifest import EngineSetEntry
+from ..bundle.manifest import EngineSetEntry, Manifest
 from ..bundle.reader import MANIFEST, Bundle
 from ..core.errors import RequestError, nearest
 from ..engines import backend_class
@@ -25,6 +25,9 @@ from .forecast.tables import draw_table
 from .sizes import bundle_pipeline, size_of
 
 __all__ = ["inspect_bundle", "render"]
+
+AHEAD = ("text_encoder", "shape", "prompt", "prompt_block", "run", "run_block")
+"""When graphs run that no step runs."""
 
 
 def inspect_bundle(
@@ -102,13 +105,13 @@ def describe_graph(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def describe_tensors(bundle: Bundle) -> dict[str, Any]:
-    """Sum the weights up by dtype, and by whether their file is shared with the checkpoint."""
-    tensors = bundle.manifest.tensors.values()
+    """Sum the weights up by dtype, by whether their file is shared, and those that no step reads."""
+    tensors = bundle.manifest.tensors
     by_dtype: Counter[str] = Counter()
     by_origin: Counter[str] = Counter()
-    files = {t.file for t in tensors}
+    files = {t.file for t in tensors.values()}
     linked = {f for f in files if bundle.path(f).stat().st_nlink > 1}
-    for tensor in tensors:
+    for tensor in tensors.values():
         by_dtype[tensor.dtype] += tensor.bytes
         by_origin["linked" if tensor.file in linked else "converted"] += tensor.bytes
     return {
@@ -117,8 +120,32 @@ def describe_tensors(bundle: Bundle) -> dict[str, Any]:
         "bytes_by_dtype": dict(by_dtype),
         "linked_bytes": by_origin["linked"],
         "converted_bytes": by_origin["converted"],
+        "ahead_bytes": sum(tensors[name].bytes for name in read_ahead(bundle.manifest)),
         "files": sorted(files),
     }
+
+
+def read_ahead(manifest: Manifest) -> set[str]:
+    """Return the weights that graphs read before the first step and none reads at a step."""
+    ahead: set[str] = set()
+    later: set[str] = set()
+    prefixes = [expert.prefix for expert in manifest.experts] or [""]
+    for name, graph in manifest.graphs.items():
+        stages = [
+            s for s in manifest.stages if name in (s.block, s.context, s.modulation, s.tapped)
+        ]
+        blocks = {b for s in stages for b in range(s.first, s.first + s.count)} or {0}
+        weights = {
+            prefix + pattern.replace("{block}", str(block))
+            for pattern in graph.weights.values()
+            for prefix in prefixes
+            for block in blocks
+        }
+        if graph.runs in AHEAD:
+            ahead |= weights
+        else:
+            later |= weights
+    return (ahead - later) & manifest.tensors.keys()
 
 
 def describe_engines(bundle: Bundle, entry: EngineSetEntry) -> dict[str, Any]:
@@ -162,6 +189,8 @@ def render(data: Mapping[str, Any]) -> list[str]:
         f"from {origin['source']} ({origin['transformer_class']})",
         f"{amount(disk['bytes'])} on disk, {amount(disk['linked_bytes'])} of it linked to the "
         f"checkpoint; {tensors['count']} tensors: {by_dtype}",
+        f"{amount(tensors['ahead_bytes'])} of these ({tensors['ahead_bytes'] / tensors['bytes']:.1%}) "
+        "no step reads: what is made of them is made once per prompt or run",
     ]
     graphs = [
         [name, g["runs"], g["precision"], g["nodes"], _top(g["operators"]), g["weights"]]

@@ -165,6 +165,7 @@ def plan(request: BuildRequest) -> Plan:
         inputs=dict(cut.inputs),
         dims={n: list(factors) for n, factors in cut.dims.items()},
         sums={n: list(terms) for n, terms in cut.sums.items()},
+        limits=dict(cut.limits),
         arguments=dict(cut.arguments),
         latent_scale=latent_scale(cut, checkpoint.pipeline),
         vocabulary_size=next((p.vocabulary_size for p in parts if p.vocabulary_size), None),

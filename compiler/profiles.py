@@ -89,14 +89,15 @@ def dim_ranges(
         size = replace(carried[0], **pixels, text_tokens=text[corner], steps=steps[corner])
         corners.append({**dims_of(cut, size, pipeline), "batch": wanted["batch"][corner]})
     ranges = {dim: (corners[0][dim], corners[1][dim], corners[2][dim]) for dim in corners[0]}
-    for dim, most in cut.limits.items():
-        if ranges[dim][2] > most:
+    for dim, limit in cut.limits.items():
+        if dim in ranges and ranges[dim][2] > limit.most:
             raise RequestError(
                 f"largest '{dim}' of the build", f"is {ranges[dim][2]}, the model has positions "
-                f"for {most}", "ask for a smaller --height, --width or --frames",
+                f"for {limit.most}, {limit.where}", "ask for a smaller --height, --width or --frames",
             )  # fmt: skip
     ranges["text_tokens"] = (1, text[1], text[2])
-    ranges["steps"] = (1, steps[1], max(MOST_STEPS, steps[2]))
+    # Blocks' tables have a row for each step and element of the batch.
+    ranges["steps"] = (1, steps[1], max(MOST_STEPS, steps[2]) * wanted["batch"][2])
     corners = [summed(cut.sums, {d: r[corner] for d, r in ranges.items()}) for corner in range(3)]
     return ranges | {dim: (corners[0][dim], corners[1][dim], corners[2][dim]) for dim in corners[0]}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.dims import all_dims, divisor
+from ..bundle.dims import all_dims, check_limits, divisor
 from ..bundle.guidance import branch_count
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
@@ -149,15 +149,16 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
         **told,
     }
     scales = {"frames": by_time, "height": by_space, "width": by_space}
-    for name, most in cut.limits.items():
-        if dims[name] > most:
-            given, pixels = getattr(size, name), most * scales[name]
+    for name, limit in cut.limits.items():
+        if name in scales and dims[name] > limit.most:
             raise RequestError(
-                f"--{name} {given}",
-                f"is beyond the model's {most} positions",
-                f"use {pixels} at most",
+                f"--{name} {getattr(size, name)}",
+                f"is beyond the model's {limit.most} positions, {limit.where}",
+                f"use {limit.most * scales[name]} at most",
             )
-    return derived(cut, dims)
+    found = derived(cut, dims)
+    check_limits({n: (one.most, one.where) for n, one in cut.limits.items()}, found)
+    return found
 
 
 def derived(cut: Cut, dims: Mapping[str, int]) -> dict[str, int]:

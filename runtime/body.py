@@ -9,27 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bundle.dims import match_dims, shape_of
-from ..bundle.manifest import GraphEntry, GroupEntry, IoEntry, StageEntry
+from ..bundle.dims import match_dims
+from ..bundle.manifest import GraphEntry, GroupEntry, StageEntry
 from ..bundle.streams import HIDDEN
 from ..core.errors import RequestError
 from ..engines.base import BoundCall
+from .block_tables import BlockTables
+from .buffers import allocate
 from .finite import is_finite
 from .model import LoadedModel
 
-__all__ = ["Body", "allocate"]
+__all__ = ["Body"]
 
 FEATURE = "attention_output"
-
-
-def allocate(
-    entries: Mapping[str, IoEntry], dims: Mapping[str, int], device: torch.device
-) -> dict[str, Tensor]:
-    """Return zeroed buffers for declared tensors."""
-    return {
-        n: torch.zeros(shape_of(e, dims), dtype=getattr(torch, e.dtype), device=device)
-        for n, e in entries.items()
-    }
 
 
 @dataclass
@@ -52,6 +44,7 @@ class Body:
 
     Attributes:
         context: The prompt's inputs and what its graph made of them.
+        first: What the first block that passes ``hidden`` on reads for itself.
         dims: Every named dimension, those of the prompt included.
         results: Cached stream → [batch, tokens, channels], where the body's result appears.
         taps: Two buffers of the feature, written in turn; empty until `bind_taps`.
@@ -66,8 +59,17 @@ class Body:
         shared: Mapping[str, Tensor],
         prompt: Mapping[str, Tensor],
         dims: Mapping[str, int],
+        tables: BlockTables,
     ) -> None:
         """Allocate the branch's context, compute it from ``prompt``, bind every block.
+
+        Args:
+            model: Engines.
+            branch: For messages.
+            shared: Buffers that branches share.
+            prompt: The prompt's inputs.
+            dims: Sizes of the latents' dimensions.
+            tables: Those that blocks make without the prompt.
 
         Raises:
             RequestError: the prompt's batch is not the latents'.
@@ -81,6 +83,10 @@ class Body:
         for graph in by_prompt.values():
             context |= allocate(graph.outputs, dims, model.device)
         self._prompt_calls = [model.bind(n, {**shared, **context}) for n in by_prompt]
+        self._tables = BlockTables(model, dims, by_prompt=True)
+        self._rows = {**tables.rows, **self._tables.rows}
+        self._is_modulated, self._row = False, -1
+        self.first: dict[str, Tensor] = {}
         self._calls: list[_Call] = []
         self._tapped: list[BoundCall] = []
         self._chains: dict[tuple[int | None, int, int], BoundCall] = {}
@@ -92,12 +98,16 @@ class Body:
         self._buffers = {s: [shared[f"{s}_even"], shared[f"{s}_odd"]] for s in cached}
         self._kept: dict[tuple[str, int], Tensor] = {}
         before = 0  # blocks of earlier stages
-        for stage in self._manifest.stages:
+        for index, stage in enumerate(self._manifest.stages):
             blocks = range(stage.first, stage.first + stage.count)
             own = {b: self._own_of(stage, b, {**shared, **context}) for b in blocks}
+            for block in blocks:
+                own[block] |= self._rows.get((index, block), {})
             for name, skip in stage.skips.items():
                 for block, maker in zip(blocks, skip.blocks, strict=True):
                     own[block][name] = self._kept[skip.stream, maker]
+            if not self.first and HIDDEN in self._manifest.graphs[stage.block].streams:
+                self.first = own[stage.first]
             place = before - stage.first
             for group in stage.groups:
                 members = range(group.first, group.first + group.count)
@@ -196,6 +206,23 @@ class Body:
             self._prompt[name].copy_(tensor)
         for call in self._prompt_calls:
             call.run()
+        self.forget_tables()
+
+    def forget_tables(self) -> None:
+        """Note that blocks have to make their tables again: the run's, or the prompt, are others."""
+        self._is_modulated = False
+
+    def modulate(self, tables: Mapping[str, Tensor], steps: int) -> None:
+        """Have blocks make their tables of the run's, unless these are known."""
+        if not self._is_modulated:
+            self._tables.compute(tables, steps, self.context)
+            self._is_modulated, self._row = True, -1
+
+    def select_row(self, step_index: int) -> None:
+        """Put a step's rows of the blocks' tables where their calls read them."""
+        if step_index != self._row:
+            self._tables.select(step_index)
+            self._row = step_index
 
     def bind_taps(self) -> None:
         """Allocate the feature buffers and bind the tapped block or group to each of them."""

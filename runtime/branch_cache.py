@@ -15,7 +15,8 @@ from ..engines.base import BoundCall
 from ..policies.deadline import Pace
 from ..policies.decision_loop import DecisionRecord
 from ..policies.schedule import Schedule
-from .body import Body, allocate
+from .body import Body
+from .buffers import allocate
 from .decider import Decider
 from .model import LoadedModel
 from .resolved_setting import ResolvedSetting
@@ -145,7 +146,7 @@ class BranchCache:
                 return lambda step_index: buffer.copy_(read(step_index).view(buffer.shape))
 
             return SignalBuffers(roles, buffers, [copy_to(b) for b in buffers])
-        values = {**shared, **self._body.context}
+        values = {**shared, **self._body.context, **self._body.first}
         if self._is_probed:
             values["hidden_out"] = self._body.bind_probe()[HIDDEN]
         made = {signal.value: model.manifest.graphs[graph].outputs[signal.value]}

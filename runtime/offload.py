@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import RequestError
+from ..core.tensor_spec import TensorSpec
 from ..engines.base import ALIGNMENT, BoundCall, Engine
 
 __all__ = ["SLABS", "HostBlock", "OffloadedCall", "OffloadedWeights"]
@@ -113,7 +114,7 @@ class OffloadedWeights:
     ) -> None:
         self._device, self._read, self._capture = device, read, capture
         self._copies = torch.cuda.Stream(device) if streamed else None
-        self._lanes: dict[frozenset[str], _Lane] = {}
+        self._lanes: dict[frozenset[tuple[str, TensorSpec]], _Lane] = {}
 
     def bind(
         self, engine: Engine, bindings: Mapping[str, Tensor], weights: Mapping[str, str], block: int
@@ -124,12 +125,12 @@ class OffloadedWeights:
             engine: The template's engine.
             bindings: Everything but the weights.
             weights: Input name → tensor name with ``{block}``. Templates that share their tensors
-                (a block and its tapped variant) share the copies.
+                (a block and its tapped variant) share the copies; those of other shapes do not.
             block: Whose weights.
         """
-        key = frozenset(weights.values())
+        key = frozenset((pattern, engine.inputs[name]) for name, pattern in weights.items())
         lane = self._lanes.setdefault(key, _Lane(self._device, self._copies))
-        names = {p: p.replace("{block}", str(block)) for p in sorted(key)}
+        names = {p: p.replace("{block}", str(block)) for p in sorted(set(weights.values()))}
         if not lane.has(block):
             lane.add(block, self._read(list(names.values())))
         buffers = lane.buffers(block)

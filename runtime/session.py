@@ -28,8 +28,10 @@ from ..policies.deadline import Pace
 from ..policies.decision_loop import DecisionRecord
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
-from .body import Body, allocate
+from .block_tables import BlockTables
+from .body import Body
 from .branch_cache import BranchCache
+from .buffers import allocate
 from .finite import is_finite
 from .model import LoadedModel
 from .pacer import Pacer
@@ -164,6 +166,7 @@ class Session:
         self._schedule = Schedule.of(())
         self._tables: dict[str, Tensor] = {}
         self._rows = self._allocate_rows()
+        self._block_tables = BlockTables(model, {}, by_prompt=False)
         self._row = -1
         self._last_step = -1  # of any branch
         self._has_failed = False
@@ -342,7 +345,7 @@ class Session:
         self._has_failed = True  # until the step has ended well
         if step_index > state.last_step + 1:
             cache.rejoin(step_index)
-        self._select_row(step_index)
+        self._select_row(state, step_index)
         with self._timed("head"):
             state.head.run()
         with self._timed("decide"):
@@ -432,7 +435,7 @@ class Session:
         check_samples_one(self.manifest.latents, where, "schedules are fitted to one")
         self._place(inputs, f"branch '{branch}', step {step_index}")
         state = self._branch(branch)
-        self._select_row(step_index)
+        self._select_row(state, step_index)
         state.head.run()
         self.model.backend.synchronize()
         return OpenStep(self._shared[HIDDEN], state.body, state.finish, state.model_output)
@@ -511,13 +514,17 @@ class Session:
                 tables = allocate(graph.outputs, {"steps": steps}, self.model.device)
                 self.model.bind(name, {**given, **tables}).run()
                 self._tables |= tables
-            self.model.backend.synchronize()
+            self._block_tables.compute(self._tables, self.steps)
+            for branch in self._branches.values():
+                branch.body.forget_tables()
 
-    def _select_row(self, step_index: int) -> None:
+    def _select_row(self, branch: _Branch, step_index: int) -> None:
         """Put this step's rows where the bound calls read them; small copies, not hidden-sized."""
+        branch.body.select_row(step_index)
         if step_index != self._row:
             for name, row in self._rows.items():
                 row.copy_(self._tables[name].view(self.steps, -1)[step_index].view(row.shape))
+            self._block_tables.select(step_index)
             self._row = step_index
 
     def _place(self, inputs: Mapping[str, Tensor], place: str) -> None:
@@ -579,10 +586,14 @@ class Session:
                     record=self._recorder is not None,
                 )  # fmt: skip
                 branch.cache.reset(self._tables, self._schedule)
+        with self._timed("prepare"):
+            branch.body.modulate(self._tables, self.steps)
         return branch
 
     def _make_branch(self, name: str) -> _Branch:
-        body = Body(self.model, name, self._shared, self._prompts[name], self._dims)
+        body = Body(
+            self.model, name, self._shared, self._prompts[name], self._dims, self._block_tables
+        )
         outputs = allocate(self.manifest.graphs["finish"].outputs, body.dims, self.model.device)
         results = {f"{stream}_out": result for stream, result in body.results.items()}
         values = {**self._shared, **body.context, **results, **outputs}
@@ -595,7 +606,7 @@ class Session:
     ) -> None:
         assert self._recorder is not None, "called when recording"
         state = self._branches[branch]
-        buffers = {**self._shared, **state.body.context}
+        buffers = {**self._shared, **state.body.context, **state.body.first}
         signals: dict[str, Tensor] = {}
         for name, graph in self.manifest.graphs.items() if self._recorder.wants_signals else ():
             if graph.runs not in ("signal", "probe"):

@@ -135,6 +135,7 @@ TESTED_THROUGH = {
     "runtime/distributed/layout.py": "runtime/distributed/test_ranks.py",
     "runtime/distributed/shared_run.py": "runtime/distributed/test_sequence.py",
     "runtime/body.py": "runtime/test_session.py",
+    "runtime/buffers.py": "runtime/test_session.py",
     "runtime/branch_cache.py": "runtime/test_session.py",
     "runtime/decider.py": "tuning/test_replay.py",
     "runtime/forecast/fold.py": "tuning/test_replay.py",

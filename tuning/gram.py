@@ -22,7 +22,7 @@ from torch import Tensor
 from ..engines.base import BoundCall
 from ..policies.base import relative_change
 from ..policies.schedule import Schedule
-from ..runtime.body import allocate
+from ..runtime.buffers import allocate
 from ..runtime.model import LoadedModel
 from ..runtime.session import StepRecord
 

@@ -19,6 +19,7 @@ from ...core.errors import ExportError
 from .between import bring_into_blocks
 from .blocks import find_instances, find_templates
 from .classes import Classes, classify
+from .domain import place_limits
 from .extract import extract
 from .joint import divide_joint
 from .names import fresh_name, module_path, value_name
@@ -33,23 +34,19 @@ from .trace import Trace, trace, value_of
 from .vectors import spread_no_vectors
 from .words import Call, Cut, Instance, Runs, Segment, Template, is_operation, is_size
 
-__all__ = ["cut_model"]
+__all__ = ["AHEAD", "cut_model"]
 
 AHEAD: tuple[Runs, ...] = ("context", "modulation")
 """Parts of a block that are called before the first step."""
 
 
-def cut_model(
-    row: Row, model_class: Any, config: Mapping[str, Any], *, modulation: bool = True
-) -> Cut:
+def cut_model(row: Row, model_class: Any, config: Mapping[str, Any]) -> Cut:
     """Cut a transformer.
 
     Args:
         row: What it takes.
         model_class: The diffusers class.
         config: Its config.
-        modulation: Whether products of vectors that see the timestep leave their block for a
-            segment of their own.
 
     Raises:
         ExportError: it can't be traced, or a segment lacks a size.
@@ -57,6 +54,7 @@ def cut_model(
     whole: set[str] = set()
     while True:
         traced = trace(row, model_class, config, whole)
+        place_limits(traced)
         tidy(traced)
         divide_joint(traced, find_instances(traced))
         bring_into_blocks(traced, find_instances(traced))
@@ -72,7 +70,7 @@ def cut_model(
             break
         whole |= unequal
     classes = classify(traced, templates)
-    parts = partition(traced, instances, templates, classes, modulation=modulation)
+    parts = partition(traced, instances, templates, classes)
     told = {name: _last_of(traced, path) for name, path in row.signals.items()}
     return _Calls(row.model, traced, instances, templates, classes, parts, told).cut()
 

@@ -22,12 +22,13 @@ from ...bundle.streams import LATENTS, MODEL_OUTPUT, beside
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 from .alone import alone
-from .cut import cut_model
+from .cut import AHEAD, cut_model
 from .declared import Cut as Declared
 from .declared import Runs as GraphRuns
 from .declared import Segment as Graph
 from .declared import StoredDtype
 from .dimensions import Dimensions
+from .domain import limits_of
 from .names import fresh_name
 from .precision import typed
 from .reads import find_reads
@@ -60,8 +61,8 @@ INPUT_NAMES = {
 """Argument of a transformer's `forward` → the bundle's name for it."""
 
 MOMENTS: Mapping[str, GraphRuns] = {
-    "shape": "shape", "prompt": "prompt", "run": "run", "context": "prompt_block", "step": "step",
-    "block": "block",
+    "shape": "shape", "prompt": "prompt", "run": "run", "context": "prompt_block",
+    "modulation": "run_block", "step": "step", "block": "block",
 }  # fmt: skip
 """When a segment runs, in the cutter's words and in the bundle's."""
 
@@ -98,7 +99,7 @@ def declare(
 @lru_cache(maxsize=4)
 def _cut_of(row: Row, model_class: Any, config: str) -> Cut:
     """Cut a transformer, once for all precisions and all that ask again."""
-    return cut_model(row, model_class, json.loads(config), modulation=False)
+    return cut_model(row, model_class, json.loads(config))
 
 
 def _arguments(row: Row, config: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
@@ -169,7 +170,7 @@ class _Declaration:
             history_dtype="bfloat16" if self.precision == "bfloat16" else "float32",
             example_dims={n: s for n, s in examples.items() if n not in ("batch",)},
             latent_scale=self.row.latent_scale,
-            limits=self.dimensions.limits(),
+            limits=limits_of(self.cut.domain, self.dimensions.factors),
             sums=self.dimensions.sums,
             usual=self.row.usual,
             arguments=_arguments(self.row, self.config),
@@ -191,6 +192,9 @@ class _Declaration:
         for result, word in zip(self.cut.results, latents.values(), strict=True):
             words[result] = beside(word, LATENTS, MODEL_OUTPUT)
         streams = {"text", *self.streams.of.values()}
+        of_blocks: dict[
+            tuple[str, str], str
+        ] = {}  # a block's own, which all that are equal call so
         for call in self.cut.calls:
             for value in call.outputs:
                 if value in words:
@@ -198,10 +202,12 @@ class _Declaration:
                 if value in self.streams.of:
                     stream = self.streams.of[value]
                     words[value] = f"{stream}_out" if self._runs(call) == "block" else stream
-                elif call.block:
-                    words[value] = value.removeprefix(f"{call.block}.")
-                else:
-                    words[value] = fresh_name(value, {*words.values(), *streams})
+                    continue
+                own = call.segment, value.removeprefix(f"{call.block}.")
+                word = of_blocks.get(own) or fresh_name(own[1], {*words.values(), *streams})
+                words[value] = word
+                if call.block:
+                    of_blocks[own] = word
         return words
 
     def _aliases(self) -> dict[str, str]:
@@ -309,16 +315,17 @@ class _Declaration:
                 segment.inputs, arguments(segment.module), call.inputs, strict=True
             )
         }
+        if segment.runs == "modulation":
+            inputs = {name: _of_all_steps(spec) for name, spec in inputs.items()}
         for name in own.values():
             self._refuse_other_shapes(name, inputs[name])
         hidden_tables = tuple(self.words[v] for v in call.outputs if v in self.aliases)
-        batch = "steps" if segment.runs == "run" else "batch"
         specs = {
-            o: self.dimensions.spec(node, dtype, batch)
+            o: self.dimensions.spec(node, dtype)
             for o, node, dtype in zip(outputs, results(module), dtypes, strict=True)
         }
-        if segment.runs == "run":  # of a timestep that is one number, every step's is as well
-            specs = {o: TensorSpec(s.dtype, ("steps", *s.shape[1:])) for o, s in specs.items()}
+        if segment.runs in ("run", "modulation"):
+            specs = {output: _of_all_steps(spec) for output, spec in specs.items()}
         graph = Graph(
             segment.name, MOMENTS[segment.runs], made, inputs, specs, prefix, precision,
             dropped=(FEATURE,) if tapped else hidden_tables,
@@ -395,8 +402,16 @@ class _Declaration:
         if declared is not None:
             return self._inputs()[self.words[value]].spec
         made = self.maker.get(value)
-        is_row = made is not None and self._runs(made) == "run"
+        is_row = made is not None and (
+            self._runs(made) == "run"
+            or (self._runs(made) == "modulation" and not self._sees_prompt(made))
+        )
         return self.dimensions.spec(node, dtype, 1 if is_row else "batch")
+
+    def _sees_prompt(self, modulation: Call) -> bool:
+        """Say whether what a block makes ahead of the steps is another for each prompt."""
+        makers = [self.maker.get(value) for value in modulation.inputs]
+        return any(made is None or self._runs(made) == "prompt" for made in makers)
 
     def _prefixes(self, call: Call) -> tuple[str, str]:
         """Return what precedes weights' names: for any block, and for the first."""
@@ -406,8 +421,10 @@ class _Declaration:
         return f"{path}.{{block}}.", f"{call.block}."
 
     def _stages(self, tapped: str) -> tuple[StageEntry, ...]:
-        context = {
-            c.block: c.segment for c in self.cut.calls if c.block and self._runs(c) == "context"
+        ahead = {
+            (c.block, self._runs(c)): c.segment
+            for c in self.cut.calls
+            if c.block and self._runs(c) in AHEAD
         }
         stages = []
         for segment, group in groupby(self.streams.blocks, key=lambda call: call.segment):
@@ -433,25 +450,32 @@ class _Declaration:
                         "shares a graph between lists of blocks",
                         [prefix, call.block],
                     )
+            context, modulation = (ahead.get((calls[0].block, runs)) for runs in AHEAD)
             stages.append(
                 StageEntry(
                     block=segment,
-                    context=context.get(calls[0].block),
+                    context=context,
+                    modulation=modulation,
                     tapped=f"{segment}_tapped" if segment == tapped else None,
                     first=first,
                     count=len(calls),
                     skips=skips,
-                    reads=self._reads_of(segment, context.get(calls[0].block), calls),
+                    reads=self._reads_of((segment, context, modulation), calls),
                 )
             )
         return tuple(stages)
 
     def _reads_of(
-        self, block: str, context: str | None, calls: Sequence[Call]
+        self, segments: Sequence[str | None], calls: Sequence[Call]
     ) -> dict[str, list[str]]:
-        """Return what each block of a stage reads for itself, and its context."""
-        names = {n for s in (block, context) for n in self.reads.names.get(s or "", {}).values()}
+        """Return what each block of a stage reads for itself, in any of its segments."""
+        names = {n for s in segments for n in self.reads.names.get(s or "", {}).values()}
         return {
             name: [self._word(self.reads.values[name][call.block]) for call in calls]
             for name in sorted(names)
         }
+
+
+def _of_all_steps(spec: TensorSpec) -> TensorSpec:
+    """Return what a tensor is when all steps come in one batch; one number is every step's as well."""
+    return TensorSpec(spec.dtype, ("steps", *spec.shape[1:]))

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from ...bundle.manifest import InputEntry, StageEntry, SumTerm
+from ...bundle.manifest import InputEntry, LimitEntry, StageEntry, SumTerm
 from ...bundle.streams import HIDDEN
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
@@ -28,13 +28,13 @@ __all__ = [
 ]
 
 Runs = Literal[
-    "prompt", "prompt_block", "run", "shape", "step", "signal", "probe", "block", "computed",
-    "reused", "text_encoder", "vae_decode", "part", "attention",
+    "prompt", "prompt_block", "run", "run_block", "shape", "step", "signal", "probe", "block",
+    "computed", "reused", "text_encoder", "vae_decode", "part", "attention",
 ]  # fmt: skip
-"""When a graph runs: once per prompt, once per prompt and block, once per run, once per latent
-shape, every step, on steps whose policy wants its signal, after a probed first block, once per
-block of a computed step, after a computed body, on a reused step, before and after the loop; over
-ranks that share a sequence, in place of the graph that it is a part of."""
+"""When a graph runs: once per prompt, once per prompt and block, once per run, once per run and
+block, once per latent shape, every step, on steps whose policy wants its signal, after a probed first
+block, once per block of a computed step, after a computed body, on a reused step, before and after
+the loop; over ranks that share a sequence, in place of the graph that it is a part of."""
 
 StoredDtype = Callable[[str], str]
 """Checkpoint tensor name → dtype it is stored in."""
@@ -95,7 +95,7 @@ class Cut:
         history_dtype: dtype in which residuals are kept.
         example_dims: Sizes to trace with.
         latent_scale: Frames and pixels per latent, where the VAE's config does not tell.
-        limits: Dimension → the largest size that the model has positions for.
+        limits: Dimension → the largest size that the model has positions for, and where.
         usual: Dimension of the prompt's inputs that no config tells → what it usually is.
     """
 
@@ -108,7 +108,7 @@ class Cut:
     history_dtype: str
     example_dims: Mapping[str, int] = field(default_factory=dict)
     latent_scale: tuple[int, int] = (4, 8)
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, LimitEntry] = field(default_factory=dict)
     sums: Mapping[str, tuple[SumTerm, ...]] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
     usual: Mapping[str, int] = field(default_factory=dict)
@@ -151,12 +151,19 @@ class Cut:
             for index in self.blocks_of(segment.name)
         }
 
+    def reads_prompt(self, stage: StageEntry) -> bool:
+        """Tell whether what a stage's ``modulation`` makes is another for each prompt."""
+        given = {n: s for s in self.segments for n in s.outputs}
+        (graph,) = (s for s in self.segments if s.name == stage.modulation)
+        read = {v for n in graph.inputs for v in stage.reads.get(n, (n,))}
+        return any(v not in given or given[v].runs == "prompt" for v in read)
+
     def blocks_of(self, segment: str) -> list[int]:
         """Return which blocks' weights a segment takes; one nominal block outside ``body``."""
         blocks = [
             block
             for stage in self.stages
-            if segment in (stage.block, stage.context, stage.tapped)
+            if segment in (stage.block, stage.context, stage.modulation, stage.tapped)
             for block in range(stage.first, stage.first + stage.count)
         ]
         return blocks or [0]

@@ -68,19 +68,6 @@ class Dimensions:
             found |= {n: sizes.get(n, 1) * self.row.packed for n in ("height", "width")}
         return all_dims(self.factors, self.sums, found)
 
-    def limits(self) -> dict[str, int]:
-        """Return how far each size of the latents may go, where the model has tables."""
-        limits: dict[str, int] = {}
-        multiples = {dim: by for factors in self.factors.values() for dim, by in factors}
-        for one in self.cut.domain:
-            condition = one.condition
-            if isinstance(condition, sympy.Le) and condition.args[0].is_Symbol:
-                name, most = str(condition.args[0]), condition.args[1]
-                if name in ("frames", "height", "width") and most.is_Integer:
-                    by = multiples.get(name, 1)
-                    limits[name] = min(int(most) // by * by, limits.get(name, int(most)))
-        return limits
-
     def _factors(self) -> dict[str, tuple[DimFactor, ...]]:
         """Say how tokens, and tokens of a frame, follow from the sizes of the latents."""
         if self.row.packed:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
-from ...bundle.manifest import InputEntry, StageEntry, SumTerm
+from ...bundle.manifest import InputEntry, LimitEntry, StageEntry, SumTerm
 from ...bundle.reader import Bundle
 from ...core.dtypes import Precision
 from ...core.errors import BundleError
@@ -104,7 +104,7 @@ class _Document(_Model):
     history_dtype: str
     example_dims: dict[str, int]
     latent_scale: tuple[int, int]
-    limits: dict[str, int]
+    limits: dict[str, LimitEntry]
     sums: dict[str, tuple[SumTerm, ...]]
     unread: list[str]
     usual: dict[str, int]

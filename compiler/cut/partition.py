@@ -72,10 +72,8 @@ def partition(
     instances: Sequence[Instance],
     templates: Sequence[Template],
     classes: Classes,
-    *,
-    modulation: bool = True,
 ) -> Partition:
-    """Divide a traced graph; without ``modulation`` a block computes that itself at every step."""
+    """Divide a traced graph."""
     owner = {node: k for k, i in enumerate(instances) for node in i.nodes}
     live = _live(trace, instances, owner)
     place = _places(trace, owner, live, classes)
@@ -94,7 +92,7 @@ def partition(
         region.again = again.get(region.name, ())
     return Partition(
         [region for _, region in sorted(regions.items(), key=lambda item: item[0])],
-        [_block_parts(t.instances[0], classes, modulation=modulation) for t in templates],
+        [_block_parts(t.instances[0], classes) for t in templates],
         live,
     )
 
@@ -213,12 +211,10 @@ def _bring_home(
             place[node] = home
 
 
-def _block_parts(
-    instance: Instance, classes: Classes, *, modulation: bool
-) -> dict[Runs, list[int]]:
+def _block_parts(instance: Instance, classes: Classes) -> dict[Runs, list[int]]:
     """Divide a block: what it makes once per prompt, what once per run, and all else."""
     context = _context(instance, classes)
-    tabulated = _modulation(instance, classes) - context if modulation else set()
+    tabulated = _modulation(instance, classes) - context
     parts: dict[Runs, list[int]] = {"context": [], "modulation": [], "block": []}
     for i, node in enumerate(instance.nodes):
         runs: Runs = "block"

@@ -30,13 +30,15 @@ class StepFlops:
         segments: Graph name → operations of one run of it; block templates once.
         computed: Of a computed step, the signal's segment excepted.
         reused: Of a reused step, likewise.
-        prompt: Once per prompt: text states to every block's context.
+        prompt: Once per prompt: text states to every block's context, and tables that see it.
+        run: Once per run: what is made of all timesteps alone.
     """
 
     segments: Mapping[str, int]
     computed: int
     reused: int
     prompt: int
+    run: int
 
 
 def flops_of(segment: Segment, dims: Mapping[str, int]) -> int:
@@ -86,9 +88,14 @@ def step_flops(cut: Cut, dims: Mapping[str, int], slots: int = 1) -> StepFlops:
     body = sum(counted[s.block] * s.count for s in cut.stages)
     context = sum(counted[s.context] * s.count for s in cut.stages if s.context is not None)
     prompt = sum(counted[s.name] for s in cut.segments if s.runs == "prompt")
+    modulation = dict.fromkeys((False, True), 0)
+    for stage in cut.stages:
+        if stage.modulation is not None:
+            modulation[cut.reads_prompt(stage)] += counted[stage.modulation] * stage.count
     return StepFlops(
         segments=counted,
         computed=around + body + counted["delta"],
         reused=around + counted["reuse"],
-        prompt=prompt + context,
+        prompt=prompt + context + modulation[True],
+        run=sum(counted[s.name] for s in cut.segments if s.runs == "run") + modulation[False],
     )

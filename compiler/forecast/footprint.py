@@ -152,10 +152,11 @@ def footprint_of(
     sized = {n: _bytes(i.spec, dims) for n, i in cut.inputs.items()}
     tables = _outputs(cut, ("run",), dims)
     rows = {n: b // dims["steps"] for n, b in tables.items()}
+    of_blocks = {by_prompt: _block_table_bytes(cut, dims, by_prompt) for by_prompt in (False, True)}
     shared = {n: sized[n] for n, i in cut.inputs.items() if i.runs == "step"}
     shared |= _outputs(cut, ("shape",), dims)
     shared["hidden states"] = HIDDEN_BUFFERS * _bytes_of(cut.cached, dims)
-    shared["timestep tables"] = sum(tables.values()) + sum(rows.values())
+    shared["timestep tables"] = sum(tables.values()) + sum(rows.values()) + of_blocks[False]
     prompt = sum(b for n, b in sized.items() if cut.inputs[n].runs == "prompt")
     pairs = sum(
         stage.count * _bytes(spec, dims)
@@ -174,12 +175,13 @@ def footprint_of(
             **_outputs(cut, ("prompt",), dims),
             "context keys and values": pairs,
             "skip connections": _skip_bytes(cut, dims),
+            "timestep tables": of_blocks[True],
             "model_output": _bytes_of(_segment(cut, "finish").outputs, dims),
         },
         activation_bytes={
             s.name: activation_bytes(s, dims)
             for s in cut.segments
-            if s.runs in ("prompt", "prompt_block", "step", "block")
+            if s.runs in ("prompt", "prompt_block", "run_block", "step", "block")
         },
         caches={n: cache_bytes(cut, dims, s, specs[s.policy]) for n, s in settings.items()},
     )
@@ -191,7 +193,7 @@ def _weight_bytes(cut: Cut) -> int:
 
 def _offloaded_bytes(cut: Cut) -> int:
     """Return the bytes of weights on the device where `runtime.offload` holds those of blocks."""
-    templates = {name for stage in cut.stages for name in (stage.block, stage.context)}
+    templates = {n for s in cut.stages for n in (s.block, s.context, s.modulation)}
     tapped = {stage.tapped for stage in cut.stages}  # shares its block's
     once = [s for s in cut.segments if s.name not in templates | tapped]
     resident = _weight_bytes(replace(cut, segments=tuple(once)))
@@ -201,6 +203,19 @@ def _offloaded_bytes(cut: Cut) -> int:
             all_bytes = _weight_bytes(replace(cut, segments=(segment,)))
             resident += all_bytes // len(blocks) * min(SLABS, len(blocks))
     return resident
+
+
+def _block_table_bytes(cut: Cut, dims: Mapping[str, int], by_prompt: bool) -> int:
+    """Return the bytes of what blocks make of the timesteps: all steps', and the current one's row."""
+    batch = dims.get("batch", 1) if by_prompt else 1
+    sized = {**dims, "steps": dims["steps"] * batch}
+    total = 0
+    for stage in cut.stages:
+        if stage.modulation is None or cut.reads_prompt(stage) != by_prompt:
+            continue
+        table = _bytes_of(_segment(cut, stage.modulation).outputs, sized)
+        total += stage.count * (table + table // dims["steps"])
+    return total
 
 
 def _skip_bytes(cut: Cut, dims: Mapping[str, int]) -> int:

@@ -68,7 +68,9 @@ def describe_flops(cut: Cut, dims: Mapping[str, int], size: Size) -> dict[str, A
         "computed_step": flops.computed,
         "reused_step": flops.reused,
         "prompt": flops.prompt,
-        "uncached_run": branches_of(cut, size) * (size.steps * flops.computed + flops.prompt),
+        "run": flops.run,
+        "uncached_run": flops.run
+        + branches_of(cut, size) * (size.steps * flops.computed + flops.prompt),
     }
 
 
@@ -87,6 +89,8 @@ def render_forecast(data: Mapping[str, Any]) -> list[str]:
     per_step += [
         ["computed step", "", operations(flops["computed_step"])],
         ["reused step", "", operations(flops["reused_step"])],
+        ["once per prompt", "", operations(flops["prompt"])],
+        ["once per run", "", operations(flops["run"])],
         ["uncached run", "", operations(flops["uncached_run"])],
     ]
     caches = [

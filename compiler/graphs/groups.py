@@ -100,7 +100,8 @@ def write_groups(
         template = graphs[stage.tapped or stage.block]
         model = ir.load(bundle / template.file)
         context = graphs[stage.context].outputs if stage.context is not None else {}
-        apart = [n for n in (*stage.skips, *stage.reads) if n in template.inputs]
+        rows = graphs[stage.modulation].outputs if stage.modulation is not None else {}
+        apart = [n for n in (*rows, *stage.skips, *stage.reads) if n in template.inputs]
         own = {**context, **{n: template.inputs[n] for n in apart}}
         place = before - stage.first
         groups = []
@@ -141,7 +142,8 @@ def stitch_blocks(
         template: A block's graph with weights as inputs; left as it is.
         blocks: Block indices in order.
         entry: The template's manifest entry: says which inputs are weights, and of what name.
-        own_inputs: Inputs that differ between blocks: context, skip connections, values of their own.
+        own_inputs: Inputs that differ between blocks: context, rows of tables, skip connections, values
+            of their own.
         tensors: Where the weights lie below ``bundle``.
         bundle: The bundle's folder.
         feature_block: Block whose ``attention_output`` becomes an output, if it is in the group.

@@ -340,7 +340,7 @@ def _references(
     for stage in manifest.stages:
         if graph == stage.tapped:
             blocks = [manifest.feature_block]
-        elif graph in (stage.block, stage.context):
+        elif graph in (stage.block, stage.context, stage.modulation):
             last = stage.first + stage.count - 1
             blocks = sorted({stage.first, (stage.first + last) // 2, last})
         else:
@@ -357,8 +357,8 @@ def _group_reference(
     )
     segment = segments[stage.block]
     blocks = range(group.first, group.first + group.count)
-    context = segments[stage.context].outputs if stage.context is not None else {}
-    own = frozenset({*context, *stage.skips, *stage.reads})
+    ahead = [segments[n].outputs for n in (stage.context, stage.modulation) if n is not None]
+    own = frozenset({n for made in ahead for n in made} | stage.skips.keys() | stage.reads.keys())
     reference = Reference(segment, [_weights(bundle, segment, b) for b in blocks], blocks, own)
     taps = {
         **{n: f"{n}.{blocks[-1]}" for n in segment.outputs if n.endswith("_out")},

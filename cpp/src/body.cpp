@@ -41,24 +41,10 @@ Status add_prompt_dims(const Manifest& manifest, const std::string& branch, cons
 
 }  // namespace
 
-Status BufferSet::allocate(Memory& memory, const std::string& name, const Io& io, const Dims& dims,
-                           Tensors& views) {
-  FREEWHEEL_ASSIGN(const Shape shape, shape_of(name, io, dims));
-  FREEWHEEL_ASSIGN(Buffer buffer, Buffer::create(memory, io.dtype, shape));
-  views[name] = buffer.view();
-  buffers_.push_back(std::move(buffer));
-  return {};
-}
-
-Status BufferSet::allocate(Memory& memory, const std::map<std::string, Io>& entries,
-                           const Dims& dims, Tensors& views) {
-  for (const auto& [name, io] : entries) FREEWHEEL_TRY(allocate(memory, name, io, dims, views));
-  return {};
-}
-
 Result<std::unique_ptr<Body>> Body::create(Model& model, std::size_t expert,
                                            const std::string& branch, const Tensors& shared,
-                                           const Tensors& prompt, const Dims& dims) {
+                                           const Tensors& prompt, const Dims& dims,
+                                           const BlockTables& tables) {
   auto body = std::make_unique<Body>();
   const Manifest& manifest = model.manifest();
   Memory& memory = model.memory();
@@ -67,6 +53,8 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, std::size_t expert,
   body->dims_ = dims;
   FREEWHEEL_TRY(add_prompt_dims(manifest, branch, prompt, body->dims_));
   FREEWHEEL_ASSIGN(body->dims_, derive_dims(manifest, body->dims_));
+  FREEWHEEL_ASSIGN(body->tables_,
+                   BlockTables::create(model, expert, body->dims_, /*by_prompt=*/true));
   for (const auto& [name, tensor] : prompt) {
     FREEWHEEL_TRY(body->buffers_.allocate(memory, name, manifest.inputs.at(name), body->dims_,
                                           body->prompt_));
@@ -90,20 +78,32 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, std::size_t expert,
       for (const std::int64_t place : skip.blocks) body->wanted_.insert({skip.stream, place});
     }
   }
-  for (const StageEntry& stage : manifest.stages) FREEWHEEL_TRY(body->bind_stage(stage));
+  for (std::size_t index = 0; index < manifest.stages.size(); ++index) {
+    FREEWHEEL_TRY(body->bind_stage(index, tables));
+  }
   return body;
 }
 
-Status Body::bind_stage(const StageEntry& stage) {
+Status Body::bind_stage(std::size_t index, const BlockTables& tables) {
+  const StageEntry& stage = model_->manifest().stages[index];
+  const bool is_first =
+      first_.empty() && model_->manifest().graphs.at(stage.block).outputs.count("hidden_out") != 0;
   const std::int64_t place_of_0 = before_ - stage.first;
   before_ += stage.count;
   // What each block alone reads, named with its index for groups.
   Tensors grouped = values_;
   for (std::int64_t block = stage.first; block < stage.first + stage.count; ++block) {
-    Tensors values = values_;
+    Tensors own;
     for (const auto& [name, read] : stage.reads) {
-      const std::string& value = read[static_cast<std::size_t>(block - stage.first)];
-      grouped[name + "." + std::to_string(block)] = values[name] = values_.at(value);
+      own[name] = values_.at(read[static_cast<std::size_t>(block - stage.first)]);
+    }
+    for (const BlockTables* made : {&tables, static_cast<const BlockTables*>(tables_.get())}) {
+      for (const auto& [name, row] : made->rows(index, block)) own[name] = row;
+    }
+    if (is_first && block == stage.first) first_ = own;
+    Tensors values = values_;
+    for (const auto& [name, tensor] : own) {
+      grouped[name + "." + std::to_string(block)] = values[name] = tensor;
     }
     if (stage.context) {
       const auto& outputs = model_->manifest().graphs.at(*stage.context).outputs;
@@ -199,7 +199,23 @@ Status Body::set_prompt(const Tensors& prompt) {
     FREEWHEEL_TRY(model_->memory().upload(prompt_.at(name).data, tensor.data, tensor.bytes()));
   }
   for (const auto& call : prompt_calls_) FREEWHEEL_TRY(call->run());
+  forget_tables();
   return model_->memory().synchronize();
+}
+
+Status Body::modulate(const Tensors& tables, std::int64_t steps) {
+  if (is_modulated_) return {};
+  FREEWHEEL_TRY(tables_->compute(tables, steps, values_));
+  is_modulated_ = true;
+  row_ = -1;
+  return {};
+}
+
+Status Body::select_row(std::int64_t step_index) noexcept {
+  if (step_index == row_) return {};
+  FREEWHEEL_TRY(tables_->select(step_index));
+  row_ = step_index;
+  return {};
 }
 
 bool Body::fits(const Tensors& prompt) const {

@@ -12,23 +12,12 @@
 #include <utility>
 #include <vector>
 
+#include "block_tables.h"
+#include "buffer_set.h"
 #include "cancellation.h"
 #include "freewheel/model.h"
 
 namespace freewheel {
-
-/// Owns buffers for declared tensors.
-class BufferSet {
- public:
-  /// Allocates one buffer per entry, and adds its view to `views`.
-  Status allocate(Memory& memory, const std::map<std::string, Io>& entries, const Dims& dims,
-                  Tensors& views);
-  Status allocate(Memory& memory, const std::string& name, const Io& io, const Dims& dims,
-                  Tensors& views);
-
- private:
-  std::vector<Buffer> buffers_;
-};
 
 /// Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
 /// Hidden states go from `hidden` (kept, for the residual) through two alternating buffers that all
@@ -38,12 +27,23 @@ class BufferSet {
 class Body {
  public:
   /// Allocates the branch's context and binds every block of an expert; `set_prompt` fills it.
+  /// @param tables Those that blocks make without the prompt; outlive the body.
   static Result<std::unique_ptr<Body>> create(Model& model, std::size_t expert,
                                               const std::string& branch, const Tensors& shared,
-                                              const Tensors& prompt, const Dims& dims);
+                                              const Tensors& prompt, const Dims& dims,
+                                              const BlockTables& tables);
 
   /// Computes the context of every block for this prompt (host tensors, of the declared dtypes).
   Status set_prompt(const Tensors& prompt);
+
+  /// Notes that blocks have to make their tables again: the run's, or the prompt, are others.
+  void forget_tables() noexcept { is_modulated_ = false; }
+
+  /// Has blocks make their tables of the run's, unless these are known.
+  Status modulate(const Tensors& tables, std::int64_t steps);
+
+  /// Puts a step's rows of the blocks' tables where their calls read them.
+  Status select_row(std::int64_t step_index) noexcept;
 
   /// Whether another prompt has the shapes that this body was bound for.
   bool fits(const Tensors& prompt) const;
@@ -71,6 +71,9 @@ class Body {
   /// Everything that graphs of this branch may bind: what branches share, the prompt's inputs and
   /// what its graph made of them.
   const Tensors& values() const noexcept { return values_; }
+
+  /// What the first block that passes `hidden` on reads for itself.
+  const Tensors& first() const noexcept { return first_; }
 
   /// Every named dimension, those of the prompt included.
   const Dims& dims() const noexcept { return dims_; }
@@ -104,7 +107,7 @@ class Body {
 
   Status run(int tap, const Cancellation& cancellation, std::size_t first,
              std::size_t end) noexcept;
-  Status bind_stage(const StageEntry& stage);
+  Status bind_stage(std::size_t index, const BlockTables& tables);
   Status bind_tapped();
   Status advance(const std::string& stream, const Io& io, Tensor& target);
   Status add_call(const std::string& graph, std::int64_t first, std::int64_t count, Tensors values,
@@ -116,7 +119,10 @@ class Body {
   std::size_t expert_ = 0;
   Dims dims_;
   BufferSet buffers_;
-  Tensors prompt_, values_;
+  Tensors prompt_, values_, first_;
+  std::unique_ptr<BlockTables> tables_;  // those that see the prompt
+  bool is_modulated_ = false;
+  std::int64_t row_ = -1;
   std::map<std::string, Stream> streams_;
   std::set<std::pair<std::string, std::int64_t>> wanted_;  // streams that later stages read, as a
   std::map<std::pair<std::string, std::int64_t>, Tensor> kept_;  // block at that place leaves them

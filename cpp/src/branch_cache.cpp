@@ -124,6 +124,7 @@ Status BranchCache::bind_signal(const Tensors& shared, const Dims& dims) {
     return {};
   }
   Tensors values = shared;
+  for (const auto& [name, tensor] : body_->first()) values[name] = tensor;
   if (is_probed_) values["hidden_out"] = body_->probe_out();
   const Io& io = model_->manifest().graphs.at(signal_graph_).outputs.at(signal_->value);
   for (std::size_t spot = 0; spot < roles_.count(); ++spot) {

@@ -81,6 +81,14 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
     }
     dims[name] = sum;
   }
+  for (const auto& [name, limit] : manifest.limits) {
+    const auto found = dims.find(name);
+    if (found == dims.end() || found->second <= limit.most) continue;
+    return Status(Code::kRequest, "dimension '" + name + "'",
+                  "is " + std::to_string(found->second) + ", the model has positions for " +
+                      std::to_string(limit.most) + ": " + limit.where,
+                  "choose a smaller size");
+  }
   return dims;
 }
 

@@ -27,6 +27,7 @@ Status Expert::initialise() {
   for (const auto& [name, entry] : manifest().inputs) {
     if (entry.runs == "step") step_inputs_.push_back({name, &entry, {}});
   }
+  FREEWHEEL_ASSIGN(block_tables_, BlockTables::create(model_, index_, {}, /*by_prompt=*/false));
   // The rows of per-run tables, shaped as the graphs that read them declare.
   for (const auto& [graph_name, graph] : manifest().graphs) {
     if (graph.runs != "run") continue;
@@ -119,6 +120,10 @@ Status Expert::compute_tables(const std::vector<double>& timesteps) {
                     "has rows of another size than the graphs that read them",
                     "build the bundle again");
     }
+  }
+  FREEWHEEL_TRY(block_tables_->compute(values, steps, {}));
+  for (const auto& branch : branches_) {
+    if (branch->body != nullptr) branch->body->forget_tables();
   }
   table_buffers_ = std::move(buffers);
   tables_ = std::move(values);
@@ -249,8 +254,9 @@ Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
 Status Expert::bind_branch(Branch& branch) {
   if (branch.body == nullptr) {
     const Timed timed(statistics_, Segment::kPrepare);
-    FREEWHEEL_ASSIGN(std::unique_ptr<Body> body,
-                     Body::create(model_, index_, branch.name, shared_, branch.prompt, dims_));
+    FREEWHEEL_ASSIGN(
+        std::unique_ptr<Body> body,
+        Body::create(model_, index_, branch.name, shared_, branch.prompt, dims_, *block_tables_));
     FREEWHEEL_TRY(body->set_prompt(branch.prompt));
     Tensors values = body->values();
     values["hidden_out"] = body->hidden_out();
@@ -281,21 +287,24 @@ Status Expert::bind_branch(Branch& branch) {
     FREEWHEEL_TRY(cache->reset(tables_, schedule_));
     branch.cache = std::move(cache);
   }
-  return {};
+  const Timed timed(statistics_, Segment::kPrepare);
+  return branch.body->modulate(tables_, steps());
 }
 
 Result<Expert::Branch*> Expert::ready_branch(std::string_view name) {
   for (const auto& branch : branches_) {
     if (branch->name != name) continue;
-    if (branch->cache == nullptr) FREEWHEEL_TRY(bind_branch(*branch));
+    FREEWHEEL_TRY(bind_branch(*branch));
     return branch.get();
   }
   return Status(Code::kRequest, "branch '" + std::string(name) + "'", "has no prompt",
                 "call set_prompt() first");
 }
 
-Status Expert::select_row(std::int64_t step_index) {
+Status Expert::select_row(Branch& branch, std::int64_t step_index) {
+  FREEWHEEL_TRY(branch.body->select_row(step_index));
   if (step_index == row_) return {};
+  FREEWHEEL_TRY(block_tables_->select(step_index));
   for (const Row& row : rows_) {
     const std::size_t bytes = row.row.bytes();
     const auto* source =
@@ -354,7 +363,7 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   DecisionRecord decision;
   {
     const Timed timed(statistics_, Segment::kHead);
-    FREEWHEEL_TRY(select_row(step_index));
+    FREEWHEEL_TRY(select_row(*branch, step_index));
     FREEWHEEL_TRY(branch->head->run());
   }
   {

@@ -98,7 +98,7 @@ class Expert {
   }
   Status initialise();
   Status compute_tables(const std::vector<double>& timesteps);
-  Status select_row(std::int64_t step_index);
+  Status select_row(Branch& branch, std::int64_t step_index);
   Status place(const NamedTensor* inputs, std::size_t count);
   Status allocate(const NamedTensor* inputs, std::size_t count);
   Result<Branch*> ready_branch(std::string_view name);
@@ -119,6 +119,7 @@ class Expert {
   std::vector<double> timesteps_;  // that the tables are of
   BufferSet table_buffers_, row_buffers_, shared_buffers_;
   Tensors tables_, rows_views_, shared_;
+  std::unique_ptr<BlockTables> block_tables_;  // those that see no prompt
   std::vector<Row> rows_;
   std::int64_t row_ = -1;
   bool is_one_decision_ = false;

@@ -101,6 +101,11 @@ void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
       }
     }
   }
+  for (const auto& [name, entry] : reader.object(data, "", "limits", true).items()) {
+    const std::string path = "limits." + name;
+    manifest.limits[name] = {reader.integer(entry, path, "most", 1, kMaxSize),
+                             reader.text(entry, path, "where")};
+  }
   const json& scale = reader.object(data, "", "latent_scale");
   manifest.latent_scale.frames =
       reader.integer(scale, "latent_scale", "frames", 1, kMaxLatentScale);
@@ -125,6 +130,7 @@ void read_model(FieldReader& reader, const json& data, Manifest& manifest) {
     StageEntry stage;
     stage.block = reader.text(stages[i], path, "block");
     stage.context = reader.optional_text(stages[i], path, "context");
+    stage.modulation = reader.optional_text(stages[i], path, "modulation");
     stage.tapped = reader.optional_text(stages[i], path, "tapped");
     stage.first = reader.integer(stages[i], path, "first", 0, kMaxBlocks);
     stage.count = reader.integer(stages[i], path, "count", 1, kMaxBlocks);
@@ -273,13 +279,49 @@ void check_reads(FieldReader& reader, const Manifest& manifest) {
         reader.fault(path, "names " + std::to_string(values.size()) + " values for " +
                                std::to_string(stage.count) + " blocks");
       }
-      if (!takes(stage.block, name) && !takes(stage.context.value_or(""), name)) {
+      if (!takes(stage.block, name) && !takes(stage.context.value_or(""), name) &&
+          !takes(stage.modulation.value_or(""), name)) {
         reader.fault(path, "is no input of the stage's graphs");
       }
       for (const std::string& value : values) {
         if (given.count(value) == 0) {
           reader.fault(path, "names '" + value + "', which nothing gives before the blocks");
         }
+      }
+    }
+  }
+}
+
+/// Checks that what blocks make of the timesteps is read by their graphs, and made of what is given
+/// before the steps.
+void check_modulation(FieldReader& reader, const Manifest& manifest) {
+  std::set<std::string> given;
+  for (const auto& [name, graph] : manifest.graphs) {
+    if (graph.runs != "prompt" && graph.runs != "run") continue;
+    for (const auto& [output, io] : graph.outputs) given.insert(output);
+  }
+  for (const auto& [name, input] : manifest.inputs) {
+    if (input.runs == "prompt") given.insert(name);
+  }
+  for (std::size_t i = 0; i < manifest.stages.size(); ++i) {
+    const StageEntry& stage = manifest.stages[i];
+    const auto graph = manifest.graphs.find(stage.modulation.value_or(""));
+    const auto block = manifest.graphs.find(stage.block);
+    if (graph == manifest.graphs.end() || block == manifest.graphs.end()) continue;
+    const std::string path = "stages." + std::to_string(i) + ".modulation";
+    if (graph->second.runs != "run_block") {
+      reader.fault(path, "runs as '" + graph->second.runs + "', not as 'run_block'");
+    }
+    if (graph->second.inputs.empty()) reader.fault(path, "takes no table");
+    for (const auto& [name, io] : graph->second.outputs) {
+      if (block->second.inputs.count(name) == 0) {
+        reader.fault(path, "gives '" + name + "', which the stage's block does not take");
+      }
+    }
+    for (const auto& [name, io] : graph->second.inputs) {
+      if (io.shape.empty()) reader.fault(path, "takes '" + name + "', which has no rows");
+      if (stage.reads.count(name) == 0 && given.count(name) == 0) {
+        reader.fault(path, "takes '" + name + "', which nothing gives before the steps");
       }
     }
   }
@@ -336,10 +378,12 @@ void check_references(FieldReader& reader, const Manifest& manifest) {
     const std::string path = "stages." + std::to_string(i);
     wants_graph(path + ".block", stage.block);
     if (stage.context) wants_graph(path + ".context", *stage.context);
+    if (stage.modulation) wants_graph(path + ".modulation", *stage.modulation);
     if (stage.tapped) wants_graph(path + ".tapped", *stage.tapped);
     for (const GroupEntry& group : stage.groups) wants_graph(path + ".groups", group.graph);
   }
   check_reads(reader, manifest);
+  check_modulation(reader, manifest);
   check_skips(reader, manifest);
   for (const auto& [name, policy] : manifest.policies) {
     wants_graph("policies." + name + ".graph", policy.graph);
@@ -424,12 +468,31 @@ const Io* Manifest::row_of(const std::string& table) const {
     }
   }
   for (const auto& [graph_name, graph] : graphs) {
+    if (graph.runs == "run_block") continue;  // takes the whole table
     for (const std::string& name : names) {
       const auto input = graph.inputs.find(name);
       if (input != graph.inputs.end()) return &input->second;
     }
   }
   return nullptr;
+}
+
+bool Manifest::reads_prompt(const std::string& modulation) const {
+  std::set<std::string> read;
+  for (const auto& [name, io] : graphs.at(modulation).inputs) read.insert(name);
+  for (const StageEntry& stage : stages) {
+    if (stage.modulation != modulation) continue;
+    for (const auto& [name, values] : stage.reads) {
+      if (read.count(name) != 0) read.insert(values.begin(), values.end());
+    }
+  }
+  return std::any_of(read.begin(), read.end(), [&](const std::string& name) {
+    const auto input = inputs.find(name);
+    if (input != inputs.end()) return input->second.runs == "prompt";
+    return std::any_of(graphs.begin(), graphs.end(), [&](const auto& graph) {
+      return graph.second.runs == "prompt" && graph.second.outputs.count(name) != 0;
+    });
+  });
 }
 
 Result<Manifest> Manifest::parse(const std::string& text, const std::string& where) {

@@ -175,8 +175,9 @@ Result<std::unique_ptr<BoundCall>> OffloadedWeights::bind(
   std::set<std::string> key;
   std::map<std::string, std::string> names;  // pattern → tensor
   for (const auto& [input, pattern] : patterns) {
-    key.insert(pattern);
     names[pattern] = weights.at(input);
+    FREEWHEEL_ASSIGN(const Tensor weight, read_(names[pattern]));
+    key.insert(pattern + " " + weight.shape.text());
   }
   Lane* lane = nullptr;
   {

@@ -36,7 +36,7 @@ class OffloadedWeights {
   ~OffloadedWeights();
 
   /// Binds one block of a template. Templates that share their tensors (a block and its tapped
-  /// variant) share the copies.
+  /// variant) share the copies; those whose tensors have other shapes do not.
   ///
   /// `bindings` holds everything but the weights; `weights` names them: input → tensor.
   Result<std::unique_ptr<BoundCall>> bind(Engine& engine, Tensors bindings,

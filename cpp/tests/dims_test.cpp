@@ -39,6 +39,18 @@ TEST_F(DimsTest, AConfigOfAnotherSizeIsWarnedOfAndFarBeyondRefused) {
   EXPECT_NE(check_geometry(*parsed, "huge", huge, true)->find("20 times"), std::string::npos);
 }
 
+TEST_F(DimsTest, ASizeBeyondTheModelsTablesIsRefusedWithItsPlace) {
+  manifest_["limits"]["height"] = {{"most", 4}, {"where", "module 'rope' (model.py:3)"}};
+  const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  EXPECT_TRUE(latent_shape(*parsed, 5, 32, 48).ok());
+  const auto refused = latent_shape(*parsed, 5, 48, 48);
+  ASSERT_EQ(refused.status().code(), Code::kRequest);
+  EXPECT_EQ(refused.status().message(),
+            "dimension 'height': is 6, the model has positions for 4: module 'rope' (model.py:3); "
+            "choose a smaller size");
+}
+
 TEST_F(DimsTest, LatentsTakeTheShapeThatTheModelGives) {
   const auto parsed = Manifest::parse(manifest_.dump(), "manifest.json");
   ASSERT_TRUE(parsed.ok()) << parsed.status().message();

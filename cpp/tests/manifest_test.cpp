@@ -201,6 +201,25 @@ TEST_F(ManifestTest, DanglingNamesAreFaults) {
   expect_holds(fault(read("temb", 1)), "names 1 values for 3 blocks");
   expect_holds(fault(read("temb", 3, "none")), "reads.none' is no input of the stage's graphs");
   expect_holds(fault(read("hidden", 3)), "names 'hidden', which nothing gives before the blocks");
+  const auto modulate = [](const char* takes, const char* gives, const char* runs = "run_block") {
+    return [=](json& m) {
+      const json table = {{"dtype", "float32"}, {"shape", {"steps", 4}}};
+      json& graph = m["graphs"]["modulation"] = m["graphs"]["prompt"];
+      graph["runs"] = runs;
+      graph["inputs"] = json::object({{takes, table}});
+      graph["outputs"] = json::object({{gives, table}});
+      m["graphs"]["block"]["inputs"]["emb"] = table;
+      m["stages"][0]["modulation"] = "modulation";
+    };
+  };
+  EXPECT_EQ(fault(modulate("temb", "emb")), "ok");
+  expect_holds(fault(modulate("temb", "emb", "run")), "runs as 'run', not as 'run_block'");
+  expect_holds(fault(modulate("hidden", "emb")),
+               "takes 'hidden', which nothing gives before the steps");
+  expect_holds(fault(modulate("temb", "odd")),
+               "gives 'odd', which the stage's block does not take");
+  expect_holds(fault([](json& m) { m["stages"][0]["modulation"] = "none"; }),
+               "names graph 'none', which is not there");
   expect_holds(fault([](json& m) { m["default_config"] = "none"; }), "default_config");
   expect_holds(fault([](json& m) { m["graphs"].erase("reuse"); }), "'graphs.reuse' is missing");
   expect_holds(fault([](json& m) { m["graphs"]["head"]["file"] = "x"; }), "not among the files");

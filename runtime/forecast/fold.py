@@ -12,7 +12,7 @@ from ...policies import policy as find_policy
 from ...policies.decision_loop import Array, DecisionLoop, DecisionRecord
 from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
-from ..body import allocate
+from ..buffers import allocate
 from ..model import LoadedModel
 from ..resolved_setting import resolve
 from ..statistics import mean_count

@@ -30,6 +30,16 @@ def skip(place: int, stream: str = "hidden", count: int = 3) -> dict[str, Any]:
     return {"hidden_skip": {"stream": stream, "blocks": [place] * count}}
 
 
+ROWS = {"dtype": "float32", "shape": ["steps", 4]}
+
+
+def modulate(data: dict[str, Any], **changed: Any) -> None:
+    """Give the first stage's blocks a graph of the timesteps."""
+    graph = {"inputs": {"temb": ROWS}, "outputs": {"timestep_proj": ROWS}, **changed}
+    data["graphs"]["modulation"] = {**data["graphs"]["context"], **graph, "runs": "run_block"}
+    data["stages"][0]["modulation"] = "modulation"
+
+
 def reads(value: str, count: int) -> dict[str, list[str]]:
     return {"timestep_proj": [value] * count}
 
@@ -57,6 +67,11 @@ def reads(value: str, count: int) -> dict[str, list[str]]:
         (lambda d: d["stages"][0].update(reads=reads("temb", 1)), "names 1 values for 3 blocks"),
         (lambda d: d["stages"][0].update(reads={"none": ["temb"] * 3}), "reads.none' is no input of the stage's"),
         (lambda d: d["stages"][0].update(reads=reads("hidden", 3)), "names 'hidden', which nothing gives before"),
+        (lambda d: d["stages"][0].update(modulation="none"), "names graph 'none', which is not there"),
+        (lambda d: d["stages"][0].update(modulation="context"), "runs as 'prompt_block', not as 'run_block'"),
+        (lambda d: modulate(d, inputs={}), "takes no table"),
+        (lambda d: modulate(d, inputs={"hidden": ROWS}), "takes 'hidden', which nothing gives before the steps"),
+        (lambda d: modulate(d, outputs={"odd": ROWS}), "gives 'odd', which graph 'block' does not take"),
         (lambda d: d["policies"]["off"].update(graph="decide.of"), "'policies.off.graph'"),
         (lambda d: d["policies"]["teacache"]["spec"].update(distance="none"), "names no state"),
         (lambda d: d["policies"]["off"]["spec"]["history"].update(parameter="x"), "names no parameter"),

@@ -61,7 +61,15 @@ def test_the_forecast_is_for_the_size_asked_for(data: dict[str, Any]) -> None:
     assert memory["device"] == "host"
     assert memory["verdict"] is None
     flops = data["flops"]
-    assert flops["uncached_run"] == 2 * (10 * flops["computed_step"] + flops["prompt"])
+    per_branch = 10 * flops["computed_step"] + flops["prompt"]
+    assert flops["uncached_run"] == 2 * per_branch + flops["run"]
+
+
+def test_weights_that_no_step_reads_are_told_apart(data: dict[str, Any]) -> None:
+    """The timestep's, the prompt's, and keys' and values' of each block."""
+    tensors = data["tensors"]
+    assert 0 < tensors["ahead_bytes"] < tensors["bytes"] / 2
+    assert any("no step reads" in line for line in render(data))
 
 
 def test_speedups_are_predicted_for_policies_and_configs(data: dict[str, Any]) -> None:

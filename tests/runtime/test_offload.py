@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from host_device import PLACE, feign_cuda
 
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
+from freewheel.core.tensor_spec import TensorSpec
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import DeviceOptions, LoadedModel, uploaded
 from freewheel.runtime.offload import HostBlock, OffloadedWeights
@@ -81,6 +82,8 @@ def weights() -> dict[str, torch.Tensor]:
 
 class Engine:
     """Notes what it finds in the weights that it was bound to."""
+
+    inputs: ClassVar = {"w": TensorSpec("float32", (5, 100)), "b": TensorSpec("bfloat16", (3,))}
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, float]] = []

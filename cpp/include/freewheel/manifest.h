@@ -64,11 +64,11 @@ struct SkipEntry {
 
 struct StageEntry {
   std::string block;
-  std::optional<std::string> context, tapped;
+  std::optional<std::string> context, modulation, tapped;
   std::int64_t first = 0, count = 0;
   std::vector<GroupEntry> groups;  ///< Empty where weights are inputs.
   std::map<std::string, SkipEntry> skips;
-  /// Input of `block` or `context` -> the value that each block reads there, by name.
+  /// Input of `block`, `context` or `modulation` -> the value that each block reads there, by name.
   std::map<std::string, std::vector<std::string>> reads;
 };
 
@@ -131,6 +131,12 @@ struct SumTerm {
   std::int64_t number = 1;
 };
 
+/// The largest size of a dimension, and what of the model ends there: module and source line.
+struct LimitEntry {
+  std::int64_t most = 0;
+  std::string where;
+};
+
 /// The pipeline's tokenizer as a graph of OpenVINO's.
 struct TokenizerEntry {
   std::string file;                     ///< Its .xml; the .bin lies beside it.
@@ -143,6 +149,7 @@ struct Manifest {
   std::map<std::string, InputEntry> inputs;
   std::map<std::string, std::vector<std::pair<std::string, std::int64_t>>> dims;
   std::map<std::string, std::vector<SumTerm>> sums;
+  std::map<std::string, LimitEntry> limits;
   LatentScale latent_scale;
   std::optional<std::int64_t> vocabulary_size;  ///< Of the text encoder: ids lie below it.
   std::optional<TokenizerEntry> tokenizer;
@@ -162,6 +169,9 @@ struct Manifest {
 
   /// A table's row as graphs read it; null where policies alone look at the table.
   const Io* row_of(const std::string& table) const;
+
+  /// Whether what a stage's `modulation` makes is another for each prompt.
+  bool reads_prompt(const std::string& modulation) const;
 
   /// Parses and checks a manifest's text. Reports all its faults in one status.
   /// @param where What to call the file in messages.

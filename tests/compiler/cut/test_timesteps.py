@@ -50,12 +50,12 @@ class Embedding(nn.Module):
 def test_a_block_that_embeds_the_timestep_reads_its_steps_row() -> None:
     inputs = {"x": step("batch tokens 4"), "t": timestep(), "pooled": prompt("batch 4")}
     model = random_weights(Embedding())
-    cut = cut_model(Row("Embedding", inputs), Embedding, {}, modulation=False)
+    cut = cut_model(Row("Embedding", inputs), Embedding, {})
     readers = {call.segment for call in cut.calls if "t" in call.inputs}
     assert readers == {"timestep"}
-    blocks = [call for call in cut.calls if call.segment == "block"]
-    assert len(blocks) == 4
-    assert all("t_of_step" in call.inputs for call in blocks)
+    embeds = [call for call in cut.calls if cut.segments[call.segment].runs == "modulation"]
+    assert len(embeds) == 4
+    assert all("t_of_step" in call.inputs for call in embeds)
     given = {"x": torch.randn(2, 5, 4), "t": torch.full((2,), 0.3), "pooled": torch.randn(2, 4)}
     (found,) = chain(cut, dict(model.named_parameters()), given)
     assert torch.allclose(found, model(**given, return_dict=False), atol=1e-6)

@@ -127,7 +127,7 @@ def verdict(model: str) -> Verdict:
     weights = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
     kind = "not traced"
     try:
-        cut = cut_model(row, model_class, config, modulation=False)
+        cut = cut_model(row, model_class, config)
         kind = "refused"
         one = Case(row, whole, weights, lambda: cut)
         settings: Any = whole.config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freewheel.bundle.manifest import SkipEntry
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.declared import Cut, Segment
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.models import family_of
 from freewheel.compiler.forecast.footprint import (
@@ -23,7 +23,7 @@ from freewheel.compiler.forecast.footprint import (
     fit_verdict,
     footprint_of,
 )
-from freewheel.engines.base import ALIGNMENT
+from freewheel.engines.base import ALIGNMENT, TensorSpec
 from freewheel.policies import policies
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.model import DeviceOptions, LoadedModel
@@ -85,8 +85,35 @@ def test_buffers_are_those_written_out_by_hand(cut: Cut) -> None:
         "encoder_hidden_states_2": 17 * 32 * 4,
         "context keys and values": 3 * 2 * 17 * 32 * 4,
         "skip connections": 0,
+        "timestep tables": 0,
         "model_output": 4 * 3 * 20 * 28 * 4,
     }
+
+
+class Modulation(torch.nn.Module):
+    """What a block makes of a table, or of a table and the prompt."""
+
+    def forward(self, **read: torch.Tensor) -> torch.Tensor:
+        return torch.cat(list(read.values()) * 2, dim=1)
+
+
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_blocks_tables_count_once_or_for_each_branch(cut: Cut, by_prompt: bool) -> None:
+    read = dict.fromkeys(["temb", *["pooled"] * by_prompt], TensorSpec("float32", ("steps", 32)))
+    made = {"emb": TensorSpec("float32", ("steps", 64))}
+    graph = Segment("modulation", "run_block", Modulation(), read, made)
+    (stage,) = cut.stages
+    modulated = stage.model_copy(update={"modulation": "modulation"})
+    whole = replace(cut, segments=(*cut.segments, graph), stages=(modulated,))
+    plain, found = forecast(cut, CacheSetting()), forecast(whole, CacheSetting())
+    rows = 3 * (6 + 1) * 64 * 4
+    more = {
+        "shared_bytes": 0 if by_prompt else rows,
+        "branch_bytes": rows if by_prompt else 0,
+    }
+    for kind, expected in more.items():
+        bytes_of = [getattr(one, kind)["timestep tables"] for one in (plain, found)]
+        assert bytes_of[1] - bytes_of[0] == expected, kind
 
 
 def test_what_later_stages_read_is_held_once(cut: Cut) -> None:

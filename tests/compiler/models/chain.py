@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freewheel.bundle.manifest import StageEntry
 from freewheel.compiler.cut.declared import Cut, Segment
 
 
@@ -51,12 +52,15 @@ class Chain:
         segment.module.load_state_dict(weights, strict=True, assign=True)
         return segment.module
 
-    def call(self, name: str, block: int = 0) -> dict[str, Tensor]:
+    def call(
+        self, name: str, block: int = 0, given: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Run a segment on ``values``, and check its outputs against what it declares."""
         segment = self.segments[name]
+        given = self.values if given is None else given
         with torch.no_grad():
             module = self.loaded(segment, block)
-            found = module(**{n: self.values[n] for n in segment.inputs})
+            found = module(**{n: given[n] for n in segment.inputs})
         outputs = found if isinstance(found, tuple) else (found,)
         for (output, spec), tensor in zip(segment.outputs.items(), outputs, strict=True):
             fixed = [d for d in spec.shape if isinstance(d, int)]
@@ -68,7 +72,9 @@ class Chain:
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the model output at the one timestep of ``inputs``; ``values`` has all outputs."""
         self.values = dict(inputs)
-        rows = {n: s for g in self.cut.segments for n, s in g.inputs.items()}
+        self.tables: dict[str, Tensor] = {}
+        readers = [g for g in self.cut.segments if g.runs != "run_block"]  # that takes tables whole
+        rows = {n: s for g in readers for n, s in g.inputs.items()}
         for stage in self.cut.stages:
             rows |= {n: rows[name] for name, read in stage.reads.items() for n in read}
         for segment in self.cut.segments:
@@ -76,9 +82,12 @@ class Chain:
                 self.values |= self.call(segment.name)
             elif segment.runs == "run":
                 tables = self.call(segment.name)
+                self.tables |= tables
                 given = {n: t.view(rows[n].shape) if n in rows else t for n, t in tables.items()}
                 self.values |= given
         self.values |= self.call("head")
+        first = next(s for s in self.cut.stages if "hidden_out" in self.segments[s.block].outputs)
+        self.values |= self.modulation(first, first.first)
         self.values |= self.call("modulate")
         begun = {stream: self.values[stream] for stream in self.cut.cached}
         left: list[dict[str, Tensor]] = []
@@ -88,6 +97,7 @@ class Chain:
                     self.values[name] = self.values[read[block - stage.first]]
                 if stage.context is not None:
                     self.values |= self.call(stage.context, block)
+                self.values |= self.modulation(stage, block)
                 for name, skip in stage.skips.items():
                     self.values[name] = left[skip.blocks[block - stage.first]][skip.stream]
                 found = self.call(stage.tapped or stage.block, block)
@@ -99,6 +109,24 @@ class Chain:
         self.values |= begun
         self.values |= self.call("finish")
         return self.values["model_output"]
+
+    def modulation(self, stage: StageEntry, block: int) -> dict[str, Tensor]:
+        """Return the rows that a block makes of the one timestep, and each prompt where it reads that."""
+        if stage.modulation is None:
+            return {}
+        own = {n: read[block - stage.first] for n, read in stage.reads.items()}
+        names = {n: own.get(n, n) for n in self.segments[stage.modulation].inputs}
+        prompt = {n: self.values[v] for n, v in names.items() if v not in self.tables}
+        batch = len(next(iter(prompt.values()))) if prompt else 1
+        given = {
+            n: self.tables[v].repeat_interleave(batch, dim=0)
+            for n, v in names.items()
+            if v in self.tables
+        }
+        made = self.call(stage.modulation, block, {**prompt, **given})
+        inputs = self.segments[stage.block].inputs
+        fixed = {n: [d if isinstance(d, int) else batch for d in inputs[n].shape] for n in made}
+        return {n: table.view(fixed[n]) for n, table in made.items()}
 
 
 def taken_weights(cut: Cut) -> set[str]:
