@@ -104,7 +104,8 @@ UNMIRRORED = {
 
 TESTED_THROUGH = {
     "__init__.py": "runtime/pipeline/test_attach.py",
-    "compiler/cut/patches.py": "compiler/cut/test_patch.py",
+    "compiler/cut/image_patches.py": "compiler/cut/test_patch.py",
+    "compiler/cut/video_patches.py": "compiler/cut/test_patch.py",
     "__main__.py": "runtime/distributed/test_ranks.py",
     "compiler/cut/audio_models.py": "compiler/cut/test_models.py",
     "compiler/cut/image_models.py": "compiler/cut/test_models.py",

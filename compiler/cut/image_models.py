@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .patches import (
+from .image_patches import (
     BRIA_FIBO_2,
     CHROMA,
     ERNIE_IMAGE,

@@ -4,19 +4,6 @@
 from __future__ import annotations
 
 from ...bundle.streams import LATENTS
-from .patches import (
-    ANY_FLOW,
-    CHRONO_EDIT,
-    CONSIS_ID,
-    COSMOS,
-    EASY_ANIMATE,
-    HUNYUAN_VIDEO_15,
-    KANDINSKY_5,
-    LATTE,
-    MINIMAX_H3,
-    MOCHI,
-    WAN_ANIMATE,
-)
 from .row import (
     PATCH_IMAGE,
     PATCH_VIDEO,
@@ -29,6 +16,19 @@ from .row import (
     run,
     size,
     step,
+)
+from .video_patches import (
+    ANY_FLOW,
+    CHRONO_EDIT,
+    CONSIS_ID,
+    COSMOS,
+    EASY_ANIMATE,
+    HUNYUAN_VIDEO_15,
+    KANDINSKY_5,
+    LATTE,
+    MINIMAX_H3,
+    MOCHI,
+    WAN_ANIMATE,
 )
 
 __all__ = ["VIDEO_MODELS"]
