@@ -22,7 +22,7 @@ from ...bundle.reader import Bundle
 from ...bundle.scales import KEPT, scale_name
 from ...core.errors import RequestError
 
-__all__ = ["Adapters", "check_transformer"]
+__all__ = ["Adapters", "check_transformer", "hollow_transformer"]
 
 _NOTHING = torch.zeros(1)
 """All that lies behind the parameters of a transformer without weights; never written to."""
@@ -46,11 +46,7 @@ class Adapters:
             RequestError: ``standing`` has adapters, and the bundle's weights are baked.
         """
         self._bundle, self._prefix = bundle, prefix
-        checkpoint = bundle.manifest.checkpoint
-        transformer_class = getattr(diffusers, checkpoint.transformer_class)
-        with torch.device("meta"):
-            self.module: Any = transformer_class.from_config(dict(checkpoint.config))
-        self.module.requires_grad_(False).eval()
+        self.module: Any = hollow_transformer(bundle)
         for part in self.module.modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
@@ -335,6 +331,15 @@ class Adapters:
         for name, parameter in self.module.named_parameters():
             if id(parameter) not in own and not _is_stand_in(parameter):
                 yield name.replace(".base_layer", ""), parameter
+
+
+def hollow_transformer(bundle: Bundle) -> Any:
+    """Return the transformer that a bundle was built from, on ``meta``, without its weights."""
+    checkpoint = bundle.manifest.checkpoint
+    transformer_class = getattr(diffusers, checkpoint.transformer_class)
+    with torch.device("meta"):
+        module: Any = transformer_class.from_config(dict(checkpoint.config))
+    return module.requires_grad_(False).eval()
 
 
 def check_transformer(bundle: Bundle, prefix: str, standing: Any) -> None:

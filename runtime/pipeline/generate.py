@@ -24,6 +24,7 @@ from ..distributed.ranks import Ranks
 from ..model import DeviceOptions
 from ..session import Recorder
 from ..statistics import RunStatistics
+from .adapters import hollow_transformer
 from .attach import attach
 from .call import (
     Media,
@@ -211,13 +212,19 @@ class Generator:
         folder, index = pipeline_of(bundle, model)
         # NOTE: the pipeline's own class; DiffusionPipeline would load the transformer all the same.
         pipeline_class = pipeline_class_of(folder, index)
+        # Some pipelines read the transformer's config as they are made.
+        standing = {
+            n: hollow_transformer(bundle) if index[n][0] else None
+            for n in TRANSFORMERS & index.keys()
+        }
         self.pipe: Any = pipeline_class.from_pretrained(
             folder,
-            **dict.fromkeys(TRANSFORMERS & index.keys()),
+            **standing,
             dtype=part_dtypes(folder),
             local_files_only=True,
             use_safetensors=True,  # a bundle from elsewhere may hold a pickle
         )
+        self.pipe.register_modules(**dict.fromkeys(standing))
         self.pipe.set_progress_bar_config(disable=True)
         self._own: dict[str, Any] = {
             n: getattr(self.pipe, n, None) for n in ("scheduler", "guider")
@@ -314,8 +321,8 @@ class Generator:
     def timesteps(self, request: GenerationRequest) -> torch.Tensor | None:
         """Return the timesteps that a request will run through, [steps].
 
-        None where the pipeline alone knows them: it sets noise levels of its own, or shifts them by
-        the size of the latents.
+        None where the pipeline alone knows them: it sets noise levels of its own, shifts them by
+        the size of the latents, or begins in their midst.
 
         Raises:
             RequestError: as `generate` does.
@@ -325,6 +332,8 @@ class Generator:
         self._set_scheduler(request, pipe)
         scheduler = pipe.scheduler
         if call.has_own_timesteps or scheduler.config.get("use_dynamic_shifting"):
+            return None
+        if "strength" in call.parameters:
             return None
         scheduler.set_timesteps(values["steps"])
         return torch.as_tensor(scheduler.timesteps)

@@ -72,6 +72,20 @@ def test_one_config_holds_a_schedule_of_every_number_of_computed_steps(
         assert result.statistics.computed_steps == count
 
 
+def test_decisions_of_each_config_are_told_and_quality_where_it_ran(
+    calibration: Calibration,
+) -> None:
+    assert calibration.told.keys() == calibration.configs.keys()
+    for name in ("solved_2x", "magcache_2x"):
+        computed = calibration.told[name].computed
+        assert computed is not None
+        assert (len(computed), computed[0]) == (16, True)
+        assert sum(computed) <= 8, name
+    assert (calibration.told["solved_2x"].distance_db or 0) > 10
+    assert calibration.told["magcache_2x"].distance_db is None
+    assert calibration.told["sencache_2x"].computed is None, "content decides"
+
+
 def test_what_can_not_be_reached_is_left_out_with_a_reason(calibration: Calibration) -> None:
     assert "solved_60x" not in calibration.configs
     assert "0 computed steps" in calibration.left_out["solved_60x"]

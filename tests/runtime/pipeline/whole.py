@@ -20,6 +20,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LongCatAudioDiTVae,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from transformers import (
@@ -33,6 +34,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 __all__ = ["WHOLE", "save_pipeline"]
@@ -160,6 +163,20 @@ def ltx_2(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def longcat_audio(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
+        "tokenizer": tokenizer(),
+        "text_encoder": UMT5EncoderModel(UMT5Config(
+            vocab_size=WORDS, d_model=config.dit_text_dim, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+        )),
+        "vae": LongCatAudioDiTVae(
+            channels=8, c_mults=[1, 2], strides=[2], latent_dim=config.latent_dim,
+            encoder_latent_dim=2 * config.latent_dim, downsampling_ratio=2,
+        ),
+    }  # fmt: skip
+
+
 def cogvideox(config: Any) -> dict[str, Any]:
     return {
         "scheduler": CogVideoXDDIMScheduler(), "tokenizer": tokenizer(),
@@ -195,6 +212,7 @@ WHOLE: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "ltx_2": ("LTX2Pipeline", ltx_2),
     "cogvideox": ("CogVideoXPipeline", cogvideox),
     "hunyuan_video": ("HunyuanVideoPipeline", hunyuan),
+    "longcat_audio": ("LongCatAudioDiTPipeline", longcat_audio),
 }
 """Small model of `small_configs.CASES` → its pipeline, and how the other parts are made."""
 
