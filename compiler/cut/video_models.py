@@ -169,7 +169,7 @@ VIDEO_MODELS: tuple[Row, ...] = (
         {
             "hidden_states": step("batch in_channels frames height width"),
             "timestep": run(),
-            "encoder_hidden_states": prompt("batch text_tokens caption_channels"),
+            "encoder_hidden_states": prompt("batch 1 text_tokens caption_channels"),
             "encoder_attention_mask": TEXT_MASK,
             "image_rotary_emb": (
                 (

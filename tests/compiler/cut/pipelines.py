@@ -24,6 +24,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     MiniMaxH3Scheduler,
@@ -279,6 +280,22 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
     }),
     "lumina_next": ("LuminaPipeline", flow, lambda c: {
         **both(c.cross_attention_dim), **masks("prompt_attention_mask"), **SQUARE,
+        "guidance_scale": 3.0,
+    }),
+    "aura_flow": ("AuraFlowPipeline", flow, lambda c: {
+        **both(c.joint_attention_dim), **masks("prompt_attention_mask"), **SQUARE,
+        "guidance_scale": 3.0,
+    }),
+    "allegro": ("AllegroPipeline", EulerAncestralDiscreteScheduler, lambda c: {
+        **both(c.caption_channels), **masks("prompt_attention_mask"), **VIDEO, "num_frames": 8,
+        "negative_prompt": None, "clean_caption": False, "guidance_scale": 3.0,
+    }),
+    "ernie_image": ("ErnieImagePipeline", flow, lambda c: {
+        "prompt_embeds": [embeds(c.text_in_dim)[0]], **SQUARE, "guidance_scale": 3.0,
+        "negative_prompt_embeds": [embeds(c.text_in_dim, 9, seed=1)[0]],
+    }),
+    "nucleus_image": ("NucleusMoEImagePipeline", shifted, lambda c: {
+        **both(c.joint_attention_dim), **masks("prompt_embeds_mask"), **SQUARE,
         "guidance_scale": 3.0,
     }),
 }  # fmt: skip

@@ -9,10 +9,11 @@ import pytest
 from held_out import HELD_OUT
 from small_configs import CASES
 from test_bundles import FOUND
-from verdicts import KINDS, OTHERS, Verdict, classes, listed, verdict
+from verdicts import KINDS, OTHERS, PAGE, Verdict, attached, classes, listed, page, verdict
 
 from freewheel.compiler.cut.models import FAMILIES, MODELS, row_of
 
+README = Path(__file__).parents[3] / "README.md"
 MODELS_OF_THEIR_OWN = Path(__file__).parents[1] / "models"
 
 
@@ -34,6 +35,14 @@ def test_whatever_has_a_row_with_a_name_is_among_the_tests_of_bundles() -> None:
     tested |= {CASES[name][0] for name in FOUND if name in CASES}
     tested |= {row.model for row in rows if row.name in files}
     assert {row.model for row in rows if row.name} <= tested
+
+
+def test_the_page_is_what_is_written() -> None:
+    assert page(listed()) == PAGE.read_text()
+
+
+def test_the_readme_counts_the_pipelines_that_attach_is_run_in() -> None:
+    assert f"pipelines of {len(attached())} classes through `attach`" in README.read_text()
 
 
 def test_a_class_has_one_small_model() -> None:

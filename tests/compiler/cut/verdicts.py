@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import diffusers
 from cases import Case
 from held_out import HELD_OUT
+from pipelines import MODULAR, PIPELINES
 from small_configs import CASES
 from test_declare import error
 from test_prove import OTHER
@@ -45,6 +46,14 @@ NO_DIT = {
 """Classes among diffusers' transformers that denoise nothing, or are layers of a U-Net."""
 
 LONGEST = 110
+
+OF_FAMILIES = {
+    "FluxTransformer2DModel": ("FluxPipeline",),
+    "HunyuanVideoTransformer3DModel": ("HunyuanVideoPipeline",),
+    "LTXVideoTransformer3DModel": ("LTXPipeline",),
+    "WanTransformer3DModel": ("WanImageToVideoPipeline", "WanPipeline"),
+}
+"""Class → pipelines that the tests of its family (`tests/compiler/models`) attach a bundle to."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +173,27 @@ def _short(text: str) -> str:
     return f"`{line if len(line) <= LONGEST else line[:LONGEST] + '…'}`"
 
 
+def attached() -> dict[str, list[str]]:
+    """Return class → the pipelines that tests attach a bundle of it to."""
+    found = {model: set(pipelines) for model, pipelines in OF_FAMILIES.items()}
+    named = {name: pipeline for name, (pipeline, _, _) in PIPELINES.items()}
+    for name, pipeline in {**named, **dict.fromkeys(MODULAR, "its modular pipeline")}.items():
+        found.setdefault(CASES[name][0], set()).add(pipeline)
+    return {model: sorted(pipelines) for model, pipelines in found.items()}
+
+
 def page(verdicts: Mapping[str, Verdict]) -> str:
     """Return the page."""
     counts = Counter(v.kind for v in verdicts.values())
     kinds = "\n".join(f"| {kind} | {counts[kind]} | {text} |" for kind, text in KINDS.items())
-    rows = "\n".join(f"| `{model}` | {v.kind} | {v.why} |" for model, v in verdicts.items())
-    return PAGE_HEAD.format(version=diffusers.__version__, kinds=kinds, rows=rows)
+    pipelines = attached()
+    rows = "\n".join(
+        f"| `{model}` | {v.kind} | {v.why} | {', '.join(pipelines.get(model, []))} |"
+        for model, v in verdicts.items()
+    )
+    return PAGE_HEAD.format(
+        version=diffusers.__version__, kinds=kinds, rows=rows, attached=len(pipelines)
+    )
 
 
 PAGE_HEAD = """\
@@ -184,8 +208,10 @@ this page; `pytest -m nightly tests/compiler/cut/test_verdicts.py` shows that it
 |---|--:|---|
 {kinds}
 
-| class | verdict | why |
-|---|---|---|
+Every policy runs on each of the bundles, and {attached} classes are attached to their pipelines:
+
+| class | verdict | why | pipelines that `attach` was run in |
+|---|---|---|---|
 {rows}
 """
 
