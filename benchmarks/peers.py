@@ -7,7 +7,8 @@
 Runs the plain diffusers pipeline with diffusers' own hooks and, where it can be imported, cache-dit, on
 the captions and seeds of `quality.py`, beside the same pipeline uncached. Thresholds come from one
 uncached run on a training caption, by simulating each law on what it will see. Steps are counted
-where they happen: calls of the middle block's self-attention and feed-forward, per branch.
+where they happen: calls of the middle block's self-attention and feed-forward, per branch. A speedup is
+the uncached pipeline's seconds over the peer's, text encoder and decoder included, the median of the pairs.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from quality import FIRST_SEED, MODEL, SPEEDUPS, captions, even_steps
+from quality import FIRST_SEED, MODEL, captions, seen_by_eye, summarised
 
+from freewheel.policies.promise import EQUAL_PSNR
+from freewheel.tuning.contest import even_steps
 from freewheel.tuning.quality import Quality, compare_videos
+from freewheel.tuning.rank import SPEEDUPS
 
 BRANCHES = 2
 RETENTION = 0.1
@@ -212,20 +216,22 @@ def switched_on(pipe: Any, enable: Enable) -> Iterator[None]:
         disable()
 
 
-def row(name: str, steps: list[tuple[float, float]], quality: list[Quality]) -> dict[str, Any]:
-    """Return means and worst cases, spelled as `freewheel bench` spells them."""
-    psnr = [q.psnr for q in quality if q.psnr is not None]
-    return {
+def row(
+    name: str, steps: list[tuple[float, float]], quality: list[Quality],
+    looks: list[dict[str, float | None]], speedups: list[float],
+) -> dict[str, Any]:  # fmt: skip
+    """Return every pair's measures, their means and worst cases, spelled as `quality.py` does."""
+    found: dict[str, Any] = {
         "name": name,
         "pairs": len(quality),
         "computed_steps": float(np.mean([ffn for _, ffn in steps])),
         "attention_steps": float(np.mean([attention for attention, _ in steps])),
-        "psnr_mean": float(np.mean(psnr)) if psnr else None,
-        "psnr_worst": min(psnr, default=None),
-        "ssim_mean": float(np.mean([q.ssim for q in quality])),
-        "ssim_worst": min(q.ssim for q in quality),
-        "psnr": psnr,
+        "speedup": float(np.median(speedups)),
+        "psnr": [EQUAL_PSNR if q.psnr is None else q.psnr for q in quality],
+        "ssim": [q.ssim for q in quality],
+        **{name: [own[name] for own in looks] for name in ("vmaf", "xpsnr")},
     }
+    return found | summarised(found)
 
 
 def main(
@@ -258,24 +264,34 @@ def main(
     chosen = [(n, e) for n, e in peers(watched, steps) if only in n]
     counted: dict[str, list[tuple[float, float]]] = {n: [] for n, _ in chosen}
     quality: dict[str, list[Quality]] = {n: [] for n, _ in chosen}
+    looks: dict[str, list[dict[str, float | None]]] = {n: [] for n, _ in chosen}
+    speedups: dict[str, list[float]] = {n: [] for n, _ in chosen}
     failed: dict[str, str] = {}
     out.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(texts):
+        began = time.perf_counter()
         reference = generate(prompt, FIRST_SEED)
+        uncached_seconds = time.perf_counter() - began
         for name, enable in chosen:
             if name in failed:
                 continue
             counter.take()
             try:
                 with switched_on(pipe, enable):
+                    began = time.perf_counter()
                     frames = generate(prompt, FIRST_SEED)
+                    taken = time.perf_counter() - began
             except Exception as error:
                 # A peer that can't run here is a row of the table, not the end of it.
                 failed[name] = f"{type(error).__name__}: {error}"
                 continue
             counted[name].append(counter.take())
             quality[name].append(compare_videos(frames, reference))
-        rows = [row(n, counted[n], quality[n]) for n, _ in chosen if quality[n]]
+            looks[name].append(seen_by_eye(frames, reference))
+            speedups[name].append(uncached_seconds / taken)
+        rows = [
+            row(n, counted[n], quality[n], looks[n], speedups[n]) for n, _ in chosen if quality[n]
+        ]
         found = {"steps": steps, "guidance_scale": guidance, "rows": rows, "failed": failed}
         (out / "peers.json").write_text(json.dumps(found, indent=1))
         print(f"{time.strftime('%X')} {index + 1} of {len(texts)}", file=sys.stderr)

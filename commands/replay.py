@@ -8,25 +8,48 @@ from typing import Annotated
 
 import typer
 
-from .options import DebugOption, JsonOption, QuietOption, SetOption, pairs_of
-from .screen import reporting
+from ..core.errors import RequestError
+from .options import (
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    SetOption,
+    pairs_of,
+    quiet_libraries,
+)
+from .screen import Screen, reporting
 
 __all__ = ["replay"]
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(help="File that `run --record` wrote.")],
+    trace: Annotated[
+        Path | None, typer.Argument(help="File that `run --record` wrote; not with --suite.")
+    ] = None,
     config: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--config", "--config_json", "--cache", help="Config name or file, or policy."
+            "--config",
+            "--config_json",
+            "--cache",
+            help="Config name or file, or policy; with --suite what `calibrate` wrote.",
         ),
-    ],
+    ] = None,
     set_: SetOption = None,
     sweep: Annotated[
         str | None,
         typer.Option(help="Try many values of a parameter: key=first:last:count, or key=a,b,c."),
     ] = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option(
+            help="Bundle: record a suite of runs once, and rank every policy on it without the model."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="With --suite: text file, one prompt per line; 32 do.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="With --suite: denoise steps.")] = 50,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -36,8 +59,27 @@ def replay(
     Example: freewheel replay out/trace.npz --config teacache --set threshold=0.2
 
     Example: freewheel replay out/trace.npz --config teacache --sweep threshold=0.02:0.4:40
+
+    Example: freewheel replay --suite out/bundle --prompts prompts.txt --config calibration.json
     """
     with reporting("replay", as_json, quiet, debug) as screen:
+        if suite is not None:
+            given = {
+                "a trace": trace is not None,
+                "--set": bool(set_),
+                "--sweep": sweep is not None,
+            }
+            for name in (n for n, is_given in given.items() if is_given):
+                raise RequestError("--suite", f"is given beside {name}", "leave one of them out")
+            if prompts is None:
+                raise RequestError("--suite", "has no prompt", "give --prompts FILE")
+            _rank(screen, suite, prompts, steps, config)
+            return
+        if trace is None or config is None:
+            raise RequestError(
+                "replay", f"is given no {'trace' if trace is None else 'config'}",
+                "name a trace and a --config, or a bundle with --suite",
+            )  # fmt: skip
         from ..configs.load import load_config
         from ..policies import policy
         from ..policies.overrides import apply_overrides
@@ -70,3 +112,46 @@ def replay(
             mean = f"  mean reuse error {sum(errors) / len(errors):.4f}" if errors else ""
             lines.append(f"{name:8} {strip(branch['computed'])}{mean}")
         screen.result(data, lines)
+
+
+def _rank(screen: Screen, bundle: Path, prompts: Path, steps: int, config: str | None) -> None:
+    """Rank every policy on the suite of a bundle."""
+    from ..bundle.reader import Bundle
+    from ..tuning.bench import read_prompts
+    from ..tuning.rank import rank
+    from ..tuning.suite_recorder import suite_of
+
+    quiet_libraries()
+    opened = Bundle(bundle)
+    with screen.progress():
+        suite = suite_of(
+            opened, read_prompts(prompts), steps=steps, first_seed=1000, progress=screen
+        )
+        found = rank(
+            suite, opened.manifest.policies, None if config is None else Path(config), screen
+        )
+    rows = [
+        [
+            r.name,
+            f"{r.foretold.computed_steps:.1f}",
+            f"{r.foretold.mean:.1f}",
+            f"{r.foretold.worst:.1f}",
+        ]
+        for r in found
+    ]
+    screen.result(
+        {
+            "suite": dict(suite.about),
+            "rows": [
+                {
+                    "name": r.name,
+                    "computed_steps": r.foretold.computed_steps,
+                    "mean_db": r.foretold.mean,
+                    "worst_db": r.foretold.worst,
+                    "distances_db": list(r.foretold.distances),
+                }
+                for r in found
+            ],
+        },
+        ["\t".join(row) for row in (["setting", "computed", "mean dB", "worst dB"], *rows)],
+    )

@@ -115,6 +115,7 @@ TESTED_THROUGH = {
     "compiler/forecast/tables.py": "compiler/test_inspect.py",
     "compiler/cut/video_models.py": "compiler/cut/test_models.py",
     "configs/__init__.py": "configs/test_load.py",
+    "tuning/rank.py": "tuning/test_suite_recorder.py",
     "policies/config.py": "configs/test_load.py",
     "commands": "test_cli.py",
     "engines/__init__.py": "engines/test_backends.py",

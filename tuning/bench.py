@@ -35,7 +35,7 @@ from .quality import Quality, compare_videos
 from .shares import Shares
 from .table import markdown_table, spread_cell
 
-__all__ = ["BenchReport", "BenchRequest", "BenchRow", "bench_bundle", "read_prompts"]
+__all__ = ["UNCACHED", "BenchReport", "BenchRequest", "BenchRow", "bench_bundle", "read_prompts"]
 
 UNCACHED, EAGER = "uncached", "diffusers eager"
 WARM_UP_STEPS = 2

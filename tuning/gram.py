@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ from ..runtime.buffers import allocate
 from ..runtime.model import LoadedModel
 from ..runtime.session import StepRecord
 
-__all__ = ["PERTURBATION", "GramRecorder", "Grams", "RecordedRun", "Start"]
+__all__ = ["PERTURBATION", "GramRecorder", "Grams", "LinearisedFinish", "RecordedRun", "Start"]
 
 Array = NDArray[np.float64]
 
@@ -126,6 +126,60 @@ class RecordedRun:
         return cls(tables, latents, prompts, changes, ratios, grams)
 
 
+class LinearisedFinish:
+    """What changes of a step's residual do to its model output, to first order."""
+
+    def __init__(self, model: LoadedModel, share: float = PERTURBATION) -> None:
+        """Prepare for steps of a model: its ``finish`` is called beside the loop.
+
+        Args:
+            model: Engines.
+            share: Share of a difference of residuals that ``finish`` is shown; 1 is exact for each
+                difference alone.
+        """
+        self._model, self._share = model, share
+        self._calls: dict[str, tuple[BoundCall, Tensor, Tensor]] = {}
+
+    def forget(self) -> None:
+        """Forget the buffers of a run that has ended."""
+        self._calls.clear()
+
+    def vectors(
+        self, record: StepRecord, past: Sequence[Tensor], dims: Mapping[str, int]
+    ) -> Tensor:
+        """Return L(r_t), and L(r − r_t) of other residuals, float32 [1 + others, output elements].
+
+        Args:
+            record: A computed step; L is linearised at its residual r_t.
+            past: Other residuals r.
+            dims: Sizes of the run.
+        """
+        hidden = record.buffers["hidden"]
+        actual = hidden + record.residual
+        changed = [hidden + record.residual * (1 - PERTURBATION)]
+        changed += [actual + self._share * (r - record.residual) for r in past]
+        outputs = torch.stack([self._run(h, record, dims) for h in (actual, *changed)])
+        vectors = outputs[1:] - outputs[:1]
+        vectors[0] /= -PERTURBATION
+        vectors[1:] /= self._share
+        return vectors
+
+    def _run(self, hidden_out: Tensor, record: StepRecord, dims: Mapping[str, int]) -> Tensor:
+        """Return the model output of hidden states at the current step, flat."""
+        if record.branch not in self._calls:
+            outputs = allocate(
+                self._model.manifest.graphs["finish"].outputs, dims, self._model.device
+            )
+            values = {**record.buffers, "hidden_out": torch.zeros_like(hidden_out), **outputs}
+            call = self._model.bind("finish", values)
+            self._calls[record.branch] = (call, values["hidden_out"], next(iter(outputs.values())))
+        call, placed, output = self._calls[record.branch]
+        placed.copy_(hidden_out)
+        call.run()
+        self._model.backend.synchronize()
+        return output.float().flatten().clone()
+
+
 class GramRecorder:
     """A recorder that takes inner products, and the residuals' changes, of any number of runs.
 
@@ -148,7 +202,7 @@ class GramRecorder:
         """
         self.runs: list[RecordedRun] = []
         self._model, self._window = model, window
-        self._calls: dict[str, tuple[BoundCall, Tensor, Tensor]] = {}
+        self._finish = LinearisedFinish(model)
         self._past: dict[str, deque[Tensor]] = {}
         self._vectors: dict[int, dict[str, Tensor]] = {}
 
@@ -157,7 +211,7 @@ class GramRecorder:
         if self.runs:
             self.end_run()
         self._past.clear()
-        self._calls.clear()
+        self._finish.forget()
         arrays = {n: t.float().cpu().numpy().copy() for n, t in tables.items()}
         arrays["timesteps"] = np.array(schedule.timesteps, np.float32)
         arrays["sigmas"] = np.array(schedule.sigmas, np.float32)
@@ -176,7 +230,9 @@ class GramRecorder:
             ratio = (record.residual.norm(dim=-1) / before.norm(dim=-1)).mean()
             run.changes[record.branch].append(float(change))
             run.ratios[record.branch].append(float(ratio))
-        vectors = self._linearised(record, list(past), dims)
+        vectors = self._finish.vectors(record, list(past), dims)
+        missing = self._window + 1 - len(vectors)
+        vectors = torch.cat([vectors, vectors.new_zeros(missing, vectors.shape[1])])
         self._vectors.setdefault(record.step_index, {})[record.branch] = vectors
         past.appendleft(record.residual.clone())
 
@@ -227,32 +283,3 @@ class GramRecorder:
         for run in self.runs:
             values = values + run.grams
         return Grams(tuple(self.changes), self._window, values, len(self.runs))
-
-    def _linearised(
-        self, record: StepRecord, past: list[Tensor], dims: Mapping[str, int]
-    ) -> Tensor:
-        """Return the vectors of one branch at one step, float32 [window + 1, output elements]."""
-        hidden = record.buffers["hidden"]
-        actual = hidden + record.residual
-        changed = [hidden + record.residual * (1 - PERTURBATION)]
-        changed += [actual + PERTURBATION * (r - record.residual) for r in past]
-        outputs = torch.stack([self._finish(h, record, dims) for h in (actual, *changed)])
-        vectors = (outputs[1:] - outputs[:1]) / PERTURBATION
-        vectors[0] *= -1
-        missing = self._window + 1 - len(vectors)
-        return torch.cat([vectors, vectors.new_zeros(missing, vectors.shape[1])])
-
-    def _finish(self, hidden_out: Tensor, record: StepRecord, dims: Mapping[str, int]) -> Tensor:
-        """Return the model output of hidden states at the current step, flat."""
-        if record.branch not in self._calls:
-            outputs = allocate(
-                self._model.manifest.graphs["finish"].outputs, dims, self._model.device
-            )
-            values = {**record.buffers, "hidden_out": torch.zeros_like(hidden_out), **outputs}
-            call = self._model.bind("finish", values)
-            self._calls[record.branch] = (call, values["hidden_out"], next(iter(outputs.values())))
-        call, placed, output = self._calls[record.branch]
-        placed.copy_(hidden_out)
-        call.run()
-        self._model.backend.synchronize()
-        return output.float().flatten().clone()

@@ -173,6 +173,25 @@ class Lockstep:
         opened = self._opened(branch, step, sample)
         return torch.cat([own.finish(own.compute()) for own in opened])
 
+    def answers(
+        self, branch: str, step: int, sample: Tensor, moved: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return how a branch's output changes from a sample to each of some moved ones.
+
+        Returns:
+            The whole model's change, and that of its ends around the first sample's residual.
+        """
+        residuals, outputs = [], []
+        for opened in self._opened(branch, step, sample):
+            residuals.append(opened.compute())
+            outputs.append(opened.finish(residuals[-1]))
+        residual, output = torch.cat(residuals), torch.cat(outputs)
+        found = []
+        for other in moved:
+            (kept,) = self._finish(branch, step, other, [residual])
+            found.append((self.output(branch, step, other) - output, kept - output))
+        return found
+
     def _opened(self, branch: str, step: int, sample: Tensor) -> Iterator[OpenStep]:
         """Open one step of every run in turn; each is good until the next is asked for."""
         for index, session in enumerate(self._sessions):

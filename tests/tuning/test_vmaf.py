@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from freewheel.tuning import vmaf
-from freewheel.tuning.vmaf import vmaf_of_frames
+from freewheel.tuning.vmaf import EQUAL_DB, vmaf_of_frames, xpsnr_of_video
 
 
 def moving_bars(count: int = 4) -> np.ndarray:
@@ -29,9 +29,19 @@ def test_worse_frames_have_lower_values() -> None:
     assert worse[0] == pytest.approx(equal[0], abs=1)
 
 
+def test_xpsnr_falls_with_the_error() -> None:
+    reference = moving_bars()
+    near, far = (np.clip(reference.astype(int) + d, 0, 255).astype(np.uint8) for d in (2, 20))
+    equal, better, worse = (xpsnr_of_video(v, reference) for v in (reference, near, far))
+    if equal is None or better is None or worse is None:
+        pytest.skip("no ffmpeg with libvmaf is here")
+    assert equal == EQUAL_DB > better > worse + 10
+
+
 def test_no_value_without_libvmaf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vmaf, "_ffmpeg", lambda: None)
     assert vmaf_of_frames(moving_bars(), moving_bars()) is None
+    assert xpsnr_of_video(moving_bars(), moving_bars()) is None
 
 
 def test_a_program_that_fails_gives_no_value(
