@@ -23,6 +23,7 @@ def reference_faults(manifest: Manifest) -> list[str]:
         *_graph_faults(manifest),
         *_stream_faults(manifest),
         *_stage_faults(manifest),
+        *_sequence_faults(manifest),
         *_policy_faults(manifest),
         *_file_faults(manifest),
     ]
@@ -168,6 +169,36 @@ def _groups_cover(stage: StageEntry) -> bool:
             return False
         at += group.count
     return at == stage.first + stage.count
+
+
+def _sequence_faults(manifest: Manifest) -> Iterator[str]:
+    entry, graphs = manifest.sequence, manifest.graphs
+    if entry is None:
+        return
+    for name, graph in (("rows", entry.rows), ("joined", entry.joined)):
+        if graph is not None and graph not in graphs:
+            yield f"'sequence.{name}' names '{graph}', which is not there"
+    if entry.rows in graphs and len(graphs[entry.rows].outputs) != 1:
+        yield "'sequence.rows' names a graph of several results"
+    for block, parts in entry.blocks.items():
+        runs = [graphs[p.graph].runs if p.graph in graphs else "" for p in parts]
+        turns = ["attention" if place % 2 else "part" for place in range(len(parts))]
+        if block not in graphs or runs != turns or len(parts) % 2 == 0:
+            yield f"'sequence.blocks.{block}' is not parts of a block with attentions between"
+            continue
+        given = {*graphs[block].inputs, *(n for p in parts for n in graphs[p.graph].outputs)}
+        for number, part in enumerate(parts[1::2], 1):
+            wanted = [f"{operand}_{number}" for operand in ("query", "key", "value")]
+            wanted += [] if part.mask is None else [part.mask]
+            missing = [name for name in wanted if name not in given]
+            if missing:
+                yield f"'sequence.blocks.{block}' lacks '{missing[0]}'"
+    for policy, pair in entry.policies.items():
+        if policy not in manifest.policies or not graphs.keys() >= set(pair):
+            yield f"'sequence.policies.{policy}' names what is not there"
+    for dim, terms in entry.sums.items():
+        if len(terms) < 2 or not set(terms).isdisjoint(entry.sums):
+            yield f"'sequence.sums.{dim}' is no sum of streams' dimensions"
 
 
 def _policy_faults(manifest: Manifest) -> Iterator[str]:

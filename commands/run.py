@@ -115,6 +115,15 @@ def run(
     offload: OffloadOption = False,
     cuda_graphs: CudaGraphsOption = False,
     device: DeviceOption = None,
+    guidance_ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2,
+            help="Groups of processes that the branches of guidance are shared out over; those of a "
+            "group share a sequence. Default: 1 of a bundle built with --sequence-parallel, else 2.",
+        ),
+    ] = None,
     check_finite: Annotated[
         bool, typer.Option(help="Stop at the first step that makes values that are not finite.")
     ] = True,
@@ -213,7 +222,7 @@ def run(
         request.check()
         told_of.check_bundle(opened)
         check_ahead(opened, request, out, model)
-        ranks = _join(opened, request, backend, lora, device, told_of)
+        ranks = _join(opened, request, backend, lora, device, told_of, guidance_ranks)
         size = size_of(
             chosen.generation, height=height, width=width, frames=frames, steps=steps,
             guidance=guidance, true_guidance=request.true_guidance,
@@ -230,7 +239,7 @@ def run(
                 options=DeviceOptions(
                     offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
                 ),
-                ranks=ranks,
+                ranks=ranks, guidance_ranks=guidance_ranks,
             )  # fmt: skip
         seconds = {"load": time.perf_counter() - began}
         fps = fps or round(generator.frame_rate(request) or 8)
@@ -290,10 +299,17 @@ def _refuse_without_model(model_cls: str, task: str, use_prompt_enhancer: bool) 
 
 def _join(
     bundle: Any, request: Any, backend: str | None, loras: list[str] | None, device: int | None,
-    told_of: RunFiles,
+    told_of: RunFiles, guidance_ranks: int | None,
 ) -> Any:  # fmt: skip
     """Join the ranks that a launcher started, once they agree; None in a process started alone."""
+    from ..runtime.distributed.layout import branches_of
+
     if launch() is None:
+        if guidance_ranks is not None:
+            raise RequestError(
+                f"--guidance-ranks {guidance_ranks}", "is for several processes, and this is one",
+                "start it with torchrun, or leave it out",
+            )  # fmt: skip
         return None
     for flag, path in told_of.places().items():
         raise RequestError(
@@ -301,7 +317,8 @@ def _join(
             "start the run alone",
         )  # fmt: skip
     scale, inputs = request.value("guidance_scale"), bundle.manifest.inputs.values()
-    if branch_count(inputs, scale, request.true_guidance) == 1:
+    shares = branches_of(bundle.manifest, guidance_ranks) > 1
+    if shares and branch_count(inputs, scale, request.true_guidance) == 1:
         is_inside = embeds_guidance(inputs)
         raise RequestError(
             f"--guidance {scale:g}",
@@ -311,7 +328,8 @@ def _join(
             + ("--set-pipe true_cfg_scale=4" if is_inside else "--guidance above 1"),
         )  # fmt: skip
     ranks = join_job(bundle, request, device)
-    ranks.compare({"--backend": str(backend), "--lora": str(loras or [])})
+    told = {"--backend": backend, "--lora": loras or [], "--guidance-ranks": guidance_ranks}
+    ranks.compare({flag: str(value) for flag, value in told.items()})
     return ranks
 
 

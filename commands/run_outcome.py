@@ -83,9 +83,9 @@ def show_outcome(screen: Screen, data: Mapping[str, Any]) -> None:
         "peak memory": None if peak is None else f"{peak / 2**30:.2f} GiB",
     }
     screen.table("whole run", list(whole), [list(whole.values())])
-    if "exchange" in data:
-        sent = data["exchange"]
-        screen.table("bytes that rank 0 sent", list(sent), [list(sent.values())])
+    for shared, sent in data.get("exchange", {}).items():
+        if isinstance(sent, dict):
+            screen.table(f"bytes that rank 0 sent, {shared}", list(sent), [list(sent.values())])
 
 
 def _show_decisions(screen: Screen, data: Mapping[str, Any]) -> None:
@@ -101,9 +101,12 @@ def _show_decisions(screen: Screen, data: Mapping[str, Any]) -> None:
 
 
 def _exchange(transformer: Any, ranks: int) -> dict[str, Any]:
-    """Return the bytes that a run sent; of two transformers, those of the one that ran last."""
-    experts = [e.exchange for e in transformer.experts if e.exchange.formula]
-    return {"ranks": ranks, **experts[-1].as_dict()}
+    """Return the bytes that a run sent, by what was shared; of two experts, of the last that ran."""
+    found: dict[str, Any] = {"ranks": ranks}
+    for expert in transformer.experts:
+        counts = {name: c.as_dict() for name, c in expert.exchanges.items() if c.formula}
+        found |= counts
+    return found
 
 
 def _seconds(value: float | None) -> str | None:

@@ -90,7 +90,8 @@ def build(plan: Plan, progress: Progress | None = None) -> BuildReport:
         tensors |= part_tensors(plan.parts, graphs, checkpoint.variant)
         seconds.end("weights")
 
-        engines = _compile(plan, graphs, folder, progress)
+        sequence = _sequence(plan, graphs)
+        engines = _compile(plan, graphs, sequence, folder, progress)
         seconds.end("engines")
 
         pipeline, notes = bring_pipeline(checkpoint, folder), list(checkpoint.notes)
@@ -109,7 +110,7 @@ def build(plan: Plan, progress: Progress | None = None) -> BuildReport:
         told = {**dict(planned), "checkpoint": origin, "stages": stages}
         manifest = Manifest(
             **told, pipeline=pipeline, tokenizer=tokenizer, graphs=graphs, tensors=tensors,
-            engines=engines, samplers=samplers, sequence=_sequence(plan, graphs), files=files,
+            engines=engines, samplers=samplers, sequence=sequence, files=files,
         )  # fmt: skip
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         seconds.end("digests")
@@ -138,7 +139,9 @@ def _trace(plan: Plan, folder: Path, progress: Progress) -> dict[str, GraphEntry
     graphs |= write(around, common)
     for name, policy_class in plan.policies.items():
         graphs[f"decide.{name}"] = write_decide_graph(policy_class(), folder, plan.store)
-        if plan.sequence is not None:
+        if plan.sequence is not None and plan.sequence.is_of_tokens(
+            policy_class.spec, plan.manifest.signals
+        ):
             graphs |= write_measured_graphs(name, policy_class(), folder, plan.store)
         progress.advance(f"decide.{name}")
     for part in plan.parts:
@@ -169,12 +172,16 @@ def _bring_weights(
 
 
 def _compile(
-    plan: Plan, graphs: Mapping[str, GraphEntry], folder: Path, progress: Progress
+    plan: Plan,
+    graphs: Mapping[str, GraphEntry],
+    sequence: SequenceEntry | None,
+    folder: Path,
+    progress: Progress,
 ) -> list[EngineSetEntry]:
     """Compile the graphs for every backend."""
     compiled = compiled_graphs(graphs, plan.manifest.weights)
-    ranges = plan.ranges
-    profiles = profiles_of(compiled, plan.manifest.policies, plan.cut, ranges) if ranges else {}
+    ranges, policies = plan.ranges, plan.manifest.policies
+    profiles = profiles_of(compiled, policies, plan.cut, ranges, sequence) if ranges else {}
     engines = []
     for backend, target in plan.backends:
         progress.phase(f"compile for {backend.name}", len(compiled))

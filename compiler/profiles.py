@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.dims import summed
-from ..bundle.manifest import GraphEntry, PolicyEntry, ResolvedConfig
+from ..bundle.manifest import GraphEntry, PolicyEntry, ResolvedConfig, SequenceEntry
 from ..core.errors import ConfigError, RequestError
 from .cut.declared import Cut
 from .graphs.filters import signal_spec, signals_of
+from .sequence.local import LOCAL
 from .sizes import Size, dims_of, size_of
 
 __all__ = ["BuildSizes", "Profile", "Range", "dim_ranges", "parse_range", "profiles_of"]
@@ -23,6 +24,9 @@ Range = tuple[int, int, int]
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input name → its smallest, usual and largest shape."""
+
+USUAL_RANKS = 4
+"""Ranks for whose parts engines are tuned; they serve any number."""
 
 MOST_STEPS = 1000
 """Timesteps that diffusers' schedulers are trained with; none takes more steps."""
@@ -107,6 +111,7 @@ def profiles_of(
     policies: Mapping[str, PolicyEntry],
     cut: Cut,
     ranges: Mapping[str, Range],
+    sequence: SequenceEntry | None = None,
 ) -> dict[str, Profile]:
     """Return the profiles of each graph's inputs; weights have fixed shapes and need none.
 
@@ -115,10 +120,15 @@ def profiles_of(
         policies: Policies by name.
         cut: The model, cut.
         ranges: What `dim_ranges` returned.
+        sequence: How ranks share a sequence, or None.
     """
     deepest = max((p.spec.history.maximum for p in policies.values()), default=1)
     ranges = {**ranges, "slots": (1, min(2, deepest), deepest)}
     by_graph = {p.graph: p for p in policies.values()}
+    if sequence is not None:
+        ranges |= _shared_ranges(graphs, ranges, sequence)
+        pairs = sequence.policies.items()
+        by_graph |= {graph: policies[name] for name, pair in pairs for graph in pair}
     return {
         name: _profile(
             graph,
@@ -126,6 +136,29 @@ def profiles_of(
         )
         for name, graph in graphs.items()
     }
+
+
+def _shared_ranges(
+    graphs: Mapping[str, GraphEntry], ranges: Mapping[str, Range], sequence: SequenceEntry
+) -> dict[str, Range]:
+    """Return the ranges of what one of several ranks has: from one token, or head, to all of them."""
+    found: dict[str, Range] = {}
+    plain = dict.fromkeys(d for dims in sequence.shared.values() for d in dims)
+    for dim in [*plain, *sequence.sums]:
+        terms = [ranges[term] for term in sequence.sums.get(dim, [dim])]
+        usual, largest = (sum(term[corner] for term in terms) for corner in (1, 2))
+        found[f"{LOCAL}{dim}"] = len(terms), max(usual // USUAL_RANKS, len(terms)), largest
+    made = (g.outputs.items() for g in graphs.values() if g.runs == "part")
+    heads = max(
+        (int(io.shape[0]) for ios in made for n, io in ios if n.startswith("query_")), default=1
+    )
+    largest, usual = (max(r[corner] for r in found.values()) for corner in (2, 1))
+    batch = ranges["batch"]
+    everything = 1, min(usual * USUAL_RANKS, largest), largest
+    return {
+        **found, "queries": everything, "keys": everything,
+        "rows": (1, max(heads * batch[1] // USUAL_RANKS, 1), heads * batch[2]),
+    }  # fmt: skip
 
 
 def _spread(carried: Sequence[Size], name: str) -> Range:

@@ -79,7 +79,7 @@ def resume_engines(
         cut, pipeline = cut_of(bundle), manifest.pipeline.folder
         scale = folder / pipeline if pipeline is not None else None
         ranges = dim_ranges(cut, sizes, manifest.configs, scale)
-        profiles = profiles_of(graphs, manifest.policies, cut, ranges)
+        profiles = profiles_of(graphs, manifest.policies, cut, ranges, manifest.sequence)
     made = []
     store = Store(cache / STORE if cache is not None else None)
     with alone(folder):

@@ -214,6 +214,7 @@ class Session:
                 )  # fmt: skip
         resolved = self.resolve(setting or CacheSetting())
         resolved.check_steps(len(timesteps))
+        self.model.decide_graph(resolved)  # which refuses what the model can't decide by
         self._pacer.begin(resolved.setting.deadline, self._clock())
         self._has_failed = True  # until the run is set up
         if resolved != self._resolved or (recorder is None) != (self._recorder is None):

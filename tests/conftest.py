@@ -211,6 +211,14 @@ def demo_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle
     return build_bundle(repository / "models" / "shapes_wan", configs=configs)
 
 
+@pytest.fixture(scope="session")
+def sequence_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
+    """A bundle of the demo model for ONNX Runtime, for ranks that share a sequence."""
+    return build_bundle(
+        repository / "models" / "shapes_wan", ("onnxruntime",), sequence_parallel=True
+    )
+
+
 IMAGE_TO_VIDEO = {
     **TINY, "in_channels": 36, "out_channels": 16, "image_dim": 20, "added_kv_proj_dim": 32,
 }  # fmt: skip

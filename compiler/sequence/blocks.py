@@ -31,10 +31,10 @@ OPERANDS = ("query", "key", "value")
 
 
 class Attended(nn.Module):
-    """Attention with heads in front, as they are exchanged: every head is a batch of its own.
+    """Attention of which every head of every batch element is a row, as it is of its own.
 
-    Query, key and value are [heads, batch, tokens, size]; a mask is [batch or 1, 1, queries or 1,
-    keys].
+    Query, key and value are [rows, 1, tokens, size], heads before batch elements; a mask is
+    [batch or 1, 1, queries or 1, keys].
     """
 
     def __init__(self, scale: float | None) -> None:
@@ -44,16 +44,13 @@ class Attended(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Return [heads, batch, queries, size]."""
-        heads, batch = query.shape[:2]
+        """Return [rows, 1, queries, size]."""
         if mask is not None:
-            shape = (heads, batch, *mask.shape[1:])
-            mask = mask.unsqueeze(0).expand(shape).flatten(0, 1)
-        q, k, v = (one.flatten(0, 1).unsqueeze(1) for one in (query, key, value))
-        made = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.scale
+            heads = query.shape[0] // mask.shape[0]
+            mask = mask.unsqueeze(0).expand(heads, *mask.shape).flatten(0, 1)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=self.scale
         )
-        return made.reshape(query.shape)
 
 
 @dataclass(frozen=True)
@@ -316,7 +313,7 @@ def attention_segment(name: str, attention: CutAttention) -> Segment:
     """Return the graph of an attention with some heads of all tokens."""
     size, dtype = attention.query.shape[-1], attention.query.dtype
     inputs = {
-        operand: TensorSpec(dtype, ("heads", "batch", tokens, size))
+        operand: TensorSpec(dtype, ("rows", 1, tokens, size))
         for operand, tokens in zip(OPERANDS, ("queries", "keys", "keys"), strict=True)
     }
     if attention.mask_spec is not None:

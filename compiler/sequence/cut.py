@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from ...bundle.manifest import PartEntry, SequenceEntry, SumTerm
+from ...bundle.manifest import PartEntry, SequenceEntry, SignalEntry, SumTerm
 from ...bundle.streams import HIDDEN
 from ...core.errors import ExportError
-from ..cut.declared import Cut, Segment
+from ...policies.spec import PolicySpec
+from ..cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment
 from .blocks import CutAttention, CutBlock, attention_segment, cut_block
 from .finish import cut_finish
 from .local import HINT, LOCAL, Tokens, check_tokens_apart, part_of_rank
@@ -31,12 +32,19 @@ class SequenceCut:
         entry: What the manifest says of them; its policies are for the caller to add.
         example_dims: Sizes to trace with, beside the cut's.
         tokens: Dimensions that are shared out.
+        signals: Values that policies look at, of which each rank has a part.
     """
 
     segments: tuple[Segment, ...]
     entry: SequenceEntry
     example_dims: Mapping[str, int]
     tokens: Tokens
+    signals: frozenset[str] = frozenset()
+
+    def is_of_tokens(self, spec: PolicySpec, signals: Mapping[str, SignalEntry]) -> bool:
+        """Tell whether a policy may look at a value of which each rank has a part."""
+        looked_at = {signals[kind].value for kind in spec.signals if kind in signals}
+        return spec.feature == "attention_output" or not looked_at.isdisjoint(self.signals)
 
 
 def cut_sequence(cut: Cut) -> SequenceCut:
@@ -55,6 +63,7 @@ class _Cutter:
     attentions: dict[Any, str] = field(default_factory=dict)
     shared: dict[str, list[str]] = field(default_factory=dict)
     blocks: dict[str, list[PartEntry]] = field(default_factory=dict)
+    signals: list[str] = field(default_factory=list)
 
     def cut(self) -> SequenceCut:
         """Cut every graph of tokens."""
@@ -86,8 +95,9 @@ class _Cutter:
         )  # fmt: skip
         examples = {f"{LOCAL}{d}": EXAMPLES[i] for i, d in enumerate(plain)}
         examples |= {n: sum(examples[t] for t in ts) for n, ts in self.tokens.local_sums.items()}
-        examples |= dict(zip(("heads", "queries", "keys"), (4, 41, 43), strict=True))
-        return SequenceCut(tuple(self.segments), entry, examples, self.tokens)
+        examples |= {"rows": 8, "queries": 41, "keys": 43}
+        signals = frozenset({*self.signals, FIRST_BLOCK_RESIDUAL})
+        return SequenceCut(tuple(self.segments), entry, examples, self.tokens, signals)
 
     def _streams(self) -> dict[str, str]:
         """Return what blocks hand on of tokens → the dimension of them."""

@@ -114,7 +114,7 @@ def write_measured_graphs(
             {str(v.name): _entry(specs[str(v.name)]) for v in values}
             for values in (model.graph.inputs, model.graph.outputs)
         ]
-        entries[graph] = GraphEntry(file=file, runs="part", inputs=ios[0], outputs=ios[1])
+        entries[graph] = GraphEntry(file=file, runs="decide", inputs=ios[0], outputs=ios[1])
     return entries
 
 

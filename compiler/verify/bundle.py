@@ -31,6 +31,7 @@ from ..cut.declared import Cut, Segment
 from ..cut.document import cut_of
 from ..graphs.caching import cache_segments
 from ..graphs.filters import filter_segments
+from ..sequence.cut import cut_sequence
 from .engines import (
     EngineCheck,
     Reference,
@@ -227,6 +228,11 @@ def check_engines(
     manifest, cut = model.manifest, cut_of(model.bundle)
     cache = cache_segments(cut.cached, cut.history_dtype)
     segments = {s.name: s for s in (*cut.segments, *cache, *filter_segments(cut))}
+    parts: Mapping[str, int] = {}
+    if manifest.sequence is not None:
+        sequence = cut_sequence(cut)
+        segments |= {s.name: s for s in sequence.segments}
+        parts = sequence.example_dims
     prefix = model.prefix
     graphs = {
         n: g
@@ -245,7 +251,7 @@ def check_engines(
             continue
         profile = _profile(model.bundle, built.files[name]) if name in built.files else {}
         ranges = _ranges(graph, profile)
-        dims = [sample_dims(cut, case, ranges) for case in range(CASES)]
+        dims = [{**parts, **sample_dims(cut, case, ranges)} for case in range(CASES)]
         cases = [sample_inputs(graph, manifest, d, seed=case) for case, d in enumerate(dims)]
         for block, reference, taps in _references(model.bundle, cut, segments, name, prefix):
             if name in built.files:
@@ -337,10 +343,15 @@ def _references(
     if "{block}" not in segment.prefix:
         yield None, Reference(segment, [_weights(bundle, segment, 0, prefix)]), {}
         return
+    parts = {} if manifest.sequence is None else manifest.sequence.blocks
     for stage in manifest.stages:
-        if graph == stage.tapped:
+        own, tapped = (
+            [template, *(part.graph for part in parts.get(template or "", []))]
+            for template in (stage.block, stage.tapped)
+        )
+        if graph in tapped and graph not in own:
             blocks = [manifest.feature_block]
-        elif graph in (stage.block, stage.context, stage.modulation):
+        elif graph in (*own, stage.context, stage.modulation):
             last = stage.first + stage.count - 1
             blocks = sorted({stage.first, (stage.first + last) // 2, last})
         else:

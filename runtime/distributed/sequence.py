@@ -161,6 +161,11 @@ class SharedModel(LoadedModel):
             return self._bind_whole(graph, values)
         return super().bind(graph, values, block)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of buffers between parts, and of what other ranks' tokens are gathered in."""
+        return sum(t.nbytes for t in self._kept.values() if isinstance(t, Tensor))
+
     def _bind_whole(self, graph: str, values: Mapping[str, Tensor]) -> BoundCall:
         """Bind a graph that makes all tokens' values, of which this rank takes its part."""
         dims, made, pairs = whole_dims(self.whole, values), dict[str, Tensor](), []
@@ -222,7 +227,7 @@ class SharedModel(LoadedModel):
         attended = torch.empty_like(own["query"])
         masks = {} if mask is None else {"mask": mask}
         if self.ranks.size == 1:
-            return [super().bind(graph, {**own, **masks, "attended": attended})], attended
+            return [super().bind(graph, _in_rows({**own, "attended": attended}) | masks)], attended
         heads = self.share.places(own["query"].shape[0])
         first, end = heads[self.ranks.rank]
         into = Exchange(self.ranks, "sharing an attention's heads out", self.counts.add)
@@ -235,10 +240,10 @@ class SharedModel(LoadedModel):
         if mask is not None and mask.shape[-1] == own["key"].shape[2]:  # of this rank's tokens
             whole["mask"] = self._scratch("mask", (*mask.shape[:-1], tokens["key"][-1][1]), mask)
             into.gather(mask, whole["mask"], mask.ndim - 1, tokens["key"])
-        whole |= {n: t for n, t in masks.items() if n not in whole}
+        masks |= {n: whole.pop(n) for n in list(whole) if n in masks}
         whole["attended"] = self._scratch("attended", tuple(whole["query"].shape), attended)
         back.turn(whole["attended"], attended, (2, tokens["query"]), (0, heads))
-        return [into, super().bind(graph, whole), back], attended
+        return [into, super().bind(graph, _in_rows(whole) | masks), back], attended
 
     def _by_channels(self, part: Tensor, taken: Tensor, tokens: Sequence[Place]) -> BoundCall:
         """Return the exchange by which a feature is shared out by channels, its tokens all there."""
@@ -363,6 +368,11 @@ class SharedModel(LoadedModel):
             self._kept[key] = make()
         found: Made = self._kept[key]
         return found
+
+
+def _in_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return [heads, batch, tokens, size] as an attention takes it, [rows, 1, tokens, size]."""
+    return {n: t.view(-1, 1, *t.shape[2:]) for n, t in tensors.items()}
 
 
 def _narrowed(

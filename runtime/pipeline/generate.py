@@ -194,7 +194,7 @@ class Generator:
     def __init__(
         self, bundle: Bundle, *, backend: str | None = None, loras: Sequence[str] = (),
         model: Path | None = None, options: DeviceOptions | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks | None = None, guidance_ranks: int | None = None,
     ) -> None:  # fmt: skip
         """Load text encoder, VAE and scheduler, and attach the bundle.
 
@@ -204,7 +204,8 @@ class Generator:
             loras: ``FILE[:scale]``.
             model: Diffusers folder with the rest of the pipeline, where the bundle has none.
             options: How engines are driven: weights kept in host memory, CUDA graphs.
-            ranks: Processes that share the branches of every run; None runs them all here.
+            ranks: Processes that share every run; None runs all here.
+            guidance_ranks: As of `attach`.
 
         Raises:
             BundleError: the rest of the pipeline can't be found.
@@ -231,8 +232,9 @@ class Generator:
         }
         self.bundle = bundle
         self.transformer: FreewheelTransformer = attach(
-            self.pipe, bundle, "off", backend=backend, loras=loras, options=options, ranks=ranks
-        )
+            self.pipe, bundle, "off", backend=backend, loras=loras, options=options, ranks=ranks,
+            guidance_ranks=guidance_ranks,
+        )  # fmt: skip
         self._ranks = ranks
         self._embeds_guidance = embeds_guidance(bundle.manifest.inputs.values())
         for expert in self.transformer.experts:

@@ -44,9 +44,21 @@ def reads(value: str, count: int) -> dict[str, list[str]]:
     return {"timestep_proj": [value] * count}
 
 
+def sequence(**changes: Any) -> dict[str, Any]:
+    whole = {"sums": {}, "shared": {"hidden": ["tokens"]}, "blocks": {}, "rows": "delta", "joined": None,
+             "policies": {}}  # fmt: skip
+    return whole | changes
+
+
 @pytest.mark.parametrize(
     ("edit", "fault"),
     [
+        (lambda d: d.update(sequence=sequence(rows="rows")), "'sequence.rows' names 'rows'"),
+        (lambda d: d.update(sequence=sequence(joined="none")), "'sequence.joined' names 'none'"),
+        (lambda d: d.update(sequence=sequence(blocks={"block": [{"graph": "block"}]})),
+         "'sequence.blocks.block' is not parts"),
+        (lambda d: d.update(sequence=sequence(policies={"off": ["a", "b"]})), "'sequence.policies.off' names"),
+        (lambda d: d.update(sequence=sequence(sums={"joint": ["tokens"]})), "'sequence.sums.joint' is no sum"),
         (lambda d: d["graphs"].pop("reuse"), "'graphs.reuse' is missing"),
         (lambda d: d["graphs"].update(text_encoder=d["graphs"]["prompt"]), "'vocabulary_size' is missing"),
         (lambda d: d["graphs"]["delta"]["outputs"].pop("residual"), "lack 'residual'"),

@@ -98,7 +98,9 @@ def over_ranks(
             masks = [t[part.mask] for t in held]
             is_whole = masks[0].shape[-1] == whole["key"].shape[2]
             whole["mask"] = masks[0] if is_whole else torch.cat(masks, -1)
-        attended = called(segment, {}, whole)["attended"]
+        shape = whole["query"].shape
+        rows = {n: t.reshape(-1, 1, *t.shape[2:]) if n != "mask" else t for n, t in whole.items()}
+        attended = called(segment, {}, rows)["attended"].view(shape)
         counts = [t[f"query_{number}"].shape[2] for t in held]
         for taken, one in zip(held, attended.split(counts, 2), strict=True):
             taken[f"attended_{number}"] = one

@@ -8,17 +8,21 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from freewheel.cli import main
-from freewheel.core.errors import NotFiniteError
+from freewheel.core.errors import NotFiniteError, RequestError
+from freewheel.runtime.branch_cache import BranchCache
 from freewheel.runtime.distributed import ranks
+from freewheel.runtime.distributed.exchange import Exchange
 from freewheel.runtime.session import Session
 
 AT_STEP = 2
+AT_EXCHANGE = 30
 GIB = 1 << 30
 
 
@@ -54,6 +58,33 @@ def fail_at_step(how: Any) -> None:
     Session.step = failing  # type: ignore[method-assign]  # the fault
 
 
+def fail_in_a_block(how: Any) -> None:
+    run, done = Exchange.run, 0
+
+    def failing(self: Exchange) -> None:
+        nonlocal done
+        done += 1
+        if done == AT_EXCHANGE:
+            how()
+        run(self)
+
+    Exchange.run = failing  # type: ignore[method-assign]  # the fault
+
+
+def raise_in_an_exchange() -> None:
+    raise RequestError("an exchange", "fails", "x")
+
+
+def decide_otherwise() -> None:
+    decide = BranchCache.decide
+
+    def failing(self: BranchCache, step_index: int, pace: Any) -> Any:
+        found = decide(self, step_index, pace)
+        return replace(found, compute=not found.compute) if step_index == AT_STEP else found
+
+    BranchCache.decide = failing  # type: ignore[method-assign]  # the fault
+
+
 def fail_in_second_run() -> None:
     begin, runs = Session.begin, 0
 
@@ -73,6 +104,12 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "1":
         if kind in DURING:
             fail_at_step(DURING[kind])
+        elif kind == "killed_in_a_block":
+            fail_in_a_block(killed)
+        elif kind == "fails_in_a_block":
+            fail_in_a_block(raise_in_an_exchange)
+        elif kind == "decides_otherwise":
+            decide_otherwise()
         elif kind == "killed_in_its_second_run":
             fail_in_second_run()
         elif kind == "another_version":

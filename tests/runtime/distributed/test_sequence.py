@@ -16,11 +16,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "compiler" / "cut"))
 from launching import torchrun
 from small_configs import CASES
+from typer.testing import CliRunner
 
 from freewheel.bundle.reader import Bundle
+from freewheel.cli import app
 from freewheel.compiler.cut.prove import random_weights
+from freewheel.core.errors import RequestError
+from freewheel.runtime.distributed.layout import layout_of
+from freewheel.runtime.distributed.ranks import TIMEOUT, Ranks
+from freewheel.runtime.distributed.sequence import SharedModel
+from freewheel.runtime.model import DeviceOptions
 
 JOB = Path(__file__).parent / "sequence_job.py"
+FAILING = Path(__file__).parent / "failing_run.py"
+
+REQUEST = ("--prompt", "a red circle", "--steps", 4, "--frames", 5, "--seed", 7, "--cache", "off")
 
 TOLERANCE = 1e-5
 
@@ -43,8 +53,11 @@ def shared_bundle(
     def find(kind: str) -> tuple[Path, Bundle]:
         if kind not in made:
             if kind == "wan":
-                folder = repository / "models" / "shapes_wan"
-            elif kind == "image_to_video":
+                made[kind] = (
+                    repository / "models" / "shapes_wan", request.getfixturevalue("sequence_bundle")
+                )  # fmt: skip
+                return made[kind]
+            if kind == "image_to_video":
                 folder = request.getfixturevalue("i2v_checkpoint")
             else:
                 class_name, config = CASES[kind]
@@ -124,3 +137,88 @@ def test_a_step_sends_what_the_formula_gives(seen: Seen) -> None:
                 assert reused == sent["formula_bytes_reused"], (rank, policy)
             if policy in probed:  # the first block runs at every step
                 assert reused > sent["formula_bytes_reused"], (rank, policy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("killed_in_a_block", "rank"),
+        ("fails_in_a_block", "an exchange: fails; x"),
+        pytest.param("killed", "rank", marks=nightly),
+        pytest.param("silent", "rank 1: has not answered rank 0 for 8 s", marks=nightly),
+        pytest.param("without_memory", "memory", marks=nightly),
+        pytest.param("not_finite", "branch 'uncond', step 2", marks=nightly),
+        pytest.param("decides_otherwise", "decided otherwise than rank 0: computes is", marks=nightly),
+        pytest.param("another_version", "rank 1: the version of freewheel is '0.0.1'", marks=nightly),
+        pytest.param("another_request", "rank 1: seed is '8', rank 0's is '7'", marks=nightly),
+    ],
+)  # fmt: skip
+def test_a_rank_that_fails_ends_the_run_with_one_error(
+    sequence_bundle: Bundle, tmp_path: Path, kind: str, said: str
+) -> None:
+    done = torchrun(
+        FAILING, kind, "run", sequence_bundle.folder, *REQUEST, "--out", tmp_path / "video.png",
+        **{TIMEOUT: "8" if kind == "silent" else "60"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stderr
+    assert said in errors[0] or said in done.stderr.split("error:", 1)[1][:300], errors
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_run_over_ranks_writes_the_picture_of_one_process(
+    sequence_bundle: Bundle, tmp_path: Path
+) -> None:
+    arguments = ("run", sequence_bundle.folder, *REQUEST, "--json")
+    alone, shared = tmp_path / "alone.png", tmp_path / "shared.png"
+    assert CliRunner().invoke(app, [str(a) for a in (*arguments, "--out", alone)]).exit_code == 0
+    done = torchrun("-m", "freewheel", *arguments, "--guidance-ranks", 2, "--out", shared, ranks=4)
+    assert done.returncode == 0, done.stderr
+    exchange = json.loads(done.stdout.splitlines()[-1])["exchange"]
+    assert exchange["ranks"] == 4
+    assert exchange["sequence"]["bytes_per_computed_step"] == exchange["sequence"]["formula_bytes"]
+    assert exchange["guidance"]["bytes_per_computed_step"] == exchange["guidance"]["formula_bytes"]
+    assert shared.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "guidance", "said"),
+    [
+        (5, None, "5 ranks: are more than the 4 heads of an attention"),
+        (3, 2, "3 ranks: are no 2 equal groups"),
+    ],
+)
+def test_ranks_that_can_not_share_are_refused_before_anything_runs(
+    sequence_bundle: Bundle, ranks: int, guidance: int | None, said: str
+) -> None:
+    def share() -> None:
+        layout = layout_of(_ranks(ranks), sequence_bundle.manifest, guidance)
+        assert layout.sequence is not None
+        SharedModel(sequence_bundle, ranks=layout.sequence)
+
+    with pytest.raises(RequestError, match=said):
+        share()
+
+
+def test_a_bundle_built_without_shares_no_sequence(demo_bundle: Bundle) -> None:
+    with pytest.raises(RequestError, match="3 ranks: have 2 branches of guidance to share out"):
+        layout_of(_ranks(3), demo_bundle.manifest)
+    with pytest.raises(RequestError, match="has no graphs for ranks that share a sequence"):
+        SharedModel(demo_bundle, ranks=_ranks(2))
+
+
+@pytest.mark.parametrize("option", ["offload", "cuda_graphs"])
+def test_options_of_one_process_are_refused(
+    sequence_bundle: Bundle, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SharedModel, "_check_options", lambda self: None)
+    with pytest.raises(RequestError, match=f"--{option.replace('_', '-')}: is for one process"):
+        SharedModel(sequence_bundle, None, DeviceOptions(**{option: True}), ranks=_ranks(2))
+
+
+def _ranks(size: int) -> Ranks:
+    """Return ranks of a job that was never started: enough for what is refused ahead."""
+    ranks = Ranks.__new__(Ranks)
+    ranks.rank, ranks.size, ranks.members = 0, size, tuple(range(size))
+    return ranks
