@@ -156,8 +156,8 @@ def _shared_ranges(
     batch = ranges["batch"]
     everything = 1, min(usual * USUAL_RANKS, largest), largest
     return {
-        **found, "queries": everything, "keys": everything,
-        "rows": (1, max(heads * batch[1] // USUAL_RANKS, 1), heads * batch[2]),
+        **found, "attention_queries": everything, "attention_keys": everything,
+        "attention_rows": (1, max(heads * batch[1] // USUAL_RANKS, 1), heads * batch[2]),
     }  # fmt: skip
 
 

@@ -313,12 +313,14 @@ def attention_segment(name: str, attention: CutAttention) -> Segment:
     """Return the graph of an attention with some heads of all tokens."""
     size, dtype = attention.query.shape[-1], attention.query.dtype
     inputs = {
-        operand: TensorSpec(dtype, ("rows", 1, tokens, size))
-        for operand, tokens in zip(OPERANDS, ("queries", "keys", "keys"), strict=True)
+        operand: TensorSpec(dtype, ("attention_rows", 1, tokens, size))
+        for operand, tokens in zip(
+            OPERANDS, ("attention_queries", "attention_keys", "attention_keys"), strict=True
+        )
     }
     if attention.mask_spec is not None:
         batch, _, rows, _ = attention.mask_spec.shape
-        shape = (batch, 1, 1 if rows == 1 else "queries", "keys")
+        shape = (batch, 1, 1 if rows == 1 else "attention_queries", "attention_keys")
         inputs["mask"] = TensorSpec(attention.mask_spec.dtype, shape)
     outputs = {"attended": replace(inputs["query"])}
     return Segment(

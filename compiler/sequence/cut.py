@@ -95,7 +95,7 @@ class _Cutter:
         )  # fmt: skip
         examples = {f"{LOCAL}{d}": EXAMPLES[i] for i, d in enumerate(plain)}
         examples |= {n: sum(examples[t] for t in ts) for n, ts in self.tokens.local_sums.items()}
-        examples |= {"rows": 8, "queries": 41, "keys": 43}
+        examples |= {"attention_rows": 8, "attention_queries": 41, "attention_keys": 43}
         signals = frozenset({*self.signals, FIRST_BLOCK_RESIDUAL})
         return SequenceCut(tuple(self.segments), entry, examples, self.tokens, signals)
 

@@ -55,8 +55,7 @@ def sequence(**changes: Any) -> dict[str, Any]:
     [
         (lambda d: d.update(sequence=sequence(rows="rows")), "'sequence.rows' names 'rows'"),
         (lambda d: d.update(sequence=sequence(joined="none")), "'sequence.joined' names 'none'"),
-        (lambda d: d.update(sequence=sequence(blocks={"block": [{"graph": "block"}]})),
-         "'sequence.blocks.block' is not parts"),
+        (lambda d: d.update(sequence=sequence(blocks={"block": [{"graph": "block"}]})), "blocks.block' is not parts"),
         (lambda d: d.update(sequence=sequence(policies={"off": ["a", "b"]})), "'sequence.policies.off' names"),
         (lambda d: d.update(sequence=sequence(sums={"joint": ["tokens"]})), "'sequence.sums.joint' is no sum"),
         (lambda d: d["graphs"].pop("reuse"), "'graphs.reuse' is missing"),
