@@ -64,6 +64,7 @@ class _Cutter:
     shared: dict[str, list[str]] = field(default_factory=dict)
     blocks: dict[str, list[PartEntry]] = field(default_factory=dict)
     signals: list[str] = field(default_factory=list)
+    whole: dict[str, list[str]] = field(default_factory=dict)
 
     def cut(self) -> SequenceCut:
         """Cut every graph of tokens."""
@@ -165,15 +166,16 @@ class _Cutter:
     def _share_all(self, segment: Segment, shared: Mapping[str, Any]) -> None:
         """Note of which values a rank has a part; each block may read another one there."""
         for name, dims in shared.items():
-            read = [
-                value
-                for stage in self.cut_.stages
-                if segment.name in (stage.block, stage.tapped)
-                for value in stage.reads.get(name, ())
-            ]
             if not name.endswith("_skip"):
-                for value in dict.fromkeys([name, *read]):
+                for value in self._values(segment, name):
                     self._share(value, list(dims), segment.name)
+        whole = [n for n in segment.inputs if n not in shared]
+        self.whole[segment.name] = [v for n in whole for v in self._values(segment, n)]
+
+    def _values(self, segment: Segment, name: str) -> list[str]:
+        """Return an input, and what each block reads there."""
+        own = [s for s in self.cut_.stages if segment.name in (s.block, s.tapped)]
+        return list(dict.fromkeys([name, *(v for s in own for v in s.reads.get(name, ()))]))
 
     def _check_signal(self, segment: Segment) -> None:
         module: Any = segment.module
@@ -188,6 +190,7 @@ class _Cutter:
         check_tokens_apart(
             segment.name, module, taken, outputs, self.tokens, list(self.tokens.plain)
         )
+        self.signals += outputs
         self._share_all(segment, {
             n: [str(segment.inputs[n].shape[1])] for n, s in taken.items() if s != segment.inputs[n]
         })  # fmt: skip
@@ -200,16 +203,10 @@ class _Cutter:
                 raise ExportError(
                     f"graph '{segment.name}'", f"needs all tokens of '{odd[0]}'", HINT
                 )
-        templates = [s for s in self.cut_.segments if s.runs in ("block", "signal")]
-        for segment in templates:
-            for name, spec in segment.inputs.items():
-                part = self.shared.get(name)
-                taken = self.blocks.get(segment.name)
-                if part is None or taken is None:
-                    continue
-                given = {n for s in self.segments if s.name == taken[0].graph for n in s.inputs}
-                if name in given and self.tokens.axis(spec) is None:
-                    raise ExportError(f"graph '{segment.name}'", f"has no tokens in '{name}'", HINT)
+        for graph, values in self.whole.items():
+            odd = [value for value in values if value in self.shared]
+            if odd:
+                raise ExportError(f"graph '{graph}'", f"needs all tokens of '{odd[0]}'", HINT)
 
 
 def _sums(plain: Collection[str], sums: Mapping[str, Sequence[SumTerm]]) -> dict[str, list[str]]:

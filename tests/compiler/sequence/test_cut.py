@@ -25,6 +25,7 @@ from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.compiler.request import BuildRequest
 from freewheel.compiler.sequence.cut import SequenceCut, cut_sequence
 from freewheel.core.errors import ConfigError, ExportError
+from freewheel.policies import POLICIES, policy_class
 from freewheel.runtime.distributed.shares import Share
 
 nightly = pytest.mark.nightly
@@ -124,6 +125,13 @@ def check_blocks(cut: Cut) -> None:
 
 def test_parts_over_ranks_are_the_block(demo_bundle: Bundle) -> None:
     check_blocks(cut_of(demo_bundle))
+
+
+def test_policies_that_look_at_tokens_are_known(demo_bundle: Bundle) -> None:
+    signals = demo_bundle.manifest.signals
+    sequence = cut_sequence(cut_of(demo_bundle))
+    looking = [n for n in POLICIES if sequence.is_of_tokens(policy_class(n).spec, signals)]
+    assert looking == ["teacache", "adacache", "custom", "firstblock", "dicache"]
 
 
 @nightly
