@@ -33,7 +33,7 @@ EVERY_RUN = ("qwen_image", "cogvideox")
 """A picture packed to tokens, with its sizes in a list; a video of unpacked latents."""
 REFUSED = (
     "hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi", "hunyuan_dit", "chroma",
-    "lumina_next",
+    "lumina_next", "ernie_image",
 )  # fmt: skip
 """Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
 for torch can't trace them, or they are traced at one size alone."""
