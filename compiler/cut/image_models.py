@@ -146,7 +146,7 @@ IMAGE_MODELS: tuple[Row, ...] = (
             "timestep": run(fill="fraction"),
             "encoder_hidden_states": prompt("batch text_tokens num_text_layers text_hidden_dim"),
             "position_ids": prompt("text_tokens+tokens 3", fill="positions"),
-            "encoder_attention_mask": TEXT_MASK,
+            "encoder_attention_mask": prompt("batch text_tokens", dtype="bool", fill="mask"),
         },
         pipelines=("Krea2Pipeline",),
         name="krea_2",

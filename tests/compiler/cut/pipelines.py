@@ -290,6 +290,11 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         **both(c.caption_channels), **masks("prompt_attention_mask"), **VIDEO, "num_frames": 8,
         "negative_prompt": None, "clean_caption": False, "guidance_scale": 3.0,
     }),
+    "krea_2": ("Krea2Pipeline", shifted, lambda c: {
+        **{n: one.unsqueeze(2).repeat(1, 1, c.num_text_layers, 1)
+           for n, one in both(c.text_hidden_dim).items()},
+        **masks("prompt_embeds_mask", dtype=torch.bool), **SQUARE, "guidance_scale": 3.0,
+    }),
     "ernie_image": ("ErnieImagePipeline", flow, lambda c: {
         "prompt_embeds": [embeds(c.text_in_dim)[0]], **SQUARE, "guidance_scale": 3.0,
         "negative_prompt_embeds": [embeds(c.text_in_dim, 9, seed=1)[0]],
