@@ -119,8 +119,8 @@ class Told:
     Attributes:
         computed: Whether each step of a branch is computed; None where content decides.
         distance_db: Of solved schedules, the final sample's distance from the uncached one's over
-            the refined prompts (−10·log₁₀ of the relative mean square, as `solved_from` has it);
-            None of others, which calibration does not run.
+            the refined prompts: −10·log₁₀ of the relative mean square, higher is nearer
+            (`solved_from` has its negative). None of others, which calibration does not run.
     """
 
     computed: list[bool] | None
@@ -286,7 +286,7 @@ def _told(model: LoadedModel, timesteps: torch.Tensor, config: CachingConfig) ->
     if isinstance(config, SolvedConfig):
         distances = (config.solved_from or {}).get("distance_db", {})
     count = str(getattr(config, "computed_steps", None))
-    return Told(decided, distances.get(count))
+    return Told(decided, -distances[count] if count in distances else None)
 
 
 def _held_out(
