@@ -41,10 +41,6 @@ def test_a_value_is_described_by_named_sizes(wan: Case, dimensions: Dimensions) 
     assert dimensions.spec(hidden, torch.float16, batch=1).shape[0] == 1
 
 
-def test_limits_are_those_of_the_models_tables(dimensions: Dimensions) -> None:
-    assert dimensions.limits() == {"frames": 32, "height": 64, "width": 64}
-
-
 def test_a_size_without_a_name_is_refused(dimensions: Dimensions) -> None:
     assert dimensions.of_word("text_tokens") == "text_tokens"
     with pytest.raises(ExportError, match=r"no name: 100\*text_tokens"):
