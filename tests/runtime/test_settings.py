@@ -11,8 +11,6 @@ import pytest
 from diffusers import WanTransformer3DModel
 
 from freewheel.bundle.reader import Bundle
-from freewheel.bundle.store import Store
-from freewheel.compiler.engines import STORE
 from freewheel.compiler.plan import plan
 from freewheel.compiler.request import BuildRequest
 from freewheel.configs.load import parse_config
@@ -85,8 +83,8 @@ def test_a_model_of_one_block_carries_no_policy_that_looks_at_the_first(
     config = WanTransformer3DModel.load_config(tiny_checkpoint)
     WanTransformer3DModel.from_config(config, num_layers=1).save_pretrained(tmp_path / "one")
     off = config_entries(["off"], unwarned)
-    request = BuildRequest(str(tmp_path / "one"), tmp_path / "out", [], off)
-    carried = plan(request, Store(build_cache / STORE)).policies
+    request = BuildRequest(str(tmp_path / "one"), tmp_path / "out", [], off, cache=build_cache)
+    carried = plan(request).policies
     assert set(tiny_bundle.manifest.policies) - set(carried) == {"firstblock", "dicache"}
     bundle = copy(tiny_bundle)
     kept = {n: p for n, p in bundle.manifest.policies.items() if n in carried}
