@@ -85,6 +85,9 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 """Config → model, ``--model_cls``, what it says: as those of their repository, but small."""
 
+DAILY = ("wan_t2v_tea", "wan_t2v_distill_lora", "wan_i2v_distill_fp8", "wan_moe_t2v")
+"""Runs that have every kind of file and task between them."""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -193,7 +196,10 @@ def expected_frames(place: Path, name: str) -> np.ndarray[Any, Any]:
     return np.concatenate(list((frames * 255).round().astype(np.uint8)), axis=1)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in DAILY else pytest.mark.nightly) for n in RUNS],
+)
 def test_a_run_script_goes_to_the_end_unchanged(
     place: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -13,7 +13,7 @@ from freewheel.tuning.calibrate import SPEEDUPS, CalibrationRequest, calibrate
 from freewheel.tuning.effort import PRESETS, duration, model_runs
 
 
-@pytest.mark.parametrize("search", [0, 1])
+@pytest.mark.parametrize("search", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_forecast_is_near_what_a_calibration_computes(
     small_demo: Bundle, monkeypatch: pytest.MonkeyPatch, search: int
 ) -> None:

@@ -150,7 +150,7 @@ def test_weights_keep_their_dtype(folder: Path, tmp_path: Path) -> None:
     assert {t.dtype for t in written.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("kind", ["i2v", "moe_t2v"])
+@pytest.mark.parametrize("kind", ["moe_t2v", pytest.param("i2v", marks=pytest.mark.nightly)])
 def test_forecasts_are_those_of_the_diffusers_folder_and_write_nothing(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,7 +168,9 @@ def test_a_rank_that_fails_ends_the_run_with_one_error(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "guidance"), [(2, 1), pytest.param(4, 2, marks=nightly)], ids=["2", "2 x 2"]
+    ("ranks", "guidance"),
+    [pytest.param(2, 1, marks=nightly), pytest.param(4, 2, marks=nightly)],
+    ids=["2", "2 x 2"],
 )
 def test_run_over_ranks_writes_the_picture_of_one_process(
     sequence_bundle: Bundle, tmp_path: Path, ranks: int, guidance: int
