@@ -47,7 +47,7 @@ def main(kind: str, checkpoint: Path, folder: Path, out: Path, guidance: str, on
     pipe, arguments = PIPELINES[kind](checkpoint)
     pipe.set_progress_bar_config(disable=True)
     known = settings(bundle)
-    for name in known.keys() & {"teacache", "custom"}:
+    for name in sorted(known.keys() & {"teacache", "custom"}):  # alike on every rank
         by_tokens = known[name].model_copy(update={"signal": "modulated_input"})
         known[f"{name} by modulated_input"] = by_tokens
     chosen = {n: s for n, s in known.items() if not only or n in only.split(",")}
