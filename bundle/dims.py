@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from ..core.errors import BundleError, RequestError
-from .manifest import MAX_SIZE, IoEntry, Manifest, SumTerm
+from .manifest import MAX_SIZE, IoEntry, LimitEntry, Manifest, SumTerm
 
 __all__ = [
     "all_dims",
@@ -76,11 +76,11 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
                 "give sizes that belong to the latents",
             )  # fmt: skip
     dims |= summed(manifest.sums, dims)
-    check_limits({n: (one.most, one.where) for n, one in manifest.limits.items()}, dims)
+    check_limits(manifest.limits, dims)
     return dims
 
 
-def check_limits(limits: Mapping[str, tuple[int, str]], dims: Mapping[str, int]) -> None:
+def check_limits(limits: Mapping[str, LimitEntry], dims: Mapping[str, int]) -> None:
     """Refuse sizes that a model has no positions for.
 
     Args:
@@ -90,10 +90,11 @@ def check_limits(limits: Mapping[str, tuple[int, str]], dims: Mapping[str, int])
     Raises:
         RequestError: one is too large.
     """
-    for name, (most, where) in limits.items():
-        if dims.get(name, 0) > most:
+    for name, limit in limits.items():
+        if dims.get(name, 0) > limit.most:
             raise RequestError(
-                f"dimension '{name}'", f"is {dims[name]}, the model has positions for {most}: {where}",
+                f"dimension '{name}'",
+                f"is {dims[name]}, the model has positions for {limit.most}: {limit.where}",
                 "choose a smaller size",
             )  # fmt: skip
 

@@ -157,7 +157,7 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
                 f"use {limit.most * scales[name]} at most",
             )
     found = derived(cut, dims)
-    check_limits({n: (one.most, one.where) for n, one in cut.limits.items()}, found)
+    check_limits(cut.limits, found)
     return found
 
 

@@ -503,11 +503,12 @@ class Session:
             for values in (timesteps, *beside.values())
         )
         given = timestep_inputs(self.manifest.inputs, first, dict(zip(beside, others, strict=True)))
-        known = self._timestep_inputs
-        if self._tables and all(torch.equal(known[n], values) for n, values in given.items()):
+        known, self._timestep_inputs = self._timestep_inputs, {}  # until all tables are there
+        if known and all(torch.equal(known[n], values) for n, values in given.items()):
+            self._timestep_inputs = known
             return
         with self._timed("prepare"):
-            self._timesteps, self._timestep_inputs = first, given
+            self._timesteps = first
             for name, graph in self.manifest.graphs.items():
                 if graph.runs != "run":
                     continue
@@ -518,6 +519,7 @@ class Session:
             self._block_tables.compute(self._tables, self.steps)
             for branch in self._branches.values():
                 branch.body.forget_tables()
+        self._timestep_inputs = given
 
     def _select_row(self, branch: _Branch, step_index: int) -> None:
         """Put this step's rows where the bound calls read them; small copies, not hidden-sized."""

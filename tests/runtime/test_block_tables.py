@@ -134,6 +134,25 @@ def test_graphs_run_once_per_run_and_where_they_see_it_per_prompt(
     assert bound["run_block"] == 2 * per_run + (blocks if sees_prompt else 0)
 
 
+def test_tables_that_could_not_be_made_are_made_by_the_next_run(
+    one: Case, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LoadedModel(bundle)
+    session, bind = Session(model), model.bind
+    check_run(one, session, bundle, one.model, TIMESTEPS[:2])
+
+    def fails(graph: str, *args: Any, **kwargs: Any) -> Any:
+        if bundle.manifest.graphs[graph].runs == "run_block":
+            raise MemoryError
+        return bind(graph, *args, **kwargs)
+
+    monkeypatch.setattr(model, "bind", fails)
+    with pytest.raises(MemoryError):
+        check_run(one, session, bundle, one.model, TIMESTEPS)
+    monkeypatch.setattr(model, "bind", bind)
+    check_run(one, session, bundle, one.model, TIMESTEPS)
+
+
 def test_other_weights_of_modulation_make_other_tables(one: Case, bundle: Bundle) -> None:
     """As a LoRA's, which are merged into the weights of a session."""
     graph = bundle.manifest.graphs[str(bundle.manifest.stages[0].modulation)]
