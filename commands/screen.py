@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..core.cells import cell
 from ..core.errors import FreewheelError, RankError
 from ..core.launch import launch
 
@@ -125,7 +126,7 @@ class Screen:
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*(_cell(v) for v in row))
+            table.add_row(*(cell(v) for v in row))
         self._err.print(table)
 
     @contextmanager
@@ -237,11 +238,3 @@ def is_memory_fault(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 0.01 else f"{value:.2f}"
-    return str(value)

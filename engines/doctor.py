@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..core.cells import counted
 from ..core.errors import BackendUnavailable
 from ..core.extras import EXTRAS, install_line, missing
 from . import BACKENDS, auto_backend, backend_class
@@ -87,7 +88,10 @@ def render(found: Mapping[str, Any]) -> list[str]:
         _mark(e["installed"], e["name"], ", ".join(e["packages"]), e["install"])
         for e in found["extras"]
     ]
-    lines += ["", f"cpu: {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads"]
+    lines += [
+        "",
+        f"cpu: {cpu['model']}, {counted(cpu['cores'], 'core')}, {counted(cpu['threads'], 'thread')}",
+    ]
     lines += [_mark(here, name, CPU_FEATURES[name], "") for name, here in cpu["features"].items()]
     lines += ["", *(_gpu_line(gpu) for gpu in found["gpus"])]
     lines += [] if found["gpus"] else ["gpu: none that this PyTorch can use"]

@@ -9,10 +9,12 @@ turns, and each is run equally often.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -35,7 +37,15 @@ from .quality import Quality, compare_videos
 from .shares import Shares
 from .table import markdown_table, spread_cell
 
-__all__ = ["UNCACHED", "BenchReport", "BenchRequest", "BenchRow", "bench_bundle", "read_prompts"]
+__all__ = [
+    "UNCACHED",
+    "BenchReport",
+    "BenchRequest",
+    "BenchRow",
+    "bench_bundle",
+    "read_prompts",
+    "short_names",
+]
 
 UNCACHED, EAGER = "uncached", "diffusers eager"
 WARM_UP_STEPS = 2
@@ -242,6 +252,23 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def short_names(caches: Sequence[str]) -> dict[str, str]:
+    """Return what was asked for by the name that tables, strips and files of a report give it.
+
+    ``folder/calibration.json#solved_2x`` is `solved_2x` where no other has that name, then
+    `calibration#solved_2x`, and itself where that isn't enough.
+    """
+
+    def forms(cache: str) -> tuple[str, ...]:
+        path, _, part = cache.partition("#")
+        stem = Path(path).stem if path.endswith(".json") else path
+        return (part or stem, f"{stem}#{part}" if part else stem, cache)
+
+    different = list(dict.fromkeys(caches))
+    counts = Counter(name for cache in different for name in set(forms(cache)))
+    return {next((n for n in forms(c) if counts[n] == 1), c): c for c in different}
+
+
 def bench_bundle(
     bundle: Bundle, request: BenchRequest, progress: Progress, warn: Callable[[str], None],
     ranks: Ranks | None = None,
@@ -263,7 +290,7 @@ def bench_bundle(
     """
     request.check()
     wanted = request.caches or list(bundle.manifest.configs)
-    named = wanted if isinstance(wanted, Mapping) else {n: n for n in wanted}
+    named = wanted if isinstance(wanted, Mapping) else short_names(wanted)
     settings = {n: choose_setting(bundle, c, {}, warn) for n, c in named.items()}
     settings = {n: s for n, s in settings.items() if s.cache.policy != "off"}
     base = choose_setting(bundle, None, {}, warn)
@@ -402,7 +429,7 @@ def _write(folder: Path, report: BenchReport) -> None:
     )
     write_text(folder / "bench.md", f"{title}\n\n{report.markdown()}\n", hint)
     for name, frames in report.pictures.items():
-        stem = name.replace(" ", "_")
+        stem = quote(name, safe="+")  # a name may be a path
         write_video(frames, folder / f"{stem}.mp4")
         write_video(frames, folder / f"{stem}.gif")
     write_video(contact_sheet(report.pictures)[None], folder / "contact_sheet.png")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from ..bundle.reader import Bundle
+from ..core.cells import counted
 from ..engines.doctor import examine
 
 __all__ = ["provenance"]
@@ -28,6 +29,7 @@ def provenance(
     checkpoint, cpu = manifest.checkpoint, machine["cpu"]
     versions = [f"{n} {v}" for n, v in machine["versions"].items() if v is not None]
     gpus = [f"{g['name']}, CUDA {g['cuda']}" for g in machine["gpus"]]
+    cores = counted(cpu["cores"], "core")
     revision = f", revision {checkpoint.revision}" if checkpoint.revision else ""
     return [
         ["command", shlex.join(command)],
@@ -35,7 +37,7 @@ def provenance(
         ["checkpoint", f"{checkpoint.source}{revision}, sha256 {checkpoint.sha256[:16]}…"],
         ["transformer", f"{checkpoint.transformer_class}, {manifest.precision}"],
         ["backend", backend],
-        ["machine", "; ".join([f"{cpu['model']}, {cpu['cores']} cores", *gpus, machine["platform"]])],
+        ["machine", "; ".join([f"{cpu['model']}, {cores}", *gpus, machine["platform"]])],
         ["versions", ", ".join(versions)],
         ["written", (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")],
     ]  # fmt: skip

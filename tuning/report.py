@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..core.cells import cell
 from ..core.errors import RequestError
 from ..core.output import write_text
 from ..policies import POLICIES
@@ -121,7 +122,7 @@ def write_bench_report(
         OutputError: it can't be written.
     """
     (name, reference), *others = report.pictures.items()
-    cells = [["–" if c is None else _number(c) for c in row] for row in report.rows()]
+    cells = [[cell(value) for value in row] for row in report.rows()]
     page = {
         "title": "Speed and quality of cache settings",
         "subtitle": f"{report.steps} steps, {report.backend}, {report.precision}, {report.pairs} prompt and seed "
@@ -259,10 +260,6 @@ def _pictures(frames: Frames) -> list[str]:
         picture.save(stream, "WEBP", lossless=frames.nbytes <= LOSSLESS_BYTES, quality=85)
         found.append(f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}")
     return found
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _finite(value: Any) -> Any:

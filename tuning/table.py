@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.cells import cell
+
 __all__ = ["markdown_table", "spread_cell"]
 
 
@@ -14,21 +16,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
     Args:
         columns: Headings.
-        rows: Cells; None is shown as a dash, a float with two decimals, or four below 1.
+        rows: What the cells show, as `cell` spells it.
     """
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def spread_cell(spread: Sequence[float] | None) -> str | None:
     """Return the least and greatest of several measurements as one cell; None of one alone."""
     return None if spread is None else f"{spread[0]:.2f}–{spread[1]:.2f}"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
-    return str(value)

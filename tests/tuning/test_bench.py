@@ -11,7 +11,13 @@ from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import OutputError, RequestError
 from freewheel.core.progress import Silent
 from freewheel.tuning import bench
-from freewheel.tuning.bench import BenchReport, BenchRequest, BenchRow, bench_bundle
+from freewheel.tuning.bench import (
+    BenchReport,
+    BenchRequest,
+    BenchRow,
+    bench_bundle,
+    short_names,
+)
 
 
 def row(speedup: list[float], ideal: float = 2.0) -> BenchRow:
@@ -94,3 +100,40 @@ def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_loaded(
         OutputError, match=r"file: is a file, expected a folder; choose another --out"
     ):
         bench_bundle(tiny_bundle, request, Silent(), lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("caches", "names"),
+    [
+        (["teacache", "custom"], ["teacache", "custom"]),
+        (["/a/cal.json#solved_2x", "b/mine.json"], ["solved_2x", "mine"]),
+        (["a/cal.json#solved", "b/other.json#solved"], ["cal#solved", "other#solved"]),
+        (["a/cal.json#solved", "b/cal.json#solved"], ["a/cal.json#solved", "b/cal.json#solved"]),
+        (["custom", "a/custom.json"], ["custom", "a/custom.json"]),
+        (["custom", "custom"], ["custom"]),
+    ],
+)
+def test_a_setting_is_called_by_the_shortest_name_that_tells_it_apart(
+    caches: list[str], names: list[str]
+) -> None:
+    found = short_names(caches)
+    assert list(found) == names
+    assert list(found.values()) == list(dict.fromkeys(caches))
+
+
+def test_a_setting_named_by_a_path_writes_its_video_into_the_asked_for_folder(
+    demo_bundle: Bundle, repository: Path, tmp_path: Path
+) -> None:
+    config = repository / "configs" / "demo" / "shapes_wan_taylorseer.json"
+    named: list[str] = []
+    for folder in ("one", "other"):
+        copy = tmp_path / folder / "tea.json"
+        copy.parent.mkdir()
+        copy.write_bytes(config.read_bytes())
+        named.append(str(copy))
+    out = tmp_path / "out"
+    request = BenchRequest(["a ring"], [0], caches=named, rounds=1, steps=2, out=out)
+    bench_bundle(demo_bundle, request, Silent(), lambda text: None)
+    videos = list(tmp_path.rglob("*.mp4"))
+    assert len(videos) == 3
+    assert {path.parent for path in videos} == {out}

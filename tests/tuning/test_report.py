@@ -176,7 +176,7 @@ def test_bench_page_has_table_front_strips_and_videos(runs: Runs, tmp_path: Path
     names = [s["name"] for s in found["strips"]]
     assert names == ["teacache, cond and uncond", "slow, cond", "slow, uncond"]
     assert [v["name"] for v in found["videos"]] == ["uncached", "teacache", "slow"]
-    assert "41.2" in found["tables"][0]["rows"][1]
+    assert "41.20" in found["tables"][0]["rows"][1]
     assert found["provenance"] == [["command", "freewheel bench"]]
 
 
