@@ -65,8 +65,9 @@ def compare(
     """Return seconds of computed steps of both forms, how far they are apart, bytes between parts."""
     models = [LoadedModel(bundle, backend), SharedModel(bundle, backend, ranks=OneRank())]
     sessions = [Session(model) for model in models]
+    states = prompt_states(sessions[0])
     for session in sessions:
-        session.set_prompt("cond", prompt_states(session))
+        session.set_prompt("cond", states)
     latents = latents_of(sessions[0], size)
     taken: list[list[float]] = [[], []]
     outputs: list[Tensor] = [torch.zeros(0), torch.zeros(0)]

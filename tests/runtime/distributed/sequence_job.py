@@ -53,14 +53,14 @@ def main(kind: str, checkpoint: Path, folder: Path, out: Path, guidance: str, on
     chosen = {n: s for n, s in known.items() if not only or n in only.split(",")}
     expected: dict[str, Tensor] = {}
     decisions: dict[str, Any] = {}
-    with freewheel.attached(pipe, bundle, "off", backend="onnxruntime") as alone:
+    with freewheel.attached(pipe, bundle, "off") as alone:
         for name, setting in chosen.items():
             alone.setting = setting
             expected[name] = latents(pipe, arguments)
             decisions[name] = decided(alone)
     seen: dict[str, Any] = {}
     with freewheel.attached(
-        pipe, bundle, "off", backend="onnxruntime", ranks=ranks, guidance_ranks=int(guidance)
+        pipe, bundle, "off", ranks=ranks, guidance_ranks=int(guidance)
     ) as shared:
         for name, setting in chosen.items():
             shared.setting = setting

@@ -41,31 +41,37 @@ nightly = pytest.mark.nightly
 
 Seen = tuple[str, int, int, list[dict[str, Any]]]
 
+BundleOf = Callable[[str, str], tuple[Path, Bundle]]
+
 
 @pytest.fixture(scope="module")
 def shared_bundle(
     repository: Path, build_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
-) -> Callable[[str], tuple[Path, Bundle]]:  # fmt: skip
-    """Return a function from a kind of pipeline to its checkpoint, and a bundle of it for ranks."""
-    made: dict[str, tuple[Path, Bundle]] = {}
+) -> BundleOf:  # fmt: skip
+    """Return a function from a kind of pipeline and a backend to its checkpoint, and a bundle of it."""
+    folders: dict[str, Path] = {"wan": repository / "models" / "shapes_wan"}
+    made: dict[tuple[str, str], Bundle] = {}
 
-    def find(kind: str) -> tuple[Path, Bundle]:
-        if kind not in made:
-            if kind == "wan":
-                made[kind] = (
-                    repository / "models" / "shapes_wan", request.getfixturevalue("sequence_bundle")
-                )  # fmt: skip
-                return made[kind]
-            if kind == "image_to_video":
-                folder = request.getfixturevalue("i2v_checkpoint")
-            else:
-                class_name, config = CASES[kind]
-                folder = tmp_path_factory.mktemp(kind) / "model"
-                model = getattr(diffusers, class_name).from_config(config).eval()
-                random_weights(model).save_pretrained(folder)
-            made[kind] = folder, build_bundle(folder, ("onnxruntime",), sequence_parallel=True)
-        return made[kind]
+    def folder_of(kind: str) -> Path:
+        if kind == "image_to_video":
+            return request.getfixturevalue("i2v_checkpoint")  # type: ignore[no-any-return]
+        class_name, config = CASES[kind]
+        folder = tmp_path_factory.mktemp(kind) / "model"
+        model = getattr(diffusers, class_name).from_config(config).eval()
+        random_weights(model).save_pretrained(folder)
+        return folder
+
+    def find(kind: str, backend: str) -> tuple[Path, Bundle]:
+        if kind not in folders:
+            folders[kind] = folder_of(kind)
+        if (kind, backend) not in made:
+            made[kind, backend] = (
+                request.getfixturevalue("sequence_bundle")
+                if (kind, backend) == ("wan", "onnxruntime")
+                else build_bundle(folders[kind], (backend,), sequence_parallel=True)
+            )
+        return folders[kind], made[kind, backend]
 
     return find
 
@@ -73,25 +79,27 @@ def shared_bundle(
 @pytest.fixture(
     scope="module",
     params=[
-        ("wan", 2, 1, COVERING),
+        ("wan", "onnxruntime", 2, 1, COVERING),
         *(
-            pytest.param((kind, ranks, guidance, ""), marks=nightly)
+            pytest.param((kind, "onnxruntime", ranks, guidance, ""), marks=nightly)
             for kind in ("wan", "image_to_video", "qwen_image", "hunyuan_video")
             for ranks, guidance in ((2, 1), (4, 2))
         ),
-        pytest.param(("flux", 2, 1, ""), marks=nightly),
-        pytest.param(("wan", 3, 1, COVERING), marks=nightly),
-        pytest.param(("qwen_image", 3, 1, COVERING), marks=nightly),
+        pytest.param(("flux", "onnxruntime", 2, 1, ""), marks=nightly),
+        pytest.param(("wan", "onnxruntime", 3, 1, COVERING), marks=nightly),
+        pytest.param(("qwen_image", "onnxruntime", 3, 1, COVERING), marks=nightly),
+        pytest.param(("wan", "openvino", 2, 1, ""), marks=nightly),
+        pytest.param(("qwen_image", "openvino", 4, 2, ""), marks=nightly),
     ],
-    ids=lambda one: f"{one[0]}-{one[1]}-over-{one[2]}",
+    ids=lambda one: "{}-{}-{}-over-{}".format(*one),
 )
 def seen(
-    request: pytest.FixtureRequest, shared_bundle: Callable[[str], tuple[Path, Bundle]],
+    request: pytest.FixtureRequest, shared_bundle: BundleOf,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Seen:  # fmt: skip
     """What every rank saw, policy by policy."""
-    kind, ranks, guidance, only = request.param
-    checkpoint, bundle = shared_bundle(kind)
+    kind, backend, ranks, guidance, only = request.param
+    checkpoint, bundle = shared_bundle(kind, backend)
     out = tmp_path_factory.mktemp("ranks")
     done = torchrun(JOB, kind, checkpoint, bundle.folder, out, guidance, only, ranks=ranks)
     assert done.returncode == 0, done.stderr
