@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from quality import captions
+from quality import HELD_OUT, captions
 
 from freewheel.bundle.reader import Bundle
 from freewheel.core.output import write_text
@@ -86,7 +86,7 @@ def main(
     budgets = [int(b) for b in setting.parameters["budgets"]]  # type: ignore[union-attr]  # a list
     generator = Generator(opened)
     random = np.random.default_rng(0)
-    prompts = captions(runs, held_out=True)
+    prompts = captions(min(runs, HELD_OUT), held_out=True)
 
     def run(index: int, cache: CacheSetting) -> Generation:
         request = GenerationRequest(

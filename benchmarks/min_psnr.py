@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from quality import captions
+from quality import HELD_OUT, captions
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -40,7 +40,6 @@ from freewheel.runtime.settings import choose_setting
 from freewheel.tuning.held_out import taking
 from freewheel.tuning.quality import compare_videos
 
-CAPTIONS = 77
 FIRST_SEED = 500
 
 
@@ -124,15 +123,15 @@ def main(
     typer.echo(f"computed steps, by bound and by average: {plan}")
     budgets = sorted({b for pair in plan.values() for b in pair})
     generator = Generator(opened)
-    texts = captions(CAPTIONS, held_out=True)
+    texts = captions(HELD_OUT, held_out=True)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for index in range(runs):
 
         def run(cache: CacheSetting, watcher: Watcher | None = None, index: int = index) -> Any:
             request = GenerationRequest(
-                prompt=texts[index % CAPTIONS], cache=cache, defaults=chosen.generation,
-                seed=FIRST_SEED + index // CAPTIONS,
+                prompt=texts[index % HELD_OUT], cache=cache, defaults=chosen.generation,
+                seed=FIRST_SEED + index // HELD_OUT,
             )  # fmt: skip
             return generator.generate(request, recorder=watcher).frames
 

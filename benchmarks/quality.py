@@ -43,6 +43,8 @@ MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 PROBE_ROUNDS = 8
 MEASURES = ("psnr", "ssim", "vmaf", "xpsnr")
 FIRST_SEED = 0
+HELD_OUT = 77
+"""Captions that training never saw; there are no more."""
 
 
 def captions(count: int, *, held_out: bool) -> list[str]:
