@@ -62,8 +62,9 @@ cpp: install build/cpp/build.ninja ## Build libfreewheel and freewheel-run in bu
 	ninja -C build/cpp
 	ctest --test-dir build/cpp --output-on-failure
 
-bench: install ## Measure what docs/explanation/performance.md reports (half an hour)
-	$(BIN)/python benchmarks/run_all.py --out out/bench
+bench: install ## Measure steps at real width, and what low precision changes (half an hour)
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/precision.py
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(TRITON_VENV) out build

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tell what models compute ahead of the steps: weights that no step reads, and operations.
 
-    python benchmarks/ahead.py [--json] [CLASS …]
+    python benchmarks/ahead.py
 
 Each transformer is cut on the meta device at its published geometry: no weight is loaded.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 import diffusers
+import typer
+from page import OUT, Out, Table, write
 
 from freewheel.compiler.cut.cut import cut_model
 from freewheel.compiler.cut.describe import describe
 from freewheel.compiler.cut.models import family_of
 from freewheel.compiler.cut.trace import skeleton
 from freewheel.compiler.cut.words import Cut, results, shape_of
-from freewheel.compiler.inspect import operations
+from freewheel.compiler.forecast.tables import operations
 
 STEPS = 50
 FLOAT32 = 4
@@ -70,29 +70,29 @@ def _table_width(cut: Cut) -> int:
     return width
 
 
-def main() -> None:
-    """Print a Markdown table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    found = {model: ahead_of(model) for model in options.models}
-    if options.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(
-        f"| model | weights | of these once per run and block | of a step's FLOPs | tables, {STEPS} steps "
-        "| once per prompt and block | of a step's FLOPs |\n|---|--:|--:|--:|--:|--:|--:|"
-    )
+def main(
+    out: Out = OUT,
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
+) -> None:
+    """Cut every model and count what runs ahead of its steps."""
+    found = {model: ahead_of(model) for model in models.split(",")}
+    rows = []
     for model, one in found.items():
         cells = [model, operations(one["weights"])]
         for runs in ("modulation", "context"):
-            part = one["ahead"].get(runs, {})
-            cells += [f"{part.get(f'{of}_share', 0):.2%}" for of in ("weights", "flops")]
+            part = one["ahead"].get(runs)
+            cells += [f"{part[f'{of}_share']:.2%}" if part else "" for of in ("weights", "flops")]
             if runs == "modulation":
                 cells.append(f"{one['table_bytes'] / 1e6:.0f} MB" if part else "")
-        print(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    columns = [
+        "model", "weights", "of these once per run and block", "of a step's FLOPs",
+        f"tables, {STEPS} steps", "once per prompt and block", "of a step's FLOPs",
+    ]  # fmt: skip
+    typer.echo(
+        write(out, "ahead", "Computed ahead of the steps", {"models": found}, Table(columns, rows))
+    )
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

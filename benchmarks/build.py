@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 from memory import MemorySampler
 from own_process import call
+from page import OUT, Out, Table, write
 from synthetic import GEOMETRIES, write_checkpoint
 
 
@@ -99,9 +100,7 @@ def measure(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for build.json and build.md.")] = Path(
-        "out/bench"
-    ),
+    out: Out = OUT,
     geometry: Annotated[str, typer.Option(help=f"One of {', '.join(GEOMETRIES)}.")] = (
         "wan2.1-i2v-14b-480p"
     ),
@@ -136,36 +135,33 @@ def main(
         "geometry": geometry, "dtype": dtype, "precision": precision, "backends": backends,
         "weights": weights, "cases": cases,
     }  # fmt: skip
-    (out / "build.json").write_text(json.dumps(data, indent=1))
-    text = markdown(data)
-    (out / "build.md").write_text(text)
-    typer.echo(text)
+    typer.echo(write(out, "build", f"Building {geometry}", data, table(data)))
 
 
-def markdown(data: dict[str, Any]) -> str:
+def table(data: dict[str, Any]) -> Table:
     """Return one table: a row per number of layers, seconds and peak memory per phase."""
     phases = list(data["cases"][0]["phase_seconds"])
-    lines = [
-        f"{data['geometry']}, stored {data['dtype']}, body {data['precision']}, weights "
-        f"{data['weights']}, {data['backends']}; seconds, and peak resident MB in brackets",
-        "",
-        "| layers | bundle GB | written MB | "
-        + " | ".join(phases)
-        + " | all, s | processor s | peak MB |",
-        "|--:|--:|--:|" + "--:|" * (len(phases) + 3),
-    ]
-    for case in data["cases"]:
-        cells = [
-            f"{case['phase_seconds'][p]:.1f} ({case['phase_peak_bytes'][p] / 1e6:.0f})"
-            for p in phases
+    rows = [
+        [
+            case["layers"],
+            f"{case['bundle_bytes'] / 1e9:.2f}",
+            f"{case['written_bytes'] / 1e6:.1f}",
+            *(
+                f"{case['phase_seconds'][p]:.1f} ({case['phase_peak_bytes'][p] / 1e6:.0f})"
+                for p in phases
+            ),
+            f"{case['seconds']:.1f}",
+            f"{case['processor_seconds']:.1f}",
+            f"{case['peak_bytes'] / 1e6:.0f}",
         ]
-        lines.append(
-            f"| {case['layers']} | {case['bundle_bytes'] / 1e9:.2f} | {case['written_bytes'] / 1e6:.1f} | "
-            + " | ".join(cells)
-            + f" | {case['seconds']:.1f} | {case['processor_seconds']:.1f} "
-            f"| {case['peak_bytes'] / 1e6:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+        for case in data["cases"]
+    ]
+    columns = ["layers", "bundle GB", "written MB", *phases, "all, s", "processor s", "peak MB"]
+    text = (
+        f"{data['geometry']}, stored {data['dtype']}, body {data['precision']}, weights "
+        f"{data['weights']}, {', '.join(data['backends'])}; seconds, and peak resident MB in brackets:"
+    )
+    return Table(columns, rows, text, texts=0)
 
 
 if __name__ == "__main__":

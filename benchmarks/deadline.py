@@ -12,7 +12,6 @@ against the uncached ones less that of its own.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,10 +21,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from page import OUT, Out, Table, write
 from quality import HELD_OUT, captions
 
 from freewheel.bundle.reader import Bundle
-from freewheel.core.output import write_text
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.generate import Generation, Generator
 from freewheel.runtime.pipeline.request import GenerationRequest
@@ -74,7 +73,7 @@ def oracle_budget(result: Generation, budgets: list[int], deadline: float) -> in
 def main(
     bundle: Annotated[Path, typer.Argument(help="Folder that `build` wrote.")],
     cache: Annotated[str, typer.Option(help="A solved config with schedules of many budgets.")],
-    out: Annotated[Path, typer.Option(help="Folder for deadline.json.")],
+    out: Out = OUT,
     runs: Annotated[int, typer.Option(help="Runs with a deadline.")] = 200,
     busy: Annotated[int, typer.Option(help="Processes that burn the CPU.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
@@ -125,7 +124,7 @@ def main(
                 "oracle_psnr": wanted,
             }
         )
-        typer.echo(json.dumps(rows[-1]))
+        typer.echo(str(rows[-1]), err=True)
     late = [r["seconds"] / r["deadline"] - 1 for r in rows if r["seconds"] > r["deadline"]]
     loss = [min(r["oracle_psnr"] or EQUAL, EQUAL) - min(r["psnr"] or EQUAL, EQUAL) for r in rows]
     summary = {
@@ -136,10 +135,17 @@ def main(
         "median_loss_db": float(np.median(loss)),
         "worst_loss_db": float(np.max(loss)),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"summary": summary, "runs": rows}, indent=1)
-    write_text(out / "deadline.json", text + "\n", "choose another --out")
-    typer.echo(json.dumps(summary))
+    table = Table(
+        ["runs", "missed", "worst lateness", "loss to the oracle, dB: mean", "median", "worst"],
+        [[
+            runs, len(late), f"{summary['worst_lateness']:.1%}", f"{summary['mean_loss_db']:.2f}",
+            f"{summary['median_loss_db']:.2f}", f"{summary['worst_loss_db']:.2f}",
+        ]],
+        f"{busy} processes burn the CPU beside the runs; deadlines between {low:.2f} and {high:.2f} s:",
+        texts=0,
+    )  # fmt: skip
+    figures = {"summary": summary, "runs": rows}
+    typer.echo(write(out, "deadline", "Deadlines on a busy machine", figures, table))
 
 
 if __name__ == "__main__":

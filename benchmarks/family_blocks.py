@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import diffusers
 import torch
 import typer
+from page import OUT, Out, Table, write
 from tensorrt_build import SLOW_IMPORTS, build_engine, call
 
 # Of one refiner block, attention depends on the prompt alone and is no part of the block.
@@ -116,9 +117,7 @@ def main(
     families: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
     precision: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     capabilities: Annotated[str, typer.Option(help="Comma-separated.")] = "8.9",
-    out: Annotated[Path, typer.Option(help="Folder for the table and its JSON.")] = Path(
-        "out/bench"
-    ),
+    out: Out = OUT,
 ) -> None:
     """Build every block template of every family and measure each."""
     out.mkdir(parents=True, exist_ok=True)
@@ -138,33 +137,32 @@ def main(
                 rows.append({"family": family, "block": block, **sizes, **built})
                 typer.echo(json.dumps(rows[-1]), err=True)
     data = {"precision": precision, "capabilities": capabilities, "blocks": rows}
-    (out / "family_blocks.json").write_text(json.dumps(data, indent=1))
-    (out / "family_blocks.md").write_text(markdown(data))
-    typer.echo(markdown(data))
+    title = "Block templates of each family with TensorRT-RTX"
+    typer.echo(write(out, "family_blocks", title, data, table(data)))
     if any("fault" in row for row in rows):
         raise typer.Exit(1)
 
 
-def markdown(data: Mapping[str, Any]) -> str:
-    """Return one table: a row per block template."""
-    lines = [
-        f"body {data['precision']}, compute capabilities {data['capabilities']}",
-        "",
-        "| block | largest profile, tokens + text | seconds | plan MB | activations GB | fused attention |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+def table(data: Mapping[str, Any]) -> Table:
+    """Return a row per block template."""
+    rows = []
     for row in data["blocks"]:
-        name = f"| `{row['family']}` {row['block']} | {row['tokens']:,} + {row['text_tokens']:,} "
+        name = [f"`{row['family']}` {row['block']}", f"{row['tokens']:,} + {row['text_tokens']:,}"]
         if "fault" in row:
-            lines.append(f"{name}| {row['fault']} |")
+            rows.append([*name, row["fault"], None, None, None])
             continue
         scratch = row["activation_bytes"]
-        lines.append(
-            f"{name}| {row['seconds']:.1f} | {row['plan_bytes'] / 1e6:.1f} | "
-            f"{'–' if scratch is None else f'{scratch / 1e9:.1f}'} | "
-            f"{row['fused_attention']} of {row['attention_nodes']} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([
+            *name, f"{row['seconds']:.1f}", f"{row['plan_bytes'] / 1e6:.1f}",
+            None if scratch is None else f"{scratch / 1e9:.1f}",
+            f"{row['fused_attention']} of {row['attention_nodes']}",
+        ])  # fmt: skip
+    columns = [
+        "block", "largest profile, tokens + text", "seconds", "plan MB", "activations GB",
+        "fused attention",
+    ]  # fmt: skip
+    text = f"Body {data['precision']}, compute capabilities {data['capabilities']}:"
+    return Table(columns, rows, text)
 
 
 if __name__ == "__main__":

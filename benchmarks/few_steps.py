@@ -9,8 +9,6 @@ the uncached run of as many steps, and against a long uncached run of the same s
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from page import OUT, Out, Table, write
 
 from freewheel.bundle.reader import Bundle
+from freewheel.policies.promise import EQUAL_PSNR
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.pipeline.request import GenerationRequest
@@ -52,12 +52,13 @@ def settings(steps: int) -> dict[str, CacheSetting]:
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Of the demo model.")],
+    out: Out = OUT,
     steps: Annotated[list[int], typer.Option(help="Lengths of short runs.")] = [4, 8],  # noqa: B006
     long: Annotated[int, typer.Option(help="Steps of the long run.")] = 50,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 8,
     sampler: Annotated[str, typer.Option(help="Of the short runs.")] = "distilled",
 ) -> None:
-    """Print a JSON object, and a Markdown table to stderr."""
+    """Measure."""
     opened = Bundle(bundle)
     generator = Generator(opened)
     off = choose_setting(opened, "off", {}, lambda text: None)
@@ -78,13 +79,18 @@ def main(
                 made[f"{count} steps, {name}"] = result.frames
             for name, frames in made.items():
                 near, far = (compare_videos(frames, other).psnr for other in (whole, target))
-                rows.setdefault(f"{name} (of {count})", []).append([near or np.inf, far or np.inf])
-        print(f"{index + 1} of {prompts}", file=sys.stderr, flush=True)
+                rows.setdefault(f"{name} (of {count})", []).append(
+                    [near or EQUAL_PSNR, far or EQUAL_PSNR]
+                )
+        typer.echo(f"{index + 1} of {prompts}", err=True)
     means = {name: [round(float(v), 2) for v in np.mean(r, axis=0)] for name, r in rows.items()}
-    print(json.dumps(means))
-    print("| run | dB from the short run | dB from the long run |\n|---|--:|--:|", file=sys.stderr)
-    for name, (near, far) in means.items():
-        print(f"| {name} | {near} | {far} |", file=sys.stderr)
+    table = Table(
+        ["run", "dB from the short run", f"dB from {long} steps"],
+        [[name, f"{near:.2f}", f"{far:.2f}"] for name, (near, far) in means.items()],
+        f"Sampler {sampler}, mean of {prompts} held-out captions:",
+    )
+    figures = {"prompts": prompts, "long": long, "sampler": sampler, "psnr": rows, "means": means}
+    typer.echo(write(out, "few_steps", "Few steps", figures, table))
 
 
 if __name__ == "__main__":

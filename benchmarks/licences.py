@@ -11,6 +11,8 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
+from freewheel.tuning.table import markdown_table
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,9 +53,8 @@ def main() -> None:
     print("C++ builds take nlohmann-json (MIT), OpenVINO (Apache-2.0), zlib, CLI11 (BSD-3-Clause)")
     print("and, for tests, GoogleTest (BSD-3-Clause). The wheel of imageio-ffmpeg brings an ffmpeg")
     print("executable, which has licences of its own (LGPL or GPL, by its build).\n")
-    print("| package | needed for | licence |\n|---|---|---|")
-    for name, kind in dependencies():
-        print(f"| {name} | {kind} | {licence_of(name) or 'not installed here'} |")
+    rows = [[name, kind, licence_of(name) or "not installed here"] for name, kind in dependencies()]
+    print(markdown_table(["package", "needed for", "licence"], rows, texts=3))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ have known.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from page import OUT, Out, Table, write
 from quality import HELD_OUT, captions
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -27,7 +27,6 @@ from torch import Tensor
 from freewheel.bundle.reader import Bundle
 from freewheel.configs.load import load_config
 from freewheel.core.errors import ConfigError
-from freewheel.core.output import write_text
 from freewheel.policies.overrides import apply_overrides
 from freewheel.policies.promise import COVERAGE, EQUAL_PSNR
 from freewheel.policies.schedule import Schedule
@@ -101,7 +100,7 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle of the demo model.")],
     cache: Annotated[str, typer.Option(help="A solved config with held-out runs.")],
-    out: Annotated[Path, typer.Option(help="Folder for min_psnr.json.")],
+    out: Out = OUT,
     runs: Annotated[int, typer.Option(help="Runs: captions, seed after seed.")] = 231,
     bounds: Annotated[str, typer.Option(help="dB, by commas.")] = "36,40,44,48",
 ) -> None:
@@ -124,7 +123,6 @@ def main(
     budgets = sorted({b for pair in plan.values() for b in pair})
     generator = Generator(opened)
     texts = captions(HELD_OUT, held_out=True)
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for index in range(runs):
 
@@ -159,9 +157,39 @@ def main(
         summary = {"runs": len(rows), "stated": COVERAGE, "bounds": found}
         if len(rows) > 2:
             summary["correlations"] = correlations(rows)
-        text = json.dumps({"summary": summary, "runs": rows}, indent=1)
-        write_text(out / "min_psnr.json", text + "\n", "choose another --out")
-    typer.echo(json.dumps(summary, indent=1))
+        figures = {"summary": summary, "runs": rows}
+        text = write(out, "min_psnr", "A bound per request", figures, *tables(summary))
+        typer.echo(f"{index + 1} of {runs}", err=True)
+    typer.echo(text)
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Return coverage by bound, and what signals would have told, by computed steps."""
+    columns = [
+        "`--min-psnr`", "computed", "runs that keep it", "by average: computed",
+        "runs that keep it", "more steps",
+    ]  # fmt: skip
+    rows = [
+        [
+            bound, own["computed"], f"{own['coverage']:.0%}", own["by_average"],
+            f"{own['coverage_by_average']:.0%}", f"{own['more_steps']:.1%}",
+        ]
+        for bound, own in summary["bounds"].items()
+    ]  # fmt: skip
+    text = f"{summary['runs']} runs; stated coverage {summary['stated']:.0%}:"
+    found = [Table(columns, rows, text, texts=0)]
+    told = summary.get("correlations", {})
+    if told:
+        names = list(next(iter(told.values())))
+        found.append(
+            Table(
+                ["computed", *names],
+                [[budget, *(f"{own[n]:.2f}" for n in names)] for budget, own in told.items()],
+                "Rank correlation of a run's PSNR with what its first half shows:",
+                texts=0,
+            )
+        )
+    return found
 
 
 if __name__ == "__main__":

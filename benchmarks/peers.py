@@ -13,19 +13,17 @@ the uncached pipeline's seconds over the peer's, text encoder and decoder includ
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from quality import FIRST_SEED, MODEL, captions, seen_by_eye, summarised
+from page import OUT, Out, Table, write
+from quality import COLUMNS, FIRST_SEED, MODEL, captions, cells_of, seen_by_eye, summarised
 
 from freewheel.policies.promise import EQUAL_PSNR
 from freewheel.tuning.contest import even_steps
@@ -181,7 +179,7 @@ def cache_dit_peers(
     try:
         import cache_dit
     except ImportError as error:
-        print(f"cache-dit is left out: {error}", file=sys.stderr)
+        typer.echo(f"cache-dit is left out: {error}", err=True)
         return
 
     def cached(config: dict[str, Any], *, order: int) -> Enable:
@@ -235,7 +233,7 @@ def row(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for peers.json.")],
+    out: Out = OUT,
     pairs: Annotated[int, typer.Option(help="Held-out captions, one seed each.")] = 16,
     first: Annotated[int, typer.Option(help="Index of the first held-out caption.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 50,
@@ -267,7 +265,6 @@ def main(
     looks: dict[str, list[dict[str, float | None]]] = {n: [] for n, _ in chosen}
     speedups: dict[str, list[float]] = {n: [] for n, _ in chosen}
     failed: dict[str, str] = {}
-    out.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(texts):
         began = time.perf_counter()
         reference = generate(prompt, FIRST_SEED)
@@ -293,9 +290,11 @@ def main(
             row(n, counted[n], quality[n], looks[n], speedups[n]) for n, _ in chosen if quality[n]
         ]
         found = {"steps": steps, "guidance_scale": guidance, "rows": rows, "failed": failed}
-        (out / "peers.json").write_text(json.dumps(found, indent=1))
-        print(f"{time.strftime('%X')} {index + 1} of {len(texts)}", file=sys.stderr)
-    print(json.dumps(failed, indent=1))
+        table = Table(["setting", *COLUMNS], [[r["name"], *cells_of(r)] for r in rows])
+        faults = [f"{name} failed: {fault}." for name, fault in failed.items()]
+        text = write(out, "peers", "Other projects' caches", found, table, *faults)
+        typer.echo(f"{time.strftime('%X')} {index + 1} of {len(texts)}", err=True)
+    typer.echo(text)
 
 
 if __name__ == "__main__":

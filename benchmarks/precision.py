@@ -9,7 +9,6 @@ OpenVINO stores and passes bfloat16 and computes in float32; the table names wha
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from page import OUT, Out, Table, write
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import build
@@ -54,7 +54,7 @@ def generations(precision: str, folder: Path, steps: int) -> list[Generation]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("out/bench"),
+    out: Out = OUT,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 20,
     precisions: Annotated[str, typer.Option(help="Comma-separated.")] = "bfloat16,float16",
 ) -> None:
@@ -76,20 +76,14 @@ def main(
             rows.append({"precision": precision, "latent_error": errors, "psnr": psnr})
     finally:
         shutil.rmtree(folder)
-    lines = [
-        f"demo model, {steps} steps, uncached, {backend('openvino').probe().reason}",
-        "",
-        "| body | latents, relative L1 | PSNR of frames, dB |",
-        "|---|--:|--:|",
-    ]
+    shown = []
     for row in rows:
         known = [p for p in row["psnr"] if p is not None]
         psnr = f"{np.mean(known):.1f}" if known else "equal"
-        lines.append(f"| {row['precision']} | {np.mean(row['latent_error']):.1e} | {psnr} |")
-    text = "\n".join(lines) + "\n"
-    (out / "precision.json").write_text(json.dumps(rows, indent=1))
-    (out / "precision.md").write_text(text)
-    typer.echo(text)
+        shown.append([row["precision"], f"{np.mean(row['latent_error']):.1e}", psnr])
+    columns = ["body", "latents, relative L1", "PSNR of frames, dB"]
+    table = Table(columns, shown, f"The demo model, {steps} steps, uncached, OpenVINO:")
+    typer.echo(write(out, "precision", "Low precision", {"rows": rows}, table))
 
 
 if __name__ == "__main__":

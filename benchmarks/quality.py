@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from page import OUT, Out, Table, write
 from scipy.stats import spearmanr
 
 from freewheel.bundle.reader import Bundle
@@ -41,7 +42,12 @@ from freewheel.tuning.vmaf import vmaf_of_frames, xpsnr_of_video
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 PROBE_ROUNDS = 8
-MEASURES = ("psnr", "ssim", "vmaf", "xpsnr")
+DIGITS = {"psnr": 1, "ssim": 4, "vmaf": 1, "xpsnr": 1}
+MEASURES = tuple(DIGITS)
+COLUMNS = (
+    "computed", "speedup", "PSNR dB", "worst", "SSIM", "worst", "VMAF", "worst", "XPSNR dB", "worst",
+)  # fmt: skip
+"""What `cells_of` shows of a setting."""
 FIRST_SEED = 0
 HELD_OUT = 77
 """Captions that training never saw; there are no more."""
@@ -146,31 +152,30 @@ def with_share_won(rows: Sequence[dict[str, Any]]) -> None:
             row["won"] = float(np.mean(np.array(row["psnr"]) >= best))
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Return the table, the best of each speedup first."""
-    lines = [
-        "| setting | computed | speedup | PSNR dB | worst | SSIM | worst | VMAF | worst | XPSNR dB | worst "
-        "| won | foretold dB |",
-        "|---" + "|--:" * 12 + "|",
+def cells_of(row: Mapping[str, Any]) -> list[str | None]:
+    """Return a setting's cells below `COLUMNS`."""
+    looks = [
+        None if row[f"{measure}_{kind}"] is None else f"{row[f'{measure}_{kind}']:.{digits}f}"
+        for measure, digits in DIGITS.items()
+        for kind in ("mean", "worst")
     ]
-    digits = {"psnr": 1, "ssim": 4, "vmaf": 1, "xpsnr": 1}
-    for r in sorted(found["rows"], key=lambda r: (group_of(r["name"]), -r["psnr_mean"])):
-        cells = [
-            "-" if r[f"{m}_{kind}"] is None else f"{r[f'{m}_{kind}']:.{digits[m]}f}"
-            for m in MEASURES
-            for kind in ("mean", "worst")
+    speedup = None if row["speedup"] is None else f"{row['speedup']:.2f}"
+    return [f"{row['computed_steps']:.1f}", speedup, *looks]
+
+
+def parts(found: Mapping[str, Any]) -> tuple[Table, str]:
+    """Return the table, the best of each speedup first, and what the suite foretold."""
+    rows = [
+        [
+            r["name"], *cells_of(r), f"{r['won']:.0%}",
+            None if r["foretold_db"] is None else f"{r['foretold_db']:.1f}",
         ]
-        speedup = "-" if r["speedup"] is None else f"{r['speedup']:.2f}"
-        foretold = "-" if r["foretold_db"] is None else f"{r['foretold_db']:.1f}"
-        lines.append(
-            f"| {r['name']} | {r['computed_steps']:.1f} | {speedup} | {' | '.join(cells)} | {r['won']:.0%} | "
-            f"{foretold} |"
-        )
-    lines += [
-        "",
+        for r in sorted(found["rows"], key=lambda r: (group_of(r["name"]), -r["psnr_mean"]))
+    ]  # fmt: skip
+    return (
+        Table(["setting", *COLUMNS, "won", "foretold dB"], rows, f"{found['pairs']} pairs:"),
         f"Rank correlation of foretold distance and PSNR: {found['rank_correlation']:.2f}.",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def with_peers(found: dict[str, Any], peers: Path) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle of the demo model.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")],
+    out: Out = OUT,
     calibration: Annotated[Path | None, typer.Option(help="Use this one.")] = None,
     pairs: Annotated[int, typer.Option(help="Held-out captions, one seed each.")] = 16,
     first: Annotated[int, typer.Option(help="Index of the first held-out caption.")] = 0,
@@ -246,6 +251,7 @@ def main(
     kept = tuple(part for part in only.split(",") if part) or ("",)
     caches = {n: s for n, s in caches.items() if n.startswith(kept)}
     foretold = {name: suite.foretell(cache).mean for name, cache in caches.items()}
+    title = f"Quality {'by the clock' if measured else 'by computed steps'}"
     reports: list[BenchReport] = []
     looks: list[dict[str, dict[str, float | None]]] = []
     for prompt in captions(first + pairs, held_out=True)[first:]:
@@ -259,13 +265,11 @@ def main(
         report.pictures.clear()
         reports.append(report)
         found = merged(reports, looks, foretold)
-        (out / "quality.json").write_text(json.dumps(found, indent=1))
-        (out / "quality.md").write_text(markdown(found) + "\n")
-    if peers is not None:
-        found = with_peers(found, peers)
-        (out / "quality.md").write_text(markdown(found) + "\n")
+        if peers is not None:
+            found = with_peers(found, peers)
+        text = write(out, "quality", title, found, *parts(found))
     plot(found, out / "quality.svg")
-    typer.echo((out / "quality.md").read_text())
+    typer.echo(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ copies apart), the bytes that the disk had to read, and the measured over the id
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from memory import MemorySampler, read_bytes
+from page import OUT, Out, Table, write
 
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
@@ -112,9 +112,7 @@ def prompt_states(session: Session) -> dict[str, torch.Tensor]:
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Folder that `freewheel build` wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for real_size.json and real_size.md.")] = Path(
-        "out/bench"
-    ),
+    out: Out = OUT,
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SETTINGS),
     steps: Annotated[int, typer.Option(help="Steps of each run.")] = 6,
     height: Annotated[int, typer.Option(help="Pixels.")] = 480,
@@ -123,14 +121,10 @@ def main(
     warm_up: Annotated[bool, typer.Option(help="One computed step ahead, not counted.")] = True,
 ) -> None:
     """Measure steps and memory of a whole model under each policy."""
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     size = (height, width, frames)
     data = measure(Bundle(bundle), policies.split(","), steps, size, warm_up=warm_up)
-    (out / "real_size.json").write_text(json.dumps(data, indent=1))
-    text = markdown(data)
-    (out / "real_size.md").write_text(text)
-    typer.echo(text)
+    typer.echo(write(out, "real_size", "A whole model under every policy", data, table(data)))
 
 
 def measure(
@@ -163,27 +157,27 @@ def measure(
     }
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """Return one table, a row per policy."""
-    lines = [
-        f"{data['bundle']}: {data['blocks']} blocks, {data['weight_bytes'] / 1e9:.1f} GB of weights, "
-        f"{data['backend']}, body {data['precision']}, {data['tokens']} tokens, one branch, "
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "",
-        "| policy | computed | computed step s | reused step s | speedup | ideal | measured / ideal "
-        "| peak resident GB | copied | mapped | read from disk GB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+def table(data: dict[str, Any]) -> Table:
+    """Return a row per policy."""
+    rows = []
     for run in data["runs"]:
         reused = run["reused_step_seconds"]
-        lines.append(
-            f"| {run['policy']} | {run['computed']} of {run['steps']} "
-            f"| {run['computed_step_seconds']:.1f} | {'–' if reused is None else f'{reused:.3f}'} "
-            f"| {run['speedup']:.2f} | {run['ideal_speedup']:.2f} | {run['efficiency']:.3f} "
-            f"| {run['peak_resident_bytes'] / 1e9:.2f} | {run['peak_copied_bytes'] / 1e9:.2f} "
-            f"| {run['peak_mapped_bytes'] / 1e9:.2f} | {run['read_bytes'] / 1e9:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([
+            run["policy"], f"{run['computed']} of {run['steps']}",
+            f"{run['computed_step_seconds']:.1f}", None if reused is None else f"{reused:.3f}",
+            f"{run['speedup']:.2f}", f"{run['ideal_speedup']:.2f}", f"{run['efficiency']:.3f}",
+            f"{run['peak_resident_bytes'] / 1e9:.2f}", f"{run['peak_copied_bytes'] / 1e9:.2f}",
+            f"{run['peak_mapped_bytes'] / 1e9:.2f}", f"{run['read_bytes'] / 1e9:.1f}",
+        ])  # fmt: skip
+    columns = [
+        "policy", "computed", "computed step s", "reused step s", "speedup", "ideal",
+        "measured / ideal", "peak resident GB", "copied", "mapped", "read from disk GB",
+    ]  # fmt: skip
+    text = (
+        f"{data['bundle']}: {data['blocks']} blocks, {data['weight_bytes'] / 1e9:.1f} GB of weights, "
+        f"{data['backend']}, body {data['precision']}, {data['tokens']} tokens, one branch:"
+    )
+    return Table(columns, rows, text)
 
 
 if __name__ == "__main__":

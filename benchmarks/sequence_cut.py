@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import onnx
 import torch
 import typer
+from page import OUT, Out, Table, write
 from real_size import latents_of, prompt_states
 from torch import Tensor
 
@@ -87,6 +88,7 @@ def compare(
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Folder, built with --sequence-parallel.")],
+    out: Out = OUT,
     height: Annotated[int, typer.Option(help="Pixels.")] = 480,
     width: Annotated[int, typer.Option(help="Pixels.")] = 832,
     frames: Annotated[int, typer.Option(help="Latent frames.")] = 1,
@@ -94,23 +96,25 @@ def main(
     backend: Annotated[str | None, typer.Option(help="Of the bundle; default: its first.")] = None,
     count_only: Annotated[bool, typer.Option(help="Count, and time nothing.")] = False,
 ) -> None:
-    """Measure and print."""
+    """Count, and measure."""
     torch.manual_seed(0)
     opened = Bundle(bundle)
-    typer.echo("| block | nodes | of its parts | calls |\n|---|--:|--:|--:|")
-    for row in counted(opened):
-        typer.echo("| {} | {} | {} | {} |".format(*row))
-    if count_only:
-        return
-    (whole, cut), apart, between = compare(opened, (height, width, frames), rounds, backend)
-    ratios = [c / w for c, w in zip(cut, whole, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    typer.echo(f"\nbytes between parts: {between:,}; results apart: {apart:.1e}")
-    typer.echo("| body, s: whole | cut | cut / whole, median | quartiles |\n|--:|--:|--:|--:|")
-    typer.echo(
-        f"| {statistics.median(whole):.4f} | {statistics.median(cut):.4f} | {middle:.3f} | "
-        f"{low:.3f}–{high:.3f} |"
-    )
+    counts = counted(opened)
+    parts: list[Table | str] = [Table(["block", "nodes", "of its parts", "calls"], counts)]
+    figures: dict[str, Any] = {"counts": counts}
+    if not count_only:
+        (whole, cut), apart, between = compare(opened, (height, width, frames), rounds, backend)
+        ratios = [c / w for c, w in zip(cut, whole, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        figures |= {"whole": whole, "cut": cut, "apart": apart, "bytes_between_parts": between}
+        row = [
+            f"{statistics.median(whole):.4f}", f"{statistics.median(cut):.4f}", f"{middle:.3f}",
+            f"{low:.3f}–{high:.3f}",
+        ]  # fmt: skip
+        columns = ["body, s: whole", "cut", "cut / whole, median", "quartiles"]
+        text = f"Bytes between parts: {between:,}; results apart: {apart:.1e}."
+        parts.append(Table(columns, [row], text, texts=0))
+    typer.echo(write(out, "sequence_cut", "Blocks cut at their attentions", figures, *parts))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Throughput and latency of a served bundle against the number of clients, as ratios.
 
-    .venv-triton/bin/python benchmarks/serving.py out/bundle --freewheel .venv/bin/freewheel
+    make triton .venv-triton/bin/.installed
+    pip install '.[serve]'
+    python benchmarks/serving.py out/bundle
 
 Starts a server per way of dividing the cores (instances × threads), sends requests from 1, 2 and 4
-clients in turn, several rounds interleaved, and prints medians over one client of the first way.
-Needs `tritonclient[grpc]`, the server, and the library in build/cpp/backends. A bundle with its
-text encoder; frames are not asked for, so that the denoise loop is what is measured.
+clients in turn, several rounds interleaved, and takes medians over one client of the first way.
+A bundle with its text encoder; frames are not asked for, so that the denoise loop is what is measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -21,9 +21,12 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tritonclient.grpc as triton
+import typer
+from page import OUT, Out, Table, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -33,10 +36,10 @@ CLIENTS = (1, 2, 4)
 HEALTH = "http://127.0.0.1:8000/v2/health/ready"
 
 
-def start(freewheel: Path, bundle: Path, folder: Path, instances: int) -> subprocess.Popen:
+def start(bundle: Path, folder: Path, instances: int) -> subprocess.Popen:
     """Serve a bundle on the usual ports; return the server once it is ready."""
     written = subprocess.run(
-        [freewheel, "serve", bundle, "--out", folder, "--name", "bench", "--json",
+        [sys.executable, "-m", "freewheel", "serve", bundle, "--out", folder, "--name", "bench", "--json",
          "--instances", str(instances)],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
@@ -71,40 +74,50 @@ def measure(clients: int, requests: int, parameters: dict[str, str]) -> tuple[fl
     return time.perf_counter() - began, latencies
 
 
-def main() -> None:
-    """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--freewheel", type=Path, default=Path("freewheel"))
-    parser.add_argument("--policy", default="off")
-    parser.add_argument("--steps", default="10")
-    parser.add_argument("--requests", type=int, default=4, help="per round and number of clients")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--instances", type=int, nargs="+", default=[1, 2])
-    options = parser.parse_args()
-    parameters = {"policy": options.policy, "steps": options.steps, "outputs": "latents"}
-    rows = {}
-    for instances in options.instances:
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Folder, built --with-text-encoder.")],
+    out: Out = OUT,
+    policy: Annotated[str, typer.Option(help="Config or policy of the bundle.")] = "off",
+    steps: Annotated[int, typer.Option(help="Denoise steps of a request.")] = 10,
+    requests: Annotated[int, typer.Option(help="Per round and number of clients.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds counted.")] = 3,
+    instances: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2",
+) -> None:
+    """Measure throughput and latency of every way of dividing the cores."""
+    parameters = {"policy": policy, "steps": str(steps), "outputs": "latents"}
+    measured: list[dict[str, float]] = []
+    for count in (int(n) for n in instances.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            server = start(options.freewheel, options.bundle, Path(folder), instances)
+            server = start(bundle, Path(folder), count)
             try:
                 measure(1, 2, parameters)
                 found: dict[int, list[tuple[float, float]]] = {c: [] for c in CLIENTS}
-                for _ in range(options.rounds):
+                for _ in range(rounds):
                     for clients in CLIENTS:
-                        seconds, each = measure(clients, options.requests, parameters)
+                        seconds, each = measure(clients, requests, parameters)
                         found[clients].append((seconds, statistics.median(each)))
             finally:
                 server.terminate()
                 server.wait()
         for clients, samples in found.items():
             seconds, latency = (statistics.median(values) for values in zip(*samples, strict=True))
-            rows[instances, clients] = (options.requests / seconds, latency)
-    base = rows[options.instances[0], 1]
-    print("| instances | clients | throughput | latency |\n|--:|--:|--:|--:|")
-    for (instances, clients), (throughput, latency) in rows.items():
-        print(f"| {instances} | {clients} | {throughput / base[0]:.2f} | {latency / base[1]:.2f} |")
+            measured.append({
+                "instances": count, "clients": clients, "requests_per_second": requests / seconds,
+                "latency_seconds": latency,
+            })  # fmt: skip
+    base = measured[0]
+    rows = [
+        [
+            row["instances"], row["clients"],
+            f"{row['requests_per_second'] / base['requests_per_second']:.2f}",
+            f"{row['latency_seconds'] / base['latency_seconds']:.2f}",
+        ]
+        for row in measured
+    ]  # fmt: skip
+    text = f"Ratios to one client of the first way; {policy}, {steps} steps:"
+    table = Table(["instances", "clients", "throughput", "latency"], rows, text, texts=0)
+    typer.echo(write(out, "serving", "Served by Triton", {"rows": measured}, table))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,7 +10,6 @@ layers by its measured seconds per layer, and said so in the table.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import WanTransformer3DModel
+from page import OUT, Out, Table, write
 from synthetic import GEOMETRIES, write_checkpoint
 
 from freewheel.bundle.reader import Bundle
@@ -180,9 +180,7 @@ def measure_peers(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path(
-        "out/bench"
-    ),
+    out: Out = OUT,
     layers: Annotated[int, typer.Option(help="Layers really run.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds counted.")] = 5,
     precisions: Annotated[
@@ -217,39 +215,38 @@ def main(
         "peers": peers,
         "reuse": reuse,
     }
-    (out / "step.json").write_text(json.dumps(data, indent=1))
-    text = markdown(data)
-    (out / "step.md").write_text(text)
-    typer.echo(text)
+    typer.echo(write(out, "step", "Steps at Wan 1.3B width", data, *tables(data)))
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """Return both tables."""
-    lines = [
-        f"{data['geometry']} cut to {data['layers']} layers, {data['tokens']} tokens, {TEXT_TOKENS} text tokens,"
-        f" {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "",
-        "| computed step | precision | seconds | speedup over eager |",
-        "|---|---|--:|--:|",
-    ]
-    lines += [
-        f"| {p['name']} | {p['precision']} | {p['seconds']:.3f} | {p['speedup_over_eager']:.2f}× |"
+def tables(data: dict[str, Any]) -> tuple[Table, Table]:
+    """Return computed steps beside peers', and reused ones beside computed ones."""
+    peers = [
+        [p["name"], p["precision"], f"{p['seconds']:.3f}", f"{p['speedup_over_eager']:.2f}×"]
         for p in data["peers"]
     ]
-    lines += [
-        "",
-        f"Body extrapolated to {FULL_LAYERS} layers by seconds per layer; one step in three computed.",
-        "",
-        "| engines | policy | computed step s | reused step s | reused / computed | measured / ideal speedup |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {r['engines']} | {r['policy']} "
-        f"| {r['computed_step_seconds_30_layers']:.2f} | {r['reused_step_seconds']:.4f} "
-        f"| {100 * r['reused_over_computed']:.2f} % | {r['efficiency_at_ideal_3']:.3f} |"
+    reuse = [
+        [
+            r["engines"], r["policy"], f"{r['computed_step_seconds_30_layers']:.2f}",
+            f"{r['reused_step_seconds']:.4f}", f"{r['reused_over_computed']:.2%}",
+            f"{r['efficiency_at_ideal_3']:.3f}",
+        ]
         for r in data["reuse"]
-    ]
-    return "\n".join(lines) + "\n"
+    ]  # fmt: skip
+    about = (
+        f"{data['geometry']} cut to {data['layers']} layers, {data['tokens']} tokens, "
+        f"{TEXT_TOKENS} text tokens:"
+    )
+    extrapolated = f"Body extrapolated to {FULL_LAYERS} layers by seconds per layer; one step in three computed:"
+    columns = [
+        "engines", "policy", "computed step s", "reused step s", "reused / computed",
+        "measured / ideal speedup",
+    ]  # fmt: skip
+    return (
+        Table(
+            ["computed step", "precision", "seconds", "speedup over eager"], peers, about, texts=2
+        ),
+        Table(columns, reuse, extrapolated, texts=2),
+    )
 
 
 if __name__ == "__main__":

@@ -11,18 +11,17 @@ those of one speedup; beside it that of the error which a replay without the sam
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from page import OUT, Out, Table, write
 from quality import captions
 from scipy.stats import spearmanr
 
 from freewheel.bundle.reader import Bundle
 from freewheel.commands.screen import Screen
-from freewheel.core.output import write_text
 from freewheel.policies.promise import EQUAL_PSNR
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.generate import Generator
@@ -57,7 +56,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle of the demo model.")],
     prompts: Annotated[Path, typer.Option(help="Of the suite, one per line.")],
-    out: Annotated[Path, typer.Option(help="Folder for suite.json.")],
+    out: Out = OUT,
     calibration: Annotated[Path | None, typer.Option(help="What `calibrate` wrote.")] = None,
     pairs: Annotated[int, typer.Option(help="Held-out captions, one seed each.")] = 8,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 50,
@@ -73,7 +72,6 @@ def main(
     base = choose_setting(opened, None, {}, typer.echo).generation
     psnr: dict[str, list[float]] = {name: [] for name in settings}
     counts: dict[str, list[float]] = {name: [] for name in settings}
-    out.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(captions(pairs, held_out=True)):
 
         def run(cache: CacheSetting, prompt: str = prompt) -> Any:
@@ -99,9 +97,34 @@ def main(
             for name in settings
         ]
         summary = {"pairs": index + 1, "steps": steps, **summary_of(rows)}
-        text = json.dumps({"summary": summary, "suite": dict(suite.about), "rows": rows}, indent=1)
-        write_text(out / "suite.json", text + "\n", "choose another --out")
-        typer.echo(json.dumps(summary))
+        figures = {"summary": summary, "suite": dict(suite.about), "rows": rows}
+        text = write(out, "suite", "Ranking without the model", figures, *tables(summary, rows))
+        typer.echo(f"{index + 1} of {pairs}", err=True)
+    typer.echo(text)
+
+
+def tables(summary: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[Table, Table]:
+    """Return the rank correlations, and every setting's foretold and real distance."""
+    correlations = [
+        ["all settings", f"{summary['suite']:.2f}", f"{summary['replay_alone']:.2f}"],
+        *(
+            [f"those at {x}", f"{own:.2f}", f"{summary['replay_alone_within'][x]:.2f}"]
+            for x, own in summary["suite_within"].items()
+        ),
+    ]
+    text = f"Rank correlation with PSNR, {summary['pairs']} pairs of {summary['steps']} steps:"
+    settings = [
+        [
+            r["name"], f"{r['computed_steps']:.1f}", f"{r['psnr']:.1f}", f"{r['foretold_db']:.1f}",
+            f"{r['replayed_error']:.3g}",
+        ]
+        for r in sorted(rows, key=lambda r: -r["psnr"])
+    ]  # fmt: skip
+    columns = ["setting", "computed", "PSNR dB", "foretold dB", "error by replay alone"]
+    return (
+        Table([f"{summary['settings']} settings", "suite", "replay alone"], correlations, text),
+        Table(columns, settings),
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ from typing import Annotated, Any
 
 import typer
 from own_process import call
+from page import OUT, Out, Table, write
 from synthetic import GEOMETRIES, write_checkpoint
 
+COLUMNS = (
+    "graph", "nodes", "layers", "attention fused", "seconds", "plan MB", "peak MB", "activations MB",
+)  # fmt: skip
 SLOW_IMPORTS = ["torch", "freewheel.compiler.build", "freewheel.engines.tensorrt", "tensorrt_rtx"]
 
 
@@ -96,9 +100,7 @@ def main(
     frames: Annotated[str, typer.Option(help="Frames.")] = "17:81:81",
     capabilities: Annotated[str, typer.Option(help="Comma-separated.")] = "8.0,8.9,12.0",
     graphs: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for the table and its JSON.")] = Path(
-        "out/bench"
-    ),
+    out: Out = OUT,
 ) -> None:
     """Build every engine of one model and measure each."""
     out.mkdir(parents=True, exist_ok=True)
@@ -132,43 +134,41 @@ def main(
         "capabilities": capabilities, "trace_seconds": traced, "engines": rows,
     }  # fmt: skip
     stem = f"tensorrt_build-{Path(model).name}-{precision}"
-    (out / f"{stem}.json").write_text(json.dumps(data, indent=1))
-    (out / f"{stem}.md").write_text(markdown(data))
-    typer.echo(markdown(data))
+    title = f"TensorRT-RTX engines of {data['model']}"
+    typer.echo(write(out, stem, title, data, *parts(data)))
     if any("fault" in row for row in rows.values()):
         raise typer.Exit(1)
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """Return one table: a row per engine."""
-    lines = [
-        f"{data['model']}, body {data['precision']}, compute capabilities {data['capabilities']}, "
-        f"tokens {'/'.join(map(str, data['ranges']['tokens']))}",
-        "",
-        "| graph | nodes | layers | attention fused | seconds | plan MB | peak MB | activations MB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+def parts(data: dict[str, Any]) -> tuple[Table, str]:
+    """Return a row per engine, and what the imports take."""
+    rows: list[list[Any]] = []
     for name, row in data["engines"].items():
         if "fault" in row:
-            lines.append(f"| `{name}` | {row['fault']} |")
+            rows.append([f"`{name}`", row["fault"], *[None] * 6])
             continue
         scratch = row["activation_bytes"]
         fused = f"{row['fused_attention']} of {row['attention_nodes']}"
-        lines.append(
-            f"| `{name}` | {row['nodes']} | {row['layers']} | "
-            f"{fused if row['attention_nodes'] else '–'} | {row['seconds']:.2f} | "
-            f"{row['plan_bytes'] / 1e6:.2f} | {row['peak_bytes'] / 1e6:.0f} | "
-            f"{'–' if scratch is None else f'{scratch / 1e6:.0f}'} |"
-        )
-    rows = [row for row in data["engines"].values() if "fault" not in row]
-    lines.append(
-        f"| all | | | | {sum(r['seconds'] for r in rows):.1f} | "
-        f"{sum(r['plan_bytes'] for r in rows) / 1e6:.1f} | {max(r['peak_bytes'] for r in rows) / 1e6:.0f} | "
-        f"{max(r['activation_bytes'] or 0 for r in rows) / 1e6:.0f} |"
+        rows.append([
+            f"`{name}`", row["nodes"], row["layers"], fused if row["attention_nodes"] else None,
+            f"{row['seconds']:.2f}", f"{row['plan_bytes'] / 1e6:.2f}",
+            f"{row['peak_bytes'] / 1e6:.0f}", None if scratch is None else f"{scratch / 1e6:.0f}",
+        ])  # fmt: skip
+    built = [row for row in data["engines"].values() if "fault" not in row]
+    if not built:
+        return Table(COLUMNS, rows), "None was built."
+    rows.append([
+        "all", "", "", "", f"{sum(r['seconds'] for r in built):.1f}",
+        f"{sum(r['plan_bytes'] for r in built) / 1e6:.1f}",
+        f"{max(r['peak_bytes'] for r in built) / 1e6:.0f}",
+        f"{max(r['activation_bytes'] or 0 for r in built) / 1e6:.0f}",
+    ])  # fmt: skip
+    text = (
+        f"Body {data['precision']}, compute capabilities {data['capabilities']}, tokens "
+        f"{'/'.join(map(str, data['ranges']['tokens']))}:"
     )
-    imported = max(r["imported_bytes"] for r in rows) / 1e6
-    lines += ["", f"{imported:.0f} MB of each peak are what the imports take."]
-    return "\n".join(lines) + "\n"
+    imported = max(r["imported_bytes"] for r in built) / 1e6
+    return Table(COLUMNS, rows, text), f"{imported:.0f} MB of each peak are what the imports take."
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ class BuildRequest:
         row: What a class takes that the table has no row of (`compiler.cut.watch`).
         precision: Precision of ``body``.
         weights: Block templates with weights as inputs, or groups of blocks with weights inside.
-            ``baked`` computed 6 to 12 % faster on a CPU at 180 and 1,560 tokens
-            (`benchmarks/weights_form.py`), for engines of one checkpoint alone and no LoRA at run.
+            ``baked`` computed 2 to 11 % faster on a CPU at 180 and 1,560 tokens
+            (`docs/measurements/speed.md`), for engines of one checkpoint alone and no LoRA at run.
         group_blocks: Blocks per group of the baked form; None takes as many as 4 GiB of weights.
         revision: Commit of a hub checkpoint.
         replace: Whether an existing bundle may be replaced.

@@ -11,14 +11,16 @@ from ..core.cells import cell
 __all__ = ["markdown_table", "spread_cell"]
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table whose columns after the first align right.
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], texts: int = 1) -> str:
+    """Return a table whose columns align left while they hold words, then right.
 
     Args:
         columns: Headings.
         rows: What the cells show, as `cell` spells it.
+        texts: Columns that hold words.
     """
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    ruler = "|---" * texts + "|--:" * (len(columns) - texts)
+    lines = ["| " + " | ".join(columns) + " |", ruler + "|"]
     lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
     return "\n".join(lines)
 

@@ -15,6 +15,11 @@ def test_a_table_in_markdown() -> None:
     ]
 
 
+def test_columns_of_words_align_left() -> None:
+    table = markdown_table(("engines", "policy", "seconds"), [["a", "b", 2.0]], texts=2)
+    assert table.splitlines()[1] == "|---|---|--:|"
+
+
 def test_a_spread_is_one_cell() -> None:
     assert spread_cell([1.2, 1.5678]) == "1.20–1.57"
     assert spread_cell(None) is None
