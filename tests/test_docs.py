@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -92,6 +93,31 @@ def test_commands_have_the_options_that_are_named(path: Path) -> None:
         assert command is not None, f"freewheel {name} is no command"
         # Parses and checks every option; runs nothing.
         command.make_context(name, list(arguments))
+
+
+def test_benchmarks_that_are_named_are_there_with_their_options() -> None:
+    wrong, named = [], 0
+    for path in DOCS:
+        text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
+        for name, arguments in re.findall(r"python benchmarks/(\w+)\.py([^`\n]*)", text):
+            named += 1
+            script = ROOT / "benchmarks" / f"{name}.py"
+            known = benchmark_options(script) if script.is_file() else set()
+            options = set(re.findall(r"(?<=\s)--[a-z][\w-]*", arguments))
+            if not script.is_file() or not options <= known:
+                wrong.append(f"{path.relative_to(ROOT)}: {name}{arguments}")
+    assert wrong == []
+    assert named > 10
+
+
+def benchmark_options(script: Path) -> set[str]:
+    """Return the options of a benchmark's `main`, read from its source: it need not import here."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    names = {a.arg.replace("_", "-") for a in (*main.args.args, *main.args.kwonlyargs)}
+    texts = {n.value for n in ast.walk(main) if isinstance(n, ast.Constant)}
+    own = {t for t in texts if isinstance(t, str) and t.startswith("--")}
+    return {f"--{n}" for n in names} | {f"--no-{n}" for n in names} | own
 
 
 def test_the_table_of_commands_has_every_verb_and_their_options() -> None:
