@@ -33,7 +33,8 @@ from freewheel.bundle.reader import Bundle
 from freewheel.commands.screen import Screen
 from freewheel.policies.promise import EQUAL_PSNR
 from freewheel.tuning.bench import UNCACHED, BenchReport, BenchRequest, bench_bundle
-from freewheel.tuning.calibrate import CalibrationRequest, calibrate, save_calibration
+from freewheel.tuning.calibrate import calibrate
+from freewheel.tuning.calibration import CalibrationRequest, save_calibration
 from freewheel.tuning.contest import BY_CONTENT, Ideals
 from freewheel.tuning.rank import SPEEDUPS, contest_of
 from freewheel.tuning.suite import Suite

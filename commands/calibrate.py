@@ -82,8 +82,8 @@ def calibrate(
         from ..runtime.model import DeviceOptions
         from ..runtime.summary import strip
         from ..tuning.bench import read_prompts
-        from ..tuning.calibrate import SPEEDUPS, CalibrationRequest, save_calibration
         from ..tuning.calibrate import calibrate as run_calibrate
+        from ..tuning.calibration import SPEEDUPS, CalibrationRequest, save_calibration
         from ..tuning.checkpoints import Checkpoints
         from ..tuning.effort import PRESETS
 

@@ -17,13 +17,8 @@ from freewheel.policies.overrides import apply_overrides
 from freewheel.policies.solved import Solved, SolvedConfig
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.settings import config_entry
-from freewheel.tuning.calibrate import (
-    Calibration,
-    CalibrationRequest,
-    calibrate,
-    few_steps_advice,
-    save_calibration,
-)
+from freewheel.tuning.calibrate import calibrate, few_steps_advice
+from freewheel.tuning.calibration import Calibration, CalibrationRequest, save_calibration
 
 PROMPTS = [
     "a red circle moving right on a gray background",

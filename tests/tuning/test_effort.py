@@ -9,7 +9,8 @@ import pytest
 from freewheel.bundle.reader import Bundle
 from freewheel.core.progress import Silent
 from freewheel.runtime.body import Body
-from freewheel.tuning.calibrate import SPEEDUPS, CalibrationRequest, calibrate
+from freewheel.tuning.calibrate import calibrate
+from freewheel.tuning.calibration import SPEEDUPS, CalibrationRequest
 from freewheel.tuning.effort import PRESETS, duration, model_runs
 
 

@@ -20,7 +20,8 @@ from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.pipeline.request import GenerationRequest
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import choose_setting
-from freewheel.tuning.calibrate import Calibration, CalibrationRequest, calibrate
+from freewheel.tuning.calibrate import calibrate
+from freewheel.tuning.calibration import Calibration, CalibrationRequest
 from freewheel.tuning.held_out import check_count, taking
 from freewheel.tuning.quality import compare_videos
 
