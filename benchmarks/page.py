@@ -88,7 +88,8 @@ def section(title: str, known: Mapping[str, Any], parts: Sequence[Table | str]) 
         *machine["features"],
         *machine["gpus"],
     ]
-    software = [*known["backends"], *(f"{n} {versions[n]}" for n in SHOWN if n in versions)]
+    backends = [reason.partition(":")[0] for reason in known["backends"]]
+    software = [*backends, *(f"{n} {versions[n]}" for n in SHOWN if n in versions)]
     blocks = [
         f"## {title}",
         f"```\n{known['command']}\n```",

@@ -19,7 +19,7 @@ KNOWN = {
         "model": "A CPU", "cores": 2, "threads": 1, "features": ["avx2"], "gpus": ["A GPU"],
         "memory_available_bytes": 3 << 30,
     },
-    "backends": ["OpenVINO 1, CPU", "ONNX Runtime 2, CPU"],
+    "backends": ["OpenVINO 1, CPU", "RTX 2 can build: no GPU"],
     "versions": {"freewheel": "3", "python": "4", "onnx": "5"},
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ def test_a_section_has_command_machine_versions_and_tables() -> None:
         "python benchmarks/step.py --rounds 2",
         "```",
         "",
-        "A CPU, cores 2, threads 1, 3.0 GiB of memory available, avx2, A GPU. OpenVINO 1, CPU; ONNX Runtime 2, CPU; "
+        "A CPU, cores 2, threads 1, 3.0 GiB of memory available, avx2, A GPU. OpenVINO 1, CPU; RTX 2 can build; "
         "freewheel 3; python 4. 2026-01-02.",
         "",
         "Of one:",
