@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
+from statistics import fmean
 
 from ..policies.deadline import NO_DEADLINE, Pace
 
 __all__ = ["Pacer"]
 
-REMEMBERED = 8
-"""Steps of a kind that their seconds are taken from: enough for a median, soon forgotten."""
+REMEMBERED = 32
+"""Steps of a kind whose mean foretells the next ones: long enough to hold a busy machine's spells and its rests."""
+
+NEWEST = 8
+"""The last of them, whose slowest tells how late a step may be."""
 
 
 class Pacer:
@@ -49,9 +52,9 @@ class Pacer:
     def begin_step(self, now: float, prepared: float = 0.0) -> Pace:
         """End the step before, and tell how the run stands before the next.
 
-        Half the steps are slower than their median. What the slowest of the last computed ones
+        A step may be slower than their mean. What the slowest of the newest computed ones
         took longer than that is held in reserve, so that the last one computed does not end late.
-        A computed step takes a reused one's seconds at least: on a busy machine the medians of a few
+        A computed step takes a reused one's seconds at least: on a busy machine the means of a few
         may say otherwise.
 
         Args:
@@ -66,10 +69,11 @@ class Pacer:
         if self._deadline is None:
             return Pace()
         computed, reused = (
-            self._branches * median(self._seconds[kind]) if self._seconds[kind] else 0.0
+            self._branches * fmean(self._seconds[kind]) if self._seconds[kind] else 0.0
             for kind in (True, False)
         )
-        reserve = self._branches * max(self._seconds[True], default=0.0) - computed
+        slowest = max(list(self._seconds[True])[-NEWEST:], default=0.0)
+        reserve = max(self._branches * slowest - computed, 0.0)
         left = self._deadline - (now - self._began) - reserve
         return Pace(min(left, NO_DEADLINE / 2), max(computed, reused), reused)
 

@@ -2,21 +2,20 @@
 #include "pacer.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace freewheel {
 
-double Pacer::Window::median() const noexcept {
-  if (count == 0) return 0.0;
-  std::array<double, 8> sorted = seconds;
+double Pacer::Window::mean() const noexcept {
   const std::size_t size = held();
-  std::sort(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(size));
-  return (sorted[(size - 1) / 2] + sorted[size / 2]) / 2.0;
+  return size == 0 ? 0.0 : std::accumulate(seconds.begin(), seconds.begin() + size, 0.0) / size;
 }
 
-double Pacer::Window::most() const noexcept {
-  return count == 0 ? 0.0
-                    : *std::max_element(seconds.begin(),
-                                        seconds.begin() + static_cast<std::ptrdiff_t>(held()));
+double Pacer::Window::most_of_newest() const noexcept {
+  double most = 0.0;
+  for (std::size_t age = 1; age <= std::min(held(), kNewest); ++age)
+    most = std::max(most, seconds[(count - age) % seconds.size()]);
+  return most;
 }
 
 void Pacer::begin(std::optional<double> deadline, double now) noexcept {
@@ -35,8 +34,9 @@ Pace Pacer::begin_step(double now, double prepared) noexcept {
   was_computed_.reset();
   noted_ = 0;
   if (!deadline_) return {};
-  const double computed = branches_ * computed_.median(), reused = branches_ * reused_.median();
-  const double left = *deadline_ - (now - began_) - (branches_ * computed_.most() - computed);
+  const double computed = branches_ * computed_.mean(), reused = branches_ * reused_.mean();
+  const double reserve = std::max(branches_ * computed_.most_of_newest() - computed, 0.0);
+  const double left = *deadline_ - (now - began_) - reserve;
   return {std::min(left, Pace::kNoDeadline / 2.0), std::max(computed, reused), reused};
 }
 

@@ -31,8 +31,8 @@ class Pacer {
   void forget() noexcept { computed_ = reused_ = {}; }
 
   /// Ends the step before, and tells how the run stands before the next. What the slowest of the
-  /// last computed steps took longer than their median is held in reserve. A computed step takes a
-  /// reused one's seconds at least: on a busy machine the medians of a few may say otherwise.
+  /// newest computed steps took longer than the mean is held in reserve. A computed step takes a
+  /// reused one's seconds at least: on a busy machine the means of a few may say otherwise.
   /// @param prepared Seconds of this run that no later step takes again, such as allocations.
   Pace begin_step(double now, double prepared) noexcept;
 
@@ -42,15 +42,16 @@ class Pacer {
   double taken(double now) const noexcept { return now - began_; }
 
  private:
-  /// The last of them, in a ring.
+  /// The last of them, in a ring: enough to hold a busy machine's spells and its rests.
   struct Window {
-    std::array<double, 8> seconds{};
+    static constexpr std::size_t kNewest = 8;
+    std::array<double, 32> seconds{};
     std::size_t count = 0;
 
     void add(double value) noexcept { seconds[count++ % seconds.size()] = value; }
     std::size_t held() const noexcept { return count < seconds.size() ? count : seconds.size(); }
-    double median() const noexcept;
-    double most() const noexcept;
+    double mean() const noexcept;
+    double most_of_newest() const noexcept;
   };
 
   Window computed_, reused_;

@@ -25,22 +25,28 @@ TEST(Pacer, WithoutADeadlineNothingIsHurried) {
   EXPECT_EQ(pace.computed_seconds, 0.0);
 }
 
-TEST(Pacer, TellsMediansAndHoldsTheSlowestStepInReserve) {
+TEST(Pacer, TellsMeansAndHoldsTheSlowestStepInReserve) {
   Pacer pacer;
   pacer.begin(20.0, 100.0);
   double now = run(pacer, 100.0, {1.0, 1.0, 3.0, 2.0}, true);
   now = run(pacer, now, {0.5, 0.25}, false);
   const Pace pace = pacer.begin_step(now, 0.0);
-  EXPECT_DOUBLE_EQ(pace.computed_seconds, 1.5);
+  EXPECT_DOUBLE_EQ(pace.computed_seconds, 1.75);
   EXPECT_DOUBLE_EQ(pace.reused_seconds, 0.375);
-  EXPECT_DOUBLE_EQ(pace.seconds_left, 20.0 - 7.75 - 1.5);
+  EXPECT_DOUBLE_EQ(pace.seconds_left, 20.0 - 7.75 - 1.25);
   EXPECT_DOUBLE_EQ(pacer.taken(now), 7.75);
 }
 
-TEST(Pacer, RemembersTheLastEightAcrossRuns) {
+TEST(Pacer, RemembersTheLastStepsAcrossRuns) {
   Pacer pacer;
   pacer.begin(100.0, 0.0);
-  double now = run(pacer, 0.0, {9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0}, true);
+  double now = run(pacer, 0.0, {9.0, 9.0}, true);
+  for (int step = 0; step < 24; ++step) now = run(pacer, now, {1.0}, true);
+  pacer.begin(100.0, now + 8.0);  // the slow ones are old, and remembered
+  const Pace pace = pacer.begin_step(now + 8.0, 0.0);
+  EXPECT_DOUBLE_EQ(pace.computed_seconds, 41.0 / 25.0);  // the last step was not ended
+  EXPECT_DOUBLE_EQ(pace.seconds_left, 100.0);  // the slowest of the newest is below the mean
+  now = run(pacer, now + 8.0, {1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0}, true);
   pacer.begin_step(now, 0.0);
   pacer.begin(10.0, now);
   EXPECT_DOUBLE_EQ(pacer.begin_step(now, 0.0).computed_seconds, 1.0);
