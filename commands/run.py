@@ -247,7 +247,7 @@ def run(
         _tell_decisions(screen, generator, request)
         recorder = told_of.recorder(generator, request)
         with screen.progress():
-            screen.phase("denoise", request.value("steps"))
+            screen.phase("denoise", generator.steps(request))
             result = generator.generate(
                 request, recorder=recorder,
                 on_step=lambda done, total: screen.advance(live_strip(generator.transformer.statistics)),

@@ -275,7 +275,7 @@ class Generator:
         self._set_scheduler(request, pipe)
         self._set_guider(request, pipe, call)
         leads = self._ranks is None or self._ranks.leads
-        loop = _Loop(values.get("steps", 0), on_step)
+        loop = _Loop(self.steps(request), on_step)
         if "callback_on_step_end" in call.parameters:
             arguments["callback_on_step_end"] = loop.end_step
         if "output_type" in call.parameters:
@@ -345,6 +345,13 @@ class Generator:
         _, call = self._calling(request)
         found = request.extra.get("frame_rate", call.parameters.get("frame_rate"))
         return float(found) if isinstance(found, (int, float)) else None
+
+    def steps(self, request: GenerationRequest) -> int:
+        """Return how many steps will run: of a run that begins in their midst, those from there on."""
+        _, call = self._calling(request)
+        steps: int = request.value("steps") or 0
+        strength = request.strength or call.default("strength")
+        return steps if strength is None else steps - int(max(steps - steps * strength, 0))
 
     def _calling(self, request: GenerationRequest) -> tuple[Any, PipelineCall]:
         """Return the pipeline that takes what the request begins with, and its call."""

@@ -166,9 +166,13 @@ def test_a_picture_to_begin_with_goes_to_the_pipeline_that_takes_one(
     pipe = AutoPipelineForImage2Image.from_pipe(own)
     given = {"image": Image.open(first), "strength": 0.5, "guidance_scale": 3.5}
     expected = media_of(pipe, pipe(**asked(call, **given))).frames
-    found = Generator(bundle).generate(request_of(bundle, image=first, strength=0.5))
+    told: list[tuple[int, int]] = []
+    found = Generator(bundle).generate(
+        request_of(bundle, image=first, strength=0.5), on_step=lambda *both: told.append(both)
+    )
     assert close(found.frames, expected)
     assert found.statistics.steps == 3  # of 6, the noisier half is left out
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_mask_says_what_is_made_anew(
