@@ -13,6 +13,7 @@ from ..core.errors import RequestError
 
 __all__ = [
     "HIDDEN", "HISTORY", "LATENTS", "MODEL_OUTPUT", "RESIDUAL", "beside", "check_samples_one",
+    "kept_name",
 ]  # fmt: skip
 
 LATENTS, MODEL_OUTPUT = "latents", "model_output"
@@ -29,6 +30,16 @@ def beside(name: str, of: str, wanted: str) -> str:
         wanted: What is looked for, as the first thing's is called: ``history``.
     """
     return name.removesuffix(of) + wanted
+
+
+def kept_name(stream: str, wanted: str) -> str:
+    """Return what a stream's residual or history is called: ``text_history`` of ``text``.
+
+    Args:
+        stream: One that `head` begins, or any other that blocks pass on.
+        wanted: `RESIDUAL` or `HISTORY`.
+    """
+    return beside(stream, HIDDEN, wanted) if stream.endswith(HIDDEN) else f"{stream}_{wanted}"
 
 
 def check_samples_one(latents: Sequence[str], where: str, what: str) -> None:

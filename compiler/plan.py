@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..bundle.manifest import (
     SignalEntry,
 )
 from ..bundle.scales import scale_name
+from ..bundle.sections import divide
 from ..bundle.staging import check_target
 from ..bundle.store import NO_STORE, Store
 from ..core.dtypes import Precision
@@ -33,7 +34,7 @@ from .cut.row import Row
 from .cut.transformer import cut_transformer
 from .defaults import policy_setting, resolve_configs
 from .engines import STORE, complete_target
-from .graphs.caching import cache_segments
+from .graphs.caching import caching_of
 from .graphs.ends import PipelinePart, text_encoder_part, vae_decode_part
 from .graphs.filters import filter_segments, signals_of
 from .graphs.groups import check_group_blocks
@@ -150,6 +151,7 @@ def plan(request: BuildRequest) -> Plan:
     policies = carried_policies(cut, configs, request.policies)
     sequence = cut_sequence(cut) if request.sequence_parallel else None
     signals = _signals(cut, request.weights)
+    _check_sections(cut, configs, signals)
     parts = tuple(_pipeline_parts(request, checkpoint, configs))
     manifest = PlannedManifest(
         freewheel_version=version("freewheel"),
@@ -183,7 +185,7 @@ def plan(request: BuildRequest) -> Plan:
     )
     segments = (
         *cut.segments, *(sequence.segments if sequence is not None else ()),
-        *cache_segments(cut.cached, cut.history_dtype), *filter_segments(cut),
+        *caching_of(cut, last_blocks=_runs_last_blocks(policies, signals)), *filter_segments(cut),
     )  # fmt: skip
     return Plan(
         manifest=manifest,
@@ -305,6 +307,34 @@ def _ranges(
     if not any(isinstance(b, ProfiledBackend) for b in request.backends):
         return {}
     return dim_ranges(cut, request.sizes, configs, checkpoint.pipeline)
+
+
+def _runs_last_blocks(policies: Mapping[str, type[Policy]], signals: Container[str]) -> bool:
+    """Tell whether a policy may let last blocks run on reused steps, and gets its signal."""
+    specs = (p.spec for p in policies.values())
+    return any(s.last_blocks is not None and any(n in signals for n in s.signals) for s in specs)
+
+
+def _check_sections(
+    cut: Cut, configs: Mapping[str, ResolvedConfig], signals: Container[str]
+) -> None:
+    """Refuse a config whose blocks that always run the model does not have.
+
+    Raises:
+        ConfigError: as said; it names the config.
+    """
+    graphs = {segment.name: segment for segment in cut.segments}
+    for name, config in configs.items():
+        for setting in config.cache.every_branch():
+            spec = policy_class(setting.policy).spec
+            if spec.signal_of(setting.signal, signals) != FIRST_BLOCK_RESIDUAL:
+                continue
+            always = spec.always_run(spec.resolve(setting.parameters))
+            try:
+                divide(cut.stages, graphs, list(cut.cached), *always)
+            except ConfigError as error:
+                where = f"config '{name}', {error.where}"
+                raise ConfigError(where, error.what, error.hint) from error
 
 
 def _pipeline_parts(

@@ -122,10 +122,15 @@ REFUSED = (
 )
 
 ABSENT_POLICIES = {
-    "DualBlock": "runs the first and last blocks always and caches the middle ones",
-    "DynamicBlock": "lets every block decide for itself",
-}
-"""LightX2V's policies that are none here → what they do; the nearest is ``FirstBlock``."""
+    "DualBlock": (
+        "compares the first blocks with the step before, by which a slow drift is never computed",
+        "'DBCache', with 'Fn_compute_blocks' and 'Bn_compute_blocks' 5 and 'residual_diff_threshold'",
+    ),
+    "DynamicBlock": (
+        "lets every block decide for itself", "'FirstBlock', with 'firstblock_thresh'",
+    ),
+}  # fmt: skip
+"""LightX2V's policies that are none here → what they do, and what is nearest here."""
 
 
 def is_without_effect(key: str, value: Any) -> bool:

@@ -160,9 +160,9 @@ def _model_of(data: Mapping[str, Any]) -> tuple[type[CachingConfig], list[str]]:
         except ConfigError as error:
             return _AnyPolicy, [f"'feature_caching': {error}"]
     if kind in ABSENT_POLICIES:
-        what = f"'{kind}', which {ABSENT_POLICIES[kind]}, is no policy here"
-        near = "the nearest is 'FirstBlock', with 'firstblock_thresh'"
-        return _AnyPolicy, [f"'feature_caching': {what}; {near}"]
+        does, near = ABSENT_POLICIES[kind]
+        what = f"'{kind}', which {does}, is no policy here; the nearest is {near}"
+        return _AnyPolicy, [f"'feature_caching': {what}"]
     hint = nearest(kind, known) if isinstance(kind, str) else f"known: {', '.join(known)}"
     hint = "; ".join((hint, *(f"left out: {error}" for error in unreadable)))
     return _AnyPolicy, [f"'feature_caching': found {_shown(kind)}, no such policy; {hint}"]

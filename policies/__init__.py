@@ -53,6 +53,7 @@ POLICIES: dict[str, str] = {
     "dmd": "dmd:DMD",
     "dicache": "dicache:DiCache",
     "seacache": "seacache:SeaCache",
+    "dbcache": "dbcache:DBCache",
 }
 """Name → ``module:Class`` in this folder."""
 
@@ -217,6 +218,12 @@ def _faults(name: str, found: object) -> list[str]:
             faults.append(f"default of {error.where} {error.what}")
     if spec.history.parameter not in {None, *spec.parameters}:
         faults.append(f"history.parameter '{spec.history.parameter}' is not one of its parameters")
+    counts = {"first_blocks": spec.first_blocks, "last_blocks": spec.last_blocks}
+    faults += [
+        f"{field} '{parameter}' is not one of its parameters"
+        for field, parameter in counts.items()
+        if parameter not in {None, *spec.parameters}
+    ]
     if spec.distance not in {None, *spec.state}:
         faults.append(f"distance '{spec.distance}' is not part of its state")
     signals = ("previous_signal", "computed_signal", "older_signal")

@@ -17,6 +17,9 @@ __all__ = ["TIMESTEP_SIGNALS", "describe_guard", "describe_policies", "render"]
 TIMESTEP_SIGNALS = ("temb", "timestep_proj")
 """Signals that the timestep alone decides, in every family: known before step 0."""
 
+FIRST_BLOCKS = "first_block_residual"
+"""Signal for which the body's first blocks run at every step."""
+
 SHOWN_VALUES = 6
 
 
@@ -58,6 +61,8 @@ def render(described: Sequence[Mapping[str, Any]], guard: Sequence[Mapping[str, 
             lines += [f"    after     {entry['reference']}"]
         lines += [f'    config    "feature_caching": "{entry["feature_caching"]}"']
         lines += [f"    looks at  {entry['looks_at']}"]
+        if entry["always_runs"]:
+            lines += [f"    runs      {entry['always_runs']} at every step"]
         lines += [f"    decides   {entry['decides']}"]
         lines += [f"    mixes     {entry['mixes']}"]
         lines += [f"    memory    {entry['memory']} per branch"]
@@ -85,6 +90,7 @@ def _described(name: str) -> dict[str, Any]:
         "mixes": _mixes(mixer, found.mix),
         "residuals": {"default": _residuals(spec), "maximum": _most_residuals(spec)},
         "kept": spec.kept,
+        "always_runs": _always_runs(spec),
         "memory": _memory(spec),
         "parameters": [_parameter(n, p, keys.get(n)) for n, p in spec.parameters.items()],
     }
@@ -96,6 +102,14 @@ def _mixes(mixer: str, mix: Mix) -> str:
     if mix.bound:
         return f"by a law that serves no other decision: {mix.bound}"
     return f"by a law that serves other decisions too: DECISION{JOINT}{mixer}"
+
+
+def _always_runs(spec: PolicySpec) -> str:
+    """Say which blocks run at every step; empty where none does."""
+    if FIRST_BLOCKS not in spec.signals:
+        return ""
+    count = f"the first {spec.first_blocks}" if spec.first_blocks else "the first block"
+    return f"{count} and the last {spec.last_blocks}" if spec.last_blocks else count
 
 
 def _parameter(name: str, spec: ParameterSpec, key: str | None) -> dict[str, Any]:

@@ -72,8 +72,7 @@ class DiCache(Policy):
     Reference: Bu et al. 2025, DiCache, arXiv 2508.17356, online probe profiling and dynamic cache
         trajectory alignment; bounds of γ as in its authors' code.
 
-    Differs: the probe is one block deep, the authors' default of 1 to 5; deeper ones need a cut
-        behind the first n blocks.
+    Differs: the probe is one block deep, the authors' default of 1 to 5.
     Differs: compared from step to step is what the first block adds, the authors' states are that
         and the input; it changes more, so thresholds are others.
     Differs: what is cached is what the blocks after the probe add, the authors' residual is of all.

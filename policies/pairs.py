@@ -44,6 +44,8 @@ def pair_of(decider: type[Policy], mixer: str, mix: Mix) -> type[Policy]:
         kept=[*kept, *(n for n in mix.kept if n not in kept)],
         one_decision=own.one_decision,
         history=mix.history,
+        first_blocks=own.first_blocks,
+        last_blocks=own.last_blocks,
         state={**state, **mix.state},
         parameters={**parameters, **mix.parameters},
         distance=own.distance,

@@ -78,6 +78,10 @@ class CacheSetting(BaseModel):
         own = {**self.parameters, **self.branches.get(name, {})}
         return self.model_copy(update={"parameters": own, "branches": {}})
 
+    def every_branch(self) -> list[CacheSetting]:
+        """Return the setting, and what it is in each branch that overrides it."""
+        return [self, *(self.for_branch(name) for name in self.branches)]
+
     def keeping_bound(self) -> CacheSetting:
         """Return the setting with the fewest computed steps that keep ``min_psnr``, if it is given.
 

@@ -215,6 +215,9 @@ class PolicySpec(_Spec):
             ``history.maximum``.
         one_decision: Whether all branches follow the one that runs a step first.
         history: Residuals it mixes.
+        first_blocks: Name of the integer parameter that says how many first blocks run at every
+            step; None is one. Read where the signal is what they add, else every block is cached.
+        last_blocks: Likewise of the last blocks; None is none.
         state: Small tensors carried from step to step.
         parameters: Runtime inputs.
         distance: Name of the state that reports the accumulated distance, if there is one.
@@ -228,6 +231,8 @@ class PolicySpec(_Spec):
     kept: list[Kept] = []
     one_decision: bool = False
     history: HistorySpec
+    first_blocks: str | None = None
+    last_blocks: str | None = None
     state: dict[str, StateSpec] = {}
     parameters: dict[str, ParameterSpec] = {}
     distance: str | None = None
@@ -240,6 +245,12 @@ class PolicySpec(_Spec):
         A policy that sees none, and whose signal depends on timesteps alone, folds.
         """
         return self.feature or ("gram" if "gram" in self.kept else None)
+
+    def always_run(self, parameters: Mapping[str, Any]) -> tuple[int, int]:
+        """Return how many first and how many last blocks run at every step, by these parameters."""
+        first = 1 if self.first_blocks is None else int(parameters[self.first_blocks])
+        last = 0 if self.last_blocks is None else int(parameters[self.last_blocks])
+        return first, last
 
     def signal_of(self, wanted: str | None, given: Container[str]) -> str | None:
         """Return the signal kind that the policy gets: the wanted one, else the first given one.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..bundle.dims import match_dims
 from ..bundle.manifest import GraphEntry, GroupEntry, StageEntry
+from ..bundle.sections import Sections
 from ..bundle.streams import HIDDEN
 from ..core.errors import RequestError
 from ..engines.base import BoundCall
@@ -48,8 +49,9 @@ class Body:
         dims: Every named dimension, those of the prompt included.
         results: Cached stream → [batch, tokens, channels], where the body's result appears.
         taps: Two buffers of the feature, written in turn; empty until `bind_taps`.
-        probe_out: Cached stream that the first block passes on → [batch, tokens, channels], what it
-            gave, where it stays until the next step; empty until `bind_probe`.
+        sections: Where it divides; None until `divide`.
+        before: Stream of the sections → what the first blocks gave of it, which stays until the next step.
+        after: Likewise → what the cached blocks gave, or a reused step put in its place.
     """
 
     def __init__(
@@ -91,8 +93,9 @@ class Body:
         self._tapped: list[BoundCall] = []
         self._chains: dict[tuple[int | None, int, int], BoundCall] = {}
         self.taps: list[Tensor] = []
-        self.probe_out: dict[str, Tensor] = {}
-        self._probed = 0
+        self.sections: Sections | None = None
+        self.before: dict[str, Tensor] = {}
+        self.after: dict[str, Tensor] = {}
         cached = self._manifest.cached
         self._streams = {s: shared[s] for s in cached}
         self._buffers = {s: [shared[f"{s}_even"], shared[f"{s}_odd"]] for s in cached}
@@ -120,6 +123,7 @@ class Body:
                 self._add_call(stage.block, one, values, stage.tapped, place + block)
             before += stage.count
         self.results = {s: self._streams[s] for s in cached}
+        self._undivided = list(self._calls)
         self.set_prompt(prompt)
 
     def _own_of(
@@ -241,34 +245,52 @@ class Body:
             self._model.bind(graph, {**call.values, FEATURE: tap}, call.block) for tap in self.taps
         ]
 
-    def bind_probe(self) -> dict[str, Tensor]:
-        """Let what the first block that passes ``hidden`` on gives lie where no later block writes.
+    def divide(self, sections: Sections) -> None:
+        """Let what the first and the cached blocks leave lie where no block behind them writes.
 
-        Returns:
-            Those buffers, ``probe_out``.
+        All blocks together give the same. What was divided otherwise before is forgotten.
         """
-        if not self.probe_out:
-            passed = [self._manifest.graphs[call.graph].streams for call in self._calls]
-            first = next(i for i, streams in enumerate(passed) if HIDDEN in streams)
-            for stream in self.results:
-                writers = [i for i, streams in enumerate(passed) if stream in streams]
-                before = [i for i in writers if i <= first]
-                if 0 < len(before) < len(writers):
-                    self._keep_probed(stream, before[-1], writers[len(before)])
-            self._probed = first + 1
-            if self.taps:
-                self._bind_tapped()
-            self._chains.clear()
-        return self.probe_out
+        if sections == self.sections:
+            return
+        self._calls, self.sections = list(self._undivided), sections
+        passed = [stream for c in self._calls for stream in self._manifest.graphs[c.graph].streams]
+        left: dict[tuple[str, int], Tensor] = {}
+        before, after = (
+            {stream: self._left(stream, at, left) for stream in dict.fromkeys(passed)}
+            for at in (sections.begin, sections.end)
+        )
+        self.before = {s: before[s] for s in sections.streams}
+        self.after = {s: after[s] for s in sections.streams}
+        if self.taps:
+            self._bind_tapped()
+        self._chains.clear()
 
-    def _keep_probed(self, stream: str, writer: int, following: int) -> None:
-        """Give a stream a buffer of its own between a call that writes it and the next that does."""
+    def _left(self, stream: str, at: int, left: dict[tuple[str, int], Tensor]) -> Tensor:
+        """Return where a stream lies before a call, in a buffer that no call from there on writes.
+
+        So the calls from there on may be run again, as a CUDA graph's capture does.
+
+        Args:
+            stream: Its name.
+            at: The call's place.
+            left: Stream and the call that writes it → such buffers known so far.
+        """
+        passed = (self._manifest.graphs[call.graph].streams for call in self._calls)
+        writers = [i for i, streams in enumerate(passed) if stream in streams]
+        before = [i for i in writers if i < at]
+        if not before:  # as `head` or `prompt` gave it, if it does not begin later
+            call = self._calls[writers[0]].values
+            return call.get(stream, call[f"{stream}_out"])
+        writer, following = before[-1], writers[len(before) :]
         written = self._calls[writer].values[f"{stream}_out"]
-        is_kept = any(written is kept for kept in self._kept.values())
-        self.probe_out[stream] = own = written if is_kept else torch.zeros_like(written)
-        self._rebind(writer, {f"{stream}_out": own})
-        for index in range(writer + 1, following + 1):
-            self._rebind(index, {stream: own})
+        if not following or any(written is kept for kept in self._kept.values()):
+            return written
+        if (stream, writer) not in left:
+            left[stream, writer] = own = torch.zeros_like(written)
+            self._rebind(writer, {f"{stream}_out": own})
+            for index in range(writer + 1, following[0] + 1):
+                self._rebind(index, {stream: own})
+        return left[stream, writer]
 
     def _rebind(self, index: int, values: Mapping[str, Tensor]) -> None:
         call = self._calls[index]
@@ -293,13 +315,23 @@ class Body:
         """Run every block; ``tap`` names the buffer that gets the feature, if one is wanted."""
         self._run(tap, 0, len(self._calls))
 
-    def run_probe(self, tap: int | None = None) -> None:
-        """Run up to the first block that passes ``hidden`` on; `bind_probe` was called."""
-        self._run(tap, 0, self._probed)
+    def run_first(self, tap: int | None = None) -> None:
+        """Run the first blocks, those before the decision; `divide` was called."""
+        self._run(tap, 0, self._divided.begin)
 
-    def run_after_probe(self, tap: int | None = None) -> None:
-        """Run the blocks that `run_probe` left."""
-        self._run(tap, self._probed, len(self._calls))
+    def run_cached(self, tap: int | None = None) -> None:
+        """Run the blocks whose result is cached."""
+        self._run(tap, self._divided.begin, self._divided.end)
+
+    def run_last(self, tap: int | None = None) -> None:
+        """Run the blocks behind those."""
+        if self._divided.end < len(self._calls):
+            self._run(tap, self._divided.end, len(self._calls))
+
+    @property
+    def _divided(self) -> Sections:
+        assert self.sections is not None, "divide() was called"
+        return self.sections
 
     def _run(self, tap: int | None, first: int, end: int) -> None:
         key = (tap, first, end)

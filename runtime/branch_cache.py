@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..bundle.dims import shape_of
-from ..bundle.streams import HIDDEN, HISTORY, RESIDUAL, beside
+from ..bundle.sections import Sections
+from ..bundle.streams import HIDDEN, HISTORY, RESIDUAL, kept_name
 from ..engines.base import BoundCall
 from ..policies.deadline import Pace
 from ..policies.decision_loop import DecisionRecord
@@ -51,13 +52,11 @@ class BranchCache:
         spec, graphs = resolved.policy.spec, model.manifest.graphs
         dims = body.dims
         self.computed_steps: list[int] = []
-        self._is_probed = any(
-            g.runs == "probe" and resolved.signal is not None and resolved.signal.value in g.outputs
-            for g in graphs.values()
-        )
-        # With a probe, what is reused is what the blocks after it add.
         begun = {stream: shared[stream] for stream in model.manifest.cached}
-        base = {**begun, **(body.bind_probe() if self._is_probed else {})}
+        before, after = begun, dict(body.results)
+        if resolved.sections is not None:  # what is reused is what the blocks between add
+            body.divide(resolved.sections)
+            before, after = body.before, body.after
         self.wants_tap = spec.feature == "attention_output" or record
         if self.wants_tap:
             body.bind_taps()
@@ -76,24 +75,24 @@ class BranchCache:
         self.ring: ResidualRing | None = None
         self._gram: Tensor | None = None
         if depth:
-            residuals = graphs["delta"].outputs
-            shapes = {s: shape_of(residuals[beside(s, HIDDEN, RESIDUAL)], dims) for s in begun}
+            # Streams that last blocks alone need have graphs of their own.
+            ends = ["", *(f".{stream}" for stream in before if stream not in begun)]
+            residuals = {n: io for end in ends for n, io in graphs[f"delta{end}"].outputs.items()}
+            shapes = {s: shape_of(residuals[kept_name(s, RESIDUAL)], dims) for s in before}
             dtype = getattr(torch, residuals[RESIDUAL].dtype)
             self.ring = ResidualRing(depth, shapes, dtype, model.device)
-            results = {f"{stream}_out": given for stream, given in body.results.items()}
-            before = {**base, **results}
-            self._deltas = [
-                model.bind("delta", {**before, **_beside_each(self.ring.slot(i), RESIDUAL)})
-                for i in range(depth)
-            ]
-            past = {**_beside_each(self.ring.history, HISTORY), "mix": self.ring.mix}
-            self._reuse = model.chain([model.bind("reuse", {**before, **past})])
+            around = {**before, **_of_each(after, "{}_out")}
+            slots = ({**around, **_kept(self.ring.slot(i), RESIDUAL)} for i in range(depth))
+            self._deltas = [[model.bind(f"delta{end}", slot) for end in ends] for slot in slots]
+            past = {**around, **_kept(self.ring.history, HISTORY), "mix": self.ring.mix}
+            self._reuse = model.chain([model.bind(f"reuse{end}", past) for end in ends])
             self._bind_gram(model)
             self._replay: BoundCall | None = None
             if record:
-                replayed = allocate(residuals, dims, model.device)
+                replayed = allocate(graphs["delta"].outputs, dims, model.device)
                 self._replayed = replayed[RESIDUAL]
-                self._replay = model.bind("delta", {**begun, **results, **replayed})
+                whole = {**begun, **_of_each(body.results, "{}_out"), **replayed}
+                self._replay = model.bind("delta", whole)
         self._tables: Mapping[str, Tensor] = {}
         self._signals = self._bind_signal(model, shared)
         self._decider = Decider(
@@ -147,8 +146,8 @@ class BranchCache:
 
             return SignalBuffers(roles, buffers, [copy_to(b) for b in buffers])
         values = {**shared, **self._body.context, **self._body.first}
-        if self._is_probed:
-            values["hidden_out"] = self._body.bind_probe()[HIDDEN]
+        if self._resolved.sections is not None:
+            values["hidden_out"] = self._body.before[HIDDEN]
         made = {signal.value: model.manifest.graphs[graph].outputs[signal.value]}
         buffers = [allocate(made, self._body.dims, model.device)[signal.value] for _ in spots]
         calls = [model.bind(graph, {**values, signal.value: b}) for b in buffers]
@@ -164,8 +163,8 @@ class BranchCache:
         return self._tables[self._resolved.signal.value][step_index]
 
     def _run_signal(self, call: BoundCall) -> None:
-        if self._is_probed:
-            self._body.run_probe(self._next_tap)
+        if self._resolved.sections is not None:
+            self._body.run_first(self._next_tap)
         call.run()
 
     def _arrangements(self) -> dict[Hashable, dict[str, Tensor]]:
@@ -224,6 +223,11 @@ class BranchCache:
             self._signals.mark_computed()
 
     @property
+    def sections(self) -> Sections | None:
+        """Where the policy divides the body; None where it does not."""
+        return self._resolved.sections
+
+    @property
     def depth(self) -> int:
         """Residuals that the policy mixes."""
         return self._resolved.depth
@@ -266,15 +270,18 @@ class BranchCache:
         return len(self.computed_steps) % 2 if self.wants_tap else None
 
     def compute(self, step_index: int) -> None:
-        """Run the body, or what a probe left of it; write its residual to the next slot, for `keep`."""
+        """Run what the decision left of the body; write the residual to the next slot, for `keep`."""
         tap = self._next_tap
         self._note_computed(step_index)
-        if self._is_probed:
-            self._body.run_after_probe(tap)
+        is_divided = self._resolved.sections is not None
+        if is_divided:
+            self._body.run_cached(tap)
         else:
             self._body.run(tap)
-        if self.ring is not None:
-            self._deltas[self.ring.next_slot].run()
+        for delta in self._deltas[self.ring.next_slot] if self.ring is not None else ():
+            delta.run()
+        if is_divided:
+            self._body.run_last(tap)
 
     @property
     def computed_residuals(self) -> list[Tensor]:
@@ -297,10 +304,12 @@ class BranchCache:
             kept.copy_(model_output[0].view(kept.shape))
 
     def reuse(self, decision: DecisionRecord) -> None:
-        """Write hidden states as the mix of past residuals has them."""
+        """Write hidden states as the mix of past residuals has them; run what follows at every step."""
         assert self.ring is not None, "the guard computes until a residual exists"
         self.ring.set_mix(decision.mix)
         self._reuse.run()
+        if self._resolved.sections is not None:
+            self._body.run_last()
 
     def recorded(self, decision: DecisionRecord) -> tuple[Tensor, Tensor | None]:
         """Return the residual and, after a computation, the feature of the step just run."""
@@ -310,6 +319,10 @@ class BranchCache:
         return self._replayed, self._body.taps[self._last_tap] if decision.compute else None
 
 
-def _beside_each(tensors: Mapping[str, Tensor], wanted: str) -> dict[str, Tensor]:
+def _kept(tensors: Mapping[str, Tensor], wanted: str) -> dict[str, Tensor]:
     """Return tensors of streams by what graphs call them: ``audio_history`` for ``audio_hidden``."""
-    return {beside(stream, HIDDEN, wanted): tensor for stream, tensor in tensors.items()}
+    return {kept_name(stream, wanted): tensor for stream, tensor in tensors.items()}
+
+
+def _of_each(tensors: Mapping[str, Tensor], spelled: str) -> dict[str, Tensor]:
+    return {spelled.format(stream): tensor for stream, tensor in tensors.items()}

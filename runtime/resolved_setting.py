@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..bundle.manifest import Manifest, PolicyEntry, SignalEntry
+from ..bundle.sections import Sections, divide
 from ..core.errors import ConfigError, nearest
 from ..policies.setting import CacheSetting
-from ..policies.spec import Value
+from ..policies.spec import PolicySpec, Value
 from .settings import carried_policy
 
 __all__ = ["ResolvedSetting", "resolve"]
@@ -25,6 +26,7 @@ class ResolvedSetting:
         parameters: Every parameter, defaults filled in.
         signal_name: Signal kind given to the policy, or None.
         signal: The signal's entry, or None.
+        sections: Where the body divides, if the signal is what its first blocks add, or None.
     """
 
     setting: CacheSetting
@@ -32,6 +34,7 @@ class ResolvedSetting:
     parameters: Mapping[str, Value]
     signal_name: str | None
     signal: SignalEntry | None
+    sections: Sections | None = None
 
     @property
     def is_folded(self) -> bool:
@@ -52,6 +55,11 @@ class ResolvedSetting:
                 f"min_psnr {bound:g}", f"was measured for runs of {made} steps, and this one has {steps}",
                 f"run {made} steps, or calibrate with --steps {steps}",
             )  # fmt: skip
+
+    @property
+    def always_run(self) -> float:
+        """Part of the body that a reused step runs, 0 to below 1."""
+        return 0.0 if self.sections is None else self.sections.always_run
 
     @property
     def depth(self) -> int:
@@ -82,8 +90,8 @@ def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
         setting: As asked for; what it becomes in every branch is checked too.
 
     Raises:
-        ConfigError: unknown policy or parameter, a signal that the model does not give it, or a
-            deadline or a bound that the policy can't keep.
+        ConfigError: unknown policy or parameter, a signal that the model does not give it, blocks
+            that can't always run, or a deadline or a bound that the policy can't keep.
     """
     setting = setting.keeping_bound()
     policy = carried_policy(manifest, setting.policy)
@@ -101,6 +109,28 @@ def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
             nearest(name, known) if known else hint,
         )  # fmt: skip
     signal = manifest.signals[name] if name is not None else None
-    for branch in setting.branches.values():
-        spec.resolve({**setting.parameters, **branch})
-    return ResolvedSetting(setting, policy, spec.resolve(setting.parameters), name, signal)
+    of_branches = [spec.resolve(one.parameters) for one in setting.every_branch()]
+    parameters = of_branches[0]
+    sections, *_ = [_sections(manifest, spec, signal, own) for own in of_branches]
+    return ResolvedSetting(setting, policy, parameters, name, signal, sections)
+
+
+def _sections(
+    manifest: Manifest,
+    spec: PolicySpec,
+    signal: SignalEntry | None,
+    parameters: Mapping[str, Value],
+) -> Sections | None:
+    """Return where the body divides for a policy whose signal is what its first blocks add."""
+    graphs = manifest.graphs
+    probes = (g.outputs for g in graphs.values() if g.runs == "probe")
+    if signal is None or not any(signal.value in outputs for outputs in probes):
+        return None
+    found = divide(manifest.stages, graphs, manifest.cached, *spec.always_run(parameters))
+    lacking = [s for s in found.streams[len(manifest.cached) :] if f"delta.{s}" not in graphs]
+    if lacking:
+        raise ConfigError(
+            f"policy '{spec.name}', stream '{lacking[0]}'", "has no graphs that keep what cached "
+            "blocks change of it, and the last blocks read it", "build the bundle again",
+        )  # fmt: skip
+    return found

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..bundle.dims import match_dims, shape_of
 from ..bundle.manifest import InputEntry
+from ..bundle.sections import Sections, divide
 from ..bundle.streams import HIDDEN, LATENTS, MODEL_OUTPUT, beside, check_samples_one
 from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
@@ -73,6 +74,7 @@ class StepRecord:
         model_output: [batch, out channels, …], float32.
         buffers: What graphs of this step read, by name: ``latents``, ``hidden`` (the body's input),
             this step's rows of the per-run tables, the prompt's context, ….
+        sections: Where the body divides: whose first blocks' residual is among ``signals``.
     """
 
     branch: str
@@ -83,6 +85,7 @@ class StepRecord:
     signals: Mapping[str, Tensor]
     model_output: Tensor
     buffers: Mapping[str, Tensor]
+    sections: Sections | None = None
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ class Session:
         self.statistics = RunStatistics(
             resolved.policy.spec.name, resolved.is_folded, len(timesteps),
             form=form_of(resolved.policy.spec.name, resolved.parameters),
-            deadline=resolved.setting.deadline,
+            deadline=resolved.setting.deadline, always_run=resolved.always_run,
         )  # fmt: skip
         self._compute_tables(timesteps, beside)
         self._schedule = Schedule.of(
@@ -616,15 +619,23 @@ class Session:
                 continue
             values = dict(buffers)
             if graph.runs == "probe":
-                values["hidden_out"] = state.body.bind_probe()[HIDDEN]
-                state.body.run_probe()
+                values["hidden_out"] = self._run_first(state)
             made = allocate(graph.outputs, state.body.dims, self.model.device)
             self.model.bind(name, {**values, **made}).run()
             signals |= made
+        sections = state.body.sections if self._recorder.wants_signals else None
         record = StepRecord(
-            branch, step_index, computed, *kept, signals, state.model_output, buffers
+            branch, step_index, computed, *kept, signals, state.model_output, buffers, sections
         )
         self._recorder.on_step(record, state.body.dims)
+
+    def _run_first(self, branch: _Branch) -> Tensor:
+        """Run the policy's first blocks, one where it has none, and return what they give."""
+        assert branch.cache is not None, "the step has run"
+        given = self.manifest.stages, self.manifest.graphs, self.manifest.cached
+        branch.body.divide(branch.cache.sections or divide(*given, 1, 0))
+        branch.body.run_first()
+        return branch.body.before[HIDDEN]
 
     @contextmanager
     def _timed(self, segment: str) -> Iterator[None]:

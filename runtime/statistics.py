@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FEW_STEPS", "BranchStatistics", "RunStatistics", "mean_count"]
+__all__ = ["FEW_STEPS", "BranchStatistics", "RunStatistics", "ideal_speedup", "mean_count"]
 
 FEW_STEPS = 8
 """Steps up to which a checkpoint is taken for a distilled one, whose steps are too far apart."""
@@ -19,6 +19,18 @@ def mean_count(counts: Sequence[int]) -> int | float:
     """Return the mean of counts, an integer where it is whole; 0 of none."""
     whole, rest = divmod(sum(counts), len(counts) or 1)
     return sum(counts) / len(counts) if rest else whole
+
+
+def ideal_speedup(steps: float, computed: float, always_run: float = 0.0) -> float:
+    """Return by how much a run would be faster if it took nothing but its blocks; 1 of no step.
+
+    Args:
+        steps: That ran.
+        computed: Of these, computed in full.
+        always_run: Part of the blocks that the others run too.
+    """
+    paid = computed + (steps - computed) * always_run
+    return steps / paid if computed else 1.0
 
 
 class BranchStatistics:
@@ -97,6 +109,7 @@ class RunStatistics:
         form: Which form of the policy's law ran, where it has several: published or damped.
         deadline: Seconds that the steps were to take, or None.
         loop_seconds: Seconds from the run's begin to the end of its last step so far.
+        always_run: Part of the blocks that reused steps run too, 0 to below 1.
     """
 
     policy: str
@@ -107,6 +120,7 @@ class RunStatistics:
     form: str = ""
     deadline: float | None = None
     loop_seconds: float = 0.0
+    always_run: float = 0.0
 
     @classmethod
     def joined(cls, parts: Sequence[RunStatistics]) -> RunStatistics:
@@ -114,6 +128,7 @@ class RunStatistics:
         first = parts[0]
         whole = cls(first.policy, all(p.folded for p in parts), sum(p.steps for p in parts))
         whole.form, whole.deadline = first.form, first.deadline
+        whole.always_run = first.always_run
         names = dict.fromkeys(name for part in parts for name in part.branches)
         whole.branches = {name: BranchStatistics(0) for name in names}
         for part in parts:
@@ -135,10 +150,10 @@ class RunStatistics:
 
     @property
     def ideal_speedup(self) -> float:
-        """Steps that ran / computed steps, as if all but the body were free."""
+        """Steps that ran / those that its blocks would be enough for, as if all else were free."""
         computed = sum(b.computed_steps for b in self.branches.values())
         done = sum(b.done_steps for b in self.branches.values())
-        return done / computed if computed else 1.0
+        return ideal_speedup(done, computed, self.always_run)
 
     def step_seconds(self) -> dict[str, float | None]:
         """Return the median seconds of computed and of reused steps."""
@@ -215,6 +230,7 @@ class RunStatistics:
             "folded": self.folded,
             "steps": self.steps,
             "computed_steps": self.computed_steps,
+            "always_run": self.always_run,
             "ideal_speedup": self.ideal_speedup,
             "estimated_speedup": self.estimated_speedup,
             "deadline": self.deadline,

@@ -16,10 +16,12 @@ from ..policies import policy as find_policy
 from ..policies.decision_loop import DecisionLoop, DecisionRecord, difference_gram
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
-from ..runtime.statistics import mean_count
+from ..runtime.statistics import ideal_speedup, mean_count
 from .trace import Trace
 
 __all__ = ["BranchReplay", "Replay", "replay"]
+
+FIRST_BLOCKS = "first_block_residual"
 
 LawFactory = Callable[[CacheSetting, Schedule], DecisionLoop]
 
@@ -43,12 +45,21 @@ class BranchReplay:
 
 @dataclass(frozen=True)
 class Replay:
-    """A whole replay; ``form`` is that of the law, where it has several."""
+    """A whole replay.
+
+    Attributes:
+        policy: Name.
+        steps: Of the run.
+        branches: By name.
+        form: That of the law, where it has several.
+        always_run: Part of the blocks that reused steps run too; 0 where the trace does not tell.
+    """
 
     policy: str
     steps: int
     branches: dict[str, BranchReplay]
     form: str = ""
+    always_run: float = 0.0
 
     @property
     def computed_steps(self) -> int | float:
@@ -57,8 +68,8 @@ class Replay:
 
     @property
     def ideal_speedup(self) -> float:
-        """Steps / computed steps."""
-        return self.steps / self.computed_steps
+        """Steps / those that its blocks would be enough for, as of a run."""
+        return ideal_speedup(self.steps, self.computed_steps, self.always_run)
 
     @property
     def error(self) -> float:
@@ -76,6 +87,7 @@ class Replay:
             "form": self.form,
             "steps": self.steps,
             "computed_steps": self.computed_steps,
+            "always_run": self.always_run,
             "ideal_speedup": self.ideal_speedup,
             "branches": {n: vars(b) for n, b in self.branches.items()},
         }
@@ -100,6 +112,10 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
     """
     spec = find_policy(setting.policy).spec
     signal = spec.signal_of(setting.signal, spec.signals)
+    parameters = spec.resolve(setting.parameters)
+    always_run = 0.0
+    if signal == FIRST_BLOCKS:
+        always_run = _always_run(trace, setting)
     branches = {}
     leader = trace.branches[0]
     for branch in trace.branches:
@@ -113,8 +129,27 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
             law(setting.for_branch(branch), trace.schedule), signal,
         )  # fmt: skip
         branches[branch] = _replay_branch(trace, branch, taken)
-    form = form_of(setting.policy, spec.resolve(setting.parameters))
-    return Replay(setting.policy, trace.steps, branches, form)
+    form = form_of(setting.policy, parameters)
+    return Replay(setting.policy, trace.steps, branches, form, always_run)
+
+
+def _always_run(trace: Trace, setting: CacheSetting) -> float:
+    """Return the part of the blocks that reused steps run; the trace's signal is of as many first ones.
+
+    Raises:
+        RequestError: it is of others.
+    """
+    spec, blocks = find_policy(setting.policy).spec, trace.arrays.get("blocks")
+    recorded = int(trace.arrays.get("first_blocks", 1))
+    own = [spec.always_run(spec.resolve(one.parameters)) for one in setting.every_branch()]
+    for first, _ in own:
+        if first != recorded:
+            raise RequestError(
+                f"trace, array '{FIRST_BLOCKS}'", f"is of {recorded} first blocks, and the policy looks "
+                f"at {first}", f"record with --record-signals --cache dbcache --set threshold=0 "
+                f"--set first_blocks={first}",
+            )  # fmt: skip
+    return 0.0 if blocks is None else sum(own[0]) / int(blocks)
 
 
 Taken = list[tuple[DecisionRecord, list[int]]]

@@ -5,7 +5,8 @@ Format: ``timesteps`` and ``sigmas`` [S], ``branches``; per branch b ``b/temb`` 
 ``b/timestep_proj`` [S, 6C], ``b/modulated_input`` and ``b/first_block_residual`` [S, N, C] where
 recorded, ``b/feature`` and ``b/residual`` [S, N, C], ``b/latents`` and ``b/model_output`` (the last
 two dimensions as the model has them, the others flattened), ``b/computed`` [S]; scalars ``frames``,
-``tokens_per_frame``, ``height`` and ``width`` (of the token grid of one frame, where inputs tell).
+``tokens_per_frame``, ``height`` and ``width`` (of the token grid of one frame, where inputs tell),
+``blocks`` and ``first_blocks`` (of the body, and of those how many ``first_block_residual`` is of).
 float32, batch element 0. Where tokens were sampled, ``token_index`` names them among all N.
 """
 
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..bundle.sections import Sections
 from ..core.errors import RequestError
 from ..core.output import replaced_whole
 from ..policies.schedule import Schedule
@@ -184,6 +186,7 @@ class TraceRecorder:
     _steps: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     _dims: dict[str, int] = field(default_factory=dict)
     _index: Tensor | None = None
+    _sections: Sections | None = None
 
     def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
         """Start over with a new run's tables."""
@@ -197,6 +200,7 @@ class TraceRecorder:
         if dict(dims) != self._dims:
             self._dims = dict(dims)
             self._index = self._sample()
+        self._sections = record.sections
         arrays = self._steps.setdefault(record.branch, {})
         arrays.setdefault("computed", []).append(record.computed)
         shape = record.residual.shape
@@ -253,6 +257,9 @@ class TraceRecorder:
             "tokens_per_frame": np.array(dims["tokens_per_frame"]),
             **{n: np.array(round(size / ratio)) for n, size in grid.items()},
         }
+        if self._sections is not None:
+            arrays["blocks"] = np.array(self._sections.blocks)
+            arrays["first_blocks"] = np.array(self._sections.first_blocks)
         if self._index is not None:
             arrays["token_index"] = self._index.numpy()
         for branch, recorded in self._steps.items():

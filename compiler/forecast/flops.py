@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..cut.declared import Cut, Segment
-from ..graphs.caching import cache_segments
+from ..graphs.caching import caching_of
 from ..graphs.filters import filter_segments
 from ..sizes import shape_at
 
@@ -70,8 +70,7 @@ def segment_flops(cut: Cut, dims: Mapping[str, int], slots: int = 1) -> dict[str
         dims: Size of every named dimension.
         slots: Residuals that `reuse` mixes.
     """
-    cache = cache_segments(cut.cached, cut.history_dtype)
-    segments = (*cut.segments, *cache, *filter_segments(cut))
+    segments = (*cut.segments, *caching_of(cut), *filter_segments(cut))
     return {s.name: flops_of(s, {**dims, "slots": slots}) for s in segments}
 
 

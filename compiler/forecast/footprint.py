@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...bundle.streams import HIDDEN
+from ...bundle.sections import Sections, beside_cached, divide
 from ...core.dtypes import ITEM_BYTES
 from ...engines.base import TensorSpec
 from ...policies.setting import CacheSetting
@@ -56,7 +56,7 @@ class CacheBytes:
     Attributes:
         slots: Residuals kept.
         history_bytes: Of those residuals.
-        signal_bytes: This step's signal and the previous one's.
+        signal_bytes: This step's signal and the previous one's, and what first blocks leave.
         feature_bytes: The tapped feature of the last two computed steps.
     """
 
@@ -244,14 +244,20 @@ def cache_bytes(
     slots = spec.history.kept(spec.resolve(setting.parameters))
     signals = signals_of(cut)
     signal = spec.signal_of(setting.signal, signals)
-    signal_bytes = 0
+    signal_bytes, kept = 0, list(cut.cached.values())
     if signal is not None:
         value, known = signals[signal]
         buffers = 1 + sum(name.endswith("_signal") for name in spec.kept)
         table = _bytes(signal_spec(cut, signal), {**dims, "steps": 1} if known == "run" else dims)
         signal_bytes = buffers * table
         if value == FIRST_BLOCK_RESIDUAL:
-            signal_bytes += _bytes_of(_probed(cut), dims)  # the first block's output, kept
+            graphs = {segment.name: segment for segment in cut.segments}
+            always = spec.always_run(spec.resolve(setting.parameters))
+            sections = divide(cut.stages, graphs, list(cut.cached), *always)
+            beside = beside_cached(cut.stages, graphs, list(cut.cached))
+            kept += [TensorSpec(beside[s].dtype, tuple(beside[s].shape))
+                     for s in sections.streams if s in beside]  # fmt: skip
+            signal_bytes += _left_bytes(cut, dims, sections)
     tapped = next((_segment(cut, s.tapped) for s in cut.stages if s.tapped is not None), None)
     feature_bytes = 0
     if spec.feature == "attention_output" and tapped is not None:
@@ -261,21 +267,26 @@ def cache_bytes(
         feature_bytes = 2 * _bytes(finish.outputs["model_output"], dims)
     return CacheBytes(
         slots=slots,
-        history_bytes=slots
-        * sum(_size(cut.history_dtype, shape_at(spec, dims)) for spec in cut.cached.values()),
+        history_bytes=slots * sum(_size(cut.history_dtype, shape_at(spec, dims)) for spec in kept),
         signal_bytes=signal_bytes,
         feature_bytes=feature_bytes,
     )
 
 
-def _probed(cut: Cut) -> dict[str, TensorSpec]:
-    """Return the cached streams that the body has passed on when ``hidden`` is for the first time."""
-    passed: set[str] = set()
-    for stage in cut.stages:
-        passed |= {f"{n}_out" for n in cut.cached} & _segment(cut, stage.block).outputs.keys()
-        if f"{HIDDEN}_out" in passed:
-            break
-    return {n: spec for n, spec in cut.cached.items() if f"{n}_out" in passed}
+def _left_bytes(cut: Cut, dims: Mapping[str, int], sections: Sections) -> int:
+    """Return the bytes of what sections leave for those behind them, as `runtime.body` keeps it."""
+    blocks = [_segment(cut, stage.block) for stage in cut.stages for _ in range(stage.count)]
+    outputs = {n for block in blocks for n in block.outputs if n.endswith("_out")}
+    skips = {(f"{k.stream}_out", place) for s in cut.stages for k in s.skips.values()
+             for place in k.blocks}  # fmt: skip
+    left: set[tuple[str, int]] = set()
+    for name in outputs:
+        writers = [i for i, block in enumerate(blocks) if name in block.outputs]
+        for at in (sections.begin, sections.end):
+            before = [i for i in writers if i < at]
+            if 0 < len(before) < len(writers):
+                left.add((name, before[-1]))
+    return sum(_bytes(blocks[i].outputs[name], dims) for name, i in left - skips)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from ...bundle.streams import HIDDEN, HISTORY, RESIDUAL, beside
+from ...bundle.sections import beside_cached
+from ...bundle.streams import HIDDEN, HISTORY, RESIDUAL, kept_name
 from ...engines.base import TensorSpec
-from ..cut.declared import FIRST_BLOCK_RESIDUAL, Segment
+from ..cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Segment
 
-__all__ = ["cache_segments"]
+__all__ = ["cache_segments", "caching_of"]
 
 
 class Delta(nn.Module):
@@ -35,9 +37,10 @@ class Reuse(nn.Module):
     """
 
     def forward(self, hidden: Tensor, history: Tensor, mix: Tensor) -> Tensor:
-        """Return ``hidden + Σ mix[k] · history[k]``, float32."""
+        """Return ``hidden + Σ mix[k] · history[k]``, added in float32, in the dtype of ``hidden``."""
         flat = history.to(torch.float32).flatten(1)
-        return hidden + torch.matmul(mix.unsqueeze(0), flat).reshape(hidden.shape)
+        mixed = hidden + torch.matmul(mix.unsqueeze(0), flat).reshape(hidden.shape)
+        return mixed.to(hidden.dtype)
 
 
 class Gram(nn.Module):
@@ -53,6 +56,25 @@ class Gram(nn.Module):
         return torch.matmul(rows, rows.transpose(0, 1)) / rows.shape[1]
 
 
+def caching_of(cut: Cut, *, last_blocks: bool = True) -> tuple[Segment, ...]:
+    """Return the graphs of caching that a cut needs.
+
+    Args:
+        cut: The cut model.
+        last_blocks: Whether some policy may let last blocks run on reused steps: they read streams
+            whose residuals nothing else needs, each with a ``delta`` and a ``reuse`` of its own.
+    """
+    found = cache_segments(cut.cached, cut.history_dtype)
+    if not last_blocks:
+        return found
+    graphs = {segment.name: segment for segment in cut.segments}
+    for stream, io in beside_cached(cut.stages, graphs, list(cut.cached)).items():
+        spec = TensorSpec(io.dtype, tuple(io.shape))
+        delta, reuse, *_ = cache_segments({stream: spec}, cut.history_dtype)
+        found += tuple(replace(one, name=f"{one.name}.{stream}") for one in (delta, reuse))
+    return found
+
+
 def cache_segments(streams: Mapping[str, TensorSpec], history_dtype: str) -> tuple[Segment, ...]:
     """Return ``delta``, ``reuse``, ``gram`` and the probe's signal.
 
@@ -60,22 +82,22 @@ def cache_segments(streams: Mapping[str, TensorSpec], history_dtype: str) -> tup
     at ``hidden``.
 
     Args:
-        streams: `Cut.cached`: stream → its spec.
+        streams: `Cut.cached`: stream → its spec, the one that decides first.
         history_dtype: dtype in which residuals are kept.
     """
-    hidden = streams[HIDDEN]
+    first, hidden = next(iter(streams.items()))
     mix = TensorSpec("float32", ("slots",))
     deltas, reuses = dict[str, Sequence[str]](), dict[str, Sequence[str]]()
     before, residuals, past, after = (dict[str, TensorSpec]() for _ in range(4))
     for stream, spec in streams.items():
-        kept = beside(stream, HIDDEN, HISTORY)
+        kept = kept_name(stream, HISTORY)
         deltas[stream] = (f"{stream}_out", stream)
         reuses[stream] = (stream, kept, "mix")
         before |= {f"{stream}_out": spec, stream: spec}
-        residuals[beside(stream, HIDDEN, RESIDUAL)] = TensorSpec(history_dtype, spec.shape)
+        residuals[kept_name(stream, RESIDUAL)] = TensorSpec(history_dtype, spec.shape)
         past |= {stream: spec, kept: TensorSpec(history_dtype, ("slots", *spec.shape))}
         after[f"{stream}_out"] = spec
-    history = past[HISTORY]
+    history = past[kept_name(first, HISTORY)]
     return (
         Segment(
             "delta", "computed", _for_each(Delta(getattr(torch, history_dtype)), deltas),
@@ -101,7 +123,7 @@ def _for_each(part: nn.Module, streams: Mapping[str, Sequence[str]]) -> nn.Modul
         part: What is done.
         streams: Stream → the arguments that the part is given, by the names of the whole's.
     """
-    if len(streams) == 1:
+    if list(streams) == [HIDDEN]:
         return part
     graph = fx.Graph()
     names = dict.fromkeys(name for arguments in streams.values() for name in arguments)

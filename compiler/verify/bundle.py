@@ -29,7 +29,7 @@ from ...passes import backend_pipeline, run_passes
 from ...runtime.model import DeviceOptions, LoadedModel
 from ..cut.declared import Cut, Segment
 from ..cut.document import cut_of
-from ..graphs.caching import cache_segments
+from ..graphs.caching import caching_of
 from ..graphs.filters import filter_segments
 from ..sequence.cut import cut_sequence
 from .engines import (
@@ -226,8 +226,7 @@ def check_engines(
         The checks, and why portable graphs were left out.
     """
     manifest, cut = model.manifest, cut_of(model.bundle)
-    cache = cache_segments(cut.cached, cut.history_dtype)
-    segments = {s.name: s for s in (*cut.segments, *cache, *filter_segments(cut))}
+    segments = {s.name: s for s in (*cut.segments, *caching_of(cut), *filter_segments(cut))}
     parts: Mapping[str, int] = {}
     if manifest.sequence is not None:
         sequence = cut_sequence(cut)

@@ -12,13 +12,6 @@ namespace {
 constexpr char kFeature[] = "attention_output";
 constexpr char kOut[] = "_out";
 
-/// The stream that a block's graph passes on, or begins, by this output, or nothing.
-std::string stream_of(const std::string& output) {
-  const std::size_t end = sizeof kOut - 1;
-  if (output.size() <= end || output.compare(output.size() - end, end, kOut) != 0) return {};
-  return output.substr(0, output.size() - end);
-}
-
 /// Adds the prompt's own dimensions to the latents'; they must agree.
 Status add_prompt_dims(const Manifest& manifest, const std::string& branch, const Tensors& prompt,
                        Dims& dims) {
@@ -88,8 +81,8 @@ Status Body::bind_stage(std::size_t index, const BlockTables& tables) {
   const StageEntry& stage = model_->manifest().stages[index];
   const bool is_first =
       first_.empty() && model_->manifest().graphs.at(stage.block).outputs.count("hidden_out") != 0;
-  const std::int64_t place_of_0 = before_ - stage.first;
-  before_ += stage.count;
+  const std::int64_t place_of_0 = blocks_before_ - stage.first;
+  blocks_before_ += stage.count;
   // What each block alone reads, named with its index for groups.
   Tensors grouped = values_;
   for (std::int64_t block = stage.first; block < stage.first + stage.count; ++block) {
@@ -183,7 +176,7 @@ Status Body::add_call(const std::string& graph, std::int64_t first, std::int64_t
   if (feature != outputs.end()) {  // a group writes its feature on every run, wanted or not
     FREEWHEEL_TRY(buffers_.allocate(model_->memory(), kFeature, feature->second, dims_, values));
   }
-  Call call{graph, first, std::move(values), nullptr};
+  Call call{graph, first, values, std::move(values), nullptr};
   FREEWHEEL_ASSIGN(call.bound, bind(graph, call.values, first));
   const std::int64_t wanted = model_->manifest().feature_block;
   if (tapped && wanted >= first && wanted < first + count) {
@@ -259,34 +252,65 @@ Status Body::bind_tapped() {
   return {};
 }
 
-Status Body::bind_probe() {
-  if (probe_out_.data != nullptr) return {};
-  const auto passes_hidden = [&](const Call& call) {
-    return model_->manifest().graphs.at(call.graph).outputs.count("hidden_out") != 0;
-  };
-  const auto first = std::find_if(calls_.begin(), calls_.end(), passes_hidden);
-  const auto second =
-      first == calls_.end() ? first : std::find_if(first + 1, calls_.end(), passes_hidden);
-  if (second == calls_.end()) {
-    return Status(Code::kBundle, "stages", "have no block after the first that passes 'hidden' on",
-                  "choose a policy without a probe");
+/// Where a stream lies before a call, in a buffer that no call from there on writes.
+Result<Tensor> Body::leave(const std::string& stream, std::size_t at, Division& division) const {
+  std::vector<std::size_t> writers;
+  for (std::size_t i = 0; i < calls_.size(); ++i) {
+    const auto& outputs = model_->manifest().graphs.at(calls_[i].graph).outputs;
+    if (outputs.count(stream + kOut) != 0) writers.push_back(i);
   }
-  const Io& io = model_->manifest().graphs.at(first->graph).outputs.at("hidden_out");
-  Tensor out = first->values.at("hidden_out");
-  const bool is_kept = std::any_of(
-      kept_.begin(), kept_.end(), [&](const auto& entry) { return entry.second.data == out.data; });
-  if (!is_kept) {
-    Tensors made;
-    FREEWHEEL_TRY(buffers_.allocate(model_->memory(), "hidden_out", io, dims_, made));
-    out = made.at("hidden_out");
+  const auto following = std::lower_bound(writers.begin(), writers.end(), at);
+  if (following == writers.begin()) {  // as `head` or `prompt` gave it, if it does not begin later
+    const Tensors& values = division.values[writers.front()];
+    const auto begun = values.find(stream);
+    return begun != values.end() ? begun->second : values.at(stream + kOut);
   }
-  first->values["hidden_out"] = out;
-  for (auto call = first + 1; call <= second; ++call) call->values["hidden"] = out;
-  for (auto call = first; call <= second; ++call) {
-    FREEWHEEL_ASSIGN(call->bound, bind(call->graph, call->values, call->block));
+  const std::size_t writer = *(following - 1);
+  const Tensor written = division.values[writer].at(stream + kOut);
+  const bool is_kept = std::any_of(kept_.begin(), kept_.end(), [&](const auto& entry) {
+    return entry.second.data == written.data;
+  });
+  if (following == writers.end() || is_kept) return written;
+  const auto known = division.left.find({stream, writer});
+  if (known != division.left.end()) return known->second;
+  Tensors made;
+  const Io& io = model_->manifest().graphs.at(calls_[writer].graph).outputs.at(stream + kOut);
+  FREEWHEEL_TRY(division.buffers.allocate(model_->memory(), stream, io, dims_, made));
+  const Tensor own = made.at(stream);
+  division.values[writer][stream + kOut] = own;
+  division.bound.insert(writer);
+  for (std::size_t i = writer + 1; i <= *following; ++i) {
+    division.values[i][stream] = own;
+    division.bound.insert(i);
   }
-  probed_ = static_cast<std::size_t>(first - calls_.begin()) + 1;
-  probe_out_ = out;
+  division.left[{stream, writer}] = own;
+  return own;
+}
+
+Status Body::divide(const Sections& sections) {
+  if (sections_ && *sections_ == sections) return {};
+  Division division;
+  for (const Call& call : calls_) division.values.push_back(call.undivided);
+  Tensors before, after;
+  for (const auto& [stream, now] : streams_) {
+    FREEWHEEL_ASSIGN(before[stream], leave(stream, sections.begin, division));
+    FREEWHEEL_ASSIGN(after[stream], leave(stream, sections.end, division));
+  }
+  std::set<std::size_t> changed = division.bound;
+  changed.insert(rebound_.begin(), rebound_.end());
+  std::map<std::size_t, std::unique_ptr<BoundCall>> bound;
+  for (const std::size_t i : changed) {
+    FREEWHEEL_ASSIGN(bound[i], bind(calls_[i].graph, division.values[i], calls_[i].block));
+  }
+  for (auto& [i, call] : bound) {
+    calls_[i].values = std::move(division.values[i]);
+    calls_[i].bound = std::move(call);
+  }
+  section_buffers_ = std::move(division.buffers);
+  rebound_ = std::move(division.bound);
+  before_ = std::move(before);
+  after_ = std::move(after);
+  sections_ = sections;
   return taps_.empty() ? Status() : bind_tapped();
 }
 

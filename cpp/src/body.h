@@ -16,6 +16,7 @@
 #include "buffer_set.h"
 #include "cancellation.h"
 #include "freewheel/model.h"
+#include "sections.h"
 
 namespace freewheel {
 
@@ -58,12 +59,14 @@ class Body {
     return model_->bind(graph, values, block, expert_);
   }
 
-  /// Lets the first block that passes `hidden` on write where no later one does, so that it can run
-  /// before the decision. Binds once; the body gives the same with it.
-  Status bind_probe();
+  /// Lets what the first and the cached blocks leave lie where no block behind them writes. All
+  /// blocks together give the same. What was divided otherwise before is forgotten.
+  Status divide(const Sections& sections);
 
-  /// What the first block gave, until the next step; no data before `bind_probe`.
-  const Tensor& probe_out() const noexcept { return probe_out_; }
+  /// A stream of the sections: what the first blocks gave, until the next step, and what the cached
+  /// ones gave or a reused step put in its place.
+  const Tensor& before(const std::string& stream) const noexcept { return before_.at(stream); }
+  const Tensor& after(const std::string& stream) const noexcept { return after_.at(stream); }
 
   /// Where the last block writes.
   const Tensor& hidden_out() const noexcept { return streams_.at("hidden").now; }
@@ -83,12 +86,16 @@ class Body {
     return run(tap, cancellation, 0, calls_.size());
   }
 
-  /// Runs up to the first block that passes `hidden` on; the rest is `run_after_probe`.
-  Status run_probe(int tap, const Cancellation& cancellation) noexcept {
-    return run(tap, cancellation, 0, probed_);
+  /// Runs the blocks before the decision, those that are cached, and those behind; `divide` was
+  /// called.
+  Status run_first(int tap, const Cancellation& cancellation) noexcept {
+    return run(tap, cancellation, 0, sections_->begin);
   }
-  Status run_after_probe(int tap, const Cancellation& cancellation) noexcept {
-    return run(tap, cancellation, probed_, calls_.size());
+  Status run_cached(int tap, const Cancellation& cancellation) noexcept {
+    return run(tap, cancellation, sections_->begin, sections_->end);
+  }
+  Status run_last(int tap, const Cancellation& cancellation) noexcept {
+    return run(tap, cancellation, sections_->end, calls_.size());
   }
 
  private:
@@ -101,14 +108,23 @@ class Body {
   struct Call {
     std::string graph;
     std::int64_t block = 0;
-    Tensors values;
+    Tensors values, undivided;  // what it is bound to, and was before any `divide`
     std::unique_ptr<BoundCall> bound;
+  };
+
+  /// What `divide` makes before it takes effect.
+  struct Division {
+    std::vector<Tensors> values;  // of each call
+    std::set<std::size_t> bound;  // calls that are bound otherwise than undivided
+    std::map<std::pair<std::string, std::size_t>, Tensor> left;  // by the call that writes it
+    BufferSet buffers;
   };
 
   Status run(int tap, const Cancellation& cancellation, std::size_t first,
              std::size_t end) noexcept;
   Status bind_stage(std::size_t index, const BlockTables& tables);
   Status bind_tapped();
+  Result<Tensor> leave(const std::string& stream, std::size_t at, Division& division) const;
   Status advance(const std::string& stream, const Io& io, Tensor& target);
   Status add_call(const std::string& graph, std::int64_t first, std::int64_t count, Tensors values,
                   const std::optional<std::string>& tapped,
@@ -126,13 +142,16 @@ class Body {
   std::map<std::string, Stream> streams_;
   std::set<std::pair<std::string, std::int64_t>> wanted_;  // streams that later stages read, as a
   std::map<std::pair<std::string, std::int64_t>, Tensor> kept_;  // block at that place leaves them
-  std::int64_t before_ = 0;                                      // blocks of earlier stages
+  std::int64_t blocks_before_ = 0;                               // blocks of earlier stages
   std::vector<std::unique_ptr<BoundCall>> prompt_calls_, tapped_;
   std::vector<Call> calls_;
-  std::size_t tapped_at_ = 0, probed_ = 0;
+  std::size_t tapped_at_ = 0;
   std::string tapped_graph_;
   std::vector<Tensor> taps_;
-  Tensor probe_out_;
+  std::optional<Sections> sections_;
+  Tensors before_, after_;
+  std::set<std::size_t> rebound_;  // calls bound otherwise than undivided
+  BufferSet section_buffers_;
 };
 
 }  // namespace freewheel

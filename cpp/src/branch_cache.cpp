@@ -32,8 +32,10 @@ Result<std::unique_ptr<BranchCache>> BranchCache::create(Model& model,
   cache->depth_ = resolved.depth();
   cache->computed_steps_.reserve(static_cast<std::size_t>(cache->depth_ + 1));
   FREEWHEEL_TRY(cache->find_signal_graph());
-  if (cache->is_probed_) FREEWHEEL_TRY(body.bind_probe());
-  if (cache->depth_ > 0) FREEWHEEL_TRY(cache->bind_history(shared, dims));
+  const Sections* sections = resolved.sections ? &*resolved.sections : nullptr;
+  cache->is_divided_ = sections != nullptr;
+  if (sections != nullptr) FREEWHEEL_TRY(body.divide(*sections));
+  if (cache->depth_ > 0) FREEWHEEL_TRY(cache->bind_histories(sections, shared));
   if (cache->spec_->keeps_gram) FREEWHEEL_TRY(cache->bind_gram());
   FREEWHEEL_TRY(cache->bind_signal(shared, dims));
   if (cache->spec_->wants_feature) FREEWHEEL_TRY(cache->bind_feature(dims));
@@ -42,16 +44,14 @@ Result<std::unique_ptr<BranchCache>> BranchCache::create(Model& model,
   return cache;
 }
 
-/// Finds what computes the signal, if a graph does; one that runs as `probe` looks at the first
-/// block's result, and what is reused is then what the blocks after it add.
+/// Finds what computes the signal, if a graph does.
 Status BranchCache::find_signal_graph() {
   if (signal_ == nullptr || signal_->is_known_per_run) return {};
   const Manifest& manifest = model_->manifest();
   for (const auto& [name, graph] : manifest.graphs) {
-    const bool is_probe = graph.runs == "probe";
-    if ((!is_probe && graph.runs != "signal") || graph.outputs.count(signal_->value) == 0) continue;
+    if (graph.runs != "probe" && graph.runs != "signal") continue;
+    if (graph.outputs.count(signal_->value) == 0) continue;
     signal_graph_ = name;
-    is_probed_ = is_probe;
     return {};
   }
   const auto input = manifest.inputs.find(signal_->value);
@@ -60,26 +60,44 @@ Status BranchCache::find_signal_graph() {
                 "build the bundle again");
 }
 
-Status BranchCache::bind_history(const Tensors& shared, const Dims& dims) {
-  const auto& outputs = model_->manifest().graphs.at("delta").outputs;
-  const auto residual = outputs.find("residual");
+/// Binds what keeps residuals: those of the whole body, or of the streams that the blocks between
+/// the first and the last ones change.
+Status BranchCache::bind_histories(const Sections* sections, const Tensors& shared) {
+  if (sections == nullptr) {
+    return bind_history("hidden", shared.at("hidden"), body_->hidden_out());
+  }
+  for (const std::string& stream : sections->streams) {
+    FREEWHEEL_TRY(bind_history(stream, body_->before(stream), body_->after(stream)));
+  }
+  return {};
+}
+
+/// Binds the graphs of one stream: `delta` of `hidden`, `delta.text` of `text`.
+Status BranchCache::bind_history(const std::string& stream, const Tensor& before,
+                                 const Tensor& after) {
+  const bool is_hidden = stream == "hidden";
+  const std::string end = is_hidden ? "" : "." + stream, prefix = is_hidden ? "" : stream + "_";
+  const std::string delta = "delta" + end, residual_name = prefix + "residual";
+  const auto& outputs = model_->manifest().graphs.at(delta).outputs;
+  const auto residual = outputs.find(residual_name);
   if (residual == outputs.end()) {
-    return Status(Code::kBundle, "graph 'delta'", "does not output 'residual'",
+    return Status(Code::kBundle, "graph '" + delta + "'", "does not output '" + residual_name + "'",
                   "build the bundle again");
   }
-  FREEWHEEL_ASSIGN(const Shape shape, shape_of("residual", residual->second, dims));
-  FREEWHEEL_ASSIGN(ring_,
+  FREEWHEEL_ASSIGN(const Shape shape, shape_of(residual_name, residual->second, body_->dims()));
+  History history;
+  FREEWHEEL_ASSIGN(history.ring,
                    ResidualRing::create(model_->memory(), depth_, residual->second.dtype, shape));
-  Tensors values = {{"hidden", is_probed_ ? body_->probe_out() : shared.at("hidden")},
-                    {"hidden_out", body_->hidden_out()}};
+  Tensors values = {{stream, before}, {stream + "_out", after}};
   for (std::int64_t slot = 0; slot < depth_; ++slot) {
-    values["residual"] = ring_.slot(slot);
-    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body_->bind("delta", values));
-    deltas_.push_back(std::move(call));
+    values[residual_name] = history.ring.slot(slot);
+    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body_->bind(delta, values));
+    history.deltas.push_back(std::move(call));
   }
-  values["history"] = ring_.history();
-  values["mix"] = ring_.mix();
-  FREEWHEEL_ASSIGN(reuse_, body_->bind("reuse", values));
+  values[prefix + "history"] = history.ring.history();
+  values["mix"] = history.ring.mix();
+  FREEWHEEL_ASSIGN(history.reuse, body_->bind("reuse" + end, values));
+  histories_.push_back(std::move(history));
   return {};
 }
 
@@ -94,7 +112,7 @@ Status BranchCache::bind_gram() {
     *tensor = made.at(name);
   }
   host_factors_.resize(static_cast<std::size_t>(depth_ * depth_));
-  const Tensors values = {{"history", ring_.history()}, {"factors", factors_}, {"gram", gram_}};
+  const Tensors values = {{"history", ring().history()}, {"factors", factors_}, {"gram", gram_}};
   FREEWHEEL_ASSIGN(gram_call_, body_->bind("gram", values));
   return {};
 }
@@ -125,7 +143,7 @@ Status BranchCache::bind_signal(const Tensors& shared, const Dims& dims) {
   }
   Tensors values = shared;
   for (const auto& [name, tensor] : body_->first()) values[name] = tensor;
-  if (is_probed_) values["hidden_out"] = body_->probe_out();
+  if (is_divided_) values["hidden_out"] = body_->before("hidden");
   const Io& io = model_->manifest().graphs.at(signal_graph_).outputs.at(signal_->value);
   for (std::size_t spot = 0; spot < roles_.count(); ++spot) {
     FREEWHEEL_TRY(buffers_.allocate(memory, signal_->value, io, dims, values));
@@ -234,7 +252,7 @@ Status BranchCache::forget() {
   Memory& memory = model_->memory();
   computed_steps_.clear();
   computed_count_ = 0;
-  if (depth_ > 0) FREEWHEEL_TRY(ring_.reset());
+  for (History& history : histories_) FREEWHEEL_TRY(history.ring.reset());
   for (const auto* tensors : {&features_, &signals_}) {
     for (const Tensor& tensor : *tensors) FREEWHEEL_TRY(memory.zero(tensor.data, tensor.bytes()));
   }
@@ -279,7 +297,7 @@ Status BranchCache::take_signal(std::int64_t step_index,
                                 const Cancellation& cancellation) noexcept {
   const std::size_t spot = roles_.advance();
   if (!signal_graph_.empty()) {
-    if (is_probed_) FREEWHEEL_TRY(body_->run_probe(next_tap(), cancellation));
+    if (is_divided_) FREEWHEEL_TRY(body_->run_first(next_tap(), cancellation));
     return signal_calls_[spot]->run();
   }
   const std::size_t bytes = signals_[spot].bytes();
@@ -299,23 +317,25 @@ void BranchCache::note_computed(std::int64_t step_index) noexcept {
 Status BranchCache::compute(std::int64_t step_index, const Cancellation& cancellation) noexcept {
   const int tap = next_tap();
   note_computed(step_index);
-  FREEWHEEL_TRY(is_probed_ ? body_->run_after_probe(tap, cancellation)
-                           : body_->run(tap, cancellation));
-  if (depth_ == 0) return {};
-  return deltas_[static_cast<std::size_t>(ring_.next_slot())]->run();
+  FREEWHEEL_TRY(is_divided_ ? body_->run_cached(tap, cancellation) : body_->run(tap, cancellation));
+  for (History& history : histories_) {
+    FREEWHEEL_TRY(history.deltas[static_cast<std::size_t>(history.ring.next_slot())]->run());
+  }
+  return is_divided_ ? body_->run_last(tap, cancellation) : Status();
 }
 
 Status BranchCache::keep() noexcept {
-  if (depth_ == 0) return {};
-  FREEWHEEL_TRY(ring_.push());
+  for (History& history : histories_) FREEWHEEL_TRY(history.ring.push());
   if (gram_call_ == nullptr) return {};
-  ring_.differences(host_factors_.data());
+  ring().differences(host_factors_.data());
   FREEWHEEL_TRY(model_->memory().upload(factors_.data, host_factors_.data(), factors_.bytes()));
   return gram_call_->run();
 }
 
 Tensor BranchCache::computed_residual() const noexcept {
-  return depth_ > 0 ? ring_.slot(ring_.next_slot()) : Tensor{};
+  if (histories_.empty()) return {};
+  const ResidualRing& ring = histories_.front().ring;
+  return ring.slot(ring.next_slot());
 }
 
 Status BranchCache::keep_output(const Tensor& model_output) noexcept {
@@ -324,13 +344,17 @@ Status BranchCache::keep_output(const Tensor& model_output) noexcept {
   return model_->memory().copy(kept.data, model_output.data, kept.bytes());
 }
 
-Status BranchCache::reuse(const DecisionRecord& decision) noexcept {
-  if (depth_ == 0) {
+Status BranchCache::reuse(const DecisionRecord& decision,
+                          const Cancellation& cancellation) noexcept {
+  if (histories_.empty()) {
     return Status(Code::kInternal, "policy '" + spec_->name + "'",
                   "reuses though it keeps no residual", "report this with the bundle");
   }
-  FREEWHEEL_TRY(ring_.set_mix(decision.mix, decider_->mix_size()));
-  return reuse_->run();
+  for (History& history : histories_) {
+    FREEWHEEL_TRY(history.ring.set_mix(decision.mix, decider_->mix_size()));
+    FREEWHEEL_TRY(history.reuse->run());
+  }
+  return is_divided_ ? body_->run_last(/*tap=*/-1, cancellation) : Status();
 }
 
 }  // namespace freewheel

@@ -37,12 +37,12 @@ class BranchCache {
   /// another branch's decision, knows nothing of this branch's gaps.
   DecisionRecord affordable(DecisionRecord decision) const noexcept;
 
-  /// Decides about the coming step; `hidden` holds its input already. A policy with a probe runs
-  /// the body's first block for it.
+  /// Decides about the coming step; `hidden` holds its input already. A policy that looks at what
+  /// the first blocks add runs them for it.
   Result<DecisionRecord> decide(std::int64_t step_index, const Pace& pace,
                                 const Cancellation& cancellation) noexcept;
 
-  /// Runs the body, or what a probe left of it; writes its residual to the ring's next slot, for
+  /// Runs what the decision left of the body; writes the residual to the ring's next slot, for
   /// `keep`.
   Status compute(std::int64_t step_index, const Cancellation& cancellation) noexcept;
 
@@ -55,14 +55,23 @@ class BranchCache {
   /// Takes what `finish` gave after a computation, where the policy looks at it.
   Status keep_output(const Tensor& model_output) noexcept;
 
-  /// Writes hidden states as the mix of past residuals has them.
-  Status reuse(const DecisionRecord& decision) noexcept;
+  /// Writes hidden states as the mix of past residuals has them; runs what follows at every step.
+  Status reuse(const DecisionRecord& decision, const Cancellation& cancellation) noexcept;
 
   std::int64_t depth() const noexcept { return depth_; }
 
  private:
+  /// The residuals of one stream, and what writes and mixes them.
+  struct History {
+    ResidualRing ring;
+    std::vector<std::unique_ptr<BoundCall>> deltas;
+    std::unique_ptr<BoundCall> reuse;
+  };
+
   Status find_signal_graph();
-  Status bind_history(const Tensors& shared, const Dims& dims);
+  Status bind_histories(const Sections* sections, const Tensors& shared);
+  Status bind_history(const std::string& stream, const Tensor& before, const Tensor& after);
+  ResidualRing& ring() noexcept { return histories_.front().ring; }
   Status bind_gram();
   Status bind_signal(const Tensors& shared, const Dims& dims);
   Status bind_feature(const Dims& dims);
@@ -86,14 +95,12 @@ class BranchCache {
   const Schedule* schedule_ = nullptr;
   std::int64_t first_ = 0;  // step of the first folded decision
   BufferSet buffers_;
-  ResidualRing ring_;
-  std::vector<std::unique_ptr<BoundCall>> deltas_;
-  std::unique_ptr<BoundCall> reuse_;
-  Tensor factors_, gram_;  // of all slots, where the policy keeps it
+  std::vector<History> histories_;  // that of `hidden` first, which decides; none without residuals
+  Tensor factors_, gram_;           // of all slots, where the policy keeps it
   std::vector<float> host_factors_;
   std::unique_ptr<BoundCall> gram_call_;
   std::string signal_graph_;     // empty where the signal is copied from a table or an input
-  bool is_probed_ = false;       // the graph looks at what the first block gave
+  bool is_divided_ = false;      // the signal is what the first blocks add
   std::vector<Tensor> signals_;  // flattened to [rows, width]
   SignalBuffers roles_;
   std::vector<std::unique_ptr<BoundCall>> signal_calls_;

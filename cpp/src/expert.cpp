@@ -375,7 +375,7 @@ Result<Tensor> Expert::step(std::string_view name, std::int64_t step_index,
   {
     const Timed timed(statistics_, decision.compute ? Segment::kBody : Segment::kReuse);
     FREEWHEEL_TRY(decision.compute ? branch->cache->compute(step_index, cancellation_)
-                                   : branch->cache->reuse(decision));
+                                   : branch->cache->reuse(decision, cancellation_));
   }
   {
     const Timed timed(statistics_, Segment::kFinish);

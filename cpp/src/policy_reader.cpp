@@ -131,6 +131,14 @@ PolicySpec read_policy_spec(FieldReader& reader, const json& entry, const std::s
   if (spec.history.parameter && spec.parameters.count(*spec.history.parameter) == 0) {
     reader.fault(path + ".history.parameter", "names no parameter");
   }
+  for (const auto& [key, name] : {std::pair{"first_blocks", &spec.first_blocks},
+                                  std::pair{"last_blocks", &spec.last_blocks}}) {
+    *name = reader.optional_text(entry, path, key);
+    const auto found = *name ? spec.parameters.find(**name) : spec.parameters.end();
+    const bool is_count = found != spec.parameters.end() && found->second.dtype == DType::kInt64 &&
+                          found->second.shape.rank() == 0;
+    if (*name && !is_count) reader.fault(path + "." + key, "names no integer parameter");
+  }
   if (spec.distance && spec.state.count(*spec.distance) == 0) {
     reader.fault(path + ".distance", "names no state");
   }

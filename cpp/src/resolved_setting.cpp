@@ -27,6 +27,20 @@ Status check_deadline(const Manifest& manifest, const PolicyEntry& policy) {
   return {};
 }
 
+/// Whether a graph makes the signal of what the first blocks gave.
+bool is_probed(const Manifest& manifest, const SignalEntry& signal) {
+  return std::any_of(manifest.graphs.begin(), manifest.graphs.end(), [&](const auto& entry) {
+    return entry.second.runs == "probe" && entry.second.outputs.count(signal.value) != 0;
+  });
+}
+
+/// How many blocks a parameter says, or how many there are without one.
+std::int64_t blocks_of(const ResolvedSetting& resolved, const std::optional<std::string>& name,
+                       std::int64_t without) {
+  if (!name) return without;
+  return static_cast<std::int64_t>(resolved.parameters.at(*name).front());
+}
+
 }  // namespace
 
 Result<ResolvedSetting> ResolvedSetting::create(const Manifest& manifest,
@@ -52,6 +66,10 @@ Result<ResolvedSetting> ResolvedSetting::create(const Manifest& manifest,
     resolved.signal = &manifest.signals.at(*name);
   }
   FREEWHEEL_ASSIGN(resolved.parameters, spec.resolve(resolved.setting.parameters));
+  if (resolved.signal != nullptr && is_probed(manifest, *resolved.signal)) {
+    FREEWHEEL_ASSIGN(resolved.sections, divide(manifest, blocks_of(resolved, spec.first_blocks, 1),
+                                               blocks_of(resolved, spec.last_blocks, 0)));
+  }
   return resolved;
 }
 

@@ -6,10 +6,12 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "freewheel/manifest.h"
+#include "sections.h"
 
 namespace freewheel {
 
@@ -19,6 +21,8 @@ struct ResolvedSetting {
   const PolicyEntry* policy = nullptr;
   std::map<std::string, std::vector<double>> parameters;
   const SignalEntry* signal = nullptr;
+  /// Where the body divides, if the signal is what its first blocks add.
+  std::optional<Sections> sections;
 
   /// Resolves a setting for branches that have no overrides of their own.
   static Result<ResolvedSetting> create(const Manifest& manifest, const CacheSetting& setting);
@@ -32,6 +36,9 @@ struct ResolvedSetting {
     return !setting.deadline && !policy->spec.wants_feature && !policy->spec.keeps_gram &&
            (signal == nullptr || signal->is_known_per_run);
   }
+
+  /// Part of the body that a reused step runs, 0 to below 1.
+  double always_run() const noexcept { return sections ? sections->always_run() : 0.0; }
 
   /// Residuals that the policy mixes.
   std::int64_t depth() const;

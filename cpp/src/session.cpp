@@ -138,6 +138,7 @@ Status Session::Impl::start(const Schedule& schedule, const CacheSetting& settin
   statistics_.is_folded = resolved.is_folded();
   statistics_.steps = static_cast<std::int64_t>(timesteps.size());
   statistics_.depth = resolved.depth();
+  statistics_.always_run = resolved.always_run();
   statistics_.deadline = setting.deadline;
   statistics_.branches.reserve(8);
   return share_out(schedule, resolved.setting);

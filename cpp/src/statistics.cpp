@@ -114,7 +114,9 @@ double RunStatistics::ideal_speedup() const noexcept {
     computed += branch.count(Decision::kComputed);
     done += branch.count(Decision::kComputed) + branch.count(Decision::kReused);
   }
-  return computed > 0 ? static_cast<double>(done) / static_cast<double>(computed) : 1.0;
+  const double paid =
+      static_cast<double>(computed) + static_cast<double>(done - computed) * always_run;
+  return computed > 0 ? static_cast<double>(done) / paid : 1.0;
 }
 
 double RunStatistics::estimated_speedup() const {
@@ -131,6 +133,7 @@ std::string RunStatistics::json() const {
   nlohmann::json found = {{"policy", policy},
                           {"folded", is_folded},
                           {"steps", steps},
+                          {"always_run", always_run},
                           {"ideal_speedup", ideal_speedup()},
                           {"deadline", deadline ? nlohmann::json(*deadline) : nlohmann::json()},
                           {"loop_seconds", loop_seconds},

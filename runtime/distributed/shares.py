@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...bundle.dims import derive_dims
 from ...bundle.manifest import GraphEntry, IoEntry, Manifest, SequenceEntry
-from ...bundle.streams import HIDDEN, HISTORY, RESIDUAL, beside
+from ...bundle.streams import HIDDEN, HISTORY, RESIDUAL, kept_name
 from ...core.errors import RequestError
 
 __all__ = ["FEATURE", "LOCAL", "Share", "local_manifest", "share", "side_by_side", "whole_dims"]
@@ -134,7 +134,8 @@ def _local(
         assert isinstance(channels, int), "channels are a number"
         first, end = share(channels, own.rank, own.size)
         return io.model_copy(update={"shape": [batch, tokens, end - first]})
-    is_kept = name in {beside(HIDDEN, HIDDEN, kept) for kept in (HISTORY, RESIDUAL)}
+    streams = {HIDDEN, *entry.shared}
+    is_kept = name in {kept_name(s, kept) for s in streams for kept in (HISTORY, RESIDUAL)}
     reads_tokens = any(n in entry.shared for n in graph.inputs)
     is_signal = graph.runs in ("signal", "probe") and name in graph.outputs and reads_tokens
     if value not in entry.shared and not is_kept and not is_signal:

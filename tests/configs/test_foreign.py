@@ -159,8 +159,8 @@ def test_a_policy_that_is_not_here_is_said_to_be_none_with_the_nearest(kind: str
     with pytest.raises(ConfigError) as caught:
         parse_config({**RUN, **data}, where="x")
     what = caught.value.what
-    assert f"'{kind}', which {ABSENT_POLICIES[kind]}, is no policy here" in what
-    assert "the nearest is 'FirstBlock', with 'firstblock_thresh'" in what
+    does, near = ABSENT_POLICIES[kind]
+    assert f"'{kind}', which {does}, is no policy here; the nearest is {near}" in what
     assert "did you mean" not in what
     assert "faults" not in what
 

@@ -88,6 +88,14 @@ SETTINGS = {
     "teacache-spectrum": CacheSetting(
         policy="teacache+spectrum", parameters={"threshold": 0.3, "degree": 3, "clock": "sigma"}
     ),
+    "dbcache": CacheSetting(
+        policy="dbcache", parameters={"threshold": 0.3, "first_blocks": 2, "last_blocks": 2},
+        guard=GuardSetting(first_exact=2),
+    ),
+    "dbcache-taylorseer": CacheSetting(
+        policy="dbcache+taylorseer",
+        parameters={"threshold": 0.3, "first_blocks": 1, "last_blocks": 5, "order": 2},
+    ),
     "firstblock-dmd": CacheSetting(policy="firstblock+dmd", parameters={"threshold": 0.3}),
     "adacache-foca": CacheSetting(policy="adacache+foca", parameters={"history": 3}),
 }  # fmt: skip

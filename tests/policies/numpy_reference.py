@@ -335,6 +335,25 @@ class EasyCache(_Law):
         self.outputs = [feature.astype(np.float64), *self.outputs][:2]
 
 
+class DBCache(_Law):
+    """ALGORITHMS 10, over what the first blocks add; how many those are is the body's matter."""
+
+    def __init__(self, threshold, first_blocks, last_blocks):
+        self.threshold, self.distance, self.of_computed = threshold, 0.0, None
+
+    def wants_computation(self, t, must, signals):
+        self.margin, change = math.inf, math.nan
+        new = signals[t].astype(np.float64).ravel()
+        if self.of_computed is not None:
+            change = np.sum(np.abs(new - self.of_computed)) / np.sum(np.abs(self.of_computed))
+            if self.threshold > 0 and not must:
+                self.margin = abs(change - self.threshold) / self.threshold
+        reuses = change < self.threshold and not must
+        self.of_computed = self.of_computed if reuses else new
+        self.distance = change if reuses else 0.0
+        return not reuses
+
+
 class FirstBlock(_Law):
     """ALGORITHMS 5."""
 

@@ -96,6 +96,8 @@ def reference_law(
     if setting.policy in ("easycache", "firstblock"):
         law = reference.EasyCache if setting.policy == "easycache" else reference.FirstBlock
         return law(**p)
+    if setting.policy == "dbcache":
+        return reference.DBCache(**p)
     if setting.policy == "seacache":
         return reference.SeaCache(**p)
     if setting.policy in ("sencache", "dicache"):

@@ -164,6 +164,13 @@ SETTINGS: dict[str, CacheSetting] = {
         },
         guard=GuardSetting(max_consecutive=4, exact_steps=[9]),
     ),
+    "dbcache": CacheSetting(policy="dbcache", parameters={"threshold": 0.2, "last_blocks": 2}),
+    "dbcache_guarded": CacheSetting(
+        policy="dbcache",
+        parameters={"threshold": 0.4, "first_blocks": 3},
+        guard=GuardSetting(first_exact=4, max_consecutive=3, max_reused=9),
+    ),
+    "dbcache_taylor": CacheSetting(policy="dbcache+taylorseer", parameters={"threshold": 0.3}),
     "taylor_dicache": CacheSetting(policy="taylorseer+dicache", parameters={"interval": 3}),
     "sea_hold": CacheSetting(policy="seacache+hold", parameters={"threshold": 0.3}),
     "tea_spectrum": CacheSetting(

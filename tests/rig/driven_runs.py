@@ -30,6 +30,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "dmd": {"interval": 2},
     "seacache": {"threshold": 2.0},
     "dicache": {"threshold": 5.0},
+    "dbcache": {"threshold": 0.3, "first_blocks": 1, "last_blocks": 1},
 }
 """Policy → parameters."""
 

@@ -35,6 +35,7 @@ POLICIES = {
     "dmd": {"interval": 3},
     "seacache": {"threshold": 2.0},
     "dicache": {"threshold": 5.0},
+    "dbcache": {"threshold": 5.0, "first_blocks": 1, "last_blocks": 1, "first_exact": 1},
     "teacache+spectrum": {"threshold": 0.3, "degree": 2},
 }
 

@@ -71,6 +71,9 @@ struct PolicySpec {
   bool keeps_gram = false;             ///< Inner products of the residuals.
   bool is_one_decision = false;        ///< All branches follow the one that runs a step first.
   HistorySpec history;
+  /// The parameters that say how many first and last blocks run at every step, where the signal is
+  /// what the first ones add; without one that is 1, and 0.
+  std::optional<std::string> first_blocks, last_blocks;
   std::map<std::string, StateSpec> state;
   std::map<std::string, ParameterSpec> parameters;
   std::optional<std::string> distance;

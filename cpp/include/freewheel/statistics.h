@@ -48,13 +48,15 @@ struct RunStatistics {
   bool is_folded = true;
   std::int64_t steps = 0;
   std::int64_t depth = 0;
+  double always_run = 0.0;  ///< Part of the blocks that reused steps run too, 0 to below 1.
   std::vector<BranchStatistics> branches;
   std::array<double, kSegments> seconds{};
   std::optional<double> deadline;     ///< Seconds that the steps were to take.
   double loop_seconds = 0.0;          ///< From the run's begin to the end of its last step so far.
   std::vector<std::string> warnings;  ///< Of the request; `json` adds those of the run.
 
-  /// Steps that ran / computed steps over all branches, as if all but the body were free.
+  /// Steps that ran / those that their blocks would be enough for, over all branches, as if all
+  /// else were free.
   double ideal_speedup() const noexcept;
 
   /// Estimate: median seconds of a computed step for every step that ran / their seconds; no

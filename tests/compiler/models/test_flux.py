@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.declared import Cut
@@ -299,3 +299,61 @@ def test_loras_of_flux_layouts_give_what_diffusers_gives(
         assert relative(base, expected) > 1e-3, layout
         for pipe in (loaded, given):
             assert relative(output(pipe), expected) < 10 * TOLERANCE, layout
+
+
+class Reused(nn.Module):
+    """One of the blocks between: on a reused step all of them add what they did at the last computed one."""
+
+    def __init__(self, block: nn.Module, known: dict[str, Any], place: str) -> None:
+        super().__init__()
+        self.block, self.known, self.place = block, known, place
+
+    def forward(
+        self, *, hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any
+    ) -> tuple[Tensor, Tensor]:
+        now = (encoder_hidden_states, hidden_states)
+        if self.known["reuses"]:
+            return (
+                tuple(map(torch.add, now, self.known["residual"])) if self.place == "first" else now
+            )
+        if self.place == "first":
+            self.known["before"] = now
+        text, hidden = self.block(
+            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **given
+        )
+        self.known["residual"] = tuple(map(torch.sub, (text, hidden), self.known["before"]))
+        return text, hidden
+
+
+def test_last_blocks_read_the_text_that_the_cached_ones_would_have_left(
+    tmp_path: Path, build_bundle: Callable[..., Bundle]
+) -> None:
+    """One block of two streams always runs, and the last two of one: another stage than the first's."""
+    model = model_of(TINY)
+    bundle = build_bundle(save(model, tmp_path), ("onnxruntime",), policies=["dbcache"])
+    assert {"delta.text", "reuse.text"} <= bundle.manifest.graphs.keys()
+    session = Session(LoadedModel(bundle, "onnxruntime"))
+    steps = [inputs_of(TINY, size) for size in (SIZES[0], SIZES[0])]
+    generator = torch.Generator().manual_seed(5)
+    steps[1]["latents"] = torch.randn(steps[0]["latents"].shape, generator=generator)
+    parameters = {"first_blocks": 1, "last_blocks": 2, "threshold": 1e6}
+    session.begin(
+        torch.cat([one["timesteps"] for one in steps]),
+        CacheSetting(policy="dbcache", parameters=parameters),
+    )
+    prompts = {n for n, i in bundle.manifest.inputs.items() if i.runs == "prompt"}
+    session.set_prompt("cond", {n: steps[0][n] for n in prompts})
+    found = [
+        session.step("cond", t, {"latents": one["latents"]}).clone() for t, one in enumerate(steps)
+    ]
+    assert session.statistics.branches["cond"].computed == [True, False]
+    plain = copy.deepcopy(model)
+    known: dict[str, Any] = {"reuses": False}
+    plain.transformer_blocks[1] = Reused(plain.transformer_blocks[1], known, "first")
+    plain.single_transformer_blocks[0] = Reused(plain.single_transformer_blocks[0], known, "last")
+    assert relative(found[0], eager(plain, steps[0])) < TOLERANCE
+    known["reuses"] = True
+    assert relative(found[1], eager(plain, steps[1])) < TOLERANCE
+    text, hidden = known["residual"]
+    known["residual"] = torch.zeros_like(text), hidden
+    assert relative(found[1], eager(plain, steps[1])) > 100 * TOLERANCE, "the text's part counts"

@@ -131,7 +131,7 @@ def test_policies_that_look_at_tokens_are_known(demo_bundle: Bundle) -> None:
     signals = demo_bundle.manifest.signals
     sequence = cut_sequence(cut_of(demo_bundle))
     looking = [n for n in POLICIES if sequence.is_of_tokens(policy_class(n).spec, signals)]
-    assert looking == ["teacache", "adacache", "custom", "firstblock", "dicache"]
+    assert looking == ["teacache", "adacache", "custom", "firstblock", "dicache", "dbcache"]
 
 
 @nightly

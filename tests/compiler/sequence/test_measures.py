@@ -13,7 +13,16 @@ from freewheel.compiler.graphs.decide import write_decide_graph
 from freewheel.compiler.sequence.measures import measured_graphs, write_measured_graphs
 from freewheel.policies import POLICIES, policy_class
 
-MEASURED = ("adacache", "custom", "dicache", "firstblock", "sencache", "seacache", "teacache")
+MEASURED = (
+    "adacache",
+    "custom",
+    "dbcache",
+    "dicache",
+    "firstblock",
+    "sencache",
+    "seacache",
+    "teacache",
+)
 PARTS = 2
 
 
