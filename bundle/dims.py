@@ -75,7 +75,12 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
                 f"dimension '{name}'", f"is {dims[name]}, but {parts} give {product}",
                 "give sizes that belong to the latents",
             )  # fmt: skip
-    dims |= summed(manifest.sums, dims)
+    for name, size in summed(manifest.sums, dims).items():
+        if dims.setdefault(name, size) != size:
+            raise RequestError(
+                f"dimension '{name}'", f"is {dims[name]}, but what it is a sum of gives {size}",
+                "give sizes that belong to the latents",
+            )  # fmt: skip
     check_limits(manifest.limits, dims)
     return dims
 

@@ -357,6 +357,7 @@ class SamplerEntry(_Entry):
         window: Samples, and model outputs, that a step looks at.
         steps: Step counts that the file holds, ascending.
         file: Safetensors below the bundle; one float64 [steps, 2 + 2 * window] per step count.
+        latents: Whose samples it makes: those beside the first may have a schedule of their own.
     """
 
     name: str
@@ -365,6 +366,7 @@ class SamplerEntry(_Entry):
     window: Annotated[int, Field(ge=1, le=16)]
     steps: list[Annotated[int, Field(ge=1, le=100_000)]]
     file: str
+    latents: str = LATENTS
 
 
 class CheckpointSource(_Entry):

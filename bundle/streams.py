@@ -48,7 +48,7 @@ def check_samples_one(latents: Sequence[str], where: str, what: str) -> None:
     Args:
         latents: `Manifest.latents`.
         where: Which bundle.
-        what: Said of who asks: "a server answers with one".
+        what: Said of who asks: "ranks trade one output a branch".
 
     Raises:
         RequestError: there are several.

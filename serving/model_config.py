@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..bundle.manifest import IoEntry, Manifest
-from ..bundle.streams import check_samples_one
+from ..bundle.streams import LATENTS, MODEL_OUTPUT, beside
 from ..core.errors import RequestError
 
 __all__ = ["ServedModel", "config_text", "served_backend"]
@@ -50,12 +50,7 @@ def served_backend(manifest: Manifest, wanted: str | None) -> str:
 
 
 def config_text(manifest: Manifest, served: ServedModel) -> str:
-    """Return the text of config.pbtxt.
-
-    Raises:
-        RequestError: the model samples several things at once, or channels are no number.
-    """
-    check_samples_one(manifest.latents, f"family '{manifest.family}'", "a server answers with one")
+    """Return the text of config.pbtxt."""
     runs = [config.generation for config in manifest.configs.values()]
     parameters: dict[str, object] = {
         "backend": served.backend,
@@ -104,32 +99,33 @@ def _inputs(manifest: Manifest) -> Iterator[Declared]:
         for name, entry in prompts.items():
             yield prefix + name, "FP32", _without_batch(entry)
     yield "seed", "INT64", [1]
-    channels = _channels(manifest)
-    yield "latents", "FP32", [channels, -1, -1, -1]
-    taken = manifest.inputs["latents"].shape[1]
-    if isinstance(taken, int) and taken > channels:
-        yield "condition", "FP32", [taken - channels, -1, -1, -1]
+    yield from _sampled(manifest)
+    taken, given = manifest.inputs[LATENTS].shape[1], _output(manifest, LATENTS).shape[1]
+    if isinstance(taken, int) and isinstance(given, int) and taken > given:
+        yield "condition", "FP32", [taken - given, *_without_batch(_output(manifest, LATENTS))[1:]]
 
 
 def _outputs(manifest: Manifest) -> Iterator[Declared]:
-    channels = _channels(manifest)
     yield "progress", "STRING", [1]
-    yield "latents", "FP32", [channels, -1, -1, -1]
+    yield from _sampled(manifest)
     if DECODER in manifest.graphs:
         yield "frames", "UINT8", [-1, -1, -1, 3]
         yield "preview", "UINT8", [-1, -1, -1, 3]
     else:
-        yield "preview", "FP32", [channels, -1, -1, -1]
+        yield "preview", "FP32", _without_batch(_output(manifest, LATENTS))
 
 
-def _channels(manifest: Manifest) -> int:
-    size = manifest.graphs["finish"].outputs["model_output"].shape[1]
-    if not isinstance(size, int):
-        raise RequestError(
-            "graph 'finish'", f"gives any number ('{size}') of channels", "build again"
-        )
-    return size
+def _sampled(manifest: Manifest) -> Iterator[Declared]:
+    """Declare each of the latents, which a request may bring and a response may hold."""
+    for latents in manifest.latents:
+        yield latents, "FP32", _without_batch(_output(manifest, latents))
+
+
+def _output(manifest: Manifest, latents: str) -> IoEntry:
+    return manifest.graphs["finish"].outputs[beside(latents, LATENTS, MODEL_OUTPUT)]
 
 
 def _without_batch(entry: IoEntry) -> list[int]:
-    return [size if isinstance(size, int) else -1 for size in entry.shape[1:]]
+    """Return the sizes that one request's tensor has; what is the same for a batch has no such axis."""
+    sizes = entry.shape[1:] if entry.shape[0] in ("batch", 1) else entry.shape
+    return [size if isinstance(size, int) else -1 for size in sizes]

@@ -4,13 +4,13 @@
 #include <algorithm>
 
 #include "freewheel/dims.h"
+#include "streams.h"
 #include "try.h"
 
 namespace freewheel {
 namespace {
 
 constexpr char kFeature[] = "attention_output";
-constexpr char kOut[] = "_out";
 
 /// Adds the prompt's own dimensions to the latents'; they must agree.
 Status add_prompt_dims(const Manifest& manifest, const std::string& branch, const Tensors& prompt,
@@ -63,8 +63,11 @@ Result<std::unique_ptr<Body>> Body::create(Model& model, std::size_t expert,
     FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body->bind(name, context));
     body->prompt_calls_.push_back(std::move(call));
   }
-  body->streams_["hidden"] = {shared.at("hidden"), shared.at("hidden_even"),
-                              shared.at("hidden_odd")};
+  body->cached_ = manifest.cached();
+  for (const std::string& stream : body->cached_) {
+    body->streams_[stream] = {shared.at(stream), shared.at(stream + "_even"),
+                              shared.at(stream + "_odd")};
+  }
   body->values_ = std::move(context);
   for (const StageEntry& stage : manifest.stages) {
     for (const auto& [name, skip] : stage.skips) {
@@ -312,6 +315,12 @@ Status Body::divide(const Sections& sections) {
   after_ = std::move(after);
   sections_ = sections;
   return taps_.empty() ? Status() : bind_tapped();
+}
+
+bool Body::is_finite() const noexcept {
+  return std::all_of(cached_.begin(), cached_.end(), [&](const std::string& stream) {
+    return freewheel::is_finite(result(stream));
+  });
 }
 
 Status Body::run(int tap, const Cancellation& cancellation, std::size_t first,

@@ -21,10 +21,10 @@
 namespace freewheel {
 
 /// Prompt context and bound calls of one branch: one per block, or per group of baked blocks.
-/// Hidden states go from `hidden` (kept, for the residual) through two alternating buffers that all
-/// branches share. Other streams that blocks pass on (`<stream>` in, `<stream>_out` out) go from
-/// what `prompt` gave through two buffers of the branch's own. What a later stage reads (a skip
-/// connection) has a buffer of its own in each branch.
+/// Cached streams (`hidden`) go from what `head` gave (kept, for the residual) through two
+/// alternating buffers that all branches share. Other streams that blocks pass on (`<stream>` in,
+/// `<stream>_out` out) go from what `prompt` gave through two buffers of the branch's own. What a
+/// later stage reads (a skip connection) has a buffer of its own in each branch.
 class Body {
  public:
   /// Allocates the branch's context and binds every block of an expert; `set_prompt` fills it.
@@ -68,8 +68,11 @@ class Body {
   const Tensor& before(const std::string& stream) const noexcept { return before_.at(stream); }
   const Tensor& after(const std::string& stream) const noexcept { return after_.at(stream); }
 
-  /// Where the last block writes.
-  const Tensor& hidden_out() const noexcept { return streams_.at("hidden").now; }
+  /// Where a cached stream ends.
+  const Tensor& result(const std::string& stream) const { return streams_.at(stream).now; }
+
+  /// Whether all cached streams end in finite values.
+  bool is_finite() const noexcept;
 
   /// Everything that graphs of this branch may bind: what branches share, the prompt's inputs and
   /// what its graph made of them.
@@ -135,6 +138,7 @@ class Body {
   std::size_t expert_ = 0;
   Dims dims_;
   BufferSet buffers_;
+  std::vector<std::string> cached_;
   Tensors prompt_, values_, first_;
   std::unique_ptr<BlockTables> tables_;  // those that see the prompt
   bool is_modulated_ = false;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "freewheel/dims.h"
+#include "streams.h"
 #include "try.h"
 
 namespace freewheel {
@@ -35,7 +36,7 @@ Result<std::unique_ptr<BranchCache>> BranchCache::create(Model& model,
   const Sections* sections = resolved.sections ? &*resolved.sections : nullptr;
   cache->is_divided_ = sections != nullptr;
   if (sections != nullptr) FREEWHEEL_TRY(body.divide(*sections));
-  if (cache->depth_ > 0) FREEWHEEL_TRY(cache->bind_histories(sections, shared));
+  if (cache->depth_ > 0) FREEWHEEL_TRY(cache->bind_history(sections, shared));
   if (cache->spec_->keeps_gram) FREEWHEEL_TRY(cache->bind_gram());
   FREEWHEEL_TRY(cache->bind_signal(shared, dims));
   if (cache->spec_->wants_feature) FREEWHEEL_TRY(cache->bind_feature(dims));
@@ -62,42 +63,48 @@ Status BranchCache::find_signal_graph() {
 
 /// Binds what keeps residuals: those of the whole body, or of the streams that the blocks between
 /// the first and the last ones change.
-Status BranchCache::bind_histories(const Sections* sections, const Tensors& shared) {
-  if (sections == nullptr) {
-    return bind_history("hidden", shared.at("hidden"), body_->hidden_out());
+Status BranchCache::bind_history(const Sections* sections, const Tensors& shared) {
+  const auto& graphs = model_->manifest().graphs;
+  const std::vector<std::string> begun = model_->manifest().cached();
+  const std::vector<std::string>& streams = sections == nullptr ? begun : sections->streams;
+  std::vector<std::string> ends = {""};  // streams that last blocks alone need have own graphs
+  std::map<std::string, Shape> shapes;
+  std::map<std::string, std::string> residuals;
+  Tensors values;
+  for (const std::string& stream : streams) {
+    const bool is_begun = std::find(begun.begin(), begun.end(), stream) != begun.end();
+    const std::string end = is_begun ? "" : "." + stream, residual = kept_name(stream, kResidual);
+    const auto& outputs = graphs.at("delta" + end).outputs;
+    const auto declared = outputs.find(residual);
+    if (declared == outputs.end()) {
+      return Status(Code::kBundle, "graph 'delta" + end + "'", "does not output '" + residual + "'",
+                    "build the bundle again");
+    }
+    if (!is_begun) ends.push_back(end);
+    residuals[stream] = residual;
+    FREEWHEEL_ASSIGN(shapes[stream], shape_of(residual, declared->second, body_->dims()));
+    values[stream] = sections == nullptr ? shared.at(stream) : body_->before(stream);
+    values[stream + kOut] = sections == nullptr ? body_->result(stream) : body_->after(stream);
   }
-  for (const std::string& stream : sections->streams) {
-    FREEWHEEL_TRY(bind_history(stream, body_->before(stream), body_->after(stream)));
-  }
-  return {};
-}
-
-/// Binds the graphs of one stream: `delta` of `hidden`, `delta.text` of `text`.
-Status BranchCache::bind_history(const std::string& stream, const Tensor& before,
-                                 const Tensor& after) {
-  const bool is_hidden = stream == "hidden";
-  const std::string end = is_hidden ? "" : "." + stream, prefix = is_hidden ? "" : stream + "_";
-  const std::string delta = "delta" + end, residual_name = prefix + "residual";
-  const auto& outputs = model_->manifest().graphs.at(delta).outputs;
-  const auto residual = outputs.find(residual_name);
-  if (residual == outputs.end()) {
-    return Status(Code::kBundle, "graph '" + delta + "'", "does not output '" + residual_name + "'",
-                  "build the bundle again");
-  }
-  FREEWHEEL_ASSIGN(const Shape shape, shape_of(residual_name, residual->second, body_->dims()));
-  History history;
-  FREEWHEEL_ASSIGN(history.ring,
-                   ResidualRing::create(model_->memory(), depth_, residual->second.dtype, shape));
-  Tensors values = {{stream, before}, {stream + "_out", after}};
+  const DType dtype = graphs.at("delta").outputs.at(kResidual).dtype;
+  FREEWHEEL_ASSIGN(ring_, ResidualRing::create(model_->memory(), depth_, dtype, shapes));
+  const auto bind_each = [&](const char* graph, Calls& calls) -> Status {
+    for (const std::string& end : ends) {
+      FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body_->bind(graph + end, values));
+      calls.push_back(std::move(call));
+    }
+    return {};
+  };
+  deltas_.resize(static_cast<std::size_t>(depth_));
   for (std::int64_t slot = 0; slot < depth_; ++slot) {
-    values[residual_name] = history.ring.slot(slot);
-    FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> call, body_->bind(delta, values));
-    history.deltas.push_back(std::move(call));
+    for (const auto& [stream, name] : residuals) values[name] = ring_.slot(stream, slot);
+    FREEWHEEL_TRY(bind_each("delta", deltas_[static_cast<std::size_t>(slot)]));
   }
-  values[prefix + "history"] = history.ring.history();
-  values["mix"] = history.ring.mix();
-  FREEWHEEL_ASSIGN(history.reuse, body_->bind("reuse" + end, values));
-  histories_.push_back(std::move(history));
+  for (const std::string& stream : streams) {
+    values[kept_name(stream, kHistory)] = ring_.history(stream);
+  }
+  values["mix"] = ring_.mix();
+  FREEWHEEL_TRY(bind_each("reuse", reuse_));
   return {};
 }
 
@@ -112,7 +119,8 @@ Status BranchCache::bind_gram() {
     *tensor = made.at(name);
   }
   host_factors_.resize(static_cast<std::size_t>(depth_ * depth_));
-  const Tensors values = {{"history", ring().history()}, {"factors", factors_}, {"gram", gram_}};
+  const Tensors values = {
+      {kHistory, ring_.history(kHidden)}, {"factors", factors_}, {"gram", gram_}};
   FREEWHEEL_ASSIGN(gram_call_, body_->bind("gram", values));
   return {};
 }
@@ -143,7 +151,7 @@ Status BranchCache::bind_signal(const Tensors& shared, const Dims& dims) {
   }
   Tensors values = shared;
   for (const auto& [name, tensor] : body_->first()) values[name] = tensor;
-  if (is_divided_) values["hidden_out"] = body_->before("hidden");
+  if (is_divided_) values["hidden_out"] = body_->before(kHidden);
   const Io& io = model_->manifest().graphs.at(signal_graph_).outputs.at(signal_->value);
   for (std::size_t spot = 0; spot < roles_.count(); ++spot) {
     FREEWHEEL_TRY(buffers_.allocate(memory, signal_->value, io, dims, values));
@@ -252,7 +260,7 @@ Status BranchCache::forget() {
   Memory& memory = model_->memory();
   computed_steps_.clear();
   computed_count_ = 0;
-  for (History& history : histories_) FREEWHEEL_TRY(history.ring.reset());
+  if (depth_ > 0) FREEWHEEL_TRY(ring_.reset());
   for (const auto* tensors : {&features_, &signals_}) {
     for (const Tensor& tensor : *tensors) FREEWHEEL_TRY(memory.zero(tensor.data, tensor.bytes()));
   }
@@ -318,24 +326,21 @@ Status BranchCache::compute(std::int64_t step_index, const Cancellation& cancell
   const int tap = next_tap();
   note_computed(step_index);
   FREEWHEEL_TRY(is_divided_ ? body_->run_cached(tap, cancellation) : body_->run(tap, cancellation));
-  for (History& history : histories_) {
-    FREEWHEEL_TRY(history.deltas[static_cast<std::size_t>(history.ring.next_slot())]->run());
+  if (depth_ > 0) {
+    for (const auto& delta : deltas_[static_cast<std::size_t>(ring_.next_slot())]) {
+      FREEWHEEL_TRY(delta->run());
+    }
   }
   return is_divided_ ? body_->run_last(tap, cancellation) : Status();
 }
 
 Status BranchCache::keep() noexcept {
-  for (History& history : histories_) FREEWHEEL_TRY(history.ring.push());
+  if (depth_ == 0) return {};
+  FREEWHEEL_TRY(ring_.push());
   if (gram_call_ == nullptr) return {};
-  ring().differences(host_factors_.data());
+  ring_.differences(host_factors_.data());
   FREEWHEEL_TRY(model_->memory().upload(factors_.data, host_factors_.data(), factors_.bytes()));
   return gram_call_->run();
-}
-
-Tensor BranchCache::computed_residual() const noexcept {
-  if (histories_.empty()) return {};
-  const ResidualRing& ring = histories_.front().ring;
-  return ring.slot(ring.next_slot());
 }
 
 Status BranchCache::keep_output(const Tensor& model_output) noexcept {
@@ -346,14 +351,12 @@ Status BranchCache::keep_output(const Tensor& model_output) noexcept {
 
 Status BranchCache::reuse(const DecisionRecord& decision,
                           const Cancellation& cancellation) noexcept {
-  if (histories_.empty()) {
+  if (depth_ == 0) {
     return Status(Code::kInternal, "policy '" + spec_->name + "'",
                   "reuses though it keeps no residual", "report this with the bundle");
   }
-  for (History& history : histories_) {
-    FREEWHEEL_TRY(history.ring.set_mix(decision.mix, decider_->mix_size()));
-    FREEWHEEL_TRY(history.reuse->run());
-  }
+  FREEWHEEL_TRY(ring_.set_mix(decision.mix, decider_->mix_size()));
+  for (const auto& call : reuse_) FREEWHEEL_TRY(call->run());
   return is_divided_ ? body_->run_last(/*tap=*/-1, cancellation) : Status();
 }
 

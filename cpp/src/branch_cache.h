@@ -46,8 +46,8 @@ class BranchCache {
   /// `keep`.
   Status compute(std::int64_t step_index, const Cancellation& cancellation) noexcept;
 
-  /// What `compute` wrote and `keep` has not taken yet; null where no history is kept.
-  Tensor computed_residual() const noexcept;
+  /// Whether what `compute` wrote and `keep` has not taken yet is finite, of every stream.
+  bool is_computed_finite() const noexcept { return depth_ == 0 || ring_.is_next_finite(); }
 
   /// Takes the residual that `compute` wrote into the history.
   Status keep() noexcept;
@@ -61,17 +61,10 @@ class BranchCache {
   std::int64_t depth() const noexcept { return depth_; }
 
  private:
-  /// The residuals of one stream, and what writes and mixes them.
-  struct History {
-    ResidualRing ring;
-    std::vector<std::unique_ptr<BoundCall>> deltas;
-    std::unique_ptr<BoundCall> reuse;
-  };
+  using Calls = std::vector<std::unique_ptr<BoundCall>>;
 
   Status find_signal_graph();
-  Status bind_histories(const Sections* sections, const Tensors& shared);
-  Status bind_history(const std::string& stream, const Tensor& before, const Tensor& after);
-  ResidualRing& ring() noexcept { return histories_.front().ring; }
+  Status bind_history(const Sections* sections, const Tensors& shared);
   Status bind_gram();
   Status bind_signal(const Tensors& shared, const Dims& dims);
   Status bind_feature(const Dims& dims);
@@ -95,8 +88,11 @@ class BranchCache {
   const Schedule* schedule_ = nullptr;
   std::int64_t first_ = 0;  // step of the first folded decision
   BufferSet buffers_;
-  std::vector<History> histories_;  // that of `hidden` first, which decides; none without residuals
-  Tensor factors_, gram_;           // of all slots, where the policy keeps it
+  ResidualRing ring_;
+  std::vector<Calls>
+      deltas_;  // by slot: of the streams that begin ahead of blocks, then of each other
+  Calls reuse_;
+  Tensor factors_, gram_;  // of all slots, where the policy keeps it
   std::vector<float> host_factors_;
   std::unique_ptr<BoundCall> gram_call_;
   std::string signal_graph_;     // empty where the signal is copied from a table or an input

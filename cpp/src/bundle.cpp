@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "json_value.h"
+#include "streams.h"
 #include "try.h"
 
 namespace freewheel {
@@ -229,24 +230,28 @@ Result<Tensor> Bundle::tensor(const std::string& name) const {
 }
 
 Result<SamplerTable> Bundle::sampler(const std::string& name, const double* flow_shift,
-                                     std::int64_t steps) const {
+                                     std::int64_t steps, const std::string& latents) const {
   std::string wanted = name;
   if (wanted.empty() && !manifest_.samplers.empty()) wanted = manifest_.samplers.front().name;
   const double shift = flow_shift != nullptr
                            ? *flow_shift
                            : manifest_.configs.at(manifest_.default_config).generation.flow_shift;
+  const auto is_own = [&](const SamplerEntry& entry) { return entry.latents == latents; };
+  const bool has_own = latents != kLatents &&
+                       std::any_of(manifest_.samplers.begin(), manifest_.samplers.end(), is_own);
   std::vector<std::string> names, shifts;
   const SamplerEntry* chosen = nullptr;
   for (const SamplerEntry& entry : manifest_.samplers) {
+    if (entry.latents != (has_own ? latents : kLatents)) continue;
     if (std::find(names.begin(), names.end(), entry.name) == names.end()) {
       names.push_back(entry.name);
     }
     if (entry.name != wanted) continue;
     shifts.push_back(shift_text(entry.flow_shift));
-    const bool fits = std::fabs(shift - entry.flow_shift) < 1e-9;
+    const bool fits = has_own || std::fabs(shift - entry.flow_shift) < 1e-9;
     if (fits && chosen == nullptr) chosen = &entry;
   }
-  const std::string where = "sampler '" + wanted + "'";
+  const std::string where = "sampler '" + wanted + "'" + (has_own ? " of '" + latents + "'" : "");
   if (shifts.empty()) {
     return Status(Code::kRequest, where, "is not in the bundle", nearest(wanted, names));
   }

@@ -113,6 +113,15 @@ freewheel::Result<freewheel::Request> request_of(const freewheel_run_options& op
     }
     request.condition = view_of(options.condition, whole);
   }
+  if (options.beside_count > 0 && options.beside == nullptr) return missing("beside");
+  for (int32_t i = 0; i < options.beside_count; ++i) {
+    const freewheel_beside& one = options.beside[i];
+    if (one.name == nullptr || one.latents == nullptr) return missing("beside");
+    FREEWHEEL_ASSIGN(const freewheel::Shape sizes, shape_of(one.name, one.shape, one.rank));
+    freewheel::Beside& asked = request.beside[one.name];
+    asked.latents = view_of(is_drawn ? nullptr : one.latents, sizes);
+    if (one.guidance_scale != 0.0) asked.guidance_scale = one.guidance_scale;
+  }
   if (options.prompt_count > 0 && options.prompts == nullptr) return missing("prompts");
   for (int32_t i = 0; i < options.prompt_count; ++i) {
     const freewheel_prompt& prompt = options.prompts[i];
@@ -175,6 +184,10 @@ Status run(freewheel::Session& session, const freewheel_run_options& options) {
   FREEWHEEL_TRY(session.run(prepared.run));
   const freewheel::Tensor& latents = prepared.run.latents;
   std::memcpy(options.latents, latents.data, latents.bytes());
+  for (int32_t i = 0; i < options.beside_count; ++i) {
+    const freewheel::Tensor& sampled = prepared.run.beside.at(options.beside[i].name).latents;
+    std::memcpy(options.beside[i].latents, sampled.data, sampled.bytes());
+  }
   return {};
 }
 

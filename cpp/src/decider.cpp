@@ -124,7 +124,7 @@ Result<DecisionRecord> Decider::decide(std::int64_t step_index, const std::int64
     const bool is_exact = std::binary_search(exact_steps_.begin(), exact_steps_.end(), step_index);
     store_number(exact_, 0, is_exact ? 1.0 : 0.0);
   }
-  const auto& [timesteps, sigmas] = *schedule_;
+  const std::vector<double>&timesteps = schedule_->timesteps, &sigmas = schedule_->sigmas;
   const auto now = static_cast<std::size_t>(step_index);
   if (timestep_.data != nullptr) store_number(timestep_, 0, timesteps[now]);
   if (sigma_.data != nullptr) store_number(sigma_, 0, sigmas[now]);

@@ -8,12 +8,11 @@
 
 namespace freewheel {
 
-Result<Denoising> Denoising::create(const RunRequest& request, const SamplerTable& table,
-                                    Memory& memory) {
-  Denoising run(request, table, memory);
+Result<Denoising> Denoising::create(const Tensor& latents, const Tensor& condition,
+                                    const SamplerTable& table, Memory& memory) {
+  Denoising run(latents, condition, table, memory);
   FREEWHEEL_TRY(run.allocate());
-  const Tensor& noise = request.latents;
-  std::memcpy(run.sample().data, noise.data, noise.bytes());
+  std::memcpy(run.sample().data, latents.data, latents.bytes());
   return run;
 }
 
@@ -23,15 +22,15 @@ Status Denoising::allocate() {
     buffers.push_back(std::move(buffer));
     return {};
   };
-  const Shape& shape = request_->latents.shape;
+  const Shape& shape = latents_.shape;
   for (std::int64_t age = 0; age < table_->window; ++age) {
     FREEWHEEL_TRY(add(shape, samples_));
     FREEWHEEL_TRY(add(shape, outputs_));
   }
   past_samples_.resize(window());
   past_outputs_.resize(window());
-  if (request_->condition.data != nullptr) {
-    FREEWHEEL_ASSIGN(const Shape whole, request_->input_shape());
+  if (condition_.data != nullptr) {
+    FREEWHEEL_ASSIGN(const Shape whole, joined_shape(latents_, condition_));
     FREEWHEEL_ASSIGN(input_, Buffer::create(host_memory(), DType::kFloat32, whole));
   }
   for (int side = 0; side < 2 && !memory_->is_host(); ++side) FREEWHEEL_TRY(add(shape, staged_));
@@ -43,7 +42,7 @@ Tensor Denoising::input() const noexcept {
   const auto batch = static_cast<std::size_t>(sample().shape[0]);
   auto* target = input_.view().as<std::uint8_t>();
   for (std::size_t index = 0; index < batch; ++index) {
-    for (const Tensor& part : {sample(), request_->condition}) {
+    for (const Tensor& part : {sample(), condition_}) {
       const std::size_t bytes = part.bytes() / batch;
       std::memcpy(target, part.as<std::uint8_t>() + index * bytes, bytes);
       target += bytes;
@@ -83,14 +82,14 @@ void Denoising::advance() noexcept {
   ++step_index_;
 }
 
-Status Denoising::finish() const {
-  const Tensor& result = sample();
-  if (!is_finite(result)) {
-    return Status(Code::kFailed, "latents", "are not finite after the last step",
-                  "compare with --cache off, and with a float32 build");
-  }
-  std::memcpy(request_->latents.data, result.data, result.bytes());
-  return {};
+Status Denoising::check(const std::string& name) const {
+  if (is_finite(sample())) return {};
+  return Status(Code::kFailed, name, "are not finite after the last step",
+                "compare with --cache off, and with a float32 build");
+}
+
+void Denoising::write() const noexcept {
+  std::memcpy(latents_.data, sample().data, sample().bytes());
 }
 
 }  // namespace freewheel

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-/// The sample of one run on its way from noise to result, between the model's calls.
+/// One of the things that a run samples on its way from noise to result, between the model's calls.
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "freewheel/session.h"
@@ -15,10 +16,12 @@ namespace freewheel {
 /// Nothing is allocated after `create`.
 class Denoising {
  public:
-  /// @param request,table Of the run; outlive it.
+  /// @param latents Noise now, the result after `write`: host float32, outlives the run.
+  /// @param condition Further channels of every input, or empty; likewise.
+  /// @param table Outlives the run.
   /// @param memory Of the model's outputs.
-  static Result<Denoising> create(const RunRequest& request, const SamplerTable& table,
-                                  Memory& memory);
+  static Result<Denoising> create(const Tensor& latents, const Tensor& condition,
+                                  const SamplerTable& table, Memory& memory);
 
   /// Steps done.
   std::int64_t step_index() const noexcept { return step_index_; }
@@ -26,8 +29,7 @@ class Denoising {
   /// The sample that this step starts from.
   const Tensor& sample() const noexcept { return samples_[newest()].view(); }
 
-  /// What the model is given at this step: the sample, and the request's condition behind its
-  /// channels.
+  /// What the model is given at this step: the sample, and the condition behind its channels.
   Tensor input() const noexcept;
 
   /// Takes a branch's output of this step: side 0 is `cond`, 1 `uncond`.
@@ -40,17 +42,22 @@ class Denoising {
   /// Ends the step: the next sample, by the sampler's table.
   void advance() noexcept;
 
-  /// Writes the last sample over the request's latents.
-  Status finish() const;
+  /// Checks that the last sample is finite.
+  /// @param name What is sampled.
+  Status check(const std::string& name) const;
+
+  /// Writes the last sample over the latents.
+  void write() const noexcept;
 
  private:
-  Denoising(const RunRequest& request, const SamplerTable& table, Memory& memory)
-      : request_(&request), table_(&table), memory_(&memory) {}
+  Denoising(const Tensor& latents, const Tensor& condition, const SamplerTable& table,
+            Memory& memory)
+      : latents_(latents), condition_(condition), table_(&table), memory_(&memory) {}
   Status allocate();
   std::size_t window() const noexcept { return samples_.size(); }
   std::size_t newest() const noexcept { return static_cast<std::size_t>(step_index_) % window(); }
 
-  const RunRequest* request_;
+  Tensor latents_, condition_;
   const SamplerTable* table_;
   Memory* memory_;
   std::int64_t step_index_ = 0;

@@ -79,7 +79,12 @@ Result<Dims> derive_dims(const Manifest& manifest, const Dims& sizes) {
                     "is " + std::to_string(sum) + ", and follows from the sizes of the run",
                     "choose larger ones, such as more frames");
     }
-    dims[name] = sum;
+    if (const auto known = dims.emplace(name, sum).first; known->second != sum) {
+      return Status(Code::kRequest, "dimension '" + name + "'",
+                    "is " + std::to_string(known->second) + ", but what it is a sum of gives " +
+                        std::to_string(sum),
+                    "give sizes that belong to the latents");
+    }
   }
   for (const auto& [name, limit] : manifest.limits) {
     const auto found = dims.find(name);

@@ -6,10 +6,24 @@
 #include <limits>
 
 #include "freewheel/dims.h"
+#include "streams.h"
 #include "timed.h"
 #include "try.h"
 
 namespace freewheel {
+namespace {
+
+/// Rows of the tables that a graph makes: one for each element of what it is given.
+Result<std::int64_t> rows_of(const std::string& name, const GraphEntry& graph,
+                             const TimestepInputs& given) {
+  const auto first = graph.inputs.empty() ? given.end() : given.find(graph.inputs.begin()->first);
+  if (first != given.end()) return static_cast<std::int64_t>(first->second.size());
+  return Status(Code::kBundle, "graph '" + name + "'", "runs once per run, and takes no timestep",
+                "build the bundle again");
+}
+
+}  // namespace
+
 Status not_finite(const std::string& where) {
   return Status(Code::kNotFinite, where, "made values that are not finite",
                 "run 'freewheel verify'; the body may have to be built as float32");
@@ -60,7 +74,7 @@ Status Expert::begin(Schedule schedule, std::int64_t first, const CacheSetting& 
     if (!is_same) branch->cache.reset();
   }
   if (schedule_.timesteps.empty()) return {};
-  FREEWHEEL_TRY(compute_tables(schedule_.timesteps));
+  FREEWHEEL_TRY(compute_tables());
   for (const auto& branch : branches_) {
     if (branch->cache != nullptr) FREEWHEEL_TRY(branch->cache->reset(tables_, schedule_));
   }
@@ -85,6 +99,13 @@ BranchStatistics& Expert::statistics_of(const Branch& branch) {
   return fresh;
 }
 
+const Tensors* Expert::outputs(std::string_view name) const noexcept {
+  for (const auto& branch : branches_) {
+    if (branch->name == name && branch->last_step >= 0) return &branch->outputs;
+  }
+  return nullptr;
+}
+
 std::int64_t Expert::last_step(std::string_view name) const noexcept {
   for (const auto& branch : branches_) {
     if (branch->name == name) return branch->last_step;
@@ -92,42 +113,43 @@ std::int64_t Expert::last_step(std::string_view name) const noexcept {
   return -1;
 }
 
-Status Expert::compute_tables(const std::vector<double>& timesteps) {
+Status Expert::compute_tables() {
+  TimestepInputs timesteps = timestep_inputs(manifest(), schedule_);
   if (timesteps == timesteps_ && !tables_.empty()) return {};
   const Timed timed(statistics_, Segment::kPrepare);
   Memory& memory = model_.memory();
-  const auto steps = static_cast<std::int64_t>(timesteps.size());
   tables_.clear();
   BufferSet buffers;
   Tensors values;
-  const std::vector<float> host(timesteps.begin(), timesteps.end());
-  Io io;
-  io.shape = {steps};
-  FREEWHEEL_TRY(buffers.allocate(memory, "timesteps", io, {}, values));
-  FREEWHEEL_TRY(
-      memory.upload(values.at("timesteps").data, host.data(), host.size() * sizeof(float)));
+  for (const auto& [name, host] : timesteps) {
+    Io io;
+    io.shape = {static_cast<std::int64_t>(host.size())};
+    FREEWHEEL_TRY(buffers.allocate(memory, name, io, {}, values));
+    FREEWHEEL_TRY(memory.upload(values.at(name).data, host.data(), host.size() * sizeof(float)));
+  }
   for (const auto& [name, graph] : manifest().graphs) {
     if (graph.runs != "run") continue;
-    FREEWHEEL_TRY(buffers.allocate(memory, graph.outputs, {{"steps", steps}}, values));
+    FREEWHEEL_ASSIGN(const std::int64_t rows, rows_of(name, graph, timesteps));
+    FREEWHEEL_TRY(buffers.allocate(memory, graph.outputs, {{"steps", rows}}, values));
     FREEWHEEL_ASSIGN(const std::unique_ptr<BoundCall> call, bind(name, values));
     FREEWHEEL_TRY(call->run());
     FREEWHEEL_TRY(memory.synchronize());
   }
   for (Row& row : rows_) {
     row.table = values.at(row.name);
-    if (row.table.bytes() != row.row.bytes() * static_cast<std::size_t>(steps)) {
+    if (row.table.bytes() != row.row.bytes() * static_cast<std::size_t>(steps())) {
       return Status(Code::kBundle, "table '" + row.name + "'",
                     "has rows of another size than the graphs that read them",
                     "build the bundle again");
     }
   }
-  FREEWHEEL_TRY(block_tables_->compute(values, steps, {}));
+  FREEWHEEL_TRY(block_tables_->compute(values, steps(), {}));
   for (const auto& branch : branches_) {
     if (branch->body != nullptr) branch->body->forget_tables();
   }
   table_buffers_ = std::move(buffers);
   tables_ = std::move(values);
-  timesteps_ = timesteps;
+  timesteps_ = std::move(timesteps);
   return {};
 }
 
@@ -216,7 +238,14 @@ Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
     const NamedTensor* given = std::find_if(
         inputs, inputs + count, [&](const NamedTensor& i) { return i.name == wanted.name; });
     FREEWHEEL_ASSIGN(const Dims found, match_dims(wanted.name, *wanted.entry, given->tensor.shape));
-    for (const auto& [dim, size] : found) sizes[dim] = size;
+    for (const auto& [dim, size] : found) {
+      const auto known = sizes.emplace(dim, size).first;
+      if (known->second == size) continue;
+      return Status(Code::kRequest, "input '" + wanted.name + "'",
+                    "has " + dim + " " + std::to_string(size) + ", others have " +
+                        std::to_string(known->second),
+                    "give inputs of one batch and one size");
+    }
   }
   FREEWHEEL_ASSIGN(Dims dims, derive_dims(manifest(), sizes));
   for (const auto& branch : branches_) branch->unbind();
@@ -228,14 +257,11 @@ Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
   for (const StepInput& input : step_inputs_) {
     FREEWHEEL_TRY(buffers.allocate(memory, input.name, *input.entry, dims, shared));
   }
-  const auto& outputs = manifest().graphs.at("head").outputs;
-  const auto hidden = outputs.find("hidden");
-  if (hidden == outputs.end()) {
-    return Status(Code::kBundle, "graph 'head'", "does not output 'hidden'",
-                  "build the bundle again");
-  }
-  for (const char* name : {"hidden", "hidden_even", "hidden_odd"}) {
-    FREEWHEEL_TRY(buffers.allocate(memory, name, hidden->second, dims, shared));
+  for (const std::string& stream : manifest().cached()) {
+    const Io& begun = manifest().graphs.at("head").outputs.at(stream);
+    for (const char* place : {"", "_even", "_odd"}) {
+      FREEWHEEL_TRY(buffers.allocate(memory, stream + place, begun, dims, shared));
+    }
   }
   for (const auto& [name, graph] : manifest().graphs) {
     if (graph.runs != "shape") continue;
@@ -245,6 +271,8 @@ Status Expert::allocate(const NamedTensor* inputs, std::size_t count) {
     FREEWHEEL_TRY(memory.synchronize());
   }
   for (StepInput& input : step_inputs_) input.buffer = shared.at(input.name);
+  begun_.clear();
+  for (const std::string& stream : manifest().cached()) begun_[stream] = shared.at(stream);
   shared_buffers_ = std::move(buffers);
   shared_ = std::move(shared);
   dims_ = std::move(dims);
@@ -259,19 +287,26 @@ Status Expert::bind_branch(Branch& branch) {
         Body::create(model_, index_, branch.name, shared_, branch.prompt, dims_, *block_tables_));
     FREEWHEEL_TRY(body->set_prompt(branch.prompt));
     Tensors values = body->values();
-    values["hidden_out"] = body->hidden_out();
+    for (const std::string& stream : manifest().cached()) {
+      values[stream + kOut] = body->result(stream);
+    }
     BufferSet outputs;
     FREEWHEEL_TRY(outputs.allocate(model_.memory(), manifest().graphs.at("finish").outputs,
                                    body->dims(), values));
     FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> head, bind("head", values));
     FREEWHEEL_ASSIGN(std::unique_ptr<BoundCall> finish, bind("finish", values));
-    const auto output = values.find("model_output");
-    if (output == values.end() || output->second.dtype != DType::kFloat32) {
-      return Status(Code::kBundle, "graph 'finish'", "does not output a float32 'model_output'",
-                    "build the bundle again");
+    branch.outputs.clear();
+    for (const std::string& latents : manifest().latents()) {
+      const std::string name = beside(latents, kLatents, kModelOutput);
+      const Tensor& output = values.at(name);
+      if (output.dtype != DType::kFloat32) {
+        return Status(Code::kBundle, "graph 'finish'", "does not output a float32 '" + name + "'",
+                      "build the bundle again");
+      }
+      branch.outputs[latents] = output;
     }
-    branch.model_output = output->second;
-    branch.outputs = std::move(outputs);
+    branch.model_output = branch.outputs.at(kLatents);
+    branch.output_buffers = std::move(outputs);
     branch.head = std::move(head);
     branch.finish = std::move(finish);
     branch.body = std::move(body);
@@ -337,13 +372,16 @@ Result<DecisionRecord> Expert::decide(Branch& branch, std::int64_t step_index) n
 /// devices is not looked into: there the session looks at the output that it downloads.
 Status Expert::check_finite(const Branch& branch, bool computed) const noexcept {
   if (!model_.checks_finite() || !model_.memory().is_host()) return {};
-  const Tensor residual = computed ? branch.cache->computed_residual() : Tensor{};
-  const bool is_kept_well = residual.data == nullptr || is_finite(residual);
-  if (is_kept_well && is_finite(branch.model_output)) return {};
+  const auto are_finite = [](const Tensors& tensors) {
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [](const auto& named) { return is_finite(named.second); });
+  };
+  const bool is_kept_well = !computed || branch.cache->is_computed_finite();
+  if (is_kept_well && are_finite(branch.outputs)) return {};
   const char* segment = "finish";
-  if (!is_finite(shared_.at("hidden"))) {
+  if (!are_finite(begun_)) {
     segment = "head";
-  } else if (!is_kept_well || !is_finite(branch.body->hidden_out())) {
+  } else if (!is_kept_well || !branch.body->is_finite()) {
     segment = computed ? "body" : "reuse";
   }
   return not_finite(std::string("segment '") + segment + "'");

@@ -16,6 +16,7 @@
 #include "freewheel/session.h"
 #include "freewheel/statistics.h"
 #include "pacer.h"
+#include "timesteps.h"
 
 namespace freewheel {
 
@@ -47,6 +48,9 @@ class Expert {
   Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
                       std::size_t count);
 
+  /// What a branch's last step gave: latents -> model output; null where it ran none in this run.
+  const Tensors* outputs(std::string_view branch) const noexcept;
+
   /// Steps of the current run.
   std::int64_t steps() const noexcept { return schedule_.steps(); }
 
@@ -59,8 +63,9 @@ class Expert {
     std::string name;
     std::vector<Buffer> prompt_buffers;
     Tensors prompt;  // host, of the declared dtypes
-    BufferSet outputs;
-    Tensor model_output;
+    BufferSet output_buffers;
+    Tensors outputs;      // latents -> the model output for them
+    Tensor model_output;  // for the first
     std::unique_ptr<Body> body;
     std::unique_ptr<BranchCache> cache;
     std::unique_ptr<BoundCall> head, finish;
@@ -71,7 +76,8 @@ class Expert {
       head.reset();
       finish.reset();
       body.reset();
-      outputs = {};
+      outputs.clear();
+      output_buffers = {};
     }
   };
 
@@ -97,7 +103,7 @@ class Expert {
     return model_.bind(graph, values, 0, index_);
   }
   Status initialise();
-  Status compute_tables(const std::vector<double>& timesteps);
+  Status compute_tables();
   Status select_row(Branch& branch, std::int64_t step_index);
   Status place(const NamedTensor* inputs, std::size_t count);
   Status allocate(const NamedTensor* inputs, std::size_t count);
@@ -116,9 +122,10 @@ class Expert {
   Pacer pacer_;
   Pace pace_;  // before the step that some branch began last
   std::int64_t first_ = 0;
-  std::vector<double> timesteps_;  // that the tables are of
+  TimestepInputs timesteps_;  // that the tables are of
   BufferSet table_buffers_, row_buffers_, shared_buffers_;
   Tensors tables_, rows_views_, shared_;
+  Tensors begun_;                              // cached streams, as `head` begins them
   std::unique_ptr<BlockTables> block_tables_;  // those that see no prompt
   std::vector<Row> rows_;
   std::int64_t row_ = -1;

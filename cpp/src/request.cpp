@@ -7,11 +7,12 @@
 
 #include "freewheel/codec.h"
 #include "freewheel/dims.h"
-#include "freewheel/sampler.h"
 #include "freewheel/settings.h"
 #include "limits.h"
 #include "promise.h"
+#include "request_latents.h"
 #include "resolved_setting.h"
+#include "streams.h"
 #include "try.h"
 
 namespace freewheel {
@@ -81,6 +82,15 @@ struct Assign {
   }
 };
 
+/// The latents beside the first whose guidance scale goes by this name, or nothing.
+std::string latents_of_scale(const std::string& name) {
+  constexpr std::string_view kScale = "guidance_scale";
+  if (name.size() <= kScale.size() + 1) return {};
+  const std::size_t at = name.size() - kScale.size();
+  if (name.compare(at, kScale.size(), kScale) != 0 || name[at - 1] != '_') return {};
+  return name.substr(0, at) + kLatents;
+}
+
 std::int64_t side_count(const RunRequest& run) noexcept { return run.is_guided() ? 2 : 1; }
 
 /// What a request asks for, where it says, and else what its config has.
@@ -105,22 +115,20 @@ std::vector<std::string> prompt_inputs(const Manifest& manifest) {
   return names;
 }
 
-/// Checks that the model takes these latents and gives its output in their shape.
-Status check_shapes(const Manifest& manifest, const Io& declared, const RunRequest& request) {
-  FREEWHEEL_ASSIGN(const Shape whole, request.input_shape());
-  FREEWHEEL_ASSIGN(const Dims found, match_dims("latents", declared, whole));
-  FREEWHEEL_ASSIGN(const Dims dims, derive_dims(manifest, found));
-  const Io& output = manifest.graphs.at("finish").outputs.at("model_output");
-  FREEWHEEL_ASSIGN(const Shape given, shape_of("model_output", output, dims));
-  if (given == request.latents.shape) return {};
-  return Status(Code::kRequest, "input 'latents'",
-                "has shape " + request.latents.shape.text() + ", the model gives " + given.text(),
-                "give noise of the output's channels, and the rest as 'condition'");
-}
-
-Status check_finite(const Tensor& tensor, const std::string& where, const char* hint) {
-  if (tensor.data == nullptr || is_finite(tensor)) return {};
-  return Status(Code::kRequest, where, "holds values that are not finite", hint);
+/// Checks the guidance scales of all that is sampled.
+Status check_guidance(const Manifest& manifest, const RunRequest& request) {
+  for (std::size_t expert = 0; expert < 2; ++expert) {
+    for (const std::string& latents : manifest.latents()) {
+      if (std::isfinite(request.scale_of(latents, expert))) continue;
+      return Status(Code::kRequest, beside(latents, kLatents, "guidance_scale"), "is not finite",
+                    "give a number, usually 1 to 8");
+    }
+  }
+  if (request.guidance_scale_2 && manifest.experts.size() < 2) {
+    return Status(Code::kRequest, "guidance_scale_2", "is given, and the bundle has one expert",
+                  "leave it out");
+  }
+  return {};
 }
 
 /// Checks that each branch that runs has a prompt, and what is in those that were given.
@@ -148,74 +156,6 @@ Status check_prompts(const Manifest& manifest, const RunRequest& request) {
     FREEWHEEL_TRY(check_prompt(manifest, branch, states));
   }
   return {};
-}
-
-Status check_pixels(const Request& request, std::int64_t frames, std::int64_t height,
-                    std::int64_t width) {
-  const std::int64_t most = request.max_pixels;
-  const bool is_known = height > 0 && width > 0;
-  if (!is_known || (height <= most / width && frames <= most / (height * width))) return {};
-  return Status(Code::kRequest, "size",
-                std::to_string(frames) + " frames of " + std::to_string(height) + " x " +
-                    std::to_string(width) + " are more than the " + std::to_string(most) +
-                    " pixels that are served",
-                "ask for less, or have 'max_pixels' raised where the model is served");
-}
-
-/// Checks the size of latents that were given, where their shape tells frames, height and width.
-Status check_given_size(const Manifest& manifest, const Request& request) {
-  const Io& output = manifest.graphs.at("finish").outputs.at("model_output");
-  const auto sizes = match_dims("latents", output, request.latents.shape);
-  if (!sizes.ok()) return {};  // `check_run` says so better
-  const auto size = [&](const char* name, std::int64_t scale) {
-    const auto found = sizes->find(name);
-    return found == sizes->end() ? 0 : found->second * scale;
-  };
-  const LatentScale& scale = manifest.latent_scale;
-  const std::int64_t frames = size("frames", 1);
-  return check_pixels(request, frames == 0 ? 0 : (frames - 1) * scale.frames + 1,
-                      size("height", scale.pixels), size("width", scale.pixels));
-}
-
-/// Copies the latents that were given: a run overwrites its own.
-Status take_latents(const Manifest& manifest, const Request& request, PreparedRun& prepared) {
-  const bool has_size = request.frames || request.height || request.width;
-  if (request.seed || has_size) {
-    return Status(Code::kRequest, "input 'latents'",
-                  request.seed ? "comes with a seed" : "comes with a size", "give one of them");
-  }
-  FREEWHEEL_TRY(check_given_size(manifest, request));
-  FREEWHEEL_ASSIGN(Buffer latents,
-                   Buffer::create(host_memory(), DType::kFloat32, request.latents.shape));
-  FREEWHEEL_TRY(convert(request.latents, latents.view()));
-  prepared.run.latents = latents.view();
-  prepared.buffers.push_back(std::move(latents));
-  return {};
-}
-
-Status draw_latents(const Shape& shape, std::uint64_t seed, PreparedRun& prepared) {
-  if (seed > static_cast<std::uint64_t>(kMaxSeed)) return wrong_seed(std::to_string(seed));
-  FREEWHEEL_ASSIGN(Buffer latents, Buffer::create(host_memory(), DType::kFloat32, shape));
-  gaussian_noise(seed, latents.view().as<float>(), shape.elements());
-  prepared.run.latents = latents.view();
-  prepared.buffers.push_back(std::move(latents));
-  prepared.seed = seed;
-  return {};
-}
-
-/// Gives the run its latents, once their size is known to be one that may run.
-Status settle_latents(const Manifest& manifest, const Request& request,
-                      const GenerationDefaults& defaults, PreparedRun& prepared) {
-  Shape shape = request.latents.shape;
-  if (request.latents.data == nullptr && shape.rank() == 0) {
-    FREEWHEEL_ASSIGN(shape, requested_shape(manifest, request));
-  }
-  FREEWHEEL_ASSIGN(std::string warning,
-                   check_geometry(manifest, request.cache, shape, request.force));
-  if (!warning.empty()) prepared.run.warnings.push_back(std::move(warning));
-  if (request.latents.data != nullptr) return take_latents(manifest, request, prepared);
-  const auto seed = request.seed.value_or(static_cast<std::uint64_t>(defaults.seed));
-  return draw_latents(shape, seed, prepared);
 }
 
 using TokenIds = std::map<std::string, std::vector<std::int64_t>>;
@@ -277,6 +217,10 @@ Status encode(Model& model, const TokenIds& token_ids, std::int64_t text_tokens,
 Status Request::set(const std::string& name, const Value& value) {
   const std::map<std::string, Field> fields = fields_of(*this);
   const auto field = fields.find(name);
+  if (const std::string latents = latents_of_scale(name); !latents.empty()) {
+    FREEWHEEL_ASSIGN(const Value meant, spelled(value));
+    return Assign{name, meant}(&beside[latents].guidance_scale);
+  }
   if (field == fields.end()) {
     return Status(Code::kRequest, "parameter '" + name + "'", "is none of a request",
                   nearest(name, names()));
@@ -298,20 +242,23 @@ const std::vector<std::string>& Request::names() {
   return known;
 }
 
-Result<Shape> RunRequest::input_shape() const {
-  if (condition.data == nullptr) return latents.shape;
-  bool fits = condition.dtype == DType::kFloat32 && condition.shape.rank() == latents.shape.rank();
-  Shape whole;
-  for (int axis = 0; fits && axis < latents.shape.rank(); ++axis) {
-    const std::int64_t size = latents.shape[axis], more = condition.shape[axis];
-    fits = axis == 1 ? more > 0 : more == size;
-    whole.push_back(axis == 1 ? size + more : size);
-  }
-  if (fits) return whole;
-  return Status(
-      Code::kRequest, "input 'condition'",
-      "has shape " + condition.shape.text() + ", the latents have " + latents.shape.text(),
-      "give float32 of the same batch, frames, height and width");
+bool Request::knows(const std::string& name) {
+  const auto& known = names();
+  return std::find(known.begin(), known.end(), name) != known.end() ||
+         !latents_of_scale(name).empty();
+}
+
+bool RunRequest::is_guided() const noexcept {
+  const auto guides = [](const auto& named) {
+    return named.second.guidance_scale.value_or(1.0) > 1.0;
+  };
+  return guidance_scale > 1.0 || std::any_of(beside.begin(), beside.end(), guides);
+}
+
+double RunRequest::scale_of(const std::string& name, std::size_t expert) const noexcept {
+  const auto other = beside.find(name);
+  if (other != beside.end() && other->second.guidance_scale) return *other->second.guidance_scale;
+  return expert == 0 ? guidance_scale : guidance_scale_2.value_or(guidance_scale);
 }
 
 Status check_prompt(const Manifest& manifest, const std::string& branch, const Tensors& states) {
@@ -333,49 +280,17 @@ Status check_prompt(const Manifest& manifest, const std::string& branch, const T
 
 Status check_run(const Bundle& bundle, const RunRequest& request) {
   const Manifest& manifest = bundle.manifest();
-  const Tensor& latents = request.latents;
-  const auto entry = manifest.inputs.find("latents");
-  const auto step_inputs =
-      std::count_if(manifest.inputs.begin(), manifest.inputs.end(),
-                    [](const auto& input) { return input.second.runs == "step"; });
-  if (entry == manifest.inputs.end() || step_inputs != 1) {
-    return Status(Code::kRequest, "bundle", "takes other per-step inputs than 'latents'",
-                  "drive it with begin(), set_prompt() and step()");
-  }
-  if (!std::isfinite(request.guidance_scale) ||
-      !std::isfinite(request.guidance_scale_2.value_or(1.0))) {
-    return Status(Code::kRequest, "guidance_scale", "is not finite",
-                  "give a number, usually 1 to 8");
-  }
-  if (request.guidance_scale_2 && manifest.experts.size() < 2) {
-    return Status(Code::kRequest, "guidance_scale_2", "is given, and the bundle has one expert",
-                  "leave it out");
-  }
+  FREEWHEEL_TRY(check_guidance(manifest, request));
   const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
-  FREEWHEEL_ASSIGN([[maybe_unused]] const auto table,
-                   bundle.sampler(request.sampler, shift, request.steps));
+  for (const std::string& latents : manifest.latents()) {
+    FREEWHEEL_ASSIGN([[maybe_unused]] const auto table,
+                     bundle.sampler(request.sampler, shift, request.steps, latents));
+  }
   FREEWHEEL_ASSIGN([[maybe_unused]] const auto setting,
                    ResolvedSetting::for_all_branches(manifest, request.cache));
   FREEWHEEL_ASSIGN([[maybe_unused]] const auto loras, open_loras(bundle, request.loras));
   FREEWHEEL_TRY(check_prompts(manifest, request));
-  if (latents.data == nullptr || latents.dtype != DType::kFloat32 || latents.shape.rank() < 2) {
-    return Status(Code::kRequest, "input 'latents'", "is no float32 tensor",
-                  "give host float32 " + entry->second.text());
-  }
-  FREEWHEEL_TRY(check_shapes(manifest, entry->second, request));
-  FREEWHEEL_TRY(check_finite(latents, "input 'latents'", "give standard normal noise"));
-  return check_finite(request.condition, "input 'condition'", "encode the picture again");
-}
-
-Result<Shape> requested_shape(const Manifest& manifest, const Request& request) {
-  FREEWHEEL_ASSIGN(const ConfigEntry config, find_config(manifest, request.cache));
-  const GenerationDefaults& defaults = config.generation;
-  const std::int64_t frames = request.frames.value_or(defaults.frames);
-  const std::int64_t height = request.height.value_or(defaults.height);
-  const std::int64_t width = request.width.value_or(defaults.width);
-  FREEWHEEL_ASSIGN(const Shape shape, latent_shape(manifest, frames, height, width));
-  FREEWHEEL_TRY(check_pixels(request, frames, height, width));
-  return shape;
+  return check_latents(manifest, request);
 }
 
 Result<PreparedRun> prepare_run(Model& model, const Request& request) {
@@ -396,6 +311,9 @@ Result<PreparedRun> prepare_run(Model& model, const Request& request) {
   run.flow_shift = request.flow_shift.value_or(defaults.flow_shift);
   run.sampler = request.sampler.empty() ? defaults.sampler : request.sampler;
   run.condition = request.condition;
+  for (const auto& [name, asked] : request.beside) {
+    run.beside[name].guidance_scale = asked.guidance_scale;
+  }
   FREEWHEEL_ASSIGN(run.loras, find_loras(model.lora_folder(), request.lora));
   FREEWHEEL_ASSIGN(const TokenIds token_ids, all_token_ids(model, request, run.is_guided()));
   FREEWHEEL_TRY(settle_prompts(manifest, request, token_ids, defaults.text_tokens, run));

@@ -13,44 +13,57 @@ constexpr std::size_t kAlignment = 256;  // of every address that an engine is b
 }  // namespace
 
 Result<ResidualRing> ResidualRing::create(Memory& memory, std::int64_t slots, DType dtype,
-                                          const Shape& residual) {
+                                          const std::map<std::string, Shape>& residuals) {
   ResidualRing ring;
   ring.memory_ = &memory;
   ring.slots_ = slots;
-  ring.residual_ = residual;
-  Shape whole{slots};
-  for (std::int64_t size : residual) whole.push_back(size);
-  FREEWHEEL_ASSIGN(ring.history_, Buffer::create(memory, dtype, whole));
-  if (slots > 1 && Tensor{nullptr, dtype, residual}.bytes() % kAlignment != 0) {
-    FREEWHEEL_ASSIGN(ring.beside_, Buffer::create(memory, dtype, residual));
+  for (const auto& [name, residual] : residuals) {
+    Stream& stream = ring.streams_[name];
+    stream.residual = residual;
+    Shape whole{slots};
+    for (std::int64_t size : residual) whole.push_back(size);
+    FREEWHEEL_ASSIGN(stream.history, Buffer::create(memory, dtype, whole));
+    if (slots > 1 && Tensor{nullptr, dtype, residual}.bytes() % kAlignment != 0) {
+      FREEWHEEL_ASSIGN(stream.beside, Buffer::create(memory, dtype, residual));
+    }
   }
   FREEWHEEL_ASSIGN(ring.mix_, Buffer::create(memory, DType::kFloat32, Shape{slots}));
   ring.host_mix_.resize(static_cast<std::size_t>(slots));
   return ring;
 }
 
-Tensor ResidualRing::slot(std::int64_t index) const noexcept {
-  return beside_.empty() ? place(index) : beside_.view();
+Tensor ResidualRing::Stream::place(std::int64_t index) const noexcept {
+  Tensor view{nullptr, history.view().dtype, residual};
+  view.data = history.view().as<std::uint8_t>() + static_cast<std::size_t>(index) * view.bytes();
+  return view;
 }
 
-Tensor ResidualRing::place(std::int64_t index) const noexcept {
-  Tensor view{nullptr, history().dtype, residual_};
-  view.data = history().as<std::uint8_t>() + static_cast<std::size_t>(index) * view.bytes();
-  return view;
+bool ResidualRing::is_next_finite() const noexcept {
+  for (const auto& [name, stream] : streams_) {
+    if (!is_finite(stream.slot(next_slot()))) return false;
+  }
+  return true;
 }
 
 Status ResidualRing::push() noexcept {
   newest_ = next_slot();
   held_ = std::min(held_ + 1, slots_);
-  if (beside_.empty()) return {};
-  const Tensor target = place(newest_);
-  return memory_->copy(target.data, beside_.view().data, target.bytes());
+  for (const auto& [name, stream] : streams_) {
+    if (stream.beside.empty()) continue;
+    const Tensor target = stream.place(newest_);
+    FREEWHEEL_TRY(memory_->copy(target.data, stream.beside.view().data, target.bytes()));
+  }
+  return {};
 }
 
 Status ResidualRing::reset() noexcept {
   newest_ = -1;
   held_ = 0;
-  return memory_->zero(history().data, history().bytes());
+  for (const auto& [name, stream] : streams_) {
+    const Tensor& history = stream.history.view();
+    FREEWHEEL_TRY(memory_->zero(history.data, history.bytes()));
+  }
+  return {};
 }
 
 void ResidualRing::differences(float* factors) const noexcept {

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <random>
 #include <vector>
 
 namespace freewheel {
@@ -60,9 +59,12 @@ void guide(const float* cond, const float* uncond, float scale, float* guided,
 }
 
 void gaussian_noise(std::uint64_t seed, float* out, std::int64_t count) {
-  std::mt19937 generator(static_cast<std::uint32_t>(seed));
-  const auto uniform = [&generator] {
-    return static_cast<float>(generator() & 0xffffffu) / 16777216.0f;
+  Noise(seed).fill(out, count);
+}
+
+void Noise::fill(float* out, std::int64_t count) {
+  const auto uniform = [this] {
+    return static_cast<float>(generator_() & 0xffffffu) / 16777216.0f;
   };
   if (count < kNoiseBlock) {
     std::array<float, kNoiseBlock> block;

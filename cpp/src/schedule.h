@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 #include <vector>
 
 namespace freewheel {
@@ -16,6 +18,8 @@ inline constexpr double kTrainTimesteps = 1000.0;
 struct Schedule {
   std::vector<double> timesteps;  ///< What the model is conditioned on.
   std::vector<double> sigmas;     ///< Noise level that each step starts from.
+  /// Latents beside the first -> their timesteps, where those are others.
+  std::map<std::string, std::vector<double>> beside;
 
   std::int64_t steps() const noexcept { return static_cast<std::int64_t>(timesteps.size()); }
 

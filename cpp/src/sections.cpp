@@ -4,12 +4,11 @@
 #include <algorithm>
 #include <set>
 
+#include "streams.h"
 #include "try.h"
 
 namespace freewheel {
 namespace {
-
-constexpr char kOut[] = "_out";
 
 using Blocks = std::vector<const GraphEntry*>;
 
@@ -84,12 +83,6 @@ Status check_stream(const std::string& stream, const Blocks& blocks, const Secti
 }
 
 }  // namespace
-
-std::string stream_of(const std::string& output) {
-  const std::size_t end = sizeof kOut - 1;
-  if (output.size() <= end || output.compare(output.size() - end, end, kOut) != 0) return {};
-  return output.substr(0, output.size() - end);
-}
 
 Result<Sections> divide(const Manifest& manifest, std::int64_t first_blocks,
                         std::int64_t last_blocks) {

@@ -37,7 +37,4 @@ struct Sections {
 Result<Sections> divide(const Manifest& manifest, std::int64_t first_blocks,
                         std::int64_t last_blocks);
 
-/// The stream that a block's graph passes on, or begins, by this output, or nothing.
-std::string stream_of(const std::string& output);
-
 }  // namespace freewheel

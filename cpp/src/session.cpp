@@ -10,6 +10,7 @@
 #include "denoising.h"
 #include "expert.h"
 #include "promise.h"
+#include "streams.h"
 #include "timed.h"
 #include "try.h"
 
@@ -25,6 +26,12 @@ std::size_t expert_at(const std::vector<ExpertEntry>& experts, double timestep) 
   return experts.empty() ? 0 : experts.size() - 1;
 }
 
+/// One of the things that a run samples.
+struct Sampled {
+  std::string name;  // of its latents
+  Denoising run;
+};
+
 }  // namespace
 
 /// Everything behind the public face: hands steps to the expert that denoises there.
@@ -35,12 +42,12 @@ class Session::Impl {
   Status initialise();
   Status use_loras(const std::vector<LoraUse>& loras);
   Status run(const RunRequest& request);
-  Status begin(const std::vector<double>& timesteps, const std::vector<double>& sigmas,
-               const CacheSetting& setting);
+  Status begin(Schedule schedule, const CacheSetting& setting);
   Status set_prompt(const std::string& branch, const Tensors& states);
   Status prepare(const NamedTensor* inputs, std::size_t count);
   Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
                       std::size_t count);
+  const Tensors& outputs(std::string_view branch) const noexcept;
 
   std::shared_ptr<Model> base_;   // the bundle's own weights
   std::shared_ptr<Model> model_;  // the same, or with LoRAs merged into some
@@ -53,9 +60,10 @@ class Session::Impl {
   Status share_out(const Schedule& schedule, const CacheSetting& setting);
   std::size_t expert_of(std::int64_t step_index) const noexcept;
   std::int64_t last_step(std::string_view branch) const noexcept;
-  Status denoise(const RunRequest& request, const SamplerTable& table);
-  Status denoise_branch(const RunRequest& request, std::size_t side, const NamedTensor& input,
-                        Denoising& run);
+  Result<std::vector<SamplerTable>> tables_of(const RunRequest& request) const;
+  Status denoise(const RunRequest& request, const std::vector<SamplerTable>& tables);
+  Status denoise_branch(const RunRequest& request, std::size_t side,
+                        const std::vector<NamedTensor>& inputs, std::vector<Sampled>& sampled);
 
   std::vector<LoraUse> loras_;                    // of model_
   std::vector<std::unique_ptr<Expert>> experts_;  // none after weights could not be changed
@@ -95,16 +103,14 @@ Status Session::Impl::use_loras(const std::vector<LoraUse>& loras) {
   return merged.ok() ? std::move(status) : std::move(merged).status();
 }
 
-Status Session::Impl::begin(const std::vector<double>& timesteps, const std::vector<double>& sigmas,
-                            const CacheSetting& setting) {
+Status Session::Impl::begin(Schedule schedule, const CacheSetting& setting) {
   steps_ = 0;  // no step may run on what is half set up
   last_step_ = -1;
   began_ = Clock::now();
   if (experts_.empty()) FREEWHEEL_TRY(initialise());
-  Schedule schedule{timesteps, sigmas};
-  if (sigmas.empty()) {
-    std::transform(timesteps.begin(), timesteps.end(), std::back_inserter(schedule.sigmas),
-                   Schedule::flow_sigma);
+  if (schedule.sigmas.empty()) {
+    std::transform(schedule.timesteps.begin(), schedule.timesteps.end(),
+                   std::back_inserter(schedule.sigmas), Schedule::flow_sigma);
   }
   FREEWHEEL_TRY(start(schedule, setting));
   steps_ = statistics_.steps;
@@ -112,13 +118,25 @@ Status Session::Impl::begin(const std::vector<double>& timesteps, const std::vec
 }
 
 Status Session::Impl::start(const Schedule& schedule, const CacheSetting& setting) {
-  const auto& [timesteps, sigmas] = schedule;
+  const std::vector<double>& timesteps = schedule.timesteps;
   const auto are_finite = [](const std::vector<double>& values) {
     return std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); });
   };
-  if (sigmas.size() != timesteps.size() || !are_finite(sigmas)) {
-    return Status(Code::kRequest, "sigmas",
-                  "are [" + std::to_string(sigmas.size()) + "], expected [" +
+  std::map<std::string, const std::vector<double>*> others = {{"sigmas", &schedule.sigmas}};
+  const std::vector<std::string> sampled = manifest().latents();
+  for (const auto& [latents, values] : schedule.beside) {
+    if (latents == kLatents ||
+        std::find(sampled.begin(), sampled.end(), latents) == sampled.end()) {
+      return Status(Code::kRequest, "timesteps of '" + latents + "'",
+                    "are given, and the model samples no such latents beside the first",
+                    "leave them out");
+    }
+    others["timesteps of '" + latents + "'"] = &values;
+  }
+  for (const auto& [name, values] : others) {
+    if (values->size() == timesteps.size() && are_finite(*values)) continue;
+    return Status(Code::kRequest, name,
+                  "are [" + std::to_string(values->size()) + "], expected [" +
                       std::to_string(timesteps.size()) + "] finite values",
                   "take them from a sampler's table, or leave them out");
   }
@@ -160,6 +178,9 @@ Status Session::Impl::share_out(const Schedule& schedule, const CacheSetting& se
     current = wanted;
     shares[wanted].timesteps.push_back(timestep);
     shares[wanted].sigmas.push_back(schedule.sigmas[step]);
+    for (const auto& [latents, values] : schedule.beside) {
+      shares[wanted].beside[latents].push_back(values[step]);
+    }
   }
   std::int64_t first = 0;
   for (std::size_t index = 0; index < experts_.size(); ++index) {
@@ -229,52 +250,86 @@ Result<Tensor> Session::Impl::step(std::string_view branch, std::int64_t step_in
 
 Status Session::Impl::run(const RunRequest& request) {
   FREEWHEEL_TRY(check_run(model_->bundle(), request));
-  const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
-  FREEWHEEL_ASSIGN(const SamplerTable table,
-                   model_->bundle().sampler(request.sampler, shift, request.steps));
+  FREEWHEEL_ASSIGN(const std::vector<SamplerTable> tables, tables_of(request));
   FREEWHEEL_TRY(use_loras(request.loras));
-  FREEWHEEL_TRY(begin(table.timesteps, table.sigmas, request.cache));
+  Schedule schedule{tables.front().timesteps, tables.front().sigmas, {}};
+  const std::vector<std::string> sampled = manifest().latents();
+  for (std::size_t at = 1; at < sampled.size(); ++at) {
+    schedule.beside[sampled[at]] = tables[at].timesteps;
+  }
+  FREEWHEEL_TRY(begin(std::move(schedule), request.cache));
   statistics_.warnings = request.warnings;
   for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
     FREEWHEEL_TRY(set_prompt(kSides[side], request.prompts.at(kSides[side])));
   }
-  return denoise(request, table);
+  return denoise(request, tables);
 }
 
-Status Session::Impl::denoise(const RunRequest& request, const SamplerTable& table) {
-  FREEWHEEL_ASSIGN(Denoising run, Denoising::create(request, table, model_->memory()));
-  while (run.step_index() < table.steps()) {
-    const NamedTensor input{"latents", run.input()};
+/// The sampler's table of each of the things that the model samples.
+Result<std::vector<SamplerTable>> Session::Impl::tables_of(const RunRequest& request) const {
+  const double* shift = request.flow_shift ? &*request.flow_shift : nullptr;
+  std::vector<SamplerTable> tables;
+  for (const std::string& latents : manifest().latents()) {
+    FREEWHEEL_ASSIGN(SamplerTable table,
+                     model_->bundle().sampler(request.sampler, shift, request.steps, latents));
+    tables.push_back(std::move(table));
+  }
+  return tables;
+}
+
+Status Session::Impl::denoise(const RunRequest& request, const std::vector<SamplerTable>& tables) {
+  std::vector<Sampled> sampled;
+  for (const std::string& name : manifest().latents()) {
+    const bool is_first = sampled.empty();
+    FREEWHEEL_ASSIGN(Denoising run,
+                     Denoising::create(is_first ? request.latents : request.beside.at(name).latents,
+                                       is_first ? request.condition : Tensor{},
+                                       tables[sampled.size()], model_->memory()));
+    sampled.push_back({name, std::move(run)});
+  }
+  std::vector<NamedTensor> inputs;
+  for (const Sampled& one : sampled) inputs.push_back({one.name, {}});
+  Denoising& first = sampled.front().run;
+  while (first.step_index() < tables.front().steps()) {
+    for (std::size_t at = 0; at < sampled.size(); ++at) inputs[at].tensor = sampled[at].run.input();
     for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
-      FREEWHEEL_TRY(denoise_branch(request, side, input, run));
+      FREEWHEEL_TRY(denoise_branch(request, side, inputs, sampled));
     }
     const Timed timed(statistics_, Segment::kSampler);
-    const std::int64_t index = run.step_index();
-    const double scale = expert_of(index) == 0
-                             ? request.guidance_scale
-                             : request.guidance_scale_2.value_or(request.guidance_scale);
-    const Tensor& output = run.guided(scale);
-    // The listener sees the sample before the next may overwrite it (a window of 1 does).
-    if (request.on_step) {
+    const std::int64_t index = first.step_index();
+    const std::size_t expert = expert_of(index);
+    for (Sampled& one : sampled) {
+      const Tensor& output = one.run.guided(request.scale_of(one.name, expert));
+      if (&one != &sampled.front() || !request.on_step) continue;
+      // The listener sees the sample before the next may overwrite it (a window of 1 does).
       const auto at = static_cast<std::size_t>(index);
-      request.on_step(
-          {index, statistics_.steps, table.timesteps[at], table.sigmas[at], run.sample(), output});
+      request.on_step({index, statistics_.steps, tables[0].timesteps[at], tables[0].sigmas[at],
+                       first.sample(), output});
     }
-    run.advance();
+    for (Sampled& one : sampled) one.run.advance();
   }
-  return run.finish();
+  for (const Sampled& one : sampled) FREEWHEEL_TRY(one.run.check(one.name));
+  for (const Sampled& one : sampled) one.run.write();
+  return {};
 }
 
 /// Runs the model of one branch at the current step, and tells the listener.
 Status Session::Impl::denoise_branch(const RunRequest& request, std::size_t side,
-                                     const NamedTensor& input, Denoising& run) {
+                                     const std::vector<NamedTensor>& inputs,
+                                     std::vector<Sampled>& sampled) {
   const char* name = kSides[side];
-  const std::int64_t index = run.step_index();
-  FREEWHEEL_ASSIGN(const Tensor output, step(name, index, &input, 1));
-  FREEWHEEL_ASSIGN(const Tensor taken, run.take(side, output));
-  const bool is_copy = taken.data != output.data;  // of device memory, which `step` can't look into
-  if (is_copy && model_->checks_finite() && !is_finite(taken)) {
-    return not_finite("branch '" + std::string(name) + "', step " + std::to_string(index));
+  const std::int64_t index = sampled.front().run.step_index();
+  if (auto done = step(name, index, inputs.data(), inputs.size()); !done.ok()) {
+    return std::move(done).status();
+  }
+  const Tensors& outputs = this->outputs(name);
+  for (Sampled& one : sampled) {
+    const Tensor& output = outputs.at(one.name);
+    FREEWHEEL_ASSIGN(const Tensor taken, one.run.take(side, output));
+    const bool is_copy = taken.data != output.data;  // of device memory: `step` can't look into it
+    if (is_copy && model_->checks_finite() && !is_finite(taken)) {
+      return not_finite("branch '" + std::string(name) + "', step " + std::to_string(index));
+    }
   }
   if (!request.on_branch_step) return {};
   const BranchStatistics& done = statistics_.branches[side];
@@ -282,6 +337,14 @@ Status Session::Impl::denoise_branch(const RunRequest& request, std::size_t side
   request.on_branch_step({name, index, statistics_.steps, done.decisions[at] == Decision::kComputed,
                           done.distance[at], done.seconds[at]});
   return {};
+}
+
+const Tensors& Session::Impl::outputs(std::string_view branch) const noexcept {
+  static const Tensors kNone;
+  const std::int64_t last = last_step(branch);
+  if (last < 0) return kNone;
+  const Tensors* found = experts_[expert_of(last)]->outputs(branch);
+  return found == nullptr ? kNone : *found;
 }
 
 Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -316,14 +379,18 @@ void Session::cancel() noexcept {
 
 Status Session::use_loras(const std::vector<LoraUse>& loras) { return impl_->use_loras(loras); }
 Status Session::begin(const std::vector<double>& timesteps, const CacheSetting& setting,
-                      const std::vector<double>& sigmas) {
-  return impl_->begin(timesteps, sigmas, setting);
+                      const std::vector<double>& sigmas,
+                      const std::map<std::string, std::vector<double>>& beside) {
+  return impl_->begin({timesteps, sigmas, beside}, setting);
 }
 Status Session::set_prompt(const std::string& branch, const Tensors& states) {
   return impl_->set_prompt(branch, states);
 }
 Status Session::prepare(const NamedTensor* inputs, std::size_t count) {
   return impl_->prepare(inputs, count);
+}
+const Tensors& Session::outputs(std::string_view branch) const noexcept {
+  return impl_->outputs(branch);
 }
 Result<Tensor> Session::step(std::string_view branch, std::int64_t step_index,
                              const NamedTensor* inputs, std::size_t count) {

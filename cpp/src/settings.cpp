@@ -134,8 +134,10 @@ std::string describe(const Manifest& manifest, const std::string& backend) {
         {"dtype", dtype_name(input.dtype)}, {"shape", input.text()}, {"runs", input.runs}};
   }
   for (const SamplerEntry& sampler : manifest.samplers) {
-    found["samplers"].push_back(
-        {{"name", sampler.name}, {"flow_shift", sampler.flow_shift}, {"steps", sampler.steps}});
+    found["samplers"].push_back({{"name", sampler.name},
+                                 {"latents", sampler.latents},
+                                 {"flow_shift", sampler.flow_shift},
+                                 {"steps", sampler.steps}});
   }
   return found.dump();
 }

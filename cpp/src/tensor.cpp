@@ -306,6 +306,37 @@ bool is_finite(const Tensor& tensor) noexcept {
   }
 }
 
+namespace {
+
+/// The largest number up to which float32 has every whole one.
+constexpr float kMostWhole = 16777216.0f;
+
+bool is_whole(DType dtype) noexcept {
+  return dtype == DType::kInt64 || dtype == DType::kInt32 || dtype == DType::kBool;
+}
+
+/// Takes numbers for the whole ones that they are: indices and masks of callers who have floats.
+Status convert_to_whole(const Tensor& source, const Tensor& target) {
+  const float* from = source.as<float>();
+  const float most = target.dtype == DType::kBool ? 1.0f : kMostWhole;
+  for (std::int64_t i = 0; i < source.shape.elements(); ++i) {
+    const float value = from[i];
+    if (!(std::fabs(value) <= most) || value != std::floor(value)) {
+      return Status(Code::kRequest, "tensor",
+                    "holds " + std::to_string(value) + ", and is to be " + dtype_name(target.dtype),
+                    "give whole numbers");
+    }
+    if (target.dtype == DType::kBool) target.as<std::uint8_t>()[i] = value != 0.0f ? 1 : 0;
+    if (target.dtype == DType::kInt32)
+      target.as<std::int32_t>()[i] = static_cast<std::int32_t>(value);
+    if (target.dtype == DType::kInt64)
+      target.as<std::int64_t>()[i] = static_cast<std::int64_t>(value);
+  }
+  return {};
+}
+
+}  // namespace
+
 Status convert(const Tensor& source, const Tensor& target) {
   if (source.shape.elements() != target.shape.elements()) {
     return Status(Code::kInternal, "convert",
@@ -313,6 +344,9 @@ Status convert(const Tensor& source, const Tensor& target) {
   }
   if (source.dtype == target.dtype) {
     return host_memory().copy(target.data, source.data, source.bytes());
+  }
+  if (source.dtype == DType::kFloat32 && is_whole(target.dtype)) {
+    return convert_to_whole(source, target);
   }
   if (!is_float(source.dtype) || !is_float(target.dtype)) {
     return Status(Code::kRequest, "tensor",

@@ -12,7 +12,7 @@ namespace {
 class DenoisingTest : public ::testing::Test {
  protected:
   DenoisingTest() {
-    request_.latents = view(latents_, Shape{2, 1, 2});
+    noise_ = view(latents_, Shape{2, 1, 2});
     table_.timesteps = {1000.0, 500.0};
     table_.sigmas = {1.0, 0.5};
     table_.window = 2;
@@ -27,12 +27,12 @@ class DenoisingTest : public ::testing::Test {
   }
 
   std::vector<float> latents_ = {1.0f, 2.0f, 3.0f, 4.0f};
-  RunRequest request_;
+  Tensor noise_, condition_;
   SamplerTable table_;
 };
 
 TEST_F(DenoisingTest, AStepIsTheTablesRowOverTheNewestSamplesAndOutputs) {
-  auto run = Denoising::create(request_, table_, host_memory());
+  auto run = Denoising::create(noise_, condition_, table_, host_memory());
   ASSERT_TRUE(run.ok()) << run.status().message();
   std::vector<float> output = {1.0f, 1.0f, 0.0f, -1.0f};
   ASSERT_TRUE(run->take(0, view(output, Shape{2, 1, 2})).ok());
@@ -44,13 +44,14 @@ TEST_F(DenoisingTest, AStepIsTheTablesRowOverTheNewestSamplesAndOutputs) {
   (void)run->guided(7.0);
   run->advance();
   EXPECT_EQ(run->step_index(), 2);
-  EXPECT_EQ(latents_[0], 1.0f) << "the request's latents change at the end alone";
-  ASSERT_TRUE(run->finish().ok());
+  EXPECT_EQ(latents_[0], 1.0f) << "the latents change when they are written";
+  ASSERT_TRUE(run->check("latents").ok());
+  run->write();
   EXPECT_EQ(latents_, (std::vector<float>{5.75f, 6.5f, 3.25f, -1.0f}));
 }
 
 TEST_F(DenoisingTest, GuidanceGoesFromTheSecondSideToTheFirst) {
-  auto run = Denoising::create(request_, table_, host_memory());
+  auto run = Denoising::create(noise_, condition_, table_, host_memory());
   ASSERT_TRUE(run.ok());
   std::vector<float> cond = {1.0f, 2.0f, 3.0f, 4.0f}, uncond = {0.0f, 1.0f, 1.0f, 4.0f};
   ASSERT_TRUE(run->take(0, view(cond, Shape{2, 1, 2})).ok());
@@ -60,24 +61,26 @@ TEST_F(DenoisingTest, GuidanceGoesFromTheSecondSideToTheFirst) {
 
 TEST_F(DenoisingTest, AConditionStandsBehindTheChannelsOfEachSample) {
   std::vector<float> condition = {10.0f, 11.0f, 12.0f, 13.0f, 20.0f, 21.0f, 22.0f, 23.0f};
-  request_.condition = view(condition, Shape{2, 2, 2});
-  auto run = Denoising::create(request_, table_, host_memory());
+  condition_ = view(condition, Shape{2, 2, 2});
+  auto run = Denoising::create(noise_, condition_, table_, host_memory());
   ASSERT_TRUE(run.ok()) << run.status().message();
   EXPECT_EQ(run->input().shape, (Shape{2, 3, 2}));
   EXPECT_EQ(values(run->input()), (std::vector<float>{1.0f, 2.0f, 10.0f, 11.0f, 12.0f, 13.0f, 3.0f,
                                                       4.0f, 20.0f, 21.0f, 22.0f, 23.0f}));
-  request_.condition.shape = Shape{1, 4, 2};
-  EXPECT_FALSE(Denoising::create(request_, table_, host_memory()).ok());
+  condition_.shape = Shape{1, 4, 2};
+  EXPECT_FALSE(Denoising::create(noise_, condition_, table_, host_memory()).ok());
 }
 
 TEST_F(DenoisingTest, AResultThatIsNotFiniteLeavesTheLatents) {
-  auto run = Denoising::create(request_, table_, host_memory());
+  auto run = Denoising::create(noise_, condition_, table_, host_memory());
   ASSERT_TRUE(run.ok());
   std::vector<float> output(4, std::numeric_limits<float>::infinity());
   ASSERT_TRUE(run->take(0, view(output, Shape{2, 1, 2})).ok());
   (void)run->guided(1.0);
   run->advance();
-  EXPECT_EQ(run->finish().code(), Code::kFailed);
+  const Status status = run->check("audio_latents");
+  EXPECT_EQ(status.code(), Code::kFailed);
+  EXPECT_EQ(status.where(), "audio_latents");
   EXPECT_EQ(latents_, (std::vector<float>{1.0f, 2.0f, 3.0f, 4.0f}));
 }
 

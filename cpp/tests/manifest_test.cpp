@@ -259,21 +259,36 @@ TEST_F(ManifestTest, ThingsOfTheWrongTypeNeverCrash) {
   EXPECT_GT(tried, 500u);
 }
 
-TEST_F(ManifestTest, RefusesAModelThatSamplesSeveralThingsAtOnce) {
-  const std::string found = fault([](json& m) {
-    m["inputs"]["audio_latents"] = m["inputs"]["latents"];
-    m["inputs"]["audio_latents"]["argument"] = "audio_hidden_states";
-  });
-  expect_holds(found, "'audio_latents', 'latents' are sampled at once");
-  expect_holds(found, "attach the bundle to its diffusers pipeline");
+TEST_F(ManifestTest, WhatIsSampledBesideTheFirstHasAnOutput) {
+  expect_holds(fault([](json& m) {
+                 m["inputs"]["audio_latents"] = m["inputs"]["latents"];
+                 m["inputs"]["audio_latents"]["argument"] = "audio_hidden_states";
+               }),
+               "'graphs.finish.outputs' lack 'audio_model_output'");
+  expect_holds(fault([](json& m) { m["inputs"]["latents"]["runs"] = "prompt"; }),
+               "'inputs' lack 'latents'");
 }
 
-TEST_F(ManifestTest, RefusesAModelOfSeveralTimesteps) {
+TEST_F(ManifestTest, ACachedStreamHasItsResidualAndHistory) {
   const std::string found = fault([](json& m) {
-    m["inputs"]["next_timesteps"] = m["inputs"]["timesteps"];
-    m["inputs"]["next_timesteps"]["argument"] = "timestep_r";
+    json& outputs = m["graphs"]["reuse"]["outputs"];
+    outputs["audio_hidden_out"] = outputs["hidden_out"];
   });
-  expect_holds(found, "'next_timesteps', 'timesteps' are timesteps of one step");
+  expect_holds(found, "'graphs.head.outputs' lack 'audio_hidden'");
+  expect_holds(found, "'graphs.delta.outputs' lack 'audio_residual'");
+  expect_holds(found, "'graphs.reuse.inputs' lack 'audio_history'");
+}
+
+TEST_F(ManifestTest, ReadsWhoseEachTimestepIs) {
+  json changed = manifest_;
+  changed["inputs"]["next_timesteps"] = changed["inputs"]["timesteps"];
+  changed["inputs"]["next_timesteps"]["of"] = {"next"};
+  const auto read = Manifest::parse(changed.dump(), "manifest.json");
+  ASSERT_TRUE(read.ok()) << read.status().message();
+  EXPECT_EQ(read->inputs.at("next_timesteps").of, std::vector<std::string>{"next"});
+  EXPECT_EQ(read->inputs.at("timesteps").of, std::vector<std::string>{"latents"});
+  EXPECT_EQ(read->latents(), std::vector<std::string>{"latents"});
+  EXPECT_EQ(read->cached(), std::vector<std::string>{"hidden"});
 }
 
 }  // namespace

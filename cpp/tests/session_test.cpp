@@ -8,7 +8,6 @@
 #include <limits>
 #include <thread>
 
-#include "ring.h"
 #include "tiny_bundle.h"
 
 namespace freewheel {
@@ -731,44 +730,6 @@ TEST(Model, BackendsThatAreNotThereAreNamed) {
   ModelOptions options;
   options.backend = "nonsense";
   EXPECT_EQ(Model::load(folder.path(), options).status().code(), Code::kBackend);
-}
-
-TEST(Ring, FollowsAgesThroughSlots) {
-  auto ring = ResidualRing::create(host_memory(), 3, DType::kFloat32, Shape{1, 2, 2});
-  ASSERT_TRUE(ring.ok());
-  const float mix[] = {1.0f, 2.0f, 3.0f};
-  ASSERT_TRUE(ring->push().ok());
-  ASSERT_TRUE(ring->set_mix(mix, 3).ok());
-  const float* slots = ring->mix().as<float>();
-  EXPECT_EQ(slots[0], 1.0f);
-  EXPECT_EQ(slots[1], 0.0f);  // nothing there yet
-  for (int i = 0; i < 3; ++i) ASSERT_TRUE(ring->push().ok());
-  EXPECT_EQ(ring->next_slot(), 1);
-  ASSERT_TRUE(ring->set_mix(mix, 3).ok());
-  EXPECT_EQ(slots[0], 1.0f);
-  EXPECT_EQ(slots[2], 2.0f);
-  EXPECT_EQ(slots[1], 3.0f);
-}
-
-TEST(Ring, WritesASlotInPlaceWhereEnginesTakeItsAddress) {
-  auto ring = ResidualRing::create(host_memory(), 3, DType::kFloat32, Shape{1, 4, 16});
-  ASSERT_TRUE(ring.ok());
-  EXPECT_EQ(ring->slot(1).as<float>() - ring->history().as<float>(), 64);
-}
-
-TEST(Ring, WritesBesideWhereASlotIsNotAligned) {
-  auto ring = ResidualRing::create(host_memory(), 3, DType::kFloat32, Shape{1, 2, 2});
-  ASSERT_TRUE(ring.ok());
-  const float* history = ring->history().as<float>();
-  for (int step = 0; step < 5; ++step) {
-    const Tensor slot = ring->slot(ring->next_slot());
-    EXPECT_EQ(slot.data, ring->slot(0).data);
-    std::fill_n(slot.as<float>(), 4, static_cast<float>(step + 1));
-    ASSERT_TRUE(ring->push().ok());
-  }
-  EXPECT_EQ(history[0], 4.0f);
-  EXPECT_EQ(history[4], 5.0f);
-  EXPECT_EQ(history[8], 3.0f);
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ struct Options {
   std::string bundle, out, backend, cache, sampler, embeddings, negative, latents, condition;
   std::string token_ids, negative_token_ids, deadline, min_psnr, lora_folder;
   std::optional<std::string> prompt, negative_prompt;
-  std::vector<std::string> settings, loras;
+  std::vector<std::string> settings, loras, guidance_of;
   std::optional<std::int64_t> steps, seed, frames, height, width;
   std::optional<double> guidance, guidance_2, shift;
   int threads = 0;
@@ -147,6 +147,34 @@ Status read_named(const std::string& path, const std::string& name, std::vector<
   return {};
 }
 
+/// Reads the start noise of all that is sampled: a .npy holds that of `latents`.
+Status read_latents(const std::string& path, const freewheel::Manifest& manifest,
+                    std::vector<Loaded>& files, freewheel::Request& request) {
+  Status status = read_named(path, "latents", files, request.latents);
+  if (!status.ok() || path.empty()) return status;
+  for (const std::string& name : manifest.latents()) {
+    const auto found = files.back().tensors.find(name);
+    if (name == "latents" || found == files.back().tensors.end()) continue;
+    request.beside[name].latents = found->second;
+  }
+  return {};
+}
+
+/// Reads `--guidance-of name=scale`, as often as it was given.
+Status read_guidance(const std::vector<std::string>& given, freewheel::Request& request) {
+  for (const std::string& one : given) {
+    const std::size_t at = one.find('=');
+    char* end = nullptr;
+    const double scale = at == std::string::npos ? 0.0 : std::strtod(one.c_str() + at + 1, &end);
+    if (end == nullptr || *end != '\0' || at + 1 == one.size()) {
+      return Status(Code::kRequest, "--guidance-of " + one, "is no name=number",
+                    "give --guidance-of audio_latents=7");
+    }
+    request.beside[one.substr(0, at)].guidance_scale = scale;
+  }
+  return {};
+}
+
 /// Reads the prompts' texts, files and token ids.
 Status read_prompts(const Options& options, const freewheel::Manifest& manifest,
                     std::vector<Loaded>& files, freewheel::Request& request) {
@@ -191,17 +219,23 @@ Status read_request(const Options& options, const freewheel::Manifest& manifest,
   }
   Status status = options.seed ? request.set("seed", *options.seed) : Status();
   if (status.ok()) status = read_overrides(options, request);
-  if (status.ok()) status = read_named(options.latents, "latents", files, request.latents);
+  if (status.ok()) status = read_latents(options.latents, manifest, files, request);
+  if (status.ok()) status = read_guidance(options.guidance_of, request);
   if (status.ok()) status = read_named(options.condition, "condition", files, request.condition);
   if (status.ok()) status = read_prompts(options, manifest, files, request);
   return status;
 }
 
 /// Writes latents, or the frames that they decode to.
-Status write_result(const ResultFile& out, freewheel::Model& model, const Tensor& latents) {
-  if (out.wants_latents()) return out.write(latents);
-  auto frames = freewheel::decode_latents(model, latents);
-  return frames.ok() ? out.write(frames->view()) : std::move(frames).status();
+Status write_result(const ResultFile& out, freewheel::Model& model,
+                    const freewheel::RunRequest& run) {
+  if (!out.wants_latents()) {
+    auto frames = freewheel::decode_latents(model, run.latents);
+    return frames.ok() ? out.write({{"frames", frames->view()}}) : std::move(frames).status();
+  }
+  Tensors results = {{"latents", run.latents}};
+  for (const auto& [name, sampled] : run.beside) results[name] = sampled.latents;
+  return out.write(results);
 }
 
 void show_step(const freewheel::BranchEvent& event, bool is_terminal) {
@@ -235,6 +269,7 @@ Status run(const Options& options, nlohmann::json& report) {
   model_options.lora_folder = options.lora_folder;
   auto model = freewheel::Model::load(options.bundle, model_options);
   if (!model.ok()) return std::move(model).status();
+  if (Status status = out->check_holds((*model)->manifest().latents()); !status.ok()) return status;
   auto session = freewheel::Session::create(*model);
   if (!session.ok()) return std::move(session).status();
   outcome.backend = (*model)->backend().name();
@@ -259,7 +294,7 @@ Status run(const Options& options, nlohmann::json& report) {
   status = (*session)->run(request);
   if (!status.ok()) return status;
   outcome.seconds.denoise = lap(clock);
-  status = write_result(*out, **model, request.latents);
+  status = write_result(*out, **model, request);
   if (!status.ok()) return status;
   outcome.seconds.decode = lap(clock);
   outcome.peak_memory_bytes = peak_memory_bytes();
@@ -316,7 +351,8 @@ int main(int argc, char** argv) {
   app.add_option("--token-ids", options.token_ids,
                  "Prompt as ids, 5,17,1 (needs the text encoder)");
   app.add_option("--negative-token-ids", options.negative_token_ids, "Negative prompt as ids");
-  app.add_option("--latents", options.latents, "Start noise from a .npy or .safetensors file");
+  app.add_option("--latents", options.latents,
+                 "Start noise from a .npy file, or from a .safetensors file by name");
   app.add_option("--condition", options.condition, "Further channels of every step (from images)");
   app.add_option("--cache", options.cache, "A config or a policy of the bundle");
   app.add_option("--set", options.settings,
@@ -335,6 +371,8 @@ int main(int argc, char** argv) {
   app.add_option("--guidance", options.guidance, "Guidance scale; 1 or less runs one branch");
   app.add_option("--guidance-2", options.guidance_2,
                  "Guidance scale of the second expert, where the bundle has two");
+  app.add_option("--guidance-of", options.guidance_of,
+                 "name=scale: of latents that are sampled beside the first, audio_latents=7");
   app.add_option("--sampler", options.sampler,
                  "unipc, euler, dpmpp_2m, distilled or a list of the bundle's");
   app.add_option("--shift", options.shift, "Flow shift, one that the bundle has tables for");

@@ -24,6 +24,7 @@ using freewheel::Code;
 using freewheel::Result;
 using freewheel::Status;
 using freewheel::Tensor;
+using freewheel::Tensors;
 
 Status write_pictures(const std::string& folder, const Tensor& pixels) {
   std::error_code fault;
@@ -161,7 +162,16 @@ Status ResultFile::check() const {
   return {};
 }
 
-Status ResultFile::write(const Tensor& result) const {
+Status ResultFile::check_holds(const std::vector<std::string>& sampled) const {
+  if (sampled.size() < 2 || kind_ == Kind::kSafetensors) return {};
+  std::string listed;
+  for (const std::string& name : sampled) listed += (listed.empty() ? "" : ", ") + name;
+  return Status(Code::kRequest, "--out '" + path_ + "'",
+                "holds one thing, and the bundle samples " + listed + " at once",
+                "name a .safetensors file, which holds all of them");
+}
+
+Status ResultFile::write(const Tensors& result) const {
   const fs::path target = path_;
   const fs::path partial = target.parent_path() / ("." + target.filename().string() + "." +
                                                    std::to_string(::getpid()) + ".partial");
@@ -176,12 +186,13 @@ Status ResultFile::write(const Tensor& result) const {
   return Status(Code::kOutput, path_, what, "free some space, or name another --out");
 }
 
-Status ResultFile::write_to(const std::string& place, const Tensor& result) const {
+Status ResultFile::write_to(const std::string& place, const Tensors& results) const {
+  const Tensor& result = results.begin()->second;
   switch (kind_) {
     case Kind::kNpy:
       return freewheel::write_npy(place, result);
     case Kind::kSafetensors:
-      return freewheel::write_safetensors(place, {{"latents", result}});
+      return freewheel::write_safetensors(place, results);
     case Kind::kRgb:
       return freewheel::write_bytes(place, result.data, result.bytes());
     case Kind::kVideo:

@@ -4,6 +4,7 @@
 /// Where a run's result goes: checked before the run, written whole or not at all.
 
 #include <string>
+#include <vector>
 
 #include "freewheel/status.h"
 #include "freewheel/tensor.h"
@@ -21,8 +22,12 @@ class ResultFile {
 
   bool wants_latents() const noexcept { return kind_ == Kind::kNpy || kind_ == Kind::kSafetensors; }
 
-  /// Writes what `wants_latents` says: latents, or frames as uint8 [1, frames, height, width, 3].
-  freewheel::Status write(const freewheel::Tensor& result) const;
+  /// Refuses a file that holds less than all that a run samples.
+  freewheel::Status check_holds(const std::vector<std::string>& sampled) const;
+
+  /// Writes what `wants_latents` says: latents by name, or frames as uint8
+  /// [1, frames, height, width, 3].
+  freewheel::Status write(const freewheel::Tensors& result) const;
 
  private:
   enum class Kind { kNpy, kSafetensors, kRgb, kVideo, kFolder };
@@ -30,7 +35,7 @@ class ResultFile {
   ResultFile(std::string path, Kind kind, int fps)
       : path_(std::move(path)), kind_(kind), fps_(fps) {}
   freewheel::Status check() const;
-  freewheel::Status write_to(const std::string& place, const freewheel::Tensor& result) const;
+  freewheel::Status write_to(const std::string& place, const freewheel::Tensors& result) const;
 
   std::string path_;
   Kind kind_;

@@ -131,7 +131,11 @@ Result<Instance::Outputs> Instance::outputs_of(const Job& job) {
     FREEWHEEL_ASSIGN(outputs.frames, decode_latents(*model_.model, job.prepared.run.latents));
     outputs.tensors[kFrames] = without_batch(outputs.frames.view());
   }
-  if (job.wants_latents) outputs.tensors[kLatents] = without_batch(job.prepared.run.latents);
+  const RunRequest& run = job.prepared.run;
+  for (const std::string& name : job.wanted_latents) {
+    const bool is_first = name == kLatents;
+    outputs.tensors[name] = without_batch(is_first ? run.latents : run.beside.at(name).latents);
+  }
   return outputs;
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "freewheel/codec.h"
 #include "try.h"
@@ -17,6 +18,15 @@ Tensor with_batch(Tensor tensor) {
   return tensor;
 }
 
+/// A prompt's input as the bundle takes it: what is the same for a batch has no such axis.
+Tensor with_batch_of(const Io& declared, const Tensor& tensor) {
+  const Io::Dim none = std::string();
+  const Io::Dim& first = declared.shape.empty() ? none : declared.shape.front();
+  return first == Io::Dim(std::string("batch")) || first == Io::Dim(std::int64_t{1})
+             ? with_batch(tensor)
+             : tensor;
+}
+
 const Tensor* find(const Tensors& tensors, const std::string& name) {
   const auto found = tensors.find(name);
   return found == tensors.end() ? nullptr : &found->second;
@@ -29,6 +39,7 @@ Status check_names(const Manifest& manifest, const Tensors& tensors, const Texts
   std::vector<std::string> known = {kSeed, kLatents, kCondition};
   if (can_encode(manifest)) known.insert(known.end(), {kTokenIds, kNegativeTokenIds});
   for (const auto& [name, entry] : manifest.inputs) {
+    if (entry.runs == "step" && name != kLatents) known.push_back(name);
     if (entry.runs != "prompt") continue;
     known.push_back(name);
     known.push_back(kNegative + name);
@@ -54,7 +65,7 @@ void take_prompt(const Manifest& manifest, const std::string& branch, const Tens
   for (const auto& [name, entry] : manifest.inputs) {
     if (entry.runs != "prompt") continue;
     const Tensor* given = find(tensors, (is_negative ? kNegative : "") + name);
-    if (given != nullptr) request.prompts[branch][name] = with_batch(*given);
+    if (given != nullptr) request.prompts[branch][name] = with_batch_of(entry, *given);
   }
   const Tensor* ids = find(tensors, is_negative ? kNegativeTokenIds : kTokenIds);
   if (ids == nullptr) return;
@@ -84,19 +95,21 @@ Status take_seed(const Tensor& given, Request& request) {
 Status settle_outputs(const Manifest& manifest, const RequestOptions& options,
                       const std::set<std::string>& asked, Job& job) {
   const bool has_decoder = can_decode(manifest);
+  const std::vector<std::string> sampled = manifest.latents();
   for (const std::string& name : options.outputs) {
-    const bool is_known = name == kLatents || name == kProgress || (name == kFrames && has_decoder);
-    if (!is_known) {
-      return Status(Code::kRequest, "parameter 'outputs'", "names '" + name + "'",
-                    has_decoder ? "name progress, latents or frames"
-                                : "name progress or latents; frames need a bundle that was built "
-                                  "with --with-vae");
-    }
+    const bool is_sampled = std::find(sampled.begin(), sampled.end(), name) != sampled.end();
+    if (is_sampled || name == kProgress || (name == kFrames && has_decoder)) continue;
+    std::string known = kProgress;
+    for (const std::string& latents : sampled) known += ", " + latents;
+    return Status(
+        Code::kRequest, "parameter 'outputs'", "names '" + name + "'",
+        "name of " + known +
+            (has_decoder ? ", frames" : "; frames need a bundle that was built with --with-vae"));
   }
-  const auto wants = [&](const char* name) {
+  const auto wants = [&](const std::string& name) {
     return asked.count(name) != 0 && (options.outputs.empty() || options.outputs.count(name) != 0);
   };
-  job.wants_latents = wants(kLatents);
+  std::copy_if(sampled.begin(), sampled.end(), std::back_inserter(job.wanted_latents), wants);
   job.wants_frames = has_decoder && wants(kFrames);
   job.wants_preview = options.preview;
   return {};
@@ -124,6 +137,10 @@ Result<Job> make_job(Model& model, const ServedOptions& served, const RequestOpt
   request.decodes = can_decode(manifest) && (job.wants_frames || job.wants_preview);
   if (const Tensor* seed = find(tensors, kSeed)) FREEWHEEL_TRY(take_seed(*seed, request));
   if (const Tensor* latents = find(tensors, kLatents)) request.latents = with_batch(*latents);
+  for (const std::string& name : model.manifest().latents()) {
+    const Tensor* given_noise = name == kLatents ? nullptr : find(tensors, name);
+    if (given_noise != nullptr) request.beside[name].latents = with_batch(*given_noise);
+  }
   if (const Tensor* condition = find(tensors, kCondition)) {
     request.condition = with_batch(*condition);
   }

@@ -7,6 +7,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "freewheel/model.h"
 #include "freewheel/session.h"
@@ -26,7 +27,8 @@ inline constexpr char kNegative[] = "negative_";
 struct Job {
   PreparedRun prepared;
   std::int64_t stream = 0;
-  bool wants_latents = false, wants_frames = false, wants_preview = false;
+  std::vector<std::string> wanted_latents;
+  bool wants_frames = false, wants_preview = false;
 };
 
 /// Makes the run that a request asks for, as `prepare_run` does.

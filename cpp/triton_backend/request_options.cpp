@@ -57,8 +57,7 @@ Status take(const std::string& name, const Value& value, RequestOptions& options
     return {};
   }
   Request& request = options.request;
-  const auto& names = Request::names();
-  if (std::find(names.begin(), names.end(), name) != names.end()) return request.set(name, value);
+  if (Request::knows(name)) return request.set(name, value);
   const bool has_prefix = starts_with(name, kPolicyPrefix);
   request.overrides.emplace_back(has_prefix ? name.substr(sizeof kPolicyPrefix - 1) : name, value);
   return {};

@@ -16,11 +16,14 @@ def test_what_belongs_together_begins_alike() -> None:
 
 
 def test_several_things_are_refused_where_one_is_handled() -> None:
-    check_samples_one(["latents"], "bundle 'x'", "a server answers with one")
+    check_samples_one(["latents"], "bundle 'x'", "ranks trade one output a branch")
     with pytest.raises(RequestError) as caught:
-        check_samples_one(["latents", "audio_latents"], "bundle 'x'", "a server answers with one")
+        check_samples_one(
+            ["latents", "audio_latents"], "bundle 'x'", "ranks trade one output a branch"
+        )
     assert caught.value.where == "bundle 'x'"
     assert (
-        caught.value.what == "samples latents, audio_latents at once, and a server answers with one"
+        caught.value.what
+        == "samples latents, audio_latents at once, and ranks trade one output a branch"
     )
     assert "attach the bundle to its diffusers pipeline" in caught.value.hint

@@ -203,7 +203,8 @@ class Doors:
         if lora:
             model = LoadedModel(self.bundle, "openvino")
             loop.sessions = [Session(model.with_weights(merged(self.bundle, self.loras, lora)))]
-        return loop.in_python(entry.cache)
+        samples, branches = loop.in_python(entry.cache)
+        return samples["latents"], branches
 
     def _in_c(
         self, cache: str | None, overrides: Mapping[str, str], lora: str

@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.sampler_table import SamplerTable
@@ -47,6 +48,8 @@ class Loop:
         prompts: Branch → per-prompt inputs; `uncond` runs where the guidance is above 1.
         steps, shift, sampler: Which of the bundle's tables.
         guidance: Scale, and of the second expert where there is one.
+        beside: Latents beside the first → their start noise.
+        guidance_of: Latents beside the first → their scale, where that is another.
     """
 
     bundle: Bundle
@@ -57,32 +60,41 @@ class Loop:
     sampler: str = "euler"
     guidance: tuple[float, ...] = (1.0,)
     sessions: list[Session] = field(default_factory=list)
+    beside: Mapping[str, Array] = field(default_factory=dict)
+    guidance_of: Mapping[str, float] = field(default_factory=dict)
 
-    def table(self) -> SamplerTable:
+    def table(self, latents: str = "latents") -> SamplerTable:
+        named = [s for s in self.bundle.manifest.samplers if s.name == self.sampler]
         entry = next(
             s
-            for s in self.bundle.manifest.samplers
-            if s.name == self.sampler and s.flow_shift == self.shift
+            for s in (*(s for s in named if s.latents == latents != "latents"), *named)
+            if s.latents != "latents" or s.flow_shift == self.shift
         )
         return SamplerTable.of(load_file(self.bundle.path(entry.file))[str(self.steps)])
 
-    def in_python(self, setting: CacheSetting) -> tuple[Array, dict[str, Any]]:
-        """Return the last sample and per branch what the statistics say, over all experts."""
+    def in_python(self, setting: CacheSetting) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Return the last samples and per branch what the statistics say, over all experts."""
         if not self.sessions:
             experts = range(max(1, len(self.bundle.manifest.experts)))
             self.sessions = [
                 Session(LoadedModel(self.bundle, "openvino", expert=e)) for e in experts
             ]
         table = self.table()
+        tables = {n: self.table(n) for n in self.beside}
         timesteps = torch.from_numpy(table.timesteps.astype(np.float32))
-        samples, outputs = [torch.from_numpy(self.latents)], []
+        beside = {n: torch.from_numpy(t.timesteps.astype(np.float32)) for n, t in tables.items()}
+        tables["latents"] = table
+        noise = {"latents": self.latents, **self.beside}
+        samples = {n: [torch.from_numpy(start)] for n, start in noise.items()}
+        outputs: dict[str, list[Tensor]] = {n: [] for n in noise}
         branches: dict[str, dict[str, list[Any]]] = {}
         for index, session in enumerate(self.sessions):
             mine = session.model.serves(timesteps)
             if not bool(mine.any()):
                 continue
             sigmas = torch.from_numpy(table.sigmas.astype(np.float32))
-            session.begin(timesteps[mine], setting, sigmas=sigmas[mine])
+            shares = {n: values[mine] for n, values in beside.items()}
+            session.begin(timesteps[mine], setting, sigmas=sigmas[mine], beside=shares)
             first, scale = (
                 int(mine.long().argmax()),
                 self.guidance[min(index, len(self.guidance) - 1)],
@@ -91,23 +103,29 @@ class Loop:
                 given = {n: torch.from_numpy(t) for n, t in states.items()}
                 session.set_prompt(branch, given)
             for step in range(int(mine.sum())):
-                given = {"latents": samples[-1]}
-                found = {b: session.step(b, step, given).clone() for b in self.prompts}
-                output = found["cond"]
-                if "uncond" in found:
-                    output = found["uncond"] + scale * (found["cond"] - found["uncond"])
-                outputs.append(output)
-                samples.append(table.advance(first + step, samples, outputs))
+                given = {n: known[-1] for n, known in samples.items()}
+                found = {}
+                for branch in self.prompts:
+                    session.step(branch, step, given)
+                    found[branch] = {n: t.clone() for n, t in session.outputs(branch).items()}
+                for name, output in found["cond"].items():
+                    if "uncond" in found:
+                        other = found["uncond"][name]
+                        output = other + self.guidance_of.get(name, scale) * (output - other)
+                    outputs[name].append(output)
+                    table = tables[name]
+                    after = table.advance(first + step, samples[name], outputs[name])
+                    samples[name].append(after)
             for branch, own in session.statistics.as_dict()["branches"].items():
                 known = branches.setdefault(branch, {n: [] for n in COMPARED})
                 for name in COMPARED:
                     known[name] += own[name]
-        return samples[-1].numpy(), branches
+        return {n: known[-1].numpy() for n, known in samples.items()}, branches
 
     def in_cpp(
         self, build: Path, setting: CacheSetting, folder: Path, config: str | None = None,
         *, tool: str = "freewheel-run", options: Iterable[str] = ("--backend", "openvino"),
-    ) -> tuple[Array, dict[str, Any]]:  # fmt: skip
+    ) -> tuple[dict[str, Array], dict[str, Any]]:  # fmt: skip
         """Run freewheel-run; return its latents and what it prints with --json.
 
         Args:
@@ -120,23 +138,30 @@ class Loop:
         """
         named = {f"{b}.{n}": t for b, states in self.prompts.items() for n, t in states.items()}
         save_file(named, folder / "prompts.safetensors")
-        np.save(folder / "latents.npy", self.latents)
+        save_file({"latents": self.latents, **self.beside}, folder / "latents.safetensors")
         overrides = {} if config else overrides_of(setting)
         out = folder / "out.safetensors"
         command = [
             build / tool, self.bundle.folder, "--out", out, "--cache", config or setting.policy,
-            "--embeddings", folder / "prompts.safetensors", "--latents", folder / "latents.npy",
+            "--embeddings", folder / "prompts.safetensors", "--latents", folder / "latents.safetensors",
             "--steps", self.steps, "--guidance", self.guidance[0], "--shift", self.shift,
             "--sampler", self.sampler, "--threads", torch.get_num_threads(),
             *options, "--json", "--quiet",
             *(p for scale in self.guidance[1:] for p in ("--guidance-2", scale)),
+            *(p for n, scale in self.guidance_of.items() for p in ("--guidance-of", f"{n}={scale}")),
             *(p for n, v in overrides.items() for p in ("--set", f"{n}={json.dumps(v)}")),
         ]  # fmt: skip
         done = subprocess.run(
             [str(c) for c in command], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return load_file(out)["latents"], json.loads(done.stdout)
+        return load_file(out), json.loads(done.stdout)
+
+
+def are_equal(found: Mapping[str, Array], expected: Mapping[str, Array]) -> bool:
+    """Tell whether two runs sampled the same, bit for bit."""
+    alike = (np.array_equal(found[name], wanted) for name, wanted in expected.items())
+    return found.keys() == expected.keys() and all(alike)
 
 
 def overrides_of(setting: CacheSetting) -> dict[str, Any]:
@@ -151,12 +176,12 @@ def overrides_of(setting: CacheSetting) -> dict[str, Any]:
 def check_equal(
     loop: Loop, build: Path, setting: CacheSetting, folder: Path, config: str | None = None
 ) -> dict[str, Any]:
-    """Hold C++ to Python: equal decisions, distances, mixes and latents; return C++'s report."""
+    """Hold C++ to Python: equal decisions, distances, mixes and samples; return C++'s report."""
     expected, branches = loop.in_python(setting)
     found, report = loop.in_cpp(build, setting, folder, config)
     assert report["branches"].keys() == branches.keys()
     for branch, python in branches.items():
         for what in COMPARED:
             assert report["branches"][branch][what] == python[what], (branch, what)
-    assert np.array_equal(found, expected)
+    assert are_equal(found, expected)
     return report

@@ -18,7 +18,7 @@ import test_ltx as ltx
 import test_wan_experts as wan
 import torch
 from cases import case
-from loop import Loop, check_equal, crossed
+from loop import Loop, are_equal, check_equal, crossed
 from test_bundles import inputs_at
 
 from freewheel.bundle.reader import Bundle
@@ -93,7 +93,7 @@ def check_offload(loop: Loop, build: Path, folder: Path) -> None:
     expected, _ = loop.in_cpp(build, BY_CONTENT, folder)
     options = ("--backend", "openvino", "--offload")
     found, _ = loop.in_cpp(build, BY_CONTENT, folder, options=options)
-    assert np.array_equal(found, expected)
+    assert are_equal(found, expected)
 
 
 def test_offloaded_weights_give_the_same(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_an_expert_alone_is_what_a_bundle_of_it_is(
         assert report["steps"] == experts.steps
         found.append(latents)
     both, _ = experts.in_cpp(cpp_build, CacheSetting(), tmp_path)
-    assert not np.array_equal(found[0], found[1])
-    assert not np.array_equal(both, found[0])
-    assert not np.array_equal(both, found[1])
+    assert not are_equal(found[0], found[1])
+    assert not are_equal(both, found[0])
+    assert not are_equal(both, found[1])

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graft import LARGEST
-from loop import Loop
+from loop import Loop, are_equal
 from real_bindings import NEWEST
 from safetensors.numpy import save_file
 from stand_in import plan_of
@@ -113,7 +113,7 @@ def test_runs_equal_openvino_bit_for_bit(
     for branch, known in told["branches"].items():
         assert report["branches"][branch]["computed"] == known["computed"]
         assert report["branches"][branch]["mix"] == known["mix"]
-    assert np.array_equal(found, expected)
+    assert are_equal(found, expected)
 
 
 def test_weights_are_offloaded_on_a_cpu_as_well(
@@ -122,7 +122,7 @@ def test_weights_are_offloaded_on_a_cpu_as_well(
     expected, _ = loop.in_cpp(cpp_build, SETTINGS["adacache"], tmp_path)
     options = ("--backend", "openvino", "--offload")
     found, _ = loop.in_cpp(cpp_build, SETTINGS["adacache"], tmp_path, options=options)
-    assert np.array_equal(found, expected)
+    assert are_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import case
-from loop import Loop, check_equal
+from loop import Loop, are_equal, check_equal
 from safetensors.torch import save_file
 from test_bundles import inputs_at
 
@@ -56,7 +56,7 @@ def test_parts_of_fused_weights_are_read_where_they_lie(
     loops = [Loop(b, inputs["latents"].numpy(), {"cond": prompt}, 3, 1.0) for b in (bundle, plain)]
     check_equal(loops[0], cpp_build, CacheSetting(), tmp_path)
     (ours, _), (expected, _) = (loop.in_python(CacheSetting()) for loop in loops)
-    assert np.array_equal(ours, expected)
+    assert are_equal(ours, expected)
 
 
 def test_weights_in_float8_are_read_as_they_lie(
@@ -70,4 +70,4 @@ def test_weights_in_float8_are_read_as_they_lie(
     expected, _ = loop.in_python(CacheSetting())
     options = ("--backend", "openvino", "--offload")
     found, _ = loop.in_cpp(cpp_build, CacheSetting(), tmp_path, options=options)
-    assert np.array_equal(found, expected)
+    assert are_equal(found, expected)

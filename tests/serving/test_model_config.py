@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from freewheel.bundle.manifest import InputEntry, IoEntry
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
 from freewheel.serving.model_config import ServedModel, config_text, served_backend
@@ -53,3 +54,23 @@ def test_the_backend_is_one_that_c_plus_plus_runs(tiny_bundle: Bundle) -> None:
     )
     with pytest.raises(RequestError, match="build it with --backend openvino"):
         served_backend(slow, None)
+
+
+def test_what_is_sampled_beside_the_first_goes_in_and_out_by_its_name(tiny_bundle: Bundle) -> None:
+    manifest = tiny_bundle.manifest
+    sound = IoEntry(dtype="float32", shape=["batch", "audio_tokens", 8])
+    declared = InputEntry(**sound.model_dump(), argument="audio_hidden_states", runs="step")
+    times = InputEntry(dtype="float32", shape=["frames"], argument="num_frames", runs="prompt")
+    finish = manifest.graphs["finish"]
+    outputs = {**finish.outputs, "audio_model_output": sound}
+    both = manifest.model_copy(
+        update={
+            "inputs": {**manifest.inputs, "audio_latents": declared, "frame_times": times},
+            "graphs": {**manifest.graphs, "finish": finish.model_copy(update={"outputs": outputs})},
+        }
+    )
+    text = config_text(both, ServedModel("ltx", "openvino", 1, 1))
+    assert tensors(text, "input")["frame_times"] == ("FP32", "[-1]"), "the same for a batch"
+    for kind in ("input", "output"):
+        assert tensors(text, kind)["audio_latents"] == ("FP32", "[-1, 8]")
+        assert tensors(text, kind)["latents"] == ("FP32", "[4, -1, -1, -1]")

@@ -64,8 +64,9 @@ class Bundle {
   /// Reads a sampler's table.
   /// @param name Sampler, or empty for the pipeline's own.
   /// @param flow_shift Shift of the noise levels, or null for the default config's.
+  /// @param latents Whose: those beside the first that have a schedule of their own have its shift.
   Result<SamplerTable> sampler(const std::string& name, const double* flow_shift,
-                               std::int64_t steps) const;
+                               std::int64_t steps, const std::string& latents = "latents") const;
 
  private:
   explicit Bundle(std::string folder) : folder_(std::move(folder)) {}

@@ -115,7 +115,8 @@ const char* freewheel_session_last_error(const freewheel_session* session) FREEW
 /* Stops the run in progress, if any, before its next engine call. From any thread. */
 void freewheel_session_cancel(freewheel_session* session) FREEWHEEL_NOEXCEPT;
 
-/* One per-prompt input of one branch: host float32, contiguous. */
+/* One per-prompt input of one branch: host float32, contiguous; whole numbers where the bundle
+ * takes integers, 0 and 1 where it takes truth values. */
 typedef struct freewheel_prompt {
   const char* branch; /* "cond" or "uncond" */
   const char* input;  /* "text_states", ... */
@@ -123,6 +124,15 @@ typedef struct freewheel_prompt {
   const int64_t* shape;
   int32_t rank;
 } freewheel_prompt;
+
+/* Latents that a model samples beside the first, as the sound of a video. */
+typedef struct freewheel_beside {
+  const char* name; /* "audio_latents" */
+  float* latents;   /* noise in, result out, as `latents` of `freewheel_run_options` */
+  const int64_t* shape;
+  int32_t rank;
+  double guidance_scale; /* 0 takes that of the first */
+} freewheel_beside;
 
 /* An override of the cache setting: a parameter of the policy, "first_exact", "last_exact",
  * "max_consecutive", "max_reused", "exact_steps", "signal", "deadline" (seconds that the denoise
@@ -180,6 +190,9 @@ typedef struct freewheel_run_options {
   /* LoRAs of `lora_folder` that `freewheel lora` wrote, as "name:0.8,other"; NULL is none. The
    * session keeps the weights that they change until a run with others, or with none. */
   const char* lora;
+  /* Every other step input that `freewheel_model_describe` lists beside "latents". */
+  const freewheel_beside* beside;
+  int32_t beside_count;
 } freewheel_run_options;
 
 /* Runs the whole denoise loop. The latents are left as they were where it fails. */

@@ -81,6 +81,7 @@ struct ExpertEntry {
 
 struct InputEntry : Io {
   std::string argument, runs;
+  std::vector<std::string> of;  ///< Of a timestep: whose it is; of a vector of them: whose each is.
 };
 
 struct SignalEntry {
@@ -119,6 +120,7 @@ struct EngineSet {
 
 struct SamplerEntry {
   std::string name, scheduler, file;
+  std::string latents;  ///< Whose it is, where some beside the first have schedules of their own.
   double flow_shift = 1.0;
   std::int64_t window = 1;
   std::vector<std::int64_t> steps;
@@ -166,6 +168,12 @@ struct Manifest {
   std::vector<EngineSet> engines;
   std::vector<SamplerEntry> samplers;
   std::map<std::string, FileEntry> files;
+
+  /// What the model samples: its inputs that change at every step, `latents` first.
+  std::vector<std::string> latents() const;
+
+  /// The streams whose residuals are kept, `hidden` first.
+  std::vector<std::string> cached() const;
 
   /// A table's row as graphs read it; null where policies alone look at the table.
   const Io* row_of(const std::string& table) const;

@@ -5,6 +5,7 @@
 /// what one may say, its limits and its errors stand here alone.
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -28,6 +29,13 @@ class Model;
 /// Branches by side: guidance goes from the second to the first.
 inline constexpr const char* kSides[] = {"cond", "uncond"};
 
+/// One of the things that a model samples beside `latents`, as the sound of a video.
+struct Beside {
+  /// As `Request::latents` and `RunRequest::latents`.
+  Tensor latents;
+  std::optional<double> guidance_scale;  ///< Nothing takes that of `latents`.
+};
+
 /// A request as it was made. What is not said is the config's.
 struct Request {
   std::string cache;    ///< A config or policy of the bundle; empty takes the default config.
@@ -45,6 +53,9 @@ struct Request {
   /// the seed in that shape. Neither: noise of the seed, of the size.
   Tensor latents;
   Tensor condition;  ///< As in `RunRequest`.
+  /// Name of latents beside the first -> what is asked of them. Where noise is drawn and no shape
+  /// given, the sizes of latents and prompts tell it.
+  std::map<std::string, Beside> beside;
   /// Branch → per-prompt inputs, host, any float dtype. Where `uncond` has none that is no text (a
   /// picture), it has that of `cond`.
   std::map<std::string, Tensors> prompts;
@@ -57,13 +68,16 @@ struct Request {
   /// Frames · height · width that may be asked for.
   std::int64_t max_pixels = std::numeric_limits<std::int64_t>::max();
 
-  /// Sets the field that goes by one of `names`. Text may spell numbers; a value of another kind is
-  /// refused.
+  /// Sets the field that goes by one of `names`, or the guidance scale of latents beside the first
+  /// ("audio_guidance_scale"). Text may spell numbers; a value of another kind is refused.
   Status set(const std::string& name, const Value& value);
 
   /// "policy" (the field `cache`), "sampler", "lora", "steps", "seed", "frames", "height", "width",
   /// "guidance_scale", "guidance_scale_2", "flow_shift", "force".
   static const std::vector<std::string>& names();
+
+  /// Whether `set` takes a name.
+  static bool knows(const std::string& name);
 };
 
 /// One step of one branch, as it ends.
@@ -90,11 +104,13 @@ struct RunRequest {
   Tensor latents;
   /// Further channels that are appended to the latents at every step (image-to-video); else empty.
   Tensor condition;
+  /// The other latents that the model samples, by name.
+  std::map<std::string, Beside> beside;
   /// Branch (`cond`, and with guidance `uncond`) → per-prompt inputs, host tensors of any float
   /// dtype.
   std::map<std::string, Tensors> prompts;
   std::int64_t steps = 0;
-  double guidance_scale = 1.0;  ///< 1 or less runs `cond` alone.
+  double guidance_scale = 1.0;  ///< Where all scales are 1 or less, `cond` alone runs.
   /// Of bundles with two experts: the scale from the second expert's first step on; else the same.
   std::optional<double> guidance_scale_2;
   std::string sampler;               ///< Empty takes the pipeline's own.
@@ -108,11 +124,15 @@ struct RunRequest {
   /// Asks the run to stop, if given; checked between engine calls. `Session::cancel` does as well.
   const std::atomic<bool>* cancelled = nullptr;
 
-  bool is_guided() const noexcept { return guidance_scale > 1.0; }
+  bool is_guided() const noexcept;
 
-  /// The shape that the model is given: of latents and condition together.
-  Result<Shape> input_shape() const;
+  /// The guidance scale of some latents at a step of an expert.
+  double scale_of(const std::string& name, std::size_t expert) const noexcept;
 };
+
+/// The shape that the model is given: of latents and a condition behind their channels, if there is
+/// one.
+Result<Shape> joined_shape(const Tensor& latents, const Tensor& condition);
 
 /// Checks everything about a run that is known before it: latents, condition, guidance, sampler,
 /// cache setting, and each branch's prompt (whose tensors may still be null: states that are yet to

@@ -4,6 +4,7 @@
 /// Samplers as tables of factors, guidance, and the noise a run starts from.
 
 #include <cstdint>
+#include <random>
 
 #include "freewheel/bundle.h"
 
@@ -19,8 +20,18 @@ void advance(const SamplerTable& table, std::int64_t step_index, const float* co
 void guide(const float* cond, const float* uncond, float scale, float* guided,
            std::int64_t count) noexcept;
 
-/// Fills with standard normal noise: what PyTorch's CPU generator draws for this seed, up to the
-/// rounding of its vectorised logarithm (1e-6), where `count` is at least 16.
+/// Standard normal noise of one seed, tensor after tensor: what PyTorch's CPU generator draws, up
+/// to the rounding of its vectorised logarithm (1e-6), where each tensor has at least 16 values.
+class Noise {
+ public:
+  explicit Noise(std::uint64_t seed) : generator_(static_cast<std::uint32_t>(seed)) {}
+  void fill(float* out, std::int64_t count);
+
+ private:
+  std::mt19937 generator_;
+};
+
+/// Fills with the first values of a seed's noise.
 void gaussian_noise(std::uint64_t seed, float* out, std::int64_t count);
 
 }  // namespace freewheel

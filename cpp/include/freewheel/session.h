@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -51,8 +52,10 @@ class Session {
   /// Starts a run: forgets all state, computes what depends on timesteps alone.
   /// @param sigmas Noise level that each step starts from, as a sampler's table has them; empty
   /// takes a flow model's, timestep / 1000.
+  /// @param beside Latents beside the first -> their timesteps, where those are others.
   Status begin(const std::vector<double>& timesteps, const CacheSetting& setting,
-               const std::vector<double>& sigmas = {});
+               const std::vector<double>& sigmas = {},
+               const std::map<std::string, std::vector<double>>& beside = {});
 
   /// Gives a branch its prompt (host tensors); its context is computed unless the prompt is the
   /// same as before.
@@ -64,10 +67,14 @@ class Session {
   /// Runs one step of one branch. A branch may leave steps out, as guidance intervals do: it
   /// computes on its return, and caches from there. After a step that failed, `begin` comes next.
   /// @param inputs Per-step inputs in host memory, of the declared dtypes.
-  /// @return The model output, in the backend's memory: a buffer that the branch's next step
-  ///   overwrites.
+  /// @return The model output for `latents`, in the backend's memory: a buffer that the branch's
+  ///   next step overwrites. `outputs` has those for others.
   Result<Tensor> step(std::string_view branch, std::int64_t step_index, const NamedTensor* inputs,
                       std::size_t count);
+
+  /// What the branch's last step gave: latents → model output; empty before its first. They are
+  /// buffers that its next step overwrites.
+  const Tensors& outputs(std::string_view branch) const noexcept;
 
  private:
   class Impl;

@@ -59,7 +59,7 @@ TEST_F(JobTest, SizesAndSeedMakeTheNoise) {
             noise);
   EXPECT_EQ(job->prepared.seed, 9);
   EXPECT_EQ(job->prepared.run.prompts.size(), 2u);
-  EXPECT_TRUE(job->wants_latents);
+  EXPECT_EQ(job->wanted_latents, std::vector<std::string>{"latents"});
   EXPECT_FALSE(job->wants_frames);  // no decoder
 }
 

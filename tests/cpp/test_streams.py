@@ -1,0 +1,92 @@
+"""C++ runs models that sample several things at once, or are given several timesteps, as Python does.
+
+LTX-2 makes a video and its sound, MiniMax-H3 does so over two schedules, AnyFlow is told the next
+step's timestep beside its own. Models are the tiny random ones of the cutter's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import case
+from loop import Loop, are_equal, check_equal, crossed
+from test_bundles import inputs_at
+
+from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.row import SIZES
+from freewheel.policies import POLICIES
+from freewheel.policies.setting import CacheSetting, GuardSetting
+
+pytestmark = [pytest.mark.openvino, pytest.mark.slow]
+
+STEPS = 6
+GUARD = GuardSetting(first_exact=1, last_exact=1)
+BY_CONTENT = CacheSetting(
+    policy="teacache", signal="modulated_input", guard=GUARD,
+    parameters={"threshold": 1.0, "coefficients": [0.6]},
+)  # fmt: skip
+"""Every step that may be reused adds 0.6 of the threshold, from a signal of every step."""
+
+MODELS = ("any_flow", "ltx_2", "ltx_2_3", "minimax_h3")
+SEVERAL = ("ltx_2", "ltx_2_3", "minimax_h3")
+COVERING = ("any_flow", "ltx_2", "minimax_h3")
+
+
+@pytest.fixture(scope="module")
+def asked_policies(request: pytest.FixtureRequest) -> list[str]:
+    """The policies that tests of this session ask the bundles for."""
+    here = (i for i in request.session.items if i.path == request.path and hasattr(i, "callspec"))
+    named = {i.callspec.params.get("policy") for i in here}
+    return [BY_CONTENT.policy, *(p for p in POLICIES if p in named)]
+
+
+@pytest.fixture(scope="module", params=crossed(MODELS, COVERING))
+def loop(
+    request: pytest.FixtureRequest,
+    asked_policies: list[str],
+    build_bundle: Callable[..., Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Loop:
+    """A loop of both branches, each of the latents with a guidance scale of its own."""
+    one = case(request.param)
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    one.model.save_pretrained(folder)
+    bundle = build_bundle(folder, ("openvino",), policies=asked_policies)
+    inputs = {n: t.numpy() for n, t in inputs_at(one, bundle, SIZES)[0].items()}
+    declared = bundle.manifest.inputs
+    prompt = {n: inputs[n] for n, i in declared.items() if i.runs == "prompt"}
+    other = {n: -t if t.dtype == np.float32 and "text" in n else t for n, t in prompt.items()}
+    beside = {n: inputs[n] for n in bundle.manifest.latents[1:]}
+    return Loop(
+        bundle, inputs["latents"], {"cond": prompt, "uncond": other}, STEPS, 1.0, guidance=(3.0,),
+        beside=beside, guidance_of=dict.fromkeys(beside, 2.0),
+    )  # fmt: skip
+
+
+def test_the_models_are_of_these_kinds(loop: Loop) -> None:
+    inputs = loop.bundle.manifest.inputs.values()
+    timesteps = [of for i in inputs if i.runs == "run" for of in i.of]
+    assert len(timesteps) > 1 or loop.beside
+
+
+@pytest.mark.parametrize("policy", crossed(POLICIES, ["off", "firstblock", "taylorseer"]))
+def test_decisions_and_samples_are_equal(
+    policy: str, loop: Loop, cpp_build: Path, tmp_path: Path
+) -> None:
+    report = check_equal(loop, cpp_build, CacheSetting(policy=policy, guard=GUARD), tmp_path)
+    assert report["branches"]["cond"]["computed"][0]
+
+
+def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
+    report = check_equal(loop, cpp_build, BY_CONTENT, tmp_path)
+    assert report["branches"]["cond"]["computed"] == [True, False, True, False, True, True]
+
+
+def test_offloaded_weights_give_the_same(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
+    expected, _ = loop.in_cpp(cpp_build, BY_CONTENT, tmp_path)
+    options = ("--backend", "openvino", "--offload")
+    found, _ = loop.in_cpp(cpp_build, BY_CONTENT, tmp_path, options=options)
+    assert are_equal(found, expected)
