@@ -97,8 +97,9 @@ def build(plan: Plan, progress: Progress | None = None) -> BuildReport:
         pipeline, notes = bring_pipeline(checkpoint, folder), list(checkpoint.notes)
         _check_parts(plan, pipeline)
         samplers = bring_samplers(
-            folder, checkpoint.pipeline, planned.configs.values(), plan.output_sign, plan.store
-        )
+            folder, checkpoint.pipeline, planned.configs.values(), planned.latents,
+            plan.output_sign, plan.scheduler, plan.store,
+        )  # fmt: skip
         tokenizer = None
         if plan.with_tokenizer and checkpoint.pipeline is not None:
             tokenizer, why_not = bring_tokenizer(checkpoint.pipeline, folder)

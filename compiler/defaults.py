@@ -134,15 +134,15 @@ def policy_setting(name: str, signals: Collection[str]) -> CacheSetting:
     return setting.model_copy(update={"signal": None})
 
 
-def scheduler_shift(pipeline: Path | None) -> float:
-    """Return the flow shift of a pipeline's scheduler; 1 where there is none.
+def scheduler_shift(pipeline: Path | None, part: str = "scheduler") -> float:
+    """Return the flow shift of a pipeline's scheduler, by its part's name; 1 where there is none.
 
     Raises:
         CheckpointError: it is no number above 0.
     """
-    config = read_part(pipeline, "scheduler/scheduler_config.json")
+    config = read_part(pipeline, f"{part}/scheduler_config.json")
     own = config.get("flow_shift") or config.get("shift") or RUN.flow_shift
     if not isinstance(own, int | float) or not own > 0:
-        where = f"{pipeline}/scheduler/scheduler_config.json"
+        where = f"{pipeline}/{part}/scheduler_config.json"
         raise CheckpointError(where, f"the flow shift is {own!r}", "give a number")
     return float(own)

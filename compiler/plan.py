@@ -61,6 +61,7 @@ class Plan:
         cut: The transformer, cut.
         sequence: Its cut for ranks that share a sequence, or None.
         output_sign: -1 where the pipeline turns the model output round before its scheduler has it.
+        scheduler: As of `Row`.
         policies: Name → policy to trace.
         segments: Graphs of the model and of caching.
         parts: Graphs of the pipeline's other parts.
@@ -79,6 +80,7 @@ class Plan:
     cut: Cut
     sequence: SequenceCut | None
     output_sign: int
+    scheduler: str
     policies: Mapping[str, type[Policy]]
     segments: tuple[Segment, ...]
     parts: tuple[PipelinePart, ...]
@@ -195,6 +197,7 @@ def plan(request: BuildRequest) -> Plan:
         cut=cut,
         sequence=sequence,
         output_sign=row.output_sign,
+        scheduler=row.scheduler,
         policies=policies,
         segments=tuple(s for s in segments if s.runs != "probe" or s.name in signals),
         parts=parts,

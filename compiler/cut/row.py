@@ -189,6 +189,7 @@ class Row:
             module that makes it, of timesteps alone.
         timestep_scale: Brings the timesteps that a pipeline hands in to the scheduler's: multiplied
         timestep_offset: and then added.
+        scheduler: Class of its pipelines' scheduler where that is not one of a flow model.
         output_sign: -1 where the pipeline turns the model output round before the scheduler has it.
         packed: Latent rows and columns in a token, where latents come as tokens; else 0.
         fixed: Size → config key with which `forward` takes one value of it alone, and the value.
@@ -209,6 +210,7 @@ class Row:
     timestep_scale: float = 1.0
     timestep_offset: float = 0.0
     output_sign: int = 1
+    scheduler: str = ""
     packed: int = 0
     fixed: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     usual: Mapping[str, int] = field(default_factory=dict)

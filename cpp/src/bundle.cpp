@@ -251,6 +251,11 @@ Result<SamplerTable> Bundle::sampler(const std::string& name, const double* flow
     const bool fits = has_own || std::fabs(shift - entry.flow_shift) < 1e-9;
     if (fits && chosen == nullptr) chosen = &entry;
   }
+  if (names.empty()) {
+    return Status(Code::kRequest, "bundle", "has no sampler's table",
+                  "its pipeline's scheduler draws noise, or is no recurrence: run it in Python, or "
+                  "drive it with begin(), set_prompt() and step()");
+  }
   const std::string where = "sampler '" + wanted + "'" + (has_own ? " of '" + latents + "'" : "");
   if (shifts.empty()) {
     return Status(Code::kRequest, where, "is not in the bundle", nearest(wanted, names));

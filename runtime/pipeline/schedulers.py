@@ -57,14 +57,14 @@ def make_scheduler(name: str, flow_shift: float, config: Mapping[str, Any] | Non
     """Return a fresh scheduler.
 
     Args:
-        name: A key of `SAMPLERS`, or what `list_sampler` returned.
+        name: A key of `SAMPLERS`, what `list_sampler` returned, or a class of diffusers.
         flow_shift: Shift of the noise levels towards high noise; 1 shifts nothing.
         config: The pipeline's own scheduler config, where it is of this class.
     """
     steps = step_list(name)
     scheduler_class: Any = StepListScheduler
     if steps is None and name != DISTILLED:
-        scheduler_class = getattr(diffusers, SAMPLERS[name])
+        scheduler_class = getattr(diffusers, SAMPLERS.get(name, name))
     # Signatures, since a class of diffusers takes keywords beyond its own without a word.
     signed = FlowMatchEulerDiscreteScheduler if scheduler_class is StepListScheduler else None
     known = inspect.signature((signed or scheduler_class).__init__).parameters

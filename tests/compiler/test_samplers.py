@@ -1,12 +1,16 @@
 """Sampler tables against the schedulers that they were probed from."""
 
+import shutil
+
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from freewheel.bundle.sampler import TABULATED
-from freewheel.compiler.samplers import probe, sampler_name, write_tables
+from freewheel.bundle.sampler_table import SamplerTable
+from freewheel.compiler.samplers import bring_samplers, probe, sampler_name, write_tables
 from freewheel.core.errors import BuildError
 from freewheel.runtime.pipeline.schedulers import make_scheduler
 
@@ -138,3 +142,52 @@ def test_files_are_small(tmp_path):
 def test_sampler_names_are_found_by_class():
     assert sampler_name("UniPCMultistepScheduler") == "unipc"
     assert sampler_name("DDPMScheduler") is None
+
+
+def own_class(name, **options):
+    return {**getattr(diffusers, name)(**options).config, "_class_name": name}
+
+
+@pytest.mark.parametrize(
+    ("config", "shift"),
+    [
+        (own_class("MiniMaxH3Scheduler", shift=12.0), 12.0),
+        (own_class("FlowMapEulerDiscreteScheduler", shift=5.0), 5.0),
+        (own_class("DDIMScheduler", clip_sample=False), 1.0),
+        (own_class("CogVideoXDDIMScheduler"), 1.0),
+    ],
+    ids=lambda value: value["_class_name"] if isinstance(value, dict) else "",
+)
+def test_a_scheduler_of_no_flow_model_is_its_models_only_one(config, shift, tmp_path):
+    (entry,) = write_tables(tmp_path, config, [shift], [4, 9])
+    assert (entry.name, entry.scheduler) == (config["_class_name"],) * 2
+    scheduler = make_scheduler(entry.name, shift, config)
+    counts_end = entry.name == "MiniMaxH3Scheduler"
+    start = np.random.default_rng(0).standard_normal((1, 16, 3, 4), np.float32)
+    expected = run_scheduler(scheduler, 9 + counts_end, start)
+    table = SamplerTable.of(load_file(tmp_path / entry.file)["9"])
+    np.testing.assert_array_equal(table.timesteps, np.asarray(scheduler.timesteps, np.float64))
+    found = run_table(table, start)
+    assert np.abs(found - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EDMEulerScheduler", "DDIMScheduler"])
+def test_what_draws_noise_scales_or_clips_has_no_table(name, tmp_path):
+    assert write_tables(tmp_path, own_class(name), [1.0], [4]) == []
+
+
+def test_latents_with_a_scheduler_of_their_own_have_its_shift(tmp_path):
+    pipeline = tmp_path / "pipeline"
+    for part, shift in (("scheduler", 12.0), ("audio_scheduler", 3.0)):
+        diffusers.MiniMaxH3Scheduler(shift=shift).save_pretrained(pipeline / part)
+    entries = bring_samplers(tmp_path, pipeline, [], ["latents", "audio_latents"], 1)
+    assert [(e.latents, e.flow_shift) for e in entries] == [
+        ("latents", 12.0),
+        ("audio_latents", 3.0),
+    ]
+    video, audio = (load_file(tmp_path / e.file)["5"] for e in entries)
+    levels = np.linspace(1, 0, 6)[1:5]
+    for table, shift in ((video, 12.0), (audio, 3.0)):
+        np.testing.assert_allclose(table[1:, 1], shift * levels / (1 + (shift - 1) * levels), 1e-6)
+    shutil.rmtree(pipeline / "audio_scheduler")
+    assert len(bring_samplers(tmp_path, pipeline, [], ["latents", "audio_latents"], 1)) == 1

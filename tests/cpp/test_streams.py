@@ -6,12 +6,14 @@ step's timestep beside its own. Models are the tiny random ones of the cutter's 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import case
+from cases import Case, case
+from diffusers import MiniMaxH3Scheduler
 from loop import Loop, are_equal, check_equal, crossed
 from test_bundles import inputs_at
 
@@ -43,6 +45,20 @@ def asked_policies(request: pytest.FixtureRequest) -> list[str]:
     return [BY_CONTENT.policy, *(p for p in POLICIES if p in named)]
 
 
+def save(one: Case, folder: Path) -> None:
+    """Write a model; of MiniMax-H3 with its two schedulers, as a pipeline's folder."""
+    if one.row.name != "minimax_h3":
+        one.model.save_pretrained(folder)
+        return
+    one.model.save_pretrained(folder / "transformer")
+    index: dict[str, object] = {"_class_name": "MiniMaxH3ModularPipeline"}
+    index["transformer"] = ["diffusers", type(one.model).__name__]
+    for part, shift in (("scheduler", 12.0), ("audio_scheduler", 3.0)):
+        MiniMaxH3Scheduler(shift=shift).save_pretrained(folder / part)
+        index[part] = ["diffusers", "MiniMaxH3Scheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 @pytest.fixture(scope="module", params=crossed(MODELS, COVERING))
 def loop(
     request: pytest.FixtureRequest,
@@ -53,23 +69,27 @@ def loop(
     """A loop of both branches, each of the latents with a guidance scale of its own."""
     one = case(request.param)
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    one.model.save_pretrained(folder)
+    save(one, folder)
     bundle = build_bundle(folder, ("openvino",), policies=asked_policies)
     inputs = {n: t.numpy() for n, t in inputs_at(one, bundle, SIZES)[0].items()}
     declared = bundle.manifest.inputs
     prompt = {n: inputs[n] for n, i in declared.items() if i.runs == "prompt"}
     other = {n: -t if t.dtype == np.float32 and "text" in n else t for n, t in prompt.items()}
     beside = {n: inputs[n] for n in bundle.manifest.latents[1:]}
+    own = bundle.manifest.samplers[0]
     return Loop(
-        bundle, inputs["latents"], {"cond": prompt, "uncond": other}, STEPS, 1.0, guidance=(3.0,),
-        beside=beside, guidance_of=dict.fromkeys(beside, 2.0),
+        bundle, inputs["latents"], {"cond": prompt, "uncond": other}, STEPS, own.flow_shift, own.name,
+        guidance=(3.0,), beside=beside, guidance_of=dict.fromkeys(beside, 2.0),
     )  # fmt: skip
 
 
 def test_the_models_are_of_these_kinds(loop: Loop) -> None:
-    inputs = loop.bundle.manifest.inputs.values()
-    timesteps = [of for i in inputs if i.runs == "run" for of in i.of]
+    manifest = loop.bundle.manifest
+    timesteps = [of for i in manifest.inputs.values() if i.runs == "run" for of in i.of]
     assert len(timesteps) > 1 or loop.beside
+    if manifest.family == "minimax_h3":
+        assert (loop.sampler, loop.shift) == ("MiniMaxH3Scheduler", 12.0)
+        assert (loop.table().timesteps[1:] < loop.table("audio_latents").timesteps[1:]).all()
 
 
 @pytest.mark.parametrize("policy", crossed(POLICIES, ["off", "firstblock", "taylorseer"]))
