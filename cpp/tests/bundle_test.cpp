@@ -91,6 +91,31 @@ TEST_F(BundleTest, SamplersAreFoundByNameShiftAndSteps) {
   EXPECT_NE(missing.status().what().find("flow shift 5"), std::string::npos);
 }
 
+TEST_F(BundleTest, LatentsBesideTheFirstMayHaveASamplerOfTheirOwnShift) {
+  json changed = manifest_;
+  json own = changed["samplers"][0];
+  own["latents"] = "audio_latents";
+  own["flow_shift"] = 3.0;
+  changed["samplers"].push_back(own);
+  testing::write_manifest(folder_, changed);
+  const auto bundle = Bundle::open(folder_.path());
+  ASSERT_TRUE(bundle.ok()) << bundle.status().message();
+  for (const char* latents : {"latents", "audio_latents", "speech_latents"}) {
+    EXPECT_TRUE((*bundle)->sampler("", nullptr, 4, latents).ok()) << latents;
+  }
+  const double shift = 3.0;
+  EXPECT_FALSE((*bundle)->sampler("euler", &shift, 4).ok()) << "that is the sound's";
+}
+
+TEST_F(BundleTest, ABundleWithoutSamplersSaysSo) {
+  json changed = manifest_;
+  changed["samplers"] = json::array();
+  testing::write_manifest(folder_, changed);
+  const auto bundle = Bundle::open(folder_.path());
+  ASSERT_TRUE(bundle.ok()) << bundle.status().message();
+  EXPECT_EQ((*bundle)->sampler("", nullptr, 4).status().what(), "has no sampler's table");
+}
+
 TEST_F(BundleTest, EnginesForAnotherMachineAreRefused) {
   const std::string folder = folder_.path() + "/engines/plain-here/head";
   const auto record = EngineRecord::read(folder);

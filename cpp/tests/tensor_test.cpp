@@ -59,7 +59,7 @@ TEST(Buffer, IsZeroedAlignedAndMovable) {
   EXPECT_EQ(moved.view().data, data);
 }
 
-TEST(Convert, GoesBetweenFloatDtypesOnly) {
+TEST(Convert, GoesBetweenFloatDtypes) {
   float source[] = {1.5f, -2.0f};
   std::uint16_t halves[2];
   const Tensor from{source, DType::kFloat32, Shape{2}}, to{halves, DType::kFloat16, Shape{2}};
@@ -67,7 +67,24 @@ TEST(Convert, GoesBetweenFloatDtypesOnly) {
   EXPECT_EQ(halves[0], 0x3e00);
   std::int64_t integers[2];
   const Status status = convert(from, {integers, DType::kInt64, Shape{2}});
-  EXPECT_EQ(status.code(), Code::kRequest);
+  EXPECT_EQ(status.code(), Code::kRequest) << "1.5 is no whole number";
+}
+
+TEST(Convert, TakesWholeNumbersForIndicesAndMasks) {
+  float source[] = {0.0f, 1.0f, 16777216.0f};
+  std::int64_t indices[3];
+  std::uint8_t flags[3];
+  const Tensor from{source, DType::kFloat32, Shape{3}};
+  ASSERT_TRUE(convert(from, {indices, DType::kInt64, Shape{3}}).ok());
+  EXPECT_EQ(indices[2], 16777216);
+  EXPECT_FALSE(convert(from, {flags, DType::kBool, Shape{3}}).ok());
+  source[2] = 1.0f;
+  ASSERT_TRUE(convert(from, {flags, DType::kBool, Shape{3}}).ok());
+  EXPECT_EQ(flags[0] + 2 * flags[1] + 4 * flags[2], 6);
+  for (const float bad : {-0.5f, 3e7f, std::nanf("")}) {
+    source[0] = bad;
+    EXPECT_FALSE(convert(from, {indices, DType::kInt64, Shape{3}}).ok()) << bad;
+  }
 }
 
 TEST(Tensor, OneValueThatIsNotFiniteIsSeenInEveryDType) {

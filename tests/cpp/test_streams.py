@@ -7,14 +7,17 @@ step's timestep beside its own. Models are the tiny random ones of the cutter's 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cases import Case, case
 from diffusers import MiniMaxH3Scheduler
 from loop import Loop, are_equal, check_equal, crossed
+from safetensors.numpy import load_file, save_file
 from test_bundles import inputs_at
 
 from freewheel.bundle.reader import Bundle
@@ -103,6 +106,34 @@ def test_decisions_and_samples_are_equal(
 def test_decisions_by_content_are_equal(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
     report = check_equal(loop, cpp_build, BY_CONTENT, tmp_path)
     assert report["branches"]["cond"]["computed"] == [True, False, True, False, True, True]
+
+
+def test_the_c_abi_gives_the_same(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
+    """All that it takes is float32: indices and masks too."""
+    setting = CacheSetting(policy=BY_CONTENT.policy)
+    expected, _ = loop.in_cpp(cpp_build, setting, tmp_path, config=setting.policy)
+    file = tmp_path / "prompts.safetensors"
+    save_file({name: value.astype(np.float32) for name, value in load_file(file).items()}, file)
+    scales = [f"{name}={scale}" for name, scale in loop.guidance_of.items()]
+    command = [
+        cpp_build / "tests" / "abi_run", loop.bundle.folder, torch.get_num_threads(), file,
+        tmp_path / "latents.safetensors", tmp_path / "abi.safetensors", setting.policy, loop.steps,
+        loop.guidance[0], *scales,
+    ]  # fmt: skip
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert are_equal(load_file(tmp_path / "abi.safetensors"), expected)
+
+
+def test_a_file_of_one_tensor_is_refused_before_the_run(
+    loop: Loop, cpp_build: Path, tmp_path: Path
+) -> None:
+    if not loop.beside:
+        pytest.skip("it samples one thing")
+    command = [cpp_build / "freewheel-run", loop.bundle.folder, "--out", tmp_path / "one.npy"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "the bundle samples latents, audio_latents at once; name a .safetensors" in done.stderr
 
 
 def test_offloaded_weights_give_the_same(loop: Loop, cpp_build: Path, tmp_path: Path) -> None:
