@@ -103,7 +103,7 @@ Status settle_outputs(const Manifest& manifest, const RequestOptions& options,
     for (const std::string& latents : sampled) known += ", " + latents;
     return Status(
         Code::kRequest, "parameter 'outputs'", "names '" + name + "'",
-        "name of " + known +
+        "name some of " + known +
             (has_decoder ? ", frames" : "; frames need a bundle that was built with --with-vae"));
   }
   const auto wants = [&](const std::string& name) {

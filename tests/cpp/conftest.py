@@ -19,6 +19,7 @@ from freewheel.runtime.settings import config_entries
 
 # The models of the families' tests, and the loop that several files compare.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "compiler"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "compiler" / "models"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "compiler" / "cut"))
 

@@ -63,6 +63,43 @@ TEST_F(JobTest, SizesAndSeedMakeTheNoise) {
   EXPECT_FALSE(job->wants_frames);  // no decoder
 }
 
+TEST_F(JobTest, WhatIsSampledBesideTheFirstComesAndGoesByItsName) {
+  const testing::TemporaryFolder folder;
+  nlohmann::json data = testing::write_tiny_bundle(folder);
+  nlohmann::json sound = {{"dtype", "float32"}, {"shape", {"batch", "audio_tokens", 3}}};
+  data["graphs"]["finish"]["outputs"]["audio_model_output"] = sound;
+  sound.update({{"argument", "audio_hidden_states"}, {"runs", "step"}});
+  data["inputs"]["audio_latents"] = sound;
+  data["inputs"]["audio_places"] = {{"dtype", "float32"},
+                                    {"shape", {"audio_tokens"}},
+                                    {"argument", "audio_coords"},
+                                    {"runs", "prompt"}};
+  testing::write_manifest(folder, data);
+  auto model = testing::load_tiny(folder, std::make_shared<testing::Calls>());
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  model_ = *model;
+  std::vector<float> places(7), noise(21, 0.25f);
+  tensors_["audio_places"] = {places.data(), DType::kFloat32, Shape{7}};
+  const auto drawn = make();
+  ASSERT_TRUE(drawn.ok()) << drawn.status().message();
+  EXPECT_EQ(drawn->prepared.run.beside.at("audio_latents").latents.shape, (Shape{1, 7, 3}));
+  EXPECT_EQ(drawn->wanted_latents, std::vector<std::string>{"latents"}) << "as the client asked";
+  tensors_["audio_latents"] = {noise.data(), DType::kFloat32, Shape{7, 3}};
+  auto options = RequestOptions::read({{"audio_guidance_scale", 7.0}});
+  ASSERT_TRUE(options.ok()) << options.status().message();
+  options_.request.beside = options->request.beside;
+  options_.outputs = {"audio_latents"};
+  const auto given =
+      make_job(*model_, served_, options_, tensors_, texts_, {"latents", "audio_latents"});
+  ASSERT_TRUE(given.ok()) << given.status().message();
+  EXPECT_EQ(given->prepared.run.beside.at("audio_latents").latents.as<float>()[20], 0.25f);
+  EXPECT_EQ(given->prepared.run.scale_of("audio_latents", 0), 7.0);
+  EXPECT_EQ(given->wanted_latents, std::vector<std::string>{"audio_latents"});
+  options_.outputs = {"sound"};
+  EXPECT_NE(fault().find("name some of progress, latents, audio_latents"), std::string::npos)
+      << fault();
+}
+
 TEST_F(JobTest, ItRuns) {
   options_.request.cache = "interval";
   auto job = make();
