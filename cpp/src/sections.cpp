@@ -104,7 +104,8 @@ Result<Sections> divide(const Manifest& manifest, std::int64_t first_blocks,
                   "leave none of the model's " + std::to_string(count) + " blocks to be cached",
                   "let at most " + std::to_string(count - 1) + " of them run");
   }
-  Sections found{first_blocks, last_blocks, count, 0, blocks.size(), {"hidden"}};
+  const std::vector<std::string> cached = manifest.cached();
+  Sections found{first_blocks, last_blocks, count, 0, blocks.size(), cached};
   found.begin = passing[static_cast<std::size_t>(first_blocks - 1)] + 1;
   if (last_blocks == 0) return found;
   found.end = passing[static_cast<std::size_t>(count - last_blocks)];
@@ -114,7 +115,8 @@ Result<Sections> divide(const Manifest& manifest, std::int64_t first_blocks,
         std::any_of(blocks.begin() + static_cast<std::ptrdiff_t>(found.begin),
                     blocks.begin() + static_cast<std::ptrdiff_t>(found.end),
                     [&](const GraphEntry* block) { return writes(*block, stream); });
-    if (!is_changed) continue;
+    const bool is_cached = std::find(cached.begin(), cached.end(), stream) != cached.end();
+    if (!is_changed || is_cached) continue;
     FREEWHEEL_TRY(check_stream(stream, blocks, found, where));
     if (manifest.graphs.count("delta." + stream) == 0 ||
         manifest.graphs.count("reuse." + stream) == 0) {
