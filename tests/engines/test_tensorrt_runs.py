@@ -8,6 +8,8 @@ also shows that its waits suffice.
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,9 +74,16 @@ def expected(tiny_bundle: Bundle) -> dict[str, list[torch.Tensor]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Bundle]:
+    """Bundles with plans of each package, compiled once; tests take links of their files."""
+    return {}
+
+
 @pytest.fixture
 def bundle(
     expected: Any, feigned: Any, real_trt: Any, tiny_bundle: Bundle, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory, plans: dict[str, Bundle],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Bundle:  # fmt: skip
     """A bundle with plans of the stand-in, and its backend on the feigned GPU."""
@@ -84,7 +93,11 @@ def bundle(
         kind, "__init__", lambda self, **given: made(self, **{"device": PLACE, **given})
     )
     assert backend_class(kind.name) is kind
-    return grafted(tiny_bundle, kind(), tmp_path / "bundle")
+    if kind.name not in plans:
+        folder = tmp_path_factory.mktemp("plans") / "bundle"
+        plans[kind.name] = grafted(tiny_bundle, kind(), folder)
+    linked = shutil.copytree(plans[kind.name].folder, tmp_path / "bundle", copy_function=os.link)
+    return Bundle(Path(linked))
 
 
 def opened(bundle: Bundle, **options: Any) -> Session:
