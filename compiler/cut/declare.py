@@ -39,7 +39,7 @@ from .taps import attention_output, modulated_input
 from .trace import by_path
 from .words import PRODUCTS, Call, Cut, arguments, operation, results
 
-__all__ = ["declare"]
+__all__ = ["cut_once", "declare"]
 
 INPUT_NAMES = {
     "audio_encoder_attention_mask": "audio_text_mask",
@@ -92,13 +92,13 @@ def declare(
     Raises:
         ExportError: it can't be traced, or a bundle has no word for something in its cut.
     """
-    cut = _cut_of(row, model_class, json.dumps(dict(config), sort_keys=True))
+    cut = cut_once(row, model_class, json.dumps(dict(config), sort_keys=True))
     return _Declaration(row, cut, config, precision, stored).declared()
 
 
-@lru_cache(maxsize=4)
-def _cut_of(row: Row, model_class: Any, config: str) -> Cut:
-    """Cut a transformer, once for all precisions and all that ask again."""
+@lru_cache(maxsize=32)
+def cut_once(row: Row, model_class: Any, config: str) -> Cut:
+    """Cut a transformer, once for all precisions and all that ask again; ``config`` is JSON."""
     return cut_model(row, model_class, json.loads(config))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -16,6 +17,7 @@ from small_configs import CASES
 from torch import Tensor, fx, nn
 
 from freewheel.compiler.cut.cut import cut_model
+from freewheel.compiler.cut.declare import cut_once
 from freewheel.compiler.cut.models import MODELS, row_of
 from freewheel.compiler.cut.prove import random_weights
 from freewheel.compiler.cut.row import SIZES, Row, prompt, step
@@ -65,7 +67,8 @@ def case(name: str) -> Case:
     model_class = getattr(diffusers, row.model)
     model = random_weights(model_class.from_config(config).eval())
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return Case(row, model, weights, partial(cut_model, row, model_class, config))
+    whole = json.dumps(dict(model.config), sort_keys=True)
+    return Case(row, model, weights, partial(cut_once, row, model_class, whole))
 
 
 def smallest(one: Case) -> dict[str, int]:

@@ -34,7 +34,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return CUTS[key]
 
     monkeypatch.setattr(declaring, "cut_model", count)
-    declaring._cut_of.cache_clear()
+    declaring.cut_once.cache_clear()
     return found
 
 
@@ -43,7 +43,7 @@ def test_an_equal_model_is_traced_once(traced: list[str], tmp_path: Path, wan: C
     config: Any = wan.model.config
 
     def cut(precision: Any = "float32", stored: str = "float32", **changed: Any) -> Any:
-        declaring._cut_of.cache_clear()  # as in another process
+        declaring.cut_once.cache_clear()  # as in another process
         return cut_transformer(
             wan.row, {**config, **changed}, precision, lambda name: stored, store
         )
