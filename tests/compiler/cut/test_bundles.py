@@ -53,14 +53,25 @@ FOUND = (
 EVERY_RUN = ("qwen_image", "sd35", "flux_2")
 """Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
 one batch; streams that a block begins."""
-NAMES = [
-    pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly) for name in FOUND
+COVERING = ("teacache", "taylorseer", "adacache", "easycache", "firstblock", "dmd")
+"""A signal; known ahead; a feature of tokens; the whole output; a probe; inner products. What a policy
+looks at is a model's, and no runtime holds a policy's code."""
+ASKED = [
+    *(pytest.param((name, COVERING), id=name) for name in EVERY_RUN),
+    *(pytest.param((name, None), id=f"{name}, all", marks=pytest.mark.nightly) for name in FOUND),
 ]
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module", params=ASKED)
+def asked(request: pytest.FixtureRequest) -> tuple[str, tuple[str, ...] | None]:
+    """A case, and the policies of its bundle; None is all of them."""
+    found: tuple[str, tuple[str, ...] | None] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def name(asked: tuple[str, tuple[str, ...] | None]) -> str:
+    return asked[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +81,11 @@ def one(name: str) -> Case:
 
 @pytest.fixture(scope="module")
 def bundle(
-    one: Case, tmp_path_factory: pytest.TempPathFactory, build_bundle: Callable[..., Bundle]
-) -> Bundle:
+    one: Case, asked: tuple[str, tuple[str, ...] | None], tmp_path_factory: pytest.TempPathFactory,
+    build_bundle: Callable[..., Bundle],
+) -> Bundle:  # fmt: skip
     model = save(one.model, tmp_path_factory.mktemp(one.row.name) / "model")
-    return build_bundle(model, row=one.row)
+    return build_bundle(model, row=one.row, policies=asked[1])
 
 
 def inputs_at(
