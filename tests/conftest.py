@@ -45,8 +45,15 @@ torch.set_num_threads(1)
 
 
 LONGEST = (
-    "cpp/test_families.py", "test_docs.py", "tuning/test_calibrate.py", "tuning/test_tune.py",
-    "compiler/graphs/test_groups.py", "cpp/test_parity.py", "cpp/test_frames.py",
+    "cpp/test_families.py", "runtime/distributed/test_sequence.py", "test_docs.py",
+    "test_cli.py", "compiler/cut/test_bundles.py", "tuning/test_calibrate.py", "tuning/test_tune.py",
+    "engines/test_tensorrt_runs.py", "compiler/test_lightx2v.py", "cpp/test_parity.py",
+    "compiler/checkpoints/test_original.py", "compiler/cut/test_declare.py", "cpp/test_frames.py",
+    "compiler/graphs/test_groups.py", "runtime/pipeline/test_attach.py",
+    "compiler/checkpoints/test_scaled.py", "runtime/distributed/test_ranks.py",
+    "compiler/verify/test_bundle.py", "compiler/checkpoints/test_authors_folder.py",
+    "compiler/cut/test_watch.py", "policies/test_compiled.py", "compiler/models/test_hunyuan.py",
+    "compiler/models/test_wan.py", "cpp/test_feigned_gpu.py", "bundle/test_hostile.py",
 )  # fmt: skip
 """What takes longest, in seconds of a processor: begun first, workers end together."""
 
