@@ -122,23 +122,24 @@ def decided(transformer: Any) -> dict[str, Any]:
     return {n: [branches[n].computed, branches[n].distance, branches[n].mix] for n in branches}
 
 
-def main(kind: str, checkpoint: Path, folder: Path, out: Path) -> None:
+def main(kind: str, checkpoint: Path, folder: Path, out: Path, only: str) -> None:
     """Run everything on this rank, and write what it saw."""
     torch.set_num_threads(1)
     ranks = freewheel.join_ranks()
     bundle = Bundle(folder)
     pipe, arguments = PIPELINES[kind](checkpoint)
     pipe.set_progress_bar_config(disable=True)
+    chosen = {n: s for n, s in settings(bundle).items() if not only or n in only.split(",")}
     expected: dict[str, Tensor] = {}
     decisions: dict[str, Any] = {}
     with freewheel.attached(pipe, bundle, "off", backend="onnxruntime") as alone:
-        for name, setting in settings(bundle).items():
+        for name, setting in chosen.items():
             alone.setting = setting
             expected[name] = latents(pipe, arguments)
             decisions[name] = decided(alone)
     seen: dict[str, Any] = {}
     with freewheel.attached(pipe, bundle, "off", backend="onnxruntime", ranks=ranks) as shared:
-        for name, setting in settings(bundle).items():
+        for name, setting in chosen.items():
             shared.setting = setting
             ran: list[str] = []
             step = shared.session.step
@@ -167,4 +168,5 @@ def main(kind: str, checkpoint: Path, folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(Path(a) for a in sys.argv[2:]))
+    kind, *paths, only = sys.argv[1:]
+    main(kind, *(Path(a) for a in paths), only)

@@ -173,6 +173,7 @@ def test_a_rank_that_fails_ends_the_run_with_one_error(
     assert len(errors) == 1, done.stderr
     assert said in errors[0] or said in done.stderr.split("error:", 1)[1][:300], errors
     assert list(tmp_path.glob("*.png")) == []
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
