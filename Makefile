@@ -8,7 +8,7 @@ CONFIGS = teacache off taylorseer adacache custom
 
 PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder -rs
 
-.PHONY: help install demo test test-all lint cpp triton test-triton test-gpu bench clean
+.PHONY: help install demo test test-all lint style cpp triton test-triton test-gpu bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,7 +26,7 @@ demo: install ## Build the demo model, run every policy, write videos and a tabl
 	$(BIN)/freewheel bench $(DEMO)/bundle --prompt "a yellow star moving right on a navy background" --out $(DEMO)
 	@echo "videos, contact_sheet.png and bench.md are in $(DEMO)"
 
-test: lint ## Run lint and what a change can break: minutes
+test: style ## Run lint and what a change can break: minutes
 	@mkdir -p out
 	$(BIN)/python -m pytest --basetemp out/tests $(PARALLEL) $(TIER)
 	@if $(MAKE) build/cpp/build.ninja $(TRITON_BIN)/.installed; then $(MAKE) test-triton TIER="$(TIER)"; \
@@ -53,10 +53,12 @@ $(TRITON_BIN)/.installed: tests/triton_server/requirements.txt
 test-gpu: install ## Run what needs an NVIDIA GPU and write docs/gpu-report.md
 	$(BIN)/python -m pytest tests/gpu
 
-lint: install ## Check style and types, as CI does
+lint: style ## Check style and types, as CI does
+	$(BIN)/python tests/typecheck.py
+
+style: install # the tests check types, beside the others
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tests/typecheck.py
 
 cpp: install build/cpp/build.ninja ## Build libfreewheel and freewheel-run in build/cpp, and run GoogleTest
 	ninja -C build/cpp

@@ -45,7 +45,7 @@ torch.set_num_threads(1)
 
 
 LONGEST = (
-    "cpp/test_families.py", "runtime/distributed/test_sequence.py", "test_docs.py",
+    "cpp/test_families.py", "runtime/distributed/test_sequence.py", "test_docs.py", "test_types.py",
     "test_cli.py", "compiler/cut/test_bundles.py", "tuning/test_calibrate.py", "tuning/test_tune.py",
     "engines/test_tensorrt_runs.py", "compiler/test_lightx2v.py", "cpp/test_parity.py",
     "compiler/checkpoints/test_original.py", "compiler/cut/test_declare.py", "cpp/test_frames.py",
