@@ -10,10 +10,11 @@ the blocks that always run; PSNR at a speedup lies on the line between its neigh
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
+from page import OUT, Out, Table, write
 from quality import FIRST_SEED, captions
 
 from freewheel.bundle.reader import Bundle
@@ -34,8 +35,10 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="Of the demo model.")],
     pairs: Annotated[int, typer.Option(help="Held-out captions, one seed each.")] = 4,
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 30,
+    out: Out = OUT,
 ) -> None:
-    """Measure, and print a table after every caption."""
+    """Measure; the tables are written after every caption."""
+    text = ""
     opened = Bundle(bundle)
     generator = Generator(opened)
     manifest = opened.manifest
@@ -62,24 +65,34 @@ def main(
                 psnr = compare_videos(frames, exact).psnr
                 key = first, last, threshold
                 found.setdefault(key, []).append((computed, ideal, psnr or np.inf))
-        report(found)
+        figures = [{"division": key, "runs": runs} for key, runs in found.items()]
+        title = "First and last blocks that always run"
+        text = write(out, "dbcache", title, {"steps": steps, "found": figures}, *tables(found))
+    typer.echo(text)
 
 
-def report(found: dict[tuple[int, int, float], list[tuple[float, float, float]]]) -> None:
-    """Print what each division gives by threshold, and at equal speedups."""
-    print("| first, last | threshold | computed | ideal speedup | PSNR dB | worst |")
+def tables(found: dict[tuple[int, int, float], list[tuple[float, float, float]]]) -> list[Table]:
+    """Return what each division gives by threshold, and at equal speedups."""
     curves: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    for (first, last, threshold), rows in found.items():
-        computed, ideal, psnr = np.mean(rows, axis=0)
-        worst = min(row[2] for row in rows)
-        print(
-            f"| {first}, {last} | {threshold:g} | {computed:.1f} | {ideal:.2f} | {psnr:.1f} | {worst:.1f} |"
-        )
+    rows: list[list[Any]] = []
+    for (first, last, threshold), runs in found.items():
+        computed, ideal, psnr = np.mean(runs, axis=0)
+        worst = min(run[2] for run in runs)
+        rows.append(
+            [f"{first}, {last}", f"{threshold:g}", *(f"{x:.1f}" for x in (computed, psnr, worst)), f"{ideal:.2f}"]
+        )  # fmt: skip
         curves.setdefault((first, last), []).append((ideal, psnr))
+    at_equal: list[list[Any]] = []
     for (first, last), curve in curves.items():
         speeds, psnrs = zip(*sorted(curve), strict=True)
-        at = {s: np.interp(s, speeds, psnrs, left=np.nan, right=np.nan) for s in SPEEDUPS}
-        print(f"F{first}B{last}", {s: round(float(p), 1) for s, p in at.items()}, flush=True)
+        at = [np.interp(s, speeds, psnrs, left=np.nan, right=np.nan) for s in SPEEDUPS]
+        at_equal.append([f"{first}, {last}", *(None if np.isnan(p) else f"{p:.1f}" for p in at)])
+    columns = ["first, last", "threshold", "computed", "PSNR dB", "worst", "ideal speedup"]
+    speedups = ["first, last", *(f"{s:g}×" for s in SPEEDUPS)]
+    return [
+        Table(speedups, at_equal, "PSNR in dB at equal ideal speedups:"),
+        Table(columns, rows, "Each threshold:"),
+    ]
 
 
 if __name__ == "__main__":

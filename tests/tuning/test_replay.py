@@ -128,7 +128,7 @@ def test_reuse_error_is_that_of_the_mix(trace: Trace) -> None:
 
 def test_replay_prints_what_the_design_says(trace: Trace) -> None:
     data = replay(trace, SETTINGS[0]).as_dict()
-    keys = {"policy", "form", "branches", "computed_steps", "steps", "ideal_speedup"}
+    keys = {"policy", "form", "branches", "computed_steps", "steps", "ideal_speedup", "always_run"}
     assert set(data) == keys
     assert set(data["branches"]["cond"]) == {"computed", "distance", "mix", "reuse_error"}
     assert data["ideal_speedup"] == pytest.approx(data["steps"] / data["computed_steps"])
