@@ -31,6 +31,7 @@ from freewheel.compiler.build import build
 from freewheel.compiler.cut.models import row_of
 from freewheel.compiler.cut.prove import eager, random_inputs, random_weights, relative_error
 from freewheel.compiler.cut.row import SIZES, Row
+from freewheel.compiler.cut.trace import leaves_of
 from freewheel.compiler.plan import plan
 from freewheel.compiler.request import BuildRequest
 from freewheel.configs.load import load_config
@@ -95,9 +96,12 @@ def ours(session: Session, raw: Mapping[str, Any]) -> Callable[[], Tensor]:
 
 
 def theirs(row: Row, model: nn.Module, raw: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Return what runs a diffusers transformer on the same inputs, in its dtype."""
+    """Return what runs a diffusers transformer on the same inputs, in its dtype; not so timesteps."""
+    runs = {
+        n for n, declared in leaves_of(row, model.config)[1].items() if declared.changes == "run"
+    }
     cast = {
-        n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and n not in runs else v
         for n, v in raw.items()
     }
     return lambda: eager(row, model, cast)[0]
