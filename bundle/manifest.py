@@ -12,7 +12,7 @@ from ..core.limits import LARGEST_SEED
 from ..core.tensor_spec import TensorSpec
 from ..policies.setting import CacheSetting
 from ..policies.spec import PolicySpec
-from .streams import HIDDEN, LATENTS
+from .streams import HIDDEN, LATENTS, passed_on
 
 __all__ = [
     "MANIFEST",
@@ -121,7 +121,7 @@ class GraphEntry(_Entry):
     @property
     def streams(self) -> list[str]:
         """What a block's graph passes on, or begins: streams that it gives as ``<stream>_out``."""
-        return [n.removesuffix("_out") for n in self.outputs if n.endswith("_out")]
+        return passed_on(self.outputs)
 
 
 class GroupEntry(_Entry):

@@ -13,11 +13,9 @@ from typing import Protocol
 
 from ..core.errors import ConfigError
 from .manifest import StageEntry
-from .streams import HIDDEN
+from .streams import HIDDEN, OUT, passed_on
 
 __all__ = ["Declared", "Sections", "beside_cached", "count_blocks", "divide"]
-
-OUT = "_out"
 
 
 class _Io(Protocol):
@@ -83,11 +81,10 @@ def beside_cached(
     """
     blocks = [graphs[stage.block] for stage in stages]
     return {
-        name.removesuffix(OUT): io
+        stream: block.outputs[f"{stream}{OUT}"]
         for block in blocks
-        for name, io in block.outputs.items()
-        if name.endswith(OUT) and name.removesuffix(OUT) not in cached
-        if any(name.removesuffix(OUT) in reader.inputs for reader in blocks)
+        for stream in passed_on(block.outputs)
+        if stream not in cached and any(stream in reader.inputs for reader in blocks)
     }
 
 
@@ -135,12 +132,12 @@ def divide(
 
 def _read_behind(blocks: Sequence[Declared], end: int) -> list[str]:
     """Return the streams that calls from ``end`` on read as those before left them."""
-    streams = {n.removesuffix(OUT) for b in blocks for n in b.outputs if n.endswith(OUT)}
+    streams = {stream for block in blocks for stream in passed_on(block.outputs)}
     found: dict[str, None] = {}
     written: set[str] = set()
     for block in blocks[end:]:
         found |= dict.fromkeys(n for n in block.inputs if n in streams - written)
-        written |= {n.removesuffix(OUT) for n in block.outputs if n.endswith(OUT)}
+        written |= {*passed_on(block.outputs)}
     return list(found)
 
 

@@ -7,18 +7,26 @@ Each of them has a prefix, the first an empty one, and what belongs to it begins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..core.errors import RequestError
 
 __all__ = [
-    "HIDDEN", "HISTORY", "LATENTS", "MODEL_OUTPUT", "RESIDUAL", "beside", "check_samples_one",
-    "kept_name",
+    "HIDDEN", "HISTORY", "LATENTS", "MODEL_OUTPUT", "OUT", "RESIDUAL", "beside", "check_samples_one",
+    "kept_name", "passed_on",
 ]  # fmt: skip
 
 LATENTS, MODEL_OUTPUT = "latents", "model_output"
 HIDDEN, HISTORY, RESIDUAL = "hidden", "history", "residual"
 """What the first of the things that a model samples is called at each place."""
+
+OUT = "_out"
+"""How the outputs of graphs that pass a stream on end."""
+
+
+def passed_on(outputs: Iterable[str]) -> list[str]:
+    """Return the streams that a graph passes on, or begins, of its outputs' names."""
+    return [name.removesuffix(OUT) for name in outputs if name.endswith(OUT)]
 
 
 def beside(name: str, of: str, wanted: str) -> str:

@@ -250,7 +250,9 @@ def run(
             screen.phase("denoise", generator.steps(request))
             result = generator.generate(
                 request, recorder=recorder,
-                on_step=lambda done, total: screen.advance(live_strip(generator.transformer.statistics)),
+                on_step=lambda done, total: screen.advance(
+                    live_strip(generator.transformer.statistics), total=total
+                ),
             )  # fmt: skip
         if ranks is not None and not ranks.leads:
             ranks.leave()

@@ -154,10 +154,10 @@ class Screen:
         elif not self.quiet:
             self._err.print(name if total is None else f"{name}: {total}", markup=False)
 
-    def advance(self, what: str, steps: int = 1) -> None:
-        """Report a step of the phase."""
+    def advance(self, what: str, steps: int = 1, total: int | None = None) -> None:
+        """Report a step of the phase, and how many it has where that was not known before."""
         if self._bar is not None:
-            self._bar.update(self._task, advance=steps, what=what)
+            self._bar.update(self._task, advance=steps, what=what, total=total)
 
 
 def _is_no_fallback(record: logging.LogRecord) -> bool:

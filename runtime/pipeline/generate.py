@@ -346,12 +346,12 @@ class Generator:
         found = request.extra.get("frame_rate", call.parameters.get("frame_rate"))
         return float(found) if isinstance(found, (int, float)) else None
 
-    def steps(self, request: GenerationRequest) -> int:
-        """Return how many steps will run: of a run that begins in their midst, those from there on."""
+    def steps(self, request: GenerationRequest) -> int | None:
+        """Return how many steps will run; None where the run begins in their midst, which its pipeline counts."""
         _, call = self._calling(request)
-        steps: int = request.value("steps") or 0
-        strength = request.strength or call.default("strength")
-        return steps if strength is None else steps - int(max(steps - steps * strength, 0))
+        is_whole = request.strength is None and call.default("strength") is None
+        steps: int | None = request.value("steps")
+        return steps if is_whole else None
 
     def _calling(self, request: GenerationRequest) -> tuple[Any, PipelineCall]:
         """Return the pipeline that takes what the request begins with, and its call."""
@@ -484,7 +484,8 @@ class _Loop:
         latents: After the last step, so far.
     """
 
-    def __init__(self, total: int, on_step: OnStep) -> None:
+    def __init__(self, total: int | None, on_step: OnStep) -> None:
+        """Begin; without a total it is the steps that the transformer's session was begun with."""
         self.began = self.ended = time.perf_counter()
         self.latents: torch.Tensor | None = None
         self._total, self._on_step = total, on_step
@@ -500,6 +501,8 @@ class _Loop:
     def end_call(self, session: Any, step_index: int) -> None:
         """Count the step before, where this call is the first of another."""
         self.ended = time.perf_counter()
+        if self._total is None:
+            self._total = session.steps
         if self._step is not None and self._step != (id(session), step_index):
             self._done += 1
             self._on_step(self._done, self._total)
@@ -513,5 +516,5 @@ class _Loop:
 
     def end(self) -> None:
         """Count the last step."""
-        if self._step is not None:
+        if self._step is not None and self._total is not None:
             self._on_step(self._done + 1, self._total)
