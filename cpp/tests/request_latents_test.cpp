@@ -14,14 +14,7 @@ class RequestLatentsTest : public ::testing::Test {
  protected:
   RequestLatentsTest() {
     nlohmann::json data = testing::write_tiny_bundle(folder_);
-    nlohmann::json sound = {{"dtype", "float32"}, {"shape", {"batch", "audio_tokens", 3}}};
-    data["graphs"]["finish"]["outputs"]["audio_model_output"] = sound;
-    sound.update({{"argument", "audio_hidden_states"}, {"runs", "step"}});
-    data["inputs"]["audio_latents"] = sound;
-    data["inputs"]["audio_places"] = {{"dtype", "float32"},
-                                      {"shape", {"audio_tokens"}},
-                                      {"argument", "audio_coords"},
-                                      {"runs", "prompt"}};
+    testing::add_sound(data);
     auto parsed = Manifest::parse(data.dump(), "manifest.json");
     EXPECT_TRUE(parsed.ok()) << parsed.status().message();
     manifest_ = std::move(parsed).value();

@@ -551,6 +551,17 @@ json write_tiny_bundle(const TemporaryFolder& folder) {
   return manifest;
 }
 
+void add_sound(json& manifest) {
+  json sound = {{"dtype", "float32"}, {"shape", {"batch", "audio_tokens", 3}}};
+  manifest["graphs"]["finish"]["outputs"]["audio_model_output"] = sound;
+  sound.update({{"argument", "audio_hidden_states"}, {"runs", "step"}});
+  manifest["inputs"]["audio_latents"] = sound;
+  manifest["inputs"]["audio_places"] = {{"dtype", "float32"},
+                                        {"shape", {"audio_tokens"}},
+                                        {"argument", "audio_coords"},
+                                        {"runs", "prompt"}};
+}
+
 void write_manifest(const TemporaryFolder& folder, const json& manifest) {
   folder.write("manifest.json", manifest.dump());
 }

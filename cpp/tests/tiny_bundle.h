@@ -54,6 +54,10 @@ struct Calls {
 /// branches); "alike" (at the inner products of two residuals; computes every other step).
 nlohmann::json write_tiny_bundle(const TemporaryFolder& folder);
 
+/// Adds a sound that is sampled beside the video, `audio_latents` [batch, audio_tokens, 3]; the
+/// prompt's `audio_places` tell how long it is.
+void add_sound(nlohmann::json& manifest);
+
 /// Writes a changed manifest over the bundle's.
 void write_manifest(const TemporaryFolder& folder, const nlohmann::json& manifest);
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from freewheel.bundle.reader import Bundle
+from freewheel.policies import POLICIES
 from freewheel.runtime.settings import config_entries
 
 # The models of the families' tests, and the loop that several files compare.
@@ -22,6 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "compiler"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "compiler" / "models"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "compiler" / "cut"))
+from loop import BY_CONTENT
+
+
+@pytest.fixture(scope="module")
+def asked_policies(request: pytest.FixtureRequest) -> list[str] | None:
+    """The policies that a file's tests of this session ask bundles for; None is all that a model can have."""
+    here = (i for i in request.session.items if i.path == request.path and hasattr(i, "callspec"))
+    named = {i.callspec.params.get("policy") for i in here} & {*POLICIES}
+    return None if named == {*POLICIES} else [BY_CONTENT.policy, *named]
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:

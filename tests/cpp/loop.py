@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.sampler_table import SamplerTable
-from freewheel.policies.setting import CacheSetting
+from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.model import LoadedModel
 from freewheel.runtime.session import Session
 
@@ -36,6 +36,12 @@ def crossed(every: Iterable[str], covering: Collection[str]) -> list[Any]:
 
 
 COMPARED = ("computed", "distance", "mix")
+
+BY_CONTENT = CacheSetting(
+    policy="teacache", signal="modulated_input", guard=GuardSetting(first_exact=1, last_exact=1),
+    parameters={"threshold": 1.0, "coefficients": [0.6]},
+)  # fmt: skip
+"""Every step that may be reused adds 0.6 of the threshold, from a signal of every step."""
 
 
 @dataclass
@@ -185,3 +191,11 @@ def check_equal(
             assert report["branches"][branch][what] == python[what], (branch, what)
     assert are_equal(found, expected)
     return report
+
+
+def check_offload(loop: Loop, build: Path, folder: Path) -> None:
+    """Hold a run with its blocks' weights in host memory to one without."""
+    expected, _ = loop.in_cpp(build, BY_CONTENT, folder)
+    options = ("--backend", "openvino", "--offload")
+    found, _ = loop.in_cpp(build, BY_CONTENT, folder, options=options)
+    assert are_equal(found, expected)

@@ -66,14 +66,7 @@ TEST_F(JobTest, SizesAndSeedMakeTheNoise) {
 TEST_F(JobTest, WhatIsSampledBesideTheFirstComesAndGoesByItsName) {
   const testing::TemporaryFolder folder;
   nlohmann::json data = testing::write_tiny_bundle(folder);
-  nlohmann::json sound = {{"dtype", "float32"}, {"shape", {"batch", "audio_tokens", 3}}};
-  data["graphs"]["finish"]["outputs"]["audio_model_output"] = sound;
-  sound.update({{"argument", "audio_hidden_states"}, {"runs", "step"}});
-  data["inputs"]["audio_latents"] = sound;
-  data["inputs"]["audio_places"] = {{"dtype", "float32"},
-                                    {"shape", {"audio_tokens"}},
-                                    {"argument", "audio_coords"},
-                                    {"runs", "prompt"}};
+  testing::add_sound(data);
   testing::write_manifest(folder, data);
   auto model = testing::load_tiny(folder, std::make_shared<testing::Calls>());
   ASSERT_TRUE(model.ok()) << model.status().message();
