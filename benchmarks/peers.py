@@ -17,13 +17,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from page import OUT, Out, Table, write
-from quality import COLUMNS, FIRST_SEED, MODEL, captions, cells_of, seen_by_eye, summarised
+from perceptual import LPIPS_WEIGHTS, Lpips
+from quality import (
+    COLUMNS,
+    FIRST_SEED,
+    MODEL,
+    SEEN,
+    captions,
+    cells_of,
+    seen_by_eye,
+    summarised,
+)
 
 from freewheel.policies.promise import EQUAL_PSNR
 from freewheel.tuning.contest import even_steps
@@ -227,7 +238,7 @@ def row(
         "speedup": float(np.median(speedups)),
         "psnr": [EQUAL_PSNR if q.psnr is None else q.psnr for q in quality],
         "ssim": [q.ssim for q in quality],
-        **{name: [own[name] for own in looks] for name in ("vmaf", "xpsnr")},
+        **{name: [own[name] for own in looks] for name in SEEN},
     }
     return found | summarised(found)
 
@@ -239,8 +250,10 @@ def main(
     steps: Annotated[int, typer.Option(help="Denoise steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
     only: Annotated[str, typer.Option(help="Peers whose name holds this.")] = "",
+    lpips_weights: Annotated[Path | None, LPIPS_WEIGHTS] = None,
 ) -> None:
     """Measure; the file is written after every pair."""
+    lpips = None if lpips_weights is None else Lpips(lpips_weights)
     # It also puts the demo model's folder on the path.
     texts = captions(first + pairs, held_out=True)[first:]
     from generate import load_pipeline
@@ -284,7 +297,7 @@ def main(
                 continue
             counted[name].append(counter.take())
             quality[name].append(compare_videos(frames, reference))
-            looks[name].append(seen_by_eye(frames, reference))
+            looks[name].append(seen_by_eye(frames, reference, lpips))
             speedups[name].append(uncached_seconds / taken)
         rows = [
             row(n, counted[n], quality[n], looks[n], speedups[n]) for n, _ in chosen if quality[n]

@@ -8,9 +8,10 @@ r"""Quality of every policy at the same speedups, on held-out prompts.
 
 Calibrates on training captions, then runs each policy's setting for each speedup on captions that
 neither training nor calibration saw, beside the uncached run of the same seed: PSNR, SSIM, VMAF and XPSNR of
-decoded frames, mean and worst pair; share of the pairs in which a setting's PSNR is the best of its speedup's;
-measured speedup as in `freewheel bench`. Beside them the distance that a suite of recorded runs foretells, and
-how its ranking correlates with the measured one. The plot has speed and quality of all, peers among them.
+decoded frames, and LPIPS with ``--lpips-weights`` (see `perceptual.py`), mean and worst pair; share of the
+pairs in which a setting's PSNR is the best of its speedup's; measured speedup as in `freewheel bench`. Beside
+them the distance that a suite of recorded runs foretells, and how its ranking correlates with the measured
+one. The plot has speed and quality of all, peers among them.
 
 Speedups are ideal ones, steps over computed steps. With ``--measured`` they are those of the clock: a
 few runs ahead tell what a reused step costs, and so how few steps may be computed.
@@ -27,6 +28,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from page import OUT, Out, Table, write
+from perceptual import LPIPS_WEIGHTS, Lpips
 from scipy.stats import spearmanr
 
 from freewheel.bundle.reader import Bundle
@@ -43,10 +45,14 @@ from freewheel.tuning.vmaf import vmaf_of_frames, xpsnr_of_video
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "shapes_wan"
 PROBE_ROUNDS = 8
-DIGITS = {"psnr": 1, "ssim": 4, "vmaf": 1, "xpsnr": 1}
+DIGITS = {"psnr": 1, "ssim": 4, "vmaf": 1, "xpsnr": 1, "lpips": 4}
 MEASURES = tuple(DIGITS)
+SEEN = ("vmaf", "xpsnr", "lpips")
+"""Those of `seen_by_eye`."""
+LESS_IS_NEARER = ("lpips",)
 COLUMNS = (
     "computed", "speedup", "PSNR dB", "worst", "SSIM", "worst", "VMAF", "worst", "XPSNR dB", "worst",
+    "LPIPS", "worst",
 )  # fmt: skip
 """What `cells_of` shows of a setting."""
 FIRST_SEED = 0
@@ -88,12 +94,13 @@ def measured_ideals(bundle: Bundle, suite: Suite, steps: int, screen: Screen) ->
     return found
 
 
-def seen_by_eye(frames: Any, exact: Any) -> dict[str, float | None]:
-    """Return VMAF, the mean of the frames, and XPSNR of a video."""
+def seen_by_eye(frames: Any, exact: Any, lpips: Lpips | None) -> dict[str, float | None]:
+    """Return VMAF and LPIPS, the mean of the frames, and XPSNR of a video."""
     vmaf = vmaf_of_frames(frames, exact)
     return {
         "vmaf": None if vmaf is None else float(np.mean(vmaf)),
         "xpsnr": xpsnr_of_video(frames, exact),
+        "lpips": None if lpips is None else lpips(frames, exact),
     }
 
 
@@ -121,7 +128,7 @@ def merged(
             "ssim": [e["ssim_mean"] for e in same],
             "foretold_db": foretold.get(name),
         }
-        for measure in ("vmaf", "xpsnr"):
+        for measure in SEEN:
             row[measure] = [own[name][measure] for own in looks]
         rows.append(row | summarised(row))
     with_share_won(rows)
@@ -140,7 +147,8 @@ def summarised(row: Mapping[str, Any]) -> dict[str, float | None]:
     for measure in MEASURES:
         values = [v for v in row[measure] if v is not None]
         found[f"{measure}_mean"] = float(np.mean(values)) if values else None
-        found[f"{measure}_worst"] = min(values, default=None)
+        worst = max if measure in LESS_IS_NEARER else min
+        found[f"{measure}_worst"] = worst(values, default=None)
     return found
 
 
@@ -228,8 +236,10 @@ def main(
     peers: Annotated[
         Path | None, typer.Option(help="peers.json of the same pairs, for the table and the plot.")
     ] = None,
+    lpips_weights: Annotated[Path | None, LPIPS_WEIGHTS] = None,
 ) -> None:
     """Measure; the tables are written after every pair."""
+    lpips = None if lpips_weights is None else Lpips(lpips_weights)
     screen = Screen(as_json=False, quiet=False)
     opened = Bundle(bundle)
     out.mkdir(parents=True, exist_ok=True)
@@ -262,7 +272,7 @@ def main(
         with screen.progress():
             report = bench_bundle(opened, wanted, screen, screen.warn)
         exact = report.pictures[UNCACHED]
-        looks.append({n: seen_by_eye(f, exact) for n, f in report.pictures.items()})
+        looks.append({n: seen_by_eye(f, exact, lpips) for n, f in report.pictures.items()})
         report.pictures.clear()
         reports.append(report)
         found = merged(reports, looks, foretold)

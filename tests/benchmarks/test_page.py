@@ -23,7 +23,7 @@ KNOWN = {
     "versions": {"freewheel": "3", "python": "4", "onnx": "5"},
 }  # fmt: skip
 
-TOOLS = {"licences", "memory", "own_process", "page", "synthetic"}
+TOOLS = {"licences", "memory", "own_process", "page", "perceptual", "synthetic"}
 """Files of the folder that measure nothing by themselves."""
 
 
