@@ -97,7 +97,7 @@ REFUSED = (
         r"enable_sound|motion_frame|adapter_model_path|enable_text_cfg|use_timestep_transform"
         r"|sample_text_guide_scale|enable_reuse|norm_output_audio|infinitetalk_\w+|audio_\w+"
         r"|sample_audio_guide_scale",
-        "of a model of speech or sound, which is no family here",
+        "of speech or sound, which no config here says anything of",
     ),
     Refusal(
         r"action_\w+|domain_name|view_point|decode_video"
@@ -122,12 +122,8 @@ REFUSED = (
 )
 
 ABSENT_POLICIES = {
-    "DualBlock": (
-        "compares the first blocks with the step before, by which a slow drift is never computed",
-        "'DBCache', with 'Fn_compute_blocks' and 'Bn_compute_blocks' 5 and 'residual_diff_threshold'",
-    ),
     "DynamicBlock": (
-        "lets every block decide for itself", "'FirstBlock', with 'firstblock_thresh'",
+        "lets every block decide for itself", "'DualBlock', which decides once a step",
     ),
 }  # fmt: skip
 """LightX2V's policies that are none here → what they do, and what is nearest here."""

@@ -54,6 +54,7 @@ POLICIES: dict[str, str] = {
     "dicache": "dicache:DiCache",
     "seacache": "seacache:SeaCache",
     "dbcache": "dbcache:DBCache",
+    "dualblock": "dualblock:DualBlock",
 }
 """Name → ``module:Class`` in this folder."""
 

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import field_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from .base import Decision, Policy, Step, relative_change, reuse_below
 from .config import CachingConfig
+from .dualblock import PARAMETERS as DUALBLOCK
+from .dualblock import DualBlockConfig
+from .setting import CacheSetting
 from .spec import HistorySpec, ParameterSpec, PolicySpec, StateSpec
 
 __all__ = ["FirstBlock", "FirstBlockConfig"]
@@ -27,13 +30,16 @@ PARAMETERS = {
 
 
 class FirstBlockConfig(CachingConfig):
-    """Keys of First-Block Cache's configs.
+    """Keys of First-Block Cache's configs, LightX2V's among them.
+
+    A file of LightX2V's means its own law, which compares with the step before: `DualBlock` with one
+    first block and no last one.
 
     Attributes:
-        firstblock_thresh: Relative change at which a step is computed; 0 never reuses.
-        residual_diff_threshold: LightX2V's threshold of another law, refused: its class compares with
-            the step before, computed or not, this policy with the last computed one.
-        downsample_factor: LightX2V compares every n-th channel; here all count.
+        firstblock_thresh: Relative change since the last computed step at which a step is computed;
+            0 never reuses.
+        residual_diff_threshold: LightX2V's: relative change since the step before.
+        downsample_factor: LightX2V's: every n-th channel is compared.
     """
 
     policy: ClassVar[str] = "firstblock"
@@ -41,25 +47,34 @@ class FirstBlockConfig(CachingConfig):
 
     feature_caching: Literal["FirstBlock"] = "FirstBlock"
     firstblock_thresh: Annotated[float, PARAMETERS["threshold"].check] | None = None
-    residual_diff_threshold: float | None = None
-    downsample_factor: int | None = None
+    residual_diff_threshold: Annotated[float, DUALBLOCK["threshold"].check] | None = None
+    downsample_factor: Annotated[int, DUALBLOCK["channel_stride"].check] | None = None
 
-    @field_validator("residual_diff_threshold")
-    @classmethod
-    def _compares_with_the_computed_step(cls, value: float | None) -> float | None:
-        if value is not None:
+    @model_validator(mode="after")
+    def _names_one_law(self) -> Self:
+        theirs = self._of_lightx2v()
+        if theirs and self.policy != FirstBlockConfig.policy:
             raise ValueError(
-                "none: it is a distance to the step before, by which a slow drift is never computed;"
-                " the nearest is 'firstblock_thresh', to the last computed step"
+                f"'feature_caching' of 'dualblock' in place of 'firstblock', whose key '{theirs[0]}' is"
             )
-        return value
+        if theirs and self.firstblock_thresh is not None:
+            raise ValueError(
+                f"one of 'firstblock_thresh', since the last computed step, and '{theirs[0]}', since the"
+                " step before"
+            )
+        return self
 
-    @field_validator("downsample_factor")
-    @classmethod
-    def _keeps_every_channel(cls, value: int | None) -> int | None:
-        if value not in (None, 1):
-            raise ValueError("1: every channel of the residual is compared here; remove the key")
-        return value
+    def setting(self) -> CacheSetting:
+        """Resolve to the law whose keys the file has; see `CachingConfig.setting`."""
+        if not self._of_lightx2v():
+            return super().setting()
+        given = self.model_dump(exclude={"feature_caching", "firstblock_thresh"})
+        return DualBlockConfig(**given, Fn_compute_blocks=1, Bn_compute_blocks=0).setting()
+
+    def _of_lightx2v(self) -> list[str]:
+        """Return the keys of the file that only LightX2V's law has."""
+        names = ("residual_diff_threshold", "downsample_factor")
+        return [name for name in names if getattr(self, name) is not None]
 
 
 class FirstBlock(Policy):

@@ -89,11 +89,22 @@ def test_mag_file_is_taken_with_a_list_of_ratios_per_branch(tmp_path: Path) -> N
     assert one.branches == {}
 
 
-def test_firstblock_file_is_taken_where_it_means_the_law_of_here() -> None:
-    data = {"feature_caching": "FirstBlock", **RUN, "firstblock_thresh": 0.03}
-    for more in ({}, {"downsample_factor": 1}):
-        setting = parse_config({**data, **more}, where="x").setting()
-        assert (setting.policy, setting.parameters) == ("firstblock", {"threshold": 0.03})
+def test_firstblock_file_means_the_law_whose_keys_it_has() -> None:
+    data = {"feature_caching": "FirstBlock", **RUN}
+    ours = parse_config({**data, "firstblock_thresh": 0.03}, where="x").setting()
+    assert (ours.policy, ours.parameters) == ("firstblock", {"threshold": 0.03})
+    keys = {"residual_diff_threshold": 0.02, "downsample_factor": 2, "last_exact": 1}
+    theirs = parse_config({**data, **keys}, where="x").setting()
+    law = {"threshold": 0.02, "channel_stride": 2, "first_blocks": 1, "last_blocks": 0}
+    assert (theirs.policy, theirs.parameters, theirs.guard.last_exact) == ("dualblock", law, 1)
+
+
+def test_dualblock_file_is_taken_with_five_blocks_at_either_end() -> None:
+    keys = {"residual_diff_threshold": 0.03, "downsample_factor": 2}
+    setting = parse_config({"feature_caching": "DualBlock", **RUN, **keys}, where="x").setting()
+    own = {"threshold": 0.03, "channel_stride": 2}
+    assert setting.parameters == {**own, "first_blocks": 5, "last_blocks": 5}
+    assert load_config("dualblock").setting().parameters == {"first_blocks": 1, "last_blocks": 0}
 
 
 @pytest.mark.parametrize(
@@ -109,13 +120,13 @@ def test_firstblock_file_is_taken_where_it_means_the_law_of_here() -> None:
         ),
         ({**MAG, "magcache_ratios": [[1.0]] * 3}, "one table or two, cond and uncond, not 3"),
         (
-            {"feature_caching": "FirstBlock", "downsample_factor": 2},
-            "'downsample_factor': found 2, expected 1: every channel",
+            {"feature_caching": "FirstBlock", "firstblock_thresh": 0.1, "downsample_factor": 2},
+            "expected one of 'firstblock_thresh', since the last computed step, and 'downsample_factor'",
         ),
         (
-            {"feature_caching": "FirstBlock", "residual_diff_threshold": 0.03},
-            "'residual_diff_threshold': found 0.03, expected none: it is a distance to the step before, "
-            "by which a slow drift is never computed; the nearest is 'firstblock_thresh'",
+            {"feature_caching": "firstblock+dmd", "residual_diff_threshold": 0.03},
+            "expected 'feature_caching' of 'dualblock' in place of 'firstblock', whose key "
+            "'residual_diff_threshold' is",
         ),
         (
             {"feature_caching": "Tea", "changing_resolution": True, "resolution_rate": [1.0, 0.75]},
@@ -131,7 +142,7 @@ def test_firstblock_file_is_taken_where_it_means_the_law_of_here() -> None:
         ),
         (
             {"feature_caching": "NoCaching", "sample_audio_guide_scale": 4.0, "audio_type": "para"},
-            "'sample_audio_guide_scale', 'audio_type': of a model of speech or sound",
+            "'sample_audio_guide_scale', 'audio_type': of speech or sound",
         ),
         (
             {"feature_caching": "NoCaching", "bot_task": "auto", "use_prompt_enhancer": True},

@@ -92,6 +92,10 @@ SETTINGS = {
         policy="dbcache", parameters={"threshold": 0.3, "first_blocks": 2, "last_blocks": 2},
         guard=GuardSetting(first_exact=2),
     ),
+    "dualblock": CacheSetting(
+        policy="dualblock",
+        parameters={"threshold": 0.15, "first_blocks": 2, "last_blocks": 2, "channel_stride": 2},
+    ),
     "dbcache-taylorseer": CacheSetting(
         policy="dbcache+taylorseer",
         parameters={"threshold": 0.3, "first_blocks": 1, "last_blocks": 5, "order": 2},

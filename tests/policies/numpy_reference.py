@@ -354,6 +354,26 @@ class DBCache(_Law):
         return not reuses
 
 
+class DualBlock(_Law):
+    """LightX2V's first blocks, from one step to the next and in every n-th channel."""
+
+    def __init__(self, threshold, first_blocks, last_blocks, channel_stride):
+        self.threshold, self.stride = threshold, channel_stride
+        self.distance, self.previous = 0.0, None
+
+    def wants_computation(self, t, must, signals):
+        self.margin, diff = math.inf, 1.0
+        new = signals[t].astype(np.float64)[..., :: self.stride]
+        if self.previous is not None:
+            diff = np.abs(self.previous - new).mean() / np.abs(self.previous).mean()
+            if self.threshold > 0 and not must:
+                self.margin = abs(diff - self.threshold) / self.threshold
+        self.previous = new
+        wants = not diff < self.threshold
+        self.distance = 0.0 if wants or must else diff
+        return wants
+
+
 class FirstBlock(_Law):
     """ALGORITHMS 5."""
 

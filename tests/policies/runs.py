@@ -98,6 +98,8 @@ def reference_law(
         return law(**p)
     if setting.policy == "dbcache":
         return reference.DBCache(**p)
+    if setting.policy == "dualblock":
+        return reference.DualBlock(**p)
     if setting.policy == "seacache":
         return reference.SeaCache(**p)
     if setting.policy in ("sencache", "dicache"):

@@ -170,6 +170,12 @@ SETTINGS: dict[str, CacheSetting] = {
         parameters={"threshold": 0.4, "first_blocks": 3},
         guard=GuardSetting(first_exact=4, max_consecutive=3, max_reused=9),
     ),
+    "dualblock": CacheSetting(policy="dualblock", parameters={"threshold": 0.2}),
+    "dualblock_strided": CacheSetting(
+        policy="dualblock",
+        parameters={"threshold": 0.3, "first_blocks": 1, "last_blocks": 0, "channel_stride": 3},
+        guard=GuardSetting(max_consecutive=4, exact_steps=[9]),
+    ),
     "dbcache_taylor": CacheSetting(policy="dbcache+taylorseer", parameters={"threshold": 0.3}),
     "taylor_dicache": CacheSetting(policy="taylorseer+dicache", parameters={"interval": 3}),
     "sea_hold": CacheSetting(policy="seacache+hold", parameters={"threshold": 0.3}),

@@ -31,6 +31,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "seacache": {"threshold": 2.0},
     "dicache": {"threshold": 5.0},
     "dbcache": {"threshold": 0.3, "first_blocks": 1, "last_blocks": 1},
+    "dualblock": {"threshold": 0.3, "first_blocks": 1, "last_blocks": 1},
 }
 """Policy → parameters."""
 

@@ -85,7 +85,8 @@ def test_a_model_of_one_block_carries_no_policy_that_looks_at_the_first(
     off = config_entries(["off"], unwarned)
     request = BuildRequest(str(tmp_path / "one"), tmp_path / "out", [], off, cache=build_cache)
     carried = plan(request).policies
-    assert set(tiny_bundle.manifest.policies) - set(carried) == {"firstblock", "dicache", "dbcache"}
+    probing = {"firstblock", "dicache", "dbcache", "dualblock"}
+    assert set(tiny_bundle.manifest.policies) - set(carried) == probing
     bundle = copy(tiny_bundle)
     kept = {n: p for n, p in bundle.manifest.policies.items() if n in carried}
     bundle.manifest = bundle.manifest.model_copy(update={"policies": kept})

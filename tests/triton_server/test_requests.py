@@ -36,6 +36,7 @@ POLICIES = {
     "seacache": {"threshold": 2.0},
     "dicache": {"threshold": 5.0},
     "dbcache": {"threshold": 5.0, "first_blocks": 1, "last_blocks": 1, "first_exact": 1},
+    "dualblock": {"threshold": 5.0, "first_blocks": 1, "last_blocks": 0, "channel_stride": 2},
     "teacache+spectrum": {"threshold": 0.3, "degree": 2},
 }
 

@@ -131,7 +131,8 @@ def test_policies_that_look_at_tokens_are_known(demo_bundle: Bundle) -> None:
     signals = demo_bundle.manifest.signals
     sequence = cut_sequence(cut_of(demo_bundle))
     looking = [n for n in POLICIES if sequence.is_of_tokens(policy_class(n).spec, signals)]
-    assert looking == ["teacache", "adacache", "custom", "firstblock", "dicache", "dbcache"]
+    probing = ["firstblock", "dicache", "dbcache", "dualblock"]
+    assert looking == ["teacache", "adacache", "custom", *probing]
 
 
 @nightly

@@ -18,6 +18,7 @@ MEASURED = (
     "custom",
     "dbcache",
     "dicache",
+    "dualblock",
     "firstblock",
     "sencache",
     "seacache",
@@ -50,6 +51,7 @@ def test_sums_of_parts_decide_as_the_whole(name: str, tmp_path: Path) -> None:
         if any(isinstance(d, str) for d in io.shape):
             tokens.append(given)
     free = {"exact": False, "step_index": 5, "step_count": 20, "param.threshold": 100.0}
+    free["param.channel_stride"] = 2
     free |= {n: 0 for n in inputs if n.startswith("guard.")}
     inputs |= {n: np.asarray(v, inputs[n].dtype) for n, v in free.items() if n in inputs}
     expected = _run(tmp_path / entry.file, inputs)

@@ -131,7 +131,7 @@ def test_a_history_holds_the_tokens_of_its_rank(seen: Seen) -> None:
 
 def test_a_step_sends_what_the_formula_gives(seen: Seen) -> None:
     *_, by_rank = seen
-    probed, featured = ("firstblock", "dicache", "dbcache"), ("adacache",)
+    probed, featured = ("firstblock", "dicache", "dbcache", "dualblock"), ("adacache",)
     for rank, policies in enumerate(by_rank):
         for policy, found in policies.items():
             sent = found["exchanges"]["sequence"]
