@@ -110,7 +110,8 @@ def choose_setting(
         named has none.
 
     Raises:
-        ConfigError: nothing goes by that name, a file with faults, or a bad override.
+        ConfigError: nothing goes by that name, a file with faults, a policy that the bundle has not,
+            or a bad override.
     """
     manifest = bundle.manifest
     default = manifest.configs[manifest.default_config]
@@ -127,9 +128,8 @@ def choose_setting(
         entry = next(iter(config_entries([str(cache)], warn).values()))
     given = entry.generation.model_dump(exclude_none=True)
     generation = default.generation.model_copy(update=given)
-    setting = entry.cache
+    setting, spec = entry.cache, carried_policy(manifest, entry.cache.policy).spec
     if overrides:
-        spec = carried_policy(manifest, setting.policy).spec
         setting = apply_overrides(setting, overrides, spec)
     return ResolvedConfig(cache=setting, generation=generation)
 

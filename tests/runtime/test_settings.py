@@ -90,8 +90,10 @@ def test_a_model_of_one_block_carries_no_policy_that_looks_at_the_first(
     bundle = copy(tiny_bundle)
     kept = {n: p for n, p in bundle.manifest.policies.items() if n in carried}
     bundle.manifest = bundle.manifest.model_copy(update={"policies": kept})
-    with pytest.raises(ConfigError, match="'firstblock': is not in the bundle"):
-        choose_setting(bundle, "firstblock", {"threshold": "0.2"}, unwarned)
+    for cache in ("firstblock", CacheSetting(policy="firstblock")):
+        for overrides in ({}, {"threshold": "0.2"}):
+            with pytest.raises(ConfigError, match="'firstblock': is not in the bundle"):
+                choose_setting(bundle, cache, overrides, unwarned)
 
 
 def test_a_pair_is_in_bundles_that_were_built_for_it(
