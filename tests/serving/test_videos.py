@@ -22,6 +22,9 @@ pytest.importorskip("starlette", reason="the extra 'videos' is not installed")
 
 from freewheel.serving.videos import MOST_WAITING, VideoJobs, videos_app  # noqa: E402
 
+HANG_SECONDS = 300
+"""A test that hangs fails then."""
+
 SMALL = {"size": "48x32", "seconds": "0.5", "extra_body": {"steps": "3", "seed": "7"}}
 
 
@@ -38,7 +41,7 @@ class Gate:
         def held(done: int, total: int) -> None:
             self.steps += 1
             self.reached.set()
-            assert self.opened.wait(60)
+            assert self.opened.wait(HANG_SECONDS)
             on_step(done, total)
 
         return self._generator.generate(request, on_step=held)
@@ -66,7 +69,7 @@ def client(jobs: VideoJobs) -> Iterator[Any]:
     thread.join(10)
 
 
-def until(holds: Any, seconds: float = 60) -> None:
+def until(holds: Any, seconds: float = HANG_SECONDS) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never came"
@@ -104,7 +107,7 @@ def test_a_running_video_is_cancelled_within_a_step_and_the_next_one_runs(
     gate.steps = 0
     first = client.videos.create(prompt="first", **{**SMALL, "extra_body": {"steps": "20"}})
     second = client.videos.create(prompt="second", **SMALL)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(HANG_SECONDS)
     assert client.videos.retrieve(first.id).status == "in_progress"
     assert client.videos.retrieve(second.id).status == "queued"
     with pytest.raises(openai.ConflictError, match="is in_progress"):
@@ -120,7 +123,7 @@ def test_a_waiting_video_that_is_deleted_never_begins(client: Any, gate: Gate) -
     gate.reached.clear()
     gate.steps = 0
     first = client.videos.create(prompt="first", **SMALL)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(HANG_SECONDS)
     second = client.videos.create(prompt="second", **SMALL)
     client.videos.delete(second.id)
     third = client.videos.create(prompt="third", **SMALL)

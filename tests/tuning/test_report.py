@@ -89,7 +89,7 @@ def drawn(page: Path, folder: Path, script: str = "") -> str:
     copy.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
     command = [str(CHROMIUM), *options, "--window-size=1000,900", "--dump-dom", copy.as_uri()]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     return done.stdout.split("<main>")[1].split("</main>")[0]
 
 
@@ -252,7 +252,7 @@ def test_page_fits_a_phone_and_a_desk_by_day_and_by_night(
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--hide-scrollbars",
                f"--blink-settings=preferredColorScheme={theme}", f"--window-size={width},2600"]  # fmt: skip
     command = [str(CHROMIUM), *options, f"--screenshot={shot}", page.as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape[1] == width
     assert tuple(pixels[2, 2]) == paper

@@ -6,9 +6,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,7 +20,14 @@ from launching import torchrun
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
 from freewheel.core.errors import RankError
-from freewheel.runtime.distributed.ranks import TIMEOUT, brief, join_ranks, timeout_of_ranks
+from freewheel.runtime.distributed import ranks as ranks_module
+from freewheel.runtime.distributed.ranks import (
+    TIMEOUT,
+    Ranks,
+    brief,
+    join_ranks,
+    timeout_of_ranks,
+)
 
 FAILING = Path(__file__).parent / "failing_run.py"
 
@@ -31,7 +41,7 @@ nightly = pytest.mark.nightly
     [
         # daily, a rank is killed inside a block: test_sequence.py
         pytest.param("killed", "rank", marks=nightly),
-        pytest.param("silent", "rank 1: has not answered rank 0 for 8 s", marks=nightly),
+        pytest.param("silent", "rank 1: has not answered rank 0 for 30 s", marks=nightly),
         pytest.param("without_memory", "memory", marks=nightly),
         pytest.param("not_finite", "branch 'uncond', step 2", marks=nightly),
         pytest.param("another_version", "rank 1: the version of freewheel is '0.0.1'", marks=nightly),
@@ -49,7 +59,7 @@ def test_a_rank_that_fails_ends_the_run_with_one_error(
         (other / "manifest.json").write_text(json.dumps(manifest, indent=3))
     done = torchrun(
         FAILING, kind, "run", demo_bundle.folder, *REQUEST, "--out", out,
-        **{TIMEOUT: "8" if kind == "silent" else "60", "OTHER_BUNDLE": str(other)},
+        **({TIMEOUT: "30"} if kind == "silent" else {}), OTHER_BUNDLE=str(other),
     )  # fmt: skip
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -120,6 +130,67 @@ def test_a_timeout_is_seconds_above_0(monkeypatch: pytest.MonkeyPatch, text: str
     monkeypatch.setenv(TIMEOUT, text)
     with pytest.raises(RankError, match=f"is '{text}', expected seconds above 0"):
         timeout_of_ranks()
+
+
+class Clock:
+    """A clock that a process moves by waiting, and what the other rank does meanwhile."""
+
+    def __init__(self, other: Callable[[float], None]) -> None:
+        self.now, self._other = 0.0, other
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._other(self.now)
+
+
+class Store:
+    """Counters by name, as the job's store keeps them."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def add(self, key: str, amount: int) -> int:
+        self.counts[key] = self.counts.get(key, 0) + amount
+        return self.counts[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.counts for key in keys)
+
+
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    return Ranks(None, timedelta(seconds=3), Store())
+
+
+def test_signs_of_life_are_waited_for_beyond_the_timeout(
+    first_of_two: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beat_for_20_seconds(now: float) -> None:
+        first_of_two._store.add("beats/1" if now < 20 else "waits/1", 1)
+
+    clock = Clock(beat_for_20_seconds)
+    monkeypatch.setattr(ranks_module, "time", clock)
+    first_of_two.wait_for_all("waiting")
+    assert 20 <= clock.now < 21
+
+
+def test_a_rank_that_falls_silent_is_waited_for_as_long_as_the_timeout(
+    first_of_two: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beat_for_9_seconds(now: float) -> None:
+        if now < 9:
+            first_of_two._store.add("beats/1", 1)
+
+    clock = Clock(beat_for_9_seconds)
+    monkeypatch.setattr(ranks_module, "time", clock)
+    with pytest.raises(RankError, match="rank 1: has not answered rank 0 for 3 s while waiting"):
+        first_of_two.wait_for_all("waiting")
+    assert 12 <= clock.now < 13
 
 
 def test_a_brief_text_differs_where_the_text_does() -> None:
