@@ -353,14 +353,15 @@ def _foretell(
 
 def _tell_decisions(screen: Screen, generator: Any, request: Any) -> None:
     """Say what is known of a run's decisions before it starts, and what its tables are too far from."""
+    from ..policies.schedule import Schedule
+    from ..policies.stretch import stretch_of
     from ..runtime.forecast.fold import forecast
-    from ..runtime.settings import stretch_warning
 
     timesteps = generator.timesteps(request)
     count = request.value("steps") if timesteps is None else len(timesteps)
-    stretched = stretch_warning(request.cache, count)
-    if stretched is not None:
-        screen.warn(stretched)
+    stretch = None if timesteps is None else stretch_of(request.cache, Schedule.of(timesteps))
+    for text in [] if stretch is None else stretch.warnings():
+        screen.warn(text)
     promise = request.cache.promise
     if request.cache.min_psnr is not None and promise is not None:
         screen.note(

@@ -75,6 +75,7 @@ class Screen:
         self._err = Console(stderr=True, highlight=False)
         if not self._err.is_terminal:
             self._err = Console(stderr=True, highlight=False, width=PIPE_WIDTH)
+        self._warned: set[str] = set()
         self._phase = ""
         self._bar: Progress | None = None
         self._task: Any = None
@@ -112,9 +113,10 @@ class Screen:
             self._err.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Show a warning on stderr, quiet or not."""
-        if self._silent:
+        """Show a warning on stderr, quiet or not; one text once."""
+        if self._silent or text in self._warned:
             return
+        self._warned.add(text)
         self._err.print("[yellow]warning:[/] ", end="")
         self._err.print(text, markup=False, soft_wrap=True)
 

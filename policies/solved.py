@@ -57,6 +57,13 @@ PARAMETERS = {
         maximum=MAXIMUM_STEPS,
         meaning=f"steps the schedules were made for, 1 to {MAXIMUM_STEPS}",
     ),
+    "sigmas": ParameterSpec(
+        default=[0.0],
+        shape=[MAXIMUM_STEPS],
+        minimum=0.0,
+        meaning="noise level of each of 'steps': a run begins at the one nearest to its first; where "
+        "all are equal, at the first",
+    ),
     "budgets": ParameterSpec(
         default=[MAXIMUM_STEPS],
         dtype="int64",
@@ -123,6 +130,8 @@ class SolvedConfig(CachingConfig):
 
     Attributes:
         infer_steps: Steps the schedules were made for; needed.
+        sigmas: Noise level that each of these steps starts from, so that a run that begins in their
+            midst begins there in the schedules too; None has every run begin at their first step.
         computed_steps: Steps to compute, one schedule's number; None takes the most.
         schedules: One per number of computed steps, fewest first.
         solved_from: What the schedules were made from, for the reader: runs, guidance, errors.
@@ -132,6 +141,7 @@ class SolvedConfig(CachingConfig):
 
     feature_caching: Literal["Solved"] = "Solved"
     computed_steps: Annotated[int, PARAMETERS["computed_steps"].check] | None = None
+    sigmas: Annotated[list[float], PARAMETERS["sigmas"].length] | None = None
     schedules: Annotated[
         list[SolvedSchedule], Field(min_length=1, max_length=MAXIMUM_SCHEDULES)
     ]  # fmt: skip
@@ -142,6 +152,10 @@ class SolvedConfig(CachingConfig):
         steps = self.infer_steps
         if steps is None or steps > MAXIMUM_STEPS:
             raise ValueError(f"'infer_steps' of 1 to {MAXIMUM_STEPS}, not {steps}")
+        if self.sigmas is not None and len(self.sigmas) != steps:
+            raise ValueError(
+                f"{steps} numbers in 'sigmas', one for each step, not {len(self.sigmas)}"
+            )
         for index, schedule in enumerate(self.schedules):
             where = f"'schedules[{index}]"
             computed = schedule.computed
@@ -215,6 +229,7 @@ class SolvedConfig(CachingConfig):
         return {
             "computed_steps": budgets[-1] if self.computed_steps is None else self.computed_steps,
             "steps": self.infer_steps,
+            **({} if self.sigmas is None else {"sigmas": self.sigmas}),
             "budgets": list(budgets),
             "computed": marks,
             "history": self._history,
@@ -240,23 +255,32 @@ class _Choice(NamedTuple):
 
     Attributes:
         place: int64 [], of the schedule among all.
+        first: int64 [], the schedule's step that the run begins at.
         row: int64 [], the schedule's step; `before` is that of the run's step before.
-        before: int64 [], -1 at step 0.
+        before: int64 [], `first` - 1 at step 0.
         computed: bool [MAXIMUM_STEPS], the steps that it computes.
         first_row: int64 [], of its mixes in the table.
     """
 
     place: Tensor
+    first: Tensor
     row: Tensor
     before: Tensor
     computed: Tensor
     first_row: Tensor
 
 
-def _row(step_index: Tensor, step_count: Tensor, steps: Tensor) -> Tensor:
-    """Return a schedule's step for a run's, int64 []; -1 for step -1."""
-    row = torch.div(step_index * steps, step_count, rounding_mode="floor")
-    return torch.where(step_index < 0, -1, row)
+def _first_row(step: Step, state: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
+    """Return the schedule's step that the run begins at, int64 []."""
+    apart = (parameters["sigmas"] - step.sigma).abs()
+    nearest = torch.minimum(_first(apart == apart.min()), parameters["steps"] - 1)
+    return torch.where(state["first"] < 0, nearest, state["first"])
+
+
+def _row(step: Step, step_index: Tensor, first: Tensor, steps: Tensor) -> Tensor:
+    """Return a schedule's step for a run's, int64 []; of step -1, the one before the first."""
+    ahead = torch.div(step_index * (steps - first), step.step_count, rounding_mode="floor")
+    return first + torch.where(step_index < 0, -1, ahead)
 
 
 def _choose(step: Step, state: dict[str, Tensor], parameters: dict[str, Tensor]) -> _Choice:
@@ -268,8 +292,9 @@ def _choose(step: Step, state: dict[str, Tensor], parameters: dict[str, Tensor])
     """
     steps, budgets = parameters["steps"], parameters["budgets"]
     is_there = torch.cat([budgets[:1] > 0, budgets[1:] > budgets[:-1]])
-    row = _row(step.step_index, step.step_count, steps)
-    before = _row(step.step_index - 1, step.step_count, steps)
+    first = _first_row(step, state, parameters)
+    row = _row(step, step.step_index, first, steps)
+    before = _row(step, step.step_index - 1, first, steps)
     marks = parameters["computed"].view(MAXIMUM_SCHEDULES, MAXIMUM_STEPS) == 1
     rows = torch.arange(MAXIMUM_STEPS)
 
@@ -285,7 +310,7 @@ def _choose(step: Step, state: dict[str, Tensor], parameters: dict[str, Tensor])
     wanted = fits | (least & ~fits.any())  # no Where: ONNX Runtime has none over booleans
     wanted = wanted & (ahead == torch.where(wanted, ahead, -1).max())
     age = (before - rows + 1).clamp(min=1)
-    apart = (marks != (state["taken"] == 1)) & (rows <= before)
+    apart = (marks != (state["taken"] == 1)) & (rows >= first) & (rows <= before)
     distance = torch.where(wanted, (apart / age).sum(1), NO_DEADLINE)
     nearest = _first(distance == distance.min())
 
@@ -296,7 +321,8 @@ def _choose(step: Step, state: dict[str, Tensor], parameters: dict[str, Tensor])
     index = torch.where(stays, standing, nearest)
     computed = marks.index_select(0, index.reshape(1)).squeeze(0)
     earlier = torch.arange(MAXIMUM_SCHEDULES) < index
-    return _Choice(index, row, before, computed, torch.where(earlier, steps - budgets, 0).sum())
+    first_row = torch.where(earlier, steps - budgets, 0).sum()
+    return _Choice(index, first, row, before, computed, first_row)
 
 
 def _first(marks: Tensor) -> Tensor:
@@ -319,9 +345,9 @@ def _looked_up(
     place = (chosen.first_row + chosen.row - done.sum()) * history + ages
     factors = parameters["mix"].index_select(0, place.clamp(0, MAXIMUM_FACTORS - 1))
     factors = torch.where((ages < history) & is_reused, factors, 0.0)
-    # The steps whose residuals the factors are for, as the run counts them.
+    # The steps whose residuals the factors are for, as the run counts them; below 0 before it began.
     newest = torch.where(done, rows, -1).to(torch.float32).topk(HISTORY).values
-    meant = torch.ceil(newest * step.step_count / steps)
+    meant = torch.ceil((newest - chosen.first) * step.step_count / (steps - chosen.first))
     is_missing = ((newest < 0) & (factors != 0)).any() | (factors == 0).all()
     mix = factors @ between(meant, step.computed_steps)
     return Mixed(torch.where(is_missing, hold(step), mix), {})
@@ -361,9 +387,10 @@ TABLE = Mix(
 class Solved(Policy):
     """Take decision and mix of every step from the schedule that computes ``computed_steps``.
 
-    Schedules are made for a number of steps, ``steps``; a run of S steps takes at step t the row
-    ``⌊t · steps / S⌋`` and computes where the rows since the last step hold a computed one. A run
-    of as many steps as they were made for follows them exactly. A factor whose residual is not
+    Schedules are made for a number of steps, ``steps``. A run of S steps begins at the row f whose
+    noise level is nearest to its first, takes at step t the row ``f + ⌊t · (steps − f) / S⌋`` and
+    computes where the rows since the last step hold a computed one. A run through the steps that
+    they were made for, or through the last of them, follows them exactly. A factor whose residual is not
     held, as in a run of other length or where the guard computed more, goes to the two held
     around it. A run with a deadline goes from schedule to schedule, as the time left allows.
 
@@ -378,6 +405,7 @@ class Solved(Policy):
         summary="follows schedules and mixes computed offline from recorded runs",
         history=TABLE.history,
         state={
+            "first": StateSpec(dtype="int64", initial=-1),
             "schedule": StateSpec(dtype="int64", initial=-1),
             "taken": StateSpec(dtype="int64", shape=[MAXIMUM_STEPS]),
         },
@@ -399,4 +427,4 @@ class Solved(Policy):
         due = (chosen.computed & (rows > chosen.before) & (rows <= chosen.row)).any()
         compute = step.must_compute | due
         taken = torch.where(compute & (rows == chosen.row), 1, state["taken"])
-        return Decision(compute, {"schedule": chosen.place, "taken": taken})
+        return Decision(compute, {"first": chosen.first, "schedule": chosen.place, "taken": taken})

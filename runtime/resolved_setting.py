@@ -11,6 +11,7 @@ from ..bundle.sections import Sections, divide
 from ..core.errors import ConfigError, nearest
 from ..policies.setting import CacheSetting
 from ..policies.spec import PolicySpec, Value
+from ..policies.stretch import Stretch
 from .settings import carried_policy
 
 __all__ = ["ResolvedSetting", "resolve"]
@@ -43,18 +44,29 @@ class ResolvedSetting:
             return False
         return self.signal is None or self.signal.known == "run"
 
-    def check_steps(self, steps: int) -> None:
+    def check_whole(self, stretch: Stretch | None) -> None:
         """Refuse a run of other steps than those that its bound's quality was measured at.
+
+        Args:
+            stretch: Of the run over the setting's tables.
 
         Raises:
             ConfigError: as said.
         """
-        bound, made = self.setting.min_psnr, self.parameters.get("steps")
-        if bound is not None and made != steps:
+        bound = self.setting.min_psnr
+        if bound is None or stretch is None or stretch.is_whole:
+            return
+        made, steps = stretch.made, stretch.steps
+        where = f"min_psnr {bound:g}"
+        if stretch.first:
             raise ConfigError(
-                f"min_psnr {bound:g}", f"was measured for runs of {made} steps, and this one has {steps}",
-                f"run {made} steps, or calibrate with --steps {steps}",
+                where, f"was measured for whole runs of {made} steps, and this one begins at step "
+                f"{stretch.first} of these", "give no bound to a run that begins in the midst",
             )  # fmt: skip
+        raise ConfigError(
+            where, f"was measured for runs of {made} steps, and this one has {steps}",
+            f"run {made} steps, or calibrate with --steps {steps}",
+        )  # fmt: skip
 
     @property
     def always_run(self) -> float:

@@ -29,6 +29,7 @@ from ..policies.deadline import Pace
 from ..policies.decision_loop import DecisionRecord
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting
+from ..policies.stretch import stretch_of
 from .block_tables import BlockTables
 from .body import Body
 from .branch_cache import BranchCache
@@ -216,7 +217,11 @@ class Session:
                     "give the scheduler's, one per step, or leave them out",
                 )  # fmt: skip
         resolved = self.resolve(setting or CacheSetting())
-        resolved.check_steps(len(timesteps))
+        schedule = Schedule.of(
+            timesteps.float().tolist(), None if sigmas is None else sigmas.float().tolist()
+        )
+        stretch = stretch_of(resolved.setting, schedule)
+        resolved.check_whole(stretch)
         self.model.decide_graph(resolved)  # which refuses what the model can't decide by
         self._pacer.begin(resolved.setting.deadline, self._clock())
         self._has_failed = True  # until the run is set up
@@ -230,11 +235,10 @@ class Session:
             resolved.policy.spec.name, resolved.is_folded, len(timesteps),
             form=form_of(resolved.policy.spec.name, resolved.parameters),
             deadline=resolved.setting.deadline, always_run=resolved.always_run,
+            foreseen=[] if stretch is None else stretch.warnings(),
         )  # fmt: skip
         self._compute_tables(timesteps, beside)
-        self._schedule = Schedule.of(
-            self._timesteps.tolist(), None if sigmas is None else sigmas.float().tolist()
-        )
+        self._schedule = schedule
         for branch in self._branches.values():
             branch.last_step = -1
             if branch.cache is not None:

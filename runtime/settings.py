@@ -28,14 +28,10 @@ __all__ = [
     "config_entries",
     "config_entry",
     "other_size",
-    "stretch_warning",
     "warn_of_ignored",
 ]
 
 Warn = Callable[[str], None]
-
-FAR = 1 / 3
-"""Relative distance in steps beyond which tables of another run are no longer to be trusted."""
 
 
 def config_entry(config: CachingConfig) -> ConfigEntry:
@@ -167,22 +163,3 @@ def other_size(manifest: Manifest, generation: GenerationDefaults) -> str | None
 def _size_text(generation: GenerationDefaults, own: GenerationDefaults) -> str:
     values = own.model_copy(update=generation.model_dump(exclude_none=True))
     return f"{values.width}x{values.height}, {values.frames} frames"
-
-
-def stretch_warning(setting: CacheSetting, steps: int) -> str | None:
-    """Say how far a run is from the one that a setting's tables were made for, if it is at all.
-
-    Args:
-        setting: Of ``solved`` or ``magcache``, whose parameter ``steps`` tells; others have no table.
-        steps: Denoise steps of the run.
-    """
-    tables = (setting.parameters, *setting.branches.values())
-    made = next((s for s in (t.get("steps") for t in tables) if isinstance(s, int)), None)
-    if made is None or made == steps:
-        return None
-    far = abs(steps - made) / made
-    advice = "calibrate again with --steps" if far > FAR else "expect somewhat less quality"
-    return (
-        f"the tables of '{setting.policy}' were made for {made} steps and are stretched to {steps}, "
-        f"{far:.0%} away: {advice}"
-    )

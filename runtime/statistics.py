@@ -110,6 +110,7 @@ class RunStatistics:
         deadline: Seconds that the steps were to take, or None.
         loop_seconds: Seconds from the run's begin to the end of its last step so far.
         always_run: Part of the blocks that reused steps run too, 0 to below 1.
+        foreseen: Warnings that were known when the run began.
     """
 
     policy: str
@@ -121,6 +122,7 @@ class RunStatistics:
     deadline: float | None = None
     loop_seconds: float = 0.0
     always_run: float = 0.0
+    foreseen: list[str] = field(default_factory=list)
 
     @classmethod
     def joined(cls, parts: Sequence[RunStatistics]) -> RunStatistics:
@@ -129,6 +131,7 @@ class RunStatistics:
         whole = cls(first.policy, all(p.folded for p in parts), sum(p.steps for p in parts))
         whole.form, whole.deadline = first.form, first.deadline
         whole.always_run = first.always_run
+        whole.foreseen = list(dict.fromkeys(text for part in parts for text in part.foreseen))
         names = dict.fromkeys(name for part in parts for name in part.branches)
         whole.branches = {name: BranchStatistics(0) for name in names}
         for part in parts:
@@ -179,11 +182,11 @@ class RunStatistics:
         return computed * sum(b.done_steps for b in self.branches.values()) / taken
 
     def warnings(self, parameters: Mapping[str, Any]) -> list[str]:
-        """Return warnings, one per cause: too few steps, nothing reused, threshold never reached."""
+        """Return warnings, one per cause: foreseen, too few steps, nothing reused, threshold never reached."""
         if self.policy == "off":
             return []
         late = [] if self.deadline is None else self._lateness(self.deadline)
-        return late + self._idleness(parameters)
+        return self.foreseen + late + self._idleness(parameters)
 
     def _lateness(self, deadline: float) -> list[str]:
         if self.loop_seconds <= deadline:

@@ -103,7 +103,8 @@ def solved_configs(
         return SolvedConfig(
             **common,
             computed_steps=computed,
-            schedules=[_schedule(solutions[c]) for c in counts],
+            sigmas=[round(float(level), 6) for level in recorder.tables["sigmas"]],
+            schedules=[schedule_of(solutions[c]) for c in counts],
             solved_from={**about, measure: errors},
         )
 
@@ -145,7 +146,7 @@ def _searched(
     }
 
 
-def _schedule(solution: Solution) -> SolvedSchedule:
+def schedule_of(solution: Solution) -> SolvedSchedule:
     mix = {n: [list(row) for row in rows if row] for n, rows in solution.mix.items()}
     return SolvedSchedule(computed=list(solution.computed), mix=mix)
 

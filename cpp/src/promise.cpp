@@ -54,13 +54,19 @@ Status keep_bound(CacheSetting& setting) {
                 "ask for less, or run uncached");
 }
 
-Status check_bound_steps(const CacheSetting& setting, std::int64_t made, std::int64_t steps) {
-  if (!setting.min_psnr || made == steps) return {};
-  return Status(
-      Code::kConfig, where_of(setting),
-      "was measured for runs of " + std::to_string(made) + " steps, and this one has " +
-          std::to_string(steps),
-      "run " + std::to_string(made) + " steps, or calibrate with --steps " + std::to_string(steps));
+Status check_bound_steps(const CacheSetting& setting, const std::optional<Stretch>& stretch) {
+  if (!setting.min_psnr || !stretch || stretch->is_whole()) return {};
+  const std::string made = std::to_string(stretch->made), steps = std::to_string(stretch->steps);
+  if (stretch->first > 0) {
+    return Status(Code::kConfig, where_of(setting),
+                  "was measured for whole runs of " + made +
+                      " steps, and this one begins at step " + std::to_string(stretch->first) +
+                      " of these",
+                  "give no bound to a run that begins in the midst");
+  }
+  return Status(Code::kConfig, where_of(setting),
+                "was measured for runs of " + made + " steps, and this one has " + steps,
+                "run " + made + " steps, or calibrate with --steps " + steps);
 }
 
 Status check_bound_values(const CacheSetting& setting, const GenerationDefaults& made,

@@ -3,9 +3,10 @@
 
 /// A request's bound on quality: which number of computed steps keeps it.
 
-#include <cstdint>
+#include <optional>
 
 #include "freewheel/manifest.h"
+#include "stretch.h"
 
 namespace freewheel {
 
@@ -14,8 +15,8 @@ namespace freewheel {
 Status keep_bound(CacheSetting& setting);
 
 /// Refuses a run of other steps than those that a bound's quality was measured at.
-/// @param made The parameter `steps` of the setting's tables.
-Status check_bound_steps(const CacheSetting& setting, std::int64_t made, std::int64_t steps);
+/// @param stretch Of the run over the setting's tables.
+Status check_bound_steps(const CacheSetting& setting, const std::optional<Stretch>& stretch);
 
 /// Refuses a run of another size, guidance, shift or sampler than those of the setting's config.
 Status check_bound_values(const CacheSetting& setting, const GenerationDefaults& made,

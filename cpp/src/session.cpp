@@ -11,6 +11,7 @@
 #include "expert.h"
 #include "promise.h"
 #include "streams.h"
+#include "stretch.h"
 #include "timed.h"
 #include "try.h"
 
@@ -147,10 +148,7 @@ Status Session::Impl::start(const Schedule& schedule, const CacheSetting& settin
   }
   FREEWHEEL_ASSIGN(const ResolvedSetting resolved,
                    ResolvedSetting::for_all_branches(manifest(), setting));
-  if (const auto made = resolved.parameters.find("steps"); made != resolved.parameters.end()) {
-    FREEWHEEL_TRY(check_bound_steps(setting, static_cast<std::int64_t>(made->second.front()),
-                                    static_cast<std::int64_t>(timesteps.size())));
-  }
+  FREEWHEEL_TRY(check_bound_steps(setting, Stretch::of(setting, schedule)));
   statistics_ = RunStatistics();
   statistics_.policy = resolved.policy->spec.name;
   statistics_.is_folded = resolved.is_folded();
@@ -183,7 +181,13 @@ Status Session::Impl::share_out(const Schedule& schedule, const CacheSetting& se
     }
   }
   std::int64_t first = 0;
+  std::vector<std::string>& warnings = statistics_.warnings;
   for (std::size_t index = 0; index < experts_.size(); ++index) {
+    const auto stretch =
+        shares[index].steps() > 0 ? Stretch::of(setting, shares[index]) : std::nullopt;
+    if (stretch) {
+      for (std::string& text : stretch->warnings()) warnings.push_back(std::move(text));
+    }
     FREEWHEEL_TRY(experts_[index]->begin(std::move(shares[index]), first, setting));
     firsts_[index] = first;
     first += experts_[index]->steps();
@@ -258,7 +262,8 @@ Status Session::Impl::run(const RunRequest& request) {
     schedule.beside[sampled[at]] = tables[at].timesteps;
   }
   FREEWHEEL_TRY(begin(std::move(schedule), request.cache));
-  statistics_.warnings = request.warnings;
+  statistics_.warnings.insert(statistics_.warnings.begin(), request.warnings.begin(),
+                              request.warnings.end());
   for (std::size_t side = 0; side < (request.is_guided() ? 2 : 1); ++side) {
     FREEWHEEL_TRY(set_prompt(kSides[side], request.prompts.at(kSides[side])));
   }

@@ -37,8 +37,10 @@ TEST(Promise, RefusesWhatNothingKeeps) {
 
 TEST(Promise, HoldsForTheRunsThatItWasMeasuredOn) {
   const CacheSetting setting = bounded(40.0);
-  EXPECT_TRUE(check_bound_steps(setting, 20, 20).ok());
-  EXPECT_EQ(check_bound_steps(setting, 20, 30).where(), "min_psnr 40");
+  EXPECT_TRUE(check_bound_steps(setting, Stretch{"solved", 20, 0, 20}).ok());
+  EXPECT_EQ(check_bound_steps(setting, Stretch{"solved", 20, 0, 30}).where(), "min_psnr 40");
+  EXPECT_NE(check_bound_steps(setting, Stretch{"solved", 20, 5, 15}).message().find("at step 5"),
+            std::string::npos);
   GenerationDefaults made, asked;
   EXPECT_TRUE(check_bound_values(setting, made, asked).ok());
   asked.guidance_scale = made.guidance_scale + 1.0;

@@ -108,6 +108,22 @@ TEST_F(SessionTest, AFoldedPolicyDecidesAheadAndReuses) {
   EXPECT_DOUBLE_EQ(session_->statistics().ideal_speedup(), 3.0);
 }
 
+TEST_F(SessionTest, TablesThatAreStretchedAreWarnedOfBehindTheRequestsOwnWarnings) {
+  TinyRun tiny;
+  tiny.request.cache.policy = "interval";
+  tiny.request.warnings = {"asked"};
+  for (const std::int64_t made : {20, 12}) {
+    tiny.request.cache.parameters["steps"] = made;
+    ASSERT_TRUE(session_->run(tiny.request).ok());
+    const std::vector<std::string>& found = session_->statistics().warnings;
+    ASSERT_EQ(found.size(), made == 12 ? 1u : 2u);
+    EXPECT_EQ(found[0], "asked");
+    if (made == 12) continue;
+    EXPECT_NE(found[1].find("made for 20 steps and are stretched from 20 to 12, 40% away"),
+              std::string::npos);
+  }
+}
+
 TEST_F(SessionTest, APolicyIsGivenTheScheduleOfThisStepAndOfTheComputedOnes) {
   std::vector<std::vector<float>> seen;
   calls_->on_schedule = [&](const std::vector<float>& given) { seen.push_back(given); };

@@ -131,7 +131,12 @@ json policies() {
                              {{"default", 3},
                               {"dtype", "int64"},
                               {"minimum", 1},
-                              {"meaning", "steps from one computed step to the next, >= 1"}}}};
+                              {"meaning", "steps from one computed step to the next, >= 1"}}},
+                            {"steps",
+                             {{"default", 1},
+                              {"dtype", "int64"},
+                              {"minimum", 1},
+                              {"meaning", "steps that tables were made for, >= 1"}}}};
   found["motion"]["spec"]["feature"] = "attention_output";
   found["motion"]["spec"]["kept"] = {"previous_feature"};
   found["signal"]["spec"]["signals"] = {"modulated_input"};

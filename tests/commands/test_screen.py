@@ -29,3 +29,10 @@ def test_phases_are_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
         screen.phase("denoise", 30)
         screen.advance("step")
     assert capsys.readouterr().err.splitlines() == ["load", "denoise: 30"]
+
+
+def test_a_warning_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    for text in ("stretched", "late", "stretched"):
+        screen.warn(text)
+    assert capsys.readouterr().err.splitlines() == ["warning: stretched", "warning: late"]

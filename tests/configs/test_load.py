@@ -164,6 +164,7 @@ TWO = {"computed": [0, 1], "mix": [[1.5, -0.5]]}
             solved(ONE, {"computed": [0, 1], "mix": {"cond": [[1.0]]}}),
             "the same branches in 'mix' of all 'schedules'",
         ),
+        (solved(ONE, sigmas=[1.0, 0.5]), "3 numbers in 'sigmas', one for each step, not 2"),
         (solved(ONE, infer_steps=201), "'infer_steps' of 1 to 200, not 201"),
     ],
 )

@@ -396,9 +396,16 @@ class FirstBlock(_Law):
 class Solved(_Law):
     """ALGORITHMS 7: one schedule of several, stretched to the run's length."""
 
-    def __init__(self, computed_steps, steps, budgets, computed, mix, history, step_count):
-        self.rows = [t * steps // step_count for t in range(step_count)]
-        self.stretch, self.depth = step_count / steps, history
+    def __init__(
+        self, computed_steps, steps, sigmas, budgets, computed, mix, history, step_count, sigma=1.0
+    ):
+        levels = [*sigmas, *[sigmas[-1]] * steps][:steps]
+        self.first = min(
+            range(steps), key=lambda row: abs(np.float32(levels[row]) - np.float32(sigma))
+        )
+        rest = steps - self.first
+        self.rows = [self.first + t * rest // step_count for t in range(step_count)]
+        self.stretch, self.depth = step_count / rest, history
         chosen = budgets.index(computed_steps)
         marks = [*computed, *[computed[-1]] * 200][200 * chosen : 200 * chosen + steps]
         self.computed = [step for step in range(steps) if marks[step]]
@@ -410,7 +417,7 @@ class Solved(_Law):
         }
 
     def wants_computation(self, t, must, signals):
-        before = self.rows[t - 1] if t else -1
+        before = self.rows[t - 1] if t else self.first - 1
         return any(before < row <= self.rows[t] for row in self.computed)
 
     def forecast(self, t, history):
@@ -418,7 +425,11 @@ class Solved(_Law):
         factors = self.mix.get(row)
         if factors is None:
             return history[0][1]
-        meant = [math.ceil(s * self.stretch - 1e-9) for s in self.computed[::-1] if s <= row]
+        meant = [
+            math.ceil((s - self.first) * self.stretch - 1e-9)
+            for s in self.computed[::-1]
+            if s <= row
+        ]
         steps, residuals = zip(*reversed(history[: self.depth]), strict=True)
         held = np.array(residuals)
         total = 0.0

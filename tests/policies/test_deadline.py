@@ -11,6 +11,7 @@ from freewheel.policies import policy_class, sound_policies
 from freewheel.policies.deadline import NO_DEADLINE, Pace
 from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.guard import decide_inputs
+from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting
 
 TABLES = solved_tables(
@@ -33,7 +34,7 @@ def test_every_decide_graph_may_take_them_by_these_names() -> None:
     for found in sound_policies().values():
         assert set(Pace._fields) <= set(decide_inputs(found.spec))
     assert np.isfinite(np.float32(NO_DEADLINE))
-    assert policy_class("solved").spec.state.keys() == {"schedule", "taken"}
+    assert policy_class("solved").spec.state.keys() == {"first", "schedule", "taken"}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,21 @@ def test_the_most_computed_steps_that_fit_are_taken(left: float, computed: int) 
         taken = sum(1.0 if c else 0.1 for c in found)
         found.append(asked.decide(pace=Pace(left - taken + 1e-4, 1.0, 0.1)).compute)
         assert step or found[0]
+    assert sum(found) == computed
+
+
+@pytest.mark.parametrize(("left", "computed"), [(100.0, 4), (2.3, 2), (1.4, 1)])
+def test_a_run_that_begins_in_the_midst_has_time_for_the_steps_from_there_on(
+    left: float, computed: int
+) -> None:
+    setting = CacheSetting(
+        policy="solved", parameters={**TABLES, "sigmas": [1 - step / 8 for step in range(8)]}
+    )
+    rest = Schedule.of(500.0 - 125.0 * step for step in range(4))
+    asked, found = DecisionLoop.eager(setting, step_count=4, schedule=rest), []
+    for _ in range(4):
+        taken = sum(1.0 if c else 0.1 for c in found)
+        found.append(asked.decide(pace=Pace(left - taken + 1e-4, 1.0, 0.1)).compute)
     assert sum(found) == computed
 
 

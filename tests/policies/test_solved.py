@@ -10,6 +10,7 @@ from settings import solved_tables
 from freewheel.core.errors import ConfigError
 from freewheel.policies.decision_loop import DecisionLoop, DecisionRecord
 from freewheel.policies.overrides import apply_overrides
+from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.policies.solved import HISTORY, Solved, between
 
@@ -71,6 +72,34 @@ def test_another_number_of_steps_stretches_them(steps: int, expected: object) ->
     else:
         assert len(found) == steps
         assert found.count("#") == 3
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(6, "##.#.."), (4, "##.."), (2, "#."), (8, "#.#.....")]
+)
+def test_a_run_that_begins_in_their_midst_begins_there_in_the_schedules(
+    length: int, expected: str
+) -> None:
+    """The last steps of 6, or the last 4 of these in 8."""
+    begin, stretch = (6 - length, 1) if length <= 6 else (2, 2)
+    levels = [1 - step / 6 for step in range(6)]
+    schedule = Schedule.of(1000 * (1 - begin / 6 - i / (6 * stretch)) for i in range(length))
+    setting = CacheSetting(policy="solved", parameters={**TABLES, "sigmas": levels})
+    law = DecisionLoop.eager(setting, step_count=length, schedule=schedule)
+    records = [law.decide() for _ in range(length)]
+    assert marks(records) == expected
+    assert records[-1].mix == (padded(1.8, -0.8) if length > 2 else padded(1.0))
+    if length == 4:
+        # Steps 3, 1 and 0 are meant; 3 and 2 are held.
+        assert records[2].mix == padded(1.6, -0.7 + 0.1)
+
+
+def test_without_noise_levels_every_run_begins_at_the_first_step() -> None:
+    schedule = Schedule.of(500.0 - 500 * step / 6 for step in range(6))
+    law = DecisionLoop.eager(
+        CacheSetting(policy="solved", parameters=TABLES), step_count=6, schedule=schedule
+    )
+    assert marks([law.decide() for _ in range(6)]) == "##.#.."
 
 
 def test_a_factor_goes_to_the_residual_of_its_step_where_the_guard_computed_more() -> None:

@@ -16,7 +16,7 @@ from freewheel.compiler.request import BuildRequest
 from freewheel.configs.load import parse_config
 from freewheel.core.errors import ConfigError
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.settings import choose_setting, config_entries, config_entry, stretch_warning
+from freewheel.runtime.settings import choose_setting, config_entries, config_entry
 
 
 def unwarned(text: str) -> None:
@@ -60,14 +60,6 @@ def test_a_policy_by_name_keeps_the_bundles_generation_values(demo_bundle: Bundl
 def test_a_setting_is_taken_as_it_is(demo_bundle: Bundle) -> None:
     setting = CacheSetting(policy="custom", parameters={"threshold": 0.5})
     assert choose_setting(demo_bundle, setting, {}, unwarned).cache == setting
-
-
-def test_tables_of_another_step_count_are_warned_about_with_the_distance() -> None:
-    solved = CacheSetting(policy="solved", branches={"cond": {"steps": 50}})
-    assert stretch_warning(solved, 50) is None
-    assert stretch_warning(CacheSetting(policy="teacache"), 30) is None
-    assert "made for 50 steps and are stretched to 45, 10% away" in str(stretch_warning(solved, 45))
-    assert "40% away: calibrate again" in str(stretch_warning(solved, 30))
 
 
 def test_what_nothing_goes_by_gets_the_nearest(demo_bundle: Bundle) -> None:

@@ -78,6 +78,8 @@ def test_experts_join_with_every_step_at_its_place() -> None:
     assert whole.steps == 5
     assert whole.branches["cond"].computed == [True, False, True, False, False]
     assert whole.branches["uncond"].computed == [None, None, None, True, False]
+    high.foreseen = low.foreseen = ["stretched"]
+    assert RunStatistics.joined([high, low]).warnings({})[0] == "stretched"
     lengths = {len(v) for b in whole.branches.values() for v in vars(b).values()}
     assert lengths == {5}
 

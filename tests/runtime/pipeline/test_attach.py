@@ -23,6 +23,7 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from safetensors.torch import save_file
+from settings import solved_tables
 
 import freewheel
 from freewheel.bundle.reader import Bundle
@@ -418,6 +419,18 @@ def test_a_video_to_video_run_begins_within_the_schedule(
     transformer = attach(base, demo_bundle, "off", backend="onnxruntime")
     assert relative_l1(run(WanVideoToVideoPipeline.from_pipe(base)), expected) < 1e-4
     assert transformer.statistics.steps == 6
+    levels = base.scheduler.sigmas[:10].tolist()
+    tables = solved_tables(10, {(0, 2, 6, 9): [[1.0]] * 6})
+    warned: list[str] = []
+    transformer.warn = warned.append
+    for sigmas, computed in ((levels, "#.#..#"), ([0.0], "#.#.#.")):
+        transformer.use(CacheSetting(policy="solved", parameters={**tables, "sigmas": sigmas}))
+        run(WanVideoToVideoPipeline.from_pipe(base))
+        found = transformer.statistics.branches["cond"].computed
+        assert "".join("#" if c else "." for c in found) == computed
+    (text,) = [text for text in warned if "stretched" in text]
+    assert "made for 10 steps and are stretched from 10 to 6" in text
+    transformer.use("off")
     assert torch.equal(latents(base, 6, size=32), latents(base, 6, size=32))
 
 
