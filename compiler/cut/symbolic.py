@@ -3,7 +3,8 @@
 
 `int(size)`, `len(tensor)`, `max(height, width)` and `torch.linspace(steps=size)` all ask a symbolic
 size for a number, and so the graph would serve that number alone. A `functools.lru_cache` can't
-hash a symbolic size, and would keep tensors of the trace beyond it.
+hash a symbolic size, and would keep tensors of the trace beyond it. `enumerate(blocks)` would number
+the blocks that are traced, not all that the model has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 __all__ = ["symbolic_python"]
 
@@ -74,6 +76,13 @@ def _extreme(of_sizes: Callable[..., Any], of_others: Callable[..., Any]) -> Cal
     return extreme
 
 
+def enumerate_blocks(values: Any, start: int = 0) -> Iterator[tuple[int, Any]]:
+    """`enumerate` that numbers a block by its name: of a run of equal ones some are left out."""
+    if not isinstance(values, nn.ModuleList):
+        return builtins.enumerate(values, start)
+    return ((start + builtins.int(name), block) for name, block in values._modules.items())
+
+
 def symbolic_linspace(start: Any, end: Any, steps: Any, **options: Any) -> torch.Tensor:
     """`torch.linspace` with a symbolic number of steps."""
     if not isinstance(steps, torch.SymInt):
@@ -86,6 +95,7 @@ def symbolic_linspace(start: Any, end: Any, steps: Any, **options: Any) -> torch
 
 
 REPLACED: dict[str, Any] = {
+    "enumerate": enumerate_blocks,
     "int": symbolic_int,
     "len": symbolic_len,
     "max": _extreme(torch.sym_max, builtins.max),

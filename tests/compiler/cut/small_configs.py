@@ -100,8 +100,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "axes_dims": [4, 6, 6], "axes_lens": [64, 32, 32], "cap_feat_dim": 16, "dim": 32,
             "gist_max_text_len": 32, "gist_min_text_len": 4, "gist_step": 2, "in_channels": 4,
-            "injection_layer_ids": [1, 2, 4], "max_num_gist_tokens": 8, "min_num_gist_tokens": 4,
-            "n_heads": 2, "n_layers": 6, "n_refiner_layers": 3, "perceiver_num_layers": 1,
+            "injection_layer_ids": [1, 5, 6], "max_num_gist_tokens": 8, "min_num_gist_tokens": 4,
+            "n_heads": 2, "n_layers": 8, "n_refiner_layers": 3, "perceiver_num_layers": 1,
         },
     ),
     "chroma": (

@@ -48,6 +48,17 @@ def test_numbers_are_treated_as_python_treats_them() -> None:
     assert torch.equal(symbolic_linspace(0, 1, 5), torch.linspace(0, 1, 5))
 
 
+def test_blocks_keep_their_numbers_where_some_are_left_out() -> None:
+    blocks = nn.ModuleList(nn.Linear(1, width) for width in range(1, 5))
+    del blocks._modules["1"]
+    assert [(i, b.out_features) for i, b in REPLACED["enumerate"](blocks)] == [
+        (0, 1),
+        (2, 3),
+        (3, 4),
+    ]
+    assert list(REPLACED["enumerate"]("ab", start=1)) == [(1, "a"), (2, "b")]
+
+
 def test_diffusers_is_left_as_it_was() -> None:
     def seen() -> tuple[Any, ...]:
         module: Any = transformer_wan
