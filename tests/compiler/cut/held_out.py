@@ -36,7 +36,10 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
                 "timestep": run(fill="fraction"),
                 "encoder_hidden_states": prompt("batch text_tokens cross_attention_input_dim"),
                 "global_hidden_states": prompt("batch 1 global_states_input_dim"),
-                "rotary_embedding": (prompt("tokens+1 4"), prompt("tokens+1 4")),
+                "rotary_embedding": (
+                    prompt("tokens+1 attention_head_dim//2"),
+                    prompt("tokens+1 attention_head_dim//2"),
+                ),
             },
             name="stable_audio",
             usual={"tokens": 1024},

@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from held_out import HELD_OUT
 from small_configs import CASES
 from test_bundles import FOUND
-from verdicts import KINDS, OTHERS, PAGE, Verdict, attached, classes, listed, page, verdict
+from verdicts import (
+    KINDS,
+    OTHERS,
+    PAGE,
+    attached,
+    classes,
+    engines,
+    listed,
+    page,
+    verdict,
+)
 
 from freewheel.compiler.cut.models import FAMILIES, MODELS, row_of
 
@@ -52,4 +64,14 @@ def test_a_class_has_one_small_model() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", classes())
 def test_the_verdict_is_what_is_found(model: str) -> None:
-    assert verdict(model) == listed().get(model, Verdict(""))
+    assert verdict(model) == replace(listed()[model], engines="")
+
+
+@pytest.mark.nightly
+@pytest.mark.tensorrt
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+)
+@pytest.mark.parametrize("model", [name for name, one in listed().items() if one.engines])
+def test_engines_are_what_is_said_of_them(model: str) -> None:
+    assert engines(model) == listed()[model].engines

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes of each DiT of the installed diffusers: a bundle, a cut, or the reason why not.
 
-``python tests/compiler/cut/verdicts.py`` writes `docs/reference/models.md`; ``test_verdicts.py`` holds it
-to be true.
+``python tests/compiler/cut/verdicts.py`` writes `docs/reference/models.md` (``--engines`` alone: what
+TensorRT-RTX makes of the graphs); ``test_verdicts.py`` holds it to be true.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cases import Case
 from held_out import HELD_OUT
 from pipelines import MODULAR, PIPELINES
 from small_configs import CASES
+from tensorrt_engines import engines_of
 from test_declare import error
 from test_prove import OTHER
 
@@ -47,6 +49,9 @@ NO_DIT = {
 
 LONGEST = 110
 
+COUNT = re.compile(r"(\d+) of (\d+)")
+"""What `engines_of` says of a class whose graphs are all compiled."""
+
 OF_FAMILIES = {
     "FluxTransformer2DModel": ("FluxPipeline",),
     "HunyuanVideoTransformer3DModel": ("HunyuanVideoPipeline",),
@@ -58,10 +63,11 @@ OF_FAMILIES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One class's verdict: one of `KINDS`, and the reason."""
+    """One class's verdict: one of `KINDS`, the reason, and what TensorRT-RTX makes of the graphs."""
 
     kind: str
     why: str = ""
+    engines: str = ""
 
 
 KINDS = {
@@ -173,6 +179,14 @@ def _short(text: str) -> str:
     return f"`{line if len(line) <= LONGEST else line[:LONGEST] + '…'}`"
 
 
+def engines(model: str) -> str:
+    """Return how many attentions TensorRT-RTX fuses, or why it does not compile every graph."""
+    proof = proof_of(model)
+    assert proof is not None, "a bundle has a row"
+    found = engines_of(proof[0])
+    return found if COUNT.fullmatch(found) else _short(found)
+
+
 def attached() -> dict[str, list[str]]:
     """Return class → the pipelines that tests attach a bundle of it to."""
     found = {model: set(pipelines) for model, pipelines in OF_FAMILIES.items()}
@@ -184,16 +198,19 @@ def attached() -> dict[str, list[str]]:
 
 def page(verdicts: Mapping[str, Verdict]) -> str:
     """Return the page."""
-    counts = Counter(v.kind for v in verdicts.values())
-    kinds = "\n".join(f"| {kind} | {counts[kind]} | {text} |" for kind, text in KINDS.items())
+    classes_of = Counter(v.kind for v in verdicts.values())
+    kinds = "\n".join(f"| {kind} | {classes_of[kind]} | {text} |" for kind, text in KINDS.items())
     pipelines = attached()
     rows = "\n".join(
-        f"| `{model}` | {v.kind} | {v.why} | {', '.join(pipelines.get(model, []))} |"
+        f"| `{model}` | {v.kind} | {v.why} | {v.engines} | {', '.join(pipelines.get(model, []))} |"
         for model, v in verdicts.items()
     )
+    counts = [found for v in verdicts.values() if (found := COUNT.fullmatch(v.engines))]
+    fused = [found for found in counts if found[1] == found[2]]
     return PAGE_HEAD.format(
-        version=diffusers.__version__, kinds=kinds, rows=rows, attached=len(pipelines)
-    )
+        version=diffusers.__version__, kinds=kinds, rows=rows, attached=len(pipelines),
+        fused=len(fused),
+    )  # fmt: skip
 
 
 PAGE_HEAD = """\
@@ -208,10 +225,15 @@ this page; `pytest -m nightly tests/compiler/cut/test_verdicts.py` shows that it
 |---|--:|---|
 {kinds}
 
-Every policy runs on each of the bundles, and {attached} classes are attached to their pipelines:
+Every policy runs on each of the bundles, and {attached} classes are attached to their pipelines.
 
-| class | verdict | why | pipelines that `attach` was run in |
-|---|---|---|---|
+TensorRT-RTX compiles every graph of {fused} classes, in bfloat16 for compute capability 8.9 and as wide as
+a released model (`released_configs.py`), and fuses every attention of their blocks. The column counts the
+attentions in one block of each kind, and again where a graph also returns what policies look at; an empty
+cell was not tried. No GPU ran these engines.
+
+| class | verdict | why | attentions that TensorRT-RTX fuses | pipelines that `attach` was run in |
+|---|---|---|---|---|
 {rows}
 """
 
@@ -219,13 +241,24 @@ Every policy runs on each of the bundles, and {attached} classes are attached to
 def listed() -> dict[str, Verdict]:
     """Return the page's verdicts."""
     rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
-    return {row[1].strip(" `"): Verdict(row[2].strip(), row[3].strip()) for row in rows}
+    return {row[1].strip(" `"): Verdict(*(cell.strip() for cell in row[2:5])) for row in rows}
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("models", nargs="*", help="classes to look at; all by default")
+    parser.add_argument("--engines", action="store_true", help="leave verdicts as they are")
+    options = parser.parse_args()
+    found = listed()
+    for name in options.models or classes():
+        one = found[name] if options.engines and name in found else verdict(name)
+        if one.kind == "bundle":
+            one = replace(one, engines=engines(name))
+        found = {**listed(), name: one}
+        print(name, one, flush=True)
+        PAGE.write_text(page({n: found[n] for n in classes() if n in found}))
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or classes()
-    found = listed() if PAGE.exists() else {}
-    for name in asked:
-        found[name] = verdict(name)
-        print(name, found[name], flush=True)
-        PAGE.write_text(page({n: found[n] for n in classes() if n in found}))
+    main()
