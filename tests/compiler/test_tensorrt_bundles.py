@@ -344,3 +344,34 @@ def test_text_and_image_attention_of_one_query_are_both_fused(tmp_path: Path) ->
     compile_graph(TensorRTRTX(), graph, target, tmp_path / "engine")
     details = json.loads((tmp_path / "engine" / "engine.json").read_text())["details"]
     assert sum("mha" in layer["kernel"] for layer in details["layers"]) == 2
+
+
+HEADS = (12, 16, 32, 40, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
+MASKS = (("bool", "1"), ("bool", "t"), ("bfloat16", "1"), ("bfloat16", "t"))
+"""dtype, and rows: one for all queries, or one for each."""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("head", "mask"), [*((head, None) for head in HEADS), *((64, mask) for mask in MASKS)]
+)
+def test_attention_of_released_models_is_fused(
+    head: int, mask: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    tensors = dict.fromkeys("qkv", f"bfloat16[1, 12, t, {head}]")
+    shapes = {n: tuple((1, 12, t, head) for t in (64, 1560, 4096)) for n in tensors}
+    if mask is not None:
+        dtype, rows = mask
+        tensors["m"] = f"{dtype}[1, 1, {rows}, t]"
+        shapes["m"] = tuple((1, 1, t if rows == "t" else 1, t) for t in (64, 1560, 4096))
+    given = ", ".join(f"{kind} {name}" for name, kind in tensors.items())
+    graph = tmp_path / "attention.onnx"
+    text = (
+        f'<ir_version: 10, opset_import: ["": 23]> g ({given}) => ({tensors["v"]} o)'
+        f"{{ o = Attention({', '.join(tensors)}) }}"
+    )
+    onnx.save(onnx.parser.parse_model(text), graph)
+    target = Target("bfloat16", {n: (s[0], s[1], s[2]) for n, s in shapes.items()}, ("8.9",))
+    compile_graph(TensorRTRTX(), graph, target, tmp_path / "engine")
+    details = json.loads((tmp_path / "engine" / "engine.json").read_text())["details"]
+    assert sum("mha" in layer["kernel"] for layer in details["layers"]) == 1
