@@ -6,7 +6,6 @@ step's timestep beside its own. Models are the tiny random ones of the cutter's 
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,37 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import Case, case
-from diffusers import MiniMaxH3Scheduler
+from cases import case
 from loop import BY_CONTENT, Loop, are_equal, check_equal, check_offload, crossed
 from safetensors.numpy import load_file, save_file
-from test_bundles import inputs_at
+from several import loop_of, save
 
 from freewheel.bundle.reader import Bundle
-from freewheel.compiler.cut.row import SIZES
 from freewheel.policies import POLICIES
 from freewheel.policies.setting import CacheSetting, GuardSetting
 
 pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 
-STEPS = 6
 MODELS = ("any_flow", "ltx_2", "ltx_2_3", "minimax_h3")
 SEVERAL = ("ltx_2", "ltx_2_3", "minimax_h3")
 COVERING = ("any_flow", "ltx_2", "minimax_h3")
-
-
-def save(one: Case, folder: Path) -> None:
-    """Write a model; of MiniMax-H3 with its two schedulers, as a pipeline's folder."""
-    if one.row.name != "minimax_h3":
-        one.model.save_pretrained(folder)
-        return
-    one.model.save_pretrained(folder / "transformer")
-    index: dict[str, object] = {"_class_name": "MiniMaxH3ModularPipeline"}
-    index["transformer"] = ["diffusers", type(one.model).__name__]
-    for part, shift in (("scheduler", 12.0), ("audio_scheduler", 3.0)):
-        MiniMaxH3Scheduler(shift=shift).save_pretrained(folder / part)
-        index[part] = ["diffusers", "MiniMaxH3Scheduler"]
-    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="module", params=crossed(MODELS, COVERING))
@@ -54,21 +36,11 @@ def loop(
     build_bundle: Callable[..., Bundle],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Loop:
-    """A loop of both branches, each of the latents with a guidance scale of its own."""
     one = case(request.param)
     folder = tmp_path_factory.mktemp(request.param) / "model"
     save(one, folder)
     bundle = build_bundle(folder, ("openvino",), policies=asked_policies)
-    inputs = {n: t.numpy() for n, t in inputs_at(one, bundle, SIZES)[0].items()}
-    declared = bundle.manifest.inputs
-    prompt = {n: inputs[n] for n, i in declared.items() if i.runs == "prompt"}
-    other = {n: -t if t.dtype == np.float32 and "text" in n else t for n, t in prompt.items()}
-    beside = {n: inputs[n] for n in bundle.manifest.latents[1:]}
-    own = bundle.manifest.samplers[0]
-    return Loop(
-        bundle, inputs["latents"], {"cond": prompt, "uncond": other}, STEPS, own.flow_shift, own.name,
-        guidance=(3.0,), beside=beside, guidance_of=dict.fromkeys(beside, 2.0),
-    )  # fmt: skip
+    return loop_of(one, bundle)
 
 
 def test_the_models_are_of_these_kinds(loop: Loop) -> None:

@@ -42,8 +42,15 @@ class Answer:
 
     progress: list[dict[str, Any]] = field(default_factory=list)
     previews: list[np.ndarray] = field(default_factory=list)
-    latents: np.ndarray | None = None
-    frames: np.ndarray | None = None
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def latents(self) -> np.ndarray | None:
+        return self.tensors.get("latents")
+
+    @property
+    def frames(self) -> np.ndarray | None:
+        return self.tensors.get("frames")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -116,10 +123,11 @@ def ask(
             result = stream.next()
             answer.progress.append(progress_of(result))
             is_done = answer.progress[-1]["event"] == "done"
-            preview = result.as_numpy("preview")
-            if preview is not None:
-                answer.previews.append(preview)
-            answer.latents, answer.frames = result.as_numpy("latents"), result.as_numpy("frames")
+            named = [output.name for output in result.get_response().outputs]
+            tensors = {name: result.as_numpy(name) for name in named if name != "progress"}
+            if "preview" in tensors:
+                answer.previews.append(tensors.pop("preview"))
+            answer.tensors = tensors
     finally:
         # NOTE: cancelling what has just ended makes this server (2.51) keep the request for ever,
         # and with it the model: https://github.com/triton-inference-server/server/pull/8078.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ def inputs_at(
     """Return inputs by the bundle's names, and what diffusers gives for each of the latents."""
     config: Any = one.model.config
     raw = random_inputs(one.row, config, one.row.sizes(config, counts))
+    return named_inputs(bundle, raw), eager(one.row, one.model, raw)
+
+
+def named_inputs(bundle: Bundle, raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what a transformer is given, by the bundle's names."""
     given = {}
     for name, entry in bundle.manifest.inputs.items():
         value = raw[entry.argument]
@@ -102,7 +107,7 @@ def inputs_at(
         if entry.runs == "run":
             value = value[: len(entry.of)] * entry.scale + entry.offset
         given[name] = value
-    return given, eager(one.row, one.model, raw)
+    return given
 
 
 LARGE_ANGLES = ("stable_audio_3",)
