@@ -22,9 +22,11 @@ from unittest import mock
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ...bundle.streams import LATENTS
 from ...core.errors import CheckpointError, RequestError
 from .prove import check_row
 from .row import SIZES, Input, Row
@@ -38,7 +40,8 @@ Sizes = Mapping[str, Mapping[str, Any]]
 """Size → arguments with which a pipeline is called for that size alone to differ."""
 
 FRAMES_KEYS = ("num_frames", "frames", "video_length")
-COUNT_KEYS = ("num_images_per_prompt", "num_videos_per_prompt")
+SECONDS_KEYS = ("audio_duration", "audio_duration_s", "audio_end_in_s", "duration")
+COUNT_KEYS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 UNGUIDED = ("guidance_scale", "true_cfg_scale")
 OFF = ("use_resolution_binning", "clean_caption")
 
@@ -96,12 +99,18 @@ def usual_calls(pipe: Any, text: str) -> tuple[dict[str, Any], Sizes]:
         text: A prompt.
     """
     taken = inspect.signature(pipe.__call__).parameters
-    first: dict[str, Any] = {"prompt": text, "height": 128, "width": 192}
+    first: dict[str, Any] = {"prompt": text}
     first |= dict.fromkeys((k for k in UNGUIDED if k in taken), 1.0)
     first |= dict.fromkeys((k for k in OFF if k in taken), False)
-    others: dict[str, dict[str, Any]] = {"height": {"height": 256}, "width": {"width": 320}}
-    for key in (k for k in FRAMES_KEYS if k in taken):
-        first[key], others["frames"] = 9, {key: 17}
+    others: dict[str, dict[str, Any]] = {}
+    if "prompt" in taken and "list" in str(taken["prompt"].annotation).lower():
+        others["batch"] = {"prompt": [text, text]}
+    sizes = {"height": ("height", 128, 256), "width": ("width", 192, 320)}
+    sizes |= dict.fromkeys(FRAMES_KEYS, ("frames", 9, 17))
+    sizes |= dict.fromkeys(SECONDS_KEYS, ("frames", 10.0, 20.0))
+    for key in (k for k in sizes if k in taken):
+        size, first[key], other = sizes[key]
+        others[size] = {key: other}
     for key in (k for k in COUNT_KEYS if k in taken):
         others["batch"] = {key: 2}
     others["text_tokens"] = {"prompt": f"{text}, and {text} once more"}
@@ -173,8 +182,15 @@ def _watched(pipe: Any, arguments: Mapping[str, Any]) -> _Run:
         )  # fmt: skip
     calls = calls[:: len(calls) // STEPS]  # the first branch of each step
     leaves = [dict(pytree.tree_flatten_with_path(call)[0]) for call in calls]
-    turned = torch.equal(-answers[0], stepped[0].to(answers[0])) if stepped else False
+    turned = bool(stepped) and _is_turned(answers[0], stepped[0])
     return _Run(calls, leaves, torch.as_tensor(pipe.scheduler.timesteps).float(), turned)
+
+
+def _is_turned(answer: Tensor, stepped: Tensor) -> bool:
+    """Say whether a scheduler got an answer with the other sign, without its variance."""
+    if answer.ndim == stepped.ndim > 1:
+        answer = answer[:, : stepped.shape[1]]
+    return torch.equal(-answer, stepped.to(answer))
 
 
 @contextmanager
@@ -194,13 +210,16 @@ def _answered(
         })  # fmt: skip
         latents = next(leaf for leaf in pytree.tree_leaves(calls[-1]) if isinstance(leaf, Tensor))
         taken, made = config.get("in_channels"), config.get("out_channels")
-        made = made or getattr(transformer, "out_channels", None)  # twice as many with a variance
+        own = getattr(transformer, "out_channels", None)  # twice as many with a variance
+        made = made or (own if own in (taken, 2 * (taken or 0)) else taken)
         shape = list(latents.shape)
         if (
             made and taken in shape[1:] and latents.ndim > 3
         ):  # tokens have as many channels on either side
             shape[shape.index(taken, 1)] = made
         answers.append(torch.randn(shape, dtype=latents.dtype))
+        if given.get("return_dict", True):
+            return Transformer2DModelOutput(answers[-1])
         return (answers[-1],)
 
     own = transformer.forward
@@ -209,6 +228,10 @@ def _answered(
         yield answers
     finally:
         transformer.forward = own
+
+
+def _follows(made: Tensor, timesteps: Tensor) -> bool:
+    return torch.allclose(made, timesteps, rtol=1e-3, atol=1e-3)
 
 
 def _copied(leaf: Any) -> Any:
@@ -235,6 +258,7 @@ class _Learner:
         self.first = runs[""]
         self.known: dict[str, tuple[int, ...]] = {}
         self.scale, self.offset = 1.0, 0.0
+        self.is_sound = "height" not in asked and any(key in asked for key in SECONDS_KEYS)
         kinds = {path: self._changes(path) for path in self.first.leaves[0]}
         steps = [path for path, kind in kinds.items() if kind == "step"]
         if len(steps) != 1:
@@ -243,6 +267,8 @@ class _Learner:
                 f"{len(steps)} inputs change at every step, one can",
             )
         self.kinds = kinds
+        self.of: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        self._read_timesteps()
         self._name_sizes(steps[0])
 
     def row(self) -> Row:
@@ -253,15 +279,15 @@ class _Learner:
             _, structure = pytree.tree_flatten(value)
             own = [one for path, one in declared.items() if path[0].key == argument]
             inputs[argument] = pytree.tree_unflatten(own, structure)
-        height = self.known.get("height")
+        by_patch = "height" in self.known or self.is_sound
         scale = self._latent_scale()
         model = type(self.pipe.transformer).__name__
         return Row(
             model,
             inputs,
             pipelines=(type(self.pipe).__name__,),
-            name=re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", model.partition("Transformer")[0]).lower(),
-            multiples=self._multiples() if height else {},
+            name=_family(model),
+            multiples=self._multiples() if by_patch else {},
             latent_scale=scale,
             timestep_scale=self.scale,
             timestep_offset=self.offset,
@@ -280,14 +306,31 @@ class _Learner:
             return "prompt"
         if any(value.ndim == 0 or value.unique().numel() > 1 for value in values):
             return "step"
-        given = torch.stack([value.reshape(-1)[0].float() for value in values])
-        wanted = self.first.timesteps
-        slope = float((wanted[0] - wanted[-1]) / (given[0] - given[-1]))
-        self.scale = float(f"{slope:.3g}")
-        self.offset = 0.0 if slope > 0 else float(f"{float(wanted[0] - slope * given[0]):.3g}")
-        if not torch.allclose(given * self.scale + self.offset, wanted, rtol=1e-3, atol=1e-3):
-            raise self._unknown(self._name(path), "doesn't follow from the scheduler's timesteps")
         return "run"
+
+    def _read_timesteps(self) -> None:
+        """Learn from which timesteps a run's inputs follow, and how: the step's own, or the next one's."""
+        own = self.first.timesteps
+        wanted = {LATENTS: own, "next": torch.cat([own[1:], own.new_zeros(1)])}
+        given = {
+            path: torch.stack([call[path].reshape(-1)[0].float() for call in self.first.leaves])
+            for path, kind in self.kinds.items()
+            if kind == "run"
+        }
+        for values in given.values():
+            slope = float((own[0] - own[-1]) / (values[0] - values[-1]))
+            scale = float(f"{slope:.3g}")
+            offset = 0.0 if slope > 0 else float(f"{float(own[0] - slope * values[0]):.3g}")
+            if _follows(values * scale + offset, own):
+                self.scale, self.offset = scale, offset
+        for path, values in given.items():
+            made = values * self.scale + self.offset
+            named = [name for name, timesteps in wanted.items() if _follows(made, timesteps)]
+            if not named:
+                raise self._unknown(
+                    self._name(path), "doesn't follow from the scheduler's timesteps"
+                )
+            self.of[path] = (named[0],)
 
     def _extents(self, path: tuple[Any, ...]) -> list[tuple[int, ...]]:
         """Return each dimension's size in every run; of a whole number, itself."""
@@ -352,6 +395,9 @@ class _Learner:
             for by in (1, 2, 4)
         }
         yield from divided.items()
+        pixels = self._latent_scale()[1]
+        for name in self.known.keys() & {"height", "width"}:
+            yield f"{pixels}*{name}", tuple(pixels * x for x in self.known[name])
         products = dict(divided)
         for count in (2, 3):
             for factors in itertools.combinations(divided, count):
@@ -376,7 +422,8 @@ class _Learner:
         shape = " ".join(words)
         low = kind == "run" or value.dtype in (torch.float16, torch.bfloat16)
         dtype = "float32" if low else str(value.dtype).removeprefix("torch.")
-        return Input(kind, shape, dtype, self._fill(path, value, words))  # type: ignore[arg-type]  # what `_changes` says
+        of = self.of.get(path, (LATENTS,))
+        return Input(kind, shape, dtype, self._fill(path, value, words), of=of)  # type: ignore[arg-type]  # what `_changes` says
 
     def _fill(self, path: tuple[Any, ...], value: Tensor, words: Sequence[str]) -> Any:
         """Return what to prove a cut with in an input's place."""
@@ -398,6 +445,8 @@ class _Learner:
         pixels = [getattr(pipe, k, None) for k in ("vae_scale_factor_spatial", "vae_scale_factor")]
         usual = Row("", {}).latent_scale
         moving = "frames" in self.runs
+        if self.is_sound:
+            return 1, 1
         return (frames or usual[0]) if moving else 1, next((p for p in pixels if p), usual[1])
 
     def _packed(self, scale: tuple[int, int]) -> int:
@@ -405,6 +454,8 @@ class _Learner:
         if "height" in self.known or "frames" in self.runs:
             return 0
         known = {n: sizes[0] for n, sizes in self.known.items()}
+        if not {"tokens", "rows"} & known.keys():
+            return 0
         tokens = known["rows"] * known["columns"] if "rows" in known else known["tokens"]
         latents: float = self.asked["height"] * self.asked["width"] / scale[1] ** 2
         return max(1, round(sqrt(latents / tokens)))
@@ -413,7 +464,9 @@ class _Learner:
         """Return patches, by the keys that configs have for them."""
         found: dict[str, str] = {}
         patch = self.config.get("patch_size")
-        if isinstance(patch, int):
+        if isinstance(patch, int) and self.is_sound:
+            found["frames"] = "patch_size"
+        elif isinstance(patch, int):
             found |= {"height": "patch_size", "width": "patch_size"}
         elif isinstance(patch, (list, tuple)):
             names = ("frames", "height", "width")[-len(patch) :]
@@ -430,6 +483,12 @@ class _Learner:
             f"{type(self.pipe.transformer).__name__}, '{name}'", what,
             "write a row for the model (docs/how-to/add-a-family.md)",
         )  # fmt: skip
+
+
+def _family(model: str) -> str:
+    """Return what a class's bundles call their model."""
+    (own,) = re.findall(r"^(.+?)(?:DiT)?(?:\dD)?(?:Transformer|Model|$)", model)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", own.replace("DiT", "Dit")).lower()
 
 
 def spelled(row: Row) -> str:
@@ -457,6 +516,8 @@ def _spelled(value: Any) -> str:
             parts.append(f"fill={_spelled(value.fill)}")
         if value.pairs:
             parts.append("pairs=True")
+        if value.of != (LATENTS,):
+            parts.append(f"of={_spelled(value.of)}")
         return f"{word}({', '.join(parts)})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_spelled(k)}: {_spelled(v)}" for k, v in value.items()) + "}"

@@ -55,15 +55,21 @@ class Case:
         return self.make_cut()
 
 
-@cache
-def case(name: str) -> Case:
-    """Return a case, which is cut once."""
+def row_and_config(name: str) -> tuple[Row, dict[str, Any]]:
+    """Return the row of a case's class, and a small config."""
     if name in HELD_OUT:
         row, config = HELD_OUT[name]
         assert row_of(row.model) is None, "it has a row now: hold another class out"
-    else:
-        class_name, config = CASES[name]
-        (row,) = (row for row in MODELS if row.model == class_name)
+        return row, config
+    class_name, config = CASES[name]
+    (row,) = (row for row in MODELS if row.model == class_name)
+    return row, config
+
+
+@cache
+def case(name: str) -> Case:
+    """Return a case, which is cut once."""
+    row, config = row_and_config(name)
     model_class = getattr(diffusers, row.model)
     model = random_weights(model_class.from_config(config).eval())
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -41,7 +41,9 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
                     prompt("tokens+1 attention_head_dim//2"),
                 ),
             },
+            pipelines=("StableAudioPipeline",),
             name="stable_audio",
+            latent_scale=(1, 1),
             usual={"tokens": 1024},
         ),
         {

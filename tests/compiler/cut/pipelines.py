@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMapEulerDiscreteScheduler,
@@ -36,7 +39,12 @@ from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import (
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from torch import Tensor
 
-__all__ = ["MODULAR", "PIPELINES", "pipeline_of", "watched_calls"]
+sys.path.insert(0, str(Path(__file__).parents[2] / "runtime" / "pipeline"))
+from whole import longcat_audio, stable_audio
+
+__all__ = [
+    "BUILT", "MODULAR", "PIPELINES", "PROMPT", "UNCUT", "UNLEARNT", "pipeline_of", "watched_calls",
+]  # fmt: skip
 
 TOKENS, REAL = 6, 4
 """Tokens of a prompt, and how many of the negative one's are no padding."""
@@ -303,9 +311,40 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         **both(c.joint_attention_dim), **masks("prompt_embeds_mask"), **SQUARE,
         "guidance_scale": 3.0,
     }),
+    "longcat_audio": ("LongCatAudioDiTPipeline", lambda: flow(invert_sigmas=True), lambda c: {
+        "prompt": PROMPT, "negative_prompt": "a blue square", "audio_duration_s": 0.002,
+        "guidance_scale": 3.0,
+    }),
+    "stable_audio": ("StableAudioPipeline", EDMDPMSolverMultistepScheduler, lambda c: {
+        "prompt": PROMPT, "negative_prompt": "a blue square", "audio_end_in_s": 20.0,
+        "guidance_scale": 3.0,
+    }),
 }  # fmt: skip
 """Case → pipeline, its scheduler, and what it is called with, of the model's config."""
 
+
+UNLEARNT = {
+    "z_image": r"'x\.1': 2 inputs change at every step",
+    "wan_vace": r"can't be called with .*more than one video",
+    "ltx_2": r"can't be called with .*not enough values to unpack",
+    "ltx_2_3": r"can't be called with .*not enough values to unpack",
+    "any_flow": r"'encoder_hidden_states': has a dimension \(2, .* no sizes tell",
+}
+"""Case whose row is not learnt from its pipeline's calls → what is said: a list for each prompt, one video
+at once, two outputs, two prompts whatever the guidance."""
+
+UNCUT = (
+    "hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi", "hunyuan_dit", "chroma",
+    "lumina_next", "ernie_image", "cosmos",
+)  # fmt: skip
+"""Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
+for torch can't trace them, or they are traced at one size alone."""
+
+BUILT = ("stable_audio", "longcat_audio", "pixart", "cogvideox", "qwen_image")
+"""Cases that are built without a row from a whole pipeline's folder: sound of one length, and of any; a
+picture of latents, a video, and a picture of packed tokens."""
+
+PROMPT = "a red circle"
 
 PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "bria": {"vae": lambda config: AutoencoderKL(shift_factor=0.0)},
@@ -334,6 +373,11 @@ PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "ltx_2_3": LTX_2_PARTS,
 }
 """What a pipeline asks of parts that its latents do not pass through."""
+
+ENCODED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "longcat_audio": longcat_audio, "stable_audio": stable_audio,
+}  # fmt: skip
+"""Parts of pipelines that encode their prompt themselves, whatever they are called with."""
 
 
 class MiniMaxH3:
@@ -391,6 +435,7 @@ def pipeline_of(name: str, one: Case) -> tuple[Any, Mapping[str, Any]]:
     }
     config: Any = one.model.config
     parts |= {part: make(config) for part, make in PARTS.get(name, {}).items()}
+    parts |= ENCODED[name](config) if name in ENCODED else {}
     return made(**{**parts, "transformer": one.model, "scheduler": scheduler()}), arguments(config)
 
 
@@ -401,8 +446,9 @@ def watched_calls(name: str, one: Case) -> tuple[dict[str, Any], dict[str, dict[
     call = inspect.signature(getattr(diffusers, PIPELINES[name][0]).__call__).parameters
     first |= {key: 1.0 for key in ("guidance_scale", "true_cfg_scale") if key in call}
     sizes = {"height": "height", "width": "width", "num_frames": "frames", "frames": "frames"}
+    sizes["audio_duration_s"] = "frames"
     others = {
-        size: {key: 2 * first[key] - (size == "frames")}
+        size: {key: 2 * first[key] - (key in ("num_frames", "frames"))}
         for key, size in sizes.items()
         if key in first
     }
@@ -416,4 +462,7 @@ def watched_calls(name: str, one: Case) -> tuple[dict[str, Any], dict[str, dict[
         for key, value in first.items()
         if isinstance(value, Tensor)
     }
+    if "prompt" in first:
+        text = first["prompt"]
+        others |= {"text_tokens": {"prompt": f"{text}, {text}"}, "batch": {"prompt": [text] * 2}}
     return first, others

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import diffusers
 import pytest
 import torch
-from cases import CONDITIONED, Conditioned
+from cases import CONDITIONED, Conditioned, row_and_config
 from diffusers import DiffusionPipeline
-from pipelines import PIPELINES, pipeline_of, watched_calls
+from pipelines import PIPELINES, UNCUT, UNLEARNT, pipeline_of, watched_calls
 from small_configs import CASES
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut import models
 from freewheel.compiler.cut import row as words
-from freewheel.compiler.cut.models import row_of
 from freewheel.compiler.cut.prove import check_row
 from freewheel.compiler.cut.row import Input, Row
 from freewheel.compiler.cut.watch import learn_row, spelled, stand_in, usual_calls, watched_row
@@ -31,18 +30,12 @@ from freewheel.runtime.pipeline.attach import attach
 
 EVERY_RUN = ("qwen_image", "cogvideox")
 """A picture packed to tokens, with its sizes in a list; a video of unpacked latents."""
-REFUSED = (
-    "hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi", "hunyuan_dit", "chroma",
-    "lumina_next", "ernie_image",
-)  # fmt: skip
-"""Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
-for torch can't trace them, or they are traced at one size alone."""
 
 
 def learnt(name: str) -> tuple[Row, Any, dict[str, Any]]:
-    model, config = CASES[name]
-    model_class = getattr(diffusers, model)
-    one: Any = SimpleNamespace(model=stand_in(model_class, config), row=row_of(model))
+    row, config = row_and_config(name)
+    model_class = getattr(diffusers, row.model)
+    one: Any = SimpleNamespace(model=stand_in(model_class, config), row=row)
     pipe, _ = pipeline_of(name, one)
     pipe.set_progress_bar_config(disable=True)
     return learn_row(pipe, *watched_calls(name, one)), model_class, config
@@ -59,33 +52,35 @@ def inputs_of(row: Row) -> dict[str, str]:
     [
         pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
         for name in PIPELINES
-        # counts from the other end; makes one video alone; gives the next step's timestep; takes a
-        # mask of pixels; has a number of frames of its own; is called with labels, not with a prompt
-        if name
-        not in (
-            "z_image", "wan_vace", "any_flow", "hunyuan_image_distilled", "cosmos", "latte", "dit",
-        )
+        if name not in UNLEARNT
     ],
-)  # fmt: skip
+)
 def test_what_is_learnt_is_what_the_table_says(name: str) -> None:
     """The same inputs that change at the same times; and cut so, the model is equal to itself."""
     row, model_class, config = learnt(name)
-    wanted = row_of(row.model)
-    assert wanted is not None
+    wanted, _ = row_and_config(name)
     known = inputs_of(wanted)
     assert inputs_of(row).items() <= known.items()
     assert {"step", "run"} <= set(inputs_of(row).values())
     assert row.pipelines[0] in wanted.pipelines
+    assert row.output_sign == wanted.output_sign
     if name not in ("mochi", "bria"):  # their test's pipelines have other scales
         assert row.latent_scale[1] == wanted.latent_scale[1]
     assert (row.timestep_scale, row.packed) == (
         wanted.timestep_scale, wanted.packed if name != "bria" else row.packed,
     )  # fmt: skip
-    if name in REFUSED:
+    if name in UNCUT:
         with pytest.raises(ExportError, match=r"can't (trace|be computed at)|away from itself"):
             check_row(row, model_class, config)
     else:
         check_row(row, model_class, config)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", UNLEARNT)
+def test_what_is_not_learnt_is_refused_by_name(name: str) -> None:
+    with pytest.raises((CheckpointError, RequestError), match=UNLEARNT[name]):
+        learnt(name)
 
 
 class Turned(DiffusionPipeline):
@@ -129,6 +124,39 @@ def test_complex_numbers_are_learnt_as_pairs() -> None:
     table = row.inputs["image_rotary_emb"]
     assert (table.shape, table.pairs) == ("384 384 4 2", True)
     assert '"image_rotary_emb": prompt("384 384 4 2", pairs=True),' in spelled(row)
+
+
+def test_seconds_of_sound_are_frames() -> None:
+    row, _, _ = learnt("longcat_audio")
+    assert row.inputs["hidden_states"].shape == "batch frames latent_dim"
+    assert row.inputs["attention_mask"] == words.prompt("batch frames", dtype="bool", fill="mask")
+    assert (row.name, row.latent_scale) == ("long_cat_audio", (1, 1))
+
+
+def test_a_pipeline_of_sound_is_asked_for_seconds_and_prompts() -> None:
+    pipe: Any = SimpleNamespace(__call__=diffusers.LongCatAudioDiTPipeline.__call__)
+    first, others = usual_calls(pipe, "x")
+    assert first == {"prompt": "x", "guidance_scale": 1.0, "audio_duration_s": 10.0}
+    assert others == {
+        "batch": {"prompt": ["x", "x"]}, "frames": {"audio_duration_s": 20.0},
+        "text_tokens": {"prompt": "x, and x once more"},
+    }  # fmt: skip
+
+
+def test_the_next_steps_timestep_is_learnt() -> None:
+    row, _, _ = learnt("hunyuan_image_distilled")
+    assert (row.inputs["timestep"].of, row.inputs["timestep_r"].of) == (("latents",), ("next",))
+    assert '"timestep_r": run("batch", of=("next",)),' in spelled(row)
+
+
+def test_a_mask_of_pixels_is_learnt() -> None:
+    row, _, _ = learnt("cosmos")
+    assert row.inputs["padding_mask"].shape == "1 1 8*height 8*width"
+
+
+def test_a_turned_output_with_a_variance_is_learnt() -> None:
+    row, _, _ = learnt("lumina_next")
+    assert row.output_sign == -1
 
 
 class Sized(Conditioned):

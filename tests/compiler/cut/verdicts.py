@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import diffusers
-from cases import Case
+from cases import Case, row_and_config
 from held_out import HELD_OUT
-from pipelines import MODULAR, PIPELINES
+from pipelines import BUILT, MODULAR, PIPELINES, UNCUT, UNLEARNT
 from small_configs import CASES
 from tensorrt_engines import engines_of
 from test_declare import error
@@ -192,24 +192,41 @@ def attached() -> dict[str, list[str]]:
     found = {model: set(pipelines) for model, pipelines in OF_FAMILIES.items()}
     named = {name: pipeline for name, (pipeline, _, _) in PIPELINES.items()}
     for name, pipeline in {**named, **dict.fromkeys(MODULAR, "its modular pipeline")}.items():
-        found.setdefault(CASES[name][0], set()).add(pipeline)
+        found.setdefault(row_and_config(name)[0].model, set()).add(pipeline)
     return {model: sorted(pipelines) for model, pipelines in found.items()}
+
+
+def without_rows() -> dict[str, str]:
+    """Return class → what comes of it where the table has no row of it; the best of its cases.
+
+    `test_watch.py` shows that it is true, and `test_without_rows.py` builds five of them. Wan's pipeline
+    is not among the cases.
+    """
+    found = {"WanTransformer3DModel": "cut"}
+    for name in PIPELINES:
+        kind = "not learnt" if name in UNLEARNT else "learnt" if name in UNCUT else "cut"
+        kept = found.setdefault(row_and_config(name)[0].model, kind)
+        found[row_and_config(name)[0].model] = min(kept, kind)
+    return found
 
 
 def page(verdicts: Mapping[str, Verdict]) -> str:
     """Return the page."""
     classes_of = Counter(v.kind for v in verdicts.values())
     kinds = "\n".join(f"| {kind} | {classes_of[kind]} | {text} |" for kind, text in KINDS.items())
-    pipelines = attached()
+    pipelines, alone = attached(), without_rows()
     rows = "\n".join(
-        f"| `{model}` | {v.kind} | {v.why} | {v.engines} | {', '.join(pipelines.get(model, []))} |"
+        f"| `{model}` | {v.kind} | {v.why} | {v.engines} | {', '.join(pipelines.get(model, []))}"
+        f" | {alone.get(model, '')} |"
         for model, v in verdicts.items()
     )
     counts = [found for v in verdicts.values() if (found := COUNT.fullmatch(v.engines))]
     fused = [found for found in counts if found[1] == found[2]]
+    watched = Counter(alone.values())
     return PAGE_HEAD.format(
         version=diffusers.__version__, kinds=kinds, rows=rows, attached=len(pipelines),
-        fused=len(fused),
+        fused=len(fused), watched=len(alone), cut=watched["cut"], learnt=watched["learnt"],
+        built=len(BUILT),
     )  # fmt: skip
 
 
@@ -232,8 +249,15 @@ a released model (`released_configs.py`), and fuses every attention of their blo
 attentions in one block of each kind, and again where a graph also returns what policies look at; an empty
 cell was not tried. No GPU ran these engines.
 
-| class | verdict | why | attentions that TensorRT-RTX fuses | pipelines that `attach` was run in |
-|---|---|---|---|---|
+Without its row a class can be [learnt from its pipeline's calls](../how-to/add-a-family.md)
+(`build --trace-with`). Of the {watched} classes whose pipelines tests watch, {cut} are cut so and equal
+to themselves, {learnt} are learnt and not cut (they need a patch, or more blocks than are tried), and
+the others are refused with the argument or the call that no row tells. `test_without_rows.py` builds
+{built} of them by `freewheel build` from a whole pipeline's folder, one of which has no row at all, holds
+the engines to diffusers and runs them in the pipeline.
+
+| class | verdict | why | attentions that TensorRT-RTX fuses | pipelines that `attach` was run in | without its row |
+|---|---|---|---|---|---|
 {rows}
 """
 

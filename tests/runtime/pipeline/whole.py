@@ -17,12 +17,15 @@ from diffusers import (
     AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
+    AutoencoderOobleck,
     CogVideoXDDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     LongCatAudioDiTVae,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -177,6 +180,18 @@ def longcat_audio(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stable_audio(config: Any) -> dict[str, Any]:
+    width = config.cross_attention_input_dim
+    return {
+        "scheduler": EDMDPMSolverMultistepScheduler(), "tokenizer": tokenizer(16),
+        "text_encoder": t5(width), "projection_model": StableAudioProjectionModel(width, width, 0, 64),
+        "vae": AutoencoderOobleck(
+            encoder_hidden_size=8, downsampling_ratios=[2, 2], channel_multiples=[1, 2],
+            decoder_channels=8, decoder_input_channels=config.in_channels, sampling_rate=4,
+        ),
+    }  # fmt: skip
+
+
 def cogvideox(config: Any) -> dict[str, Any]:
     return {
         "scheduler": CogVideoXDDIMScheduler(), "tokenizer": tokenizer(),
@@ -213,8 +228,9 @@ WHOLE: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "cogvideox": ("CogVideoXPipeline", cogvideox),
     "hunyuan_video": ("HunyuanVideoPipeline", hunyuan),
     "longcat_audio": ("LongCatAudioDiTPipeline", longcat_audio),
+    "stable_audio": ("StableAudioPipeline", stable_audio),
 }
-"""Small model of `small_configs.CASES` → its pipeline, and how the other parts are made."""
+"""Small model of `cases` → its pipeline, and how the other parts are made."""
 
 
 def save_pipeline(name: str, model: Any, folder: Path) -> Any:
