@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include <cstdio>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <utility>
 
 #include "freewheel/codec.h"
@@ -329,6 +331,18 @@ int exit_code(Code code) {
   return 1;
 }
 
+/// Prints an object in one line; bytes of a path that are no UTF-8 are replaced.
+void print(const nlohmann::json& object) {
+  std::cout << object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+}
+
+void print_error(const std::string& code, const std::string& message, const std::string& where,
+                 const std::string& hint) {
+  const nlohmann::json error = {
+      {"code", code}, {"message", message}, {"where", where}, {"hint", hint}};
+  print({{"schema_version", 1}, {"error", error}});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -399,7 +413,13 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& fault) {
-    return app.exit(fault) == 0 ? 0 : 2;
+    // What was parsed before the fault need not hold the flag.
+    const bool asks_for_json = std::find(argv, argv + argc, std::string("--json")) != argv + argc;
+    if (fault.get_exit_code() == 0 || !asks_for_json) return app.exit(fault) == 0 ? 0 : 2;
+    const std::string hint = "see freewheel-run --help";
+    print_error("usage", std::string("freewheel-run: ") + fault.what() + "; " + hint,
+                "freewheel-run", hint);
+    return 2;
   }
   for (std::string* path : {&options.bundle, &options.out, &options.embeddings, &options.negative,
                             &options.latents, &options.condition, &options.lora_folder}) {
@@ -415,15 +435,16 @@ int main(int argc, char** argv) {
     status = Status(Code::kInternal, "freewheel-run", fault.what(), "report this");
   }
   if (status.ok()) {
-    std::cout << (options.json ? report.dump() : options.out) << "\n";
+    if (options.json) {
+      print(report);
+    } else {
+      std::cout << options.out << "\n";
+    }
     return 0;
   }
   if (options.json) {
-    const nlohmann::json error = {{"code", freewheel::code_name(status.code())},
-                                  {"message", status.message()},
-                                  {"where", status.where()},
-                                  {"hint", status.hint()}};
-    std::cout << nlohmann::json{{"schema_version", 1}, {"error", error}}.dump() << "\n";
+    print_error(freewheel::code_name(status.code()), status.message(), status.where(),
+                status.hint());
   } else {
     std::cerr << "error: " << status.message() << "\n";
   }

@@ -142,6 +142,34 @@ def test_a_bad_value_is_refused_before_the_first_step(
     assert not list(tmp_path.iterdir())
 
 
+USAGE: dict[str, tuple[list[str], str]] = {
+    "nothing": ([], "bundle is required"),
+    "a value of another kind": (["b", "--out", "x.npy", "--fps", "x"], "--fps"),
+    "no such option": (["b", "--out", "x.npy", "--frobnicate"], "--frobnicate"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_a_usage_error_is_an_object_too(cpp_build: Path, case: str) -> None:
+    arguments, said = USAGE[case]
+    for command in ([*arguments, "--json"], ["--json", *arguments]):
+        done = subprocess.run(
+            [cpp_build / "freewheel-run", *command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        error = json.loads(done.stdout)["error"]
+        assert (error["code"], error["where"]) == ("usage", "freewheel-run")
+        assert said in error["message"]
+        assert done.stderr == ""
+
+
+def test_a_path_of_no_utf8_is_told_of_in_an_object(cpp_build: Path, tmp_path: Path) -> None:
+    command = [cpp_build / "freewheel-run", bytes(tmp_path) + b"/\xff", "--out", "x.npy", "--json"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "\ufffd" in json.loads(done.stdout)["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def large(doors: Doors, linked_bundle: Callable[..., Path]) -> Doors:
     """The bundle with a config `large`, of 20 times its size."""
