@@ -393,7 +393,7 @@ int main(int argc, char** argv) {
   app.add_option("--frames", options.frames, "Frames of the video");
   app.add_option("--height", options.height, "Height in pixels");
   app.add_option("--width", options.width, "Width in pixels");
-  app.add_option("--fps", options.fps, "Frames per second of a video")->check(CLI::Range(1, 240));
+  app.add_option("--fps", options.fps, "Frames per second of a video")->check(CLI::Range(1, 1000));
   app.add_option("--backend", options.backend, "Backend to run on");
   app.add_option("--threads", options.threads, "CPU threads; 0 takes every core")
       ->check(CLI::NonNegativeNumber);

@@ -145,6 +145,7 @@ def test_a_bad_value_is_refused_before_the_first_step(
 USAGE: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "bundle is required"),
     "a value of another kind": (["b", "--out", "x.npy", "--fps", "x"], "--fps"),
+    "more than Python takes": (["b", "--out", "x.mp4", "--fps", "1001"], "not in range 1 to 1000"),
     "no such option": (["b", "--out", "x.npy", "--frobnicate"], "--frobnicate"),
 }
 
