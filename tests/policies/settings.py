@@ -170,10 +170,10 @@ SETTINGS: dict[str, CacheSetting] = {
         parameters={"threshold": 0.4, "first_blocks": 3},
         guard=GuardSetting(first_exact=4, max_consecutive=3, max_reused=9),
     ),
-    "dualblock": CacheSetting(policy="dualblock", parameters={"threshold": 0.2}),
+    "dualblock": CacheSetting(policy="dualblock", parameters={"threshold": 0.08}),
     "dualblock_strided": CacheSetting(
         policy="dualblock",
-        parameters={"threshold": 0.3, "first_blocks": 1, "last_blocks": 0, "channel_stride": 3},
+        parameters={"threshold": 0.1, "first_blocks": 1, "last_blocks": 0, "channel_stride": 3},
         guard=GuardSetting(max_consecutive=4, exact_steps=[9]),
     ),
     "dbcache_taylor": CacheSetting(policy="dbcache+taylorseer", parameters={"threshold": 0.3}),

@@ -28,7 +28,7 @@ LOOSE = {
     "seacache": {"threshold": 0.4},
     "dicache": {"threshold": 0.3},
     "dbcache": {"threshold": 0.2},
-    "dualblock": {"threshold": 0.2},
+    "dualblock": {"threshold": 0.08},
     "sencache": {"threshold": 0.8, "early": 0.0},
     "solved": {"computed_steps": 1, "steps": 3, "budgets": [1], "computed": [1, 0]},
 }
