@@ -364,6 +364,7 @@ def counts_in_the_loop(rig: Rig) -> None:
 
     rows = []
     for name, options in OPTIONS.items():
+        before = len(rig.home.contexts)
         session = rig.session(check_finite=False, **options)
         for _ in steps(rig, session, "taylorseer"):
             pass
@@ -375,20 +376,39 @@ def counts_in_the_loop(rig: Rig) -> None:
         rig.home.counts.clear()
         row = rig.watch(lambda loop=loop: [None for _ in loop])
         assert len(rig.home.contexts) == contexts, "a context was made inside the loop"
-        rows.append((name, contexts, rig.home.counts["enqueues"], *row, hidden))
+        written, inside = _places_of_residuals(rig.home.contexts[before:])
+        rows.append((name, contexts - before, rig.home.counts["enqueues"], *row, hidden,
+                     f"{inside} of {written}"))  # fmt: skip
+        if not 0 < inside == written:
+            rig.failures.append(f"{name}: residuals are written beside their ring")
         if row[0]:
             rig.failures.append(f"{name}: {row[0]} allocations inside the loop")
         if row[2] >= hidden and "offload" not in name:
             rig.failures.append(f"{name}: {row[2]} bytes are copied between host and device")
-    columns = ("driven", "contexts so far", "enqueues", "allocations", "copies to and from the host",
-               "largest of them, bytes", "hidden states, bytes")  # fmt: skip
+    columns = ("driven", "contexts", "enqueues", "allocations", "copies to and from the host",
+               "largest of them, bytes", "hidden states, bytes", "residuals in their ring")  # fmt: skip
     rig.lines += [f"{STEPS - 2} steps of two branches, `taylorseer`, after a whole run; what the "
                   "stand-in's own kernels allocate is left out.", ""]  # fmt: skip
     rig.table(columns, rows)
 
 
+def _places_of_residuals(contexts: list[Any]) -> tuple[int, int]:
+    """Count the addresses that residuals are written to, and those of them inside a history."""
+    written, histories = set(), set()
+    for context in contexts:
+        engine = context._engine
+        written |= {context._addresses[n] for n in engine._outputs if n.startswith("residual")}
+        histories |= {
+            (context._addresses[n], context._bytes(n))
+            for n in engine._inputs
+            if n.startswith("history")
+        }
+    inside = [a for a in written if any(start <= a < start + n for start, n in histories)]
+    return len(written), len(inside)
+
+
 def step_at_real_size(rig: Rig) -> None:
-    """A step at 32,760 tokens, each torch operation a pass over memory of its own."""
+    """A step of real width, each torch operation a pass over memory of its own."""
     calls = ((name, engine.bind(tensors), moved) for name, engine, tensors, moved in _wide(rig))
     _tell_step(rig, calls)
 
@@ -416,15 +436,20 @@ def step_at_real_size_fused(rig: Rig) -> None:
         _tell_step(rig, calls)
 
 
+def _wide_tokens(rig: Rig) -> int:
+    """Return the tokens of a wide step: of 81 frames, or of the one that is the least built for."""
+    return (1 if rig.feigned else 21) * 30 * 52
+
+
 def _wide(rig: Rig) -> Iterator[tuple[str, Any, Mapping[str, Any], int]]:
     """Yield each graph of a wide step: its name, its engine, its tensors and their bytes."""
     import torch
 
     from freewheel.engines.tensorrt import TensorRT
 
-    frames = 1 if rig.feigned else 21  # the smallest that was built for
+    tokens = _wide_tokens(rig)
     sizes = {
-        "batch": 1, "tokens": frames * 30 * 52, "text_tokens": 512, "frames": frames, "height": 60,
+        "batch": 1, "tokens": tokens, "text_tokens": 512, "frames": tokens // (30 * 52), "height": 60,
         "width": 104,
     }  # fmt: skip
     backend = TensorRT(device=rig.device)
@@ -457,10 +482,11 @@ def _tell_step(rig: Rig, calls: Iterator[tuple[str, Any, int]]) -> None:
         seconds[name] = rig.time(call)
         speed = moved / seconds[name] / 1e9
         share = "" if nominal is None else f"{speed / nominal:.0%}"
-        rows.append((name, f"{moved / 1e6:.0f}", f"{seconds[name] * 1e3:.3f}", f"{speed:.0f}",
+        rows.append((name, f"{moved / 1e6:.0f}", f"{seconds[name] * 1e3:.3f}", f"{speed:.4g}",
                      f"{speed / copied:.0%}", share))  # fmt: skip
-    rig.lines += ["32,760 tokens of 1,536 channels (Wan 2.1 1.3B), residuals and body bfloat16, hidden states "
-                  f"float32; not TensorRT's kernels. A copy by torch moves {copied:.0f} GB/s.", ""]  # fmt: skip
+    rig.lines += [f"{_wide_tokens(rig):,} tokens of 1,536 channels (Wan 2.1 1.3B), residuals and body "
+                  "bfloat16, hidden states float32; not TensorRT's kernels. A copy by torch moves "
+                  f"{copied:.4g} GB/s.", ""]  # fmt: skip
     columns = (
         "graph",
         "MB read and written",
@@ -759,6 +785,7 @@ def run_section(folder: Path, rehearse: bool, index: int) -> None:
 
         made = TensorRT.__init__
         TensorRT.__init__ = lambda self, **given: made(self, **{"device": place, **given})  # type: ignore[method-assign]
+        _delay_copies(device)
         rig = make(folder, home, place, device if rehearse else None)
         try:
             SECTIONS[index][1](rig)
@@ -768,6 +795,19 @@ def run_section(folder: Path, rehearse: bool, index: int) -> None:
         TensorRT.__init__ = made  # type: ignore[method-assign]
     text = json.dumps({"lines": rig.lines, "failures": rig.failures})
     (folder / f"section-{index}.json").write_text(text, encoding="utf-8")
+
+
+def _delay_copies(device: Any) -> None:
+    """Have copies of offloaded weights begin late, too."""
+    from freewheel.runtime.offload import HostBlock
+
+    copy_to = HostBlock.copy_to
+
+    def late(block: Any, slab: Any) -> None:
+        device.pause()
+        copy_to(block, slab)
+
+    HostBlock.copy_to = late  # type: ignore[method-assign]  # this process does nothing else
 
 
 def _write(report: Path, lines: list[str], rehearse: bool) -> None:

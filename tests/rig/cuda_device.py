@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA memory and streams for the stand-in: graphs computed by torch, at times that nobody can count on.
 
-Every piece of work is preceded by a pause of random length on its stream, and scratch memory is
-overwritten; so what lacks a wait sooner or later reads a wrong number.
+Every piece of work, and every copy of offloaded weights, is preceded by a pause of random length on
+its stream, and scratch memory is overwritten; so what lacks a wait sooner or later reads a wrong number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class CudaDevice:
     """A GPU as the stand-in sees it.
 
     Attributes:
-        longest_pause: Clock cycles of the longest pause before a piece of work; 0 makes none.
+        longest_pause: Clock cycles of the longest pause before a piece of work or a copy; 0 makes none.
     """
 
     def __init__(self, device: torch.device, longest_pause: int = 0) -> None:
@@ -45,9 +45,13 @@ class CudaDevice:
         if stream not in self._streams:
             self._streams[stream] = torch.cuda.ExternalStream(stream, device=self.device)
         with torch.cuda.stream(self._streams[stream]), torch.no_grad():
-            if self.longest_pause:
-                torch.cuda._sleep(self._random.randrange(self.longest_pause))
+            self.pause()
             work()
+
+    def pause(self) -> None:
+        """Keep torch's current stream busy for a while."""
+        if self.longest_pause:
+            torch.cuda._sleep(self._random.randrange(self.longest_pause))
 
     def spoil(self, address: int, size: int) -> None:
         """Overwrite scratch memory with rubbish."""

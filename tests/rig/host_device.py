@@ -228,6 +228,9 @@ class HostDevice(TorchDispatchMode):
         with _disable_current_modes():  # a kernel's own operations are its own affair
             work()
 
+    def pause(self) -> None:
+        """Do nothing: here the order of waits decides, not the time."""
+
     def spoil(self, address: int, size: int) -> None:
         ctypes.memset(address, 0xFF, size)  # NaN in every float
 

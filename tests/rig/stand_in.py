@@ -57,6 +57,9 @@ class Device(Protocol):
     ) -> None:  # fmt: skip
         """Do ``work`` in the order of a stream; ranges are address and bytes."""
 
+    def pause(self) -> None:
+        """Keep the current stream busy for a while of random length, if time is what shows a race."""
+
     def spoil(self, address: int, size: int) -> None:
         """Overwrite memory with rubbish, as part of a work."""
 
