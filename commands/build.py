@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import DebugOption, JsonOption, QuietOption, backend_of, choice_of, precision_of
+from .options import (
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    backend_of,
+    choice_of,
+    precision_of,
+)
 from .screen import Screen, reporting
 
 if TYPE_CHECKING:
@@ -91,6 +99,7 @@ def build(
     tiling: Annotated[
         str | None, typer.Option(help="TensorRT's tiling across layers: fast, moderate or full.")
     ] = None,
+    device: DeviceOption = None,
     preview: Annotated[
         str | None, typer.Option(help="TensorRT's preview features, by name, with commas between.")
     ] = None,
@@ -184,13 +193,18 @@ def build(
         from ..compiler.request import BuildRequest
         from ..compiler.resume_engines import left_to_gpus
         from ..compiler.resume_engines import resume_engines as resume
-        from ..engines import Target
+        from ..engines import Target, choose_gpu
+        from ..engines.base import StreamedBackend
         from ..runtime.settings import config_entries, other_size
 
         precision = precision_of(precision)
         backends = [
             backend_of(name, precision, screen, to_build=True) for name in backend or ["auto"]
         ]
+        if device is not None:
+            on_gpus = [one for one in backends if isinstance(one, StreamedBackend)]
+            for one in on_gpus or backends[:1]:
+                choose_gpu(one, device)
         if pipeline is None and not resume_engines and Path(model).is_dir():
             found = find_authors_folder(Path(model))
             if found is not None:
@@ -262,6 +276,7 @@ def build(
             if other is not None:
                 screen.warn(f"config '{name}' {other}: runs that name it take its size")
         screen.table("phases", ["phase", "seconds"], list(seconds.items()))
+        left = left_to_gpus(report.manifest)
         data = {
             "bundle": str(out),
             "backends": [b.name for b in backends],
@@ -271,9 +286,9 @@ def build(
             "bytes": report.bytes,
             "written_bytes": report.written_bytes,
             "notes": list(report.notes),
+            "left_to_gpus": left,
         }
         screen.result(data, [str(out)])
-        left = left_to_gpus(report.manifest)
         if left:
             screen.note(
                 f"TensorRT would compile {len(left)} graphs of it on a machine with a GPU: "

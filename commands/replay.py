@@ -4,20 +4,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core.errors import RequestError
 from .options import (
+    BackendOption,
+    CudaGraphsOption,
     DebugOption,
+    DeviceOption,
     JsonOption,
+    OffloadOption,
     QuietOption,
     SetOption,
     pairs_of,
     quiet_libraries,
 )
 from .screen import Screen, reporting
+
+if TYPE_CHECKING:
+    from ..runtime.model import DeviceOptions
 
 __all__ = ["replay"]
 
@@ -50,6 +57,10 @@ def replay(
         Path | None, typer.Option(help="With --suite: text file, one prompt per line; 32 do.")
     ] = None,
     steps: Annotated[int, typer.Option(help="With --suite: denoise steps.")] = 50,
+    backend: BackendOption = None,
+    offload: OffloadOption = False,
+    cuda_graphs: CudaGraphsOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -73,7 +84,10 @@ def replay(
                 raise RequestError("--suite", f"is given beside {name}", "leave one of them out")
             if prompts is None:
                 raise RequestError("--suite", "has no prompt", "give --prompts FILE")
-            _rank(screen, suite, prompts, steps, config)
+            from ..runtime.model import DeviceOptions
+
+            options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
+            _rank(screen, suite, prompts, steps, config, backend, options)
             return
         if trace is None or config is None:
             raise RequestError(
@@ -114,7 +128,10 @@ def replay(
         screen.result(data, lines)
 
 
-def _rank(screen: Screen, bundle: Path, prompts: Path, steps: int, config: str | None) -> None:
+def _rank(
+    screen: Screen, bundle: Path, prompts: Path, steps: int, config: str | None,
+    backend: str | None, options: DeviceOptions,
+) -> None:  # fmt: skip
     """Rank every policy on the suite of a bundle."""
     from ..bundle.reader import Bundle
     from ..tuning.bench import read_prompts
@@ -125,8 +142,9 @@ def _rank(screen: Screen, bundle: Path, prompts: Path, steps: int, config: str |
     opened = Bundle(bundle)
     with screen.progress():
         suite = suite_of(
-            opened, read_prompts(prompts), steps=steps, first_seed=1000, progress=screen
-        )
+            opened, read_prompts(prompts), steps=steps, first_seed=1000, progress=screen,
+            backend=backend, options=options,
+        )  # fmt: skip
         found = rank(
             suite, opened.manifest.policies, None if config is None else Path(config), screen
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BundleArgument, DebugOption, JsonOption, QuietOption
+from .options import BundleArgument, CudaGraphsOption, DebugOption, JsonOption, QuietOption
 from .screen import reporting
 
 __all__ = ["serve"]
@@ -34,6 +34,13 @@ def serve(
     lora_folder: Annotated[
         Path | None,
         typer.Option(help="Folder of LoRAs that requests may name; `freewheel lora` writes them."),
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option(help="Leave the blocks' weights in host memory, two on the GPU.")
+    ] = False,
+    cuda_graphs: CudaGraphsOption = False,
+    device: Annotated[
+        int | None, typer.Option(min=0, help="Index of the GPU; default: the first.")
     ] = None,
     backend_directory: Annotated[
         Path, typer.Option(help="Folder with freewheel/libtriton_freewheel.so, for the command.")
@@ -73,7 +80,8 @@ def serve(
         opened = Bundle(bundle)
         request = ServeRequest(
             bundle=opened, out=out, name=name, version=version, instances=instances,
-            backend=backend, threads=threads, lora_folder=lora_folder,
+            backend=backend, threads=threads, lora_folder=lora_folder, offload=offload,
+            cuda_graphs=cuda_graphs, device=device,
         )  # fmt: skip
         written = write_repository(request)
         library = backend_directory / "freewheel" / "libtriton_freewheel.so"

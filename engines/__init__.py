@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 
-from ..core.errors import BackendUnavailable, ConfigError, nearest
+import torch
+
+from ..core.errors import BackendUnavailable, ConfigError, RequestError, nearest
 from .base import (
     Availability,
     Backend,
     BoundCall,
     Engine,
     ProfiledBackend,
+    StreamedBackend,
     Target,
     TensorSpec,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "auto_backend",
     "backend",
     "backend_class",
+    "choose_gpu",
 ]
 
 BACKENDS: Mapping[str, str] = {
@@ -71,6 +75,25 @@ def backend(name: str, *, to_build: bool = False) -> Backend:
     if not (state.available or (to_build and state.can_build)):
         raise BackendUnavailable(f"backend '{name}'", state.reason, state.install)
     return found()
+
+
+def choose_gpu(backend: Backend, index: int) -> None:
+    """Have a backend compile and run on another GPU than the process's current one.
+
+    Args:
+        backend: One that has loaded nothing yet.
+        index: Of the GPU.
+
+    Raises:
+        RequestError: the backend uses no GPU, or there is none of that index.
+    """
+    if not isinstance(backend, StreamedBackend):
+        raise RequestError("--device", f"means nothing to {backend.name}", "leave it out")
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        hint = f"give 0 to {count - 1}; nvidia-smi lists them" if count else "leave it out"
+        raise RequestError("--device", f"is {index}, and there are {count} GPUs", hint)
+    backend.device = torch.device("cuda", index)
 
 
 def auto_backend(precision: str = "float32") -> tuple[Backend, Mapping[str, str]]:

@@ -175,7 +175,7 @@ class StreamedBackend(Protocol):
     """A backend of a CUDA device, whose engines run on a stream of their own.
 
     Attributes:
-        device: A CUDA device; set before the first engine is loaded.
+        device: A CUDA device; set before the first engine is compiled or loaded.
     """
 
     device: torch.device

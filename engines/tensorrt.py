@@ -58,7 +58,7 @@ class TensorRT:
         progress: Called with a phase of the build, its finished steps and their number.
         captures: Whether calls will be recorded into CUDA graphs, which must hold final kernels.
         device: The GPU; one without an index is the process's current one. Set before the first
-            engine is loaded.
+            engine is compiled or loaded.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -146,12 +146,13 @@ class TensorRT:
             what = f"is in float8_e4m3fn, which GPUs before compute capability {FLOAT8_FROM} lack"
             hint = "build with --float8 convert, or for newer GPUs alone"
             raise BuildError(f"{graph}, tensor '{float8[0]}'", what, hint)
-        plan = build_plan(
-            trt, model, graph, target, inputs,
-            capabilities=capabilities if self.module == "tensorrt_rtx" else (),
-            timing_cache=self._cache_file("timing", self._timed_on(capabilities)),
-            progress=self.progress,
-        )  # fmt: skip
+        with self._builds_on():
+            plan = build_plan(
+                trt, model, graph, target, inputs,
+                capabilities=capabilities if self.module == "tensorrt_rtx" else (),
+                timing_cache=self._cache_file("timing", self._timed_on(capabilities)),
+                progress=self.progress,
+            )  # fmt: skip
         record = EngineRecord(
             self.name,
             trt.__version__,
@@ -268,6 +269,10 @@ class TensorRT:
             raise BuildError(f"{where}, option '{COMPATIBILITY}'", what, "build on such a GPU")
         return asked
 
+    def _builds_on(self) -> AbstractContextManager[Any]:
+        """Make the GPU that kernels are timed on the current one."""
+        return torch.cuda.device(self.device)
+
     def _runtime_config(self, trt: Any, engine: Any) -> Any:
         return None
 
@@ -325,6 +330,9 @@ class TensorRTRTX(TensorRT):
                 hint = f"known: {', '.join(known)}; other GPUs (Hopper: 9.0) need 'tensorrt'"
                 raise BuildError(where, what, hint)
         return asked
+
+    def _builds_on(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # builds without a GPU too
 
     def _timed_on(self, capabilities: Sequence[str]) -> str:
         return _machine(capabilities).replace(" ", "-")

@@ -17,7 +17,7 @@ from ..bundle.dims import derive_dims
 from ..bundle.files import cache_beside
 from ..bundle.reader import Bundle
 from ..core.errors import BackendUnavailable, BundleError, RequestError
-from ..engines import BACKENDS
+from ..engines import BACKENDS, choose_gpu
 from ..engines import backend as find_backend
 from ..engines.base import (
     Backend,
@@ -246,17 +246,8 @@ class LoadedModel:
             )
         if isinstance(self.backend, CapturingBackend):
             self.backend.captures = self.options.cuda_graphs
-        if self.options.device is None:
-            return
-        if not isinstance(self.backend, StreamedBackend):
-            raise RequestError("--device", f"means nothing to {self.backend.name}", "leave it out")
-        count = torch.cuda.device_count()
-        if not 0 <= self.options.device < count:
-            raise RequestError(
-                "--device", f"is {self.options.device}, and there are {count} GPUs",
-                f"give 0 to {count - 1}; nvidia-smi lists them",
-            )  # fmt: skip
-        self.backend.device = torch.device("cuda", self.options.device)
+        if self.options.device is not None:
+            choose_gpu(self.backend, self.options.device)
 
     def bind(self, graph: str, values: Mapping[str, Tensor], block: int = 0) -> BoundCall:
         """Bind ``graph`` to buffers by name, and to its weights.

@@ -28,6 +28,9 @@ class ServedModel:
     instances: int
     threads: int
     lora_folder: str | None = None
+    offload: bool = False
+    cuda_graphs: bool = False
+    device: int | None = None
 
 
 def served_backend(manifest: Manifest, wanted: str | None) -> str:
@@ -59,6 +62,9 @@ def config_text(manifest: Manifest, served: ServedModel) -> str:
     }
     if served.lora_folder is not None:
         parameters["lora_folder"] = _escaped(served.lora_folder)
+    parameters |= {n: "true" for n in ("offload", "cuda_graphs") if getattr(served, n)}
+    if served.device is not None:
+        parameters["device"] = served.device
     kind = "KIND_CPU" if served.backend == "openvino" else "KIND_MODEL"
     lines = [
         f'name: "{served.name}"',

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle.files import link_or_none, safe_path
-from ..bundle.manifest import MANIFEST
+from ..bundle.manifest import MANIFEST, Manifest
 from ..bundle.reader import Bundle
 from ..core.errors import OutputError, RequestError
 from ..core.output import check_folder, staged
@@ -39,6 +39,9 @@ class ServeRequest:
         threads: CPU threads of one engine call; None divides the cores among the instances.
         lora_folder: The only folder that requests may name LoRAs of; None lets them name none. Read
             where it is: what `freewheel lora` writes there later is served too.
+        offload: Keep the blocks' weights in host memory, two blocks on the device.
+        cuda_graphs: Replay each engine call as one CUDA graph.
+        device: Index of the GPU; None takes the first.
     """
 
     bundle: Bundle
@@ -49,6 +52,9 @@ class ServeRequest:
     backend: str | None = None
     threads: int | None = None
     lora_folder: Path | None = None
+    offload: bool = False
+    cuda_graphs: bool = False
+    device: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def write_repository(request: ServeRequest) -> Written:
     of the old one end. Old versions stay on disk until somebody removes them.
 
     Raises:
-        RequestError: a name, count or version that can't be served, or no engine that C++ runs.
+        RequestError: a name, count, version or option that can't be served, or no engine that C++ runs.
         OutputError: the version is there already, or the repository can't be written.
     """
     name = request.name or request.bundle.folder.resolve().name
@@ -96,7 +102,11 @@ def write_repository(request: ServeRequest) -> Written:
         instances=request.instances,
         threads=request.threads or max(1, (os.cpu_count() or 1) // request.instances),
         lora_folder=None if request.lora_folder is None else str(request.lora_folder.absolute()),
+        offload=request.offload,
+        cuda_graphs=request.cuda_graphs,
+        device=request.device,
     )
+    _check_device_options(request.bundle.manifest, served)
     text = config_text(request.bundle.manifest, served)
     try:
         total, copied = _write(request.bundle, model, version, text)
@@ -105,6 +115,18 @@ def write_repository(request: ServeRequest) -> Written:
             str(model), f"can't be written: {error.strerror}", "choose another --out"
         ) from error
     return Written(name, version, model, total, copied)
+
+
+def _check_device_options(manifest: Manifest, served: ServedModel) -> None:
+    given = {"--cuda-graphs": served.cuda_graphs, "--device": served.device is not None}
+    stray = [flag for flag, is_given in given.items() if is_given]
+    if stray and served.backend == "openvino":
+        raise RequestError(stray[0], "means nothing to openvino", "leave it out")
+    if served.offload and manifest.weights == "baked":
+        raise RequestError(
+            "--offload", "can't be had: this bundle's weights are inside its engines",
+            "build the bundle with --weights inputs",
+        )  # fmt: skip
 
 
 def _check_lora_folder(bundle: Bundle, folder: Path | None) -> None:

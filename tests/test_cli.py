@@ -367,7 +367,7 @@ def test_usage_errors_exit_with_2_and_are_an_object_too(
 
 
 @pytest.mark.parametrize("option", [("--device", 0), ("--cuda-graphs",)])
-@pytest.mark.parametrize("verb", ["run", "bench", "calibrate", "tune", "verify"])
+@pytest.mark.parametrize("verb", ["run", "bench", "calibrate", "tune", "verify", "replay"])
 def test_options_of_gpus_reach_the_engines_of_every_verb(
     freewheel: Run, demo_bundle: Bundle, tmp_path: Path, verb: str, option: tuple[object, ...]
 ) -> None:
@@ -379,8 +379,10 @@ def test_options_of_gpus_reach_the_engines_of_every_verb(
         "calibrate": ("--prompts", prompts, "--out", tmp_path / "found.json"),
         "tune": ("--prompts", prompts, "--out", tmp_path / "tuned.json", "--target-speedup", 2),
         "verify": (),
+        "replay": ("--prompts", prompts),
     }
-    result = freewheel(verb, demo_bundle.folder, *rest[verb], *option, "--json")
+    bundle = ("--suite", demo_bundle.folder) if verb == "replay" else (demo_bundle.folder,)
+    result = freewheel(verb, *bundle, *rest[verb], *option, "--json")
     error = failure(result, 3, "request")
     backend = demo_bundle.manifest.engines[0].backend
     assert error["where"] == option[0]

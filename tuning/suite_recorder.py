@@ -20,7 +20,7 @@ from ..core.progress import Progress
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting, GuardSetting
 from ..policies.solved import MAXIMUM_STEPS, SolvedConfig
-from ..runtime.model import LoadedModel
+from ..runtime.model import DeviceOptions, LoadedModel
 from ..runtime.pipeline.generate import Generator
 from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.session import StepRecord
@@ -175,7 +175,7 @@ def _computing(policy: str, exact: list[int], **parameters: float) -> CacheSetti
 
 def record_suite(
     bundle: Bundle, prompts: Sequence[str], *, steps: int, first_seed: int, progress: Progress,
-    backend: str | None = None,
+    backend: str | None = None, options: DeviceOptions | None = None,
 ) -> Suite:  # fmt: skip
     """Record a suite.
 
@@ -186,6 +186,7 @@ def record_suite(
         first_seed: Of the first prompt's noise.
         progress: Shown each run.
         backend: Name of a backend; None takes the bundle's first.
+        options: How engines are driven; None takes the defaults.
 
     Raises:
         ConfigError, RequestError, BackendUnavailable: as for a run.
@@ -196,7 +197,7 @@ def record_suite(
             f"--suite of {len(prompts)} prompts and {steps} steps", "tells nothing",
             f"give a prompt or more, and 4 to {MAXIMUM_STEPS} steps",
         )  # fmt: skip
-    generator = Generator(bundle, backend=backend)
+    generator = Generator(bundle, backend=backend, options=options)
     model = generator.transformer.session.model
     base = choose_setting(bundle, None, {}, lambda text: None)
     recorder, sampled = SuiteRecorder(model), SampleRecorder()
@@ -264,9 +265,10 @@ def suite_beside(bundle: Bundle, steps: int, prompts: int) -> Path:
 
 
 def suite_of(
-    bundle: Bundle, prompts: Sequence[str], *, steps: int, first_seed: int, progress: Progress
-) -> Suite:
-    """Return a bundle's suite, recorded unless it was before.
+    bundle: Bundle, prompts: Sequence[str], *, steps: int, first_seed: int, progress: Progress,
+    backend: str | None = None, options: DeviceOptions | None = None,
+) -> Suite:  # fmt: skip
+    """Return a bundle's suite, recorded as `record_suite` does unless it was before.
 
     Raises:
         RequestError: as of `record_suite`, or the file that is there is damaged.
@@ -276,6 +278,9 @@ def suite_of(
         suite = load_suite(path)
         if suite.about["prompts"] == list(prompts) and suite.about["first_seed"] == first_seed:
             return suite
-    suite = record_suite(bundle, prompts, steps=steps, first_seed=first_seed, progress=progress)
+    suite = record_suite(
+        bundle, prompts, steps=steps, first_seed=first_seed, progress=progress, backend=backend,
+        options=options,
+    )  # fmt: skip
     suite.save(path)
     return suite

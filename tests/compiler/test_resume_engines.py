@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,22 @@ def test_a_build_without_a_gpu_says_what_is_left_and_the_command_it_prints_does_
     out, runner = tmp_path / "bundle", CliRunner()
     common = ["--build-cache", str(build_cache)]
     built = runner.invoke(
-        app, ["build", str(tiny_checkpoint), "--out", str(out), "--backend", "onnxruntime", *common]
+        app,
+        [
+            "build",
+            str(tiny_checkpoint),
+            "--out",
+            str(out),
+            "--backend",
+            "onnxruntime",
+            "--json",
+            *common,
+        ],
     )
     assert built.exit_code == 0, built.output
     told = " ".join(built.stderr.split())
     graphs = Bundle(out).manifest.graphs
+    assert json.loads(built.stdout)["left_to_gpus"] == list(graphs)
     assert f"TensorRT would compile {len(graphs)} graphs of it on a machine with a GPU" in told
     printed = re.search(
         r"freewheel (build \S+ --out \S+ --resume-engines --backend tensorrt)", told
@@ -120,6 +133,45 @@ def test_a_build_without_a_gpu_says_what_is_left_and_the_command_it_prints_does_
     wide, narrow = json.loads(plan.removeprefix(MAGIC).partition(b"\n")[0])["profiles"]
     assert wide["latents"] == [smallest, usual, largest]
     assert narrow["latents"] == [usual, usual, usual]
+
+
+def test_engines_are_built_on_the_gpu_of_an_index(
+    bundle: Bundle, feigned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capabilities, current, built_on = [(8, 9), (9, 0)], [0], set()
+
+    @contextmanager
+    def select(place: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], place.index
+        yield
+        current[0] = before
+
+    def capability(place: torch.device | None = None) -> tuple[int, int]:
+        return capabilities[current[0] if place is None else place.index]
+
+    def make(logger: Any) -> Any:
+        built_on.add(current[0])
+        return builder(logger)
+
+    builder = feigned.classes["Builder"]
+    monkeypatch.setitem(feigned.classes, "Builder", make)
+    monkeypatch.setattr(torch.cuda, "device", select)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    command = ["build", "-", "--out", str(bundle.folder), "--resume-engines", "--backend"]
+    sizes = ["--height", "64", "--width", "64", "--frames", "9"]
+    for backend, index, fault in (
+        ("tensorrt", "2", "--device: is 2, and there are 2 GPUs; give 0 to 1"),
+        ("onnxruntime", "0", "--device: means nothing to onnxruntime"),
+    ):
+        refused = CliRunner().invoke(app, [*command, backend, "--device", index])
+        assert refused.exit_code == 3
+        assert fault in " ".join(refused.stderr.split())
+    done = CliRunner().invoke(app, [*command, "tensorrt", "--device", "1", *sizes])
+    assert done.exit_code == 0, done.output
+    assert built_on == {1}
+    engines = Bundle(bundle.folder).engines("tensorrt")
+    assert engines is not None
+    assert EngineRecord.read(bundle.folder / engines.files["head"]).machine == "sm9.0"
 
 
 def test_a_failure_leaves_the_bundle_as_it_was(

@@ -71,7 +71,7 @@ def test_a_failure_leaves_nothing_behind(
 @pytest.mark.parametrize(
     "options",
     [{"name": "../up"}, {"name": ".hidden"}, {"instances": 0}, {"threads": 0}, {"version": 0},
-     {"backend": "tensorrt"}],
+     {"backend": "tensorrt"}, {"cuda_graphs": True}, {"device": 0}],
     ids=str,
 )  # fmt: skip
 def test_what_can_t_be_served_is_refused(
@@ -120,3 +120,28 @@ def test_weights_inside_engines_are_served_without_loras(
     monkeypatch.setattr(tiny_bundle, "manifest", baked)
     with pytest.raises(RequestError, match="weights are inside its engines"):
         write_repository(ServeRequest(tiny_bundle, tmp_path / "models", lora_folder=tmp_path))
+
+
+def test_options_of_a_gpu_reach_the_server(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = tiny_bundle.manifest.engines[0].model_copy(update={"backend": "tensorrt"})
+    compiled = tiny_bundle.manifest.model_copy(update={"engines": [engines]})
+    monkeypatch.setattr(tiny_bundle, "manifest", compiled)
+    given = {"offload": True, "cuda_graphs": True, "device": 1}
+    request = ServeRequest(tiny_bundle, tmp_path / "models", name="wan", **given)
+    text = (write_repository(request).folder / CONFIG).read_text()
+    for name, value in (("offload", "true"), ("cuda_graphs", "true"), ("device", "1")):
+        assert f'key: "{name}" value {{ string_value: "{value}" }}' in text
+    plain = write_repository(ServeRequest(tiny_bundle, request.out, name="plain"))
+    text = (plain.folder / CONFIG).read_text()
+    assert not [name for name in given if f'"{name}"' in text]
+
+
+def test_weights_inside_engines_are_not_offloaded(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baked = tiny_bundle.manifest.model_copy(update={"weights": "baked"})
+    monkeypatch.setattr(tiny_bundle, "manifest", baked)
+    with pytest.raises(RequestError, match="--offload: can't be had"):
+        write_repository(ServeRequest(tiny_bundle, tmp_path / "models", offload=True))
