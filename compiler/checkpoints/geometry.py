@@ -25,6 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 WAN_HEAD = 128
 LTX_HEADS = 32
 SD3_HEAD = 64
+Z_IMAGE_HEAD = 128
 
 
 def config_from_shapes(
@@ -57,7 +58,8 @@ def config_from_shapes(
     width = told.pop("width")
     if heads is not None:
         told |= {"num_attention_heads": heads, "attention_head_dim": width // heads}
-    if told["num_attention_heads"] * told["attention_head_dim"] != width:
+    head = told.get("attention_head_dim", Z_IMAGE_HEAD)
+    if told.get("num_attention_heads", told.get("n_heads")) * head != width:
         raise CheckpointError(
             where,
             f"is {width} wide, which is no published '{name}': its heads can't be told",
@@ -199,6 +201,22 @@ def _sd3(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _z_image(shapes: Shapes) -> dict[str, Any]:
+    width, channels = shapes["all_x_embedder.2-1.weight"]
+    heads = width // Z_IMAGE_HEAD
+    return {
+        "width": width,
+        "dim": width,
+        "in_channels": channels // 4,
+        "n_layers": _count(shapes, "layers."),
+        "n_refiner_layers": _count(shapes, "noise_refiner."),
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "qk_norm": "layers.0.attention.norm_q.weight" in shapes,
+        "cap_feat_dim": shapes["cap_embedder.0.weight"][0],
+    }
+
+
 CLASSES: Mapping[str, tuple[tuple[str, ...], Callable[[Shapes], dict[str, Any]]]] = (
     MappingProxyType(
         {
@@ -206,6 +224,7 @@ CLASSES: Mapping[str, tuple[tuple[str, ...], Callable[[Shapes], dict[str, Any]]]
             "HunyuanVideoTransformer3DModel": (("context_embedder.proj_in.weight",), _hunyuan),
             "LTXVideoTransformer3DModel": (("proj_in.weight", "scale_shift_table"), _ltx),
             "QwenImageTransformer2DModel": (("txt_norm.weight", "img_in.weight"), _qwen_image),
+            "ZImageTransformer2DModel": (("all_x_embedder.2-1.weight",), _z_image),
             "SD3Transformer2DModel": (("pos_embed.pos_embed", "context_embedder.weight"), _sd3),
             "FluxTransformer2DModel": (
                 (

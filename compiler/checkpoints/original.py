@@ -49,8 +49,14 @@ DETECTED: tuple[tuple[str, str], ...] = (
     ("hunyuan-video", "HunyuanVideoTransformer3DModel"),
     ("ltx-video", "LTXVideoTransformer3DModel"),
     ("sd3", "SD3Transformer2DModel"),
+    ("z-image-turbo", "ZImageTransformer2DModel"),
 )
 """Beginning of what diffusers' detection answers → class of a family."""
+
+UNUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"ZImageTransformer2DModel": ("norm_final.weight",)}
+)
+"""Class → tensors of its authors' files that their own model makes no use of."""
 
 UNDETECTED = "v1"
 """What diffusers' detection answers where it recognises nothing."""
@@ -159,8 +165,8 @@ def _detected(own: Mapping[str, Weight], where: Path) -> str:
         )  # fmt: skip
     raise CheckpointError(
         str(where), f"is '{kind}' to diffusers, which has no family here",
-        "families: docs/reference/families.md; a Wan, FLUX.1, HunyuanVideo, LTX-Video, Qwen-Image or "
-        "Stable Diffusion 3 file is taken",
+        "families: docs/reference/families.md; a Wan, FLUX.1, HunyuanVideo, LTX-Video, Qwen-Image, "
+        "Stable Diffusion 3 or Z-Image file is taken",
     )  # fmt: skip
 
 
@@ -176,6 +182,7 @@ def _converted(name: str, own: Mapping[str, Weight], where: Path) -> dict[str, W
             str(where), f"diffusers' converter of '{name}' stops at it: {type(error).__name__} {error}",
             "it is another model or another layout: take its checkpoint in diffusers layout",
         ) from error  # fmt: skip
+    aside = tuple(n for n in aside if n not in UNUSED.get(name, ()))
     check_marks(aside, where)
     if aside:
         raise CheckpointError(

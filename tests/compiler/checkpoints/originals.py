@@ -106,6 +106,24 @@ def sd3(state: State) -> State:
     return out
 
 
+def z_image(state: State) -> State:
+    """Query, key and value in one, and a norm that the authors' model makes no use of."""
+    renames = (
+        ("all_final_layer.2-1", "final_layer"), ("all_x_embedder.2-1", "x_embedder"),
+        ("attention.to_out.0", "attention.out"), ("attention.norm_q", "attention.q_norm"),
+        ("attention.norm_k", "attention.k_norm"),
+    )  # fmt: skip
+    parts = [f"attention.to_{x}.weight" for x in "qkv"]
+    out = {_renamed(n, renames): t for n, t in state.items() if not n.endswith(tuple(parts))}
+    for name in state:
+        if name.endswith(parts[0]):
+            block = name.removesuffix(parts[0])
+            fused = torch.cat([state[block + part] for part in parts])
+            out[f"{block}attention.qkv.weight"] = fused
+    out["norm_final.weight"] = torch.ones_like(state["x_pad_token"][0])
+    return out
+
+
 def flux(state: State) -> State:
     out: State = {}
     embedders = (

@@ -67,6 +67,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "dual_attention_layers": list(range(13)),
         },
     ),
+    "Z-Image Turbo": ("ZImageTransformer2DModel", {}),
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ TINY: dict[str, tuple[str, Callable[[State], State]]] = {
     "sd3": ("sd3", originals.sd3),
     "sd35": ("sd3", originals.sd3),
     "qwen_image": ("qwen_image", dict),
+    "z_image": ("z_image", originals.z_image),
 }
 """Case of the cutter's tests → family, and its authors' layout; Qwen-Image's is diffusers'."""
 
@@ -355,7 +356,8 @@ def test_tensors_that_the_converter_leaves_aside_are_refused(tmp_path: Path) -> 
     ("state", "what"),
     [
         ({"a.weight": (1,)}, "holds no transformer that diffusers recognises; its tensors are 'a.weight'"),
-        ({"layers.0.adaLN_modulation.0.weight": (1,)}, "is 'z-image-turbo' to diffusers"),
+        ({"distilled_guidance_layer.in_proj.bias": (1,)}, "is 'chroma' to diffusers"),
+        ({"layers.0.adaLN_modulation.0.weight": (1,)}, "no usable tensor 'all_x_embedder.2-1.weight'"),
         ({"head.modulation": (1, 2, 4)}, "diffusers' detection misses 'patch_embedding.weight'"),
         (
             {"head.modulation": (1, 2, 4), "patch_embedding.weight": (1536, 16, 1, 2, 2)},
