@@ -3,24 +3,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..core.errors import RequestError
 from .low_rank import FACTORS, plain_lora
 
-__all__ = ["LoraFile", "load_lora", "parse_lora"]
+__all__ = ["DIFFERENCE", "LoraFile", "load_lora", "parse_lora"]
+
+DIFFERENCE = ".difference"
+"""After a parameter's whole name, in files that `freewheel lora` writes."""
+
+DIFFERENCES = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation", DIFFERENCE: ""}
+"""After a module's name, of what is added to a parameter as it stands → that parameter's part of the name."""
 
 SUFFIXES = (
     ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight",
     ".lora_down.weight", ".lora_up.weight", ".down.weight", ".up.weight",
-    ".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".alpha", ".diff_b",
-    *(f".{factor}" for factor in FACTORS),
+    ".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".alpha",
+    *(f".{factor}" for factor in FACTORS), *DIFFERENCES,
 )  # fmt: skip
-"""How the tensors of a LoRA are called that diffusers' loaders know, or `plain_lora`."""
+"""How the tensors of a LoRA are called that diffusers' loaders know, `plain_lora` or `load_lora`."""
+
+PREFIXES = ("transformer.", "model.diffusion_model.", "diffusion_model.")
+"""What may precede the names of a model's parameters."""
 
 FORMS = {"hada_", "lokr_"}
 KNOW_LOKR = ("Flux2", "ZImage")
@@ -31,7 +44,6 @@ LAYOUTS = {
     ".lokr_t": "LoKr of a convolution",
     ".oft_": "OFT",
     ".dora_scale": "kohya's DoRA",
-    ".diff": "a full difference of weights",
 }
 """What is in the name of a tensor → layouts that diffusers' loaders leave out or refuse."""
 
@@ -69,7 +81,7 @@ def parse_lora(text: str) -> LoraFile:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                _check_tensor(path, name, file)
+                _check_tensor(path, name)
     except (OSError, SafetensorError) as error:
         raise RequestError(
             f"--lora '{path}'", f"can't be read: {error}", "give a LoRA of this model"
@@ -77,12 +89,9 @@ def parse_lora(text: str) -> LoraFile:
     return LoraFile(path, factor)
 
 
-def _check_tensor(path: str, name: str, file: Any) -> None:
-    """Raise `RequestError` at a tensor that diffusers' loaders would leave out."""
-    if "norm" in name and name.endswith((".diff", ".diff_b")):
-        if not bool(file.get_tensor(name).any()):
-            return  # zeros, as extraction tools write them
-    elif name.endswith(SUFFIXES):
+def _check_tensor(path: str, name: str) -> None:
+    """Raise `RequestError` at a tensor that would be left out."""
+    if name.endswith(SUFFIXES):
         return
     layout = next((text for mark, text in LAYOUTS.items() if mark in name), "no LoRA tensor")
     module = name.rpartition(".")[0]
@@ -92,18 +101,67 @@ def _check_tensor(path: str, name: str, file: Any) -> None:
     )  # fmt: skip
 
 
-def _source(pipe: Any, path: str) -> Any:
-    """Return the file, or its tensors as plain LoRA where it has others that the loader doesn't know."""
+def _read(pipe: Any, path: str) -> tuple[str | dict[str, Tensor], dict[str, Tensor]]:
+    """Return what diffusers' loader takes, and the differences, by parameter as the file names it.
+
+    The first is the file, or its tensors as plain LoRA where it has others that the loader doesn't know.
+    """
     with safe_open(path, framework="pt") as file:
-        forms = {name.rpartition(".")[2][:5] for name in file.keys()} & FORMS  # noqa: SIM118
-        if not forms or (forms == {"lokr_"} and type(pipe).__name__.startswith(KNOW_LOKR)):
-            return path
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return plain_lora(state, f"--lora '{path}'")
+        names = set(file.keys())
+        ends = {name: next((e for e in DIFFERENCES if name.endswith(e)), None) for name in names}
+        differences = {
+            name.removesuffix(end) + DIFFERENCES[end]: file.get_tensor(name)
+            for name, end in ends.items()
+            if end is not None
+        }
+        forms = {name.rpartition(".")[2][:5] for name in names} & FORMS
+        is_known = not forms or (forms == {"lokr_"} and type(pipe).__name__.startswith(KNOW_LOKR))
+        if is_known and not differences:
+            return path, {}
+        state = {name: file.get_tensor(name) for name, end in ends.items() if end is None}
+    if not is_known:
+        state = plain_lora(state, f"--lora '{path}'")
+    # Extraction tools write zeros for what did not change.
+    return state, {name: tensor for name, tensor in differences.items() if bool(tensor.any())}
 
 
-def load_lora(pipe: Any, lora: LoraFile, adapter_name: str) -> None:
+def _by_parameter(model: Any, differences: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    """Return differences by the model's own names of parameters; a file may have its authors' names.
+
+    Raises:
+        RequestError: one is of no parameter of the model, or of another shape.
+    """
+    found = dict(differences)
+    for prefix in PREFIXES:
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    shapes = {n.replace(".base_layer", ""): p.shape for n, p in model.named_parameters()}
+    row: Any = SINGLE_FILE_LOADABLE_CLASSES.get(type(model).__name__)
+    if row is not None and not found.keys() <= shapes.keys():
+        # Some converters take whole checkpoints alone.
+        with suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            found = row["checkpoint_mapping_fn"](dict(found))
+    for name, tensor in found.items():
+        if tensor.shape != shapes.get(name):
+            raise RequestError(
+                f"{place}, parameter '{name}'",
+                f"is changed by a difference of shape {list(tensor.shape)}, but the model "
+                + (f"has it as {list(shapes[name])}" if name in shapes else "has no such parameter"),
+                "give a LoRA of this model",
+            )  # fmt: skip
+    return found
+
+
+def load_lora(pipe: Any, lora: LoraFile, adapter_name: str, model: Any) -> dict[str, Tensor]:
     """Load a file through the pipeline's own loader, which knows the family's layouts.
+
+    Args:
+        pipe: Whose loader it is.
+        lora: What is loaded; its scale counts nothing here.
+        adapter_name: By which the pipeline knows it.
+        model: The transformer that it is for.
+
+    Returns:
+        What the file adds to parameters as it stands, by their names; no adapter holds it.
 
     Raises:
         RequestError: the loader refuses the file, or part of it is not the transformer's.
@@ -115,7 +173,10 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str) -> None:
             "merge it into the checkpoint and build that",
         )  # fmt: skip
     try:
-        source = _source(pipe, lora.path)
+        source, differences = _read(pipe, lora.path)
+        differences = _by_parameter(model, differences, place)
+        if not source:
+            return differences
         state = pipe.lora_state_dict(source if isinstance(source, str) else dict(source))
         state = state[0] if isinstance(state, tuple) else state
         others = sorted(n for n in state if n.startswith("text_encoder"))
@@ -135,3 +196,4 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str) -> None:
         raise RequestError(
             place, f"can't be applied: {error}", "give a LoRA of this model"
         ) from error
+    return differences

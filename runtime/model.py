@@ -134,10 +134,15 @@ class LoadedModel:
         """Return the same model, engines shared, with other tensors in place of some weights.
 
         Args:
-            weights: By tensor name, of the shape and dtype of the bundle's.
+            weights: By tensor name, of the shape and dtype of the bundle's. They are not copied
+                where the model runs on the CPU.
         """
         other = copy.copy(self)
-        other._merged, other._tensors = weights, {}
+        other._merged, other._tensors = (
+            (weights, {})
+            if self.options.offload
+            else ({}, {name: tensor.to(self.device) for name, tensor in weights.items()})
+        )
         other._offloaded = other._offload()
         return other
 
@@ -179,7 +184,7 @@ class LoadedModel:
         """Return a weight on the backend's device."""
         if name not in self._tensors:
             if name in self._merged:
-                self._tensors[name] = self._merged[name].to(self.device, copy=True)
+                self._tensors[name] = self._merged[name].to(self.device)
             else:
                 self._tensors[name] = uploaded(self.bundle, name, self.device)
         return self._tensors[name]

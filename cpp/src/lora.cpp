@@ -193,12 +193,16 @@ struct Loaded {
   /// Changes up to `kRows` rows of the weight.
   /// @param first The first one's index, of `count`.
   /// @param columns Of the weight, each row of which begins `stride` after the one before.
+  /// @param plain The rows as the bundle has them, which a magnitude looks at.
   void apply(std::int64_t first, std::int64_t count, std::size_t columns, std::size_t stride,
-             float* rows) const {
+             const std::vector<float>& plain, std::vector<float>& rows) const {
     if (!difference.empty()) {
-      for (std::int64_t row = 0; row < count; ++row) {
-        rows[static_cast<std::size_t>(row) * stride] +=
-            scale * difference.view().as<float>()[first + row];
+      const float* values =
+          difference.view().as<float>() + static_cast<std::size_t>(first) * columns;
+      for (std::size_t row = 0; row < static_cast<std::size_t>(count); ++row) {
+        for (std::size_t i = 0; i < columns; ++i) {
+          rows[row * stride + i] += scale * values[row * columns + i];
+        }
       }
       return;
     }
@@ -210,17 +214,22 @@ struct Loaded {
       std::copy(factors, factors + count * rank, filled.begin());
       factors = filled.data();
     }
-    add_products(factors, down.view().as<float>(), rank, panels, scale, rows);
+    const auto add_to = [&](std::vector<float>& target) {
+      add_products(factors, down.view().as<float>(), rank, panels, scale, target.data());
+    };
+    add_to(rows);
     if (magnitude.empty()) return;
-    for (std::int64_t row = 0; row < count; ++row) {
-      float* values = rows + static_cast<std::size_t>(row) * stride;
+    std::vector<float> alone = plain;
+    add_to(alone);
+    for (std::size_t row = 0; row < static_cast<std::size_t>(count); ++row) {
       double squares = 0.0;
       for (std::size_t i = 0; i < columns; ++i) {
-        squares += static_cast<double>(values[i]) * values[i];
+        const double value = alone[row * stride + i];
+        squares += value * value;
       }
-      const float length =
-          magnitude.view().as<float>()[first + row] / static_cast<float>(std::sqrt(squares));
-      for (std::size_t i = 0; i < columns; ++i) values[i] *= length;
+      const float wanted = magnitude.view().as<float>()[static_cast<std::size_t>(first) + row];
+      const float length = wanted / static_cast<float>(std::sqrt(squares));
+      for (std::size_t i = 0; i < columns; ++i) rows[row * stride + i] *= length;
     }
   }
 };
@@ -235,7 +244,10 @@ Status merge_rows(const std::vector<Loaded>& changes, const Tensor& source, cons
                   Shape{columns}};
   };
   const std::int64_t stride = (columns + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> rows(static_cast<std::size_t>(kRows * stride));
+  std::vector<float> rows(static_cast<std::size_t>(kRows * stride)), plain;
+  const bool wants_plain = std::any_of(changes.begin(), changes.end(), [](const Loaded& change) {
+    return !change.magnitude.empty();
+  });
   for (std::int64_t first = begin; first < end; first += kRows) {
     const std::int64_t count = std::min(kRows, end - first);
     const auto values_of = [&](std::int64_t row) {
@@ -244,9 +256,10 @@ Status merge_rows(const std::vector<Loaded>& changes, const Tensor& source, cons
     for (std::int64_t row = 0; row < count; ++row) {
       FREEWHEEL_TRY(convert(row_of(source, first + row), values_of(row)));
     }
+    if (wants_plain) plain = rows;
     for (const Loaded& change : changes) {
       change.apply(first, count, static_cast<std::size_t>(columns),
-                   static_cast<std::size_t>(stride), rows.data());
+                   static_cast<std::size_t>(stride), plain, rows);
     }
     for (std::int64_t row = 0; row < count; ++row) {
       FREEWHEEL_TRY(convert(values_of(row), row_of(target, first + row)));
@@ -354,6 +367,7 @@ Result<Lora> Lora::open(const Bundle& bundle, const LoraUse& use) {
       {".lora_B.weight", ".weight", &Change::up},
       {".lora_magnitude_vector.weight", ".weight", &Change::magnitude},
       {".lora_B.bias", ".bias", &Change::difference},
+      {".difference", "", &Change::difference},
   };
   for (const auto& [name, tensor] : lora.file_.tensors) {
     const std::string where = use.path + ", tensor '" + name + "'";
@@ -400,11 +414,10 @@ Status Lora::check(const Bundle& bundle, const std::string& path) const {
                         ", which no LoRA changes",
                     "build the bundle with --float8 convert");
     }
-    const Shape vector{shape[0]};
     if (change.difference.data != nullptr) {
       const bool is_alone = change.up.data == nullptr && change.down.data == nullptr &&
                             change.magnitude.data == nullptr;
-      if (is_alone && shape == vector && change.difference.shape == vector) continue;
+      if (is_alone && change.difference.shape == shape) continue;
       return Status(Code::kRequest, where,
                     "is " + shape.text() + ", its change " + change.difference.shape.text(),
                     kRewrite);

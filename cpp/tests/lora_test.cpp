@@ -263,6 +263,8 @@ TEST_F(LoraTest, FilesThatDoNotFitAreRefusedBeforeAnythingIsComputed) {
   write("magnitude",
         with(fine, "transformer.blocks.0.lora_magnitude_vector.weight", {Shape{2}, {1.0f, 1.0f}}));
   write("bias", {{"transformer.blocks.0.lora_B.bias", {Shape{1}, {1.0f}}}});
+  write("shape", {{"transformer.blocks.0.weight.difference", {Shape{2}, {1.0f, 1.0f}}}});
+  write("both", with(fine, "transformer.blocks.0.weight.difference", {Shape{1, 1}, {1.0f}}));
   const std::map<std::string, std::string> faults = {
       {"short", "short.safetensors"},
       {"plain", "is no LoRA that 'freewheel lora' wrote"},
@@ -279,6 +281,8 @@ TEST_F(LoraTest, FilesThatDoNotFitAreRefusedBeforeAnythingIsComputed) {
       {"columns", "its change [1, 1] times [1, 2]"},
       {"magnitude", "blocks.0.weight"},
       {"bias", "weight 'blocks.0.bias': is none of this model's"},
+      {"shape", "weight 'blocks.0.weight': is [1, 1], its change [2]"},
+      {"both", "weight 'blocks.0.weight'"},
   };
   for (const auto& [name, said] : faults) expect_says(fault(name), said);
   const std::vector<float> plain = run(*session_, "");
@@ -384,6 +388,24 @@ TEST_F(LoraTest, AMagnitudeIsTheLengthOfEachRow) {
   const float length = std::sqrt(4.0f * 4.0f + 4.0f * 4.0f);
   const std::vector<float> expected = {4.0f * 10.0f / length, 4.0f * 10.0f / length, 0.0f, 1.0f};
   for (std::size_t i = 0; i < 4; ++i) EXPECT_FLOAT_EQ(found[i], expected[i]);
+  write("push",
+        {{"transformer.turned.weight.difference", {Shape{2, 2}, {8.0f, 0.0f, 0.0f, 2.0f}}}});
+  const auto pushed = merged("push:0.5,turn").at("turned.weight");
+  const std::vector<float> both = {8.0f * 10.0f / length, 4.0f * 10.0f / length, 0.0f, 1.5f};
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_FLOAT_EQ(pushed[i], both[i]) << "the length is that of the weight without the other";
+  }
+}
+
+TEST_F(LoraTest, ADifferenceIsAddedToAParameterOfAnyShape) {
+  add_weight("table", DType::kBfloat16, {Shape{1, 2, 3}, {1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f}});
+  add_weight("norm.weight", DType::kFloat32, {Shape{2}, {1.0f, 2.0f}});
+  write("whole",
+        {{"transformer.table.difference", {Shape{1, 2, 3}, {2.0f, 0.0f, -2.0f, 4.0f, 0.0f, 1.0f}}},
+         {"transformer.norm.weight.difference", {Shape{2}, {4.0f, -4.0f}}}});
+  const std::map<std::string, std::vector<float>> expected = {
+      {"table", {2.0f, 2.0f, 2.0f, 6.0f, 5.0f, 6.5f}}, {"norm.weight", {3.0f, 0.0f}}};
+  EXPECT_EQ(merged("whole:0.5"), expected);
 }
 
 TEST_F(LoraTest, ALiveSessionChangesItsWeightsAndComesBack) {

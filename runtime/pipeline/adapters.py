@@ -2,13 +2,13 @@
 """A transformer without weights that carries what diffusers and PEFT know of its adapters.
 
 Every verb of diffusers' adapter interface runs on it as written there. What its layers say then is
-merged into the bundle's weights by PEFT itself, so every kind of adapter and scale counts the same.
+merged into the bundle's weights: PEFT's factors and scales of a LoRA, and what is no LoRA by PEFT itself.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -21,11 +21,15 @@ from torch.nn import Parameter
 from ...bundle.reader import Bundle
 from ...bundle.scales import KEPT, scale_name
 from ...core.errors import RequestError
+from ..merge import LowRank, merged_weight
 
 __all__ = ["Adapters", "check_transformer", "hollow_transformer"]
 
 _NOTHING = torch.zeros(1)
 """All that lies behind the parameters of a transformer without weights; never written to."""
+
+DOWN, UP = "lora_A.weight", "lora_B.weight"
+"""A pair's factors, by diffusers' names."""
 
 COMPARED_VALUES = 64
 """Of each tensor; a fine-tune or a fused LoRA changes the first values of what it changes."""
@@ -111,10 +115,45 @@ class Adapters:
 
     def fuse_for_good(self) -> None:
         """Make what is active part of the base weights, and forget the adapters."""
-        self._fuse_lora()
+        merged = self.merged()
         self.module.unload_lora()
         self._settle()
+        for name, value in merged.items():
+            self._replace(name.removeprefix(self._prefix), value)
         self._own = {n: id(p) for n, p in self._materialised()}
+
+    def add(self, differences: Mapping[str, Tensor], scale: float) -> None:
+        """Add differences, times a scale, to the base weights; for good with the next `fuse_for_good`.
+
+        Args and raises: as `checked`.
+        """
+        standing = {n.replace(".base_layer", ""): p for n, p in self.module.named_parameters()}
+        for name, difference in self.checked(differences).items():
+            base = self._base(name, standing[name])
+            self._replace(name, (base.float() + scale * difference.float()).to(base.dtype))
+
+    def checked(self, differences: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return differences, each of which can be added to the bundle's weight of its name.
+
+        Args:
+            differences: By parameter of the model, of its shape.
+
+        Raises:
+            RequestError: the bundle has no such weight, or has it baked or in float8.
+        """
+        if differences:
+            self._refuse_baked("LoRA")
+        self._refuse_float8("LoRA", [name.removesuffix(".weight") for name in differences])
+        for name in differences:
+            self._refuse_unknown(name)
+        return differences
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Put a parameter in the place of the one of that name."""
+        place, _, part = name.rpartition(".")
+        module = self.module.get_submodule(place)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base._parameters[part] = _frozen(value)
 
     @property
     def is_fused(self) -> bool:
@@ -133,21 +172,43 @@ class Adapters:
         for name, layer in _tuner_layers(self.module):
             if layer.disable_adapters or layer.merged_adapters:
                 continue
-            base, before = layer.get_base_layer(), self._base_parameters(layer)
             active = [a for a in layer.active_adapters if _has_adapter(layer, a)]
             if not active:
                 continue
-            try:
-                self._fill(name, base)
-                layer.merge(adapter_names=active)
-                found |= {
-                    f"{self._prefix}{name}.{n}": self._as_bundled(f"{name}.{n}", p)
-                    for n, p in base.named_parameters(recurse=False)
-                }
-            finally:
-                layer.merged_adapters = []
-                base._parameters.update(before)
+            merge = self._merged_loras if _is_lora(layer, active) else self._merged_by_peft
+            found |= {f"{self._prefix}{n}": t for n, t in merge(name, layer, active).items()}
         return found
+
+    def _merged_loras(self, name: str, layer: Any, active: Sequence[str]) -> dict[str, Tensor]:
+        """Return a layer's base parameters with plain LoRAs and DoRAs, by their names."""
+        loras = [_factors(name, layer, adapter) for adapter in active]
+        changes = [
+            LowRank(lora[UP], lora[DOWN], lora.get("lora_magnitude_vector.weight"))
+            for lora in loras
+        ]
+        base = layer.get_base_layer()
+        found = {
+            f"{name}.weight": merged_weight(self._base(f"{name}.weight", base.weight), changes)
+        }
+        biases = [lora["lora_B.bias"] for lora in loras if "lora_B.bias" in lora]
+        if biases:
+            bias = self._base(f"{name}.bias", base.bias)
+            found[f"{name}.bias"] = (bias.float() + sum(biases)).to(bias.dtype)
+        return found
+
+    def _merged_by_peft(self, name: str, layer: Any, active: Sequence[str]) -> dict[str, Tensor]:
+        """Return a layer's base parameters with adapters of any kind, by their names."""
+        base, before = layer.get_base_layer(), self._base_parameters(layer)
+        try:
+            self._fill(name, base)
+            layer.merge(adapter_names=list(active))
+            return {
+                f"{name}.{n}": self._as_bundled(f"{name}.{n}", p)
+                for n, p in base.named_parameters(recurse=False)
+            }
+        finally:
+            layer.merged_adapters = []
+            base._parameters.update(before)
 
     def factors(self) -> dict[str, Tensor]:
         """Return what `merged` adds, as factors with every scale inside, by diffusers' names.
@@ -164,15 +225,8 @@ class Adapters:
         for name, layer in _tuner_layers(self.module):
             for adapter in (a for a in layer.active_adapters if _has_adapter(layer, a)):
                 found |= {f"{name}.{n}": t for n, t in _factors(name, layer, adapter).items()}
-        missing = sorted(
-            n for n in found if self._prefix + _weight_name(n) not in self._bundle.manifest.tensors
-        )
-        if missing:
-            raise RequestError(
-                f"LoRA, tensor '{missing[0]}'",
-                f"changes '{_weight_name(missing[0])}', which is no weight of the bundle",
-                "give a LoRA of this model",
-            )  # fmt: skip
+        for name in sorted(found):
+            self._refuse_unknown(_weight_name(name))
         return {n: t.detach().float().contiguous() for n, t in found.items()}
 
     def _settle(self) -> None:
@@ -196,13 +250,13 @@ class Adapters:
         adapter_names: list[str] | None = None,
     ) -> None:
         self._settle()
-        for name, layer in _tuner_layers(self.module):
+        self.module.lora_scale, self.module._safe_fusing = lora_scale, safe_fusing
+        for name, layer in _tuner_layers(self.module):  # one in float32 at a time
+            base = layer.get_base_layer()
             if name not in self._before:
                 self._before[name] = layer, self._base_parameters(layer)
-                self._fill(name, layer.get_base_layer())
-        type(self.module).fuse_lora(self.module, lora_scale, safe_fusing, adapter_names)
-        for name, (layer, _) in self._before.items():
-            base = layer.get_base_layer()
+                self._fill(name, base)
+            self.module._fuse_lora_apply(layer, adapter_names)
             for part, parameter in base.named_parameters(recurse=False):
                 base._parameters[part] = _frozen(self._as_bundled(f"{name}.{part}", parameter))
         self._settle()
@@ -277,6 +331,14 @@ class Adapters:
                 )
         self._refuse_float8(place, names)
 
+    def _refuse_unknown(self, name: str) -> None:
+        """Raise `RequestError` where a parameter of the model is no weight of the bundle."""
+        if self._prefix + name not in self._bundle.manifest.tensors:
+            raise RequestError(
+                f"LoRA, parameter '{name}'", "is changed, and is no weight of the bundle",
+                "give a LoRA of this model",
+            )  # fmt: skip
+
     def _refuse_float8(self, place: str, modules: Iterable[str]) -> None:
         """Raise `RequestError` where graphs take a module's weight in float8.
 
@@ -311,16 +373,25 @@ class Adapters:
     def _fill(self, name: str, base: Any) -> None:
         """Put float32 copies of the bundle's weights where stand-ins are."""
         for part, parameter in list(base.named_parameters(recurse=False)):
-            value = parameter.detach()
-            if _is_stand_in(parameter):
-                value = self._bundle.tensor(f"{self._prefix}{name}.{part}")
-            if value.shape != parameter.shape:
-                raise RequestError(
-                    f"transformer, '{name}.{part}'",
-                    f"is {list(parameter.shape)} with its adapter, {list(value.shape)} in the bundle",
-                    "build a bundle of the changed transformer",
-                )
+            value = self._base(f"{name}.{part}", parameter)
             base._parameters[part] = _frozen(value.to(torch.float32, copy=True))
+
+    def _base(self, name: str, parameter: Parameter) -> Tensor:
+        """Return a parameter without adapters: the bundle's, or what was fused into it.
+
+        Raises:
+            RequestError: it has another shape than the bundle's.
+        """
+        value = parameter.detach()
+        if _is_stand_in(parameter):
+            value = self._bundle.tensor(self._prefix + name)
+        if value.shape != parameter.shape:
+            raise RequestError(
+                f"transformer, '{name}'",
+                f"is {list(parameter.shape)} with its adapter, {list(value.shape)} in the bundle",
+                "build a bundle of the changed transformer",
+            )
+        return value
 
     def _as_bundled(self, name: str, value: Tensor) -> Tensor:
         entry = self._bundle.manifest.tensors[self._prefix + name]
@@ -329,7 +400,8 @@ class Adapters:
     def _materialised(self) -> Iterator[tuple[str, Parameter]]:
         own = {id(p) for _, layer in _tuner_layers(self.module) for p in _adapter_parameters(layer)}
         for name, parameter in self.module.named_parameters():
-            if id(parameter) not in own and not _is_stand_in(parameter):
+            # What tells diffusers device and dtype has no elements.
+            if parameter.numel() and id(parameter) not in own and not _is_stand_in(parameter):
                 yield name.replace(".base_layer", ""), parameter
 
 
@@ -448,12 +520,22 @@ def _factors(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
             "merge it into the checkpoint and build that",
         )  # fmt: skip
     down, up, scale = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-    found = {"lora_A.weight": down.weight, "lora_B.weight": up.weight * scale}
+    found = {DOWN: down.weight, UP: up.weight.float() * scale}
     if up.bias is not None:
-        found["lora_B.bias"] = up.bias * scale
+        found["lora_B.bias"] = up.bias.float() * scale
     if adapter in layer.lora_magnitude_vector:
         found["lora_magnitude_vector.weight"] = layer.lora_magnitude_vector[adapter].weight
-    return found
+    return {n: t.detach() for n, t in found.items()}
+
+
+def _is_lora(layer: Any, adapters: Iterable[str]) -> bool:
+    """Whether adapters of a layer are pairs, with or without a magnitude for each row (DoRA)."""
+    variants = getattr(layer, "lora_variant", {})
+    return all(
+        adapter in getattr(layer, "lora_A", ())
+        and (adapter not in variants or adapter in layer.lora_magnitude_vector)
+        for adapter in adapters
+    ) and not getattr(layer, "fan_in_fan_out", False)
 
 
 def _weight_name(factor: str) -> str:

@@ -119,8 +119,9 @@ class FreewheelTransformer:
     def _load_session(self) -> None:
         """Make a session over the weights that adapters lead to now."""
         self._place.forget()
-        self._state = self._adapters.state()
+        self.session = Session(self._model)  # what was merged before is freed
         self.session = Session(self._model.with_weights(self._adapters.merged()))
+        self._state = self._adapters.state()
 
     @property
     def config(self) -> Any:
@@ -402,10 +403,14 @@ class FreewheelTransformer:
                 "attach, 'loras'", f"are given beside the loaded adapter '{next(iter(others))}'",
                 "load them all with pipe.load_lora_weights(FILE) after attach",
             )  # fmt: skip
-        names = [f"attached_{index}" for index in range(len(files))]
-        for name, file in zip(names, files, strict=True):
-            load_lora(pipe, file, name)
-        self.module.set_adapters(names, [file.scale for file in files])
+        scales: dict[str, float] = {}
+        for index, file in enumerate(files):
+            name = f"attached_{index}"
+            self._adapters.add(load_lora(pipe, file, name, self.module), file.scale)
+            if name in getattr(self.module, "peft_config", ()):
+                scales[name] = file.scale
+        if scales:
+            self.module.set_adapters([*scales], [*scales.values()])
         self._adapters.fuse_for_good()
 
     def _warn_at_end(self) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ...bundle.reader import Bundle
 from ...core.errors import RequestError
 from ...core.output import check_file, replaced_whole
-from ..lora import LoraFile, load_lora
+from ..lora import DIFFERENCE, LoraFile, load_lora
 from .adapters import Adapters
 from .generate import pipeline_class_of, pipeline_of
 
@@ -72,13 +72,17 @@ def write_lora(bundle: Bundle, lora: LoraFile, out: Path, model: Path | None = N
     experts = bundle.manifest.experts
     part, prefix = (experts[0].part, experts[0].prefix) if experts else ("transformer", "")
     adapters = Adapters(bundle, prefix, None)
-    load_lora(_around(pipeline_class, part, adapters.module), lora, "written")
-    adapters.module.set_adapters(["written"], [lora.scale])
+    pipe = _around(pipeline_class, part, adapters.module)
+    differences = load_lora(pipe, lora, "written", adapters.module)
+    if adapters.has_adapters:
+        adapters.module.set_adapters(["written"], [lora.scale])
     factors = {f"{part}.{name}": tensor for name, tensor in adapters.factors().items()}
+    for name, tensor in adapters.checked(differences).items():
+        factors[f"{part}.{name}{DIFFERENCE}"] = lora.scale * tensor.float()
     marks = {FORMAT: VERSION, "checkpoint_sha256": bundle.manifest.checkpoint.sha256}
     with replaced_whole(out, "choose another --out") as partial:
         save_file(factors, partial, metadata=marks)
-    weights = sum(name.endswith((".lora_A.weight", ".lora_B.bias")) for name in factors)
+    weights = sum(name.endswith((".lora_A.weight", ".lora_B.bias", DIFFERENCE)) for name in factors)
     return WrittenLora(out, out.name.removesuffix(".safetensors"), weights, out.stat().st_size)
 
 

@@ -78,6 +78,12 @@ LORAS = {
 }  # fmt: skip
 """Name → modules that it changes: of the timestep's, the context's and the blocks' graphs, and one of both."""
 
+DIFFERENCES = {
+    "style": ["blocks.1.norm2.weight", "scale_shift_table"],
+    "subject": ["scale_shift_table"],
+}
+"""Name → parameters that it adds to as they stand."""
+
 LORA_REQUESTS: dict[str, tuple[str | None, dict[str, str], str]] = {
     "a LoRA": ("off", {}, "style"),
     "a LoRA of another strength": ("taylorseer", {"interval": "2"}, "style:-0.5"),
@@ -100,6 +106,10 @@ def write_loras(bundle: Bundle, folder: Path) -> Path:
             up = torch.randn(shape[0], 5, *[1] * len(shape[2:]), generator=generator)
             state[f"transformer.{module}.lora_A.weight"] = 0.1 * down
             state[f"transformer.{module}.lora_B.weight"] = up
+        for parameter in DIFFERENCES[name]:
+            shape = bundle.manifest.tensors[parameter].shape
+            difference = 0.1 * torch.randn(shape, generator=generator)
+            state[f"transformer.{parameter}.difference"] = difference
         save_file(state, pipeline / f"{name}.safetensors")
         source = parse_lora(f"{pipeline / name}.safetensors:0.6")
         write_lora(bundle, source, folder / "loras" / f"{name}.safetensors", pipeline)
@@ -112,6 +122,11 @@ def merged(bundle: Bundle, folder: Path, loras: str) -> dict[str, torch.Tensor]:
     for part in loras.split(","):
         name, _, scale = part.partition(":")
         state = load_file(folder / f"{name}.safetensors")
+        strength = np.float32(scale or 1).item()
+        for key in (k for k in state if k.endswith(".difference")):
+            weight = key.removeprefix("transformer.").removesuffix(".difference")
+            base = found.get(weight, bundle.tensor(weight).float())
+            found[weight] = base + strength * state[key]
         for key in (k for k in state if k.endswith(".lora_A.weight")):
             module = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
             weight = f"{module}.weight"
@@ -121,7 +136,7 @@ def merged(bundle: Bundle, folder: Path, loras: str) -> dict[str, torch.Tensor]:
             update = torch.zeros_like(base).flatten(1)
             for k in range(down.shape[0]):
                 update += up[:, k : k + 1] * down[k]
-            found[weight] = base + np.float32(scale or 1).item() * update.reshape(base.shape)
+            found[weight] = base + strength * update.reshape(base.shape)
     return {n: t.to(bundle.tensor(n).dtype) for n, t in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
 from freewheel.runtime.lora import parse_lora
+from freewheel.runtime.pipeline.adapters import Adapters
 from freewheel.runtime.pipeline.attach import attach
 
 Write = Callable[..., str]
@@ -99,8 +101,11 @@ def test_what_diffusers_converters_can_not_take_is_refused_by_layout_and_module(
         r"tensor 'blocks_0_ffn_0.lora_down.weight'.*converts this layout only whole": kohya(
             own, with_feed_forward=False
         ),
-        r"blocks.0.self_attn.q'.*a full difference of weights.*build that": {
+        r"parameter 'blocks.0.attn1.to_q.weight': .*shape \[4, 4\].*has it as \[32, 32\]": {
             f"{module}.diff": weight
+        },
+        r"parameter 'blocks.9.attn1.to_q.weight': .*has no such parameter": {
+            f"{module.replace('0', '9')}.diff": weight
         },
         r"blocks.0.self_attn.q'.*is LoHa of a convolution, which can't be applied": {
             f"{module}.hada_t1": weight.clone(),
@@ -108,9 +113,6 @@ def test_what_diffusers_converters_can_not_take_is_refused_by_layout_and_module(
         r"self_attn.q'.*can't be multiplied out: has no 'hada_w2_a'": {
             f"{module}.hada_w1_a": weight.clone(),
             f"{module}.hada_w1_b": weight.clone(),
-        },
-        r"norm3'.*norm3.diff_b' is a full difference": {
-            "diffusion_model.blocks.0.norm3.diff_b": weight
         },
         r"blocks.0.self_attn.q'.*kohya's DoRA": {f"{module}.dora_scale": weight},
         r"module 'text_encoder.layers.0.q'.*belongs to the text encoder": {
@@ -123,6 +125,57 @@ def test_what_diffusers_converters_can_not_take_is_refused_by_layout_and_module(
         with pytest.raises(RequestError, match=message):
             attach(pipe, tiny_bundle, "off", loras=[write(state)])
         assert pipe.transformer is own
+
+
+def distilled(model: Any) -> dict[str, torch.Tensor]:
+    """Return the pairs of LightX2V's distilled LoRAs."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for ours, theirs in KOHYA.items():
+        for part, module in PARTS.items():
+            for index, block in enumerate(model.blocks):
+                rows, columns = block.get_submodule(f"{theirs}.{module}").weight.shape
+                place = f"diffusion_model.blocks.{index}.{ours}.{part}"
+                state[f"{place}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
+                state[f"{place}.lora_up.weight"] = torch.randn(rows, 2, generator=generator)
+    return state
+
+
+DIFFERENCES = {
+    "blocks.0.self_attn.q.diff_b": "blocks.0.attn1.to_q.bias",
+    "blocks.0.norm3.diff": "blocks.0.norm2.weight",
+    "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
+    "blocks.2.cross_attn.norm_k.diff": "blocks.2.attn2.norm_k.weight",
+    "blocks.1.diff_m": "blocks.1.scale_shift_table",
+    "blocks.1.ffn.0.diff": "blocks.1.ffn.net.0.proj.weight",
+    "time_projection.1.diff_b": "condition_embedder.time_proj.bias",
+    "head.diff_m": "scale_shift_table",
+    "head.head.diff": "proj_out.weight",
+}
+"""LightX2V's names, in which diffusers' loader knows the first alone → the model's parameters."""
+
+
+@pytest.mark.parametrize("with_pairs", [True, False], ids=["pairs too", "differences alone"])
+def test_differences_are_added_as_their_authors_name_them(
+    tiny_bundle: Bundle, tiny_checkpoint: Path, write: Write, with_pairs: bool
+) -> None:
+    plain, attached = pipeline(tiny_checkpoint), pipeline(tiny_checkpoint)
+    state = distilled(plain.transformer) if with_pairs else {}
+    if with_pairs:
+        plain.load_lora_weights(write(state, "pairs"), adapter_name="a")
+        plain.set_adapters("a", 0.5)
+    before = output(plain)
+    generator = torch.Generator().manual_seed(1)
+    parameters = {n.replace(".base_layer", ""): p for n, p in plain.transformer.named_parameters()}
+    for ours, theirs in DIFFERENCES.items():
+        difference = 0.3 * torch.randn(parameters[theirs].shape, generator=generator)
+        state[f"diffusion_model.{ours}"] = difference
+        parameters[theirs].data += 0.5 * difference
+    expected = output(plain)
+    assert (expected - before).abs().mean() > 0.01 * expected.abs().mean()
+    attach(attached, tiny_bundle, "off", backend="onnxruntime", loras=[f"{write(state)}:0.5"])
+    assert (output(attached) - expected).abs().mean() < 1e-4 * expected.abs().mean()
+    assert attached.transformer.freewheel.is_fused is False, "they are part of the weights"
 
 
 def test_arguments_of_the_loader_are_used_or_refused(
@@ -163,6 +216,51 @@ def test_arguments_of_the_loader_are_used_or_refused(
         load("file.safetensors")
     pipe.transformer.unload_lora()
     assert torch.equal(output(pipe), base)
+
+
+def test_a_swap_frees_what_was_merged_before_and_copies_nothing(
+    tiny_bundle: Bundle, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipeline(tiny_checkpoint)
+    transformer = attach(pipe, tiny_bundle, "off", backend="onnxruntime")
+    name, merge = "blocks.0.attn1.to_q", Adapters.merged
+    state = {
+        f"transformer.{name}.lora_A.weight": torch.ones(2, 32),
+        f"transformer.{name}.lora_B.weight": torch.ones(32, 2),
+    }
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def merged(self: Adapters) -> dict[str, torch.Tensor]:
+        alive.append(sum(tensor() is not None for tensor in made))
+        found = merge(self)
+        made.append(weakref.ref(found[f"{name}.weight"]))
+        return found
+
+    monkeypatch.setattr(Adapters, "merged", merged)
+    pipe.load_lora_weights(state, adapter_name="a")
+    for scale in (1.0, 0.5, 0.25):
+        pipe.set_adapters("a", scale)
+        output(pipe)
+        assert transformer.session.model.tensor(f"{name}.weight") is made[-1]()
+    assert alive == [0, 0, 0]
+
+
+def test_a_second_attach_takes_the_place_of_the_first_unless_that_has_fused_adapters(
+    tiny_bundle: Bundle, tiny_checkpoint: Path
+) -> None:
+    pipe = pipeline(tiny_checkpoint)
+    expected = output(pipe)
+    first = attach(pipe, tiny_bundle, "off", backend="onnxruntime")
+    second = attach(pipe, tiny_bundle, "off", backend="onnxruntime")
+    assert pipe.transformer is second.module is not first.module
+    assert (output(pipe) - expected).abs().mean() < 1e-4 * expected.abs().mean()
+    name = "transformer.blocks.0.attn1.to_q"
+    factors = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
+    pipe.load_lora_weights({f"{name}.{n}.weight": t for n, t in factors.items()})
+    pipe.fuse_lora()
+    with pytest.raises(RequestError, match=r"has adapters fused into it; call pipe.unfuse_lora"):
+        attach(pipe, tiny_bundle, "off", backend="onnxruntime")
 
 
 def test_scale_follows_the_file(tmp_path: Path) -> None:

@@ -34,13 +34,14 @@ Result<std::vector<LoraUse>> find_loras(const std::string& folder, const std::st
 /// dtype and of the shape of the change.
 class Lora {
  public:
-  /// What changes one weight W [rows, columns…]: W + scale · up · down; with a magnitude, each row
-  /// of that is then given the length of the magnitude (DoRA). Of a bias: W + scale · difference.
+  /// What changes one weight W [rows, columns…]: W + scale · (up · down, or difference). A
+  /// magnitude (DoRA) multiplies all so far by what gives rows of the bundle's W + scale · up ·
+  /// down its length.
   struct Change {
     Tensor down;        ///< float32 [rank, columns…]
     Tensor up;          ///< float32 [rows, rank]
     Tensor magnitude;   ///< float32 [rows], or no data.
-    Tensor difference;  ///< float32 [rows]; no data but for a bias.
+    Tensor difference;  ///< float32 [rows, columns…]; no data where there is a pair.
   };
 
   static Result<Lora> open(const Bundle& bundle, const LoraUse& use);

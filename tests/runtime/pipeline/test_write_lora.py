@@ -54,9 +54,21 @@ def kohya(bundle: Bundle) -> dict[str, Tensor]:
 
 
 def light(bundle: Bundle) -> dict[str, Tensor]:
-    """LightX2V's distilled ones: pairs and differences of biases."""
+    """LightX2V's distilled ones: pairs, and differences of biases, norms, tables and whole weights."""
     generator = torch.Generator().manual_seed(1)
-    state = {}
+    names = {
+        "blocks.0.norm3.diff": "blocks.0.norm2.weight", "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
+        "blocks.2.self_attn.norm_k.diff": "blocks.2.attn1.norm_k.weight",
+        "blocks.1.diff_m": "blocks.1.scale_shift_table", "head.diff_m": "scale_shift_table",
+        "head.head.diff": "proj_out.weight", "patch_embedding.diff_b": "patch_embedding.bias",
+    }  # fmt: skip
+    state = {
+        f"diffusion_model.{ours}": torch.randn(
+            bundle.manifest.tensors[theirs].shape, generator=generator
+        )
+        for ours, theirs in names.items()
+    }
+    state["diffusion_model.blocks.2.norm3.diff"] = torch.zeros(32)
     for block in range(3):
         for ours, theirs in KOHYA.items():
             rows, columns = rows_and_columns(bundle, f"blocks.{block}.{theirs}")
@@ -120,8 +132,9 @@ def by_peft(bundle: Bundle, file: str, scale: float, pipeline: Path) -> dict[str
         tokenizer=None, text_encoder=None, vae=None, transformer=adapters.module,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
-    load_lora(pipe, parse_lora(file), "given")
-    adapters.module.set_adapters(["given"], [scale])
+    adapters.add(load_lora(pipe, parse_lora(file), "given", adapters.module), scale)
+    if adapters.has_adapters:
+        adapters.module.set_adapters(["given"], [scale])
     return adapters.merged()
 
 
@@ -131,8 +144,9 @@ def by_factors(bundle: Bundle, file: Path, scale: float) -> dict[str, Tensor]:
     found = {}
     for name, tensor in state.items():
         module = name.rpartition(".lora_")[0]
-        if name.endswith(".lora_B.bias"):
-            found[f"{module}.bias"] = bundle.tensor(f"{module}.bias").float() + scale * tensor
+        if name.endswith(".difference"):
+            changed = name.removesuffix(".difference")
+            found[changed] = bundle.tensor(changed).float() + scale * tensor
         if not name.endswith(".lora_A.weight"):
             continue
         base = bundle.tensor(f"{module}.weight").float()
@@ -234,7 +248,9 @@ def test_a_weight_that_no_graph_reads_is_refused(
     del tensors["patch_embedding.weight"]
     other = tiny_bundle.manifest.model_copy(update={"tensors": tensors})
     monkeypatch.setattr(tiny_bundle, "manifest", other)
-    with pytest.raises(RequestError, match=r"'patch_embedding.weight', which is no weight"):
+    with pytest.raises(
+        RequestError, match=r"parameter 'patch_embedding.weight': is changed, and is no weight"
+    ):
         write_lora(tiny_bundle, parse_lora(str(file)), tmp_path / "style.safetensors", pipeline)
 
 
