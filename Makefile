@@ -8,7 +8,7 @@ CONFIGS = teacache off taylorseer adacache custom
 
 PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder -rs
 
-.PHONY: help install demo test test-all lint style cpp triton test-triton test-gpu bench clean
+.PHONY: help install demo test test-python test-all lint style cpp triton triton-server test-triton test-gpu bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,10 +27,16 @@ demo: install ## Build the demo model, run every policy, write videos and a tabl
 	@echo "videos, contact_sheet.png and bench.md are in $(DEMO)"
 
 test: style ## Run lint and what a change can break: minutes
-	@mkdir -p out
-	$(BIN)/python -m pytest --basetemp out/tests $(PARALLEL) $(TIER)
+	@$(MAKE) -j2 test-python triton-server TIER="$(TIER)"
 	@if $(MAKE) build/cpp/build.ninja $(TRITON_BIN)/.installed; then $(MAKE) test-triton TIER="$(TIER)"; \
 	else echo "no C++ tools or no wheel of the server here: 'make test-triton' is left out"; fi
+
+test-python: install
+	@mkdir -p out
+	$(BIN)/python -m pytest --basetemp out/tests $(PARALLEL) $(TIER)
+
+triton-server: # is fetched beside the tests that do without it; those that want it say if it is missing
+	-@$(MAKE) $(TRITON_BIN)/.installed
 
 test-all: ## Run lint and all tests, nightly ones too: kills, soaks, full crosses, training, load
 	$(MAKE) test TIER="-m ''"
