@@ -94,7 +94,7 @@ SETTINGS = {
     ),
     "dualblock": CacheSetting(
         policy="dualblock",
-        parameters={"threshold": 0.15, "first_blocks": 2, "last_blocks": 2, "channel_stride": 2},
+        parameters={"threshold": 0.3, "first_blocks": 2, "last_blocks": 2, "channel_stride": 2},
     ),
     "dbcache-taylorseer": CacheSetting(
         policy="dbcache+taylorseer",
