@@ -252,6 +252,13 @@ class OpenVino final : public Backend {
 }  // namespace
 
 Result<std::shared_ptr<Backend>> create_openvino(const BackendOptions& options) {
+  const char* stray = options.cuda_graphs   ? "cuda_graphs"
+                      : options.device != 0 ? "device"
+                                            : nullptr;
+  if (stray != nullptr) {
+    return Status(Code::kRequest, stray, "is for GPUs, and means nothing to openvino",
+                  "leave it out");
+  }
   try {
     return std::shared_ptr<Backend>(std::make_shared<OpenVino>(options));
   } catch (const std::exception& fault) {

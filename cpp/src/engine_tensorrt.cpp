@@ -177,6 +177,30 @@ class TensorRTEngine final : public Engine, public std::enable_shared_from_this<
         shared_(std::move(shared)),
         plan_(std::move(plan)) {}
 
+#ifdef FREEWHEEL_TENSORRT_RTX
+  /// Settles what contexts are made with. Engines are loaded one after another, so that the first
+  /// makes the cache of kernels for all.
+  Status configure() {
+    config_.reset(plan_->createRuntimeConfig());
+    if (config_ == nullptr) return fault("", shared_->journal.take());
+    config_->setExecutionContextAllocationStrategy(
+        nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
+    if (shared_->cuda_graphs) {  // else a slower kernel stands in while the right one is compiled
+      config_->setDynamicShapesKernelSpecializationStrategy(
+          nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
+    }
+    if (shared_->kernels == nullptr) {
+      shared_->kernels.reset(config_->createRuntimeCache());
+      // Kernels of another GPU or version are refused, and compiled anew.
+      if (auto kept = MappedFile::open(shared_->kernels_path); shared_->kernels && kept.ok()) {
+        (void)shared_->kernels->deserialize(kept->data(), kept->size());
+      }
+    }
+    if (shared_->kernels != nullptr) config_->setRuntimeCache(*shared_->kernels);
+    return {};
+  }
+#endif
+
  protected:
   Result<std::unique_ptr<BoundCall>> bind_checked(const Tensors& bindings) override {
     FREEWHEEL_TRY(shared_->memory.select());
@@ -221,29 +245,12 @@ class TensorRTEngine final : public Engine, public std::enable_shared_from_this<
  private:
   /// A context whose activations lie in the shared scratch memory.
   Result<std::unique_ptr<nvinfer1::IExecutionContext>> create_context() {
-    constexpr auto kUserManaged = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 #ifdef FREEWHEEL_TENSORRT_RTX
-    const std::unique_ptr<nvinfer1::IRuntimeConfig> config(plan_->createRuntimeConfig());
-    if (config == nullptr) return fault("", shared_->journal.take());
-    config->setExecutionContextAllocationStrategy(kUserManaged);
-    if (shared_->cuda_graphs) {  // else a slower kernel stands in while the right one is compiled
-      config->setDynamicShapesKernelSpecializationStrategy(
-          nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
-    }
-    if (shared_->kernels == nullptr) {
-      shared_->kernels.reset(config->createRuntimeCache());
-      // Kernels of another GPU or version are refused, and compiled anew.
-      if (auto kept = MappedFile::open(shared_->kernels_path); shared_->kernels && kept.ok()) {
-        (void)shared_->kernels->deserialize(kept->data(), kept->size());
-      }
-    }
-    if (shared_->kernels != nullptr) config->setRuntimeCache(*shared_->kernels);
-    std::unique_ptr<nvinfer1::IExecutionContext> context(
-        plan_->createExecutionContext(config.get()));
+    nvinfer1::IRuntimeConfig* const how = config_.get();
 #else
-    std::unique_ptr<nvinfer1::IExecutionContext> context(
-        plan_->createExecutionContext(kUserManaged));
+    constexpr auto how = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 #endif
+    std::unique_ptr<nvinfer1::IExecutionContext> context(plan_->createExecutionContext(how));
     if (context == nullptr) return fault("", shared_->journal.take());
     return context;
   }
@@ -276,6 +283,9 @@ class TensorRTEngine final : public Engine, public std::enable_shared_from_this<
 
   std::shared_ptr<Shared> shared_;
   std::unique_ptr<nvinfer1::ICudaEngine> plan_;
+#ifdef FREEWHEEL_TENSORRT_RTX
+  std::unique_ptr<nvinfer1::IRuntimeConfig> config_;
+#endif
 };
 
 class TensorRT final : public Backend {
@@ -331,9 +341,12 @@ class TensorRT final : public Backend {
     if (engine == nullptr) {
       return Status(Code::kBundle, folder + kPlan, shared_->journal.take(), kRebuild);
     }
-    return std::shared_ptr<Engine>(
-        std::make_shared<TensorRTEngine>(folder.substr(folder.find_last_of('/') + 1),
-                                         std::move(record), shared_, std::move(engine)));
+    auto loaded = std::make_shared<TensorRTEngine>(folder.substr(folder.find_last_of('/') + 1),
+                                                   std::move(record), shared_, std::move(engine));
+#ifdef FREEWHEEL_TENSORRT_RTX
+    FREEWHEEL_TRY(loaded->configure());
+#endif
+    return std::shared_ptr<Engine>(std::move(loaded));
   }
 
   Result<std::shared_ptr<Engine>> compile(const std::string& onnx, const std::string&,

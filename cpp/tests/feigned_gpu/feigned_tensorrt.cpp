@@ -4,10 +4,13 @@
 /// allocated memory, as much scratch memory as announced; and fills that memory with rubbish at
 /// every enqueue.
 
+#include <chrono>
 #include <cstring>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <openvino/openvino.hpp>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "NvInfer.h"
@@ -18,6 +21,11 @@ namespace {
 
 constexpr char kMagic[] = "stand-in plan\n";
 constexpr std::size_t kAlignment = 256;
+#ifdef FREEWHEEL_TENSORRT_RTX
+constexpr std::int32_t kVersion[] = {1, 7, 1, 116};
+#else
+constexpr std::int32_t kVersion[] = {11, 4, 0, 106};
+#endif
 
 ov::Shape shape_of(const Dims& dims) { return ov::Shape(dims.d, dims.d + dims.nbDims); }
 
@@ -30,11 +38,60 @@ Dims dims_of(const std::vector<std::size_t>& shape) {
   return dims;
 }
 
+#ifdef FREEWHEEL_TENSORRT_RTX
+class Content final : public IHostMemory {
+ public:
+  explicit Content(std::string text) : bytes(std::move(text)) {}
+  std::string bytes;
+};
+
+/// Names of compiled kernels below the time at which the first cache of the file was made: the text
+/// tells whether a process went on with the kernels of another.
+class Cache final : public IRuntimeCache {
+ public:
+  std::string text() const {
+    nlohmann::json content = {{"made", made_}, {"kernels", kernels}};
+    return std::string(kMagic) + content.dump();
+  }
+  bool read(const std::string& content) {
+    if (content.rfind(kMagic, 0) != 0) return false;
+    const nlohmann::json found = nlohmann::json::parse(content.substr(sizeof kMagic - 1));
+    made_ = found.at("made").get<std::int64_t>();
+    kernels = found.at("kernels").get<std::set<std::string>>();
+    return true;
+  }
+
+  std::set<std::string> kernels;
+
+ private:
+  std::int64_t made_ = std::chrono::system_clock::now().time_since_epoch().count();
+};
+
+class Config final : public IRuntimeConfig {
+ public:
+  ~Config() override { *is_alive = false; }
+
+  ExecutionContextAllocationStrategy strategy = ExecutionContextAllocationStrategy::kSTATIC;
+  DynamicShapesKernelSpecializationStrategy kernels =
+      DynamicShapesKernelSpecializationStrategy::kLAZY;
+  Cache* cache = nullptr;
+  std::shared_ptr<bool> is_alive = std::make_shared<bool>(true);
+};
+#endif
+
 class Engine;
 
 class Context final : public IExecutionContext {
  public:
   Context(const Engine& engine, ILogger& logger);
+
+#ifdef FREEWHEEL_TENSORRT_RTX
+  Context(const Engine& engine, ILogger& logger, const Config& config) : Context(engine, logger) {
+    config_ = &config;
+    is_configured_ = config.is_alive;
+  }
+  bool is_capturable(cudaStream_t stream) const;
+#endif
 
   bool set_shape(const std::string& name, const Dims& dims);
   std::optional<ov::Shape> shape(const std::string& name) const;
@@ -59,11 +116,16 @@ class Context final : public IExecutionContext {
   void* scratch_ = nullptr;
   std::size_t scratch_size_ = 0;
   ov::InferRequest request_;
+#ifdef FREEWHEEL_TENSORRT_RTX
+  const Config* config_ = nullptr;
+  std::shared_ptr<bool> is_configured_;
+#endif
 };
 
 class Engine final : public ICudaEngine {
  public:
-  Engine(const std::string& plan, ILogger& journal) : logger(journal) {
+  Engine(const std::string& plan, ILogger& journal)
+      : logger(journal), digest(std::to_string(std::hash<std::string>()(plan))) {
     const std::size_t head = plan.find('\n', sizeof kMagic - 1);
     about = nlohmann::json::parse(plan.substr(sizeof kMagic - 1, head - (sizeof kMagic - 1)));
     model = core().read_model(plan.substr(head + 1), ov::Tensor());
@@ -83,6 +145,7 @@ class Engine final : public ICudaEngine {
   }
 
   ILogger& logger;
+  std::string digest;
   nlohmann::json about;
   std::shared_ptr<ov::Model> model;
   ov::CompiledModel compiled;
@@ -149,7 +212,23 @@ void Context::set_scratch(void* memory, std::int64_t bytes) {
   scratch_size_ = static_cast<std::size_t>(bytes);
 }
 
+#ifdef FREEWHEEL_TENSORRT_RTX
+bool Context::is_capturable(cudaStream_t stream) const {
+  const auto& flags = engine_.about.at("flags");
+  const bool is_ours =
+      std::find(flags.begin(), flags.end(), "REQUIRE_USER_ALLOCATION") != flags.end();
+  return stream != nullptr && is_ours;
+}
+#endif
+
 bool Context::enqueue(cudaStream_t stream) {
+#ifdef FREEWHEEL_TENSORRT_RTX
+  if (!*is_configured_) return fault("the configuration of the context is gone");
+  const bool is_eager = config_->kernels == DynamicShapesKernelSpecializationStrategy::kEAGER;
+  if (config_->cache != nullptr) {
+    config_->cache->kernels.insert(engine_.digest + (is_eager ? " eager" : " lazy"));
+  }
+#endif
   const std::size_t needed = scratch_bytes();
   if (scratch_size_ < needed || !feigned::is_allocated(scratch_, needed)) {
     return fault("the scratch memory is too small");
@@ -214,6 +293,53 @@ IExecutionContext* ICudaEngine::createExecutionContext(
   return new Context(own(this), own(this).logger);
 }
 
+#ifdef FREEWHEEL_TENSORRT_RTX
+IRuntimeConfig* ICudaEngine::createRuntimeConfig() noexcept { return new Config(); }
+
+IExecutionContext* ICudaEngine::createExecutionContext(IRuntimeConfig* config) noexcept {
+  const Config& given = *static_cast<Config*>(config);
+  if (given.strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED) return nullptr;
+  return new Context(own(this), own(this).logger, given);
+}
+
+void IRuntimeConfig::setExecutionContextAllocationStrategy(
+    ExecutionContextAllocationStrategy strategy) noexcept {
+  static_cast<Config*>(this)->strategy = strategy;
+}
+
+void IRuntimeConfig::setDynamicShapesKernelSpecializationStrategy(
+    DynamicShapesKernelSpecializationStrategy strategy) noexcept {
+  static_cast<Config*>(this)->kernels = strategy;
+}
+
+IRuntimeCache* IRuntimeConfig::createRuntimeCache() const noexcept { return new Cache(); }
+
+bool IRuntimeConfig::setRuntimeCache(const IRuntimeCache& cache) noexcept {
+  static_cast<Config*>(this)->cache = &const_cast<Cache&>(static_cast<const Cache&>(cache));
+  return true;
+}
+
+IHostMemory* IRuntimeCache::serialize() const noexcept {
+  return new Content(static_cast<const Cache*>(this)->text());
+}
+
+bool IRuntimeCache::deserialize(const void* blob, size_t size) noexcept {
+  return static_cast<Cache*>(this)->read(std::string(static_cast<const char*>(blob), size));
+}
+
+void* IHostMemory::data() const noexcept {
+  return const_cast<char*>(static_cast<const Content*>(this)->bytes.data());
+}
+
+size_t IHostMemory::size() const noexcept {
+  return static_cast<const Content*>(this)->bytes.size();
+}
+
+bool IExecutionContext::isStreamCapturable(cudaStream_t stream) const noexcept {
+  return own(this).is_capturable(stream);
+}
+#endif
+
 TensorLocation ICudaEngine::getTensorLocation(const char* name) const noexcept {
   for (const auto& host : own(this).about.at("host")) {
     if (host == name) return TensorLocation::kHOST;
@@ -268,8 +394,8 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
 }  // namespace nvinfer1
 
 extern "C" {
-std::int32_t getInferLibMajorVersion() noexcept { return 11; }
-std::int32_t getInferLibMinorVersion() noexcept { return 4; }
-std::int32_t getInferLibPatchVersion() noexcept { return 0; }
-std::int32_t getInferLibBuildVersion() noexcept { return 106; }
+std::int32_t getInferLibMajorVersion() noexcept { return nvinfer1::kVersion[0]; }
+std::int32_t getInferLibMinorVersion() noexcept { return nvinfer1::kVersion[1]; }
+std::int32_t getInferLibPatchVersion() noexcept { return nvinfer1::kVersion[2]; }
+std::int32_t getInferLibBuildVersion() noexcept { return nvinfer1::kVersion[3]; }
 }
