@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITY = "9.0"  # of Hopper, which TensorRT-RTX does not know
@@ -426,8 +426,14 @@ def step_at_real_size_fused(rig: Rig) -> None:
             made = program.compute(dict(zip(engine.inputs, given, strict=True)))
             return tuple(made[n] for n in engine.outputs)
 
-        compiled = torch.compile(make_fx(graph)(*values), dynamic=False)
-        return type("Fused", (), {"run": lambda self: compiled(*values)})()
+        with rig.as_kernels():
+            compiled = torch.compile(make_fx(graph)(*values), dynamic=False)
+
+        def run(self: Any) -> None:
+            with rig.as_kernels():
+                compiled(*values)
+
+        return type("Fused", (), {"run": run})()
 
     with torch.no_grad():
         calls = (
@@ -519,6 +525,7 @@ def offload_14b(rig: Rig) -> None:
     """Weights of 14B geometry through two slabs: what arrives, how fast, beside what is computed."""
     import torch
 
+    from freewheel.engines import TensorSpec
     from freewheel.runtime.offload import HostBlock, OffloadedWeights
 
     blocks = 3 if rig.feigned else BLOCKS_14B
@@ -543,6 +550,8 @@ def offload_14b(rig: Rig) -> None:
 
     class Checking:
         """An engine that reads one number of each weight, and multiplies by some where asked to."""
+
+        inputs: ClassVar = {n: TensorSpec("bfloat16", shape) for n, shape in shapes.items()}
 
         def bind(self, bindings: Mapping[str, Any]) -> Any:
             def run(self: Any) -> None:
@@ -652,6 +661,9 @@ class CudaRig(Rig):
 
         return torch.cuda.stream(torch.cuda.Stream(self.device))
 
+    def as_kernels(self) -> Any:
+        return contextlib.nullcontext()
+
     def time(self, call: Any) -> float:
         import torch
 
@@ -702,6 +714,19 @@ class RehearsedRig(Rig):
 
     def on_stream(self) -> Any:
         return self.feigned.on(self.feigned.new_stream())
+
+    @contextlib.contextmanager
+    def as_kernels(self) -> Iterator[None]:
+        """Have torch compile for the CPU, unseen: a kernel's own operations are its own affair."""
+        import torch
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        feigned, torch.cuda.is_available = torch.cuda.is_available, lambda: False
+        try:
+            with _disable_current_modes():
+                yield
+        finally:
+            torch.cuda.is_available = feigned
 
     def time(self, call: Any) -> float:
         began = time.perf_counter()
