@@ -417,7 +417,10 @@ Status Lora::check(const Bundle& bundle, const std::string& path) const {
     if (change.difference.data != nullptr) {
       const bool is_alone = change.up.data == nullptr && change.down.data == nullptr &&
                             change.magnitude.data == nullptr;
-      if (is_alone && change.difference.shape == shape) continue;
+      if (!is_alone) {
+        return Status(Code::kRequest, where, "has a pair beside its difference", kRewrite);
+      }
+      if (change.difference.shape == shape) continue;
       return Status(Code::kRequest, where,
                     "is " + shape.text() + ", its change " + change.difference.shape.text(),
                     kRewrite);

@@ -264,7 +264,7 @@ TEST_F(LoraTest, FilesThatDoNotFitAreRefusedBeforeAnythingIsComputed) {
         with(fine, "transformer.blocks.0.lora_magnitude_vector.weight", {Shape{2}, {1.0f, 1.0f}}));
   write("bias", {{"transformer.blocks.0.lora_B.bias", {Shape{1}, {1.0f}}}});
   write("shape", {{"transformer.blocks.0.weight.difference", {Shape{2}, {1.0f, 1.0f}}}});
-  write("both", with(fine, "transformer.blocks.0.weight.difference", {Shape{1, 1}, {1.0f}}));
+  write("both", with(fine, "transformer.blocks.0.weight.difference", {Shape{1}, {1.0f}}));
   const std::map<std::string, std::string> faults = {
       {"short", "short.safetensors"},
       {"plain", "is no LoRA that 'freewheel lora' wrote"},
@@ -281,8 +281,8 @@ TEST_F(LoraTest, FilesThatDoNotFitAreRefusedBeforeAnythingIsComputed) {
       {"columns", "its change [1, 1] times [1, 2]"},
       {"magnitude", "blocks.0.weight"},
       {"bias", "weight 'blocks.0.bias': is none of this model's"},
-      {"shape", "weight 'blocks.0.weight': is [1, 1], its change [2]"},
-      {"both", "weight 'blocks.0.weight'"},
+      {"shape", "weight 'blocks.0.weight': is [1], its change [2]"},
+      {"both", "weight 'blocks.0.weight': has a pair beside its difference"},
   };
   for (const auto& [name, said] : faults) expect_says(fault(name), said);
   const std::vector<float> plain = run(*session_, "");
