@@ -42,6 +42,9 @@ Sizes = Mapping[str, Mapping[str, Any]]
 FRAMES_KEYS = ("num_frames", "frames", "video_length")
 SECONDS_KEYS = ("audio_duration", "audio_duration_s", "audio_end_in_s", "duration")
 COUNT_KEYS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+THOUSANDS = 10.0
+"""Timesteps below are fractions of the schedule, or logarithms of noise."""
+
 UNGUIDED = ("guidance_scale", "true_cfg_scale")
 OFF = ("use_resolution_binning", "clean_caption")
 
@@ -428,7 +431,7 @@ class _Learner:
     def _fill(self, path: tuple[Any, ...], value: Tensor, words: Sequence[str]) -> Any:
         """Return what to prove a cut with in an input's place."""
         if self.kinds[path] == "run":
-            return "fraction" if float(value.abs().max()) <= 1 else "timestep"
+            return "fraction" if float(value.abs().max()) < THOUSANDS else "timestep"
         if self.kinds[path] == "step":
             return "normal"
         whole = bool((value == value.round()).all()) if value.is_floating_point() else True

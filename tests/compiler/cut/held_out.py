@@ -48,7 +48,7 @@ HELD_OUT: dict[str, tuple[Row, dict[str, Any]]] = {
         ),
         {
             "attention_head_dim": 8, "cross_attention_dim": 8, "cross_attention_input_dim": 8,
-            "global_states_input_dim": 8, "in_channels": 4, "num_attention_heads": 2,
+            "global_states_input_dim": 16, "in_channels": 4, "num_attention_heads": 2,
             "num_key_value_attention_heads": 1, "num_layers": 4, "out_channels": 4,
             "sample_size": 32, "time_proj_dim": 16,
         },

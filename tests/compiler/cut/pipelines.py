@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "runtime" / "pipeline"))
 from whole import longcat_audio, stable_audio
 
 __all__ = [
-    "BUILT", "MODULAR", "PIPELINES", "PROMPT", "UNCUT", "UNLEARNT", "pipeline_of", "watched_calls",
+    "CALLED", "MODULAR", "PIPELINES", "UNCUT", "UNLEARNT", "UNTRIED", "pipeline_of", "watched_calls",
 ]  # fmt: skip
 
 TOKENS, REAL = 6, 4
@@ -311,6 +311,10 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         **both(c.joint_attention_dim), **masks("prompt_embeds_mask"), **SQUARE,
         "guidance_scale": 3.0,
     }),
+}  # fmt: skip
+"""Case → pipeline, its scheduler, and what it is called with, of the model's config."""
+
+SOUND: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any]]]] = {
     "longcat_audio": ("LongCatAudioDiTPipeline", lambda: flow(invert_sigmas=True), lambda c: {
         "prompt": PROMPT, "negative_prompt": "a blue square", "audio_duration_s": 0.002,
         "guidance_scale": 3.0,
@@ -320,7 +324,9 @@ PIPELINES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], dict[str, Any
         "guidance_scale": 3.0,
     }),
 }  # fmt: skip
-"""Case → pipeline, its scheduler, and what it is called with, of the model's config."""
+"""Likewise of sound: rows are learnt from these pipelines, which encode their prompts themselves."""
+
+CALLED = {**PIPELINES, **SOUND}
 
 
 UNLEARNT = {
@@ -335,14 +341,15 @@ at once, two outputs, two prompts whatever the guidance."""
 
 UNCUT = (
     "hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi", "hunyuan_dit", "chroma",
-    "lumina_next", "ernie_image", "cosmos",
+    "lumina_next", "ernie_image",
 )  # fmt: skip
 """Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
 for torch can't trace them, or they are traced at one size alone."""
 
-BUILT = ("stable_audio", "longcat_audio", "pixart", "cogvideox", "qwen_image")
-"""Cases that are built without a row from a whole pipeline's folder: sound of one length, and of any; a
-picture of latents, a video, and a picture of packed tokens."""
+UNTRIED = (
+    "prx", "dit", "latte", "hunyuan_image_distilled", "cosmos", "longcat_audio", "stable_audio",
+)  # fmt: skip
+"""Cases that are learnt, and were not yet cut by what was learnt."""
 
 PROMPT = "a red circle"
 
@@ -426,7 +433,7 @@ def pipeline_of(name: str, one: Case) -> tuple[Any, Mapping[str, Any]]:
     """Return a case's pipeline around its model, and what it is called with."""
     if name in MODULAR:
         return MODULAR[name](one)
-    pipeline, scheduler, arguments = PIPELINES[name]
+    pipeline, scheduler, arguments = CALLED[name]
     made: Any = getattr(diffusers, pipeline)
     parts: dict[str, Any] = {
         part: None
@@ -442,8 +449,8 @@ def pipeline_of(name: str, one: Case) -> tuple[Any, Mapping[str, Any]]:
 def watched_calls(name: str, one: Case) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return what a case's pipeline is called with to learn its row: at first, and for each size."""
     config: Any = one.model.config
-    first = PIPELINES[name][2](config)
-    call = inspect.signature(getattr(diffusers, PIPELINES[name][0]).__call__).parameters
+    first = CALLED[name][2](config)
+    call = inspect.signature(getattr(diffusers, CALLED[name][0]).__call__).parameters
     first |= {key: 1.0 for key in ("guidance_scale", "true_cfg_scale") if key in call}
     sizes = {"height": "height", "width": "width", "num_frames": "frames", "frames": "frames"}
     sizes["audio_duration_s"] = "frames"

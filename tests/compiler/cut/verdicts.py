@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import diffusers
 from cases import Case, row_and_config
 from held_out import HELD_OUT
-from pipelines import BUILT, MODULAR, PIPELINES, UNCUT, UNLEARNT
+from pipelines import CALLED, MODULAR, PIPELINES, UNCUT, UNLEARNT, UNTRIED
 from small_configs import CASES
 from tensorrt_engines import engines_of
 from test_declare import error
@@ -197,16 +197,19 @@ def attached() -> dict[str, list[str]]:
 
 
 def without_rows() -> dict[str, str]:
-    """Return class → what comes of it where the table has no row of it; the best of its cases.
+    """Return class → what comes of it where the table has no row of it; of its cases the best.
 
-    `test_watch.py` shows that it is true, and `test_without_rows.py` builds five of them. Wan's pipeline
-    is not among the cases.
+    `test_watch.py` shows that it is true.
     """
     found = {"WanTransformer3DModel": "cut"}
-    for name in PIPELINES:
-        kind = "not learnt" if name in UNLEARNT else "learnt" if name in UNCUT else "cut"
-        kept = found.setdefault(row_and_config(name)[0].model, kind)
-        found[row_and_config(name)[0].model] = min(kept, kind)
+    for name in CALLED:
+        kind = "cut"
+        if name in (*UNCUT, *UNTRIED):
+            kind = "learnt"
+        elif name in UNLEARNT:
+            kind = "not learnt"
+        model = row_and_config(name)[0].model
+        found[model] = min(found.get(model, kind), kind, key=("cut", "learnt", "not learnt").index)
     return found
 
 
@@ -226,7 +229,6 @@ def page(verdicts: Mapping[str, Verdict]) -> str:
     return PAGE_HEAD.format(
         version=diffusers.__version__, kinds=kinds, rows=rows, attached=len(pipelines),
         fused=len(fused), watched=len(alone), cut=watched["cut"], learnt=watched["learnt"],
-        built=len(BUILT),
     )  # fmt: skip
 
 
@@ -251,10 +253,8 @@ cell was not tried. No GPU ran these engines.
 
 Without its row a class can be [learnt from its pipeline's calls](../how-to/add-a-family.md)
 (`build --trace-with`). Of the {watched} classes whose pipelines tests watch, {cut} are cut so and equal
-to themselves, {learnt} are learnt and not cut (they need a patch, or more blocks than are tried), and
-the others are refused with the argument or the call that no row tells. `test_without_rows.py` builds
-{built} of them by `freewheel build` from a whole pipeline's folder, one of which has no row at all, holds
-the engines to diffusers and runs them in the pipeline.
+to themselves, {learnt} are learnt and not cut (most need a patch, or more blocks than are tried), and
+the others are refused with the argument or the call that no row tells.
 
 | class | verdict | why | attentions that TensorRT-RTX fuses | pipelines that `attach` was run in | without its row |
 |---|---|---|---|---|---|
