@@ -37,6 +37,9 @@ from .place import RunPlace, calling_pipeline
 
 __all__ = ["FreewheelTransformer"]
 
+GUIDING_HOOKS = ("diffusers.hooks.layer_skip", "diffusers.hooks.smoothed_energy_guidance_utils")
+"""Modules of the hooks by which diffusers' guiders have a branch of another model."""
+
 
 class FreewheelTransformer:
     """Answers a diffusers pipeline as its transformer would, out of a `Session`.
@@ -122,6 +125,7 @@ class FreewheelTransformer:
         self.session = Session(self._model)  # what was merged before is freed
         self.session = Session(self._model.with_weights(self._adapters.merged()))
         self._state = self._adapters.state()
+        self._parts = dict(self.module.named_modules())
 
     @property
     def config(self) -> Any:
@@ -265,11 +269,13 @@ class FreewheelTransformer:
 
         Raises:
             RequestError: shapes don't fit the bundle, timesteps differ within the batch, the call
-                can't be placed in a run, or something is given that the bundle takes no account of.
+                can't be placed in a run, or something is given, or hooked into the model's layers,
+                that the bundle takes no account of.
         """
         attention = {**(attention_kwargs or {}), **(joint_attention_kwargs or {})}
         samples: tuple[Tensor | list[Tensor], ...]
         try:
+            self._check_hooks()
             latents, others = self._arguments.take(hidden_states, timestep, named_states)
             if isinstance(hidden_states, list):
                 answers = [
@@ -374,6 +380,19 @@ class FreewheelTransformer:
         if self._guidance is None:
             return samples
         return (self._guidance.give(branch, step_index, samples[0]),)
+
+    def _check_hooks(self) -> None:
+        """Raise `RequestError` where a guider's hook would make layers compute otherwise."""
+        for name, part in self._parts.items():
+            if "_diffusers_hook" not in vars(part):
+                continue
+            for hook in part._diffusers_hook.hooks.values():
+                if type(hook).__module__ in GUIDING_HOOKS:
+                    raise RequestError(
+                        f"transformer, '{name}'",
+                        f"has a {type(hook).__name__}, which engines take no account of",
+                        "take a guider that calls the model as it is: classifier-free guidance, CFG-Zero",
+                    )
 
     def _check_adapters(self) -> None:
         if self._adapters.has_adapters and self._adapters.state() != self._state:

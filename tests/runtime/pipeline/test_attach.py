@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    ClassifierFreeZeroStarGuidance,
     FlowMatchEulerDiscreteScheduler,
+    SkipLayerGuidance,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
+from diffusers.hooks import LayerSkipConfig
 from safetensors.torch import save_file
 from settings import solved_tables
 
@@ -369,6 +372,52 @@ def test_a_guidance_interval_computes_on_its_return_and_caches_on(
     latents(pipe, 10, size=32, callback_on_step_end=interval)
     with pytest.raises(RequestError, match=r"branch 'uncond': was recorded for 7 of 10 steps"):
         transformer.recorder.trace()
+
+
+def guided(pipe: Any, guider: Any) -> torch.Tensor:
+    """Denoise with one of diffusers' guiders, by the loop of the pipelines that have one."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 1, 16, pipe.transformer.config.text_dim, generator=generator)
+    sample = torch.randn(1, pipe.transformer.config.in_channels, 2, 4, 4, generator=generator)
+    pipe.scheduler.set_timesteps(8)
+    for step, t in enumerate(pipe.scheduler.timesteps):
+        guider.set_state(step=step, num_inference_steps=8, timestep=t)
+        batches = guider.prepare_inputs({"encoder_hidden_states": tuple(text)})
+        for batch in batches:
+            guider.prepare_models(pipe.transformer)
+            with pipe.transformer.cache_context(getattr(batch, guider._identifier_key)):
+                states = batch.encoder_hidden_states
+                batch.noise_pred = pipe.transformer(sample, t[None], states, return_dict=False)[0]
+            guider.cleanup_models(pipe.transformer)
+        sample = pipe.scheduler.step(guider(batches)[0], t, sample, return_dict=False)[0]
+    return sample
+
+
+@torch.no_grad()
+def test_guiders_of_diffusers_guide(demo_bundle: Bundle, repository: Path) -> None:
+    """CFG-Zero, and guidance of the middle steps alone; guiders that change the model are refused."""
+    plain, pipe = load(repository), load(repository)
+    transformer = attach(pipe, demo_bundle, "off", backend="onnxruntime")
+    zero = ClassifierFreeZeroStarGuidance(guidance_scale=4.0, zero_init_steps=2)
+    middle = ClassifierFreeZeroStarGuidance(guidance_scale=4.0, start=0.25, stop=0.75)
+    found = {}
+    for name, guider in (("zero", zero), ("middle", middle)):
+        found[name] = guided(pipe, guider)
+        assert relative_l1(found[name], guided(plain, guider)) < 1e-4, name
+    assert (
+        transformer.statistics.branches["pred_uncond"].computed
+        == [None] * 2 + [True] * 4 + [None] * 2
+    )
+    assert relative_l1(*found.values()) > 0.01
+    transformer.use("shapes_wan_taylorseer")
+    guided(pipe, zero)
+    assert transformer.statistics.branches["pred_uncond"].computed == [True, False] * 4
+    skipped = LayerSkipConfig(indices=[1], fqn="blocks")
+    skipping = SkipLayerGuidance(skip_layer_config=skipped, skip_layer_guidance_stop=1.0)
+    with pytest.raises(RequestError, match=r"transformer, 'blocks.1': has a TransformerBlockSkip"):
+        guided(pipe, skipping)
+    skipping.cleanup_models(pipe.transformer)
+    assert torch.equal(guided(pipe, zero), guided(pipe, zero))
 
 
 def other_pipelines(pipe: Any) -> dict[str, Any]:
