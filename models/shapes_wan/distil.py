@@ -258,7 +258,7 @@ def train_student(
 def trajectories(
     work_dir: WorkDir = Path("runs/shapes_wan_4step"),
     model: Model = HERE,
-    count: Annotated[int, typer.Option(min=1, help="Trajectories, each of its own noise.")] = 256,
+    count: Annotated[int, typer.Option(min=1, help="Trajectories, each of its own noise.")] = 96,
     substeps: Annotated[int, typer.Option(min=1, help="Teacher's steps in a step.")] = 3,
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16.")] = True,
     threads: Threads = 2,
@@ -275,12 +275,12 @@ def trajectories(
 def student(
     work_dir: WorkDir = Path("runs/shapes_wan_4step"),
     model: Model = HERE,
-    iterations: Annotated[int, typer.Option(min=1)] = 600,
-    batch: Annotated[int, typer.Option(min=1, help="Trajectories an iteration.")] = 4,
+    iterations: Annotated[int, typer.Option(min=1)] = 85,
+    batch: Annotated[int, typer.Option(min=1, help="Trajectories an iteration.")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 32,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16.")] = True,
-    save_every: SaveEvery = 50,
+    save_every: SaveEvery = 10,
     threads: Threads = 2,
 ) -> None:
     """Train the LoRA on the trajectories.
