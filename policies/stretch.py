@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from .schedule import Schedule
 from .setting import CacheSetting
 
-__all__ = ["FAR", "Stretch", "stretch_of"]
+__all__ = ["LONGEST", "Stretch", "stretch_of"]
 
-FAR = 1 / 3
-"""Relative distance in steps beyond which tables are no longer to be trusted."""
+LONGEST = 2
+"""How many times the steps of its tables a run may have before they are no longer to be trusted. Of fewer
+steps than its tables' no run keeps much of their quality (docs/measurements/calibration.md)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Stretch:
             return []
         far = abs(self.steps - rest) / rest
         begins = f", of which the run begins at step {self.first}," if self.first else ""
-        advice = "calibrate again with --steps" if far > FAR else "expect somewhat less quality"
+        is_near = rest < self.steps <= LONGEST * rest
+        advice = "expect somewhat less quality" if is_near else "calibrate again with --steps"
         return [
             f"the tables of '{self.policy}' were made for {self.made} steps{begins} and are stretched "
             f"from {rest} to {self.steps}, {far:.0%} away: {advice}"

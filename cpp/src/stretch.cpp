@@ -11,8 +11,8 @@
 namespace freewheel {
 namespace {
 
-/// Relative distance in steps beyond which tables are no longer to be trusted.
-constexpr double kFar = 1.0 / 3.0;
+/// How many times the steps of its tables a run may have before they are no longer to be trusted.
+constexpr std::int64_t kLongest = 2;
 
 using Parameters = std::map<std::string, Value>;
 
@@ -55,10 +55,11 @@ std::vector<std::string> Stretch::warnings() const {
   std::snprintf(percent, sizeof percent, "%.0f%%", 100.0 * far);
   const std::string begins =
       first > 0 ? ", of which the run begins at step " + std::to_string(first) + "," : "";
+  const bool is_near = steps > rest && steps <= kLongest * rest;
   return {"the tables of '" + policy + "' were made for " + std::to_string(made) + " steps" +
           begins + " and are stretched from " + std::to_string(rest) + " to " +
-          std::to_string(steps) + ", " + percent + " away: " +
-          (far > kFar ? "calibrate again with --steps" : "expect somewhat less quality")};
+          std::to_string(steps) + ", " + percent +
+          " away: " + (is_near ? "expect somewhat less quality" : "calibrate again with --steps")};
 }
 
 }  // namespace freewheel

@@ -24,8 +24,12 @@ def test_settings_without_tables_are_stretched_nowhere() -> None:
     ("steps", "says"),
     [
         (20, None),
-        (18, "made for 20 steps and are stretched from 20 to 18, 10% away: expect somewhat less"),
-        (30, "stretched from 20 to 30, 50% away: calibrate again with --steps"),
+        (
+            18,
+            "made for 20 steps and are stretched from 20 to 18, 10% away: calibrate again with --st",
+        ),
+        (40, "stretched from 20 to 40, 100% away: expect somewhat less quality"),
+        (41, "stretched from 20 to 41, 105% away: calibrate again"),
     ],
 )
 def test_the_distance_is_told(steps: int, says: str | None) -> None:
