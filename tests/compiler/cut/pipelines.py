@@ -346,9 +346,7 @@ UNCUT = (
 """Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
 for torch can't trace them, or they are traced at one size alone."""
 
-UNTRIED = (
-    "prx", "dit", "latte", "hunyuan_image_distilled", "cosmos", "longcat_audio", "stable_audio",
-)  # fmt: skip
+UNTRIED = ("latte", "hunyuan_image_distilled", "cosmos")
 """Cases that are learnt, and were not yet cut by what was learnt."""
 
 PROMPT = "a red circle"
