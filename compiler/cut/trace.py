@@ -23,6 +23,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.utils import _pytree as pytree
 
 from ...bundle.streams import LATENTS
@@ -109,6 +110,9 @@ class Watched(nn.Module):
 
     A last block's text stream, which nobody reads, would be removed as dead code there and nowhere
     else, and the last block would not be equal to the others.
+
+    What it writes in place is traced as operations that write nowhere, in the same pass:
+    `run_decompositions` would trace the whole graph twice more.
     """
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -118,6 +122,12 @@ class Watched(nn.Module):
 
     def forward(self, leaves: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the transformer's results and every block's."""
+        mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+        returned: tuple[list[Tensor], list[Tensor]] = dispatch_functionalize(self.run, mode)(leaves)
+        return returned
+
+    def run(self, leaves: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the transformer, watched."""
         kept: list[Tensor] = []
         entries = [
             entry
@@ -348,7 +358,9 @@ def trace(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            program = program.run_decompositions({})  # makes it functional
+            if not _is_functional(program.graph):  # something was written into a weight or constant
+                program = program.run_decompositions({})
+            program.graph.eliminate_dead_code()  # views that were made again after a write
     except Exception as error:
         raise ExportError(
             f"transformer '{row.model}'",
@@ -356,6 +368,12 @@ def trace(
             "report this with the model's config",
         ) from error
     return _read(program, model, config, dict(zip(named, leaves, strict=True)), named, runs, domain)
+
+
+def _is_functional(graph: fx.Graph) -> bool:
+    """Say whether no operation writes into its inputs."""
+    schemas = (getattr(node.target, "_schema", None) for node in graph.nodes)
+    return not any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _read(

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import sympy
 import torch
-from cases import Case
+from cases import Case, run, traced
 from diffusers import WanTransformer3DModel
 from small_configs import WAN
 from torch import nn
@@ -107,6 +109,37 @@ def test_what_cant_be_traced_is_refused_by_name() -> None:
 
     with pytest.raises(ExportError, match=r"transformer 'Model': torch can't trace its forward"):
         trace(Row("Model", {"x": step("batch tokens")}), Model, {})
+
+
+def written_in_turn(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    y[..., 0::2], y[..., 1::2] = x[..., 1::2].neg(), x[..., 0::2]
+    return y.mul_(2).unflatten(-1, (2, -1)).transpose(1, 2).flatten(2)
+
+
+def written_into_a_constant(x: torch.Tensor) -> torch.Tensor:
+    scale = TABLE.clone()
+    scale[1:].add_(3)
+    return x * scale
+
+
+TABLE = torch.arange(4.0)
+
+
+@pytest.mark.parametrize("forward", [written_in_turn, written_into_a_constant])
+def test_what_writes_in_place_is_traced_as_what_writes_nowhere(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    found = traced(forward, x=step("batch tokens 4"))
+    schemas = [getattr(node.target, "_schema", None) for node in found.graph.nodes]
+    assert not any(schema.is_mutable for schema in schemas if schema is not None)
+    given = torch.randn(3, 5, 4)
+    assert torch.equal(run(found, x=given), forward(given))
+
+
+def test_what_writes_into_its_own_values_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
+    assert traced(written_in_turn, x=step("batch tokens 4")).results
 
 
 def test_an_assumption_counts_if_some_size_breaks_it() -> None:
