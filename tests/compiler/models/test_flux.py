@@ -245,6 +245,33 @@ def test_an_image_to_image_run_begins_within_the_schedule(model: Any, bundle: Bu
     assert transformer.statistics.steps == 6
 
 
+def test_guidance_beside_the_models_own_is_a_second_branch(model: Any, bundle: Bundle) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    base = FluxPipeline(scheduler, None, None, None, None, None, copy.deepcopy(model))
+
+    def run(scale: float) -> torch.Tensor:
+        seed = torch.Generator().manual_seed(0)
+        embeds = torch.randn(2, 1, 6, 12, generator=seed)
+        pooled = torch.randn(2, 1, 10, generator=seed)
+        return base(
+            prompt_embeds=embeds[0], pooled_prompt_embeds=pooled[0],
+            negative_prompt_embeds=embeds[1], negative_pooled_prompt_embeds=pooled[1],
+            true_cfg_scale=scale, num_inference_steps=6, height=48, width=64, generator=seed,
+            output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+
+    expected = {scale: run(scale) for scale in (1.0, 4.0)}
+    transformer = attach(base, bundle, "off", backend="onnxruntime")
+    for scale, wanted in expected.items():
+        assert relative(run(scale), wanted) < TOLERANCE
+        assert len(transformer.statistics.branches) == (2 if scale > 1 else 1)
+    assert relative(expected[1.0], expected[4.0]) > 1e-2
+    transformer.use("taylorseer")
+    run(4.0)
+    first, second = transformer.statistics.branches.values()
+    assert first.computed == second.computed != [True] * 6
+
+
 def test_loras_of_flux_layouts_give_what_diffusers_gives(
     model: Any, bundle: Bundle, tmp_path: Path
 ) -> None:
