@@ -182,7 +182,7 @@ def _converted(name: str, own: Mapping[str, Weight], where: Path) -> dict[str, W
             str(where), f"diffusers' converter of '{name}' stops at it: {type(error).__name__} {error}",
             "it is another model or another layout: take its checkpoint in diffusers layout",
         ) from error  # fmt: skip
-    aside = tuple(n for n in aside if n not in UNUSED.get(name, ()))
+    aside = [n for n in aside if n not in UNUSED.get(name, ())]
     check_marks(aside, where)
     if aside:
         raise CheckpointError(
