@@ -56,6 +56,14 @@ def calibrate(
     objective: Annotated[
         str, typer.Option(help="What solved schedules are chosen by: mean or worst of the prompts.")
     ] = "mean",
+    paths: Annotated[
+        bool,
+        typer.Option(
+            "--paths",
+            help="Look for solved schedules of all numbers of computed steps by dynamic programming "
+            "over cached runs too.",
+        ),
+    ] = False,
     hold_out: Annotated[
         int,
         typer.Option(
@@ -101,7 +109,7 @@ def calibrate(
             history=history, backend=backend, options=options, speedups=speedup or SPEEDUPS,
             refine=chosen.refine if refine is None else refine,
             search=chosen.search if search is None else search, objective=objective,
-            hold_out=hold_out, checkpoints=checkpoints,
+            paths=paths, hold_out=hold_out, checkpoints=checkpoints,
         )  # fmt: skip
         opened = Bundle(bundle)
         ranks = join_job(opened, request, device)

@@ -11,8 +11,8 @@ from .setting import CacheSetting
 __all__ = ["LONGEST", "Stretch", "stretch_of"]
 
 LONGEST = 2
-"""How many times the steps of its tables a run may have before they are no longer to be trusted. Of fewer
-steps than its tables' no run keeps much of their quality (docs/measurements/calibration.md)."""
+"""How many times the steps of its tables a run may have: up to there a schedule does no worse than evenly
+spread steps, with fewer steps it does (docs/measurements/calibration.md)."""
 
 
 @dataclass(frozen=True)

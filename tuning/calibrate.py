@@ -79,7 +79,7 @@ def calibrate(
     steps = runs[0].value("steps")
     ahead = model_runs(
         len(runs), request.speedups, request.refine, request.search, steps,
-        hold_out=request.hold_out,
+        paths=request.paths, hold_out=request.hold_out,
     )  # fmt: skip
     tell(f"about {ahead} model runs, cached ones counted by what they compute")
     progress.phase("calibrate", len(request.prompts))

@@ -43,6 +43,8 @@ class CalibrationRequest:
             takes both from the uncached runs.
         search: Times that every computed step of a chosen schedule is tried elsewhere, at most.
         objective: What schedules are chosen by: the prompts' ``mean``, or the ``worst`` of them.
+        paths: Whether schedules are also looked for by `paths.best_paths`, of all numbers of computed
+            steps at once.
         hold_out: Prompts that are run with every schedule, so that a request may ask for a quality.
         backend: Name of a backend; None takes the bundle's first.
         options: How engines are driven; None drives them plainly.
@@ -59,6 +61,7 @@ class CalibrationRequest:
     refine: int = PRESETS["normal"].refine
     search: int = PRESETS["normal"].search
     objective: str = "mean"
+    paths: bool = False
     hold_out: int = 0
     backend: str | None = None
     options: DeviceOptions | None = None

@@ -39,6 +39,7 @@ def model_runs(
     search: int,
     steps: int = 50,
     *,
+    paths: bool = False,
     hold_out: int = 0,
 ) -> int:
     """Return what a calibration computes, in uncached runs of one prompt: a little more than less.
@@ -49,12 +50,14 @@ def model_runs(
         refine: As in `Preset`; no more than ``prompts`` count.
         search: As in `Preset`; a search ends earlier where no move helps.
         steps: Denoise steps; every number of them to compute is run once.
+        paths: Whether paths are run too: of every number of computed steps one to every step.
         hold_out: Prompts that are run with every schedule.
     """
     fitted = min(refine, prompts)
     per_run = steps / 2 + sum(
         (SCHEDULES + STEPS_OF_A_MOVE * search) / speedup for speedup in speedups
     )
+    per_run += steps / 2 if paths else 0
     return round(prompts + fitted * (1 + per_run) + hold_out * (1 + steps / 2))
 
 

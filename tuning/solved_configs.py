@@ -22,6 +22,7 @@ from ..runtime.model import LoadedModel
 from .calibration import CalibrationRequest
 from .gram import GramRecorder
 from .lockstep import Lockstep
+from .paths import best_paths, nearer_of
 from .pieces import Pieces
 from .search import Computed, Recipe, Searched, candidates, frontier, search_count
 from .shares import Shares
@@ -89,11 +90,17 @@ def solved_configs(
             fewest=fewest, done=progress.advance,
             known=_searched(lockstep, schedules, wanted, request, shares, pieces),
         )  # fmt: skip
+        if request.paths:
+            progress.phase("paths", 1)
+            found = best_paths(lockstep, solutions, objective=request.objective)
+            solutions = nearer_of(solutions, found, objective=request.objective)
+            progress.advance(f"{len(found)} numbers of computed steps")
     about = {
         "runs": grams.runs,
         "guidance_scale": guidance,
         "refined_on": len(starts) if lockstep else 0,
         "objective": request.objective,
+        "paths": request.paths,
     }
     # Of what: the weighted model output, or, once refined, the final sample in dB.
     measure = "distance_db" if lockstep else "error"

@@ -63,3 +63,9 @@ def test_the_counts_of_the_page_are_these(repository: Path) -> None:
         f"about {quick} with `--preset quick`, {normal} with `normal`, {thorough} with `thorough`"
     )
     assert told in page
+
+
+def test_paths_are_counted_by_the_steps_that_they_compute() -> None:
+    """Of 20 steps, runs of 1 to 20 computed ones arrive at each step behind their number: 210 at most."""
+    without = model_runs(2, (2.0,), 2, 0, 20)
+    assert model_runs(2, (2.0,), 2, 0, 20, paths=True) - without == 2 * 20 / 2
