@@ -88,23 +88,14 @@ def test_a_build_without_a_gpu_says_what_is_left_and_the_command_it_prints_does_
     monkeypatch.setattr(TensorRT, "probe", classmethod(lambda cls: lacking))
     out, runner = tmp_path / "bundle", CliRunner()
     common = ["--build-cache", str(build_cache)]
-    built = runner.invoke(
-        app,
-        [
-            "build",
-            str(tiny_checkpoint),
-            "--out",
-            str(out),
-            "--backend",
-            "onnxruntime",
-            "--json",
-            *common,
-        ],
-    )
+    command = ["build", str(tiny_checkpoint), "--out", str(out), "--backend", "onnxruntime"]
+    listed = runner.invoke(app, [*command, *common, "--json"])
+    assert listed.exit_code == 0, listed.output
+    graphs = Bundle(out).manifest.graphs
+    assert json.loads(listed.stdout)["left_to_gpus"] == list(graphs)
+    built = runner.invoke(app, [*command, *common, "--force"])
     assert built.exit_code == 0, built.output
     told = " ".join(built.stderr.split())
-    graphs = Bundle(out).manifest.graphs
-    assert json.loads(built.stdout)["left_to_gpus"] == list(graphs)
     assert f"TensorRT would compile {len(graphs)} graphs of it on a machine with a GPU" in told
     printed = re.search(
         r"freewheel (build \S+ --out \S+ --resume-engines --backend tensorrt)", told

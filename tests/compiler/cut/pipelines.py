@@ -341,12 +341,12 @@ at once, two outputs, two prompts whatever the guidance."""
 
 UNCUT = (
     "hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi", "hunyuan_dit", "chroma",
-    "lumina_next", "ernie_image",
+    "lumina_next", "ernie_image", "latte",
 )  # fmt: skip
 """Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
 for torch can't trace them, or they are traced at one size alone."""
 
-UNTRIED = ("latte", "hunyuan_image_distilled", "cosmos")
+UNTRIED = ("hunyuan_image_distilled", "cosmos")
 """Cases that are learnt, and were not yet cut by what was learnt."""
 
 PROMPT = "a red circle"
