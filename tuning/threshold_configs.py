@@ -26,6 +26,9 @@ __all__ = ["polynomials", "threshold_configs"]
 
 SEARCHED_THRESHOLDS = 40
 
+FITTED = ("teacache", "custom", "magcache", "sencache")
+"""Policies with a threshold that configs are made for."""
+
 SIGNALS = ("timestep_proj", "temb")
 """In the order of TeaCache's sets of coefficients: with ``use_ret_steps``, without."""
 
@@ -91,7 +94,8 @@ def threshold_configs(
         makers["custom"] = lambda t: CustomConfig(
             **common, **DAMPED, teacache_thresh=t, coefficients=coefficients, use_ret_steps=False
         )
-    if lockstep is not None:
+    carried = model.manifest.policies
+    if lockstep is not None and "sencache" in carried:
         tables = measure(lockstep, next(iter(recorder.ratios)), schedule)
         makers["sencache"] = lambda t: policy_config("sencache").model_validate(
             {
@@ -103,8 +107,15 @@ def threshold_configs(
             }
         )
     configs: dict[str, CachingConfig] = {}
-    left_out: dict[str, str] = {}
+    left_out = {
+        f"{policy}_{speedup:g}x": f"the bundle has no policy '{policy}'; build with --policy {policy} too"
+        for policy in FITTED
+        for speedup in speedups
+        if policy not in carried
+    }
     for policy, make in makers.items():
+        if policy not in carried:
+            continue
         reached = []
         for threshold in np.geomspace(0.01, 4.0, SEARCHED_THRESHOLDS):
             config = make(round(float(threshold), 4))

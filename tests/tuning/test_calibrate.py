@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,18 @@ def test_few_steps_are_advised_against(small_demo: Bundle) -> None:
     request = CalibrationRequest(PROMPTS[:1], speedups=(2.0,), steps=6, window=4, search=0)
     calibrate(small_demo, request, Silent(), told.append)
     assert few_steps_advice(6) in told
+
+
+def test_policies_that_the_bundle_lacks_are_left_out(small_demo: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(small_demo.folder, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("magcache", "sencache"):
+        del manifest["policies"][name]
+    path.write_text(json.dumps(manifest))
+    request = CalibrationRequest(PROMPTS[:1], speedups=(2.0,), steps=6, window=4, search=0)
+    found = calibrate(Bundle(tmp_path / "bundle"), request, Silent(), lambda text: None)
+    assert "solved_2x" in found.configs
+    for name in ("magcache", "sencache"):
+        assert f"{name}_2x" not in found.configs
+        assert f"build with --policy {name} too" in found.left_out[f"{name}_2x"]
