@@ -23,7 +23,7 @@ from page import OUT, Out, Table, write
 
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
@@ -132,7 +132,7 @@ def measure(
 ) -> dict[str, Any]:
     """Open a session and run every policy through it."""
     height, width, frames = size
-    session = Session(LoadedModel(bundle))
+    session = Session(Model(bundle))
     latents = latents_of(session, size)
     sampler = MemorySampler()
     sampler.start()

@@ -27,7 +27,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.distributed.ranks import Ranks
 from freewheel.runtime.distributed.sequence import SharedModel
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 
@@ -64,7 +64,7 @@ def compare(
     bundle: Bundle, size: tuple[int, int, int], rounds: int, backend: str | None
 ) -> tuple[list[list[float]], float, int]:
     """Return seconds of computed steps of both forms, how far they are apart, bytes between parts."""
-    models = [LoadedModel(bundle, backend), SharedModel(bundle, backend, ranks=OneRank())]
+    models = [Model(bundle, backend), SharedModel(bundle, backend, ranks=OneRank())]
     sessions = [Session(model) for model in models]
     states = prompt_states(sessions[0])
     for session in sessions:

@@ -30,7 +30,7 @@ from freewheel.compiler.plan import plan
 from freewheel.compiler.request import BuildRequest
 from freewheel.engines import backend
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 
@@ -68,7 +68,7 @@ def session_for(
             configs=config_entries(["off"], typer.echo), weights=weights,  # type: ignore[arg-type]  # inputs or baked
         ))
     )  # fmt: skip
-    return Session(LoadedModel(Bundle(out)))
+    return Session(Model(Bundle(out)))
 
 
 def note(line: str) -> None:

@@ -36,7 +36,7 @@ from freewheel.compiler.plan import plan
 from freewheel.compiler.request import BuildRequest
 from freewheel.configs.load import load_config
 from freewheel.engines import backend
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entry
 
@@ -70,7 +70,7 @@ def session_of(checkpoint: Path, out: Path, engines: str, precision: str) -> Ses
         configs={"off": config_entry(load_config("off"))},
     )  # fmt: skip
     build(plan(request))
-    return Session(LoadedModel(Bundle(out)))
+    return Session(Model(Bundle(out)))
 
 
 def ours(session: Session, raw: Mapping[str, Any]) -> Callable[[], Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bundle.manifest import StageEntry
 from .buffers import allocate
-from .model import LoadedModel
+from .model import Model
 
 __all__ = ["BlockTables"]
 
@@ -27,7 +27,7 @@ class BlockTables:
         rows: Index of a stage and block → input of the block's graph → the row that it reads.
     """
 
-    def __init__(self, model: LoadedModel, dims: Mapping[str, int], *, by_prompt: bool) -> None:
+    def __init__(self, model: Model, dims: Mapping[str, int], *, by_prompt: bool) -> None:
         """Allocate the rows.
 
         Args:

@@ -18,7 +18,7 @@ from ..engines.base import BoundCall
 from .block_tables import BlockTables
 from .buffers import allocate
 from .finite import is_finite
-from .model import LoadedModel
+from .model import Model
 
 __all__ = ["Body"]
 
@@ -56,7 +56,7 @@ class Body:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: Model,
         branch: str,
         shared: Mapping[str, Tensor],
         prompt: Mapping[str, Tensor],

@@ -19,7 +19,7 @@ from ..policies.schedule import Schedule
 from .body import Body
 from .buffers import allocate
 from .decider import Decider
-from .model import LoadedModel
+from .model import Model
 from .resolved_setting import ResolvedSetting
 from .ring import ResidualRing
 from .signals import ROLES, SignalBuffers
@@ -32,7 +32,7 @@ class BranchCache:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: Model,
         resolved: ResolvedSetting,
         body: Body,
         shared: Mapping[str, Tensor],
@@ -105,7 +105,7 @@ class BranchCache:
         )
         self._folded: list[DecisionRecord] | None = None
 
-    def _bind_gram(self, model: LoadedModel) -> None:
+    def _bind_gram(self, model: Model) -> None:
         """Prepare the inner products of all slots, where the policy keeps them."""
         if "gram" not in self._resolved.policy.spec.kept:
             return
@@ -117,9 +117,7 @@ class BranchCache:
         values = {"history": history, "factors": self._factors, "gram": self._gram}
         self._gram_call = model.bind("gram", values)
 
-    def _bind_signal(
-        self, model: LoadedModel, shared: Mapping[str, Tensor]
-    ) -> SignalBuffers | None:
+    def _bind_signal(self, model: Model, shared: Mapping[str, Tensor]) -> SignalBuffers | None:
         """Prepare the signal's buffers, and what fills each: copies of rows or inputs, or graphs."""
         signal = self._resolved.signal
         if signal is None:

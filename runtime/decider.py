@@ -17,7 +17,7 @@ from ..policies.guard import decide_inputs
 from ..policies.schedule import Schedule
 from ..policies.setting import GUARD_PARAMETERS, GuardSetting
 from ..policies.spec import GUARD_STATE, Value
-from .model import LoadedModel
+from .model import Model
 
 __all__ = ["Decider"]
 
@@ -31,7 +31,7 @@ class Decider:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: Model,
         policy: PolicyEntry,
         parameters: Mapping[str, Value],
         guard: GuardSetting,

@@ -31,7 +31,7 @@ from ..policies.decision_loop import DecisionRecord
 from .offload import HostBlock, OffloadedCall, OffloadedWeights
 from .resolved_setting import ResolvedSetting
 
-__all__ = ["DeviceOptions", "LoadedModel"]
+__all__ = ["DeviceOptions", "Model"]
 
 CHECKED_BYTES = 64 << 20
 """Engine files up to here are compared with their digests before a runtime reads them (50 ms)."""
@@ -60,7 +60,7 @@ class DeviceOptions:
     device: int | None = None
 
 
-class LoadedModel:
+class Model:
     """A bundle with a backend chosen.
 
     Engines load when first used. Weights stay memory-mapped on CPU backends and are uploaded once
@@ -130,7 +130,7 @@ class LoadedModel:
     def agree(self, branch: str, step_index: int, decision: DecisionRecord) -> None:
         """Hold a decision against those of other processes that share the model; here there are none."""
 
-    def with_weights(self, weights: Mapping[str, Tensor]) -> LoadedModel:
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Model:
         """Return the same model, engines shared, with other tensors in place of some weights.
 
         Args:

@@ -35,7 +35,7 @@ from .body import Body
 from .branch_cache import BranchCache
 from .buffers import allocate
 from .finite import is_finite
-from .model import LoadedModel
+from .model import Model
 from .pacer import Pacer
 from .resolved_setting import ResolvedSetting, resolve
 from .statistics import BranchStatistics, RunStatistics
@@ -149,9 +149,7 @@ class Session:
     every step. A run resets all state, so what ran before can't show.
     """
 
-    def __init__(
-        self, model: LoadedModel, *, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, model: Model, *, clock: Callable[[], float] = time.perf_counter) -> None:
         """Allocate what does not depend on a shape; the rest follows at the first step.
 
         Args:

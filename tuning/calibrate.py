@@ -16,7 +16,7 @@ from ..policies.config import CachingConfig
 from ..policies.solved import SolvedConfig
 from ..runtime.distributed.ranks import Ranks, facts_of
 from ..runtime.forecast.fold import forecast
-from ..runtime.model import LoadedModel
+from ..runtime.model import Model
 from ..runtime.pipeline.generate import Generator, check_recordable
 from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.settings import choose_setting
@@ -140,7 +140,7 @@ def calibrate(
     return Calibration(configs, fits, {**left_out, **missing}, told, about)
 
 
-def _told(model: LoadedModel, timesteps: torch.Tensor, config: CachingConfig) -> Told:
+def _told(model: Model, timesteps: torch.Tensor, config: CachingConfig) -> Told:
     setting = config.setting()
     known = setting.policy in model.manifest.policies
     ahead = forecast(model, timesteps, setting) if known else None
@@ -179,7 +179,7 @@ def _held_out(
     return with_psnr(configs, shares.gather_json(own, "gathering held-out runs"))
 
 
-def _identity(bundle: Bundle, model: LoadedModel, request: CalibrationRequest) -> list[Any]:
+def _identity(bundle: Bundle, model: Model, request: CalibrationRequest) -> list[Any]:
     """Return what every recorded run depends on."""
     return [facts_of(bundle, model.backend.name), request.window]
 

@@ -23,7 +23,7 @@ from ..engines.base import BoundCall
 from ..policies.base import relative_change
 from ..policies.schedule import Schedule
 from ..runtime.buffers import allocate
-from ..runtime.model import LoadedModel
+from ..runtime.model import Model
 from ..runtime.session import StepRecord
 
 __all__ = ["PERTURBATION", "GramRecorder", "Grams", "LinearisedFinish", "RecordedRun", "Start"]
@@ -129,7 +129,7 @@ class RecordedRun:
 class LinearisedFinish:
     """What changes of a step's residual do to its model output, to first order."""
 
-    def __init__(self, model: LoadedModel, share: float = PERTURBATION) -> None:
+    def __init__(self, model: Model, share: float = PERTURBATION) -> None:
         """Prepare for steps of a model: its ``finish`` is called beside the loop.
 
         Args:
@@ -193,7 +193,7 @@ class GramRecorder:
     wants_signals = False
     across_experts: ClassVar[bool] = False
 
-    def __init__(self, model: LoadedModel, *, window: int = 16) -> None:
+    def __init__(self, model: Model, *, window: int = 16) -> None:
         """Prepare for runs of a model.
 
         Args:

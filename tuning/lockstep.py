@@ -21,7 +21,7 @@ from torch import Tensor
 from ..bundle.reader import Bundle
 from ..bundle.sampler_table import SamplerTable
 from ..policies.setting import CacheSetting
-from ..runtime.model import LoadedModel
+from ..runtime.model import Model
 from ..runtime.session import OpenStep, Session
 from .gram import PERTURBATION, Start
 
@@ -76,7 +76,7 @@ class Lockstep:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: Model,
         starts: Sequence[Start],
         table: SamplerTable,
         guidance: Mapping[str, float],
@@ -111,7 +111,7 @@ class Lockstep:
             point = self.advance(point, compute=True)
         self.uncached, self._uncached_outputs = point.samples, point.outputs
 
-    def _session(self, model: LoadedModel, start: Start) -> Session:
+    def _session(self, model: Model, start: Start) -> Session:
         session = Session(model)
         session.begin(torch.tensor(self._table.timesteps, dtype=torch.float32), CacheSetting())
         for branch in self._guidance:

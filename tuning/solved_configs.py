@@ -18,7 +18,7 @@ from ..policies.solved import (
     SolvedConfig,
     SolvedSchedule,
 )
-from ..runtime.model import LoadedModel
+from ..runtime.model import Model
 from .calibration import CalibrationRequest
 from .gram import GramRecorder
 from .lockstep import Lockstep
@@ -38,7 +38,7 @@ FEWEST_COMPUTED = 5
 
 
 def solved_configs(
-    model: LoadedModel,
+    model: Model,
     recorder: GramRecorder,
     request: CalibrationRequest,
     table: SamplerTable | None,

@@ -20,7 +20,7 @@ from ..core.progress import Progress
 from ..policies.schedule import Schedule
 from ..policies.setting import CacheSetting, GuardSetting
 from ..policies.solved import MAXIMUM_STEPS, SolvedConfig
-from ..runtime.model import DeviceOptions, LoadedModel
+from ..runtime.model import DeviceOptions, Model
 from ..runtime.pipeline.generate import Generator
 from ..runtime.pipeline.request import GenerationRequest
 from ..runtime.session import StepRecord
@@ -58,7 +58,7 @@ class SuiteRecorder:
     wants_signals = True
     across_experts: ClassVar[bool] = False
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: Model) -> None:
         """Prepare for runs of a model."""
         self._model, self._finish = model, LinearisedFinish(model, share=1.0)
         self._past: dict[str, list[Tensor]] = {}

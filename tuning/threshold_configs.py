@@ -16,7 +16,7 @@ from ..policies.magcache import MagCacheConfig
 from ..policies.schedule import Schedule
 from ..policies.teacache import TeaCacheConfig
 from ..runtime.forecast.fold import forecast
-from ..runtime.model import LoadedModel
+from ..runtime.model import Model
 from .fit import PolynomialFit, fit_polynomial
 from .gram import GramRecorder
 from .lockstep import Lockstep
@@ -50,7 +50,7 @@ def polynomials(recorder: GramRecorder, warn: Callable[[str], None]) -> dict[str
 
 
 def threshold_configs(
-    model: LoadedModel,
+    model: Model,
     recorder: GramRecorder,
     fits: dict[str, PolynomialFit],
     speedups: Sequence[float],

@@ -26,7 +26,7 @@ from ...engines import backend as find_backend
 from ...engines.base import Backend, Engine, Target
 from ...engines.record import EngineRecord
 from ...passes import backend_pipeline, run_passes
-from ...runtime.model import DeviceOptions, LoadedModel
+from ...runtime.model import DeviceOptions, Model
 from ..cut.declared import Cut, Segment
 from ..cut.document import cut_of
 from ..graphs.caching import caching_of
@@ -204,11 +204,11 @@ def verify_bundle(
     for tensor in manifest.tensors:
         bundle.tensor(tensor)
     with _portable_engines(bundle) as portable:
-        model = LoadedModel(bundle, backend, options)
+        model = Model(bundle, backend, options)
         engines, skipped = check_engines(model, portable, progress)
         policies = check_policies(model, portable, progress)
         for expert in range(1, len(manifest.experts)):
-            other = LoadedModel(bundle, backend, options, expert)
+            other = Model(bundle, backend, options, expert)
             engines += check_engines(other, portable, progress)[0]
     return VerifyReport(
         bundle.folder, name, len(manifest.files), (), tuple(engines), tuple(policies), skipped
@@ -216,7 +216,7 @@ def verify_bundle(
 
 
 def check_engines(
-    model: LoadedModel, portable: Callable[[str], Engine], progress: Progress
+    model: Model, portable: Callable[[str], Engine], progress: Progress
 ) -> tuple[list[EngineCheck], dict[str, str]]:
     """Compare every engine, and every portable graph that ONNX Runtime takes, with PyTorch.
 
@@ -239,7 +239,7 @@ def check_engines(
         if g.runs != "decide" and (g.weights or not model.expert)
     }
     built = model.bundle.engines(model.backend.name)
-    assert built is not None, "LoadedModel found the engine set"
+    assert built is not None, "Model found the engine set"
     checks: list[EngineCheck] = []
     skipped: dict[str, str] = {}
     progress.phase("engines", len(graphs))
@@ -284,12 +284,12 @@ def _case_of(cases: Sequence[Mapping[str, int]], known: Mapping[str, int]) -> Ma
 
 
 def check_policies(
-    model: LoadedModel, portable: Callable[[str], Engine], progress: Progress
+    model: Model, portable: Callable[[str], Engine], progress: Progress
 ) -> list[PolicyCheck]:
     """Compare every compiled policy, engine and portable graph, with its Python law."""
     manifest, backend = model.manifest, model.backend
     built = model.bundle.engines(backend.name)
-    assert built is not None, "LoadedModel found the engine set"
+    assert built is not None, "Model found the engine set"
     progress.phase("policies", len(manifest.policies))
     checks = []
     for name, entry in manifest.policies.items():
@@ -387,7 +387,7 @@ def _weights(bundle: Bundle, segment: Segment, block: int, expert: str = "") -> 
     return {n: bundle.tensor(prefix + n) for n in names if prefix + n in bundle.manifest.tensors}
 
 
-def _binder(model: LoadedModel, graph: str, block: int | None) -> Callable[[Tensors], Any]:
+def _binder(model: Model, graph: str, block: int | None) -> Callable[[Tensors], Any]:
     return lambda values: model.bind(graph, values, block or 0)
 
 

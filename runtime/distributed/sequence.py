@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose sequence several ranks share: the interface of `LoadedModel`, with a rank's buffers.
+"""A model whose sequence several ranks share: the interface of `Model`, with a rank's buffers.
 
 A session, its bodies and its caches run over it as over any model; they hold this rank's tokens. What
 differs is how some graphs are bound: a block as its parts with exchanges between, `finish` as rows
@@ -21,7 +21,7 @@ from ...bundle.streams import MODEL_OUTPUT
 from ...core.errors import ConfigError, RankError, RequestError
 from ...engines.base import BoundCall
 from ...policies.decision_loop import DecisionRecord
-from ..model import DeviceOptions, LoadedModel
+from ..model import DeviceOptions, Model
 from ..resolved_setting import ResolvedSetting
 from .counts import ExchangeCounts
 from .exchange import Exchange, InOrder, Place, Then
@@ -36,7 +36,7 @@ FLOAT_BYTES = 8
 Made = TypeVar("Made")
 
 
-class SharedModel(LoadedModel):
+class SharedModel(Model):
     """One rank's part of a model.
 
     Attributes:
@@ -60,13 +60,13 @@ class SharedModel(LoadedModel):
 
         Args:
             bundle: An open bundle.
-            backend: As of `LoadedModel`.
-            options: As of `LoadedModel`.
-            expert: As of `LoadedModel`.
+            backend: As of `Model`.
+            options: As of `Model`.
+            expert: As of `Model`.
             ranks: Those that share the sequence.
 
         Raises:
-            BackendUnavailable: as of `LoadedModel`.
+            BackendUnavailable: as of `Model`.
             RequestError: the bundle was not built for this, it has fewer heads than there are ranks,
                 or an option is for one process.
         """
@@ -146,7 +146,7 @@ class SharedModel(LoadedModel):
             self.counts.formula_bytes, self.counts.formula_bytes_reused = sent
 
     def bind(self, graph: str, values: Mapping[str, Tensor], block: int = 0) -> BoundCall:
-        """Bind a graph to this rank's buffers; see `LoadedModel.bind`."""
+        """Bind a graph to this rank's buffers; see `Model.bind`."""
         if graph in self.entry.blocks:
             return self._bind_block(graph, values, block)
         if graph == "finish":

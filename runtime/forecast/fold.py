@@ -13,7 +13,7 @@ from ...policies.decision_loop import Array, DecisionLoop, DecisionRecord
 from ...policies.schedule import Schedule
 from ...policies.setting import CacheSetting
 from ..buffers import allocate
-from ..model import LoadedModel
+from ..model import Model
 from ..resolved_setting import resolve
 from ..statistics import mean_count
 from ..timesteps import timestep_inputs
@@ -70,7 +70,7 @@ def fold(setting: CacheSetting, tables: Mapping[str, Array], schedule: Schedule)
     return Folded(branches)
 
 
-def forecast(model: LoadedModel, timesteps: torch.Tensor, setting: CacheSetting) -> Folded | None:
+def forecast(model: Model, timesteps: torch.Tensor, setting: CacheSetting) -> Folded | None:
     """Fold a policy over a schedule.
 
     Args:

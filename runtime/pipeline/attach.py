@@ -17,7 +17,7 @@ from ..distributed.layout import Layout, layout_of
 from ..distributed.ranks import Ranks, facts_of
 from ..distributed.sequence import SharedModel
 from ..lora import parse_lora
-from ..model import DeviceOptions, LoadedModel
+from ..model import DeviceOptions, Model
 from .adapters import Adapters, check_transformer
 from .transformer import FreewheelTransformer
 
@@ -143,9 +143,9 @@ def attached(
 
 def _model(
     bundle: Bundle, backend: str | None, options: DeviceOptions | None, expert: int, layout: Layout | None
-) -> LoadedModel:  # fmt: skip
+) -> Model:  # fmt: skip
     if layout is None or layout.sequence is None:
-        return LoadedModel(bundle, backend, options, expert)
+        return Model(bundle, backend, options, expert)
     return SharedModel(bundle, backend, options, expert, ranks=layout.sequence)
 
 

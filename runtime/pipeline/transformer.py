@@ -26,7 +26,7 @@ from ..distributed.layout import Layout
 from ..distributed.sequence import SharedModel
 from ..distributed.shared_run import SharedRun
 from ..lora import LoraFile, load_lora
-from ..model import LoadedModel
+from ..model import Model
 from ..session import Recorder, Session
 from ..settings import choose_setting, other_size
 from ..statistics import RunStatistics
@@ -59,7 +59,7 @@ class FreewheelTransformer:
     """
 
     def __init__(
-        self, model: LoadedModel, pipe: Any, adapters: Adapters, ranks: Layout | None = None
+        self, model: Model, pipe: Any, adapters: Adapters, ranks: Layout | None = None
     ) -> None:
         """Wrap a loaded model.
 

@@ -17,7 +17,7 @@ import torch
 
 from freewheel.bundle.reader import MANIFEST, Bundle, parse_manifest
 from freewheel.core.errors import BundleError, FreewheelError
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 NIGHTLY = pytest.mark.nightly
@@ -33,7 +33,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def run_two_steps(folder: Path, backend: str) -> list[torch.Tensor]:
-    session = Session(LoadedModel(Bundle(folder), backend))
+    session = Session(Model(Bundle(folder), backend))
     session.set_prompt("cond", {"text_states": torch.ones(1, 3, 24)})
     session.begin(torch.tensor([900.0, 100.0]))
     latents = {"latents": torch.ones(1, 4, 1, 4, 4)}
@@ -88,7 +88,7 @@ def test_flipped_engines_are_refused_before_a_runtime_sees_them(folder: Path) ->
         path.write_bytes(flipped(content, rng))
         backend = path.parts[-3].partition("-")[0]
         with pytest.raises(BundleError) as caught:
-            LoadedModel(Bundle(folder), backend).engine(path.parent.name)
+            Model(Bundle(folder), backend).engine(path.parent.name)
         assert path.parent.name in caught.value.where
         path.write_bytes(content)
 

@@ -27,7 +27,7 @@ from freewheel.core.errors import BuildError, RequestError
 from freewheel.engines import Availability, Target
 from freewheel.engines.record import EngineRecord
 from freewheel.engines.tensorrt import TensorRT
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 SIZES = BuildSizes(height=(32, 64, 64), width=(48, 64, 96), frames=(1, 9, 17))
@@ -71,7 +71,7 @@ def test_only_engines_are_made_and_the_bundle_then_runs_with_them(
     assert again.damaged("engines", 1 << 30) == []
     make = TensorRT.__init__
     monkeypatch.setattr(TensorRT, "__init__", lambda self: make(self, device=PLACE))
-    session = Session(LoadedModel(again, "tensorrt"))
+    session = Session(Model(again, "tensorrt"))
     session.set_prompt("cond", {"text_states": torch.randn(1, 5, 24)})
     session.begin(torch.linspace(999, 30, 2))
     output = session.step("cond", 0, {"latents": torch.randn(1, 4, 3, 4, 6)})

@@ -23,7 +23,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.solved import SolvedConfig
 from freewheel.runtime.lora import parse_lora
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.write_lora import write_lora
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import choose_setting
@@ -216,7 +216,7 @@ class Doors:
             (run.guidance_scale,),
         )  # fmt: skip
         if lora:
-            model = LoadedModel(self.bundle, "openvino")
+            model = Model(self.bundle, "openvino")
             loop.sessions = [Session(model.with_weights(merged(self.bundle, self.loras, lora)))]
         samples, branches = loop.in_python(entry.cache)
         return samples["latents"], branches

@@ -19,7 +19,7 @@ from torch import Tensor
 from freewheel.bundle.reader import Bundle
 from freewheel.bundle.sampler_table import SamplerTable
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 Array = NDArray[Any]
@@ -82,9 +82,7 @@ class Loop:
         """Return the last samples and per branch what the statistics say, over all experts."""
         if not self.sessions:
             experts = range(max(1, len(self.bundle.manifest.experts)))
-            self.sessions = [
-                Session(LoadedModel(self.bundle, "openvino", expert=e)) for e in experts
-            ]
+            self.sessions = [Session(Model(self.bundle, "openvino", expert=e)) for e in experts]
         table = self.table()
         tables = {n: self.table(n) for n in self.beside}
         timesteps = torch.from_numpy(table.timesteps.astype(np.float32))

@@ -16,7 +16,7 @@ import torch
 from freewheel.bundle.reader import Bundle
 from freewheel.engines.openvino import OpenVinoCall
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 RUNS, STEPS = 5, 30
@@ -33,7 +33,7 @@ def main(folder: str, policy: str) -> None:
         spent += time.perf_counter() - began
 
     OpenVinoCall.run = timed  # type: ignore[method-assign]  # a measurement, not a program
-    session = Session(LoadedModel(Bundle(folder), "openvino"))
+    session = Session(Model(Bundle(folder), "openvino"))
     latents = torch.randn((1, 16, 5, 12, 12), generator=torch.Generator().manual_seed(1))
     outside: dict[bool, list[float]] = {True: [], False: []}
     for run in range(RUNS):

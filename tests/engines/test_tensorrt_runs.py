@@ -29,7 +29,7 @@ from freewheel.core.errors import RequestError
 from freewheel.engines import backend_class
 from freewheel.engines.tensorrt import TensorRT, TensorRTRTX
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.model import DeviceOptions, Model
 from freewheel.runtime.session import Session
 
 pytestmark = pytest.mark.tensorrt
@@ -66,7 +66,7 @@ def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def expected(tiny_bundle: Bundle) -> dict[str, list[torch.Tensor]]:
-    session = Session(LoadedModel(tiny_bundle, "onnxruntime"))
+    session = Session(Model(tiny_bundle, "onnxruntime"))
     found = {}
     for policy in POLICIES:
         found[policy] = run(session, policy)
@@ -103,7 +103,7 @@ def bundle(
 
 def opened(bundle: Bundle, **options: Any) -> Session:
     backend = bundle.manifest.engines[-1].backend
-    return Session(LoadedModel(bundle, backend, options=DeviceOptions(**options)))
+    return Session(Model(bundle, backend, options=DeviceOptions(**options)))
 
 
 COVERING = {("tensorrt newest", "offload and graphs"), ("tensorrt-rtx", "plain")}
@@ -197,13 +197,13 @@ def test_the_check_for_finite_values_is_what_allocates(bundle: Bundle, feigned: 
 
 def test_a_gpu_is_chosen_by_its_index(bundle: Bundle, tiny_bundle: Bundle) -> None:
     name = bundle.manifest.engines[-1].backend
-    model = LoadedModel(bundle, name, options=DeviceOptions(device=1))
+    model = Model(bundle, name, options=DeviceOptions(device=1))
     assert model.device == torch.device("cuda", 1)
     assert model.backend.lane.device == torch.device("cuda", 1)
     with pytest.raises(RequestError, match="--device: is 2, and there are 2 GPUs; give 0 to 1"):
-        LoadedModel(bundle, name, options=DeviceOptions(device=2))
+        Model(bundle, name, options=DeviceOptions(device=2))
     with pytest.raises(RequestError, match="--device: means nothing to onnxruntime"):
-        LoadedModel(tiny_bundle, "onnxruntime", options=DeviceOptions(device=0))
+        Model(tiny_bundle, "onnxruntime", options=DeviceOptions(device=0))
 
 
 BLOCKS = 3

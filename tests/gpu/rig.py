@@ -246,11 +246,11 @@ class Rig:
 
     def session(self, **options: Any) -> Any:
         from freewheel.bundle.reader import Bundle
-        from freewheel.runtime.model import DeviceOptions, LoadedModel
+        from freewheel.runtime.model import DeviceOptions, Model
         from freewheel.runtime.session import Session
 
         bundle = Bundle(self.folder / "tiny")
-        return Session(LoadedModel(bundle, "tensorrt", options=DeviceOptions(**options)))
+        return Session(Model(bundle, "tensorrt", options=DeviceOptions(**options)))
 
     def synchronize(self) -> None:
         import torch

@@ -14,7 +14,7 @@ import torch
 from gpu_report import Report
 
 from freewheel.bundle.reader import Bundle
-from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.model import DeviceOptions, Model
 from freewheel.runtime.session import Session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -58,7 +58,7 @@ def test_reused_steps_cost_next_to_nothing(
     if rehearsed and (option != "plain" or size != "480x832x17"):
         pytest.skip("one case is enough to rehearse")
     torch.manual_seed(0)
-    session = Session(LoadedModel(bundle, options=DeviceOptions(**OPTIONS[option])))
+    session = Session(Model(bundle, options=DeviceOptions(**OPTIONS[option])))
     latents = torch.randn(1, 16, SIZES[size], 60, 104)
     session.set_prompt("cond", prompt_states(session))
     for name in ["taylorseer"] if rehearsed else SETTINGS:
@@ -85,7 +85,7 @@ def test_a_peer_computes_the_same_step(
     rehearsed = bool(request.config.getoption("--rehearse"))
     if rehearsed and (peer != "diffusers eager" or size != "480x832x17"):
         pytest.skip("one case is enough to rehearse")
-    session = Session(LoadedModel(bundle))
+    session = Session(Model(bundle))
     device = session.model.device
     model: Any = WanTransformer3DModel.from_pretrained(checkpoint, torch_dtype=torch.bfloat16)
     model = model.to(device).eval()

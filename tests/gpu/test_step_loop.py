@@ -14,7 +14,7 @@ from gpu_report import Report
 
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.model import DeviceOptions, Model
 from freewheel.runtime.session import Session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -34,7 +34,7 @@ every_setting = pytest.mark.parametrize("name", SETTINGS)
 
 def opened(bundle: Bundle, name: str, **options: Any) -> Callable[[], None]:
     """Return a function that runs the rest of a run, after two steps have settled everything."""
-    session = Session(LoadedModel(bundle, options=DeviceOptions(**options)))
+    session = Session(Model(bundle, options=DeviceOptions(**options)))
     device = session.model.device
     torch.manual_seed(0)
     latents = torch.randn(LATENTS, device=device)
@@ -70,7 +70,7 @@ def test_nothing_is_bound_and_every_output_keeps_its_address(
         return output
 
     monkeypatch.setattr(Session, "step", watched)
-    monkeypatch.setattr(LoadedModel, "bind", lambda *a, **k: pytest.fail("bound inside the loop"))
+    monkeypatch.setattr(Model, "bind", lambda *a, **k: pytest.fail("bound inside the loop"))
     rest()
     assert sorted(branch for branch, _ in addresses) == ["cond", "uncond"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from freewheel.bundle.reader import Bundle
 from freewheel.policies import policies, policy_class
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 WITH_THRESHOLD = sorted(n for n, p in policies().items() if "threshold" in p.spec.parameters)
@@ -19,7 +19,7 @@ WITH_THRESHOLD = sorted(n for n, p in policies().items() if "threshold" in p.spe
 
 @pytest.fixture(scope="module")
 def sessions(tiny_bundle: Bundle) -> tuple[Session, Session]:
-    model = LoadedModel(tiny_bundle, "onnxruntime")
+    model = Model(tiny_bundle, "onnxruntime")
     return Session(model), Session(model)
 
 

@@ -23,7 +23,7 @@ from chain import relative
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.cut.prove import eager, random_inputs
 from freewheel.compiler.cut.row import SIZES
-from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.model import DeviceOptions, Model
 from freewheel.runtime.session import Session
 
 NAMES = ("qwen_image", "sd35")
@@ -87,7 +87,7 @@ def check_run(
 
 
 def test_every_step_of_every_branch_reads_its_own_row(one: Case, bundle: Bundle) -> None:
-    session = Session(LoadedModel(bundle))
+    session = Session(Model(bundle))
     check_run(one, session, bundle, one.model, TIMESTEPS)
     check_run(one, session, bundle, one.model, TIMESTEPS[1:])
 
@@ -107,7 +107,7 @@ def test_no_step_reads_a_weight_of_modulation(one: Case, bundle: Bundle) -> None
 def test_graphs_run_once_per_run_and_where_they_see_it_per_prompt(
     one: Case, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LoadedModel(bundle)
+    model = Model(bundle)
     bind, bound = model.bind, Counter[str]()
 
     def counted(graph: str, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ def test_graphs_run_once_per_run_and_where_they_see_it_per_prompt(
 def test_tables_that_could_not_be_made_are_made_by_the_next_run(
     one: Case, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LoadedModel(bundle)
+    model = Model(bundle)
     session, bind = Session(model), model.bind
     check_run(one, session, bundle, one.model, TIMESTEPS[:2])
 
@@ -160,13 +160,13 @@ def test_other_weights_of_modulation_make_other_tables(one: Case, bundle: Bundle
     weights = {name: one.weights[name] + torch.randn_like(one.weights[name]) / 4}
     model = deepcopy(one.model)
     model.load_state_dict({**model.state_dict(), **weights})
-    loaded = LoadedModel(bundle)
+    loaded = Model(bundle)
     check_run(one, Session(loaded), bundle, one.model, TIMESTEPS[:1])
     check_run(one, Session(loaded.with_weights(weights)), bundle, model, TIMESTEPS[:1])
 
 
 def test_weights_in_host_memory_make_the_same(one: Case, bundle: Bundle) -> None:
-    model = LoadedModel(bundle, options=DeviceOptions(offload=True))
+    model = Model(bundle, options=DeviceOptions(offload=True))
     check_run(one, Session(model), bundle, one.model, TIMESTEPS)
 
 
@@ -174,4 +174,4 @@ def test_groups_of_baked_blocks_read_a_row_for_each(
     one: Case, build: Callable[..., Bundle]
 ) -> None:
     baked = build(weights="baked", group_blocks=2)
-    check_run(one, Session(LoadedModel(baked)), baked, one.model, TIMESTEPS[:2])
+    check_run(one, Session(Model(baked)), baked, one.model, TIMESTEPS[:2])

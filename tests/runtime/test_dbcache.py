@@ -16,7 +16,7 @@ from freewheel.compiler.request import BuildRequest
 from freewheel.core.errors import ConfigError
 from freewheel.engines import backend
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.model import DeviceOptions, Model
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 
@@ -109,7 +109,7 @@ def bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundle:
 def test_steps_equal_the_transcription_over_diffusers_blocks(
     repository: Path, bundle: Bundle, first: int, last: int, threshold: float
 ) -> None:
-    session = Session(LoadedModel(bundle, "openvino"))
+    session = Session(Model(bundle, "openvino"))
     outputs, computed = session_run(session, dbcache(first, last, threshold))
     folder = repository / "models" / "shapes_wan" / "transformer"
     eager = WanTransformer3DModel.from_pretrained(folder).eval()
@@ -132,7 +132,7 @@ def test_steps_equal_the_transcription_over_diffusers_blocks(
 
 
 def test_one_first_block_is_first_block_cache(bundle: Bundle) -> None:
-    session = Session(LoadedModel(bundle, "openvino"))
+    session = Session(Model(bundle, "openvino"))
     found = session_run(session, dbcache(1, 0, 0.2, warm_up=1))
     setting = CacheSetting(policy="firstblock", parameters={"threshold": 0.2})
     expected = session_run(session, setting)
@@ -142,7 +142,7 @@ def test_one_first_block_is_first_block_cache(bundle: Bundle) -> None:
 
 def test_all_blocks_together_give_the_same_however_they_are_divided(bundle: Bundle) -> None:
     """Never reusing equals no cache bit for bit, before, between and after other divisions."""
-    session = Session(LoadedModel(bundle, "openvino"))
+    session = Session(Model(bundle, "openvino"))
     exact = session_run(session, CacheSetting())[0]
     for first, last in ((1, 0), (2, 2), (1, 6), (6, 1), (2, 2)):
         outputs, computed = session_run(session, dbcache(first, last, 0.0))
@@ -156,8 +156,8 @@ def test_all_blocks_together_give_the_same_however_they_are_divided(bundle: Bund
 
 def test_a_run_is_the_same_after_runs_that_divide_otherwise(bundle: Bundle) -> None:
     setting = dbcache(2, 2, 0.2)
-    expected = session_run(Session(LoadedModel(bundle, "openvino")), setting)
-    session = Session(LoadedModel(bundle, "openvino"))
+    expected = session_run(Session(Model(bundle, "openvino")), setting)
+    session = Session(Model(bundle, "openvino"))
     session_run(session, dbcache(1, 5, 0.3), seed=3)
     session_run(session, CacheSetting(policy="taylorseer"), seed=4)
     found = session_run(session, setting)
@@ -166,7 +166,7 @@ def test_a_run_is_the_same_after_runs_that_divide_otherwise(bundle: Bundle) -> N
 
 
 def test_the_ring_holds_what_the_blocks_between_add(bundle: Bundle) -> None:
-    session = Session(LoadedModel(bundle, "openvino"))
+    session = Session(Model(bundle, "openvino"))
     session_run(session, dbcache(2, 2, 0.0))
     branch = session._branches["cond"]
     (ring, body) = (branch.cache.ring, branch.body)
@@ -178,7 +178,7 @@ def test_the_ring_holds_what_the_blocks_between_add(bundle: Bundle) -> None:
 
 def test_a_mix_is_of_the_blocks_between(bundle: Bundle) -> None:
     """Taylor's line through the last two middle residuals, and not the newest held."""
-    session = Session(LoadedModel(bundle, "openvino"))
+    session = Session(Model(bundle, "openvino"))
     given = dbcache(2, 2, 0.2)
     held = session_run(session, given)
     mixed = session_run(session, given.model_copy(update={"policy": "dbcache+taylorseer"}))
@@ -188,8 +188,8 @@ def test_a_mix_is_of_the_blocks_between(bundle: Bundle) -> None:
 
 def test_offloaded_blocks_give_the_same(bundle: Bundle) -> None:
     setting = dbcache(2, 2, 0.2)
-    expected = session_run(Session(LoadedModel(bundle, "openvino")), setting)
-    offloaded = LoadedModel(bundle, "openvino", DeviceOptions(offload=True))
+    expected = session_run(Session(Model(bundle, "openvino")), setting)
+    offloaded = Model(bundle, "openvino", DeviceOptions(offload=True))
     found = session_run(Session(offloaded), setting)
     assert found[1] == expected[1]
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
@@ -199,7 +199,7 @@ def test_offloaded_blocks_give_the_same(bundle: Bundle) -> None:
 def test_a_request_that_leaves_no_block_to_cache_is_refused(
     bundle: Bundle, first: int, last: int
 ) -> None:
-    session = Session(LoadedModel(bundle, "openvino"))
+    session = Session(Model(bundle, "openvino"))
     with pytest.raises(
         ConfigError,
         match=f"^{first} first and {last} last blocks that always run: "

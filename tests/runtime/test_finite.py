@@ -10,7 +10,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import NotFiniteError, RequestError
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.finite import is_finite
-from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.model import DeviceOptions, Model
 from freewheel.runtime.session import Session
 
 STEPS = torch.linspace(999, 30, 8)
@@ -51,7 +51,7 @@ def test_a_sum_that_overflows_is_no_fault() -> None:
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_bad_inputs_are_named_and_the_run_can_go_on(tiny_bundle: Bundle, backend: str) -> None:
-    session = Session(LoadedModel(tiny_bundle, backend))
+    session = Session(Model(tiny_bundle, backend))
     expected = run(session)
     with pytest.raises(RequestError, match=r"branch 'uncond', input 'text_states': .*not finite"):
         session.set_prompt("uncond", prompt(float("nan")))
@@ -69,7 +69,7 @@ def test_bad_inputs_are_named_and_the_run_can_go_on(tiny_bundle: Bundle, backend
 def test_values_that_a_segment_makes_stop_the_run_and_are_forgotten(
     tiny_bundle: Bundle, backend: str, setting: CacheSetting
 ) -> None:
-    session = Session(LoadedModel(tiny_bundle, backend))
+    session = Session(Model(tiny_bundle, backend))
     expected = run(session, setting)
     session.begin(STEPS, setting)
     for step in range(2):
@@ -85,7 +85,7 @@ def test_values_that_a_segment_makes_stop_the_run_and_are_forgotten(
 
 def overflowing(bundle: Bundle, **options: bool) -> Session:
     """A session whose block 1 overflows float32: one of its weights is huge."""
-    model = LoadedModel(bundle, "onnxruntime", options=DeviceOptions(**options))
+    model = Model(bundle, "onnxruntime", options=DeviceOptions(**options))
     name = "blocks.1.ffn.net.2.weight"
     model._tensors[name] = model.tensor(name).sign() * 3e38
     return Session(model)
@@ -108,6 +108,6 @@ def test_without_the_check_the_run_goes_on(tiny_bundle: Bundle) -> None:
 
 
 def test_the_check_is_counted(tiny_bundle: Bundle) -> None:
-    session = Session(LoadedModel(tiny_bundle, "onnxruntime"))
+    session = Session(Model(tiny_bundle, "onnxruntime"))
     run(session)
     assert 0 < session.statistics.seconds["check"] < sum(session.statistics.seconds.values())

@@ -15,7 +15,7 @@ import torch
 
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 SETTINGS = [
@@ -76,7 +76,7 @@ def same(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
 @pytest.mark.parametrize("runs", [50, pytest.param(500, marks=pytest.mark.nightly)])
 def test_runs_of_one_session_equal_fresh_ones(tiny_bundle: Bundle, runs: int) -> None:
     rng = random.Random(0)
-    model = LoadedModel(tiny_bundle, "onnxruntime")
+    model = Model(tiny_bundle, "onnxruntime")
     session = Session(model)
     fresh: dict[Request, torch.Tensor | None] = {}
     for _ in range(runs):
@@ -89,7 +89,7 @@ def test_runs_of_one_session_equal_fresh_ones(tiny_bundle: Bundle, runs: int) ->
 @pytest.mark.parametrize("each", [3, pytest.param(10, marks=pytest.mark.nightly)])
 def test_eight_sessions_at_once_equal_fresh_ones(tiny_bundle: Bundle, each: int) -> None:
     rng = random.Random(1)
-    model = LoadedModel(tiny_bundle, "onnxruntime")
+    model = Model(tiny_bundle, "onnxruntime")
     lists = [[Request.draw(rng) for _ in range(each)] for _ in range(8)]
     expected = [[r.run(Session(model)) for r in requests] for requests in lists]
     together = threading.Barrier(8)
@@ -121,7 +121,7 @@ def held() -> tuple[Counter[str], int]:
 
 def test_runs_leave_nothing_behind(tiny_bundle: Bundle) -> None:
     """Counted: resident memory depends on the allocator and the machine's load."""
-    model = LoadedModel(tiny_bundle, "onnxruntime")
+    model = Model(tiny_bundle, "onnxruntime")
     session = Session(model)
     requests = [Request.draw(random.Random(i)) for i in range(10)]
     after = []

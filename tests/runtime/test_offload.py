@@ -15,7 +15,7 @@ from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
 from freewheel.core.tensor_spec import TensorSpec
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import DeviceOptions, LoadedModel, uploaded
+from freewheel.runtime.model import DeviceOptions, Model, uploaded
 from freewheel.runtime.offload import HostBlock, OffloadedWeights
 from freewheel.runtime.session import Session
 
@@ -23,7 +23,7 @@ OFFLOAD = DeviceOptions(offload=True)
 CHANGED = "blocks.1.attn1.to_q.weight"
 
 
-def run(model: LoadedModel, policy: str) -> list[torch.Tensor]:
+def run(model: Model, policy: str) -> list[torch.Tensor]:
     session = Session(model)
     generator = torch.Generator().manual_seed(0)
     for branch in ("cond", "uncond"):
@@ -41,17 +41,17 @@ def run(model: LoadedModel, policy: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("policy", ["off", "taylorseer", "adacache"])
 def test_offloaded_runs_equal_resident_ones(tiny_bundle: Bundle, backend: str, policy: str) -> None:
-    expected = run(LoadedModel(tiny_bundle, backend), policy)
-    found = run(LoadedModel(tiny_bundle, backend, options=OFFLOAD), policy)
+    expected = run(Model(tiny_bundle, backend), policy)
+    found = run(Model(tiny_bundle, backend, options=OFFLOAD), policy)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_other_weights_are_offloaded_like_the_bundles_own(tiny_bundle: Bundle) -> None:
-    model = LoadedModel(tiny_bundle, "onnxruntime")
+    model = Model(tiny_bundle, "onnxruntime")
     plain = run(model, "off")
     weights = {CHANGED: tiny_bundle.tensor(CHANGED) + 0.5}
     expected = run(model.with_weights(weights), "off")
-    offloaded = LoadedModel(tiny_bundle, "onnxruntime", OFFLOAD).with_weights(weights)
+    offloaded = Model(tiny_bundle, "onnxruntime", OFFLOAD).with_weights(weights)
     found = run(offloaded, "off")
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not torch.equal(plain[0], found[0])
@@ -59,7 +59,7 @@ def test_other_weights_are_offloaded_like_the_bundles_own(tiny_bundle: Bundle) -
 
 def test_two_blocks_are_resident_however_many_there_are(tiny_bundle: Bundle) -> None:
     manifest = tiny_bundle.manifest
-    model = LoadedModel(tiny_bundle, "onnxruntime", options=OFFLOAD)
+    model = Model(tiny_bundle, "onnxruntime", options=OFFLOAD)
     run(model, "adacache")  # binds blocks, their tapped variant and their context
     one_block = sum(
         -(-tiny_bundle.tensor(name.replace("{block}", "0")).nbytes // 256) * 256
@@ -180,7 +180,7 @@ def test_memory_that_cannot_be_locked_is_an_error_of_ours(
 
 
 def test_sessions_share_a_block_in_host_memory_that_no_lora_changes(tiny_bundle: Bundle) -> None:
-    first, second = (LoadedModel(tiny_bundle, "onnxruntime", OFFLOAD) for _ in range(2))
+    first, second = (Model(tiny_bundle, "onnxruntime", OFFLOAD) for _ in range(2))
     other = first.with_weights({CHANGED: tiny_bundle.tensor(CHANGED) + 0.5})
     shared, own = (["blocks.0.attn1.to_q.weight"], [CHANGED])
     assert first._host_block(shared) is second._host_block(shared)
@@ -191,11 +191,11 @@ def test_baked_bundles_and_cpu_backends_refuse_what_they_cannot(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RequestError, match="--cuda-graphs: mean nothing to onnxruntime"):
-        LoadedModel(tiny_bundle, "onnxruntime", options=DeviceOptions(cuda_graphs=True))
+        Model(tiny_bundle, "onnxruntime", options=DeviceOptions(cuda_graphs=True))
     bundle = Bundle(tiny_bundle.folder)
     bundle.manifest = bundle.manifest.model_copy(update={"weights": "baked"})
     with pytest.raises(RequestError, match=r"--offload: can't be had.*--weights inputs"):
-        LoadedModel(bundle, "onnxruntime", options=OFFLOAD)
+        Model(bundle, "onnxruntime", options=OFFLOAD)
 
 
 def test_a_weight_is_uploaded_once_while_anybody_holds_it(tiny_bundle: Bundle) -> None:

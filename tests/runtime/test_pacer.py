@@ -16,7 +16,7 @@ from freewheel.policies.deadline import NO_DEADLINE, Pace
 from freewheel.policies.decision_loop import DecisionLoop
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.solved import SolvedConfig
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pacer import Pacer
 from freewheel.runtime.session import Session
 
@@ -159,7 +159,7 @@ def run(session: Session, deadline: float | None, clock: list[float], slow_from:
 
 def test_a_session_keeps_its_deadline_by_its_clock(tiny_bundle: Bundle) -> None:
     clock = [7.0]
-    session = Session(LoadedModel(tiny_bundle, "onnxruntime"), clock=lambda: clock[0])
+    session = Session(Model(tiny_bundle, "onnxruntime"), clock=lambda: clock[0])
     free = run(session, None, clock, STEPS)
     assert sum(free) == STEPS
     assert session.statistics.folded
@@ -179,6 +179,6 @@ def test_a_session_keeps_its_deadline_by_its_clock(tiny_bundle: Bundle) -> None:
 
 
 def test_policies_that_can_not_keep_a_deadline_refuse_it(tiny_bundle: Bundle) -> None:
-    session = Session(LoadedModel(tiny_bundle, "onnxruntime"))
+    session = Session(Model(tiny_bundle, "onnxruntime"))
     with pytest.raises(ConfigError, match=r"deadline of policy 'teacache': can't be kept.*solved"):
         session.begin(torch.tensor([900.0]), CacheSetting(policy="teacache", deadline=20.0))

@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import ConfigError, RequestError
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 STEPS = torch.linspace(999, 30, 12)
@@ -66,7 +66,7 @@ def test_uncached_steps_equal_diffusers(
     width: int, tokens: int,
 ) -> None:  # fmt: skip
     reference = WanTransformer3DModel.from_pretrained(tiny_checkpoint)
-    session = Session(LoadedModel(tiny_bundle, backend))
+    session = Session(Model(tiny_bundle, backend))
     latents, states = inputs(3, batch, frames, height, width), prompt(4, batch, tokens)
     session.set_prompt("cond", {"text_states": states})
     session.begin(STEPS)
@@ -82,7 +82,7 @@ def test_uncached_steps_equal_diffusers(
 def test_runs_through_one_session_equal_runs_through_fresh_ones(
     tiny_bundle: Bundle, setting: CacheSetting
 ) -> None:
-    model = LoadedModel(tiny_bundle, "openvino")
+    model = Model(tiny_bundle, "openvino")
     used = Session(model)
     run(used, CacheSetting(policy="adacache"), seed=9, batch=2, width=8)
     run(used, SETTINGS[1], STEPS[:7], seed=5, branches=("cond",))
@@ -97,7 +97,7 @@ def test_runs_through_one_session_equal_runs_through_fresh_ones(
 def test_policies_reuse_some_steps_and_change_the_output(
     tiny_bundle: Bundle, setting: CacheSetting
 ) -> None:
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     exact = run(session, CacheSetting())
     cached = run(session, setting)
     computed = session.statistics.branches["cond"].computed
@@ -108,7 +108,7 @@ def test_policies_reuse_some_steps_and_change_the_output(
 
 
 def test_threshold_zero_equals_uncached_bit_for_bit(tiny_bundle: Bundle) -> None:
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     exact = run(session, CacheSetting())
     for policy in ("teacache", "custom"):
         found = run(session, CacheSetting(policy=policy, parameters={"threshold": 0.0}))
@@ -117,7 +117,7 @@ def test_threshold_zero_equals_uncached_bit_for_bit(tiny_bundle: Bundle) -> None
 
 def test_branches_never_read_each_others_history(tiny_bundle: Bundle) -> None:
     """The cond branch gives the same whether uncond runs beside it or not."""
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     setting = CacheSetting(policy="taylorseer", parameters={"interval": 2})
     both = run(session, setting)[0::2]
     alone = run(Session(session.model), setting, branches=("cond",))
@@ -128,7 +128,7 @@ def test_branches_never_read_each_others_history(tiny_bundle: Bundle) -> None:
 def test_step_loop_allocates_no_hidden_sized_tensor(
     tiny_bundle: Bundle, setting: CacheSetting
 ) -> None:
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     run(session, setting)
     session.begin(STEPS, setting)
     latents = inputs(0)
@@ -151,7 +151,7 @@ def largest_allocation(function: Callable[[], object]) -> int:
 
 
 def test_outputs_keep_their_address(tiny_bundle: Bundle) -> None:
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     session.set_prompt("cond", {"text_states": prompt(0)})
     session.begin(STEPS, SETTINGS[3])
     addresses = {
@@ -161,7 +161,7 @@ def test_outputs_keep_their_address(tiny_bundle: Bundle) -> None:
 
 
 def test_exact_steps_are_computed(tiny_bundle: Bundle) -> None:
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     guard = GuardSetting(exact_steps=[5], max_consecutive=4)
     run(session, CacheSetting(policy="taylorseer", parameters={"interval": 12}, guard=guard))
     computed = session.statistics.branches["cond"].computed
@@ -169,7 +169,7 @@ def test_exact_steps_are_computed(tiny_bundle: Bundle) -> None:
 
 
 def test_bad_requests_name_where_what_and_what_to_do(tiny_bundle: Bundle) -> None:
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     with pytest.raises(
         ConfigError, match=r"policy 'teacash'.*not in the bundle.*did you mean 'teacache'"
     ):
@@ -200,7 +200,7 @@ def test_a_branch_that_left_steps_out_computes_and_caches_from_there(
     tiny_bundle: Bundle, setting: CacheSetting
 ) -> None:
     """As guidance intervals do; the branch that stays gives what it gives alone."""
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     for index, name in enumerate(("cond", "uncond")):
         session.set_prompt(name, {"text_states": prompt(index)})
     session.begin(STEPS, setting)
@@ -228,7 +228,7 @@ def test_a_branch_that_left_steps_out_computes_and_caches_from_there(
 def test_a_run_that_can_not_begin_leaves_no_half_of_one(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(LoadedModel(tiny_bundle, "openvino"))
+    session = Session(Model(tiny_bundle, "openvino"))
     expected = run(session, SETTINGS[3])
     with monkeypatch.context() as patch:
         patch.setattr(session, "_compute_tables", lambda timesteps, beside: 1 / 0)

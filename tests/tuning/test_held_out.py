@@ -15,7 +15,7 @@ from freewheel.policies.overrides import apply_overrides
 from freewheel.policies.promise import FEWEST_RUNS
 from freewheel.policies.setting import CacheSetting
 from freewheel.policies.solved import Solved, SolvedConfig
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.pipeline.request import GenerationRequest
 from freewheel.runtime.session import Session
@@ -83,7 +83,7 @@ def test_a_bound_chooses_and_is_refused_for_other_runs(
     for name, value in {"guidance_scale": 2.5, "height": 64, "steps": 7, "flow_shift": 2.0}.items():
         with pytest.raises(ConfigError, match=f"was measured at {name} "):
             replace(asked, **{name: value}).check()
-    session = Session(LoadedModel(small_demo))
+    session = Session(Model(small_demo))
     with pytest.raises(ConfigError, match="measured for runs of 8 steps, and this one has 12"):
         session.begin(torch.linspace(990, 10, 12), kept)
 

@@ -31,7 +31,7 @@ from freewheel.compiler.request import BuildRequest
 from freewheel.compiler.sizes import Size
 from freewheel.core.errors import CheckpointError
 from freewheel.engines import backend
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 
@@ -145,7 +145,7 @@ def test_a_bundle_links_the_file_and_computes_as_the_plain_one(
     }
     given["timesteps"] = torch.tensor([500.0])
     first, second = (
-        session_output(Session(LoadedModel(b, "onnxruntime")), given) for b in (bundle, tiny_bundle)
+        session_output(Session(Model(b, "onnxruntime")), given) for b in (bundle, tiny_bundle)
     )
     assert torch.equal(first, second)
 

@@ -32,7 +32,7 @@ from freewheel.compiler.request import BuildRequest
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import CheckpointError
 from freewheel.engines.onnxruntime import OnnxRuntime
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 
@@ -271,7 +271,7 @@ def test_float8_stays_where_it_lies_and_engines_multiply_it(
 def one_step(bundle: Bundle, backend: str) -> Tensor:
     """Return the model's output for random latents and text."""
     generator = torch.Generator().manual_seed(0)
-    session = Session(LoadedModel(bundle, backend))
+    session = Session(Model(bundle, backend))
     session.set_prompt("cond", {"text_states": torch.randn(1, 5, 24, generator=generator)})
     session.begin(torch.tensor([600.0]))
     latents = torch.randn(1, 4, 3, 4, 6, generator=generator)

@@ -31,7 +31,7 @@ from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.compiler.verify.engines import ROUNDINGS
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
@@ -137,7 +137,7 @@ two frames are the ends of a clip."""
 def test_engines_equal_the_transformer_at_every_size(
     one: Case, bundle: Bundle, backend: str
 ) -> None:
-    session = Session(LoadedModel(bundle, backend))
+    session = Session(Model(bundle, backend))
     for counts in (SIZES, OTHER, smallest(one), *FULL.get(one.row.name, ())):
         given, expected = inputs_at(one, bundle, counts)
         session_output(session, given)
@@ -162,7 +162,7 @@ def test_a_reused_step_gives_what_the_computed_one_did(
     A third step lies behind both, so that they have the same next one.
     """
     given, _ = inputs_at(one, bundle, SIZES)
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     guard = GuardSetting(first_exact=1, last_exact=0)
     steps = {n: t.repeat(3) for n, t in timesteps_of(bundle.manifest, given).items()}
     setting = CacheSetting(policy=policy, guard=guard)
@@ -294,7 +294,7 @@ def test_other_forms_of_weights_give_the_same(
     one = case(name)
     bundle = build_bundle(save(one.model, tmp_path / "model"), ("openvino",), **options)
     given, expected = inputs_at(one, bundle, SIZES)
-    assert relative(session_output(Session(LoadedModel(bundle)), given), expected[0]) < bound
+    assert relative(session_output(Session(Model(bundle)), given), expected[0]) < bound
 
 
 def test_a_bundles_cut_is_read_not_traced(

@@ -32,7 +32,7 @@ from freewheel.compiler.cut import row as words
 from freewheel.compiler.cut.models import row_of
 from freewheel.compiler.cut.row import SIZES, Row
 from freewheel.compiler.cut.watch import usual_calls
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
@@ -66,7 +66,7 @@ def latents(pipe: Any, steps: int = 3) -> torch.Tensor:
 
 def check_engines(row: Row, name: str, bundle: Bundle) -> None:
     """Hold engines to the transformer at sizes other than the traced ones."""
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     one = case(name)
     learnt = replace(one, row=row)
     for counts in (SIZES, OTHER, smallest(one)):

@@ -26,7 +26,7 @@ from freewheel.compiler.forecast.footprint import (
 from freewheel.engines.base import ALIGNMENT, TensorSpec
 from freewheel.policies import policies
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import DeviceOptions, LoadedModel
+from freewheel.runtime.model import DeviceOptions, Model
 from freewheel.runtime.session import Session
 
 WAN = family_of("WanTransformer3DModel", "")
@@ -155,7 +155,7 @@ def test_weights_are_the_tensors_that_a_bundle_brings(tiny_bundle: Bundle, cut: 
 def test_offloading_leaves_two_blocks_of_each_kind_on_the_device(
     tiny_bundle: Bundle, cut: Cut
 ) -> None:
-    model = LoadedModel(tiny_bundle, "onnxruntime", options=DeviceOptions(offload=True))
+    model = Model(tiny_bundle, "onnxruntime", options=DeviceOptions(offload=True))
     inputs, prompt = (
         {"latents": torch.randn(1, 4, 3, 20, 28)},
         {"text_states": torch.randn(1, 17, 24)},
@@ -173,7 +173,7 @@ def test_offloading_leaves_two_blocks_of_each_kind_on_the_device(
 @pytest.mark.parametrize("policy", ["off", "teacache", "taylorseer", "adacache"])
 def test_a_session_allocates_what_was_forecast(tiny_bundle: Bundle, cut: Cut, policy: str) -> None:
     setting = CacheSetting(policy=policy)
-    model = LoadedModel(tiny_bundle, "onnxruntime")
+    model = Model(tiny_bundle, "onnxruntime")
     inputs = {"latents": torch.randn(1, 4, 3, 20, 28)}
     prompt = {"text_states": torch.randn(1, 17, 24)}
     run(Session(model), inputs, prompt, setting)  # engines and weights are loaded now

@@ -16,7 +16,7 @@ from freewheel.compiler.forecast.speedup import predict, timestep_tables, timest
 from freewheel.compiler.sizes import dims_of, size_of
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.forecast.fold import forecast
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 
 STEPS = 12
 
@@ -54,7 +54,7 @@ def test_folded_settings_are_predicted_as_the_engines_decide(
 ) -> None:
     cut, dims, timesteps, tables = known
     found = predict(cut, dims, setting, tables)
-    run = forecast(LoadedModel(tiny_bundle, "onnxruntime"), timesteps, setting)
+    run = forecast(Model(tiny_bundle, "onnxruntime"), timesteps, setting)
     assert run is not None
     assert found.computed_steps == run.computed_steps
     assert found.ideal_speedup == pytest.approx(STEPS / found.computed_steps)
@@ -88,7 +88,7 @@ def test_what_depends_on_content_is_said_to(known, setting: CacheSetting, seen: 
 
 def test_tables_are_those_of_the_engine(tiny_bundle: Bundle, known) -> None:
     _, _, timesteps, tables = known
-    model = LoadedModel(tiny_bundle, "onnxruntime")
+    model = Model(tiny_bundle, "onnxruntime")
     names = tiny_bundle.manifest.graphs["timestep"].outputs
     outputs = {n: torch.zeros(tables[n].shape) for n in names}
     model.bind("timestep", {"timesteps": timesteps, **outputs}).run()

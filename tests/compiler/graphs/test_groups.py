@@ -32,7 +32,7 @@ from freewheel.core.errors import ConfigError, RequestError
 from freewheel.engines import backend
 from freewheel.engines.base import Target
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.adapters import Adapters
 from freewheel.runtime.session import Session, StepRecord
 
@@ -119,7 +119,7 @@ def run(
 ) -> tuple[torch.Tensor, list[bool]]:
     """Run six steps of two branches; return every output and the decisions of ``cond``."""
     generator = torch.Generator().manual_seed(3)
-    session = Session(LoadedModel(bundle, name))
+    session = Session(Model(bundle, name))
     session.begin(torch.linspace(990, 100, 6), setting, recorder)
     outputs = []
     for branch in ("cond", "uncond"):
@@ -180,7 +180,7 @@ def test_policy_that_taps_the_feature_decides_alike_and_sees_the_same_feature(
 @pytest.mark.parametrize("name", BACKENDS)
 def test_run_without_feature_after_one_with_it_is_unharmed(name: str, baked: Bundle) -> None:
     expected, _ = run(baked, name)
-    session = Session(LoadedModel(baked, name))
+    session = Session(Model(baked, name))
     generator = torch.Generator().manual_seed(3)
     prompts = {b: torch.randn(1, 7, 24, generator=generator) for b in ("cond", "uncond")}
     latents = torch.randn(1, 4, 2, 6, 8, generator=generator)
@@ -273,7 +273,7 @@ def test_baked_bundle_verifies_and_notices_a_changed_group(baked: Bundle, tmp_pa
 
 
 def test_weights_inside_engines_are_not_also_held_as_tensors(baked: Bundle) -> None:
-    model = LoadedModel(baked, "onnxruntime")
+    model = Model(baked, "onnxruntime")
     session = Session(model)
     session.begin(torch.tensor([900.0]))
     session.set_prompt("cond", {"text_states": torch.ones(1, 7, 24)})

@@ -14,7 +14,7 @@ from torch import Tensor
 from freewheel.bundle.manifest import Manifest
 from freewheel.bundle.reader import Bundle
 from freewheel.policies.setting import CacheSetting, GuardSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
@@ -50,7 +50,7 @@ def session_output(session: Session, inputs: Mapping[str, Tensor], branch: str =
 
 def check_policies(bundle: Bundle, inputs: Mapping[str, Tensor], content: str) -> None:
     """Run every policy; hold those that look at ``content`` to one read-back decision per step."""
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     prompt = {n: inputs[n] for n, i in bundle.manifest.inputs.items() if i.runs == "prompt"}
     timesteps = torch.linspace(990, 10, STEPS)
     for policy, entry in bundle.manifest.policies.items():

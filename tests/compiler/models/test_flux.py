@@ -27,7 +27,7 @@ from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 
@@ -171,7 +171,7 @@ def test_low_precision_bodies_stay_close(
 
 
 def test_engines_equal_the_eager_transformer_at_every_size(model: Any, bundle: Bundle) -> None:
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     for size in [*SIZES, (1, 5, 4, 9)]:
         inputs = inputs_of(TINY, size)
         found = session_output(session, inputs)
@@ -180,7 +180,7 @@ def test_engines_equal_the_eager_transformer_at_every_size(model: Any, bundle: B
 
 def test_branches_keep_text_streams_of_their_own(model: Any, bundle: Bundle) -> None:
     """Of other lengths too: only the image's buffers are shared."""
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     cond, uncond = inputs_of(TINY, (1, 2, 3, 5)), inputs_of(TINY, (1, 2, 3, 8))
     session.begin(torch.tensor([731.0, 500.0]))
     expected = {}
@@ -359,7 +359,7 @@ def test_last_blocks_read_the_text_that_the_cached_ones_would_have_left(
     model = model_of(TINY)
     bundle = build_bundle(save(model, tmp_path), ("onnxruntime",), policies=["dbcache"])
     assert {"delta.text", "reuse.text"} <= bundle.manifest.graphs.keys()
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     steps = [inputs_of(TINY, size) for size in (SIZES[0], SIZES[0])]
     generator = torch.Generator().manual_seed(5)
     steps[1]["latents"] = torch.randn(steps[0]["latents"].shape, generator=generator)

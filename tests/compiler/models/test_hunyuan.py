@@ -23,7 +23,7 @@ from freewheel.compiler.cut.models import family_of
 from freewheel.compiler.cut.transformer import cut_transformer
 from freewheel.core.errors import CheckpointError
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 HUNYUAN = family_of("HunyuanVideoTransformer3DModel", "")
@@ -159,7 +159,7 @@ def test_low_precision_bodies_stay_close(
 
 
 def test_engines_equal_the_eager_transformer_at_every_size(model: Any, bundle: Bundle) -> None:
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     for size in [*SIZES, (1, 3, 4, 6, 9)]:
         inputs = inputs_of(TINY, size)
         found = session_output(session, inputs)

@@ -18,7 +18,7 @@ from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.models import family_of
 from freewheel.core.errors import RequestError
 from freewheel.policies.setting import CacheSetting
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.session import Session
 
 LTX = family_of("LTXVideoTransformer3DModel", "")
@@ -167,7 +167,7 @@ def test_low_precision_bodies_stay_close(
 
 
 def test_engines_equal_the_eager_transformer_at_every_size(model: Any, bundle: Bundle) -> None:
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     for size in [*SIZES, (1, 4, 3, 5, 9)]:
         inputs = inputs_of(TINY, size)
         found = session_output(session, inputs)
@@ -179,7 +179,7 @@ def test_every_policy_runs_and_decides_by_content(bundle: Bundle) -> None:
 
 
 def test_a_grid_that_is_not_the_latents_is_refused(bundle: Bundle) -> None:
-    session = Session(LoadedModel(bundle, "onnxruntime"))
+    session = Session(Model(bundle, "onnxruntime"))
     inputs = inputs_of(TINY, SIZES[1])
     with pytest.raises(RequestError, match=r"'tokens'.*is 24, but frames · height · width give 30"):
         session_output(session, {**inputs, "column_index": torch.arange(5).float()})

@@ -31,7 +31,7 @@ from freewheel.compiler.sizes import size_of
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import BundleError, CheckpointError, ConfigError, RequestError
 from freewheel.engines import backend
-from freewheel.runtime.model import LoadedModel
+from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.attach import attach
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
@@ -159,7 +159,7 @@ def test_each_expert_equals_its_transformer(bundle: Bundle, experts: tuple[Any, 
     given = torch.randn(1, 16, 2, 4, 6, generator=generator)
     text = torch.randn(1, 7, 12, generator=generator)
     for index, model in enumerate(experts):
-        session = Session(LoadedModel(bundle, "onnxruntime", expert=index))
+        session = Session(Model(bundle, "onnxruntime", expert=index))
         session.begin(torch.tensor([731.0]))
         session.set_prompt("cond", {"text_states": text})
         found = session.step("cond", 0, {"latents": given})
