@@ -31,8 +31,12 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Stable Diffusion 3.5 large": (
         "SD3Transformer2DModel",
         {
-            "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-            "sample_size": 128, "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "sample_size": 128,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
         },
     ),
     "Qwen-Image": ("QwenImageTransformer2DModel", {}),
@@ -40,7 +44,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "CogView4": ("CogView4Transformer2DModel", {}),
     "FLUX.2": ("Flux2Transformer2DModel", {}),
     "Wan 2.1 14B": ("WanTransformer3DModel", {}),
-}  # fmt: skip
+}
 """Model → class, and what of its config is not the class's default."""
 
 
@@ -86,9 +90,14 @@ def main(
                 cells.append(f"{one['table_bytes'] / 1e6:.0f} MB" if part else "")
         rows.append(cells)
     columns = [
-        "model", "weights", "of these once per run and block", "of a step's FLOPs",
-        f"tables, {STEPS} steps", "once per prompt and block", "of a step's FLOPs",
-    ]  # fmt: skip
+        "model",
+        "weights",
+        "of these once per run and block",
+        "of a step's FLOPs",
+        f"tables, {STEPS} steps",
+        "once per prompt and block",
+        "of a step's FLOPs",
+    ]
     typer.echo(
         write(out, "ahead", "Computed ahead of the steps", {"models": found}, Table(columns, rows))
     )

@@ -42,9 +42,13 @@ def build_case(
     sampler.start()
     began, used = time.perf_counter(), time.process_time()
     request = BuildRequest(
-        model=checkpoint, out=Path(out), backends=[backend(b, to_build=True) for b in backends],
-        configs=config_entries(["off"], typer.echo), precision=precision, weights=weights,  # type: ignore[arg-type]  # names of theirs
-    )  # fmt: skip
+        model=checkpoint,
+        out=Path(out),
+        backends=[backend(b, to_build=True) for b in backends],
+        configs=config_entries(["off"], typer.echo),
+        precision=precision,
+        weights=weights,  # type: ignore[arg-type]  # names of theirs
+    )
     planned = plan(request)
     planning = time.perf_counter() - began
     report = build(planned)
@@ -132,9 +136,13 @@ def main(
     finally:
         shutil.rmtree(folder)
     data = {
-        "geometry": geometry, "dtype": dtype, "precision": precision, "backends": backends,
-        "weights": weights, "cases": cases,
-    }  # fmt: skip
+        "geometry": geometry,
+        "dtype": dtype,
+        "precision": precision,
+        "backends": backends,
+        "weights": weights,
+        "cases": cases,
+    }
     typer.echo(write(out, "build", f"Building {geometry}", data, table(data)))
 
 

@@ -58,10 +58,11 @@ def main(
                 parameters = {"first_blocks": first, "last_blocks": last, "threshold": threshold}
                 frames, computed, ideal = run(
                     CacheSetting(
-                        policy="dbcache", parameters=parameters,
+                        policy="dbcache",
+                        parameters=parameters,
                         guard=GuardSetting(first_exact=WARM_UP),
                     )
-                )  # fmt: skip
+                )
                 psnr = compare_videos(frames, exact).psnr
                 key = first, last, threshold
                 found.setdefault(key, []).append((computed, ideal, psnr or np.inf))
@@ -79,8 +80,13 @@ def tables(found: dict[tuple[int, int, float], list[tuple[float, float, float]]]
         computed, ideal, psnr = np.mean(runs, axis=0)
         worst = min(run[2] for run in runs)
         rows.append(
-            [f"{first}, {last}", f"{threshold:g}", *(f"{x:.1f}" for x in (computed, psnr, worst)), f"{ideal:.2f}"]
-        )  # fmt: skip
+            [
+                f"{first}, {last}",
+                f"{threshold:g}",
+                *(f"{x:.1f}" for x in (computed, psnr, worst)),
+                f"{ideal:.2f}",
+            ]
+        )
         curves.setdefault((first, last), []).append((ideal, psnr))
     at_equal: list[list[Any]] = []
     for (first, last), curve in curves.items():

@@ -67,9 +67,7 @@ def oracle_budget(result: Generation, budgets: list[int], deadline: float) -> in
         taken = [b.step_seconds(computed=computed) for b in branches]
         kinds[computed] = float(sum(np.mean(t) for t in taken if t))
     spare = statistics.loop_seconds - sum(s for b in branches for s in b.seconds if s is not None)
-    fits = [
-        b for b in budgets if b * kinds[True] + (steps - b) * kinds[False] + spare <= deadline
-    ]  # fmt: skip
+    fits = [b for b in budgets if b * kinds[True] + (steps - b) * kinds[False] + spare <= deadline]
     return max(fits, default=None)
 
 
@@ -92,9 +90,12 @@ def main(
 
     def run(index: int, cache: CacheSetting) -> Generation:
         request = GenerationRequest(
-            prompt=prompts[index % len(prompts)], cache=cache, defaults=chosen.generation,
-            steps=steps, seed=index,
-        )  # fmt: skip
+            prompt=prompts[index % len(prompts)],
+            cache=cache,
+            defaults=chosen.generation,
+            steps=steps,
+            seed=index,
+        )
         return generator.generate(request)
 
     def taking(count: int) -> CacheSetting:
@@ -146,13 +147,19 @@ def main(
     }
     table = Table(
         ["runs", "missed", "worst lateness", "loss to the oracle, dB: mean", "median", "worst"],
-        [[
-            runs, len(late), f"{summary['worst_lateness']:.1%}", f"{summary['mean_loss_db']:.2f}",
-            f"{summary['median_loss_db']:.2f}", f"{summary['worst_loss_db']:.2f}",
-        ]],
+        [
+            [
+                runs,
+                len(late),
+                f"{summary['worst_lateness']:.1%}",
+                f"{summary['mean_loss_db']:.2f}",
+                f"{summary['median_loss_db']:.2f}",
+                f"{summary['worst_loss_db']:.2f}",
+            ]
+        ],
         f"{busy} processes burn the CPU beside the runs; deadlines between {low:.2f} and {high:.2f} s:",
         texts=0,
-    )  # fmt: skip
+    )
     figures = {"summary": summary, "runs": rows}
     typer.echo(write(out, "deadline", "Deadlines on a busy machine", figures, table))
 

@@ -106,11 +106,14 @@ def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
     profiles = profiles_of(graphs, {}, cut, ranges)
     return {
         n: {
-            "file": str(folder / g.file), "precision": g.precision, "profiles": profiles[n],
-            "tokens": ranges["tokens"][2], "text_tokens": ranges["text_tokens"][2],
+            "file": str(folder / g.file),
+            "precision": g.precision,
+            "profiles": profiles[n],
+            "tokens": ranges["tokens"][2],
+            "text_tokens": ranges["text_tokens"][2],
         }
         for n, g in graphs.items()
-    }  # fmt: skip
+    }
 
 
 def main(
@@ -128,9 +131,10 @@ def main(
         for family in families.split(","):
             for block, entry in trace(family, precision, Path(folder) / family).items():
                 target = {
-                    "precision": entry["precision"], "profiles": entry["profiles"],
+                    "precision": entry["precision"],
+                    "profiles": entry["profiles"],
                     "compute_capabilities": tuple(capabilities.split(",")),
-                }  # fmt: skip
+                }
                 engine = f"{folder}/{family}/engines/{block}"
                 built = call(context, build_engine, entry["file"], target, engine)
                 sizes = {n: entry[n] for n in ("tokens", "text_tokens")}
@@ -152,15 +156,23 @@ def table(data: Mapping[str, Any]) -> Table:
             rows.append([*name, row["fault"], None, None, None])
             continue
         scratch = row["activation_bytes"]
-        rows.append([
-            *name, f"{row['seconds']:.1f}", f"{row['plan_bytes'] / 1e6:.1f}",
-            None if scratch is None else f"{scratch / 1e9:.1f}",
-            f"{row['fused_attention']} of {row['attention_nodes']}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                *name,
+                f"{row['seconds']:.1f}",
+                f"{row['plan_bytes'] / 1e6:.1f}",
+                None if scratch is None else f"{scratch / 1e9:.1f}",
+                f"{row['fused_attention']} of {row['attention_nodes']}",
+            ]
+        )
     columns = [
-        "block", "largest profile, tokens + text", "seconds", "plan MB", "activations GB",
+        "block",
+        "largest profile, tokens + text",
+        "seconds",
+        "plan MB",
+        "activations GB",
         "fused attention",
-    ]  # fmt: skip
+    ]
     text = f"Body {data['precision']}, compute capabilities {data['capabilities']}:"
     return Table(columns, rows, text)
 

@@ -202,11 +202,15 @@ def table(runs: Mapping[str, Runs], text: str, long: int) -> Table:
     whole = np.median(next(iter(runs.values())).seconds)
     rows = [
         [
-            name, f"{run.ideal:.2f}", f"{whole / np.median(run.seconds):.2f}",
-            f"{np.mean(run.near):.1f}", f"{np.mean(run.far):.1f}", f"{min(run.far):.1f}",
+            name,
+            f"{run.ideal:.2f}",
+            f"{whole / np.median(run.seconds):.2f}",
+            f"{np.mean(run.near):.1f}",
+            f"{np.mean(run.far):.1f}",
+            f"{min(run.far):.1f}",
         ]
         for name, run in runs.items()
-    ]  # fmt: skip
+    ]
     near, far = "dB from the short run", f"dB from {long} steps"
     columns = ["run", "ideal speedup", "speedup", near, far, "worst"]
     return Table(columns, rows, text)

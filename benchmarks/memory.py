@@ -58,8 +58,10 @@ class MemorySampler(threading.Thread):
         if not inside:  # shorter than the time between two samples
             inside = [min(self._samples, key=lambda s: abs(s[0] - begin))[1]]
         return Peak(
-            max(p.resident for p in inside), max(p.copied for p in inside), max(p.mapped for p in inside)
-        )  # fmt: skip
+            max(p.resident for p in inside),
+            max(p.copied for p in inside),
+            max(p.mapped for p in inside),
+        )
 
     def peaks(self, seconds: Mapping[str, float]) -> dict[str, Peak]:
         """Return the peak of each phase, given the seconds of all phases in order."""

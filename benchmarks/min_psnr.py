@@ -128,9 +128,11 @@ def main(
 
         def run(cache: CacheSetting, watcher: Watcher | None = None, index: int = index) -> Any:
             request = GenerationRequest(
-                prompt=texts[index % HELD_OUT], cache=cache, defaults=chosen.generation,
+                prompt=texts[index % HELD_OUT],
+                cache=cache,
+                defaults=chosen.generation,
                 seed=FIRST_SEED + index // HELD_OUT,
-            )  # fmt: skip
+            )
             return generator.generate(request, recorder=watcher).frames
 
         exact = run(CacheSetting())
@@ -166,16 +168,24 @@ def main(
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Return coverage by bound, and what signals would have told, by computed steps."""
     columns = [
-        "`--min-psnr`", "computed", "runs that keep it", "by average: computed",
-        "runs that keep it", "more steps",
-    ]  # fmt: skip
+        "`--min-psnr`",
+        "computed",
+        "runs that keep it",
+        "by average: computed",
+        "runs that keep it",
+        "more steps",
+    ]
     rows = [
         [
-            bound, own["computed"], f"{own['coverage']:.0%}", own["by_average"],
-            f"{own['coverage_by_average']:.0%}", f"{own['more_steps']:.1%}",
+            bound,
+            own["computed"],
+            f"{own['coverage']:.0%}",
+            own["by_average"],
+            f"{own['coverage_by_average']:.0%}",
+            f"{own['more_steps']:.1%}",
         ]
         for bound, own in summary["bounds"].items()
-    ]  # fmt: skip
+    ]
     text = f"{summary['runs']} runs; stated coverage {summary['stated']:.0%}:"
     found = [Table(columns, rows, text, texts=0)]
     told = summary.get("correlations", {})

@@ -189,13 +189,14 @@ def main(
         began = time.perf_counter()
         made = settings()
         rows[name] = {
-            "computed": lockstep.computed, "reused": lockstep.reused,
+            "computed": lockstep.computed,
+            "reused": lockstep.reused,
             "seconds": time.perf_counter() - began,
             "schedules": {c: list(s) for c, (s, _, _) in made.items()},
             "fitted_db": {c: d for c, (_, _, d) in made.items()},
             "settings": {c: s for c, (_, s, _) in made.items()},
             "psnr": {c: [] for c in made},
-        }  # fmt: skip
+        }
         typer.echo(
             f"{name}: {rows[name]['seconds']:.0f} s, {rows[name]['fitted_db']}, {rows[name]['schedules']}",
             err=True,
@@ -208,8 +209,9 @@ def main(
                 SolvedConfig(infer_steps=steps, schedules=[schedule_of(s)]).setting(),
                 -s.error if is_run else None,
             )
-            for c, s in solutions.items() if c in counts
-        }  # fmt: skip
+            for c, s in solutions.items()
+            if c in counts
+        }
 
     def published() -> Any:
         made = {}
@@ -252,10 +254,14 @@ def main(
                 psnr = compare_videos(made, exact).psnr
                 row["psnr"][count].append(EQUAL_PSNR if psnr is None else psnr)
         figures = {
-            "steps": steps, "pixels": pixels, "frames": frames, "pairs": index + 1,
-            "prompts": prompts, "recorded_seconds": recorded,
+            "steps": steps,
+            "pixels": pixels,
+            "frames": frames,
+            "pairs": index + 1,
+            "prompts": prompts,
+            "recorded_seconds": recorded,
             "rows": {n: {k: v for k, v in r.items() if k != "settings"} for n, r in rows.items()},
-        }  # fmt: skip
+        }
         text = write(
             out, "paths", "Choosing computed steps", figures, table_of(rows, counts, figures)
         )

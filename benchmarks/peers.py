@@ -161,11 +161,14 @@ def diffusers_peers(
         f"diffusers: MagCache {speedup:g}",
         hooks(
             lambda _: MagCacheConfig(
-                threshold=magnitude, max_skip_steps=MAX_SKIP, retention_ratio=RETENTION,
-                num_inference_steps=steps, mag_ratios=ratios,
+                threshold=magnitude,
+                max_skip_steps=MAX_SKIP,
+                retention_ratio=RETENTION,
+                num_inference_steps=steps,
+                mag_ratios=ratios,
             )
         ),
-    )  # fmt: skip
+    )
     if speedup != int(speedup):
         return
     interval = int(speedup)
@@ -226,9 +229,12 @@ def switched_on(pipe: Any, enable: Enable) -> Iterator[None]:
 
 
 def row(
-    name: str, steps: list[tuple[float, float]], quality: list[Quality],
-    looks: list[dict[str, float | None]], speedups: list[float],
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    steps: list[tuple[float, float]],
+    quality: list[Quality],
+    looks: list[dict[str, float | None]],
+    speedups: list[float],
+) -> dict[str, Any]:
     """Return every pair's measures, their means and worst cases, spelled as `quality.py` does."""
     found: dict[str, Any] = {
         "name": name,
@@ -263,10 +269,17 @@ def main(
 
     def generate(prompt: str, seed: int) -> Any:
         frames = pipe(
-            prompt, negative_prompt="", height=96, width=96, num_frames=17,
-            num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=16,
-            generator=torch.Generator().manual_seed(seed), output_type="np",
-        ).frames[0]  # fmt: skip
+            prompt,
+            negative_prompt="",
+            height=96,
+            width=96,
+            num_frames=17,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=16,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        ).frames[0]
         return (frames * 255).round().astype(np.uint8)
 
     watched = Watched(pipe.transformer)

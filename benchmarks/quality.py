@@ -110,9 +110,10 @@ def group_of(name: str) -> str:
 
 
 def merged(
-    reports: Sequence[BenchReport], looks: Sequence[Mapping[str, Mapping[str, float | None]]],
+    reports: Sequence[BenchReport],
+    looks: Sequence[Mapping[str, Mapping[str, float | None]]],
     foretold: Mapping[str, float],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return one table from those of single pairs, beside the distances foretold of each setting."""
     rows: list[dict[str, Any]] = []
     for same in zip(*(r.entries for r in reports), strict=True):
@@ -176,11 +177,13 @@ def parts(found: Mapping[str, Any]) -> tuple[Table, str]:
     """Return the table, the best of each speedup first, and what the suite foretold."""
     rows = [
         [
-            r["name"], *cells_of(r), f"{r['won']:.0%}",
+            r["name"],
+            *cells_of(r),
+            f"{r['won']:.0%}",
             None if r["foretold_db"] is None else f"{r['foretold_db']:.1f}",
         ]
         for r in sorted(found["rows"], key=lambda r: (group_of(r["name"]), -r["psnr_mean"]))
-    ]  # fmt: skip
+    ]
     return (
         Table(["setting", *COLUMNS, "won", "foretold dB"], rows, f"{found['pairs']} pairs:"),
         f"Rank correlation of foretold distance and PSNR: {found['rank_correlation']:.2f}.",

@@ -162,13 +162,21 @@ def table(data: dict[str, Any]) -> Table:
     rows = []
     for run in data["runs"]:
         reused = run["reused_step_seconds"]
-        rows.append([
-            run["policy"], f"{run['computed']} of {run['steps']}",
-            f"{run['computed_step_seconds']:.1f}", None if reused is None else f"{reused:.3f}",
-            f"{run['speedup']:.2f}", f"{run['ideal_speedup']:.2f}", f"{run['efficiency']:.3f}",
-            f"{run['peak_resident_bytes'] / 1e9:.2f}", f"{run['peak_copied_bytes'] / 1e9:.2f}",
-            f"{run['peak_mapped_bytes'] / 1e9:.2f}", f"{run['read_bytes'] / 1e9:.1f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                run["policy"],
+                f"{run['computed']} of {run['steps']}",
+                f"{run['computed_step_seconds']:.1f}",
+                None if reused is None else f"{reused:.3f}",
+                f"{run['speedup']:.2f}",
+                f"{run['ideal_speedup']:.2f}",
+                f"{run['efficiency']:.3f}",
+                f"{run['peak_resident_bytes'] / 1e9:.2f}",
+                f"{run['peak_copied_bytes'] / 1e9:.2f}",
+                f"{run['peak_mapped_bytes'] / 1e9:.2f}",
+                f"{run['read_bytes'] / 1e9:.1f}",
+            ]
+        )
     columns = [
         "policy", "computed", "computed step s", "reused step s", "speedup", "ideal",
         "measured / ideal", "peak resident GB", "copied", "mapped", "read from disk GB",

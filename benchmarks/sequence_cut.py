@@ -108,9 +108,11 @@ def main(
         low, middle, high = statistics.quantiles(ratios, n=4)
         figures |= {"whole": whole, "cut": cut, "apart": apart, "bytes_between_parts": between}
         row = [
-            f"{statistics.median(whole):.4f}", f"{statistics.median(cut):.4f}", f"{middle:.3f}",
+            f"{statistics.median(whole):.4f}",
+            f"{statistics.median(cut):.4f}",
+            f"{middle:.3f}",
             f"{low:.3f}–{high:.3f}",
-        ]  # fmt: skip
+        ]
         columns = ["body, s: whole", "cut", "cut / whole, median", "quartiles"]
         text = f"Bytes between parts: {between:,}; results apart: {apart:.1e}."
         parts.append(Table(columns, [row], text, texts=0))

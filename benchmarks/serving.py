@@ -101,19 +101,24 @@ def main(
                 server.wait()
         for clients, samples in found.items():
             seconds, latency = (statistics.median(values) for values in zip(*samples, strict=True))
-            measured.append({
-                "instances": count, "clients": clients, "requests_per_second": requests / seconds,
-                "latency_seconds": latency,
-            })  # fmt: skip
+            measured.append(
+                {
+                    "instances": count,
+                    "clients": clients,
+                    "requests_per_second": requests / seconds,
+                    "latency_seconds": latency,
+                }
+            )
     base = measured[0]
     rows = [
         [
-            row["instances"], row["clients"],
+            row["instances"],
+            row["clients"],
             f"{row['requests_per_second'] / base['requests_per_second']:.2f}",
             f"{row['latency_seconds'] / base['latency_seconds']:.2f}",
         ]
         for row in measured
-    ]  # fmt: skip
+    ]
     text = f"Ratios to one client of the first way; {policy}, {steps} steps:"
     table = Table(["instances", "clients", "throughput", "latency"], rows, text, texts=0)
     typer.echo(write(out, "serving", "Served by Triton", {"rows": measured}, table))

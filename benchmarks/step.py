@@ -63,11 +63,17 @@ def session_for(
     """Build a bundle and open a session on it."""
     out = folder / f"{name}-{precision}-{weights}"
     build(
-        plan(BuildRequest(
-            model=str(checkpoint), out=out, backends=[backend(name)], precision=precision,  # type: ignore[arg-type]  # a name of PRECISIONS
-            configs=config_entries(["off"], typer.echo), weights=weights,  # type: ignore[arg-type]  # inputs or baked
-        ))
-    )  # fmt: skip
+        plan(
+            BuildRequest(
+                model=str(checkpoint),
+                out=out,
+                backends=[backend(name)],
+                precision=precision,  # type: ignore[arg-type]  # a name of PRECISIONS
+                configs=config_entries(["off"], typer.echo),
+                weights=weights,  # type: ignore[arg-type]  # inputs or baked
+            )
+        )
+    )
     return Session(Model(Bundle(out)))
 
 
@@ -226,21 +232,28 @@ def tables(data: dict[str, Any]) -> tuple[Table, Table]:
     ]
     reuse = [
         [
-            r["engines"], r["policy"], f"{r['computed_step_seconds_30_layers']:.2f}",
-            f"{r['reused_step_seconds']:.4f}", f"{r['reused_over_computed']:.2%}",
+            r["engines"],
+            r["policy"],
+            f"{r['computed_step_seconds_30_layers']:.2f}",
+            f"{r['reused_step_seconds']:.4f}",
+            f"{r['reused_over_computed']:.2%}",
             f"{r['efficiency_at_ideal_3']:.3f}",
         ]
         for r in data["reuse"]
-    ]  # fmt: skip
+    ]
     about = (
         f"{data['geometry']} cut to {data['layers']} layers, {data['tokens']} tokens, "
         f"{TEXT_TOKENS} text tokens:"
     )
     extrapolated = f"Body extrapolated to {FULL_LAYERS} layers by seconds per layer; one step in three computed:"
     columns = [
-        "engines", "policy", "computed step s", "reused step s", "reused / computed",
+        "engines",
+        "policy",
+        "computed step s",
+        "reused step s",
+        "reused / computed",
         "measured / ideal speedup",
-    ]  # fmt: skip
+    ]
     return (
         Table(
             ["computed step", "precision", "seconds", "speedup over eager"], peers, about, texts=2

@@ -59,9 +59,15 @@ class Runs:
     ) -> Generation:
         """Make a video from noise."""
         asked = GenerationRequest(
-            prompt=prompt, cache=cache, defaults=self.base.generation, steps=steps, seed=seed,
-            height=self.pixels, width=self.pixels, frames=self.frames,
-        )  # fmt: skip
+            prompt=prompt,
+            cache=cache,
+            defaults=self.base.generation,
+            steps=steps,
+            seed=seed,
+            height=self.pixels,
+            width=self.pixels,
+            frames=self.frames,
+        )
         return self.generator.generate(asked, recorder=recorder)
 
     def go_on(
@@ -74,10 +80,18 @@ class Runs:
         noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
         self.generator.transformer.use(cache)
         answer = self.from_video(
-            None, prompt, negative_prompt="", latents=(1 - level) * video + level * noise,
-            height=self.pixels, width=self.pixels, num_inference_steps=steps, strength=strength,
-            guidance_scale=self.base.generation.guidance_scale, max_sequence_length=16, output_type="np",
-        )  # fmt: skip
+            None,
+            prompt,
+            negative_prompt="",
+            latents=(1 - level) * video + level * noise,
+            height=self.pixels,
+            width=self.pixels,
+            num_inference_steps=steps,
+            strength=strength,
+            guidance_scale=self.base.generation.guidance_scale,
+            max_sequence_length=16,
+            output_type="np",
+        )
         return np.asarray((answer.frames[0] * 255).round(), np.uint8)
 
     def schedule(self, steps: int) -> Schedule:
@@ -152,9 +166,10 @@ def main(
     for steps in (int(text) for text in others.split(",") if text):
         counts[steps] = computed(kept, runs.schedule(steps))
         whole[steps] = {
-            "own": runs.calibrated(steps, counts[steps], texts), "stretched": kept,
+            "own": runs.calibrated(steps, counts[steps], texts),
+            "stretched": kept,
             "evenly": evenly(steps, counts[steps]),
-        }  # fmt: skip
+        }
         typer.echo(f"calibrated at {steps}, {counts[steps]} computed", err=True)
     midst: dict[float, dict[str, CacheSetting]] = {}
     of_midst: dict[float, dict[str, int]] = {}
@@ -183,9 +198,15 @@ def main(
                 made_frames = runs.go_on(prompt, made, strength, cache, video)
                 psnr.setdefault(f"{strength} {name}", []).append(_psnr(made_frames, exact))
         figures = {
-            "made": made, "pairs": index + 1, "prompts": prompts, "pixels": pixels, "frames": frames,
-            "computed": counts, "computed_in_the_midst": of_midst, "psnr": psnr,
-        }  # fmt: skip
+            "made": made,
+            "pairs": index + 1,
+            "prompts": prompts,
+            "pixels": pixels,
+            "frames": frames,
+            "computed": counts,
+            "computed_in_the_midst": of_midst,
+            "psnr": psnr,
+        }
         text = write(out, "stretch", "Other runs than the calibration's", figures, *tables(figures))
         typer.echo(f"{index + 1} of {pairs}", err=True)
     typer.echo(text)
@@ -211,19 +232,26 @@ def tables(figures: Mapping[str, Any]) -> tuple[Table, Table]:
 
     whole = [
         [
-            str(steps), count, look(f"{steps} own"), look(f"{steps} stretched"), loss(steps),
+            str(steps),
+            count,
+            look(f"{steps} own"),
+            look(f"{steps} stretched"),
+            loss(steps),
             look(f"{steps} evenly"),
         ]
         for steps, count in sorted(figures["computed"].items())
-    ]  # fmt: skip
+    ]
     midst = [
         [
-            f"{strength:g}", f"{counts['own']} of {int(made * strength)}", look(f"{strength} own"),
-            look(f"{strength} evenly"), f"{counts['stretched']} of {int(made * strength)}",
+            f"{strength:g}",
+            f"{counts['own']} of {int(made * strength)}",
+            look(f"{strength} own"),
+            look(f"{strength} evenly"),
+            f"{counts['stretched']} of {int(made * strength)}",
             look(f"{strength} stretched"),
         ]
         for strength, counts in figures["computed_in_the_midst"].items()
-    ]  # fmt: skip
+    ]
     about = (
         f"{figures['prompts']} captions calibrated on, {figures['pairs']} held out, {figures['frames']} frames of "
         f"{figures['pixels']} × {figures['pixels']}. PSNR in dB against the uncached run, mean (worst)."

@@ -115,11 +115,14 @@ def tables(summary: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[Table, 
     text = f"Rank correlation with PSNR, {summary['pairs']} pairs of {summary['steps']} steps:"
     settings = [
         [
-            r["name"], f"{r['computed_steps']:.1f}", f"{r['psnr']:.1f}", f"{r['foretold_db']:.1f}",
+            r["name"],
+            f"{r['computed_steps']:.1f}",
+            f"{r['psnr']:.1f}",
+            f"{r['foretold_db']:.1f}",
             f"{r['replayed_error']:.3g}",
         ]
         for r in sorted(rows, key=lambda r: -r["psnr"])
-    ]  # fmt: skip
+    ]
     columns = ["setting", "computed", "PSNR dB", "foretold dB", "error by replay alone"]
     return (
         Table([f"{summary['settings']} settings", "suite", "replay alone"], correlations, text),

@@ -39,10 +39,16 @@ SHARD_BYTES = 4 << 30
 TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "shapes_wan" / "tokenizer"
 
 T2V = {
-    "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096,
-    "freq_dim": 256, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 1024, "patch_size": [1, 2, 2],
-}  # fmt: skip
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "patch_size": [1, 2, 2],
+}
 LARGE = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -139,9 +145,13 @@ def write_pipeline(
     }
     if config.get("image_dim"):
         vision = CLIPVisionConfig(
-            hidden_size=config["image_dim"], intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, image_size=224, patch_size=14,
-        )  # fmt: skip
+            hidden_size=config["image_dim"],
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=224,
+            patch_size=14,
+        )
         parts["image_encoder"] = CLIPVisionModel(vision)
         CLIPImageProcessorPil().save_pretrained(out / "image_processor")
         index |= {

@@ -27,8 +27,15 @@ from page import OUT, Out, Table, write
 from synthetic import GEOMETRIES, write_checkpoint
 
 COLUMNS = (
-    "graph", "nodes", "layers", "attention fused", "seconds", "plan MB", "peak MB", "activations MB",
-)  # fmt: skip
+    "graph",
+    "nodes",
+    "layers",
+    "attention fused",
+    "seconds",
+    "plan MB",
+    "peak MB",
+    "activations MB",
+)
 SLOW_IMPORTS = ["torch", "freewheel.compiler.build", "freewheel.engines.tensorrt", "tensorrt_rtx"]
 
 
@@ -43,9 +50,13 @@ def trace(checkpoint: str, out: str, precision: str, sizes: dict[str, str], queu
 
     configs = config_entries(["off"], typer.echo)
     request = BuildRequest(
-        model=checkpoint, out=Path(out), backends=[], configs=configs, weights="baked",
+        model=checkpoint,
+        out=Path(out),
+        backends=[],
+        configs=configs,
+        weights="baked",
         precision=precision,  # type: ignore[arg-type]  # a name of theirs
-    )  # fmt: skip
+    )
     began = time.perf_counter()
     manifest = build(plan(request)).manifest
     seconds = time.perf_counter() - began
@@ -120,9 +131,10 @@ def main(
         for graph in graphs.split(",") if graphs else found:
             file, own = found[graph]
             target = {
-                "precision": own, "profiles": profiles[graph],
+                "precision": own,
+                "profiles": profiles[graph],
                 "compute_capabilities": tuple(capabilities.split(",")),
-            }  # fmt: skip
+            }
             arguments = (str(bundle / file), target, str(folder / "engines" / graph))
             try:
                 rows[graph] = call(context, build_engine, *arguments)
@@ -130,9 +142,13 @@ def main(
                 rows[graph] = {"fault": str(fault)}
             typer.echo(f"{graph}: {json.dumps(rows[graph])}", err=True)
     data = {
-        "model": Path(model).name, "precision": precision, "ranges": ranges,
-        "capabilities": capabilities, "trace_seconds": traced, "engines": rows,
-    }  # fmt: skip
+        "model": Path(model).name,
+        "precision": precision,
+        "ranges": ranges,
+        "capabilities": capabilities,
+        "trace_seconds": traced,
+        "engines": rows,
+    }
     stem = f"tensorrt_build-{Path(model).name}-{precision}"
     title = f"TensorRT-RTX engines of {data['model']}"
     typer.echo(write(out, stem, title, data, *parts(data)))
@@ -149,20 +165,33 @@ def parts(data: dict[str, Any]) -> tuple[Table, str]:
             continue
         scratch = row["activation_bytes"]
         fused = f"{row['fused_attention']} of {row['attention_nodes']}"
-        rows.append([
-            f"`{name}`", row["nodes"], row["layers"], fused if row["attention_nodes"] else None,
-            f"{row['seconds']:.2f}", f"{row['plan_bytes'] / 1e6:.2f}",
-            f"{row['peak_bytes'] / 1e6:.0f}", None if scratch is None else f"{scratch / 1e6:.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"`{name}`",
+                row["nodes"],
+                row["layers"],
+                fused if row["attention_nodes"] else None,
+                f"{row['seconds']:.2f}",
+                f"{row['plan_bytes'] / 1e6:.2f}",
+                f"{row['peak_bytes'] / 1e6:.0f}",
+                None if scratch is None else f"{scratch / 1e6:.0f}",
+            ]
+        )
     built = [row for row in data["engines"].values() if "fault" not in row]
     if not built:
         return Table(COLUMNS, rows), "None was built."
-    rows.append([
-        "all", "", "", "", f"{sum(r['seconds'] for r in built):.1f}",
-        f"{sum(r['plan_bytes'] for r in built) / 1e6:.1f}",
-        f"{max(r['peak_bytes'] for r in built) / 1e6:.0f}",
-        f"{max(r['activation_bytes'] or 0 for r in built) / 1e6:.0f}",
-    ])  # fmt: skip
+    rows.append(
+        [
+            "all",
+            "",
+            "",
+            "",
+            f"{sum(r['seconds'] for r in built):.1f}",
+            f"{sum(r['plan_bytes'] for r in built) / 1e6:.1f}",
+            f"{max(r['peak_bytes'] for r in built) / 1e6:.0f}",
+            f"{max(r['activation_bytes'] or 0 for r in built) / 1e6:.0f}",
+        ]
+    )
     text = (
         f"Body {data['precision']}, compute capabilities {data['capabilities']}, tokens "
         f"{'/'.join(map(str, data['ranges']['tokens']))}:"

@@ -66,9 +66,12 @@ def checkpoint_of(name: str, folder: Path, dtype: torch.dtype) -> tuple[Row, Pat
 def session_of(checkpoint: Path, out: Path, engines: str, precision: str) -> Session:
     """Build a bundle and open a session on it."""
     request = BuildRequest(
-        model=str(checkpoint), out=out, backends=[backend(engines)], precision=precision,  # type: ignore[arg-type]  # a name of PRECISIONS
+        model=str(checkpoint),
+        out=out,
+        backends=[backend(engines)],
+        precision=precision,  # type: ignore[arg-type]  # a name of PRECISIONS
         configs={"off": config_entry(load_config("off"))},
-    )  # fmt: skip
+    )
     build(plan(request))
     return Session(Model(Bundle(out)))
 
@@ -166,18 +169,32 @@ def main(
     """Measure steps of several models at their real width."""
     OUT.mkdir(parents=True, exist_ok=True)
     counts = {
-        "batch": 1, "frames": 1, "height": height, "width": width, "tokens": height * width,
-        "text_tokens": text_tokens, "text_tokens_2": text_tokens, "rows": height, "columns": width,
-    }  # fmt: skip
+        "batch": 1,
+        "frames": 1,
+        "height": height,
+        "width": width,
+        "tokens": height * width,
+        "text_tokens": text_tokens,
+        "text_tokens_2": text_tokens,
+        "rows": height,
+        "columns": width,
+    }
     rows: list[dict[str, Any]] = []
     text = ""
     for name in models.split(","):
         for precision in precisions.split(","):
             rows += measure(name, precision, counts, rounds, compiled=compiled)
             cells = [
-                [r["model"], r["precision"], r["form"], r["seconds"], f"{r['speedup']:.2f}×", f"{r['apart']:.0e}"]
+                [
+                    r["model"],
+                    r["precision"],
+                    r["form"],
+                    r["seconds"],
+                    f"{r['speedup']:.2f}×",
+                    f"{r['apart']:.0e}",
+                ]
                 for r in rows
-            ]  # fmt: skip
+            ]
             columns = ["model", "precision", "computed step", "seconds", "over eager", "apart"]
             table = Table(columns, cells, f"Two blocks, {height * width} tokens:", texts=3)
             text = write(out, "width", "Steps at real width", {"rows": rows}, table)

@@ -42,9 +42,10 @@ def match_dims(name: str, entry: IoEntry, shape: Sequence[int]) -> dict[str, int
         fits &= sizes.setdefault(dim, size) == size if isinstance(dim, str) else dim == size
     if not fits:
         raise RequestError(
-            f"input '{name}'", f"has shape {list(shape)}, the bundle takes {declared}",
+            f"input '{name}'",
+            f"has shape {list(shape)}, the bundle takes {declared}",
             "give latents and embeddings of the model that the bundle was built from",
-        )  # fmt: skip
+        )
     return sizes
 
 
@@ -65,22 +66,25 @@ def derive_dims(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
         for dim, divisor in factors:
             if dims[dim] % divisor:
                 raise RequestError(
-                    f"dimension '{dim}'", f"is {dims[dim]}, which {divisor} does not divide",
+                    f"dimension '{dim}'",
+                    f"is {dims[dim]}, which {divisor} does not divide",
                     "choose a size that the model's patches divide",
-                )  # fmt: skip
+                )
             product *= dims[dim] // divisor
         if dims.setdefault(name, product) != product:
             parts = " · ".join(dim for dim, _ in factors)
             raise RequestError(
-                f"dimension '{name}'", f"is {dims[name]}, but {parts} give {product}",
+                f"dimension '{name}'",
+                f"is {dims[name]}, but {parts} give {product}",
                 "give sizes that belong to the latents",
-            )  # fmt: skip
+            )
     for name, size in summed(manifest.sums, dims).items():
         if dims.setdefault(name, size) != size:
             raise RequestError(
-                f"dimension '{name}'", f"is {dims[name]}, but what it is a sum of gives {size}",
+                f"dimension '{name}'",
+                f"is {dims[name]}, but what it is a sum of gives {size}",
                 "give sizes that belong to the latents",
-            )  # fmt: skip
+            )
     check_limits(manifest.limits, dims)
     return dims
 
@@ -101,7 +105,7 @@ def check_limits(limits: Mapping[str, LimitEntry], dims: Mapping[str, int]) -> N
                 f"dimension '{name}'",
                 f"is {dims[name]}, the model has positions for {limit.most}: {limit.where}",
                 "choose a smaller size",
-            )  # fmt: skip
+            )
 
 
 def all_dims(
@@ -136,9 +140,10 @@ def summed(sums: Mapping[str, Sequence[SumTerm]], dims: Mapping[str, int]) -> di
     for name, size in sizes.items():
         if size < 1:
             raise RequestError(
-                f"dimension '{name}'", f"is {size}, and follows from the sizes of the run",
+                f"dimension '{name}'",
+                f"is {size}, and follows from the sizes of the run",
                 "choose larger ones, such as more frames",
-            )  # fmt: skip
+            )
     return sizes
 
 
@@ -190,7 +195,8 @@ def shape_of(entry: IoEntry, dims: Mapping[str, int]) -> tuple[int, ...]:
     shape = tuple(dims[d] if isinstance(d, str) else d for d in entry.shape)
     if prod(shape) > MAX_SIZE:
         raise RequestError(
-            f"tensor [{', '.join(map(str, entry.shape))}]", f"is absurdly large: {list(shape)}",
+            f"tensor [{', '.join(map(str, entry.shape))}]",
+            f"is absurdly large: {list(shape)}",
             "choose a smaller size",
-        )  # fmt: skip
+        )
     return shape

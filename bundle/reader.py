@@ -156,9 +156,10 @@ class Bundle:
         """Return the ONNX file of graph ``name``."""
         if name not in self.manifest.graphs:
             raise BundleError(
-                f"{self.folder}, graph '{name}'", "is not in the bundle",
+                f"{self.folder}, graph '{name}'",
+                "is not in the bundle",
                 nearest(name, list(self.manifest.graphs)),
-            )  # fmt: skip
+            )
         return self.path(self.manifest.graphs[name].file)
 
     def engines(self, backend: str) -> EngineSetEntry | None:

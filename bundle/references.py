@@ -12,8 +12,13 @@ from .streams import HIDDEN, HISTORY, LATENTS, MODEL_OUTPUT, RESIDUAL, beside
 
 __all__ = ["reference_faults"]
 
-REQUIRED = {"prompt": None, "head": "hidden", "delta": "residual", "reuse": "hidden_out",
-            "finish": "model_output"}  # fmt: skip
+REQUIRED = {
+    "prompt": None,
+    "head": "hidden",
+    "delta": "residual",
+    "reuse": "hidden_out",
+    "finish": "model_output",
+}
 """Graphs that every run calls → the output that it takes from them."""
 
 

@@ -106,8 +106,10 @@ def encode_header(
     for name, (dtype, shape) in tensors.items():
         size = prod(shape) * ITEM_BYTES[dtype]
         header[name] = {
-            "dtype": spelled[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]
-        }  # fmt: skip
+            "dtype": spelled[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)

@@ -113,9 +113,10 @@ def divide(
     where = f"{first_blocks} first and {last_blocks} last blocks that always run"
     if first_blocks + last_blocks >= len(passing):
         raise ConfigError(
-            where, f"leave none of the model's {len(passing)} blocks to be cached",
+            where,
+            f"leave none of the model's {len(passing)} blocks to be cached",
             f"let at most {len(passing) - 1} of them run",
-        )  # fmt: skip
+        )
     begin = passing[first_blocks - 1] + 1
     end = passing[-last_blocks] if last_blocks else len(blocks)
     found = Sections(first_blocks, last_blocks, len(passing), begin, end, tuple(cached))
@@ -149,10 +150,11 @@ def _check_skips(stages: Sequence[StageEntry], found: Sections, where: str) -> N
             for at, maker in enumerate(skip.blocks, place):
                 if at >= found.end and found.begin <= maker < found.end:
                     raise ConfigError(
-                        where, f"don't fit: block {at} of the loop reads what block {maker} left, "
+                        where,
+                        f"don't fit: block {at} of the loop reads what block {maker} left, "
                         "which a reused step does not run",
                         "let fewer last blocks run, or as many first ones",
-                    )  # fmt: skip
+                    )
         place += stage.count
 
 
@@ -165,6 +167,8 @@ def _check_stream(stream: str, blocks: Sequence[Declared], found: Sections, wher
     begun = blocks[before[-1]].outputs[f"{stream}{OUT}"] if before else first.inputs.get(stream)
     if begun is None or (begun.dtype, list(begun.shape)) != (last.dtype, list(last.shape)):
         raise ConfigError(
-            where, f"don't fit: the last ones read stream '{stream}', which begins among the cached "
-            "ones, or changes its shape there", "let fewer last blocks run",
-        )  # fmt: skip
+            where,
+            f"don't fit: the last ones read stream '{stream}', which begins among the cached "
+            "ones, or changes its shape there",
+            "let fewer last blocks run",
+        )

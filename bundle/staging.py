@@ -50,9 +50,10 @@ def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         if error.errno not in UNWRITABLE:
             raise
         raise OutputError(
-            str(target), f"can't be written: {error.strerror}",
+            str(target),
+            f"can't be written: {error.strerror}",
             "free some space or choose another --out",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def check_target(target: Path, *, replace: bool) -> None:
@@ -84,9 +85,10 @@ def alone(target: Path) -> Iterator[None]:
         except BlockingIOError as error:
             os.close(handle)
             raise OutputError(
-                str(target), "another build of this target is running",
+                str(target),
+                "another build of this target is running",
                 "wait for it, or choose another --out",
-            ) from error  # fmt: skip
+            ) from error
     try:
         yield
     finally:
@@ -103,6 +105,7 @@ def _check_replaceable(target: Path, *, replace: bool) -> None:
     is_bundle = (target / MANIFEST).is_file()
     if not is_bundle and not (target.is_dir() and not any(target.iterdir())):
         raise OutputError(
-            str(target), f"is no bundle (it has no '{MANIFEST}') and is not replaced",
+            str(target),
+            f"is no bundle (it has no '{MANIFEST}') and is not replaced",
             "choose another --out, or remove it yourself",
-        )  # fmt: skip
+        )

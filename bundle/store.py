@@ -64,9 +64,10 @@ class Store:
             self._keep(out, place)
         except OSError as error:
             raise OutputError(
-                str(self.folder), f"can't be written: {error.strerror}",
+                str(self.folder),
+                f"can't be written: {error.strerror}",
                 "free some space or choose another --build-cache",
-            ) from error  # fmt: skip
+            ) from error
 
     def trim(self) -> None:
         """Remove pieces that no build has taken for 30 days, and what killed processes left."""

@@ -12,9 +12,17 @@ from collections.abc import Iterable, Sequence
 from ..core.errors import RequestError
 
 __all__ = [
-    "HIDDEN", "HISTORY", "LATENTS", "MODEL_OUTPUT", "OUT", "RESIDUAL", "beside", "check_samples_one",
-    "kept_name", "passed_on",
-]  # fmt: skip
+    "HIDDEN",
+    "HISTORY",
+    "LATENTS",
+    "MODEL_OUTPUT",
+    "OUT",
+    "RESIDUAL",
+    "beside",
+    "check_samples_one",
+    "kept_name",
+    "passed_on",
+]
 
 LATENTS, MODEL_OUTPUT = "latents", "model_output"
 HIDDEN, HISTORY, RESIDUAL = "hidden", "history", "residual"

@@ -104,9 +104,17 @@ def bench(
                 screen.warn(warning)
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = BenchRequest(
-            prompts=texts, seeds=list(range(seeds)), caches=cache or None, rounds=rounds, steps=steps,
-            eager=eager, backend=backend, options=options, out=out, image=image,
-        )  # fmt: skip
+            prompts=texts,
+            seeds=list(range(seeds)),
+            caches=cache or None,
+            rounds=rounds,
+            steps=steps,
+            eager=eager,
+            backend=backend,
+            options=options,
+            out=out,
+            image=image,
+        )
         ranks = join_job(opened, request, device)
         with screen.progress():
             measured = bench_bundle(opened, request, screen, screen.warn, ranks)

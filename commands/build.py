@@ -209,9 +209,10 @@ def build(
             found = find_authors_folder(Path(model))
             if found is not None:
                 parts = (
-                    until_done.enter_context(hollow_pipeline(found)) if dry_run
+                    until_done.enter_context(hollow_pipeline(found))
+                    if dry_run
                     else written_pipeline(Path(model), found, build_cache or cache_beside(out))
-                )  # fmt: skip
+                )
                 model, pipeline = str(found.transformer), str(parts)
                 if found.low_noise is not None and low_noise_model is None:
                     low_noise_model = str(found.low_noise)

@@ -127,13 +127,18 @@ def calibrate(
             [[n, round(f.r2, 3), not f.refusal] for n, f in found.fits.items()],
         )
         screen.table(
-            "configs", ["config", "computed", "decisions", "dB from uncached"],
+            "configs",
+            ["config", "computed", "decisions", "dB from uncached"],
             [
-                [name, "content decides" if t.computed is None else sum(t.computed),
-                 "–" if t.computed is None else strip(t.computed), t.distance_db]
+                [
+                    name,
+                    "content decides" if t.computed is None else sum(t.computed),
+                    "–" if t.computed is None else strip(t.computed),
+                    t.distance_db,
+                ]
                 for name, t in found.told.items()
             ],
-        )  # fmt: skip
+        )
         screen.note(
             "what a config without a figure costs in quality: freewheel bench "
             f"{bundle} --prompts {prompts} --cache '{out}#NAME'"

@@ -64,9 +64,14 @@ def inspect(
             screen.result(data, render_plan(data))
             return
         data = inspect_bundle(
-            Bundle(target), height=height, width=width, frames=frames, steps=steps, engine=engine,
+            Bundle(target),
+            height=height,
+            width=width,
+            frames=frames,
+            steps=steps,
+            engine=engine,
             offload=offload,
-        )  # fmt: skip
+        )
         screen.result(data, render(data))
 
 
@@ -101,9 +106,15 @@ def _cut(target: Path, *forecast: object) -> dict[str, Any]:
 
 
 def _plan(
-    model: Path, config: str, backend: str, precision: str, screen: Screen,
-    size: tuple[int | None, ...], *, offload: bool,
-) -> dict[str, Any]:  # fmt: skip
+    model: Path,
+    config: str,
+    backend: str,
+    precision: str,
+    screen: Screen,
+    size: tuple[int | None, ...],
+    *,
+    offload: bool,
+) -> dict[str, Any]:
     """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
     from ..compiler.checkpoints.authors_folder import find_authors_folder
     from ..compiler.defaults import resolve_configs

@@ -46,7 +46,9 @@ def lora(
             f"requests say lora={written.name} or lora={written.name}:0.8"
         )
         data = {
-            "file": str(written.path), "name": written.name, "weights": written.weights,
+            "file": str(written.path),
+            "name": written.name,
+            "weights": written.weights,
             "bytes": written.bytes,
-        }  # fmt: skip
+        }
         screen.result(data, [str(written.path)])

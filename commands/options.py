@@ -101,9 +101,10 @@ def precision_of(value: str) -> str:
         raise ConfigError("--precision", f"'{value}' is not known", f"use {short[value]}")
     if re.fullmatch(r"(fp|nf|mxfp|u?int|float)[48](_\w+)?", value):
         raise ConfigError(
-            "--precision", f"'{value}': a body of 8 bits or fewer is not built",
+            "--precision",
+            f"'{value}': a body of 8 bits or fewer is not built",
             "use bfloat16 or float16, which halve float32's memory",
-        )  # fmt: skip
+        )
     return choice_of("--precision", value, known)
 
 

@@ -55,9 +55,13 @@ class Commands(TyperGroup):
         """Run a command line; see `typer.core.TyperGroup.main`."""
         arguments = sys.argv[1:] if args is None else list(args)
         run = partial(
-            super().main, arguments, prog_name, complete_var,
-            windows_expand_args=windows_expand_args, **extra,
-        )  # fmt: skip
+            super().main,
+            arguments,
+            prog_name,
+            complete_var,
+            windows_expand_args=windows_expand_args,
+            **extra,
+        )
         if "--json" not in arguments:
             return run(standalone_mode=standalone_mode)
         try:

@@ -31,9 +31,10 @@ def join_job(bundle: Any, request: Any, device: int | None) -> Any:
 
     if device is not None:
         raise RequestError(
-            f"--device {device}", "is for one process, and a launcher started several",
+            f"--device {device}",
+            "is for one process, and a launcher started several",
             "leave it out: each rank takes the GPU of its LOCAL_RANK",
-        )  # fmt: skip
+        )
     ranks = join_ranks()
     asked = {name: value for name, value in vars(request).items() if name != "checkpoints"}
     for name, value in asked.items():

@@ -91,9 +91,10 @@ def replay(
             return
         if trace is None or config is None:
             raise RequestError(
-                "replay", f"is given no {'trace' if trace is None else 'config'}",
+                "replay",
+                f"is given no {'trace' if trace is None else 'config'}",
                 "name a trace and a --config, or a bundle with --suite",
-            )  # fmt: skip
+            )
         from ..configs.load import load_config
         from ..policies import policy
         from ..policies.overrides import apply_overrides
@@ -129,9 +130,14 @@ def replay(
 
 
 def _rank(
-    screen: Screen, bundle: Path, prompts: Path, steps: int, config: str | None,
-    backend: str | None, options: DeviceOptions,
-) -> None:  # fmt: skip
+    screen: Screen,
+    bundle: Path,
+    prompts: Path,
+    steps: int,
+    config: str | None,
+    backend: str | None,
+    options: DeviceOptions,
+) -> None:
     """Rank every policy on the suite of a bundle."""
     from ..bundle.reader import Bundle
     from ..tuning.bench import read_prompts
@@ -142,9 +148,14 @@ def _rank(
     opened = Bundle(bundle)
     with screen.progress():
         suite = suite_of(
-            opened, read_prompts(prompts), steps=steps, first_seed=1000, progress=screen,
-            backend=backend, options=options,
-        )  # fmt: skip
+            opened,
+            read_prompts(prompts),
+            steps=steps,
+            first_seed=1000,
+            progress=screen,
+            backend=backend,
+            options=options,
+        )
         found = rank(
             suite, opened.manifest.policies, None if config is None else Path(config), screen
         )

@@ -199,9 +199,14 @@ def run(
             from ..compiler.lightx2v import LightX2VRequest
 
             authors = LightX2VRequest(
-                model_path=model_path, config_json=Path(cache or ""), model_cls=model_cls, task=task,
-                bundle=bundle, cache=cache_beside(bundle or Path("bundle")), has_loras=bool(loras),
-            )  # fmt: skip
+                model_path=model_path,
+                config_json=Path(cache or ""),
+                model_cls=model_cls,
+                task=task,
+                bundle=bundle,
+                cache=cache_beside(bundle or Path("bundle")),
+                has_loras=bool(loras),
+            )
             bundle, told = _bundle_of_authors(authors, cache, backend, use_prompt_enhancer, screen)
             cache, loras, fps = told.config.name, [*told.loras, *loras], fps or told.fps
         elif bundle is None:
@@ -224,23 +229,43 @@ def run(
         check_ahead(opened, request, out, model)
         ranks = _join(opened, request, backend, lora, device, told_of, guidance_ranks)
         size = size_of(
-            chosen.generation, height=height, width=width, frames=frames, steps=steps,
-            guidance=guidance, true_guidance=request.true_guidance,
-        )  # fmt: skip
+            chosen.generation,
+            height=height,
+            width=width,
+            frames=frames,
+            steps=steps,
+            guidance=guidance,
+            true_guidance=request.true_guidance,
+        )
         _foretell(
-            screen, opened, str(cache), chosen, size, backend, model, device, offload=offload,
+            screen,
+            opened,
+            str(cache),
+            chosen,
+            size,
+            backend,
+            model,
+            device,
+            offload=offload,
             force=force,
-        )  # fmt: skip
+        )
         began = time.perf_counter()
         with screen.progress():
             screen.phase("load")
             generator = Generator(
-                opened, backend=backend, loras=loras, model=model,
+                opened,
+                backend=backend,
+                loras=loras,
+                model=model,
                 options=DeviceOptions(
-                    offload=offload, cuda_graphs=cuda_graphs, check_finite=check_finite, device=device
+                    offload=offload,
+                    cuda_graphs=cuda_graphs,
+                    check_finite=check_finite,
+                    device=device,
                 ),
-                ranks=ranks, guidance_ranks=guidance_ranks,
-            )  # fmt: skip
+                ranks=ranks,
+                guidance_ranks=guidance_ranks,
+            )
         seconds = {"load": time.perf_counter() - began}
         fps = fps or round(generator.frame_rate(request) or 8)
         check_output(out, fps)
@@ -249,34 +274,46 @@ def run(
         with screen.progress():
             screen.phase("denoise", generator.steps(request))
             result = generator.generate(
-                request, recorder=recorder,
+                request,
+                recorder=recorder,
                 on_step=lambda done, total: screen.advance(
                     live_strip(generator.transformer.statistics), total=total
                 ),
-            )  # fmt: skip
+            )
         if ranks is not None and not ranks.leads:
             ranks.leave()
             return
         written = write_media(result, out, fps)
         reference = told_of.write(screen, generator, request, result, recorder)
         data = outcome(
-            generator, result, seconds | result.seconds, reference,
+            generator,
+            result,
+            seconds | result.seconds,
+            reference,
             None if ranks is None else ranks.size,
-        )  # fmt: skip
+        )
         show_outcome(screen, data)
         if ranks is not None:
             ranks.leave()
         screen.result(
-            {"out": str(out), "written": [str(path) for path in written],
-             "cache": chosen.cache.model_dump(), "resolved": result.resolved, **data},
+            {
+                "out": str(out),
+                "written": [str(path) for path in written],
+                "cache": chosen.cache.model_dump(),
+                "resolved": result.resolved,
+                **data,
+            },
             [str(path) for path in written],
-        )  # fmt: skip
+        )
 
 
 def _bundle_of_authors(
-    request: LightX2VRequest, cache: str | None, backend: str | None, use_prompt_enhancer: bool,
+    request: LightX2VRequest,
+    cache: str | None,
+    backend: str | None,
+    use_prompt_enhancer: bool,
     screen: Screen,
-) -> tuple[Path, LightX2VConfig]:  # fmt: skip
+) -> tuple[Path, LightX2VConfig]:
     """Return the bundle of a folder in its authors' layout, built if need be, and what its config says."""
     from ..compiler.lightx2v import ready_bundle
 
@@ -292,32 +329,40 @@ def _bundle_of_authors(
 def _refuse_without_model(model_cls: str, task: str, use_prompt_enhancer: bool) -> None:
     """Refuse LightX2V's flags that concern its --model_path alone."""
     given = {
-        "--model_cls": model_cls != "wan2.1", "--task": task != "t2v",
+        "--model_cls": model_cls != "wan2.1",
+        "--task": task != "t2v",
         "--use_prompt_enhancer": use_prompt_enhancer,
-    }  # fmt: skip
+    }
     for flag in (flag for flag, is_given in given.items() if is_given):
         raise RequestError(flag, "is LightX2V's, and comes with --model_path", "leave it out")
 
 
 def _join(
-    bundle: Any, request: Any, backend: str | None, loras: list[str] | None, device: int | None,
-    told_of: RunFiles, guidance_ranks: int | None,
-) -> Any:  # fmt: skip
+    bundle: Any,
+    request: Any,
+    backend: str | None,
+    loras: list[str] | None,
+    device: int | None,
+    told_of: RunFiles,
+    guidance_ranks: int | None,
+) -> Any:
     """Join the ranks that a launcher started, once they agree; None in a process started alone."""
     from ..runtime.distributed.layout import branches_of
 
     if launch() is None:
         if guidance_ranks is not None:
             raise RequestError(
-                f"--guidance-ranks {guidance_ranks}", "is for several processes, and this is one",
+                f"--guidance-ranks {guidance_ranks}",
+                "is for several processes, and this is one",
                 "start it with torchrun, or leave it out",
-            )  # fmt: skip
+            )
         return None
     for flag, path in told_of.places().items():
         raise RequestError(
-            f"{flag} {path}", "is for one process, and a launcher started several",
+            f"{flag} {path}",
+            "is for one process, and a launcher started several",
             "start the run alone",
-        )  # fmt: skip
+        )
     scale, inputs = request.value("guidance_scale"), bundle.manifest.inputs.values()
     shares = branches_of(bundle.manifest, guidance_ranks) > 1
     if shares and branch_count(inputs, scale, request.true_guidance) == 1:
@@ -328,7 +373,7 @@ def _join(
             + ": a run has one branch, and ranks share branches",
             "start the run alone, or give "
             + ("--set-pipe true_cfg_scale=4" if is_inside else "--guidance above 1"),
-        )  # fmt: skip
+        )
     ranks = join_job(bundle, request, device)
     told = {"--backend": backend, "--lora": loras or [], "--guidance-ranks": guidance_ranks}
     ranks.compare({flag: str(value) for flag, value in told.items()})

@@ -96,14 +96,20 @@ class RunFiles:
         uncached = _page_recorder(generator, request)
         reference = generator.generate(_uncached(request), recorder=uncached)
         write_run_report(
-            self.report, prompt=request.prompt or "", result=result, reference=reference,
-            recorder=recorder, uncached=uncached, setting=request.cache,
+            self.report,
+            prompt=request.prompt or "",
+            result=result,
+            reference=reference,
+            recorder=recorder,
+            uncached=uncached,
+            setting=request.cache,
             parameters=result.parameters,
             provenance=provenance(
-                generator.bundle, generator.transformer.session.model.backend.name,
-                ["freewheel", *sys.argv[1:]]
+                generator.bundle,
+                generator.transformer.session.model.backend.name,
+                ["freewheel", *sys.argv[1:]],
             ),
-        )  # fmt: skip
+        )
         screen.note(f"report: {self.report}")
         return reference
 

@@ -138,10 +138,15 @@ class Screen:
             yield self
             return
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(),
-            TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[what]}"),
-        )  # fmt: skip
+        )
         with Progress(*columns, console=self._err) as bar:
             self._bar = bar
             try:
@@ -192,9 +197,10 @@ def reporting(
     try:
         if place is not None and command not in SHARED:
             raise RankError(
-                f"{command}, {place.size} ranks", "is the work of one process",
+                f"{command}, {place.size} ranks",
+                "is the work of one process",
                 f"start it alone; {', '.join(SHARED)} are shared out",
-            )  # fmt: skip
+            )
         yield screen
     except FreewheelError as error:
         if debug:

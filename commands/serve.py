@@ -74,15 +74,24 @@ def serve(
             raise RequestError(f"--image {image}", "is for --replicas", "give --replicas 2 as well")
         if replicas is not None and lora_folder is not None:
             raise RequestError(
-                f"--lora-folder '{lora_folder}'", "is a folder of this machine, which no replica sees",
+                f"--lora-folder '{lora_folder}'",
+                "is a folder of this machine, which no replica sees",
                 "leave it out, and name one of the volume as 'lora_folder' in config.pbtxt",
-            )  # fmt: skip
+            )
         opened = Bundle(bundle)
         request = ServeRequest(
-            bundle=opened, out=out, name=name, version=version, instances=instances,
-            backend=backend, threads=threads, lora_folder=lora_folder, offload=offload,
-            cuda_graphs=cuda_graphs, device=device,
-        )  # fmt: skip
+            bundle=opened,
+            out=out,
+            name=name,
+            version=version,
+            instances=instances,
+            backend=backend,
+            threads=threads,
+            lora_folder=lora_folder,
+            offload=offload,
+            cuda_graphs=cuda_graphs,
+            device=device,
+        )
         written = write_repository(request)
         library = backend_directory / "freewheel" / "libtriton_freewheel.so"
         if not library.is_file():
@@ -98,9 +107,13 @@ def serve(
         manifest = None
         if replicas is not None:
             manifest = write_replicas(
-                out.absolute(), written.name, replicas=replicas, image=image or IMAGE,
-                backend=served_backend(opened.manifest, backend), size_bytes=written.bytes,
-            )  # fmt: skip
+                out.absolute(),
+                written.name,
+                replicas=replicas,
+                image=image or IMAGE,
+                backend=served_backend(opened.manifest, backend),
+                size_bytes=written.bytes,
+            )
             commands["replicas"] = f"kubectl apply -f {manifest}"
         data = {
             "kubernetes": None if manifest is None else str(manifest),

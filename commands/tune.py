@@ -79,10 +79,15 @@ def tune(
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         request = TuneRequest(
             goal=Goal(target_speedup, min_psnr, min_ssim, criterion),
-            prompts=read_prompts(prompts), traces=traces,
-            calibration=calibration, confirm=confirm, rounds=rounds, steps=steps, backend=backend,
+            prompts=read_prompts(prompts),
+            traces=traces,
+            calibration=calibration,
+            confirm=confirm,
+            rounds=rounds,
+            steps=steps,
+            backend=backend,
             options=options,
-        )  # fmt: skip
+        )
         quiet_libraries()
         opened = Bundle(bundle)
         ranks = join_job(opened, request, device)
@@ -96,9 +101,10 @@ def tune(
         )
         if report.chosen is None:
             raise RequestError(
-                "tune", "found no setting that reaches the goal",
+                "tune",
+                "found no setting that reaches the goal",
                 "ask for less, give --calibration, or raise --confirm",
-            )  # fmt: skip
+            )
         if ranks is None or ranks.leads:
             save_config(report.configs[report.chosen], out)
         screen.result({"out": str(out), **report.as_dict()}, [f"{out}: {report.chosen}"])

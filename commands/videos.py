@@ -64,18 +64,29 @@ def videos(
 
         def check(request: GenerationRequest) -> None:
             check_fit(
-                opened, ResolvedConfig(cache=request.cache, generation=request.defaults),
+                opened,
+                ResolvedConfig(cache=request.cache, generation=request.defaults),
                 size_of(
-                    request.defaults, height=request.height, width=request.width,
-                    frames=request.frames, steps=request.steps, guidance=request.guidance_scale,
+                    request.defaults,
+                    height=request.height,
+                    width=request.width,
+                    frames=request.frames,
+                    steps=request.steps,
+                    guidance=request.guidance_scale,
                 ),
-                backend=backend, model=None, gpu=device, offload=offload,
-            )  # fmt: skip
+                backend=backend,
+                model=None,
+                gpu=device,
+                offload=offload,
+            )
 
         options = DeviceOptions(offload=offload, cuda_graphs=cuda_graphs, device=device)
         jobs = VideoJobs(
-            Generator(opened, backend=backend, options=options), out, cache=cache, fps=fps,
+            Generator(opened, backend=backend, options=options),
+            out,
+            cache=cache,
+            fps=fps,
             check=check,
-        )  # fmt: skip
+        )
         screen.note(f"model '{jobs.model}' at http://{host}:{port}/v1")
         uvicorn.run(videos_app(jobs), host=host, port=port, log_level="warning")

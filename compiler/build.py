@@ -97,9 +97,14 @@ def build(plan: Plan, progress: Progress | None = None) -> BuildReport:
         pipeline, notes = bring_pipeline(checkpoint, folder), list(checkpoint.notes)
         _check_parts(plan, pipeline)
         samplers = bring_samplers(
-            folder, checkpoint.pipeline, planned.configs.values(), planned.latents,
-            plan.output_sign, plan.scheduler, plan.store,
-        )  # fmt: skip
+            folder,
+            checkpoint.pipeline,
+            planned.configs.values(),
+            planned.latents,
+            plan.output_sign,
+            plan.scheduler,
+            plan.store,
+        )
         tokenizer = None
         if plan.with_tokenizer and checkpoint.pipeline is not None:
             tokenizer, why_not = bring_tokenizer(checkpoint.pipeline, folder)
@@ -110,9 +115,16 @@ def build(plan: Plan, progress: Progress | None = None) -> BuildReport:
         origin = CheckpointEntry(**dict(planned.checkpoint), sha256=weights_digest(tensors, files))
         told = {**dict(planned), "checkpoint": origin, "stages": stages}
         manifest = Manifest(
-            **told, pipeline=pipeline, tokenizer=tokenizer, graphs=graphs, tensors=tensors,
-            engines=engines, samplers=samplers, sequence=sequence, files=files,
-        )  # fmt: skip
+            **told,
+            pipeline=pipeline,
+            tokenizer=tokenizer,
+            graphs=graphs,
+            tensors=tensors,
+            engines=engines,
+            samplers=samplers,
+            sequence=sequence,
+            files=files,
+        )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         seconds.end("digests")
     plan.store.trim()
@@ -197,9 +209,10 @@ def _compile(
 def _check_parts(plan: Plan, pipeline: PipelineEntry) -> None:
     if plan.parts and pipeline.folder is None:
         raise OutputError(
-            str(plan.out), "can't link the pipeline's files, which the extra graphs read",
+            str(plan.out),
+            "can't link the pipeline's files, which the extra graphs read",
             "choose an --out on the file system of the checkpoint",
-        )  # fmt: skip
+        )
 
 
 class _Clock(dict[str, float]):

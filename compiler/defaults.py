@@ -30,9 +30,15 @@ __all__ = [
 ]
 
 RUN = ResolvedGeneration(
-    steps=50, height=480, width=832, frames=81, guidance_scale=5.0, flow_shift=1.0, seed=42,
+    steps=50,
+    height=480,
+    width=832,
+    frames=81,
+    guidance_scale=5.0,
+    flow_shift=1.0,
+    seed=42,
     text_tokens=512,
-)  # fmt: skip
+)
 """What a run gets that neither its request, nor a config, nor its pipeline says."""
 
 PICTURE_PIXELS = 1024

@@ -30,10 +30,15 @@ def render_cut(data: Mapping[str, Any]) -> list[str]:
         for s in data["segments"]
     ]
     ahead = [
-        [MOMENTS[runs], _count(one["weights"]), f"{one['weights_share']:.1%}",
-         _count(one["flops"]), f"{one['flops_share']:.2%}"]
+        [
+            MOMENTS[runs],
+            _count(one["weights"]),
+            f"{one['weights_share']:.1%}",
+            _count(one["flops"]),
+            f"{one['flops_share']:.2%}",
+        ]
         for runs, one in data["ahead"].items()
-    ]  # fmt: skip
+    ]
     lines = [f"{data['model']} at {sizes}", ""]
     lines += draw_table("segments", ["segment", "runs", "calls", "weights", "FLOPs"], segments)
     for s in data["segments"]:

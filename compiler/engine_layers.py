@@ -50,10 +50,15 @@ def engine_rows(
         scratch = details["activation_bytes"]
         rows.append(
             (
-                name, amount(engine["bytes"]), engine["seconds"], sum(details["nodes"].values()),
-                engine["layers"], fused, "–" if scratch is None else amount(scratch),
+                name,
+                amount(engine["bytes"]),
+                engine["seconds"],
+                sum(details["nodes"].values()),
+                engine["layers"],
+                fused,
+                "–" if scratch is None else amount(scratch),
             )
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -105,9 +105,13 @@ def compile_graph(
     tensors = onnx.load(graph, load_external_data=False).graph.initializer
     has_weights = any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors)
     about = [
-        "engine", code_version(), backend.name, backend.compiler_version(), target,
+        "engine",
+        code_version(),
+        backend.name,
+        backend.compiler_version(),
+        target,
         sha256_of(graph),
-    ]  # fmt: skip
+    ]
     keeping = NO_STORE if has_weights else store
     keeping.bring(about, out, lambda place: backend.compile(graph, target, place))
 

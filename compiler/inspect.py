@@ -66,9 +66,13 @@ def inspect_bundle(
     generation = manifest.configs[manifest.default_config].generation
     size = size_of(generation, height=height, width=width, frames=frames, steps=steps)
     forecast = forecast_run(
-        manifest, cut, size, pipeline=bundle_pipeline(bundle),
-        backend=manifest.engines[0].backend, offload=offload,
-    )  # fmt: skip
+        manifest,
+        cut,
+        size,
+        pipeline=bundle_pipeline(bundle),
+        backend=manifest.engines[0].backend,
+        offload=offload,
+    )
     total, own = disk_use(bundle.folder, [*manifest.files, MANIFEST])
     return {
         "bundle": str(bundle.folder),
@@ -223,10 +227,14 @@ def _render_layers(engines: Mapping[str, Any], chosen: str | None) -> list[str]:
 
 def _render_speedups(data: Mapping[str, Any]) -> list[str]:
     rows = [
-        [name, p["policy"], p["reason"] or f"{p['computed_steps']} of {p['steps']}",
-         *("–" if p[k] is None else f"{p[k]:.2f}" for k in ("ideal_speedup", "flops_speedup"))]
+        [
+            name,
+            p["policy"],
+            p["reason"] or f"{p['computed_steps']} of {p['steps']}",
+            *("–" if p[k] is None else f"{p[k]:.2f}" for k in ("ideal_speedup", "flops_speedup")),
+        ]
         for name, p in data["speedup"].items()
-    ]  # fmt: skip
+    ]
     columns = ["setting", "policy", "computed steps", "ideal speedup", "by FLOPs"]
     return draw_table("predicted before any run", columns, rows)
 

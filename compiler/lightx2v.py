@@ -74,9 +74,10 @@ def ready_bundle(
     for part, path in told.files.items():
         if not path.exists():
             raise CheckpointError(
-                str(path), f"is not there, and '{request.config_json}' names it for '{part}'",
+                str(path),
+                f"is not there, and '{request.config_json}' names it for '{part}'",
                 "fetch it, or correct the config; relative paths are of the working folder",
-            )  # fmt: skip
+            )
     found = find_authors_folder(
         request.model_path,
         PartFiles(**told.files, takes_image_encoder=told.takes_image_encoder),
@@ -87,19 +88,32 @@ def ready_bundle(
     precision: Precision = "float32" if backend.device.type == "cpu" else "bfloat16"
     float8: Float8 = "convert" if told.loras or request.has_loras else "keep"
     about = (
-        _stamp(found), told.boundary, entry.model_dump_json(), backend.name, precision, float8,
+        _stamp(found),
+        told.boundary,
+        entry.model_dump_json(),
+        backend.name,
+        precision,
+        float8,
         str(parts),
-    )  # fmt: skip
+    )
     bundle = request.bundle or request.cache / "bundles" / _name(request.model_path, *about)
     if not (bundle / MANIFEST).is_file():
         report = build(
-            plan(BuildRequest(
-                model=str(found.transformer), out=bundle, backends=[backend],
-                configs={told.config.name: entry}, precision=precision, cache=request.cache, float8=float8,
-                pipeline=str(parts), low_noise=None if found.low_noise is None else str(found.low_noise),
-            )),
+            plan(
+                BuildRequest(
+                    model=str(found.transformer),
+                    out=bundle,
+                    backends=[backend],
+                    configs={told.config.name: entry},
+                    precision=precision,
+                    cache=request.cache,
+                    float8=float8,
+                    pipeline=str(parts),
+                    low_noise=None if found.low_noise is None else str(found.low_noise),
+                )
+            ),
             progress,
-        )  # fmt: skip
+        )
         for text in report.notes:
             note(text)
     return bundle, told
@@ -148,21 +162,21 @@ def _check(request: LightX2VRequest, found: AuthorsFolder | None) -> None:
     if ("moe" in request.model_cls) != (found.low_noise is not None):
         has = "two experts" if found.low_noise is not None else "one transformer"
         raise ConfigError(
-            f"--model_cls {request.model_cls}", f"and '{request.model_path}' has {has}",
+            f"--model_cls {request.model_cls}",
+            f"and '{request.model_path}' has {has}",
             "name the class of this model",
-        )  # fmt: skip
+        )
     if found.task != request.task:
         raise ConfigError(
-            f"--task {request.task}", f"and the transformer is of '{found.task}'",
+            f"--task {request.task}",
+            f"and the transformer is of '{found.task}'",
             f"use --task {found.task}",
-        )  # fmt: skip
+        )
 
 
 def _stamp(found: AuthorsFolder) -> list[list[object]]:
     """Return what tells the model's files from others: names, sizes and times."""
-    return [
-        [str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in found.files
-    ]  # fmt: skip
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in found.files]
 
 
 def _name(folder: Path, *about: object) -> str:

@@ -140,14 +140,16 @@ def plan(request: BuildRequest) -> Plan:
     )
     if checkpoint.experts and request.weights == "baked":
         raise ConfigError(
-            "--weights baked", "means engines of one checkpoint, and this pipeline has two",
+            "--weights baked",
+            "means engines of one checkpoint, and this pipeline has two",
             "build with --weights inputs: engines are the same for both",
-        )  # fmt: skip
+        )
     if request.sequence_parallel and request.weights == "baked":
         raise ConfigError(
-            "--weights baked", "compiles blocks together, and --sequence-parallel cuts them",
+            "--weights baked",
+            "compiles blocks together, and --sequence-parallel cuts them",
             "build with --weights inputs",
-        )  # fmt: skip
+        )
     configs = resolve_configs(request.configs, checkpoint.pipeline)
     row, cut = model_cut(checkpoint, request.precision, store, request.row)
     policies = carried_policies(cut, configs, request.policies)
@@ -186,9 +188,11 @@ def plan(request: BuildRequest) -> Plan:
         default_config=next(iter(configs)),
     )
     segments = (
-        *cut.segments, *(sequence.segments if sequence is not None else ()),
-        *caching_of(cut, last_blocks=_runs_last_blocks(policies, signals)), *filter_segments(cut),
-    )  # fmt: skip
+        *cut.segments,
+        *(sequence.segments if sequence is not None else ()),
+        *caching_of(cut, last_blocks=_runs_last_blocks(policies, signals)),
+        *filter_segments(cut),
+    )
     return Plan(
         manifest=manifest,
         out=request.out,
@@ -348,9 +352,10 @@ def _pipeline_parts(
         return []
     if checkpoint.pipeline is None:
         raise CheckpointError(
-            request.model, "is a bare transformer, without text encoder and VAE",
+            request.model,
+            "is a bare transformer, without text encoder and VAE",
             "give the pipeline's folder",
-        )  # fmt: skip
+        )
     parts = []
     if request.with_text_encoder:
         parts.append(text_encoder_part(checkpoint.pipeline, checkpoint.variant))

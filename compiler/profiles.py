@@ -96,9 +96,10 @@ def dim_ranges(
     for dim, limit in cut.limits.items():
         if dim in ranges and ranges[dim][2] > limit.most:
             raise RequestError(
-                f"largest '{dim}' of the build", f"is {ranges[dim][2]}, the model has positions "
-                f"for {limit.most}, {limit.where}", "ask for a smaller --height, --width or --frames",
-            )  # fmt: skip
+                f"largest '{dim}' of the build",
+                f"is {ranges[dim][2]}, the model has positions for {limit.most}, {limit.where}",
+                "ask for a smaller --height, --width or --frames",
+            )
     ranges["text_tokens"] = (1, text[1], text[2])
     # Blocks' tables have a row for each step and element of the batch.
     ranges["steps"] = (1, steps[1], max(MOST_STEPS, steps[2]) * wanted["batch"][2])
@@ -156,9 +157,11 @@ def _shared_ranges(
     batch = ranges["batch"]
     everything = 1, min(usual * USUAL_RANKS, largest), largest
     return {
-        **found, "attention_queries": everything, "attention_keys": everything,
+        **found,
+        "attention_queries": everything,
+        "attention_keys": everything,
         "attention_rows": (1, max(heads * batch[1] // USUAL_RANKS, 1), heads * batch[2]),
-    }  # fmt: skip
+    }
 
 
 def _spread(carried: Sequence[Size], name: str) -> Range:

@@ -70,9 +70,10 @@ def resume_engines(
     for backend in backends:
         if bundle.engines(backend.name) is not None:
             raise RequestError(
-                f"{folder}, backend '{backend.name}'", "has its engines",
+                f"{folder}, backend '{backend.name}'",
+                "has its engines",
                 "name another backend, or build anew",
-            )  # fmt: skip
+            )
     graphs = compiled_graphs(manifest.graphs, manifest.weights)
     profiles = {}
     if any(isinstance(backend, ProfiledBackend) for backend in backends):

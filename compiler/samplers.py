@@ -96,9 +96,10 @@ def probe(scheduler: Any, steps: int, window: int | None = None) -> SamplerTable
         if fault < TOLERANCE:
             return SamplerTable(timesteps, sigmas, rows[:, :size], rows[:, size:])
     raise BuildError(
-        where, f"is no linear recurrence over {MAX_WINDOW} samples (off by {fault:.1e})",
+        where,
+        f"is no linear recurrence over {MAX_WINDOW} samples (off by {fault:.1e})",
         f"use one of {', '.join(dict.fromkeys(SAMPLERS[n] for n in TABULATED))}",
-    )  # fmt: skip
+    )
 
 
 def _set_timesteps(scheduler: Any, steps: int) -> None:

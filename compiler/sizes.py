@@ -83,9 +83,12 @@ def size_of(
         true_guidance: Guidance scale beside one that the model embeds; None is none.
     """
     wanted = {
-        "height": height, "width": width, "frames": frames, "steps": steps,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "steps": steps,
         "guidance_scale": guidance,
-    }  # fmt: skip
+    }
     asked = generation.model_copy(update={n: v for n, v in wanted.items() if v is not None})
     return Size(
         height=asked.height,
@@ -132,9 +135,10 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
         told = {"image_tokens": (image["image_size"] // image["patch_size"]) ** 2 + 1}
     if size.frames < 1 or (size.frames - 1) % by_time:
         raise RequestError(
-            f"--frames {size.frames}", f"is not 1 more than a multiple of {by_time}",
+            f"--frames {size.frames}",
+            f"is not 1 more than a multiple of {by_time}",
             f"use {max(0, round((size.frames - 1) / by_time)) * by_time + 1}",
-        )  # fmt: skip
+        )
     if size.steps < 1:
         raise RequestError(f"--steps {size.steps}", "is less than 1", "use 20 to 50")
     dims = {
@@ -189,7 +193,8 @@ def bundle_pipeline(bundle: Bundle) -> Path | None:
 def _divided(name: str, pixels: int, multiple: int) -> int:
     if pixels < multiple or pixels % multiple:
         raise RequestError(
-            f"--{name} {pixels}", f"is no multiple of {multiple}",
+            f"--{name} {pixels}",
+            f"is no multiple of {multiple}",
             f"use {max(multiple, round(pixels / multiple) * multiple)}",
-        )  # fmt: skip
+        )
     return pixels

@@ -123,9 +123,10 @@ REFUSED = (
 
 ABSENT_POLICIES = {
     "DynamicBlock": (
-        "lets every block decide for itself", "'DualBlock', which decides once a step",
+        "lets every block decide for itself",
+        "'DualBlock', which decides once a step",
     ),
-}  # fmt: skip
+}
 """LightX2V's policies that are none here → what they do, and what is nearest here."""
 
 

@@ -75,9 +75,10 @@ def read_lightx2v(path: Path, model_cls: str, task: str) -> LightX2VConfig:
     """
     if model_cls not in MODEL_CLASSES:
         raise ConfigError(
-            f"--model_cls {model_cls}", "is not run here",
+            f"--model_cls {model_cls}",
+            "is not run here",
             f"{nearest(model_cls, list(MODEL_CLASSES))}; build other models with `freewheel build`",
-        )  # fmt: skip
+        )
     if task not in TASKS:
         raise ConfigError(f"--task {task}", "is not run here", f"use one of {', '.join(TASKS)}")
     data = read_object(path)
@@ -91,20 +92,24 @@ def read_lightx2v(path: Path, model_cls: str, task: str) -> LightX2VConfig:
     elif MODEL_CLASSES[model_cls]:
         if "denoising_step_list" not in data:
             raise ConfigError(
-                str(path), f"has no 'denoising_step_list', which '{model_cls}' runs through",
+                str(path),
+                f"has no 'denoising_step_list', which '{model_cls}' runs through",
                 'add "denoising_step_list": [1000, 750, 500, 250], or the model\'s own',
-            )  # fmt: skip
+            )
         data["infer_steps"] = len(data["denoising_step_list"])
     defaults = {"feature_caching": "NoCaching", "enable_cfg": False}
     config = parse_config({**defaults, **data}, where=str(path), name=path.stem)
     quantised = [k for k in ("t5_quantized", "clip_quantized") if given.get(k)]
     unread += [f"'{key}': the encoder's plain file is taken" for key in quantised]
     return LightX2VConfig(
-        config, _files(given, has_experts=has_experts), given.get("use_image_encoder", True) is not False,
+        config,
+        _files(given, has_experts=has_experts),
+        given.get("use_image_encoder", True) is not False,
         _loras(path, given.get("lora_configs") or []),
         _boundary(path, given, config) if has_experts else None,
-        round(given.get("target_fps") or given.get("fps") or FPS), tuple(unread),
-    )  # fmt: skip
+        round(given.get("target_fps") or given.get("fps") or FPS),
+        tuple(unread),
+    )
 
 
 OWN = (
@@ -146,10 +151,11 @@ def _loras(path: Path, entries: Any) -> tuple[str, ...]:
             raise ConfigError(place, f"'strength' is {strength!r}", "give a number")
         if entry.get("name") == LOW:
             raise ConfigError(
-                place, "is of the second expert, and `run` merges LoRAs into the first alone",
+                place,
+                "is of the second expert, and `run` merges LoRAs into the first alone",
                 "attach the bundle to a diffusers pipeline and load it with "
                 "load_lora_weights(…, load_into_transformer_2=True)",
-            )  # fmt: skip
+            )
         loras.append(f"{entry['path']}:{strength:g}")
     return tuple(loras)
 
@@ -164,9 +170,10 @@ def _boundary(path: Path, given: Mapping[str, Any], config: CachingConfig) -> fl
         return found
     if not isinstance(index, int) or not 0 < index < len(steps):
         raise ConfigError(
-            f"{path}, 'boundary_step_index'", f"is {index!r}, of {len(steps)} steps",
+            f"{path}, 'boundary_step_index'",
+            f"is {index!r}, of {len(steps)} steps",
             "give the index of the first step of the second expert",
-        )  # fmt: skip
+        )
     shift = config.sample_shift or 1.0
     levels = [shift * x / (1 + (shift - 1) * x) for x in (s / 1000 for s in steps)]
     return (levels[index - 1] + levels[index]) / 2

@@ -44,9 +44,10 @@ def load_config(path_or_name: str | Path) -> CachingConfig:
             config = policy_config(text).of_policy()
         except ValidationError as error:
             raise ConfigError(
-                f"caching config '{text}'", "needs a file: its tables come from a calibration",
+                f"caching config '{text}'",
+                "needs a file: its tables come from a calibration",
                 "write one with `freewheel calibrate`",
-            ) from error  # fmt: skip
+            ) from error
         config._name = text
         return config
     file, _, inner = text.partition("#")

@@ -22,6 +22,7 @@ def check_size(name: str, value: int) -> None:
     """
     if value > LARGEST_SIZE:
         raise RequestError(
-            f"--{name} {value}", f"is above {LARGEST_SIZE}",
+            f"--{name} {value}",
+            f"is above {LARGEST_SIZE}",
             "give pixels, such as 480" if name != "frames" else "give frames, such as 81",
-        )  # fmt: skip
+        )

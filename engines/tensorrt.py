@@ -148,11 +148,15 @@ class TensorRT:
             raise BuildError(f"{graph}, tensor '{float8[0]}'", what, hint)
         with self._builds_on():
             plan = build_plan(
-                trt, model, graph, target, inputs,
+                trt,
+                model,
+                graph,
+                target,
+                inputs,
                 capabilities=capabilities if self.module == "tensorrt_rtx" else (),
                 timing_cache=self._cache_file("timing", self._timed_on(capabilities)),
                 progress=self.progress,
-            )  # fmt: skip
+            )
         record = EngineRecord(
             self.name,
             trt.__version__,
@@ -190,9 +194,15 @@ class TensorRT:
             if engine is None:
                 raise BundleError(str(compiled / PLAN), faults.take(), REBUILD)
             return TensorRTEngine(
-                trt, engine, record, name=compiled.name, lane=self.lane, runtime=runtime,
-                faults=faults, runtime_config=self._runtime_config(trt, engine),
-            )  # fmt: skip
+                trt,
+                engine,
+                record,
+                name=compiled.name,
+                lane=self.lane,
+                runtime=runtime,
+                faults=faults,
+                runtime_config=self._runtime_config(trt, engine),
+            )
 
     def _open_runtime(self, trt: Any) -> tuple[Any, Any]:
         """Return the one runtime of this backend and what keeps its complaints."""

@@ -102,9 +102,15 @@ def build_plan(
     profile = check_profile(target, inputs, str(path))
     try:
         return _build(
-            trt, model, path, options, profile,
-            capabilities=capabilities, timing_cache=timing_cache, progress=progress,
-        )  # fmt: skip
+            trt,
+            model,
+            path,
+            options,
+            profile,
+            capabilities=capabilities,
+            timing_cache=timing_cache,
+            progress=progress,
+        )
     except BaseException as fault:
         # A traceback would keep the builder until the garbage collector finds it, perhaps while
         # another build calls back into Python and holds TensorRT's locks.
@@ -132,9 +138,14 @@ def _build(
     _allow_decomposition(trt, network, everywhere=bool(options.get("decomposable_attention")))
     monitor = _monitor(trt, progress) if progress else None
     config = _create_config(
-        trt, builder, _profiles(profile, chooses_kernels=not capabilities), options,
-        capabilities=capabilities, timing_cache=timing_cache, monitor=monitor,
-    )  # fmt: skip
+        trt,
+        builder,
+        _profiles(profile, chooses_kernels=not capabilities),
+        options,
+        capabilities=capabilities,
+        timing_cache=timing_cache,
+        monitor=monitor,
+    )
     content = builder.build_serialized_network(network, config)
     if monitor and monitor.fault:
         raise monitor.fault

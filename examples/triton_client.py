@@ -36,8 +36,12 @@ def ids_of(prompt: str, tokenizer: str) -> np.ndarray:
     return np.array(encoding.ids, np.int64)
 
 
-def stream(client: triton.InferenceServerClient, model: str, tensors: dict[str, np.ndarray],
-           parameters: dict[str, str]) -> Iterator[triton.InferResult]:  # fmt: skip
+def stream(
+    client: triton.InferenceServerClient,
+    model: str,
+    tensors: dict[str, np.ndarray],
+    parameters: dict[str, str],
+) -> Iterator[triton.InferResult]:
     """Send a request; yield each response, progress first and the result last."""
     inputs = []
     for name, array in tensors.items():
@@ -68,8 +72,10 @@ def show(progress: dict) -> None:
         return
     for name, branch in progress["branches"].items():
         print(f"{name}: {branch['computed_steps']} computed, {branch['reused_steps']} reused")
-    print(f"{progress['policy']}: {progress['total_seconds']:.2f} s, "
-          f"ideal speedup {progress['ideal_speedup']:.2f}")  # fmt: skip
+    print(
+        f"{progress['policy']}: {progress['total_seconds']:.2f} s, "
+        f"ideal speedup {progress['ideal_speedup']:.2f}"
+    )
 
 
 def save(array: np.ndarray, path: Path) -> None:
@@ -94,8 +100,13 @@ def main() -> None:
     parser.add_argument("--embeddings", help=".npy, float32 [tokens, width]")
     parser.add_argument("--negative-embeddings")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="policy, steps, guidance_scale, threshold, stream, …")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="policy, steps, guidance_scale, threshold, stream, …",
+    )
     parser.add_argument("--out", type=Path, required=True, help=".npy, or .gif for frames")
     options = parser.parse_args()
     tensors = {}

@@ -129,9 +129,10 @@ def _decibels(text: str, overrides: Mapping[str, str]) -> float:
         )
     if "computed_steps" in overrides:
         raise ConfigError(
-            "parameter 'min_psnr'", "chooses 'computed_steps', which is given too",
+            "parameter 'min_psnr'",
+            "chooses 'computed_steps', which is given too",
             "give one of the two",
-        )  # fmt: skip
+        )
     return decibels
 
 

@@ -81,13 +81,16 @@ def chosen_budget(promise: Promise | None, budgets: Sequence[int], bound: float)
     where = f"min_psnr {bound:g}"
     if promise is None:
         raise ConfigError(
-            where, "can't be kept: the setting tells no quality of runs that nothing was fitted on",
+            where,
+            "can't be kept: the setting tells no quality of runs that nothing was fitted on",
             "take a 'solved' config of 'freewheel calibrate --hold-out 20'",
-        )  # fmt: skip
+        )
     found = [b for b, psnr in zip(budgets, promise.psnr, strict=False) if psnr >= bound]
     if not found:
         raise ConfigError(
-            where, f"is kept by no number of computed steps: {100 * promise.coverage:.0f} of 100 "
-            f"runs keep {max(promise.psnr):.1f} dB at most", "ask for less, or run uncached",
-        )  # fmt: skip
+            where,
+            f"is kept by no number of computed steps: {100 * promise.coverage:.0f} of 100 "
+            f"runs keep {max(promise.psnr):.1f} dB at most",
+            "ask for less, or run uncached",
+        )
     return found[0]

@@ -92,9 +92,10 @@ class CacheSetting(BaseModel):
             return self
         if self.deadline is not None:
             raise ConfigError(
-                f"min_psnr {self.min_psnr:g}", "can't be kept beside a deadline, which may compute "
-                "fewer steps", "give one of the two",
-            )  # fmt: skip
+                f"min_psnr {self.min_psnr:g}",
+                "can't be kept beside a deadline, which may compute fewer steps",
+                "give one of the two",
+            )
         budgets = self.parameters.get("budgets", [])
         assert isinstance(budgets, list), "a list parameter"
         count = chosen_budget(self.promise, [int(b) for b in budgets], self.min_psnr)

@@ -93,7 +93,7 @@ PARAMETERS = {
         maximum=HISTORY,
         meaning=f"residuals that the mixes use, 1 to {HISTORY}",
     ),
-}  # fmt: skip
+}
 
 
 MixRow = Annotated[list[float], Field(min_length=1, max_length=HISTORY)]
@@ -142,9 +142,7 @@ class SolvedConfig(CachingConfig):
     feature_caching: Literal["Solved"] = "Solved"
     computed_steps: Annotated[int, PARAMETERS["computed_steps"].check] | None = None
     sigmas: Annotated[list[float], PARAMETERS["sigmas"].length] | None = None
-    schedules: Annotated[
-        list[SolvedSchedule], Field(min_length=1, max_length=MAXIMUM_SCHEDULES)
-    ]  # fmt: skip
+    schedules: Annotated[list[SolvedSchedule], Field(min_length=1, max_length=MAXIMUM_SCHEDULES)]
     solved_from: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -223,9 +221,7 @@ class SolvedConfig(CachingConfig):
     def _parameters(self) -> dict[str, Value]:
         assert self.infer_steps is not None, "validated"
         budgets = [len(s.computed) for s in self.schedules]
-        marks = [
-            int(step in s.computed) for s in self.schedules for step in range(MAXIMUM_STEPS)
-        ]  # fmt: skip
+        marks = [int(step in s.computed) for s in self.schedules for step in range(MAXIMUM_STEPS)]
         return {
             "computed_steps": budgets[-1] if self.computed_steps is None else self.computed_steps,
             "steps": self.infer_steps,

@@ -264,9 +264,12 @@ class PolicySpec(_Spec):
         """
         if wanted is not None and wanted not in self.signals:
             raise ConfigError(
-                f"signal '{wanted}'", f"can't be given to policy '{self.name}'",
-                nearest(wanted, self.signals) if self.signals else "leave it out: it takes no signal",
-            )  # fmt: skip
+                f"signal '{wanted}'",
+                f"can't be given to policy '{self.name}'",
+                nearest(wanted, self.signals)
+                if self.signals
+                else "leave it out: it takes no signal",
+            )
         return wanted or next((s for s in self.signals if s in given), None)
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Value]:
@@ -289,9 +292,10 @@ class PolicySpec(_Spec):
             listed = resolved.get(spec.listed_in) if spec.listed_in else None
             if isinstance(listed, list) and value not in listed:
                 raise ConfigError(
-                    f"parameter '{name}'", f"{value!r} is none of '{spec.listed_in}'",
+                    f"parameter '{name}'",
+                    f"{value!r} is none of '{spec.listed_in}'",
                     f"give one of {', '.join(map(str, listed))}",
-                )  # fmt: skip
+                )
         return resolved
 
 

@@ -142,8 +142,12 @@ class Body:
         """Allocate what blocks of a group give that a later stage reads; ``place`` is block 0's."""
         outputs = self._manifest.graphs[group.graph].outputs
         members = range(group.first, group.first + group.count)
-        kept = {(s, b): f"{s}_out.{b}" for s, p in self._manifest.kept for b in members
-                if p == place + b}  # fmt: skip
+        kept = {
+            (s, b): f"{s}_out.{b}"
+            for s, p in self._manifest.kept
+            for b in members
+            if p == place + b
+        }
         made = allocate({n: outputs[n] for n in kept.values()}, self.dims, self._model.device)
         self._kept |= {(stream, place + b): made[name] for (stream, b), name in kept.items()}
         return made

@@ -125,9 +125,13 @@ class BranchCache:
         roles = [role for role in ROLES if role in self._resolved.policy.spec.kept]
         spots = range(1 + len(roles))
         graph = next(
-            (n for n, g in model.manifest.graphs.items()
-             if g.runs in ("signal", "probe") and signal.value in g.outputs), None,
-        )  # fmt: skip
+            (
+                n
+                for n, g in model.manifest.graphs.items()
+                if g.runs in ("signal", "probe") and signal.value in g.outputs
+            ),
+            None,
+        )
         if graph is None:
             if signal.known == "run":
                 tables = (g.outputs for g in model.manifest.graphs.values() if g.runs == "run")

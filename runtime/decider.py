@@ -57,15 +57,20 @@ class Decider:
         unknown = sorted(set(declared.inputs) - set(decide_inputs(policy.spec)))
         if unknown:
             raise BundleError(
-                f"graph '{policy.graph}', input '{unknown[0]}'", "is nothing that a session gives",
+                f"graph '{policy.graph}', input '{unknown[0]}'",
+                "is nothing that a session gives",
                 "update Freewheel, or build the bundle again",
-            )  # fmt: skip
+            )
         device = model.device
         self._values = {
-            n: torch.zeros([s for s in e.shape if isinstance(s, int)], dtype=getattr(torch, e.dtype), device=device)
+            n: torch.zeros(
+                [s for s in e.shape if isinstance(s, int)],
+                dtype=getattr(torch, e.dtype),
+                device=device,
+            )
             for n, e in (*declared.inputs.items(), *declared.outputs.items())
             if n not in next(iter(arrangements.values()))
-        }  # fmt: skip
+        }
         for name, spec in self._spec.parameters.items():
             self._set(f"param.{name}", spec.tensor_values(name, parameters[name]))
         for name in GUARD_PARAMETERS:

@@ -96,9 +96,10 @@ def _check_tensor(path: str, name: str) -> None:
     layout = next((text for mark, text in LAYOUTS.items() if mark in name), "no LoRA tensor")
     module = name.rpartition(".")[0]
     raise RequestError(
-        f"--lora '{path}', module '{module}'", f"'{name}' is {layout}, which can't be applied",
+        f"--lora '{path}', module '{module}'",
+        f"'{name}' is {layout}, which can't be applied",
         "merge it into the checkpoint and build that, or give a plain LoRA",
-    )  # fmt: skip
+    )
 
 
 def _read(pipe: Any, path: str) -> tuple[str | dict[str, Tensor], dict[str, Tensor]]:
@@ -145,9 +146,11 @@ def _by_parameter(model: Any, differences: Mapping[str, Tensor], place: str) -> 
             raise RequestError(
                 f"{place}, parameter '{name}'",
                 f"is changed by a difference of shape {list(tensor.shape)}, but the model "
-                + (f"has it as {list(shapes[name])}" if name in shapes else "has no such parameter"),
+                + (
+                    f"has it as {list(shapes[name])}" if name in shapes else "has no such parameter"
+                ),
                 "give a LoRA of this model",
-            )  # fmt: skip
+            )
     return found
 
 
@@ -169,9 +172,10 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str, model: Any) -> dict[
     place = f"--lora '{lora.path}'"
     if not hasattr(pipe, "load_lora_weights"):
         raise RequestError(
-            place, f"can't be loaded: {type(pipe).__name__} has no loader of LoRAs",
+            place,
+            f"can't be loaded: {type(pipe).__name__} has no loader of LoRAs",
             "merge it into the checkpoint and build that",
-        )  # fmt: skip
+        )
     try:
         source, differences = _read(pipe, lora.path)
         differences = _by_parameter(model, differences, place)
@@ -185,13 +189,14 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str, model: Any) -> dict[
                 f"{place}, module '{others[0].rpartition('.lora')[0]}'",
                 "belongs to the text encoder, which attach leaves alone",
                 "call pipe.load_lora_weights(FILE) after attach",
-            )  # fmt: skip
+            )
         pipe.load_lora_weights(source, adapter_name=adapter_name)
     except KeyError as error:
         raise RequestError(
-            f"{place}, tensor {error}", "is missing: diffusers converts this layout only whole",
+            f"{place}, tensor {error}",
+            "is missing: diffusers converts this layout only whole",
             "give the file in diffusers' layout",
-        ) from error  # fmt: skip
+        ) from error
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise RequestError(
             place, f"can't be applied: {error}", "give a LoRA of this model"

@@ -58,9 +58,10 @@ def plain_lora(state: Mapping[str, Tensor], where: str) -> State:
             found |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
         else:
             found |= {
-                f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up,
+                f"{module}.lora_down.weight": down,
+                f"{module}.lora_up.weight": up,
                 f"{module}.alpha": torch.tensor(float(down.shape[0])),
-            }  # fmt: skip
+            }
     return {n: t.contiguous() for n, t in found.items()}
 
 

@@ -97,9 +97,10 @@ class Model:
         name = backend or built[0]
         if name in BACKENDS and name not in built:
             raise BackendUnavailable(
-                f"backend '{name}'", f"the bundle has engines for {', '.join(built)} only",
+                f"backend '{name}'",
+                f"the bundle has engines for {', '.join(built)} only",
                 f"build it again with --backend {name}",
-            )  # fmt: skip
+            )
         self.backend: Backend = find_backend(name)
         engines = bundle.engines(name)
         assert engines is not None, "the name was checked against the bundle's engine sets"
@@ -150,9 +151,11 @@ class Model:
         if not self.options.offload:
             return None
         return OffloadedWeights(
-            self.device, self._host_block, streamed=isinstance(self.backend, StreamedBackend),
+            self.device,
+            self._host_block,
+            streamed=isinstance(self.backend, StreamedBackend),
             capture=self.chain if self.options.cuda_graphs else None,
-        )  # fmt: skip
+        )
 
     @property
     def device(self) -> torch.device:
@@ -174,9 +177,10 @@ class Model:
             damaged = self.bundle.damaged(self._files[graph], CHECKED_BYTES)
             if damaged:
                 raise BundleError(
-                    where, f"the bytes of '{damaged[0]}' are not those that were built",
+                    where,
+                    f"the bytes of '{damaged[0]}' are not those that were built",
                     "build the bundle again",
-                )  # fmt: skip
+                )
             self._engines[graph] = self.backend.load(self.bundle.path(self._files[graph]))
         return self._engines[graph]
 
@@ -242,9 +246,10 @@ class Model:
     def _check_options(self) -> None:
         if self.options.offload and self.manifest.weights == "baked":
             raise RequestError(
-                "--offload", "can't be had: this bundle's weights are inside its engines",
+                "--offload",
+                "can't be had: this bundle's weights are inside its engines",
                 "build the bundle with --weights inputs",
-            )  # fmt: skip
+            )
         if self.options.cuda_graphs and not isinstance(self.backend, CapturingBackend):
             raise RequestError(
                 "--cuda-graphs", f"mean nothing to {self.backend.name}", "leave them out"
@@ -266,9 +271,10 @@ class Model:
         missing = [n for n in (*entry.inputs, *entry.outputs) if n not in values]
         if missing:
             raise BundleError(
-                f"{self.bundle.folder}, graph '{graph}', '{missing[0]}'", "is given by nothing",
+                f"{self.bundle.folder}, graph '{graph}', '{missing[0]}'",
+                "is given by nothing",
                 "build the bundle again",
-            )  # fmt: skip
+            )
         bindings = {n: values[n] for n in (*entry.inputs, *entry.outputs)}
         weights = {n: self.prefix + pattern for n, pattern in entry.weights.items()}
         is_template = any("{block}" in pattern for pattern in weights.values())

@@ -65,9 +65,10 @@ class HostBlock:
         status = int(cuda.cudaHostRegister(address, size, LOCKED_FOR_EVERY_GPU))
         if status:
             raise RequestError(
-                "--offload", f"{size} bytes of host memory can't be page-locked (CUDA error {status})",
+                "--offload",
+                f"{size} bytes of host memory can't be page-locked (CUDA error {status})",
                 "raise 'ulimit -l', free memory, or leave --offload out",
-            )  # fmt: skip
+            )
         unlock = weakref.finalize(
             self, _unlock, address, cuda, torch.cuda.synchronize, self._devices
         )

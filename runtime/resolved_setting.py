@@ -60,13 +60,16 @@ class ResolvedSetting:
         where = f"min_psnr {bound:g}"
         if stretch.first:
             raise ConfigError(
-                where, f"was measured for whole runs of {made} steps, and this one begins at step "
-                f"{stretch.first} of these", "give no bound to a run that begins in the midst",
-            )  # fmt: skip
+                where,
+                f"was measured for whole runs of {made} steps, and this one begins at step "
+                f"{stretch.first} of these",
+                "give no bound to a run that begins in the midst",
+            )
         raise ConfigError(
-            where, f"was measured for runs of {made} steps, and this one has {steps}",
+            where,
+            f"was measured for runs of {made} steps, and this one has {steps}",
             f"run {made} steps, or calibrate with --steps {steps}",
-        )  # fmt: skip
+        )
 
     @property
     def always_run(self) -> float:
@@ -84,14 +87,16 @@ def _check_deadline(manifest: Manifest, policy: PolicyEntry) -> None:
     where = f"deadline of policy '{policy.spec.name}'"
     if "seconds_left" not in manifest.graphs[policy.graph].inputs:
         raise ConfigError(
-            where, "can't be kept: the policy does not choose its computed steps by the time left",
+            where,
+            "can't be kept: the policy does not choose its computed steps by the time left",
             "take a 'solved' config, as 'freewheel calibrate' writes them, or give no deadline",
-        )  # fmt: skip
+        )
     if len(manifest.experts) > 1:
         raise ConfigError(
-            where, "can't be kept: the bundle has two transformers, and each plans its own steps",
+            where,
+            "can't be kept: the bundle has two transformers, and each plans its own steps",
             "give no deadline, or set computed_steps",
-        )  # fmt: skip
+        )
 
 
 def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
@@ -117,9 +122,10 @@ def resolve(manifest: Manifest, setting: CacheSetting) -> ResolvedSetting:
         known = [s for s in spec.signals if s in manifest.signals]
         hint = "use another policy; a probe of the first block needs --weights inputs"
         raise ConfigError(
-            f"signal '{name}'", f"can't be given to policy '{setting.policy}' on this model",
+            f"signal '{name}'",
+            f"can't be given to policy '{setting.policy}' on this model",
             nearest(name, known) if known else hint,
-        )  # fmt: skip
+        )
     signal = manifest.signals[name] if name is not None else None
     of_branches = [spec.resolve(one.parameters) for one in setting.every_branch()]
     parameters = of_branches[0]
@@ -142,7 +148,8 @@ def _sections(
     lacking = [s for s in found.streams[len(manifest.cached) :] if f"delta.{s}" not in graphs]
     if lacking:
         raise ConfigError(
-            f"policy '{spec.name}', stream '{lacking[0]}'", "has no graphs that keep what cached "
-            "blocks change of it, and the last blocks read it", "build the bundle again",
-        )  # fmt: skip
+            f"policy '{spec.name}', stream '{lacking[0]}'",
+            "has no graphs that keep what cached blocks change of it, and the last blocks read it",
+            "build the bundle again",
+        )
     return found

@@ -203,17 +203,19 @@ class Session:
         """
         if timesteps.ndim != 1 or not len(timesteps) or not bool(torch.isfinite(timesteps).all()):
             raise RequestError(
-                "timesteps", f"are {tuple(timesteps.shape)}, expected [steps] finite values",
+                "timesteps",
+                f"are {tuple(timesteps.shape)}, expected [steps] finite values",
                 "call scheduler.set_timesteps() first",
-            )  # fmt: skip
+            )
         others = {} if sigmas is None else {"sigmas": sigmas}
         others |= {f"timesteps of '{latents}'": values for latents, values in beside.items()}
         for name, values in others.items():
             if values.shape != timesteps.shape or not bool(torch.isfinite(values).all()):
                 raise RequestError(
-                    name, f"are {tuple(values.shape)}, expected [{len(timesteps)}] finite values",
+                    name,
+                    f"are {tuple(values.shape)}, expected [{len(timesteps)}] finite values",
                     "give the scheduler's, one per step, or leave them out",
-                )  # fmt: skip
+                )
         resolved = self.resolve(setting or CacheSetting())
         schedule = Schedule.of(
             timesteps.float().tolist(), None if sigmas is None else sigmas.float().tolist()
@@ -230,11 +232,14 @@ class Session:
         self._shared_decision = None
         self._last_step = -1
         self.statistics = RunStatistics(
-            resolved.policy.spec.name, resolved.is_folded, len(timesteps),
+            resolved.policy.spec.name,
+            resolved.is_folded,
+            len(timesteps),
             form=form_of(resolved.policy.spec.name, resolved.parameters),
-            deadline=resolved.setting.deadline, always_run=resolved.always_run,
+            deadline=resolved.setting.deadline,
+            always_run=resolved.always_run,
             foreseen=[] if stretch is None else stretch.warnings(),
-        )  # fmt: skip
+        )
         self._compute_tables(timesteps, beside)
         self._schedule = schedule
         for branch in self._branches.values():
@@ -330,9 +335,10 @@ class Session:
         """
         if self._has_failed:
             raise RequestError(
-                f"branch '{branch}', step {step_index}", "follows a step that failed",
+                f"branch '{branch}', step {step_index}",
+                "follows a step that failed",
                 "call begin() to start another run",
-            )  # fmt: skip
+            )
         done, last = self.last_step(branch), self._last_step
         if not done < step_index < self.steps or step_index not in (last, last + 1):
             raise RequestError(
@@ -590,9 +596,12 @@ class Session:
             with self._timed("prepare"):
                 resolved = self.resolve(self._resolved.setting.for_branch(name))
                 branch.cache = BranchCache(
-                    self.model, resolved, branch.body, self._shared,
+                    self.model,
+                    resolved,
+                    branch.body,
+                    self._shared,
                     record=self._recorder is not None,
-                )  # fmt: skip
+                )
                 branch.cache.reset(self._tables, self._schedule)
         with self._timed("prepare"):
             branch.body.modulate(self._tables, self.steps)

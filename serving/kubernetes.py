@@ -66,41 +66,51 @@ def replica_manifest(
     metadata = {"name": name, "labels": labels}
     gibibytes = 1 + SPARE * size_bytes // (1 << 30)
     claim = {
-        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata,
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": metadata,
         "spec": {
             "accessModes": ["ReadWriteMany"],
             "resources": {"requests": {"storage": f"{gibibytes}Gi"}},
         },
-    }  # fmt: skip
+    }
     pod = {
         "terminationGracePeriodSeconds": LOAD_SECONDS,  # requests that run may end
         "containers": [_server(backend, image)],
         "volumes": [{"name": "repository", "persistentVolumeClaim": {"claimName": name}}],
     }
     deployment = {
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata,
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata,
         "spec": {
-            "replicas": replicas, "selector": {"matchLabels": labels},
+            "replicas": replicas,
+            "selector": {"matchLabels": labels},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0}},
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
-    }  # fmt: skip
+    }
     ports = [{"name": kind, "port": number, "targetPort": kind} for kind, number in PORTS.items()]
     service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": metadata,
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
         "spec": {"selector": labels, "ports": ports},
-    }  # fmt: skip
+    }
     target = {"type": "AverageValue", "averageValue": str(QUEUE_SECONDS)}
     autoscaler = {
-        "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": metadata,
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": metadata,
         "spec": {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
-            "minReplicas": replicas, "maxReplicas": MOST_TIMES * replicas,
+            "minReplicas": replicas,
+            "maxReplicas": MOST_TIMES * replicas,
             "metrics": [
                 {"type": "Pods", "pods": {"metric": {"name": QUEUE_METRIC}, "target": target}}
             ],
         },
-    }  # fmt: skip
+    }
     items = [claim, deployment, service, autoscaler]
     return {"apiVersion": "v1", "kind": "List", "items": items}
 
@@ -112,17 +122,21 @@ def _server(backend: str, image: str) -> dict[str, Any]:
         return {"httpGet": {"path": f"/v2/health/{path}", "port": "http"}, **times}
 
     container: dict[str, Any] = {
-        "name": "triton", "image": image, "command": ["tritonserver"],
+        "name": "triton",
+        "image": image,
+        "command": ["tritonserver"],
         "args": [
-            f"--model-repository={ROOT}/models", f"--backend-directory={ROOT}/backends",
-            "--model-control-mode=poll", f"--repository-poll-secs={POLL_SECONDS}",
+            f"--model-repository={ROOT}/models",
+            f"--backend-directory={ROOT}/backends",
+            "--model-control-mode=poll",
+            f"--repository-poll-secs={POLL_SECONDS}",
         ],
         "ports": [{"name": n, "containerPort": number} for n, number in PORTS.items()],
         "startupProbe": probe("ready", periodSeconds=10, failureThreshold=LOAD_SECONDS // 10),
         "readinessProbe": probe("ready", periodSeconds=5),
         "livenessProbe": probe("live", periodSeconds=10, failureThreshold=6),
         "volumeMounts": [{"name": "repository", "mountPath": ROOT, "readOnly": True}],
-    }  # fmt: skip
+    }
     if backend.startswith("tensorrt"):
         container["resources"] = {"limits": {"nvidia.com/gpu": "1"}}
     return container

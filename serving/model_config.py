@@ -75,9 +75,11 @@ def config_text(manifest: Manifest, served: ServedModel) -> str:
         f"instance_group [ {{ kind: {kind} count: {served.instances} }} ]",
         *(f"input [ {_tensor(*t)} optional: true }} ]" for t in _inputs(manifest)),
         *(f"output [ {_tensor(*t)} }} ]" for t in _outputs(manifest)),
-        *(f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}'
-          for name, value in parameters.items()),
-    ]  # fmt: skip
+        *(
+            f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}'
+            for name, value in parameters.items()
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -124,9 +124,10 @@ def _check_device_options(manifest: Manifest, served: ServedModel) -> None:
         raise RequestError(stray[0], "means nothing to openvino", "leave it out")
     if served.offload and manifest.weights == "baked":
         raise RequestError(
-            "--offload", "can't be had: this bundle's weights are inside its engines",
+            "--offload",
+            "can't be had: this bundle's weights are inside its engines",
             "build the bundle with --weights inputs",
-        )  # fmt: skip
+        )
 
 
 def _check_lora_folder(bundle: Bundle, folder: Path | None) -> None:
@@ -136,9 +137,10 @@ def _check_lora_folder(bundle: Bundle, folder: Path | None) -> None:
         raise RequestError(f"--lora-folder '{folder}'", "is no folder", "make it first")
     if bundle.manifest.weights == "baked":
         raise RequestError(
-            "--lora-folder", "can't be used: this bundle's weights are inside its engines",
+            "--lora-folder",
+            "can't be used: this bundle's weights are inside its engines",
             "build the bundle with --weights inputs",
-        )  # fmt: skip
+        )
 
 
 def _version(model: Path, wanted: int | None) -> int:
@@ -149,9 +151,10 @@ def _version(model: Path, wanted: int | None) -> int:
         raise RequestError(f"--version {wanted}", "is below 1", "count versions from 1")
     if wanted in present:
         raise OutputError(
-            str(model / str(wanted)), "is there already",
+            str(model / str(wanted)),
+            "is there already",
             f"leave --version out for {max(present) + 1}, or remove the folder",
-        )  # fmt: skip
+        )
     return wanted
 
 

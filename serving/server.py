@@ -68,6 +68,9 @@ def server_command(
         f"--backend-directory={backends}",
         "--model-control-mode=explicit",
         "--load-model=*",
-        *(f"--{kind}-{what}={value}" for kind, number in ports.items()
-          for what, value in (("address", host), ("port", number))),
-    ]  # fmt: skip
+        *(
+            f"--{kind}-{what}={value}"
+            for kind, number in ports.items()
+            for what, value in (("address", host), ("port", number))
+        ),
+    ]

@@ -121,9 +121,12 @@ class VideoJobs:
         values = {n: _number(n, fields[n], kind) for n, kind in NUMBERS.items() if n in fields}
         values |= _size(fields.get("size")) | self._frames(fields.get("seconds"))
         request = GenerationRequest(
-            prompt=fields["prompt"], negative_prompt=fields.get("negative_prompt", ""),
-            cache=chosen.cache, defaults=chosen.generation, **values,
-        )  # fmt: skip
+            prompt=fields["prompt"],
+            negative_prompt=fields.get("negative_prompt", ""),
+            cache=chosen.cache,
+            defaults=chosen.generation,
+            **values,
+        )
         job = _Job(request, self.model, self._fps)
         if image is not None:
             path = self._image(job)

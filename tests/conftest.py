@@ -194,9 +194,10 @@ def tiny_bundle(tiny_checkpoint: Path, build_bundle: Callable[..., Bundle]) -> B
 
 @pytest.fixture(scope="session")
 def float8_bundle(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     build_bundle: Callable[..., Bundle],
-) -> Bundle:  # fmt: skip
+) -> Bundle:
     """A bundle of `tiny_checkpoint`, matrices of its blocks in float8 with a scale of each row."""
     folder = tmp_path_factory.mktemp("float8") / "tiny"
     shutil.copytree(tiny_checkpoint, folder)
@@ -227,8 +228,12 @@ def sequence_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bu
 
 
 IMAGE_TO_VIDEO = {
-    **TINY, "in_channels": 36, "out_channels": 16, "image_dim": 20, "added_kv_proj_dim": 32,
-}  # fmt: skip
+    **TINY,
+    "in_channels": 36,
+    "out_channels": 16,
+    "image_dim": 20,
+    "added_kv_proj_dim": 32,
+}
 """16 latent channels, 4 of the mask and 16 of the encoded image."""
 
 

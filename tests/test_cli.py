@@ -91,9 +91,12 @@ def test_run_makes_a_video_of_an_image_under_a_shipped_config(
 
 
 def test_run_refuses_what_memory_cannot_hold_unless_told_otherwise(
-    freewheel: Run, i2v_bundle: Bundle, first_frame: Path, tmp_path: Path,
+    freewheel: Run,
+    i2v_bundle: Bundle,
+    first_frame: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(
         "freewheel.compiler.forecast.memory_check.memory_available_bytes", lambda: 1000
     )
@@ -150,9 +153,16 @@ def test_inspect_forecasts_a_checkpoint_before_it_is_built(
 
 def test_inspect_draws_the_cut_of_a_config(freewheel: Run, tmp_path: Path) -> None:
     config = {
-        "_class_name": "WanTransformer3DModel", "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 32,
-        "in_channels": 4, "num_attention_heads": 2, "num_layers": 5, "out_channels": 4, "text_dim": 16,
-    }  # fmt: skip
+        "_class_name": "WanTransformer3DModel",
+        "attention_head_dim": 12,
+        "ffn_dim": 32,
+        "freq_dim": 32,
+        "in_channels": 4,
+        "num_attention_heads": 2,
+        "num_layers": 5,
+        "out_channels": 4,
+        "text_dim": 16,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = freewheel("inspect", tmp_path, "--cut", "--json")
     assert result.exit_code == 0, result.output
@@ -331,9 +341,15 @@ def test_changed_bundle_is_refused(freewheel: Run, demo_bundle: Bundle, tmp_path
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_bad_requests_are_one_error(
-    freewheel: Run, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str], exit_code: int, code: str, says: str,
-) -> None:  # fmt: skip
+    freewheel: Run,
+    demo_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    exit_code: int,
+    code: str,
+    says: str,
+) -> None:
     monkeypatch.setattr(Generator, "generate", None)  # no request gets as far as a step
     base = ["run", demo_bundle.folder, "--prompt", "x", "--json"]
     if "--out" not in arguments:
@@ -418,9 +434,16 @@ def test_one_file_is_not_written_twice(
 
 def test_replicas_are_not_told_of_a_folder_of_this_machine(freewheel: Run, tmp_path: Path) -> None:
     refused = freewheel(
-        "serve", tmp_path / "bundle", "--out", tmp_path / "models", "--lora-folder", tmp_path,
-        "--replicas", 2, "--json",
-    )  # fmt: skip
+        "serve",
+        tmp_path / "bundle",
+        "--out",
+        tmp_path / "models",
+        "--lora-folder",
+        tmp_path,
+        "--replicas",
+        2,
+        "--json",
+    )
     error = failure(refused, 3, "request")
     assert "which no replica sees" in error["message"]
     assert "'lora_folder' in config.pbtxt" in error["hint"]
@@ -450,9 +473,13 @@ def test_replicas_are_not_told_of_a_folder_of_this_machine(freewheel: Run, tmp_p
     ids=lambda v: " ".join((v[0], v[-2])),
 )
 def test_every_command_judges_its_outputs_before_it_works(
-    freewheel: Run, demo_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-) -> None:  # fmt: skip
+    freewheel: Run,
+    demo_bundle: Bundle,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
     (tmp_path / "bundle").symlink_to(demo_bundle.folder)
     (tmp_path / "model").symlink_to(tiny_checkpoint)
     (tmp_path / "folder").mkdir()
@@ -624,8 +651,14 @@ def test_summaries_say_which_form_of_the_law_ran(
     run = RunStatistics("custom", True, 2, {"cond": BranchStatistics(2)}, form=form)
     run.branches["cond"].add(0, True, None, [], 1.0)
     assert run.as_dict()["form"] == form
-    whole = {"measured_speedup": None, "backend": "openvino", "phase_seconds": {"load": 1.0},
-             "total_seconds": 1.0, "steps_per_second": None, "peak_memory_bytes": None}  # fmt: skip
+    whole = {
+        "measured_speedup": None,
+        "backend": "openvino",
+        "phase_seconds": {"load": 1.0},
+        "total_seconds": 1.0,
+        "steps_per_second": None,
+        "peak_memory_bytes": None,
+    }
     show_outcome(Screen(), {**run.as_dict(), **whole})
     assert f"policy custom, {form} (folded" in " ".join(capsys.readouterr().err.split())
 

@@ -88,9 +88,12 @@ def copy(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_tests(copy: Path, tests: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-B", "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests.split()],
-        cwd=copy, env={**os.environ, "PYTHONPATH": str(copy.parent)}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

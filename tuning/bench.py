@@ -216,11 +216,17 @@ class BenchReport:
         keys = ("ideal_speedup", "efficiency")
         quality = ("psnr_mean", "psnr_worst", "ssim_mean", "ssim_worst")
         return [
-            [e["name"], f"{e['computed_steps']:g} of {self.steps}", e["seconds"], e["speedup"],
-             spread_cell(e["speedup_spread"]), *(e[k] for k in keys),
-             *(None if e[k] is None else round(e[k], 1 if "psnr" in k else 4) for k in quality)]
+            [
+                e["name"],
+                f"{e['computed_steps']:g} of {self.steps}",
+                e["seconds"],
+                e["speedup"],
+                spread_cell(e["speedup_spread"]),
+                *(e[k] for k in keys),
+                *(None if e[k] is None else round(e[k], 1 if "psnr" in k else 4) for k in quality),
+            ]
             for e in self.entries
-        ]  # fmt: skip
+        ]
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
@@ -229,9 +235,14 @@ class BenchReport:
     def as_dict(self) -> dict[str, Any]:
         """Return what ``bench --json`` prints."""
         return {
-            "steps": self.steps, "rounds": self.rounds, "pairs": self.pairs, "backend": self.backend,
-            "precision": self.precision, "concurrent_ranks": self.ranks, "settings": self.entries,
-        }  # fmt: skip
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "pairs": self.pairs,
+            "backend": self.backend,
+            "precision": self.precision,
+            "concurrent_ranks": self.ranks,
+            "settings": self.entries,
+        }
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -270,9 +281,12 @@ def short_names(caches: Sequence[str]) -> dict[str, str]:
 
 
 def bench_bundle(
-    bundle: Bundle, request: BenchRequest, progress: Progress, warn: Callable[[str], None],
+    bundle: Bundle,
+    request: BenchRequest,
+    progress: Progress,
+    warn: Callable[[str], None],
     ranks: Ranks | None = None,
-) -> BenchReport:  # fmt: skip
+) -> BenchReport:
     """Measure; see the module.
 
     Args:
@@ -349,11 +363,16 @@ def bench_bundle(
     if shares.size > 1:
         warn(f"{shares.size} ranks took the times at once: they hold where each has its own device")
     report = BenchReport(
-        found[0][UNCACHED]["steps"], rounds, len(pairs),
-        generator.transformer.session.model.backend.name, bundle.manifest.precision,
-        [r.as_dict() for r in rows.values()], pictures,
-        {n: found[0][n]["decisions"] for n in (UNCACHED, *settings)}, shares.size,
-    )  # fmt: skip
+        found[0][UNCACHED]["steps"],
+        rounds,
+        len(pairs),
+        generator.transformer.session.model.backend.name,
+        bundle.manifest.precision,
+        [r.as_dict() for r in rows.values()],
+        pictures,
+        {n: found[0][n]["decisions"] for n in (UNCACHED, *settings)},
+        shares.size,
+    )
     if request.out is not None and shares.leads:
         _write(request.out, report)
     return report
@@ -364,9 +383,13 @@ def _request(
 ) -> GenerationRequest:
     prompt, seed = pair
     return GenerationRequest(
-        prompt=prompt, cache=entry.cache, defaults=entry.generation, seed=seed, steps=steps,
+        prompt=prompt,
+        cache=entry.cache,
+        defaults=entry.generation,
+        seed=seed,
+        steps=steps,
         image=image,
-    )  # fmt: skip
+    )
 
 
 def _measured(result: Generation, reference: Generation, *, is_new: bool) -> dict[str, Any]:
@@ -404,9 +427,10 @@ class _EagerPipeline:
             )
         except OSError as error:
             raise RequestError(
-                "--eager", f"the checkpoint at '{checkpoint.source}' can't be loaded: {error}",
+                "--eager",
+                f"the checkpoint at '{checkpoint.source}' can't be loaded: {error}",
                 "run where the bundle was built",
-            ) from error  # fmt: skip
+            ) from error
         self._generator = generator
 
     def generate(self, request: GenerationRequest) -> Generation:
@@ -441,8 +465,11 @@ def _panels(report: BenchReport) -> list[Panel]:
     entries = {entry["name"]: entry for entry in report.entries}
     return [
         Panel(
-            name, frames, next(iter(report.decisions[name].values())),
-            entries[name]["seconds"], entries[name]["speedup"],
+            name,
+            frames,
+            next(iter(report.decisions[name].values())),
+            entries[name]["seconds"],
+            entries[name]["speedup"],
         )
         for name, frames in report.pictures.items()
-    ]  # fmt: skip
+    ]

@@ -63,11 +63,15 @@ def calibrate(
     uncached = choose_setting(bundle, "off", {}, warn).cache
     asked = [
         GenerationRequest(
-            prompt=prompt, cache=uncached, defaults=base.generation, steps=request.steps,
-            guidance_scale=request.guidance, seed=request.first_seed + index,
+            prompt=prompt,
+            cache=uncached,
+            defaults=base.generation,
+            steps=request.steps,
+            guidance_scale=request.guidance,
+            seed=request.first_seed + index,
         )
         for index, prompt in enumerate(request.prompts)
-    ]  # fmt: skip
+    ]
     for run in asked:
         run.check()
     check_recordable(bundle)
@@ -78,9 +82,14 @@ def calibrate(
     recorder = GramRecorder(model, window=request.window)
     steps = runs[0].value("steps")
     ahead = model_runs(
-        len(runs), request.speedups, request.refine, request.search, steps,
-        paths=request.paths, hold_out=request.hold_out,
-    )  # fmt: skip
+        len(runs),
+        request.speedups,
+        request.refine,
+        request.search,
+        steps,
+        paths=request.paths,
+        hold_out=request.hold_out,
+    )
     tell(f"about {ahead} model runs, cached ones counted by what they compute")
     progress.phase("calibrate", len(request.prompts))
     shares = Shares(ranks)
@@ -153,9 +162,13 @@ def _told(model: Model, timesteps: torch.Tensor, config: CachingConfig) -> Told:
 
 
 def _held_out(
-    generator: Generator, runs: Sequence[GenerationRequest], configs: dict[str, CachingConfig],
-    progress: Progress, shares: Shares, pieces: Pieces,
-) -> dict[str, CachingConfig]:  # fmt: skip
+    generator: Generator,
+    runs: Sequence[GenerationRequest],
+    configs: dict[str, CachingConfig],
+    progress: Progress,
+    shares: Shares,
+    pieces: Pieces,
+) -> dict[str, CachingConfig]:
     """Run what nothing was fitted on with every schedule, and have these tell their quality."""
     solved = configs.get("solved")
     if not isinstance(solved, SolvedConfig):

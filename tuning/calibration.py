@@ -80,9 +80,10 @@ class CalibrationRequest:
                 raise RequestError(f"--speedup {value:g}", "is not above 1", "try --speedup 2")
         if self.objective not in OBJECTIVES:
             raise RequestError(
-                f"--objective '{self.objective}'", "is not known",
+                f"--objective '{self.objective}'",
+                "is not known",
                 nearest(self.objective, list(OBJECTIVES)),
-            )  # fmt: skip
+            )
         if not 1 <= self.history <= HISTORY:
             raise RequestError(f"--history {self.history}", f"is outside [1, {HISTORY}]", "use 3")
         check_count(self.hold_out, len(self.prompts))

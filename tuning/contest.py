@@ -98,9 +98,11 @@ def adacache_settings() -> Iterator[tuple[str, CacheSetting]]:
 
 
 def by_content(
-    count: Callable[[CacheSetting], float], steps: int, ideals: Mapping[str, Ideals],
+    count: Callable[[CacheSetting], float],
+    steps: int,
+    ideals: Mapping[str, Ideals],
     policies: Collection[str],
-) -> Iterator[tuple[str, CacheSetting]]:  # fmt: skip
+) -> Iterator[tuple[str, CacheSetting]]:
     """Yield what decides by content at each speedup, its threshold found by bisection.
 
     Args:

@@ -27,14 +27,17 @@ def check_count(count: int, prompts: int) -> None:
     where = f"--hold-out {count}"
     if 0 < count < FEWEST_RUNS:
         raise RequestError(
-            where, f"promises nothing to {100 * COVERAGE:.0f} of 100 runs: not even the worst of so "
-            "few is bad enough", f"hold {FEWEST_RUNS} or more out; 20 or more make the promise sharper",
-        )  # fmt: skip
+            where,
+            f"promises nothing to {100 * COVERAGE:.0f} of 100 runs: not even the worst of so "
+            "few is bad enough",
+            f"hold {FEWEST_RUNS} or more out; 20 or more make the promise sharper",
+        )
     if count and count >= prompts:
         raise RequestError(
-            where, f"leaves none of {prompts} prompts to fit on",
+            where,
+            f"leaves none of {prompts} prompts to fit on",
             f"give {count + 8} prompts or more, or hold fewer out",
-        )  # fmt: skip
+        )
 
 
 def taking(setting: CacheSetting, count: int) -> CacheSetting:
@@ -45,9 +48,11 @@ def taking(setting: CacheSetting, count: int) -> CacheSetting:
 
 
 def held_out_psnr(
-    generator: Generator, run: GenerationRequest, config: SolvedConfig,
+    generator: Generator,
+    run: GenerationRequest,
+    config: SolvedConfig,
     on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Run one request with every schedule, and return each one's PSNR against the uncached run.
 
     Args:

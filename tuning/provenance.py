@@ -40,4 +40,4 @@ def provenance(
         ["machine", "; ".join([f"{cpu['model']}, {cores}", *gpus, machine["platform"]])],
         ["versions", ", ".join(versions)],
         ["written", (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")],
-    ]  # fmt: skip
+    ]

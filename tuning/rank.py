@@ -37,9 +37,11 @@ class Ranked:
 
 
 def contest_of(
-    suite: Suite, policies: Collection[str], calibration: Path | None,
+    suite: Suite,
+    policies: Collection[str],
+    calibration: Path | None,
     ideals: Mapping[str, Ideals] | None = None,
-) -> dict[str, CacheSetting]:  # fmt: skip
+) -> dict[str, CacheSetting]:
     """Return one setting per policy and speedup, by ``policy speedup``.
 
     Args:

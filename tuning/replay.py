@@ -121,13 +121,16 @@ def replay(trace: Trace, setting: CacheSetting, law: LawFactory = eager_law) -> 
     for branch in trace.branches:
         if trace.has(branch, "computed") and not trace.get(branch, "computed").all():
             raise RequestError(
-                f"trace, branch '{branch}'", "was recorded with steps reused, so what was not computed "
-                "is not known", "record with --cache off",
-            )  # fmt: skip
+                f"trace, branch '{branch}'",
+                "was recorded with steps reused, so what was not computed is not known",
+                "record with --cache off",
+            )
         taken = _decide(
-            trace, leader if spec.one_decision else branch,
-            law(setting.for_branch(branch), trace.schedule), signal,
-        )  # fmt: skip
+            trace,
+            leader if spec.one_decision else branch,
+            law(setting.for_branch(branch), trace.schedule),
+            signal,
+        )
         branches[branch] = _replay_branch(trace, branch, taken)
     form = form_of(setting.policy, parameters)
     return Replay(setting.policy, trace.steps, branches, form, always_run)
@@ -145,10 +148,11 @@ def _always_run(trace: Trace, setting: CacheSetting) -> float:
     for first, _ in own:
         if first != recorded:
             raise RequestError(
-                f"trace, array '{FIRST_BLOCKS}'", f"is of {recorded} first blocks, and the policy looks "
-                f"at {first}", f"record with --record-signals --cache dbcache --set threshold=0 "
+                f"trace, array '{FIRST_BLOCKS}'",
+                f"is of {recorded} first blocks, and the policy looks at {first}",
+                f"record with --record-signals --cache dbcache --set threshold=0 "
                 f"--set first_blocks={first}",
-            )  # fmt: skip
+            )
     return 0.0 if blocks is None else sum(own[0]) / int(blocks)
 
 

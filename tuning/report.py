@@ -82,15 +82,21 @@ def write_run_report(
     seconds = {f"{n}, cached": b.seconds for n, b in statistics.branches.items()}
     seconds |= {f"{n}, uncached": b.seconds for n, b in reference.statistics.branches.items()}
     panels, text = _what_if(uncached, setting)
-    facts = [*provenance, ["policy", f"{statistics.policy} {json.dumps(dict(parameters))}"],
-             ["guard", json.dumps(setting.guard.model_dump())]]  # fmt: skip
+    facts = [
+        *provenance,
+        ["policy", f"{statistics.policy} {json.dumps(dict(parameters))}"],
+        ["guard", json.dumps(setting.guard.model_dump())],
+    ]
     page = {
         "title": f"{statistics.policy}: {prompt}",
         "subtitle": "One run, beside the uncached run of its seed.",
         "warnings": told["warnings"],
         "tables": [_summary(result, reference)],
         "provenance": [[n, v] for n, v in facts],
-        "videos": [_video(UNCACHED, reference.frames), _compared(statistics.policy, result.frames, reference.frames)],
+        "videos": [
+            _video(UNCACHED, reference.frames),
+            _compared(statistics.policy, result.frames, reference.frames),
+        ],
         "videos_text": "The uncached run, this one, and their difference.",
         "strips": [
             {"name": n, "computed": b.computed, "told": _mixes(b.mix)}
@@ -104,7 +110,7 @@ def write_run_report(
         "what_if_text": text,
         "own_first": bool(panels) and panels[0].policy == setting.policy,
         "step_seconds": _step_seconds(result, reference),
-    }  # fmt: skip
+    }
     _write(path, page)
 
 
@@ -137,7 +143,7 @@ def write_bench_report(
             for n, branches in report.decisions.items()
             for branch, computed in _merged(branches).items()
         ],
-    }  # fmt: skip
+    }
     _write(path, page)
 
 
@@ -173,9 +179,10 @@ def _distance(
         text = "Accumulated distance after each decision"
     lines = {n: line for n, line in lines.items() if any(d is not None for d in line)}
     return {
-        "lines": lines, "bound": bound,
+        "lines": lines,
+        "bound": bound,
         "text": f"{text}; a step that reaches the line of the threshold is computed, and resets it.",
-    }  # fmt: skip
+    }
 
 
 def _what_if(uncached: RunRecorder, setting: CacheSetting) -> tuple[list[WhatIf], str]:
@@ -203,19 +210,25 @@ def _step_seconds(result: Generation, reference: Generation) -> dict[str, float 
     steps = sum(s for b in plain.branches.values() for s in b.seconds if s is not None)
     whole = reference.seconds["denoise"]
     return {
-        "computed": plain.step_seconds()["computed"], "reused": known["reused"],
-        "rest": max(0.0, whole - steps), "uncached": whole,
-    }  # fmt: skip
+        "computed": plain.step_seconds()["computed"],
+        "reused": known["reused"],
+        "rest": max(0.0, whole - steps),
+        "uncached": whole,
+    }
 
 
 def _pareto(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     points = [
         {
-            "name": e["name"], "speedup": e["speedup"], "psnr": e["psnr_mean"],
-            "worst": e["psnr_worst"], "spread": e["speedup_spread"] or [e["speedup"]] * 2,
+            "name": e["name"],
+            "speedup": e["speedup"],
+            "psnr": e["psnr_mean"],
+            "worst": e["psnr_worst"],
+            "spread": e["speedup_spread"] or [e["speedup"]] * 2,
         }
-        for e in entries if e["psnr_mean"] is not None
-    ]  # fmt: skip
+        for e in entries
+        if e["psnr_mean"] is not None
+    ]
     for point in points:
         point["front"] = not any(
             p["speedup"] > point["speedup"] and p["psnr"] > point["psnr"] for p in points

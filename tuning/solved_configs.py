@@ -86,10 +86,15 @@ def solved_configs(
         schedules = candidates(grams, factors, sigmas, history=request.history)
         progress.phase("solve", sum(c in wanted or c >= fewest for c in schedules))
         solutions = frontier(
-            lockstep, schedules, wanted, rounds=request.search, objective=request.objective,
-            fewest=fewest, done=progress.advance,
+            lockstep,
+            schedules,
+            wanted,
+            rounds=request.search,
+            objective=request.objective,
+            fewest=fewest,
+            done=progress.advance,
             known=_searched(lockstep, schedules, wanted, request, shares, pieces),
-        )  # fmt: skip
+        )
         if request.paths:
             progress.phase("paths", 1)
             found = best_paths(lockstep, solutions, objective=request.objective)
@@ -131,9 +136,13 @@ def solved_configs(
 
 
 def _searched(
-    lockstep: Lockstep, schedules: Mapping[int, Mapping[Recipe, Computed]], wanted: set[int],
-    request: CalibrationRequest, shares: Shares, pieces: Pieces,
-) -> dict[int, Searched]:  # fmt: skip
+    lockstep: Lockstep,
+    schedules: Mapping[int, Mapping[Recipe, Computed]],
+    wanted: set[int],
+    request: CalibrationRequest,
+    shares: Shares,
+    pieces: Pieces,
+) -> dict[int, Searched]:
     """Search the wanted numbers of computed steps: each rank its own, and all get all."""
     counts = sorted(wanted & set(schedules))
     own: dict[int, Any] = {}

@@ -174,9 +174,15 @@ def _computing(policy: str, exact: list[int], **parameters: float) -> CacheSetti
 
 
 def record_suite(
-    bundle: Bundle, prompts: Sequence[str], *, steps: int, first_seed: int, progress: Progress,
-    backend: str | None = None, options: DeviceOptions | None = None,
-) -> Suite:  # fmt: skip
+    bundle: Bundle,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    first_seed: int,
+    progress: Progress,
+    backend: str | None = None,
+    options: DeviceOptions | None = None,
+) -> Suite:
     """Record a suite.
 
     Args:
@@ -194,9 +200,10 @@ def record_suite(
     """
     if not prompts or not 4 <= steps <= MAXIMUM_STEPS:
         raise RequestError(
-            f"--suite of {len(prompts)} prompts and {steps} steps", "tells nothing",
+            f"--suite of {len(prompts)} prompts and {steps} steps",
+            "tells nothing",
             f"give a prompt or more, and 4 to {MAXIMUM_STEPS} steps",
-        )  # fmt: skip
+        )
     generator = Generator(bundle, backend=backend, options=options)
     model = generator.transformer.session.model
     base = choose_setting(bundle, None, {}, lambda text: None)
@@ -205,18 +212,22 @@ def record_suite(
     runs: list[RecordedSample] = []
     for index, prompt in enumerate(prompts):
         request = GenerationRequest(
-            prompt=prompt, cache=CacheSetting(), defaults=base.generation, steps=steps,
+            prompt=prompt,
+            cache=CacheSetting(),
+            defaults=base.generation,
+            steps=steps,
             seed=first_seed + index,
-        )  # fmt: skip
+        )
         final = generator.generate(request, recorder=recorder).latents
         assert final is not None, "of a pipeline that a bundle records"
         trace, moves = recorder.recorded()
         table = sampler_table(bundle, trace.arrays["timesteps"])
         if table is None:
             raise RequestError(
-                f"bundle '{bundle.folder}'", f"has no sampler table of {steps} steps, by which a suite "
-                "is replayed", "take steps that 'freewheel inspect' lists",
-            )  # fmt: skip
+                f"bundle '{bundle.folder}'",
+                f"has no sampler table of {steps} steps, by which a suite is replayed",
+                "take steps that 'freewheel inspect' lists",
+            )
         cached = []
         for setting in cached_settings(steps):
             generator.generate(replace(request, cache=setting), recorder=sampled)
@@ -265,9 +276,15 @@ def suite_beside(bundle: Bundle, steps: int, prompts: int) -> Path:
 
 
 def suite_of(
-    bundle: Bundle, prompts: Sequence[str], *, steps: int, first_seed: int, progress: Progress,
-    backend: str | None = None, options: DeviceOptions | None = None,
-) -> Suite:  # fmt: skip
+    bundle: Bundle,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    first_seed: int,
+    progress: Progress,
+    backend: str | None = None,
+    options: DeviceOptions | None = None,
+) -> Suite:
     """Return a bundle's suite, recorded as `record_suite` does unless it was before.
 
     Raises:
@@ -279,8 +296,13 @@ def suite_of(
         if suite.about["prompts"] == list(prompts) and suite.about["first_seed"] == first_seed:
             return suite
     suite = record_suite(
-        bundle, prompts, steps=steps, first_seed=first_seed, progress=progress, backend=backend,
+        bundle,
+        prompts,
+        steps=steps,
+        first_seed=first_seed,
+        progress=progress,
+        backend=backend,
         options=options,
-    )  # fmt: skip
+    )
     suite.save(path)
     return suite

@@ -78,11 +78,14 @@ def run_sweep(trace: Trace, setting: CacheSetting, spec: PolicySpec, sweep: str)
         errors = [e for b in branches for e in b.reuse_error if e is not None]
         rows.append(
             SweepRow(
-                value, result.computed_steps, result.ideal_speedup,
-                float(np.mean(errors)) if errors else None, max(errors, default=None),
+                value,
+                result.computed_steps,
+                result.ideal_speedup,
+                float(np.mean(errors)) if errors else None,
+                max(errors, default=None),
                 branches[0].computed,
             )
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -36,16 +36,28 @@ __all__ = ["Trace", "TraceRecorder", "load_trace"]
 Array = NDArray[np.float32]
 
 SIGNALS = (
-    "temb", "timestep_proj", "modulated_input", "first_block_residual", "latents", "filtered_latents",
+    "temb",
+    "timestep_proj",
+    "modulated_input",
+    "first_block_residual",
+    "latents",
+    "filtered_latents",
     "model_output",
-)  # fmt: skip
+)
 
 RUN_ARRAYS = ("timesteps", "sigmas")
 """[S], of the run and not of a branch."""
 
 UNREADABLE = (
-    OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 """What NumPy and zipfile raise at a file that is damaged (RuntimeError: encrypted, or packed oddly)."""
 
 
@@ -85,9 +97,10 @@ class Trace:
         key = f"{branch}/{name}"
         if key not in self.arrays:
             raise RequestError(
-                f"trace, array '{key}'", "was not recorded",
+                f"trace, array '{key}'",
+                "was not recorded",
                 "record again; hidden-sized signals need --record-signals",
-            )  # fmt: skip
+            )
         return self.arrays[key]
 
     def has(self, branch: str, name: str) -> bool:
@@ -104,9 +117,10 @@ class Trace:
         grid = index.reshape(frames, -1) if len(index) % frames == 0 else None
         if grid is None or not (grid - grid[:1] == np.arange(frames)[:, None] * tokens).all():
             raise RequestError(
-                "trace, array 'token_index'", "samples other tokens in each frame, so that motion "
-                "between frames can't be told", "sample the same positions of every frame",
-            )  # fmt: skip
+                "trace, array 'token_index'",
+                "samples other tokens in each frame, so that motion between frames can't be told",
+                "sample the same positions of every frame",
+            )
         return frames, grid.shape[1]
 
     def save(self, path: Path) -> None:
@@ -244,9 +258,10 @@ class TraceRecorder:
         for branch, recorded in self._steps.items():
             if (count := len(recorded["computed"])) != steps:
                 raise RequestError(
-                    f"trace, branch '{branch}'", f"was recorded for {count} of {steps} steps",
+                    f"trace, branch '{branch}'",
+                    f"was recorded for {count} of {steps} steps",
                     "record a whole run, without a guidance interval",
-                )  # fmt: skip
+                )
         dims = self._dims
         grid = {n: dims[n] for n in ("height", "width") if n in dims}
         ratio = (prod(grid.values()) // dims["tokens_per_frame"]) ** 0.5

@@ -75,8 +75,10 @@ class Goal:
                 nearest(self.criterion, list(CRITERIA)),
             )
         options = {
-            "--target-speedup": self.speedup, "--min-psnr": self.psnr, "--min-ssim": self.ssim,
-        }  # fmt: skip
+            "--target-speedup": self.speedup,
+            "--min-psnr": self.psnr,
+            "--min-ssim": self.ssim,
+        }
         given = {option: value for option, value in options.items() if value is not None}
         if len(given) != 1:
             found = f"has several goals, {' and '.join(given)}" if given else "has no goal"
@@ -188,14 +190,18 @@ class TuneReport:
         rows = sorted(self.rows, key=lambda r: float(r["speedup"]))
         return [
             [
-                r["name"], f"{r['computed_steps']:g}", round(r["speedup"], 2),
+                r["name"],
+                f"{r['computed_steps']:g}",
+                round(r["speedup"], 2),
                 spread_cell(r["speedup_spread"]),
-                *(None if r[k] is None else round(r[k], 1 if "psnr" in k else 4)
-                  for k in ("psnr_mean", "psnr_worst", "ssim_mean", "ssim_worst")),
+                *(
+                    None if r[k] is None else round(r[k], 1 if "psnr" in k else 4)
+                    for k in ("psnr_mean", "psnr_worst", "ssim_mean", "ssim_worst")
+                ),
                 ("*" if _is_best(r, rows) else "") + ("<" if r["name"] == self.chosen else ""),
             ]
             for r in rows
-        ]  # fmt: skip
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``tune --json`` prints."""
@@ -212,9 +218,12 @@ class TuneReport:
 
 
 def tune(
-    bundle: Bundle, request: TuneRequest, progress: Progress, warn: Callable[[str], None],
+    bundle: Bundle,
+    request: TuneRequest,
+    progress: Progress,
+    warn: Callable[[str], None],
     ranks: Ranks | None = None,
-) -> TuneReport:  # fmt: skip
+) -> TuneReport:
     """Search by replay and confirm by running.
 
     Args:
@@ -243,21 +252,31 @@ def tune(
     tried = _worth_running(candidates, request.goal, request.confirm)
     if not tried:
         raise RequestError(
-            "--target-speedup", f"{request.goal.speedup:g} is beyond every candidate, the fastest of which "
-            f"has an ideal speedup of {max(c.ideal_speedup for c in candidates):.2f}", "ask for less",
-        )  # fmt: skip
+            "--target-speedup",
+            f"{request.goal.speedup:g} is beyond every candidate, the fastest of which "
+            f"has an ideal speedup of {max(c.ideal_speedup for c in candidates):.2f}",
+            "ask for less",
+        )
     bench = BenchRequest(
-        prompts=confirming, seeds=[0], caches={c.name: c.config.setting() for c in tried},
-        rounds=request.rounds, steps=request.steps, backend=request.backend,
+        prompts=confirming,
+        seeds=[0],
+        caches={c.name: c.config.setting() for c in tried},
+        rounds=request.rounds,
+        steps=request.steps,
+        backend=request.backend,
         options=request.options,
-    )  # fmt: skip
+    )
     rows = bench_bundle(bundle, bench, progress, warn, ranks).entries[1:]
     met = [r for r in rows if request.goal.is_met(r)]
     chosen = max(met, key=request.goal.rank)["name"] if met else None
     return TuneReport(
-        candidates, rows, chosen, _rank_correlation(tried, rows), len(request.prompts) > request.traces,
+        candidates,
+        rows,
+        chosen,
+        _rank_correlation(tried, rows),
+        len(request.prompts) > request.traces,
         {c.name: c.config for c in tried},
-    )  # fmt: skip
+    )
 
 
 def save_config(config: CachingConfig, path: Path) -> None:
@@ -287,9 +306,12 @@ def _uncached_runs(
 
 
 def _record(
-    bundle: Bundle, request: TuneRequest, runs: Sequence[GenerationRequest], progress: Progress,
+    bundle: Bundle,
+    request: TuneRequest,
+    runs: Sequence[GenerationRequest],
+    progress: Progress,
     shares: Shares,
-) -> dict[int, Trace]:  # fmt: skip
+) -> dict[int, Trace]:
     """Run this rank's replayed prompts uncached; traces by prompt."""
     generator = Generator(bundle, backend=request.backend, options=request.options)
     progress.phase("record", len(runs))

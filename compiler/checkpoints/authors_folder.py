@@ -119,9 +119,10 @@ def find_authors_folder(folder: Path, named: PartFiles | None = None) -> Authors
     named = named or PartFiles()
     if _file(folder, WIDE_VAE) is not None and named.vae is None and _file(folder, VAE) is None:
         raise CheckpointError(
-            str(_file(folder, WIDE_VAE)), "is the VAE of Wan 2.2 TI2V-5B, which gives each token a "
-            "timestep of its own", "models: docs/reference/models.md",
-        )  # fmt: skip
+            str(_file(folder, WIDE_VAE)),
+            "is the VAE of Wan 2.2 TI2V-5B, which gives each token a timestep of its own",
+            "models: docs/reference/models.md",
+        )
     text_encoder = named.text_encoder or _file(folder, TEXT_ENCODER)
     vae = named.vae or _file(folder, VAE)
     if text_encoder is None and vae is None:
@@ -134,30 +135,40 @@ def find_authors_folder(folder: Path, named: PartFiles | None = None) -> Authors
     ]
     config = next((p for p in configs if p.is_file()), configs[0])
     wanted = {
-        f"{TEXT_ENCODER}.*": text_encoder, f"{VAE}.*": vae, "config.json": config,
-        TOKENIZER: named.tokenizer or folder / TOKENIZER, str(transformer): transformer,
+        f"{TEXT_ENCODER}.*": text_encoder,
+        f"{VAE}.*": vae,
+        "config.json": config,
+        TOKENIZER: named.tokenizer or folder / TOKENIZER,
+        str(transformer): transformer,
         **({} if low_noise is None else {str(low_noise): low_noise}),
-    }  # fmt: skip
+    }
     missing = [name for name, path in wanted.items() if path is None or not path.exists()]
     if missing or text_encoder is None or vae is None:
         raise CheckpointError(
-            str(folder), f"has no '{missing[0]}'",
+            str(folder),
+            f"has no '{missing[0]}'",
             "fetch it into the folder, as Wan's authors lay a model out",
-        )  # fmt: skip
+        )
     image_encoder = named.image_encoder or _file(folder, IMAGE_ENCODER)
     found = AuthorsFolder(
-        transformer, low_noise, config, text_encoder, named.tokenizer or folder / TOKENIZER, vae,
+        transformer,
+        low_noise,
+        config,
+        text_encoder,
+        named.tokenizer or folder / TOKENIZER,
+        vae,
         image_encoder if named.takes_image_encoder else None,
-    )  # fmt: skip
+    )
     if (
         found.task == "t2v" or low_noise is not None
     ):  # Wan 2.2 sees the picture by its latents alone
         return AuthorsFolder(**{**vars(found), "image_encoder": None})
     if found.image_encoder is None and named.takes_image_encoder:
         raise CheckpointError(
-            str(folder), f"has no '{IMAGE_ENCODER}.*', and the transformer takes a picture",
+            str(folder),
+            f"has no '{IMAGE_ENCODER}.*', and the transformer takes a picture",
             "fetch it into the folder, as Wan's authors lay a model out",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -218,12 +229,15 @@ def text_encoder_of(state: Mapping[str, Tensor]) -> tuple[Any, State]:
     heads = state["blocks.0.pos_embedding.embedding.weight"].shape[1]
     words, width = state["token_embedding.weight"].shape
     config = UMT5Config(
-        vocab_size=words, d_model=width, num_heads=heads, num_layers=blocks,
+        vocab_size=words,
+        d_model=width,
+        num_heads=heads,
+        num_layers=blocks,
         d_kv=state["blocks.0.attn.q.weight"].shape[0] // heads,
         d_ff=state["blocks.0.ffn.fc1.weight"].shape[0],
         relative_attention_num_buckets=state["blocks.0.pos_embedding.embedding.weight"].shape[0],
         feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+    )
     renames = (
         (r"^token_embedding", "shared"),
         (r"^norm\.", "encoder.final_layer_norm."),
@@ -258,10 +272,14 @@ def image_encoder_of(state: Mapping[str, Tensor]) -> tuple[Any, State]:
     width, patch = patches.shape[0], patches.shape[-1]
     side = int((own["pos_embedding"].shape[1] - 1) ** 0.5)
     config = CLIPVisionConfig(
-        hidden_size=width, num_hidden_layers=layers, patch_size=patch, image_size=side * patch,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        patch_size=patch,
+        image_size=side * patch,
         intermediate_size=own["transformer.0.mlp.0.weight"].shape[0],
-        num_attention_heads=max(1, width // HEAD_CHANNELS), hidden_act="gelu",
-    )  # fmt: skip
+        num_attention_heads=max(1, width // HEAD_CHANNELS),
+        hidden_act="gelu",
+    )
     renames = (
         (r"^patch_embedding", "embeddings.patch_embedding"),
         (r"^pre_norm", "pre_layrnorm"),
@@ -288,18 +306,22 @@ def image_encoder_of(state: Mapping[str, Tensor]) -> tuple[Any, State]:
 
 
 def _write_part(
-    file: Path, out: Path, converter: Callable[[State], tuple[Any, State]], stem: str,
+    file: Path,
+    out: Path,
+    converter: Callable[[State], tuple[Any, State]],
+    stem: str,
     save: Callable[[State, Path], object],
-) -> None:  # fmt: skip
+) -> None:
     """Write one part's config and weights, having held the names and shapes to its class."""
     state = _read(file)
     try:
         model, named = converter(state)
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
-            str(file), f"is not what its name says: {type(error).__name__} {error}",
+            str(file),
+            f"is not what its name says: {type(error).__name__} {error}",
             "fetch the file of Wan's authors again",
-        ) from error  # fmt: skip
+        ) from error
     wanted = {n: tuple(p.shape) for n, p in (*model.named_parameters(), *model.named_buffers())}
     wanted = {n: s for n, s in wanted.items() if n in model.state_dict()}
     found = {n: tuple(t.shape) for n, t in named.items()}

@@ -110,7 +110,7 @@ def open_checkpoint(
             f"{parts}/model_index.json, 'expand_timesteps'",
             "gives the first frame's tokens a timestep of their own, and a cut model has one per step",
             "build text-to-video of this checkpoint (its WanPipeline), or an A14B image-to-video one",
-        )  # fmt: skip
+        )
     boundary = index.get("boundary_ratio")
     has_second = boundary is not None and index.get(SECOND, [None])[0] is not None
     _check_experts(model, whole, parts if has_second else None, low_noise)
@@ -126,9 +126,10 @@ def open_checkpoint(
         if _geometry(second.config) != _geometry(first.config):
             where = f"{second.place}/config.json" if second.place.is_dir() else str(second.place)
             raise CheckpointError(
-                where, "differs from the first transformer's",
+                where,
+                "differs from the first transformer's",
                 "build each transformer's folder by itself",
-            )  # fmt: skip
+            )
         tensors = {**tensors, **{f"{SECOND}.{n}": t for n, t in second.tensors.items()}}
         experts = (("transformer", float(boundary)), (SECOND, 0.0))  # type: ignore[arg-type]
         notes = tuple(dict.fromkeys((*notes, *second.notes)))
@@ -136,9 +137,17 @@ def open_checkpoint(
         tensors = keep_float8(tensors, f"{SECOND}.")
     notes = (*notes, *tell_of_scales(tensors))
     return Checkpoint(
-        model, revision, parts, first.place, first.config, tensors, experts,
-        second.place if second else None, notes, variant,
-    )  # fmt: skip
+        model,
+        revision,
+        parts,
+        first.place,
+        first.config,
+        tensors,
+        experts,
+        second.place if second else None,
+        notes,
+        variant,
+    )
 
 
 def expert_prefixes(checkpoint: Checkpoint) -> list[str]:
@@ -152,20 +161,23 @@ def _check_experts(
     """Refuse one expert without the other, or a third; ``of_two`` is a pipeline that has two."""
     if whole and low_noise:
         raise CheckpointError(
-            "--low-noise-model", f"'{model}' is a pipeline's folder, which has its own transformers",
+            "--low-noise-model",
+            f"'{model}' is a pipeline's folder, which has its own transformers",
             "leave it out, or give the first transformer's file or folder as MODEL",
-        )  # fmt: skip
+        )
     if of_two and not whole and not low_noise:
         raise CheckpointError(
-            model, f"is one transformer, and the pipeline '{of_two}' has two",
+            model,
+            f"is one transformer, and the pipeline '{of_two}' has two",
             "give the one of the low noise levels too, by --low-noise-model",
-        )  # fmt: skip
+        )
     if low_noise and not of_two:
         raise CheckpointError(
-            "--low-noise-model", "no pipeline says from which noise level on it denoises",
+            "--low-noise-model",
+            "no pipeline says from which noise level on it denoises",
             "give --pipeline, a folder whose model_index.json has 'transformer_2' and "
             "'boundary_ratio'; or build each transformer by itself",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -206,9 +218,10 @@ def _read(place: Path, pipeline: Path | None, part: str, variant: str | None) ->
 def _check_no_variant(file: Path, variant: str | None, pipeline: Path | None) -> None:
     if variant is not None and pipeline is None:
         raise CheckpointError(
-            f"--variant {variant}", f"means a folder's weights, and '{file}' is a file",
+            f"--variant {variant}",
+            f"means a folder's weights, and '{file}' is a file",
             "leave it out, or give the folder",
-        )  # fmt: skip
+        )
 
 
 def _read_file(file: Path) -> tuple[Mapping[str, Weight], tuple[str, ...]]:
@@ -232,15 +245,17 @@ def _pipeline(model: str, whole: Path | None, pipeline: str | None) -> Path | No
         return whole
     if whole is not None:
         raise CheckpointError(
-            "--pipeline", f"'{model}' is a pipeline's folder itself",
+            "--pipeline",
+            f"'{model}' is a pipeline's folder itself",
             "leave it out, or give a transformer's file or folder as MODEL",
-        )  # fmt: skip
+        )
     folder, _ = _locate(pipeline, None, ignore=["transformer*/*.safetensors"])
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"--pipeline {pipeline}", "has no 'model_index.json'",
+            f"--pipeline {pipeline}",
+            "has no 'model_index.json'",
             "give the folder or hub id of a diffusers pipeline",
-        )  # fmt: skip
+        )
     return folder
 
 
@@ -269,10 +284,12 @@ def _check_is_hub_id(model: str) -> None:
     path = Path(model).expanduser()
     beside = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
     raise CheckpointError(
-        model, "there is no such folder or file",
-        f"in '{path.parent}': {nearest(path.name, beside)}" if beside
+        model,
+        "there is no such folder or file",
+        f"in '{path.parent}': {nearest(path.name, beside)}"
+        if beside
         else "check the path; a hub id has the form 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'",
-    )  # fmt: skip
+    )
 
 
 def _download(

@@ -16,9 +16,13 @@ from ...core.errors import CheckpointError, nearest
 from .sources import Weight
 
 __all__ = [
-    "CAST_DTYPES", "UNUSED_KEYS", "check_keys", "check_marks", "check_quantization",
+    "CAST_DTYPES",
+    "UNUSED_KEYS",
+    "check_keys",
+    "check_marks",
+    "check_quantization",
     "check_tensors",
-]  # fmt: skip
+]
 
 PLAIN_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 CAST_DTYPES: Mapping[str, str] = MappingProxyType(
@@ -30,15 +34,21 @@ scales is a plain cast, as diffusers takes it."""
 QUANTISED: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(scaled_fp8|scale_weight|scale_input|comfy_quant)$", "scaled float8 of ComfyUI"),
     (r"\.(SCB|weight_format)$", "int8 of bitsandbytes"),
-    (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$",
-     "4-bit of bitsandbytes"),
+    (
+        r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$",
+        "4-bit of bitsandbytes",
+    ),
     (r"\.(weight_|_weight_)?(qdata|tensor_impl)(_|$)", "torchao"),
     (r"\.weight\._(data|scale|zeropoint)$|\.(input|output)_scale$", "optimum-quanto or ModelOpt"),
-    (r"\.(qweight|qzeros|g_idx|wscales|wzeros|smooth(_orig)?|smooth_factor)$",
-     "GPTQ, AWQ or SVDQuant"),
-    (r"\.(weight_|_weight_)?(scale|scale_inv|scale_2|zero_point|scales|zeros|packed)$",
-     "weights with scales"),
-)  # fmt: skip
+    (
+        r"\.(qweight|qzeros|g_idx|wscales|wzeros|smooth(_orig)?|smooth_factor)$",
+        "GPTQ, AWQ or SVDQuant",
+    ),
+    (
+        r"\.(weight_|_weight_)?(scale|scale_inv|scale_2|zero_point|scales|zeros|packed)$",
+        "weights with scales",
+    ),
+)
 """Pattern of a tensor's name → kind of quantisation that has it; the first that fits counts."""
 
 UNUSED_TENSORS: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -109,9 +119,10 @@ def check_tensors(
             str(place),
             f"{len(missing)} of {len(wanted)} tensors are missing: {_listed(missing)}{has}",
             "the file is in another layout than diffusers': convert it, or take the checkpoint in "
-            "diffusers layout" if odd
+            "diffusers layout"
+            if odd
             else "a shard is missing, or 'config.json' belongs to another model",
-        )  # fmt: skip
+        )
     wrong = [n for n, shape in wanted.items() if stored[n].shape != tuple(shape)]
     if wrong:
         name = wrong[0]
@@ -171,9 +182,10 @@ def check_keys(config: Mapping[str, Any], known: Collection[str], where: str) ->
     odd = [n for n in config if not n.startswith("_") and n not in known and n not in UNUSED_KEYS]
     if odd:
         raise CheckpointError(
-            where, f"has keys that change the model and are not understood: {_listed(odd)}",
+            where,
+            f"has keys that change the model and are not understood: {_listed(odd)}",
             f"take a checkpoint of the plain class, or remove the key ({nearest(odd[0], list(known))})",
-        )  # fmt: skip
+        )
 
 
 def _quantised(place: Path, name: str, found: str, count: int) -> CheckpointError:

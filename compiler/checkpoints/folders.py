@@ -13,9 +13,15 @@ from .completeness import check_quantization
 from .layouts import weights_fault
 
 __all__ = [
-    "WEIGHTS_STEM", "has_variant", "linked_names", "pipeline_folders", "plain_name", "read_config",
-    "read_json", "read_tensors",
-]  # fmt: skip
+    "WEIGHTS_STEM",
+    "has_variant",
+    "linked_names",
+    "pipeline_folders",
+    "plain_name",
+    "read_config",
+    "read_json",
+    "read_tensors",
+]
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -76,9 +82,11 @@ def pipeline_folders(pipeline: Path) -> list[str]:
     return [
         part
         for part, told in index.items()
-        if isinstance(told, list) and part not in TRANSFORMERS and part.isidentifier()
+        if isinstance(told, list)
+        and part not in TRANSFORMERS
+        and part.isidentifier()
         and (pipeline / part).is_dir()
-    ]  # fmt: skip
+    ]
 
 
 def plain_name(name: str, variant: str | None) -> str:

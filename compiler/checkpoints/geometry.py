@@ -44,9 +44,10 @@ def config_from_shapes(
     """
     if name not in CLASSES:
         raise CheckpointError(
-            where, f"is of '{name}', whose config can't be told from shapes",
+            where,
+            f"is of '{name}', whose config can't be told from shapes",
             "lay the transformer's 'config.json' beside it, or give --pipeline",
-        )  # fmt: skip
+        )
     try:
         told = CLASSES[name][1](shapes)
     except (KeyError, IndexError, ZeroDivisionError) as error:
@@ -181,9 +182,7 @@ def _sd3(shapes: Shapes) -> dict[str, Any]:
     layers = _count(shapes, "transformer_blocks.")
     norm = shapes.get("transformer_blocks.0.attn.norm_q.weight")
     head = norm[0] if norm else SD3_HEAD
-    dual = [
-        i for i in range(layers) if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes
-    ]  # fmt: skip
+    dual = [i for i in range(layers) if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes]
     return {
         "width": width,
         "patch_size": patch,

@@ -62,9 +62,13 @@ def read_gguf(file: Path) -> tuple[dict[str, MadeTensor], tuple[str, ...]]:
             kinds[kind] += 1
             read += int(entry.n_bytes)
         make = partial(
-            _dequantised, file, int(entry.data_offset), int(entry.n_bytes), entry.tensor_type,
+            _dequantised,
+            file,
+            int(entry.data_offset),
+            int(entry.n_bytes),
+            entry.tensor_type,
             shapes[entry.name],
-        )  # fmt: skip
+        )
         dtype = PLAIN.get(kind, WIDE)
         tensors[entry.name] = MadeTensor(dtype, shapes[entry.name], f"GGUF {kind}", make)
     if not kinds:
@@ -98,9 +102,10 @@ def _check_kind(kind: Any, where: str) -> None:
         dequantize(np.zeros(GGML_QUANT_SIZES[kind][1], dtype=np.uint8), kind)
     except (NotImplementedError, KeyError) as error:
         raise CheckpointError(
-            where, f"is in {kind.name}, which holds no weights that can be dequantised",
+            where,
+            f"is in {kind.name}, which holds no weights that can be dequantised",
             "take the file in Q8_0, Q6_K, Q5_K or Q4_K, or the checkpoint in bfloat16",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _dequantised(file: Path, offset: int, size: int, kind: Any, shape: tuple[int, ...]) -> Tensor:

@@ -25,33 +25,37 @@ def file_fault(file: Path) -> CheckpointError:
     if suffix in PICKLES:
         return CheckpointError(str(file), f"is a file of {PICKLED}", TO_SAFETENSORS.format(file))
     return CheckpointError(
-        str(file), "is a file of no kind that holds weights",
+        str(file),
+        "is a file of no kind that holds weights",
         "give a .safetensors or .gguf file, the folder with 'model_index.json', or the one with the "
         "transformer's 'config.json'",
-    )  # fmt: skip
+    )
 
 
 def folder_fault(folder: Path) -> CheckpointError:
     """Say what a folder holds that has neither ``model_index.json`` nor ``config.json``."""
     if (folder / "transformer" / "config.json").is_file():
         return CheckpointError(
-            str(folder), "has a folder 'transformer' and no 'model_index.json'",
+            str(folder),
+            "has a folder 'transformer' and no 'model_index.json'",
             f"fetch 'model_index.json' too, or give '{folder / 'transformer'}'",
-        )  # fmt: skip
+        )
     high, low = (folder / f"{level}_noise_model" for level in ("high", "low"))
     if high.is_dir() and low.is_dir():
         return CheckpointError(
-            str(folder), f"holds two transformers, '{high.name}' and '{low.name}'",
+            str(folder),
+            f"holds two transformers, '{high.name}' and '{low.name}'",
             f"give '{high}' as MODEL, --low-noise-model '{low}', and --pipeline with the same model "
             "in diffusers layout (its transformers' weights may lack)",
-        )  # fmt: skip
+        )
     found = _found(folder)
     if found is not None:
         return CheckpointError(str(folder), *found)
     return CheckpointError(
-        str(folder), f"has neither 'model_index.json' nor 'config.json'; {_listing(folder)}",
+        str(folder),
+        f"has neither 'model_index.json' nor 'config.json'; {_listing(folder)}",
         "give a checkpoint in diffusers layout",
-    )  # fmt: skip
+    )
 
 
 def weights_fault(folder: Path, stem: str, variant: str | None = None) -> CheckpointError:
@@ -71,21 +75,24 @@ def weights_fault(folder: Path, stem: str, variant: str | None = None) -> Checkp
     there = sorted(set(variants.values()) - {variant})
     if variant in variants.values() and not there:
         return CheckpointError(
-            str(folder), f"has shards of variant '{variant}', and no index of them",
+            str(folder),
+            f"has shards of variant '{variant}', and no index of them",
             f"fetch '{single}.index.{variant}.json' from where the shards come from",
-        )  # fmt: skip
+        )
     if there:
         name = next(n for n, v in variants.items() if v == there[0])
         only = "only" if variant is None else f"and not as '{variant}'"
         return CheckpointError(
-            str(folder), f"has the weights as variant '{there[0]}' {only}, in '{name}'",
+            str(folder),
+            f"has the weights as variant '{there[0]}' {only}, in '{name}'",
             f"give --variant {there[0]}",
-        )  # fmt: skip
+        )
     if variant is not None:
         return CheckpointError(
-            str(folder), f"has no weights of variant '{variant}'",
+            str(folder),
+            f"has no weights of variant '{variant}'",
             "leave --variant out" if (folder / single).is_file() else "fetch them",
-        )  # fmt: skip
+        )
     found = _found(folder)
     if found is not None:
         return CheckpointError(str(folder), *found)

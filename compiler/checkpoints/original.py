@@ -66,13 +66,17 @@ ORIGINAL_CONFIGS: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType
         "WanModel": (
             "WanTransformer3DModel",
             {
-                "eps": "eps", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "in_dim": "in_channels",
-                "num_heads": "num_attention_heads", "num_layers": "num_layers",
+                "eps": "eps",
+                "ffn_dim": "ffn_dim",
+                "freq_dim": "freq_dim",
+                "in_dim": "in_channels",
+                "num_heads": "num_attention_heads",
+                "num_layers": "num_layers",
                 "out_dim": "out_channels",
             },
         )
     }
-)  # fmt: skip
+)
 """``_class_name`` of an authors' config → diffusers class, and its keys → diffusers'."""
 
 WITHOUT_EFFECT = ("dim", "model_type", "text_len")
@@ -132,9 +136,10 @@ def _without_prefix(
     odd = [n for n in rest if not n.startswith(tuple(OTHER_PARTS))]
     if odd:
         raise CheckpointError(
-            str(where), f"has {len(odd)} tensors beside '{prefix}…' of no known part, such as '{odd[0]}'",
+            str(where),
+            f"has {len(odd)} tensors beside '{prefix}…' of no known part, such as '{odd[0]}'",
             "take the file of the plain transformer, or its checkpoint in diffusers layout",
-        )  # fmt: skip
+        )
     aside = set(rest)
     parts = sorted(
         {part for begin, part in OTHER_PARTS.items() for n in rest if n.startswith(begin)}
@@ -150,9 +155,10 @@ def _detected(own: Mapping[str, Weight], where: Path) -> str:
         kind = infer_diffusers_model_type(own)
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
-            str(where), f"can't be told what model it is: diffusers' detection misses {error}",
+            str(where),
+            f"can't be told what model it is: diffusers' detection misses {error}",
             "lay the transformer's 'config.json' beside it, or give --pipeline",
-        ) from error  # fmt: skip
+        ) from error
     for begin, name in DETECTED:
         if kind.startswith(begin):
             return name
@@ -160,14 +166,16 @@ def _detected(own: Mapping[str, Weight], where: Path) -> str:
         _check_quantised(own, where)
         shown = ", ".join(f"'{n}'" for n in list(own)[:3])
         raise CheckpointError(
-            str(where), f"holds no transformer that diffusers recognises; its tensors are {shown}, …",
+            str(where),
+            f"holds no transformer that diffusers recognises; its tensors are {shown}, …",
             "lay the transformer's 'config.json' beside it, or give --pipeline",
-        )  # fmt: skip
+        )
     raise CheckpointError(
-        str(where), f"is '{kind}' to diffusers, which has no family here",
+        str(where),
+        f"is '{kind}' to diffusers, which has no family here",
         "families: docs/reference/families.md; a Wan, FLUX.1, HunyuanVideo, LTX-Video, Qwen-Image, "
         "Stable Diffusion 3 or Z-Image file is taken",
-    )  # fmt: skip
+    )
 
 
 def _converted(name: str, own: Mapping[str, Weight], where: Path) -> dict[str, Weight]:
@@ -179,18 +187,20 @@ def _converted(name: str, own: Mapping[str, Weight], where: Path) -> dict[str, W
     except Exception as error:  # of diffusers' making: KeyError, RuntimeError, …
         _check_quantised(own, where)
         raise CheckpointError(
-            str(where), f"diffusers' converter of '{name}' stops at it: {type(error).__name__} {error}",
+            str(where),
+            f"diffusers' converter of '{name}' stops at it: {type(error).__name__} {error}",
             "it is another model or another layout: take its checkpoint in diffusers layout",
-        ) from error  # fmt: skip
+        ) from error
     aside = [n for n in aside if n not in UNUSED.get(name, ())]
     check_marks(aside, where)
     if aside:
         raise CheckpointError(
-            str(where), f"has {len(aside)} tensors that diffusers' converter of '{name}' leaves aside, "
+            str(where),
+            f"has {len(aside)} tensors that diffusers' converter of '{name}' leaves aside, "
             f"such as '{aside[0]}'",
             "they belong to a variant of the model or to an adapter, and the pictures would lack "
             "them; take the plain checkpoint, and an adapter by --lora",
-        )  # fmt: skip
+        )
     return tensors
 
 
@@ -216,15 +226,14 @@ def _agree(authors: Mapping[str, Any], found: Mapping[str, Any], where: Path) ->
     _, keys = ORIGINAL_CONFIGS[str(authors["_class_name"])]
     known = {*keys, *WITHOUT_EFFECT}
     odd = [k for k in authors if not k.startswith("_") and k not in known]
-    wrong = {
-        k: v for k, v in authors.items() if k in keys and k != "eps" and found[keys[k]] != v
-    }  # fmt: skip
+    wrong = {k: v for k, v in authors.items() if k in keys and k != "eps" and found[keys[k]] != v}
     if odd or wrong:
         name, value = next(iter(wrong.items()), (odd[0] if odd else "", None))
         what = (
-            f"is {value}, and the tensors say {found[keys[name]]}" if wrong
+            f"is {value}, and the tensors say {found[keys[name]]}"
+            if wrong
             else "is not understood, and may change the model"
-        )  # fmt: skip
+        )
         raise CheckpointError(
             f"{where}, config key '{name}'", what, "take the config of these weights"
         )

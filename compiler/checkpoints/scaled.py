@@ -167,6 +167,7 @@ def _check_format(entry: Weight, where: str) -> None:
         ) from error
     if kind not in FLOAT8:
         raise CheckpointError(
-            where, f"says format '{kind}', and weights with scales are taken in {' and '.join(FLOAT8)}",
+            where,
+            f"says format '{kind}', and weights with scales are taken in {' and '.join(FLOAT8)}",
             "take the checkpoint in bfloat16, float16 or scaled float8",
-        )  # fmt: skip
+        )

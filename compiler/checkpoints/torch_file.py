@@ -26,13 +26,17 @@ __all__ = ["read_torch_file"]
 
 STORAGES: Mapping[str, torch.dtype] = MappingProxyType(
     {
-        "torch FloatStorage": torch.float32, "torch HalfStorage": torch.float16,
-        "torch BFloat16Storage": torch.bfloat16, "torch DoubleStorage": torch.float64,
-        "torch LongStorage": torch.int64, "torch IntStorage": torch.int32,
-        "torch ByteStorage": torch.uint8, "torch CharStorage": torch.int8,
+        "torch FloatStorage": torch.float32,
+        "torch HalfStorage": torch.float16,
+        "torch BFloat16Storage": torch.bfloat16,
+        "torch DoubleStorage": torch.float64,
+        "torch LongStorage": torch.int64,
+        "torch IntStorage": torch.int32,
+        "torch ByteStorage": torch.uint8,
+        "torch CharStorage": torch.int8,
         "torch BoolStorage": torch.bool,
     }
-)  # fmt: skip
+)
 TENSOR, DICT = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
 LOCAL_HEADER_BYTES = 30
 

@@ -59,8 +59,12 @@ def bring_weights(
         place = lying.get(name)
         if place is not None and lies_as(place, dtype) and place.file in linked:
             entries[name] = TensorEntry(
-                file=names[place.file], dtype=dtype, shape=list(shape), offset=place.offset, bytes=place.bytes
-            )  # fmt: skip
+                file=names[place.file],
+                dtype=dtype,
+                shape=list(shape),
+                offset=place.offset,
+                bytes=place.bytes,
+            )
         else:
             streamed.append(name)
     total, done = sum(_size(*wanted[n]) for n in streamed), 0
@@ -83,8 +87,12 @@ def bring_weights(
         for name in batch:
             dtype, shape = wanted[name]
             entries[name] = TensorEntry(
-                file=file, dtype=dtype, shape=list(shape), offset=offsets[name], bytes=_size(dtype, shape)
-            )  # fmt: skip
+                file=file,
+                dtype=dtype,
+                shape=list(shape),
+                offset=offsets[name],
+                bytes=_size(dtype, shape),
+            )
     return entries
 
 

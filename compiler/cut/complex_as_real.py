@@ -22,9 +22,16 @@ __all__ = ["complex_as_real"]
 ATEN = torch.ops.aten
 
 ONE_AXIS = {
-    "cat": 1, "select": 1, "slice": 1, "squeeze": 1, "stack": 1, "unbind": 1, "unsqueeze": 1,
-    "split": 2, "split_with_sizes": 2,
-}  # fmt: skip
+    "cat": 1,
+    "select": 1,
+    "slice": 1,
+    "squeeze": 1,
+    "stack": 1,
+    "unbind": 1,
+    "unsqueeze": 1,
+    "split": 2,
+    "split_with_sizes": 2,
+}
 """Operation → position of its axis argument, which counts from the end where it is negative."""
 
 AS_THEY_ARE = frozenset(

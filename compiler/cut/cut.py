@@ -225,9 +225,13 @@ class _Calls:
         for runs, positions in parts.items():
             name = fresh_name(runs if alone else f"{path}_{runs}", self.segments)
             module, read = extract(
-                self.traced, self.classes, [first.nodes[i] for i in positions],
-                [first.nodes[i] for i in returned[runs]], name=name, block=first.block,
-            )  # fmt: skip
+                self.traced,
+                self.classes,
+                [first.nodes[i] for i in positions],
+                [first.nodes[i] for i in returned[runs]],
+                name=name,
+                block=first.block,
+            )
             made = tuple(outputs[i] for i in returned[runs])
             self.segments[name] = Segment(name, runs, module, arguments_of(module), made)
             graphs.made[runs] = (name, read)

@@ -61,9 +61,14 @@ INPUT_NAMES = {
 """Argument of a transformer's `forward` → the bundle's name for it."""
 
 MOMENTS: Mapping[str, GraphRuns] = {
-    "shape": "shape", "prompt": "prompt", "run": "run", "context": "prompt_block",
-    "modulation": "run_block", "step": "step", "block": "block",
-}  # fmt: skip
+    "shape": "shape",
+    "prompt": "prompt",
+    "run": "run",
+    "context": "prompt_block",
+    "modulation": "run_block",
+    "step": "step",
+    "block": "block",
+}
 """When a segment runs, in the cutter's words and in the bundle's."""
 
 BODY = ("context", "block")
@@ -300,12 +305,16 @@ class _Declaration:
         given = {a: self.dtypes[v] for a, v in zip(segment.inputs, call.inputs, strict=True)}
         returned = self._returned(call, outputs)
         made, dtypes = typed(
-            module, given, stored=stored, batch=self.batch,
+            module,
+            given,
+            stored=stored,
+            batch=self.batch,
             precision=getattr(torch, precision) if segment.runs in BODY else None,
-            names=names, returned=returned,
+            names=names,
+            returned=returned,
             scale=self.row.timestep_scale if segment.runs == "run" else 1.0,
             offset=self.row.timestep_offset if segment.runs == "run" else 0.0,
-        )  # fmt: skip
+        )
         for one in self.cut.calls:
             if one.segment == call.segment:
                 self.dtypes.update(zip(one.outputs, dtypes, strict=False))
@@ -327,9 +336,15 @@ class _Declaration:
         if segment.runs in ("run", "modulation"):
             specs = {output: _of_all_steps(spec) for output, spec in specs.items()}
         graph = Graph(
-            segment.name, MOMENTS[segment.runs], made, inputs, specs, prefix, precision,
+            segment.name,
+            MOMENTS[segment.runs],
+            made,
+            inputs,
+            specs,
+            prefix,
+            precision,
             dropped=(FEATURE,) if tapped else hidden_tables,
-        )  # fmt: skip
+        )
         if not tapped or signal is None:
             return [graph]
         whole = Graph(f"{segment.name}_tapped", "block", made, inputs, specs, prefix, precision)

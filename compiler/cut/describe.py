@@ -178,9 +178,11 @@ def _ahead(segments: list[dict[str, Any]], weights: int) -> dict[str, dict[str, 
         if own:
             held, done = (sum(s[key] for s in own) for key in ("weights", "flops"))
             found[runs] = {
-                "weights": held, "weights_share": held / weights,
-                "flops": done, "flops_share": done / operations,
-            }  # fmt: skip
+                "weights": held,
+                "weights_share": held / weights,
+                "flops": done,
+                "flops_share": done / operations,
+            }
     return found
 
 

@@ -41,8 +41,13 @@ DOCUMENT, CONSTANTS = "cut.json", "constants.safetensors"
 FILES = {f"{CUT}/{name}" for name in (DOCUMENT, CONSTANTS)}
 
 CALLED: tuple[Callable[..., Any], ...] = (
-    operator.getitem, operator.neg, operator.sub, on_device_of, tuple, *OF_SIZES.values(),
-)  # fmt: skip
+    operator.getitem,
+    operator.neg,
+    operator.sub,
+    on_device_of,
+    tuple,
+    *OF_SIZES.values(),
+)
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {called.__name__: called for called in CALLED}
 """What a node may call beside operators: what computes with sizes, and takes parts."""
@@ -54,9 +59,11 @@ CREATORS = frozenset({"arange", "eye", "full", "linspace", "ones", "scalar_tenso
 """Operators that make a tensor of numbers alone."""
 
 KINDS: Mapping[str, type] = {
-    "device": torch.device, "dtype": torch.dtype, "format": torch.memory_format,
+    "device": torch.device,
+    "dtype": torch.dtype,
+    "format": torch.memory_format,
     "layout": torch.layout,
-}  # fmt: skip
+}
 """What JSON has no value for, by the key of the object that stands for it."""
 
 Word = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -133,11 +140,17 @@ def write_cut(cut: Cut, folder: Path) -> None:
     place_of = {id(module): place for place, module in enumerate(modules)}
     segments = [
         _Segment(
-            graph=place_of[id(s.module)], name=s.name, runs=s.runs, inputs=dict(s.inputs),
-            outputs=dict(s.outputs), prefix=s.prefix, precision=s.precision, dropped=s.dropped,
+            graph=place_of[id(s.module)],
+            name=s.name,
+            runs=s.runs,
+            inputs=dict(s.inputs),
+            outputs=dict(s.outputs),
+            prefix=s.prefix,
+            precision=s.precision,
+            dropped=s.dropped,
         )
         for s in cut.segments
-    ]  # fmt: skip
+    ]
     own = {name: getattr(cut, name) for name in _Document.model_fields if hasattr(cut, name)}
     document = _Document.model_validate(
         {**own, "graphs": graphs, "segments": segments, "unread": sorted(cut.unread)}
@@ -161,9 +174,17 @@ def read_cut(folder: Path) -> Cut:
             for s in document.segments
         )
     except (
-        OSError, ValidationError, SafetensorError, KeyError, IndexError, TypeError, ValueError,
-        AttributeError, RuntimeError, SyntaxError,
-    ) as error:  # fmt: skip
+        OSError,
+        ValidationError,
+        SafetensorError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        SyntaxError,
+    ) as error:
         raise BundleError(
             str(folder), f"holds no cut: {error}", "build the bundle again"
         ) from error

@@ -71,8 +71,9 @@ def extract(
     tables = {n: p for n, p in new.items() if classes.runs(n) == "run"}
     others = {n: p for n, p in new.items() if n not in tables}
     sizes = {
-        True: SizeMaker(graph, {**tables, **others}), False: SizeMaker(graph, {**others, **tables})
-    }  # fmt: skip
+        True: SizeMaker(graph, {**tables, **others}),
+        False: SizeMaker(graph, {**others, **tables}),
+    }
     for node, path in weights.items():
         weight = torch.empty(value_of(node).shape, device="meta")
         hold(root, path, nn.Parameter(weight, requires_grad=False))

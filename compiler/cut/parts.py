@@ -272,9 +272,13 @@ def _turn_before_slicing(trace: Trace, node: fx.Node) -> None:
             turned = insert(trace, source, ATEN.permute.default, source, order)
     with trace.graph.inserting_before(node):
         new = insert(
-            trace, sliced, ATEN.slice.Tensor, turned, order.index(axis % len(order)),
+            trace,
+            sliced,
+            ATEN.slice.Tensor,
+            turned,
+            order.index(axis % len(order)),
             *sliced.args[2:],
-        )  # fmt: skip
+        )
     replace(trace, node, new)
 
 

@@ -33,10 +33,17 @@ __all__ = ["typed"]
 
 EXACT = frozenset(
     {
-        "group_norm", "layer_norm", "mean", "native_layer_norm", "rms_norm", "rotary_embedding",
-        "softmax", "var", "var_mean",
+        "group_norm",
+        "layer_norm",
+        "mean",
+        "native_layer_norm",
+        "rms_norm",
+        "rotary_embedding",
+        "softmax",
+        "var",
+        "var_mean",
     }
-)  # fmt: skip
+)
 """Operations in float32, as the published models compute them."""
 
 

@@ -25,9 +25,15 @@ DEPTHS = ("num_layers", "num_single_layers", "num_refiner_layers", "num_double_l
 """Config keys that say how many blocks a model has."""
 
 OTHER_COUNTS = {
-    "batch": 1, "frames": 5, "height": 6, "width": 4, "tokens": 24, "text_tokens": 7,
-    "rows": 6, "columns": 4,
-}  # fmt: skip
+    "batch": 1,
+    "frames": 5,
+    "height": 6,
+    "width": 4,
+    "tokens": 24,
+    "text_tokens": 7,
+    "rows": 6,
+    "columns": 4,
+}
 TOLERANCE = 1e-5
 
 

@@ -27,9 +27,15 @@ ASSERTIONS = frozenset(
 )
 
 FILLS = {
-    "empty_like": 0, "new_empty": 0, "zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1,
-    "full_like": None, "new_full": None,
-}  # fmt: skip
+    "empty_like": 0,
+    "new_empty": 0,
+    "zeros_like": 0,
+    "new_zeros": 0,
+    "ones_like": 1,
+    "new_ones": 1,
+    "full_like": None,
+    "new_full": None,
+}
 """Operations that look at a tensor's shape alone, and the number they fill with."""
 
 NO_OPS = frozenset(  # where they change neither shape nor dtype

@@ -48,8 +48,10 @@ __all__ = [
 ]
 
 ASSERTING_MODULES = (
-    "torch._export.utils", "torch.export.exported_program", "torch.fx.passes.runtime_assert",
-)  # fmt: skip
+    "torch._export.utils",
+    "torch.export.exported_program",
+    "torch.fx.passes.runtime_assert",
+)
 """Where torch writes an assertion into a graph for each assumption about sizes."""
 
 KEPT = 2
@@ -409,12 +411,19 @@ def _read(
     mode = next(v.fake_mode for v in map(value_of, inputs) if hasattr(v, "fake_mode"))
     symbols = _symbols(declared, config)
     return Trace(
-        model=model, graph=program.graph, inputs=inputs, declared=declared,
-        examples={node: examples[name] for node, name in inputs.items()}, weights=weights,
-        constants=constants, results=tuple(output.args[0][changed : changed + count]), mode=mode,
+        model=model,
+        graph=program.graph,
+        inputs=inputs,
+        declared=declared,
+        examples={node: examples[name] for node, name in inputs.items()},
+        weights=weights,
+        constants=constants,
+        results=tuple(output.args[0][changed : changed + count]),
+        mode=mode,
         symbols=symbols,
-        domain=_named(domain, symbols, mode.shape_env), runs=runs,
-    )  # fmt: skip
+        domain=_named(domain, symbols, mode.shape_env),
+        runs=runs,
+    )
 
 
 def value_of(node: fx.Node) -> Any:

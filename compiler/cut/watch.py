@@ -70,9 +70,11 @@ def watched_row(model: str, config: Mapping[str, Any], pipeline: Path | None, te
     if pipeline is None or model_class is None:
         raise CheckpointError(
             f"--trace-with, '{model}'",
-            "is no class of diffusers" if pipeline else "lies in no diffusers pipeline to be watched in",
+            "is no class of diffusers"
+            if pipeline
+            else "lies in no diffusers pipeline to be watched in",
             "give the folder of a whole diffusers pipeline",
-        )  # fmt: skip
+        )
     own = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
         pipe = DiffusionPipeline.from_pretrained(pipeline, transformer=stand_in(model_class, own))
@@ -175,14 +177,16 @@ def _watched(pipe: Any, arguments: Mapping[str, Any]) -> _Run:
             pipe(**{**options, **arguments})
         except Exception as error:
             raise RequestError(
-                f"{type(pipe).__name__}", f"can't be called with {_brief(arguments)}: {error}",
+                f"{type(pipe).__name__}",
+                f"can't be called with {_brief(arguments)}: {error}",
                 "write a row for the model (docs/how-to/add-a-family.md)",
-            ) from error  # fmt: skip
+            ) from error
     if not calls or len(calls) % STEPS:
         raise CheckpointError(
-            f"{type(pipe).__name__}", f"calls its transformer {len(calls)} times in {STEPS} steps",
+            f"{type(pipe).__name__}",
+            f"calls its transformer {len(calls)} times in {STEPS} steps",
             "write a row for the model (docs/how-to/add-a-family.md)",
-        )  # fmt: skip
+        )
     calls = calls[:: len(calls) // STEPS]  # the first branch of each step
     leaves = [dict(pytree.tree_flatten_with_path(call)[0]) for call in calls]
     turned = bool(stepped) and _is_turned(answers[0], stepped[0])
@@ -206,11 +210,13 @@ def _answered(
 
     def forward(*values: Any, **named: Any) -> Any:
         given = dict(signature.bind(transformer, *values, **named).arguments)
-        calls.append({
-            name: pytree.tree_map(lambda leaf: _copied(leaf), value)
-            for name, value in list(given.items())[1:]
-            if name != "return_dict" and _is_given(value)
-        })  # fmt: skip
+        calls.append(
+            {
+                name: pytree.tree_map(lambda leaf: _copied(leaf), value)
+                for name, value in list(given.items())[1:]
+                if name != "return_dict" and _is_given(value)
+            }
+        )
         latents = next(leaf for leaf in pytree.tree_leaves(calls[-1]) if isinstance(leaf, Tensor))
         taken, made = config.get("in_channels"), config.get("out_channels")
         own = getattr(transformer, "out_channels", None)  # twice as many with a variance
@@ -483,9 +489,10 @@ class _Learner:
 
     def _unknown(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{type(self.pipe.transformer).__name__}, '{name}'", what,
+            f"{type(self.pipe.transformer).__name__}, '{name}'",
+            what,
             "write a row for the model (docs/how-to/add-a-family.md)",
-        )  # fmt: skip
+        )
 
 
 def _family(model: str) -> str:

@@ -60,9 +60,12 @@ def describe_plan(
         offload=offload,
     )
     disk = forecast_disk(
-        checkpoint, planned.cut, backends=backends, baked=manifest.weights == "baked",
+        checkpoint,
+        planned.cut,
+        backends=backends,
+        baked=manifest.weights == "baked",
         out=planned.out,
-    )  # fmt: skip
+    )
     return {
         "family": manifest.family,
         "blocks": manifest.block_count,

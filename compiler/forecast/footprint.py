@@ -255,8 +255,11 @@ def cache_bytes(
             always = spec.always_run(spec.resolve(setting.parameters))
             sections = divide(cut.stages, graphs, list(cut.cached), *always)
             beside = beside_cached(cut.stages, graphs, list(cut.cached))
-            kept += [TensorSpec(beside[s].dtype, tuple(beside[s].shape))
-                     for s in sections.streams if s in beside]  # fmt: skip
+            kept += [
+                TensorSpec(beside[s].dtype, tuple(beside[s].shape))
+                for s in sections.streams
+                if s in beside
+            ]
             signal_bytes += _left_bytes(cut, dims, sections)
     tapped = next((_segment(cut, s.tapped) for s in cut.stages if s.tapped is not None), None)
     feature_bytes = 0
@@ -277,8 +280,12 @@ def _left_bytes(cut: Cut, dims: Mapping[str, int], sections: Sections) -> int:
     """Return the bytes of what sections leave for those behind them, as `runtime.body` keeps it."""
     blocks = [_segment(cut, stage.block) for stage in cut.stages for _ in range(stage.count)]
     outputs = {n for block in blocks for n in block.outputs if n.endswith("_out")}
-    skips = {(f"{k.stream}_out", place) for s in cut.stages for k in s.skips.values()
-             for place in k.blocks}  # fmt: skip
+    skips = {
+        (f"{k.stream}_out", place)
+        for s in cut.stages
+        for k in s.skips.values()
+        for place in k.blocks
+    }
     left: set[tuple[str, int]] = set()
     for name in outputs:
         writers = [i for i, block in enumerate(blocks) if name in block.outputs]

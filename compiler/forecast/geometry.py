@@ -23,10 +23,17 @@ FAR_BEYOND = 20
 
 
 def check_geometry(
-    bundle: Bundle, name: str, entry: ConfigEntry, size: Size, *, force: bool,
-    backend: str | None = None, model: Path | None = None, gpu: int | None = None,
+    bundle: Bundle,
+    name: str,
+    entry: ConfigEntry,
+    size: Size,
+    *,
+    force: bool,
+    backend: str | None = None,
+    model: Path | None = None,
+    gpu: int | None = None,
     offload: bool = False,
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Set a run with a config of another size beside the bundle's own run.
 
     Args:
@@ -68,8 +75,9 @@ def check_geometry(
     )
     if run >= FAR_BEYOND * usual and not force:
         raise RequestError(
-            f"config '{name}'", what,
+            f"config '{name}'",
+            what,
             f"run at the bundle's size with --height {own.height} --width {own.width} "
             f"--frames {own.frames}, or pass --force",
-        )  # fmt: skip
+        )
     return f"config '{name}' {what}"

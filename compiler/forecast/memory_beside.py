@@ -29,9 +29,14 @@ VAE_CHUNKS = 3
 
 
 def memory_beside(
-    cut: Cut, size: Size, pipeline: Path | None, *, backend: str, precision: str,
+    cut: Cut,
+    size: Size,
+    pipeline: Path | None,
+    *,
+    backend: str,
+    precision: str,
     offload: bool = False,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Return part → bytes of what a run needs besides the model's buffers, where these lie.
 
     Args:

@@ -57,15 +57,17 @@ def forecast_memory(
     """
     on_host = runs_on_host(backend)
     footprint = footprint_of(
-        cut, dims_of(cut, size, pipeline), branches=branches_of(cut, size), settings=settings,
-        specs=specs, experts=experts,
-    )  # fmt: skip
+        cut,
+        dims_of(cut, size, pipeline),
+        branches=branches_of(cut, size),
+        settings=settings,
+        specs=specs,
+        experts=experts,
+    )
     parts = {
         **footprint.parts(setting, offload=offload and not on_host),
-        **memory_beside(
-            cut, size, pipeline, backend=backend, precision=precision, offload=offload
-        ),
-    }  # fmt: skip
+        **memory_beside(cut, size, pipeline, backend=backend, precision=precision, offload=offload),
+    }
     available = memory_available_bytes() if on_host else gpu_free_bytes(gpu)
     verdict = fit_verdict(parts, available, mapped=on_host)
     return {
@@ -93,11 +95,18 @@ def run_memory(
     """Forecast the memory of a bundle's run as `forecast_memory` does; arguments as of `check_fit`."""
     manifest = bundle.manifest
     return forecast_memory(
-        cut_of(bundle), size, setting="run", settings={"run": entry.cache},
+        cut_of(bundle),
+        size,
+        setting="run",
+        settings={"run": entry.cache},
         specs=manifest.specs,
-        pipeline=model or bundle_pipeline(bundle), backend=backend or manifest.engines[0].backend,
-        precision=manifest.precision, experts=len(manifest.experts) or 1, gpu=gpu, offload=offload,
-    )  # fmt: skip
+        pipeline=model or bundle_pipeline(bundle),
+        backend=backend or manifest.engines[0].backend,
+        precision=manifest.precision,
+        experts=len(manifest.experts) or 1,
+        gpu=gpu,
+        offload=offload,
+    )
 
 
 def check_fit(
@@ -132,8 +141,13 @@ def check_fit(
         verdict: str | None = memory["verdict"]
         return verdict
     raise RequestError(
-        f"run at {size.width}x{size.height}, {size.frames} frames", memory["verdict"],
+        f"run at {size.width}x{size.height}, {size.frames} frames",
+        memory["verdict"],
         "ask for fewer frames or a smaller size, "
-        + ("" if offload or memory["device"] == "host" else "keep weights in host memory with --offload, ")
+        + (
+            ""
+            if offload or memory["device"] == "host"
+            else "keep weights in host memory with --offload, "
+        )
         + "or pass --force to try all the same",
-    )  # fmt: skip
+    )

@@ -46,10 +46,17 @@ def forecast_run(
     """
     dims = dims_of(cut, size, pipeline)
     memory = forecast_memory(
-        cut, size, setting=manifest.default_config, settings=manifest.settings,
-        specs=manifest.specs, pipeline=pipeline, backend=backend, precision=manifest.precision,
-        experts=len(manifest.experts) or 1, offload=offload,
-    )  # fmt: skip
+        cut,
+        size,
+        setting=manifest.default_config,
+        settings=manifest.settings,
+        specs=manifest.specs,
+        pipeline=pipeline,
+        backend=backend,
+        precision=manifest.precision,
+        experts=len(manifest.experts) or 1,
+        offload=offload,
+    )
     return {
         "size": vars(size),
         "dims": dims,
@@ -94,10 +101,16 @@ def render_forecast(data: Mapping[str, Any]) -> list[str]:
         ["uncached run", "", operations(flops["uncached_run"])],
     ]
     caches = [
-        [name, c["slots"], amount(c["history_bytes"]), amount(c["signal_bytes"]),
-         amount(c["feature_bytes"]), amount(c["total_bytes"])]
+        [
+            name,
+            c["slots"],
+            amount(c["history_bytes"]),
+            amount(c["signal_bytes"]),
+            amount(c["feature_bytes"]),
+            amount(c["total_bytes"]),
+        ]
         for name, c in memory["caches"].items()
-    ]  # fmt: skip
+    ]
     parts = [[name, amount(b)] for name, b in memory["parts"].items()]
     parts.append(["needed", amount(memory["needed_bytes"])])
     available = memory["available_bytes"]
@@ -110,6 +123,6 @@ def render_forecast(data: Mapping[str, Any]) -> list[str]:
         "cache of one branch, and memory of the whole run",
         ["setting", "slots", "history", "signals", "features", "run"],
         caches,
-    )  # fmt: skip
+    )
     lines += draw_table(f"memory of a run with {memory['setting']}", ["part", "bytes"], parts)
     return lines if memory["verdict"] is None else [*lines, memory["verdict"]]

@@ -100,20 +100,28 @@ def cache_segments(streams: Mapping[str, TensorSpec], history_dtype: str) -> tup
     history = past[kept_name(first, HISTORY)]
     return (
         Segment(
-            "delta", "computed", _for_each(Delta(getattr(torch, history_dtype)), deltas),
-            before, residuals,
+            "delta",
+            "computed",
+            _for_each(Delta(getattr(torch, history_dtype)), deltas),
+            before,
+            residuals,
         ),
         Segment("reuse", "reused", _for_each(Reuse(), reuses), {**past, "mix": mix}, after),
         Segment(
-            "gram", "computed", Gram(),
+            "gram",
+            "computed",
+            Gram(),
             {"history": history, "factors": TensorSpec("float32", ("slots", "slots"))},
             {"gram": TensorSpec("float32", ("slots", "slots"))},
         ),
         Segment(
-            FIRST_BLOCK_RESIDUAL, "probe", Delta(torch.float32),
-            {"hidden_out": hidden, "hidden": hidden}, {FIRST_BLOCK_RESIDUAL: hidden},
+            FIRST_BLOCK_RESIDUAL,
+            "probe",
+            Delta(torch.float32),
+            {"hidden_out": hidden, "hidden": hidden},
+            {FIRST_BLOCK_RESIDUAL: hidden},
         ),
-    )  # fmt: skip
+    )
 
 
 def _for_each(part: nn.Module, streams: Mapping[str, Sequence[str]]) -> nn.Module:

@@ -124,11 +124,13 @@ def text_encoder_part(pipeline: Path, variant: str | None = None) -> PipelinePar
     _store_as(module, stored, pipeline / "text_encoder")
     ids = TensorSpec("int64", ("batch", "text_tokens"))
     segment = Segment(
-        "text_encoder", "text_encoder", module,
+        "text_encoder",
+        "text_encoder",
+        module,
         {"input_ids": ids, "attention_mask": ids},
         {"text_states": TensorSpec("float32", ("batch", "text_tokens", config["d_model"]))},
         "text_encoder.",
-    )  # fmt: skip
+    )
     return PipelinePart("text_encoder", config, segment, stored, model.shared.num_embeddings)
 
 
@@ -158,9 +160,13 @@ def vae_decode_part(
     )
     pixels = ((latents[2] - 1) * in_time + 1, latents[3] * in_space, latents[4] * in_space)
     segment = Segment(
-        "vae_decode", "vae_decode", module, {"latents": TensorSpec("float32", latents)},
-        {"frames": TensorSpec("float32", (1, *pixels, 3))}, "vae.",
-    )  # fmt: skip
+        "vae_decode",
+        "vae_decode",
+        module,
+        {"latents": TensorSpec("float32", latents)},
+        {"frames": TensorSpec("float32", (1, *pixels, 3))},
+        "vae.",
+    )
     return PipelinePart("vae", config, segment, stored)
 
 
@@ -204,9 +210,10 @@ def _open(
     named = config.get(key)
     if wanted not in (named if isinstance(named, list) else [named]):
         raise CheckpointError(
-            f"{folder}/config.json, '{key}'", f"is {named!r}, expected '{wanted}'",
+            f"{folder}/config.json, '{key}'",
+            f"is {named!r}, expected '{wanted}'",
             "only Wan's text encoder and VAE can be exported",
-        )  # fmt: skip
+        )
     check_quantization(config, folder / "config.json")
     own = variant if variant and has_variant(folder, variant) else None
     return config, read_tensors(folder, STEMS[part], own)

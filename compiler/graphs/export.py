@@ -32,10 +32,13 @@ ATEN = torch.ops.aten
 
 CHECKS = frozenset(
     {
-        ATEN._assert_async.default, ATEN._assert_async.msg, ATEN._assert_scalar.default,
-        ATEN._assert_tensor_metadata.default, ATEN.sym_constrain_range_for_size.default,
+        ATEN._assert_async.default,
+        ATEN._assert_async.msg,
+        ATEN._assert_scalar.default,
+        ATEN._assert_tensor_metadata.default,
+        ATEN.sym_constrain_range_for_size.default,
     }
-)  # fmt: skip
+)
 """Operators that give nothing: no graph of ONNX has them."""
 
 SYNONYMS = {
@@ -63,10 +66,13 @@ def trace(segment: Segment, example_dims: Mapping[str, int]) -> ir.Model:
     sizes = {**BATCH_DIMS, **example_dims}
     example = {n: _example(s, sizes) for n, s in segment.inputs.items()}
     dynamic = {
-        n: {i: torch.export.Dim.DYNAMIC if d in BATCH_DIMS else torch.export.Dim.AUTO
-            for i, d in enumerate(s.shape) if isinstance(d, str)}
+        n: {
+            i: torch.export.Dim.DYNAMIC if d in BATCH_DIMS else torch.export.Dim.AUTO
+            for i, d in enumerate(s.shape)
+            if isinstance(d, str)
+        }
         for n, s in segment.inputs.items()
-    }  # fmt: skip
+    }
     names = list(segment.inputs)
     try:
         with exporting():

@@ -101,15 +101,20 @@ def filter_segments(cut: Cut) -> tuple[Segment, ...]:
     noise = TensorSpec("float32", ("steps", 1))
     return (
         Segment(
-            NOISE_LEVEL, "run", NoiseLevel(),
-            {"timesteps": TensorSpec("float32", ("steps",))}, {NOISE_LEVEL: noise},
+            NOISE_LEVEL,
+            "run",
+            NoiseLevel(),
+            {"timesteps": TensorSpec("float32", ("steps",))},
+            {NOISE_LEVEL: noise},
         ),
         Segment(
-            FILTERED_LATENTS, "signal", BandFilter(axes, kept),
+            FILTERED_LATENTS,
+            "signal",
+            BandFilter(axes, kept),
             {"latents": latents, NOISE_LEVEL: TensorSpec("float32", (1,))},
             {FILTERED_LATENTS: _filtered(latents, kept)},
         ),
-    )  # fmt: skip
+    )
 
 
 def signals_of(cut: Cut) -> Mapping[str, Known]:

@@ -23,21 +23,37 @@ SPACES = "[\t\n\x0c\r \x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u20
 CONTROLS = "[\x01-\x08\x0b\x0e-\x1b\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]"
 
 CLEANING = (
-    ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "), ("&amp;", "&"),
-    ("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), (CONTROLS, ""), (SPACES, " "),
-)  # fmt: skip
+    ("&lt;", "<"),
+    ("&gt;", ">"),
+    ("&quot;", '"'),
+    ("&#39;", "'"),
+    ("&nbsp;", " "),
+    ("&amp;", "&"),
+    ("[\u02bc\u2018-\u201b]", "'"),
+    ("[\u201c-\u201f]", '"'),
+    (CONTROLS, ""),
+    (SPACES, " "),
+)
 """Pattern → what takes its place, in order: of what ``ftfy`` and ``html.unescape`` do, all that does
 not need a look at the whole text. Text that was decoded wrongly is not repaired."""
 
 PROBES = (
-    "", "a red circle moving right on a gray background",
+    "",
+    "a red circle moving right on a gray background",
     "Two anthropomorphic cats in comfy boxing gear fight intensely on a spotlighted stage!",
-    "  spaces,\ttabs\nand lines\u00a0\u3000 ", "\u201ccurly\u201d \u2018quotes\u2019 \u2026 it\u2019s A&amp;B",
-    "na\u00efve caf\u00e9 \u2013 3.5 \u00d7 2 = 7 (50%)", "e\u0301 combined, \ufb01 ligature, \uff21 wide",
-    "\u4e00\u53ea\u7ea2\u8272\u7684\u732b", "\u043a\u043e\u0448\u043a\u0430",
-    "\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621", "\u65e5\u672c\u8a9e\u306e\u732b",
-    "\U0001f3ac \U0001f680", "C++ under_score <b> #1; a/b\\c", "a" * 300, "word " * 600,
-)  # fmt: skip
+    "  spaces,\ttabs\nand lines\u00a0\u3000 ",
+    "\u201ccurly\u201d \u2018quotes\u2019 \u2026 it\u2019s A&amp;B",
+    "na\u00efve caf\u00e9 \u2013 3.5 \u00d7 2 = 7 (50%)",
+    "e\u0301 combined, \ufb01 ligature, \uff21 wide",
+    "\u4e00\u53ea\u7ea2\u8272\u7684\u732b",
+    "\u043a\u043e\u0448\u043a\u0430",
+    "\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621",
+    "\u65e5\u672c\u8a9e\u306e\u732b",
+    "\U0001f3ac \U0001f680",
+    "C++ under_score <b> #1; a/b\\c",
+    "a" * 300,
+    "word " * 600,
+)
 """Texts on which the graph has to agree with the tokenizer."""
 
 

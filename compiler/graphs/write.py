@@ -68,10 +68,16 @@ def write_graphs(
         kept = {n: s for n, s in segment.outputs.items() if n not in segment.dropped}
         weights = [name for name, _ in segment.module.named_parameters()]
         about = [
-            "graph", code_version(), dict(made_from), dict(example_dims), segment.name,
-            list(segment.inputs.items()), list(kept.items()), list(segment.outputs),
+            "graph",
+            code_version(),
+            dict(made_from),
+            dict(example_dims),
+            segment.name,
+            list(segment.inputs.items()),
+            list(kept.items()),
+            list(segment.outputs),
             [(n, str(p.dtype), list(p.shape)) for n, p in segment.module.named_parameters()],
-        ]  # fmt: skip
+        ]
         keeping = store if dump is None else NO_STORE
         keeping.bring(about, bundle / file, partial(write, segment, weights, kept))
         present = [str(v.name) for v in ir.load(bundle / file).graph.inputs]

@@ -120,8 +120,13 @@ class _Cutter:
     def cut(self) -> CutBlock:
         """Cut the block."""
         taken, self.extents = part_of_rank(
-            self.segment.name, self.module, self.segment.inputs, self.streams, self.tokens, self._fits
-        )  # fmt: skip
+            self.segment.name,
+            self.module,
+            self.segment.inputs,
+            self.streams,
+            self.tokens,
+            self._fits,
+        )
         self.place = self._places()
         self.names: dict[fx.Node, str] = dict(self.argument)
         self.specs: dict[str, TensorSpec] = dict(taken)
@@ -203,8 +208,11 @@ class _Cutter:
                 self.module, nodes, given, returned, name.replace(".", "_"), turned=self.turned
             )
             inputs, outputs = ({n: self.specs[n] for n in part} for part in (given, returned))
-            joint = [(j, s) for j, s in enumerate(outputs.values())
-                     if not self.tokens.local_sums.keys().isdisjoint(map(str, s.shape))]  # fmt: skip
+            joint = [
+                (j, s)
+                for j, s in enumerate(outputs.values())
+                if not self.tokens.local_sums.keys().isdisjoint(map(str, s.shape))
+            ]
             if joint and not is_ordered:
                 found = order_of_parts(name, module, inputs, joint[0], self.tokens)
                 order, is_ordered = [*found, *(d for d in order if d not in found)], True
@@ -212,10 +220,15 @@ class _Cutter:
             dropped = tuple(n for n in self.segment.dropped if n in outputs)
             parts.append(
                 replace(
-                    self.segment, name=name, runs="part", module=module, inputs=inputs,
-                    outputs=outputs, dropped=dropped,
+                    self.segment,
+                    name=name,
+                    runs="part",
+                    module=module,
+                    inputs=inputs,
+                    outputs=outputs,
+                    dropped=dropped,
                 )
-            )  # fmt: skip
+            )
         return parts, order
 
     def _attention(self, i: int, node: fx.Node) -> CutAttention:

@@ -91,9 +91,13 @@ class _Cutter:
         self._check_whole()
         joined = next((s.name for s in finish if s.name != finish[0].name), None)
         entry = SequenceEntry(
-            sums=dict(self.tokens.sums), shared=self.shared, blocks=self.blocks, rows=finish[0].name,
-            joined=joined, policies={},
-        )  # fmt: skip
+            sums=dict(self.tokens.sums),
+            shared=self.shared,
+            blocks=self.blocks,
+            rows=finish[0].name,
+            joined=joined,
+            policies={},
+        )
         examples = {f"{LOCAL}{d}": EXAMPLES[i] for i, d in enumerate(plain)}
         examples |= {n: sum(examples[t] for t in ts) for n, ts in self.tokens.local_sums.items()}
         examples |= {"attention_rows": 8, "attention_queries": 41, "attention_keys": 43}
@@ -117,9 +121,10 @@ class _Cutter:
         known = self.shared.setdefault(value, dims)
         if known != dims:
             raise ExportError(
-                f"graph '{graph}', '{value}'", f"has the tokens of {known} elsewhere, here of {dims}",
+                f"graph '{graph}', '{value}'",
+                f"has the tokens of {known} elsewhere, here of {dims}",
                 HINT,
-            )  # fmt: skip
+            )
 
     def _cut_block(self, segment: Segment, by_module: dict[int, CutBlock]) -> None:
         streams = {n: d for n, d in self.streams.items() if n in segment.inputs}
@@ -191,9 +196,14 @@ class _Cutter:
             segment.name, module, taken, outputs, self.tokens, list(self.tokens.plain)
         )
         self.signals += outputs
-        self._share_all(segment, {
-            n: [str(segment.inputs[n].shape[1])] for n, s in taken.items() if s != segment.inputs[n]
-        })  # fmt: skip
+        self._share_all(
+            segment,
+            {
+                n: [str(segment.inputs[n].shape[1])]
+                for n, s in taken.items()
+                if s != segment.inputs[n]
+            },
+        )
 
     def _check_whole(self) -> None:
         """Raise where a graph needs all of what a rank has a part of."""

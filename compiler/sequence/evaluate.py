@@ -25,7 +25,7 @@ ROTARY = "RotaryEmbedding"
 PRIMES = (
     (7, 1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069, 1087),
     (11, 2003, 2011, 2017, 2027, 2029, 2039, 2053, 2063, 2069, 2081, 2083, 2087, 2089),
-)  # fmt: skip
+)
 
 Sizes = Mapping[str, tuple[int, int]]
 """Dimension → its sizes in the two runs."""

@@ -77,9 +77,12 @@ def cut_finish(cut: Cut, tokens: Tokens) -> tuple[list[Segment], dict[str, list[
         module, own, given, {MODEL_OUTPUT: results[0]}, "finish_joined", measured={body: ROWS}
     )
     second = replace(
-        finish, name="finish.joined", runs="part", module=joined,
+        finish,
+        name="finish.joined",
+        runs="part",
+        module=joined,
         inputs={ROWS: spec, **{n: finish.inputs[n] for n in given if n != ROWS}},
-    )  # fmt: skip
+    )
     return [first, second], shared
 
 
@@ -107,11 +110,11 @@ def _sizes(cut: Cut) -> dict[str, tuple[int, int]]:
     dims += [d for factors in cut.dims.values() for d, _ in factors]
     plain = [d for d in dict.fromkeys(["batch", *dims]) if d not in cut.dims and d not in cut.sums]
     one, other = (
-        all_dims(cut.dims, cut.sums, {
-            d: primes[i] * divisor(cut.dims, d) for i, d in enumerate(plain)
-        })
+        all_dims(
+            cut.dims, cut.sums, {d: primes[i] * divisor(cut.dims, d) for i, d in enumerate(plain)}
+        )
         for primes in PRIMES
-    )  # fmt: skip
+    )
     return {d: (one[d], other[d]) for d in one}
 
 

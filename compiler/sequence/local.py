@@ -106,9 +106,10 @@ def part_of_rank(
             except (RuntimeError, ValueError, AssertionError, LookupError):
                 continue
     raise ExportError(
-        f"graph '{name}'", "can't be computed with part of the tokens, whichever inputs are shared out",
+        f"graph '{name}'",
+        "can't be computed with part of the tokens, whichever inputs are shared out",
         HINT,
-    )  # fmt: skip
+    )
 
 
 class Trial:
@@ -179,9 +180,10 @@ def order_of_parts(
         rows = made.isnan().any(dim=1).nonzero().flatten().tolist()
         if len(rows) != sizes[term] or rows[-1] - rows[0] + 1 != len(rows):
             raise ExportError(
-                f"graph '{name}'", f"has '{term.removeprefix(LOCAL)}' at tokens {rows} of its sequence",
+                f"graph '{name}'",
+                f"has '{term.removeprefix(LOCAL)}' at tokens {rows} of its sequence",
                 HINT,
-            )  # fmt: skip
+            )
         first[term] = rows[0]
     return [t.removeprefix(LOCAL) for t in sorted(terms, key=lambda term: first[term])]
 
@@ -235,4 +237,4 @@ def check_tokens_apart(
                     f"graph '{name}', result '{output}'",
                     f"is computed of other tokens of '{dim.removeprefix(LOCAL)}' outside attention",
                     HINT,
-                )  # fmt: skip
+                )

@@ -101,15 +101,27 @@ class VerifyReport:
     def rows(self) -> list[list[Any]]:
         """Return one row per output: graph, block, output, relative error, tolerance, ok."""
         engines = [
-            [f"{c.graph} ({c.form})", c.block, c.output,
-             _short(c.error), _short(c.tolerance), _word(c.ok)]
+            [
+                f"{c.graph} ({c.form})",
+                c.block,
+                c.output,
+                _short(c.error),
+                _short(c.tolerance),
+                _word(c.ok),
+            ]
             for c in self.engines
-        ]  # fmt: skip
+        ]
         policies = [
-            [f"decide.{c.policy} ({c.form})", None, f"{c.decisions} decisions, {c.reused} reuses",
-             _short(c.mix_error), _short(c.mix_tolerance), _word(c.ok)]
+            [
+                f"decide.{c.policy} ({c.form})",
+                None,
+                f"{c.decisions} decisions, {c.reused} reuses",
+                _short(c.mix_error),
+                _short(c.mix_tolerance),
+                _word(c.ok),
+            ]
             for c in self.policies
-        ]  # fmt: skip
+        ]
         return [*engines, *policies]
 
     def summary(self) -> str:
@@ -255,10 +267,18 @@ def check_engines(
         for block, reference, taps in _references(model.bundle, cut, segments, name, prefix):
             if name in built.files:
                 subject = Subject(
-                    prefix + name, model.backend.name, block, graph, model.engine(name),
-                    _binder(model, name, block), reference,
-                    model.device, model.backend.synchronize, partial(_case_of, dims), taps,
-                )  # fmt: skip
+                    prefix + name,
+                    model.backend.name,
+                    block,
+                    graph,
+                    model.engine(name),
+                    _binder(model, name, block),
+                    reference,
+                    model.device,
+                    model.backend.synchronize,
+                    partial(_case_of, dims),
+                    taps,
+                )
                 checks += compare(subject, cases)
             reason = _not_portable(graph)
             if reason is not None:

@@ -359,10 +359,11 @@ def _found(subject: Subject) -> TensorFunction:
         outputs = {
             n: torch.zeros(
                 [dims[d] if isinstance(d, str) else d for d in e.shape],
-                dtype=getattr(torch, e.dtype), device=subject.device,
+                dtype=getattr(torch, e.dtype),
+                device=subject.device,
             )
             for n, e in subject.entry.outputs.items()
-        }  # fmt: skip
+        }
         subject.bind({**placed, **outputs}).run()
         subject.synchronize()
         return {n: t.cpu().float() for n, t in outputs.items()}

@@ -27,9 +27,10 @@ def check_no_deadline(session: Session) -> None:
     """Raise `RequestError` where a run has a deadline."""
     if session.resolved.setting.deadline is not None:
         raise RequestError(
-            "deadline", "is kept by one process's clock, and each rank has its own",
+            "deadline",
+            "is kept by one process's clock, and each rank has its own",
             "set computed_steps, or start the run alone",
-        )  # fmt: skip
+        )
 
 
 def begun(session: Session, latents: Tensor) -> dict[str, Any]:
@@ -56,12 +57,14 @@ def check_alike(notes: Sequence[Mapping[str, Any]], members: Sequence[int]) -> N
         for name, wanted in notes[0]["facts"].items():
             if (found := note["facts"][name]) != wanted:
                 raise RankError(
-                    f"rank {rank}, this run", f"{name} is '{found}', rank {members[0]}'s is '{wanted}'",
+                    f"rank {rank}, this run",
+                    f"{name} is '{found}', rank {members[0]}'s is '{wanted}'",
                     "make the same calls on every rank",
-                )  # fmt: skip
+                )
         pairs = zip(note["latents"], notes[0]["latents"], strict=True)
         if any(abs(found - wanted) > ALIKE for found, wanted in pairs):
             raise RankError(
-                f"rank {rank}, this run", f"the latents are not rank {members[0]}'s",
+                f"rank {rank}, this run",
+                f"the latents are not rank {members[0]}'s",
                 "give the pipeline the same seed on every rank",
-            )  # fmt: skip
+            )

@@ -31,9 +31,13 @@ class Awaited(Tensor):
     def __new__(cls, buffer: Tensor, arrive: Callable[[], None]) -> Awaited:
         """Wrap a buffer of known shape, dtype and device; ``arrive`` fills it, or has done so."""
         made: Awaited = Tensor._make_wrapper_subclass(
-            cls, buffer.size(), strides=buffer.stride(), storage_offset=buffer.storage_offset(),
-            dtype=buffer.dtype, device=buffer.device,
-        )  # fmt: skip
+            cls,
+            buffer.size(),
+            strides=buffer.stride(),
+            storage_offset=buffer.storage_offset(),
+            dtype=buffer.dtype,
+            device=buffer.device,
+        )
         made._buffer, made._arrive = buffer, arrive
         return made
 

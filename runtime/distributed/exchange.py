@@ -63,9 +63,12 @@ class Exchange:
     _after: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def turn(
-        self, given: Tensor, taken: Tensor, by: tuple[int, Sequence[Place]],
+        self,
+        given: Tensor,
+        taken: Tensor,
+        by: tuple[int, Sequence[Place]],
         into: tuple[int, Sequence[Place]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Add that each rank gives each its part along one axis, and joins theirs along another.
 
         Args:

@@ -139,9 +139,11 @@ class GuidanceOverRanks:
         room = FRAME_BYTES // 8
         with suppress(RankError):
             self._tell(
-                "failure", self._step_index, "saying that it failed here",
+                "failure",
+                self._step_index,
+                "saying that it failed here",
                 error={n: text[:room] for n, text in parts.items()},
-            )  # fmt: skip
+            )
         self._abandon()
 
     def warnings(self) -> list[str]:
@@ -227,7 +229,7 @@ class GuidanceOverRanks:
                     f"rank {members[rank]}",
                     f"is out of step with rank {members[self._ranks.rank]}: {'; '.join(apart)}",
                     "make the same calls on every rank, and end all of them where one fails",
-                )  # fmt: skip
+                )
         return notes
 
 

@@ -60,15 +60,17 @@ def layout_of(ranks: Ranks, manifest: Manifest, guidance_ranks: int | None = Non
         )
     if manifest.sequence is None and (branches == 1 or ranks.size != BRANCHES):
         raise RequestError(
-            f"{ranks.size} ranks", f"have {BRANCHES} branches of guidance to share out",
+            f"{ranks.size} ranks",
+            f"have {BRANCHES} branches of guidance to share out",
             f"start {BRANCHES} ranks: torchrun --nproc-per-node {BRANCHES}; more share a sequence "
             "where the bundle was built with --sequence-parallel",
-        )  # fmt: skip
+        )
     if rest:
         raise RequestError(
-            f"{ranks.size} ranks", f"are no {BRANCHES} equal groups, one for each branch of guidance",
+            f"{ranks.size} ranks",
+            f"are no {BRANCHES} equal groups, one for each branch of guidance",
             "start an even number of ranks",
-        )  # fmt: skip
+        )
     if branches == 1:
         return Layout(ranks, sequence=ranks)
     if share == 1:

@@ -282,14 +282,17 @@ class Ranks:
             if places.count(place) > 1:
                 second = places.index(place, first + 1)
                 raise RankError(
-                    f"rank {self.members[second]}", f"has rank {self.members[first]}'s GPU: {place}",
+                    f"rank {self.members[second]}",
+                    f"has rank {self.members[first]}'s GPU: {place}",
                     "start one rank per GPU",
-                )  # fmt: skip
+                )
             with self._waiting("starting NCCL"):
                 self._device_group = dist.new_group(
-                    list(self.members), backend="nccl", timeout=self._timeout,
+                    list(self.members),
+                    backend="nccl",
+                    timeout=self._timeout,
                     use_local_synchronization=True,
-                )  # fmt: skip
+                )
         return self._device_group
 
     def _word_of_failure(self) -> RankError | None:
@@ -357,9 +360,10 @@ def join_ranks() -> Ranks:
     began = not dist.is_initialized()
     if began and place is None:
         raise RankError(
-            "join_ranks", "finds one process alone",
+            "join_ranks",
+            "finds one process alone",
             "start the script with torchrun --nproc-per-node 2",
-        )  # fmt: skip
+        )
     if place is not None and torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     store = None
@@ -375,9 +379,10 @@ def join_ranks() -> Ranks:
         ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout), timeout, store)
     except RuntimeError as error:
         raise RankError(
-            "torch.distributed", f"can't bring the ranks together: {_first_line(error)}",
+            "torch.distributed",
+            f"can't bring the ranks together: {_first_line(error)}",
             f"see that all were started and reach MASTER_ADDR; {TIMEOUT}=SECONDS allows more",
-        ) from error  # fmt: skip
+        ) from error
     return ranks
 
 
@@ -394,9 +399,11 @@ def claim_error() -> bool:
         return True  # rank 0 keeps the store, and may be the one that is gone
     try:
         store = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
             timeout=timedelta(seconds=JOIN_SECONDS),
-        )  # fmt: skip
+        )
         run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return int(store.add(f"freewheel/errors/{run}", 1)) == 1
     except RuntimeError:

@@ -74,23 +74,26 @@ class SharedModel(Model):
         self.whole, self.ranks = bundle.manifest, ranks
         if self.whole.sequence is None:
             raise RequestError(
-                f"bundle '{bundle.folder}'", "has no graphs for ranks that share a sequence",
+                f"bundle '{bundle.folder}'",
+                "has no graphs for ranks that share a sequence",
                 "build it again with --sequence-parallel",
-            )  # fmt: skip
+            )
         for option in ("offload", "cuda_graphs"):
             if getattr(self.options, option):
                 raise RequestError(
-                    f"--{option.replace('_', '-')}", "is for one process, and ranks share a sequence",
+                    f"--{option.replace('_', '-')}",
+                    "is for one process, and ranks share a sequence",
                     "leave it out",
-                )  # fmt: skip
+                )
         self.entry = self.whole.sequence
         self.share = Share(ranks.rank, ranks.size, self.entry)
         fewest = min(self._heads(), default=ranks.size)
         if fewest < ranks.size:
             raise RequestError(
-                f"{ranks.size} ranks", f"are more than the {fewest} heads of an attention",
+                f"{ranks.size} ranks",
+                f"are more than the {fewest} heads of an attention",
                 f"let {fewest} or fewer share a sequence",
-            )  # fmt: skip
+            )
         self.manifest = local_manifest(self.whole, self.share)
         self.counts = ExchangeCounts()
         self._kept: dict[tuple[Any, ...], Any] = {}
@@ -116,9 +119,11 @@ class SharedModel(Model):
         policy = resolved.policy.spec.name
         if policy not in self.entry.policies:
             raise ConfigError(
-                f"policy '{policy}'", "looks at tokens otherwise than by sums over all of them, which "
-                f"{self.ranks.size} ranks share", "choose another policy or signal",
-            )  # fmt: skip
+                f"policy '{policy}'",
+                "looks at tokens otherwise than by sums over all of them, which "
+                f"{self.ranks.size} ranks share",
+                "choose another policy or signal",
+            )
         return self.entry.policies[policy][1]
 
     def agree(self, branch: str, step_index: int, decision: DecisionRecord) -> None:
@@ -139,7 +144,7 @@ class SharedModel(Model):
                     f"rank {member}, branch '{note['branch']}', step {note['step']}",
                     f"decided otherwise than rank {self.ranks.members[0]}: {'; '.join(odd)}",
                     "make the same calls on every rank; if you do, report this with the policy",
-                )  # fmt: skip
+                )
         if not self.counts.formula:
             self.counts.formula = FORMULA
             sent = sent_bytes(self.whole, self.share, self._dims)
@@ -221,9 +226,12 @@ class SharedModel(Model):
         return calls
 
     def _bound_attention(
-        self, graph: str, own: Mapping[str, Tensor], tokens: Mapping[str, Sequence[Place]],
+        self,
+        graph: str,
+        own: Mapping[str, Tensor],
+        tokens: Mapping[str, Sequence[Place]],
         mask: Tensor | None,
-    ) -> tuple[list[BoundCall], Tensor]:  # fmt: skip
+    ) -> tuple[list[BoundCall], Tensor]:
         attended = torch.empty_like(own["query"])
         masks = {} if mask is None else {"mask": mask}
         if self.ranks.size == 1:
@@ -286,8 +294,10 @@ class SharedModel(Model):
         entry = self.whole.graphs[measure]
         tokens = [n for n, io in entry.inputs.items() if any(isinstance(d, str) for d in io.shape)]
         count = values[tokens[0]].numel()
-        sums = {n: torch.zeros([int(d) for d in io.shape], device=self.device)
-                for n, io in entry.outputs.items()}  # fmt: skip
+        sums = {
+            n: torch.zeros([int(d) for d in io.shape], device=self.device)
+            for n, io in entry.outputs.items()
+        }
 
         def join() -> None:
             found = {n: [float(t)] for n, t in sums.items()}

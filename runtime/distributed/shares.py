@@ -71,9 +71,10 @@ class Share:
                 counts = self.counts(dim, dims)
                 if min(counts) < 1:
                     raise RequestError(
-                        f"dimension '{dim}'", f"is {dims[dim]}, fewer than {self.size} ranks",
+                        f"dimension '{dim}'",
+                        f"is {dims[dim]}, fewer than {self.size} ranks",
                         "start fewer ranks",
-                    )  # fmt: skip
+                    )
                 found[f"{LOCAL}{dim}"] = counts[self.rank]
         return found
 
@@ -126,8 +127,13 @@ def local_manifest(whole: Manifest, own: Share) -> Manifest:
 
 
 def _local(
-    name: str, io: IoEntry, graph: GraphEntry, entry: SequenceEntry, skips: Mapping[str, str], own: Share
-) -> IoEntry:  # fmt: skip
+    name: str,
+    io: IoEntry,
+    graph: GraphEntry,
+    entry: SequenceEntry,
+    skips: Mapping[str, str],
+    own: Share,
+) -> IoEntry:
     value = skips.get(name, name.removesuffix("_out"))
     if name == FEATURE:
         batch, tokens, channels = io.shape

@@ -100,11 +100,16 @@ class Adapters:
         """Return what distinguishes the weights of `merged` now from those of another time."""
         self._settle()
         layers = tuple(
-            (name, layer.disable_adapters, tuple(layer.merged_adapters),
-             tuple(layer.active_adapters), tuple(getattr(layer, "scaling", {}).items()),
-             tuple((id(p), p._version) for p in layer.parameters()))
+            (
+                name,
+                layer.disable_adapters,
+                tuple(layer.merged_adapters),
+                tuple(layer.active_adapters),
+                tuple(getattr(layer, "scaling", {}).items()),
+                tuple((id(p), p._version) for p in layer.parameters()),
+            )
             for name, layer in _tuner_layers(self.module)
-        )  # fmt: skip
+        )
         real = tuple((n, id(p)) for n, p in self._materialised())
         return layers + real
 
@@ -262,9 +267,12 @@ class Adapters:
         self._settle()
 
     def _load_lora_adapter(
-        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer",
-        hotswap: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **options: Any,
+    ) -> None:
         """Check what diffusers' `load_lora_adapter` would warn of, then load as it does.
 
         Raises:
@@ -285,8 +293,9 @@ class Adapters:
                 module = others[0].rpartition(".lora")[0] or others[0].rpartition(".")[0]
                 raise RequestError(
                     f"{place}, module '{module}'",
-                    f"is not part of '{prefix}'", "give a LoRA of this model",
-                )  # fmt: skip
+                    f"is not part of '{prefix}'",
+                    "give a LoRA of this model",
+                )
             state = {
                 k.removeprefix(f"{prefix}."): v
                 for k, v in state.items()
@@ -294,16 +303,20 @@ class Adapters:
             }
         self._check_fit(place, state)
         type(self.module).load_lora_adapter(
-            self.module, pretrained_model_name_or_path_or_dict, prefix=prefix, hotswap=hotswap,
+            self.module,
+            pretrained_model_name_or_path_or_dict,
+            prefix=prefix,
+            hotswap=hotswap,
             **options,
-        )  # fmt: skip
+        )
 
     def _refuse_baked(self, place: str) -> None:
         if self._bundle.manifest.weights == "baked":
             raise RequestError(
-                place, "can't be added: this bundle's weights are inside its engines",
+                place,
+                "can't be added: this bundle's weights are inside its engines",
                 "build the bundle with --weights inputs",
-            )  # fmt: skip
+            )
 
     def _check_fit(self, place: str, state: Mapping[str, Tensor]) -> None:
         """Raise `RequestError` where a module is not the model's, or has other sizes."""
@@ -335,9 +348,10 @@ class Adapters:
         """Raise `RequestError` where a parameter of the model is no weight of the bundle."""
         if self._prefix + name not in self._bundle.manifest.tensors:
             raise RequestError(
-                f"LoRA, parameter '{name}'", "is changed, and is no weight of the bundle",
+                f"LoRA, parameter '{name}'",
+                "is changed, and is no weight of the bundle",
                 "give a LoRA of this model",
-            )  # fmt: skip
+            )
 
     def _refuse_float8(self, place: str, modules: Iterable[str]) -> None:
         """Raise `RequestError` where graphs take a module's weight in float8.
@@ -349,9 +363,10 @@ class Adapters:
             entry = tensors.get(f"{self._prefix}{name}.weight")
             if entry is not None and entry.dtype == KEPT:
                 raise RequestError(
-                    f"{place}, module '{name}'", f"has its weight in {KEPT}, which no LoRA changes",
+                    f"{place}, module '{name}'",
+                    f"has its weight in {KEPT}, which no LoRA changes",
                     "build the bundle with --float8 convert",
-                )  # fmt: skip
+                )
 
     def _load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -431,8 +446,9 @@ def check_transformer(bundle: Bundle, prefix: str, standing: Any) -> None:
     if found != checkpoint.transformer_class:
         raise RequestError(
             "pipeline, 'transformer'",
-            f"is {found}, the bundle was built from {checkpoint.transformer_class}", hint,
-        )  # fmt: skip
+            f"is {found}, the bundle was built from {checkpoint.transformer_class}",
+            hint,
+        )
     for _, layer in _tuner_layers(standing):
         if layer.merged_adapters:
             raise RequestError(
@@ -445,8 +461,9 @@ def check_transformer(bundle: Bundle, prefix: str, standing: Any) -> None:
         if not key.startswith("_") and key in config and _plain(config[key]) != _plain(wanted):
             raise RequestError(
                 f"pipeline, transformer config '{key}'",
-                f"is {config[key]}, the bundle was built with {wanted}", hint,
-            )  # fmt: skip
+                f"is {config[key]}, the bundle was built with {wanted}",
+                hint,
+            )
     adapted = {id(p) for _, layer in _tuner_layers(standing) for p in _adapter_parameters(layer)}
     tensors = bundle.manifest.tensors
     for name, parameter in standing.named_parameters():
@@ -516,9 +533,10 @@ def _factors(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
     """Return one layer's factors, without its name; see `Adapters.factors`."""
     if adapter not in getattr(layer, "lora_A", ()):
         raise RequestError(
-            f"LoRA, module '{name}'", f"is adapted by {type(layer).__name__}, which is no plain LoRA",
+            f"LoRA, module '{name}'",
+            f"is adapted by {type(layer).__name__}, which is no plain LoRA",
             "merge it into the checkpoint and build that",
-        )  # fmt: skip
+        )
     down, up, scale = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
     found = {DOWN: down.weight, UP: up.weight.float() * scale}
     if up.bias is not None:

@@ -76,26 +76,29 @@ class Arguments:
         scale = attention.pop("scale", 1.0)
         if scale != 1.0:
             raise RequestError(
-                "attention_kwargs 'scale'", f"is {scale}; adapters are merged once per run",
+                "attention_kwargs 'scale'",
+                f"is {scale}; adapters are merged once per run",
                 f"call pipe.set_adapters(NAME, {scale}) before the run",
-            )  # fmt: skip
+            )
         inputs = self._manifest.inputs
         wanted = {n: i for n, i in inputs.items() if i.runs == "prompt"}
         paths = {n: _of_attention(i.argument) for n, i in wanted.items()}
         prompt_arguments = list(dict.fromkeys(path.split(".")[0] for path in paths.values()))
         if len(states) > len(prompt_arguments):
             raise RequestError(
-                "transformer", f"is given {len(states)} prompt inputs",
+                "transformer",
+                f"is given {len(states)} prompt inputs",
                 f"give {', '.join(prompt_arguments)}",
-            )  # fmt: skip
+            )
         given = {**dict(zip(prompt_arguments, states, strict=False)), **named}
         given = {n: value for n, value in {**given, **attention}.items() if not _is_absent(value)}
         unknown = sorted(given.keys() - set(prompt_arguments))
         if unknown:
             raise RequestError(
-                f"transformer argument '{unknown[0]}'", "is nothing that the bundle's model takes",
+                f"transformer argument '{unknown[0]}'",
+                "is nothing that the bundle's model takes",
                 f"leave it out; it takes {', '.join(prompt_arguments)}",
-            )  # fmt: skip
+            )
         found = {
             n: _as_tensor(_leaf(given, paths[n]), i)
             for n, i in wanted.items()
@@ -124,9 +127,10 @@ class Arguments:
             other = named.pop(name, timestep)
             if not torch.equal(torch.as_tensor(other).to(timestep), timestep):
                 raise RequestError(
-                    f"transformer argument '{name}'", "is not the timestep",
+                    f"transformer argument '{name}'",
+                    "is not the timestep",
                     f"the bundle is of a model whose pipeline gives '{name}' the timestep itself",
-                )  # fmt: skip
+                )
 
     def _take_what_is_fixed(self, named: dict[str, Any]) -> None:
         """Take arguments out that the bundle's model was cut with one value of, or that change nothing."""
@@ -134,9 +138,10 @@ class Arguments:
             given = _take(named, name, wanted)
             if wanted is not None and given is not None and given != wanted:
                 raise RequestError(
-                    f"transformer argument '{name}'", f"is {given}, the bundle's model has {wanted}",
+                    f"transformer argument '{name}'",
+                    f"is {given}, the bundle's model has {wanted}",
                     f"make the pipeline give {wanted}",
-                )  # fmt: skip
+                )
 
     def _take_other_timesteps(self, named: dict[str, Any]) -> dict[str, Tensor]:
         """Take timesteps out beside the first, and return them by the bundle's names."""
@@ -145,9 +150,10 @@ class Arguments:
             given = named.pop(one.argument, None)
             if given is None:
                 raise RequestError(
-                    f"transformer argument '{one.argument}'", "is missing",
+                    f"transformer argument '{one.argument}'",
+                    "is missing",
                     "the bundle's model takes it beside the timestep",
-                )  # fmt: skip
+                )
             found[name] = timestep_of(given, one)
         return found
 
@@ -157,9 +163,10 @@ class Arguments:
         missing = [argument for argument in others.values() if named.get(argument) is None]
         if missing:
             raise RequestError(
-                f"transformer argument '{missing[0]}'", "is missing",
+                f"transformer argument '{missing[0]}'",
+                "is missing",
                 f"the bundle's model samples {', '.join(self._latents)} at once",
-            )  # fmt: skip
+            )
         return {LATENTS: first, **{n: named.pop(argument) for n, argument in others.items()}}
 
 

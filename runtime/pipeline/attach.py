@@ -89,9 +89,10 @@ def attach(
         known = getattr(standing, "freewheel", None)
         if known is not None and known.is_fused:
             raise RequestError(
-                f"pipeline, '{part}'", "has adapters fused into it",
+                f"pipeline, '{part}'",
+                "has adapters fused into it",
                 "call pipe.unfuse_lora() before attach, or attach to a pipeline loaded anew",
-            )  # fmt: skip
+            )
         if standing is not None and known is None:
             check_transformer(opened, model.prefix, standing)
         made[part] = FreewheelTransformer(
@@ -133,17 +134,27 @@ def attached(
     before = {part: getattr(pipe, part) for part in parts if hasattr(pipe, part)}
     try:
         yield attach(
-            pipe, bundle, cache, backend=backend, loras=loras, options=options, ranks=ranks,
+            pipe,
+            bundle,
+            cache,
+            backend=backend,
+            loras=loras,
+            options=options,
+            ranks=ranks,
             guidance_ranks=guidance_ranks,
-        )  # fmt: skip
+        )
     finally:
         for part, standing in before.items():
             setattr(pipe, part, standing)
 
 
 def _model(
-    bundle: Bundle, backend: str | None, options: DeviceOptions | None, expert: int, layout: Layout | None
-) -> Model:  # fmt: skip
+    bundle: Bundle,
+    backend: str | None,
+    options: DeviceOptions | None,
+    expert: int,
+    layout: Layout | None,
+) -> Model:
     if layout is None or layout.sequence is None:
         return Model(bundle, backend, options, expert)
     return SharedModel(bundle, backend, options, expert, ranks=layout.sequence)

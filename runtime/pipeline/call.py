@@ -52,10 +52,18 @@ OURS = frozenset({
 })  # fmt: skip
 """Parameters of calls that options of their own give."""
 
-NOBODYS = frozenset({
-    "self", "generator", "output_type", "return_dict", "callback", "callback_steps",
-    "callback_on_step_end", "callback_on_step_end_tensor_inputs",
-})  # fmt: skip
+NOBODYS = frozenset(
+    {
+        "self",
+        "generator",
+        "output_type",
+        "return_dict",
+        "callback",
+        "callback_steps",
+        "callback_on_step_end",
+        "callback_on_step_end_tensor_inputs",
+    }
+)
 """Parameters of calls that no text can give."""
 
 FITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -65,9 +73,12 @@ FITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 WITHOUT_PARTS: Mapping[str, float] = MappingProxyType(
     {
-        "stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0,
+        "stg_scale": 0.0,
+        "audio_stg_scale": 0.0,
+        "modality_scale": 1.0,
+        "audio_modality_scale": 1.0,
     }
-)  # fmt: skip
+)
 """Scale of guidance by the model with parts of it left out, which no bundle has → off."""
 
 TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -157,9 +168,10 @@ class PipelineCall:
             off = self.without_parts.get(name)
             if off is not None and given[name] != off:
                 raise RequestError(
-                    f"{flag}={given[name]}", "asks for guidance by the model with parts left out",
+                    f"{flag}={given[name]}",
+                    "asks for guidance by the model with parts left out",
                     f"leave it out: a bundle has all of them, and runs with {off:g}",
-                )  # fmt: skip
+                )
             if name in OURS or name == self._guidance:
                 option = next((v for v, names in NAMES.items() if name in names), name)
                 option = "guidance_scale" if name == self._guidance else option
@@ -178,9 +190,10 @@ class PipelineCall:
         """
         if out.suffix.lower() not in FITS[self.makes]:
             raise RequestError(
-                f"--out '{out}'", f"can't hold what {self.name} makes, {self.makes}",
+                f"--out '{out}'",
+                f"can't hold what {self.name} makes, {self.makes}",
                 f"use {' or '.join(FITS[self.makes])}",
-            )  # fmt: skip
+            )
 
     def check_given(self, given: Collection[str]) -> None:
         """Refuse values that a request asks for and the call does not take.
@@ -191,9 +204,10 @@ class PipelineCall:
         for value in given:
             if self.parameter(value) is None:
                 raise RequestError(
-                    flag_of(value), f"is nothing that {self.name} takes, which makes {self.makes}",
+                    flag_of(value),
+                    f"is nothing that {self.name} takes, which makes {self.makes}",
                     "leave it out",
-                )  # fmt: skip
+                )
 
 
 def flag_of(value: str) -> str:
@@ -269,9 +283,10 @@ def media_of(pipe: Any, result: Any) -> Media:
     if "audios" in result:
         return Media(np.zeros((0, 0, 0, 3), np.uint8), _sound(pipe, result["audios"]))
     raise RequestError(
-        type(pipe).__name__, f"made {', '.join(result)}, and no frames, images or audios",
+        type(pipe).__name__,
+        f"made {', '.join(result)}, and no frames, images or audios",
         "attach the bundle to this pipeline in Python",
-    )  # fmt: skip
+    )
 
 
 def _pictures(found: Any) -> NDArray[np.uint8]:

@@ -98,9 +98,10 @@ def check_recordable(bundle: Bundle) -> None:
     """
     if len(bundle.manifest.experts) > 1:
         raise RequestError(
-            f"bundle '{bundle.folder}'", "has two transformers, and a recorded run is of one",
+            f"bundle '{bundle.folder}'",
+            "has two transformers, and a recorded run is of one",
             "record, calibrate and tune with a bundle of each transformer's folder",
-        )  # fmt: skip
+        )
 
 
 def pipeline_of(bundle: Bundle, model: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -117,9 +118,10 @@ def pipeline_of(bundle: Bundle, model: Path | None = None) -> tuple[Path, dict[s
     folder = model or (bundle.path(entry.folder) if entry.folder else Path(entry.source or ""))
     if not (folder / "model_index.json").is_file():
         raise BundleError(
-            f"{bundle.folder}, 'pipeline'", f"is not to be found at '{folder}'",
+            f"{bundle.folder}, 'pipeline'",
+            f"is not to be found at '{folder}'",
             "give the checkpoint's diffusers folder with --model",
-        )  # fmt: skip
+        )
     return folder, json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
 
 
@@ -167,9 +169,13 @@ def check_ahead(
 
 
 def _check_taken(
-    request: GenerationRequest, call: PipelineCall, bundle: Bundle, scheduler: Mapping[str, Any], *,
+    request: GenerationRequest,
+    call: PipelineCall,
+    bundle: Bundle,
+    scheduler: Mapping[str, Any],
+    *,
     has_guider: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Refuse what is asked for and nothing of the pipeline takes, and what is missing."""
     call.check_extra(request.extra)
     for name in ("prompt", "image", "video", "mask"):
@@ -192,10 +198,16 @@ class Generator:
     """A bundle with its pipeline around it, ready for any number of requests."""
 
     def __init__(
-        self, bundle: Bundle, *, backend: str | None = None, loras: Sequence[str] = (),
-        model: Path | None = None, options: DeviceOptions | None = None,
-        ranks: Ranks | None = None, guidance_ranks: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        bundle: Bundle,
+        *,
+        backend: str | None = None,
+        loras: Sequence[str] = (),
+        model: Path | None = None,
+        options: DeviceOptions | None = None,
+        ranks: Ranks | None = None,
+        guidance_ranks: int | None = None,
+    ) -> None:
         """Load text encoder, VAE and scheduler, and attach the bundle.
 
         Args:
@@ -232,9 +244,15 @@ class Generator:
         }
         self.bundle = bundle
         self.transformer: FreewheelTransformer = attach(
-            self.pipe, bundle, "off", backend=backend, loras=loras, options=options, ranks=ranks,
+            self.pipe,
+            bundle,
+            "off",
+            backend=backend,
+            loras=loras,
+            options=options,
+            ranks=ranks,
             guidance_ranks=guidance_ranks,
-        )  # fmt: skip
+        )
         self._ranks = ranks
         self._embeds_guidance = embeds_guidance(bundle.manifest.inputs.values())
         for expert in self.transformer.experts:
@@ -246,9 +264,12 @@ class Generator:
             self.pipe.to(self.transformer.device)
 
     def generate(
-        self, request: GenerationRequest, *, recorder: Recorder | None = None,
+        self,
+        request: GenerationRequest,
+        *,
+        recorder: Recorder | None = None,
         on_step: OnStep = lambda done, total: None,
-    ) -> Generation:  # fmt: skip
+    ) -> Generation:
         """Run one request.
 
         Args:
@@ -294,9 +315,10 @@ class Generator:
                 hook.remove()
         answered = time.perf_counter()
         seconds = {
-            "encode": loop.began - asked, "denoise": loop.ended - loop.began,
+            "encode": loop.began - asked,
+            "denoise": loop.ended - loop.began,
             "decode": answered - loop.ended,
-        }  # fmt: skip
+        }
         loop.end()
         if self._ranks is not None:
             self._ranks.tell({}, "ending the run")  # the first to end must not seem lost
@@ -362,14 +384,19 @@ class Generator:
         return pipe, PipelineCall(type(pipe), self._embeds_guidance)
 
     def _arguments(
-        self, request: GenerationRequest, call: PipelineCall, values: Mapping[str, Any],
+        self,
+        request: GenerationRequest,
+        call: PipelineCall,
+        values: Mapping[str, Any],
         image: Image.Image | None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Return what the pipeline is called with, by its own names."""
         given: dict[str, Any] = {
-            "prompt": request.prompt, "negative_prompt": request.negative_prompt,
-            "strength": request.strength, **values,
-        }  # fmt: skip
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "strength": request.strength,
+            **values,
+        }
         if call.default("text_tokens") is not None:
             given["text_tokens"] = request.value("text_tokens")
         if request.flow_shift is not None and "shift" in call.parameters:
@@ -426,9 +453,10 @@ class Generator:
         }
         if "guidance_scale_2" in values and len(self.bundle.manifest.experts) < 2:
             raise RequestError(
-                f"--guidance-2 {values['guidance_scale_2']}", "is given, and the bundle has one expert",
+                f"--guidance-2 {values['guidance_scale_2']}",
+                "is given, and the bundle has one expert",
                 "leave it out, or give one 'sample_guide_scale'",
-            )  # fmt: skip
+            )
         values |= call.without_parts
         manifest = self.bundle.manifest
         spatial = {
@@ -442,15 +470,17 @@ class Generator:
         for name, multiple in spatial.items():
             if values[name] < multiple or values[name] % multiple:
                 raise RequestError(
-                    f"--{name} {values[name]}", f"is no multiple of {multiple}",
+                    f"--{name} {values[name]}",
+                    f"is no multiple of {multiple}",
                     f"use {max(multiple, round(values[name] / multiple) * multiple)}",
-                )  # fmt: skip
+                )
         step = manifest.latent_scale.frames
         if "frames" in values and (values["frames"] < 1 or (values["frames"] - 1) % step):
             raise RequestError(
-                f"--frames {values['frames']}", f"is not 1 more than a multiple of {step}",
+                f"--frames {values['frames']}",
+                f"is not 1 more than a multiple of {step}",
                 f"use {max(0, round((values['frames'] - 1) / step)) * step + 1}",
-            )  # fmt: skip
+            )
         return values
 
     def _image(self, request: GenerationRequest) -> Image.Image | None:
@@ -472,7 +502,7 @@ def _check_strides(own: Any, pipe: Any) -> None:
                 f"{type(pipe).__name__}.{name}",
                 f"is {found}, and {type(own).__name__} has {usual} of the same VAE",
                 "this VAE does not serve that pipeline of diffusers; start from noise",
-            )  # fmt: skip
+            )
 
 
 class _Loop:

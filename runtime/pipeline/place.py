@@ -220,9 +220,10 @@ def _timesteps_of(pipe: Any, latents: str) -> Tensor:
     scheduler = getattr(pipe, beside(latents, LATENTS, "scheduler"), None)
     if scheduler is None:
         raise RequestError(
-            f"pipeline, '{beside(latents, LATENTS, 'scheduler')}'", "is missing",
+            f"pipeline, '{beside(latents, LATENTS, 'scheduler')}'",
+            "is missing",
             "attach to a pipeline of the bundle's model",
-        )  # fmt: skip
+        )
     return torch.as_tensor(scheduler.timesteps).float()
 
 

@@ -21,9 +21,16 @@ from .video import open_frames, open_image
 __all__ = ["VALUES", "GenerationRequest", "size_like"]
 
 VALUES = (
-    "steps", "height", "width", "frames", "guidance_scale", "guidance_scale_2", "seed", "sampler",
+    "steps",
+    "height",
+    "width",
+    "frames",
+    "guidance_scale",
+    "guidance_scale_2",
+    "seed",
+    "sampler",
     "flow_shift",
-)  # fmt: skip
+)
 """What a run says of itself as resolved."""
 
 
@@ -140,9 +147,10 @@ class GenerationRequest:
             given, made = getattr(self, name), getattr(self.defaults, name)
             if given not in (None, made):
                 raise ConfigError(
-                    f"min_psnr {bound:g}", f"was measured at {name} {made}, and the run asks for {given}",
+                    f"min_psnr {bound:g}",
+                    f"was measured at {name} {made}, and the run asks for {given}",
                     f"leave {name} out, or calibrate with it",
-                )  # fmt: skip
+                )
 
 
 def size_like(image: Image.Image, area: int, multiple: int) -> tuple[int, int]:

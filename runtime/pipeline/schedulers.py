@@ -39,16 +39,18 @@ class StepListScheduler(FlowMatchEulerDiscreteScheduler):
         given = sorted(name for name, value in others.items() if value is not None)
         if given or num_inference_steps is None:
             raise RequestError(
-                f"sampler '{DISTILLED}'", f"is given {', '.join(given) or 'no step count'}",
+                f"sampler '{DISTILLED}'",
+                f"is given {', '.join(given) or 'no step count'}",
                 "give a number of steps alone: the model was distilled at its own timesteps",
-            )  # fmt: skip
+            )
         steps = num_inference_steps
         levels = self.step_list or [1000 * (steps - i) / steps for i in range(steps)]
         if len(levels) != steps:
             raise RequestError(
-                f"--steps {steps}", f"is not the {len(levels)} steps of the list {list(levels)}",
+                f"--steps {steps}",
+                f"is not the {len(levels)} steps of the list {list(levels)}",
                 f"use --steps {len(levels)}, or --sampler {DISTILLED}, which spreads any number",
-            )  # fmt: skip
+            )
         sigmas = [level / 1000 for level in levels]
         super().set_timesteps(steps, device=device, sigmas=sigmas)  # type: ignore[misc]  # diffusers is lazy
 

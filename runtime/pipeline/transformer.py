@@ -200,15 +200,17 @@ class FreewheelTransformer:
         before = {part: None if ref is None else ref() for part, ref in self._replaced.items()}
         if pipe is None or not before or getattr(pipe, next(iter(before)), None) is not self.module:
             raise RequestError(
-                "detach", "this is not what stands in the pipeline",
+                "detach",
+                "this is not what stands in the pipeline",
                 "call it on what `attach` returned, once, while the pipeline is there",
-            )  # fmt: skip
+            )
         for part, standing in before.items():
             if standing is None and self._replaced[part] is not None:
                 raise RequestError(
-                    f"detach, pipeline's '{part}'", "the one that stood there before was freed",
+                    f"detach, pipeline's '{part}'",
+                    "the one that stood there before was freed",
                     "hold it while attached, use `with freewheel.attached(...)`, or load it again",
-                )  # fmt: skip
+                )
         for part, standing in before.items():
             setattr(pipe, part, standing)
 
@@ -280,12 +282,15 @@ class FreewheelTransformer:
             if isinstance(hidden_states, list):
                 answers = [
                     self._call(
-                        {n: sample_of(s, i) for n, s in latents.items()}, timestep, others,
+                        {n: sample_of(s, i) for n, s in latents.items()},
+                        timestep,
+                        others,
                         [sample_of(s, i) for s in states],
-                        {n: sample_of(s, i) for n, s in named_states.items()}, dict(attention),
+                        {n: sample_of(s, i) for n, s in named_states.items()},
+                        dict(attention),
                     )
                     for i in range(len(hidden_states))
-                ]  # fmt: skip
+                ]
                 samples = tuple([one[0] for one in made] for made in zip(*answers, strict=True))
             else:
                 samples = self._call(latents, timestep, others, states, named_states, attention)
@@ -357,7 +362,7 @@ class FreewheelTransformer:
                     f"transformer argument '{one.argument}', step {step_index}",
                     f"is {float(timestep[0]):g}, and the {' and '.join(one.of)} timestep {float(wanted):g}",
                     "give the scheduler's, as the bundle's model is made for",
-                )  # fmt: skip
+                )
 
     def _answer(
         self,
@@ -397,9 +402,10 @@ class FreewheelTransformer:
     def _check_adapters(self) -> None:
         if self._adapters.has_adapters and self._adapters.state() != self._state:
             raise RequestError(
-                "transformer", "has other adapters than when the run began",
+                "transformer",
+                "has other adapters than when the run began",
                 "change adapters between runs",
-            )  # fmt: skip
+            )
 
     def _settle_adapters(self) -> None:
         """Merge anew where adapters are no longer what they were."""
@@ -419,9 +425,10 @@ class FreewheelTransformer:
         others = getattr(self.module, "peft_config", None)
         if others:
             raise RequestError(
-                "attach, 'loras'", f"are given beside the loaded adapter '{next(iter(others))}'",
+                "attach, 'loras'",
+                f"are given beside the loaded adapter '{next(iter(others))}'",
                 "load them all with pipe.load_lora_weights(FILE) after attach",
-            )  # fmt: skip
+            )
         scales: dict[str, float] = {}
         for index, file in enumerate(files):
             name = f"attached_{index}"

@@ -75,13 +75,26 @@ def write_video(frames: Frames, path: Path, fps: int = 8) -> None:
             import imageio.v3 as iio
 
             even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-            iio.imwrite(partial, even, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=2,
-                        output_params=["-crf", "14"])  # fmt: skip
+            iio.imwrite(
+                partial,
+                even,
+                plugin="FFMPEG",
+                fps=fps,
+                codec="libx264",
+                macro_block_size=2,
+                output_params=["-crf", "14"],
+            )
         elif path.suffix.lower() in MOVING_PICTURES:
             first, *others = [Image.fromarray(frame) for frame in frames]
             # GIF knows no quality, and Pillow wants whole milliseconds of WebP.
-            first.save(partial, save_all=True, append_images=others, duration=round(1000 / fps),
-                       loop=0, quality=WEBP_QUALITY)  # fmt: skip
+            first.save(
+                partial,
+                save_all=True,
+                append_images=others,
+                duration=round(1000 / fps),
+                loop=0,
+                quality=WEBP_QUALITY,
+            )
         else:
             Image.fromarray(np.concatenate(list(frames), axis=1)).save(partial)
 

@@ -64,9 +64,10 @@ def write_lora(bundle: Bundle, lora: LoraFile, out: Path, model: Path | None = N
     """
     if not NAME.fullmatch(out.name):
         raise RequestError(
-            f"--out '{out}'", f"'{out.name}' is no plain name that ends in .safetensors",
+            f"--out '{out}'",
+            f"'{out.name}' is no plain name that ends in .safetensors",
             "use letters, digits, '_', '.' and '-', as in loras/style.safetensors",
-        )  # fmt: skip
+        )
     check_file(out, "--out")
     pipeline_class = pipeline_class_of(*pipeline_of(bundle, model))
     experts = bundle.manifest.experts

@@ -34,14 +34,23 @@ def test_a_cut_links_what_it_needs(benchmark: ModuleType, tmp_path: Path) -> Non
 
 def test_the_table_has_a_row_per_case(benchmark: ModuleType) -> None:
     case = {
-        "layers": 2, "bundle_bytes": 2e9, "written_bytes": 3e6, "phase_seconds": {"plan": 0.1, "trace": 2.0},
-        "phase_peak_bytes": {"plan": 5e8, "trace": 6e8}, "seconds": 2.1, "processor_seconds": 2.0,
+        "layers": 2,
+        "bundle_bytes": 2e9,
+        "written_bytes": 3e6,
+        "phase_seconds": {"plan": 0.1, "trace": 2.0},
+        "phase_peak_bytes": {"plan": 5e8, "trace": 6e8},
+        "seconds": 2.1,
+        "processor_seconds": 2.0,
         "peak_bytes": 6e8,
-    }  # fmt: skip
+    }
     data = {
-        "geometry": "g", "dtype": "bfloat16", "precision": "bfloat16", "weights": "inputs",
-        "backends": ["openvino"], "cases": [case, {**case, "layers": 40}],
-    }  # fmt: skip
+        "geometry": "g",
+        "dtype": "bfloat16",
+        "precision": "bfloat16",
+        "weights": "inputs",
+        "backends": ["openvino"],
+        "cases": [case, {**case, "layers": 40}],
+    }
     few, whole = benchmark.table(data).rows
     assert few == [2, "2.00", "3.0", "0.1 (500)", "2.0 (600)", "2.1", "2.0", "600"]
     assert whole[0] == 40

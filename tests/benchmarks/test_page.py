@@ -16,12 +16,16 @@ KNOWN = {
     "command": "python benchmarks/step.py --rounds 2",
     "date": "2026-01-02",
     "machine": {
-        "model": "A CPU", "cores": 2, "threads": 1, "features": ["avx2"], "gpus": ["A GPU"],
+        "model": "A CPU",
+        "cores": 2,
+        "threads": 1,
+        "features": ["avx2"],
+        "gpus": ["A GPU"],
         "memory_available_bytes": 3 << 30,
     },
     "backends": ["OpenVINO 1, CPU", "RTX 2 can build: no GPU"],
     "versions": {"freewheel": "3", "python": "4", "onnx": "5"},
-}  # fmt: skip
+}
 
 TOOLS = {"licences", "memory", "own_process", "page", "perceptual", "synthetic"}
 """Files of the folder that measure nothing by themselves."""

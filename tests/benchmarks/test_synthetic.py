@@ -15,10 +15,18 @@ from synthetic import GEOMETRIES, random_tensor, write_checkpoint, write_transfo
 from freewheel.compiler.checkpoints.checkpoint import open_checkpoint
 
 TINY = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 36, "out_channels": 16,
-    "text_dim": 24, "freq_dim": 32, "ffn_dim": 48, "num_layers": 3, "rope_max_seq_len": 64,
-    "image_dim": 20, "added_kv_proj_dim": 32,
-}  # fmt: skip
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 36,
+    "out_channels": 16,
+    "text_dim": 24,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 3,
+    "rope_max_seq_len": 64,
+    "image_dim": 20,
+    "added_kv_proj_dim": 32,
+}
 
 
 @pytest.mark.parametrize(

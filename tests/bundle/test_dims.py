@@ -57,8 +57,9 @@ def test_what_derives_from_a_sum_follows_it() -> None:
 
 def test_dimensions_of_inputs_still_to_come_wait_for_them(tiny_bundle: Bundle) -> None:
     assert derive_dims(tiny_bundle.manifest, {"batch": 1, "tokens": 36}) == {
-        "batch": 1, "tokens": 36,
-    }  # fmt: skip
+        "batch": 1,
+        "tokens": 36,
+    }
 
 
 def test_a_dimension_given_and_derived_has_one_size(tiny_bundle: Bundle) -> None:

@@ -45,8 +45,14 @@ def reads(value: str, count: int) -> dict[str, list[str]]:
 
 
 def sequence(**changes: Any) -> dict[str, Any]:
-    whole = {"sums": {}, "shared": {"hidden": ["tokens"]}, "blocks": {}, "rows": "delta", "joined": None,
-             "policies": {}}  # fmt: skip
+    whole = {
+        "sums": {},
+        "shared": {"hidden": ["tokens"]},
+        "blocks": {},
+        "rows": "delta",
+        "joined": None,
+        "policies": {},
+    }
     return whole | changes
 
 

@@ -221,8 +221,10 @@ def test_equal_weights_have_one_digest_and_others_another(
 ) -> None:
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     path = copy / "diffusion_pytorch_model.safetensors"
-    first, again = (build(plan(request_for(model=str(m), out=tmp_path / f"b{i}")))
-                    for i, m in enumerate((tiny_checkpoint, copy)))  # fmt: skip
+    first, again = (
+        build(plan(request_for(model=str(m), out=tmp_path / f"b{i}")))
+        for i, m in enumerate((tiny_checkpoint, copy))
+    )
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
@@ -351,9 +353,13 @@ def test_the_pipeline_is_linked_without_its_transformer_weights(
     assert manifest.pipeline.source is None
     found = {n.removeprefix("pipeline/") for n in manifest.files if n.startswith("pipeline/")}
     assert found == {
-        "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json",
-        "tokenizer/tokenizer.json", "text_encoder/model.safetensors", "vae/deep/config.json",
-    }  # fmt: skip
+        "model_index.json",
+        "transformer/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+        "text_encoder/model.safetensors",
+        "vae/deep/config.json",
+    }
     for name in ("text_encoder/model.safetensors", "vae/deep/config.json"):
         linked = request.out / "pipeline" / name
         assert linked.stat().st_ino == (pipeline / name).stat().st_ino
@@ -364,9 +370,13 @@ def test_samplers_are_tabulated_at_every_flow_shift_that_is_asked_for(
     request_for, pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = SamplerEntry(
-        name="unipc", scheduler="UniPCMultistepScheduler", flow_shift=3.0, window=2, steps=[4],
+        name="unipc",
+        scheduler="UniPCMultistepScheduler",
+        flow_shift=3.0,
+        window=2,
+        steps=[4],
         file="samplers/unipc.safetensors",
-    )  # fmt: skip
+    )
     asked: list[Any] = []
 
     def write_tables(

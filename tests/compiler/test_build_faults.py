@@ -34,9 +34,12 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.link", "os.remove")
 
 def request_of(checkpoint: Path, out: Path, cache: Path) -> BuildRequest:
     return BuildRequest(
-        model=str(checkpoint), out=out, backends=[backend("onnxruntime")], cache=cache,
+        model=str(checkpoint),
+        out=out,
+        backends=[backend("onnxruntime")],
+        cache=cache,
         configs=config_entries(["off"], lambda text: None),
-    )  # fmt: skip
+    )
 
 
 def build_there(checkpoint: Path, out: Path, cache: Path) -> None:

@@ -26,10 +26,17 @@ def test_equal_code_has_one_version(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["passes/remove_no_op_casts.py", "policies/teacache.py", "compiler/graphs/export.py",
-             "engines/openvino.py", "compiler/samplers.py", "bundle/manifest.py",
-             "core/dtypes.py"],
-)  # fmt: skip
+    "file",
+    [
+        "passes/remove_no_op_casts.py",
+        "policies/teacache.py",
+        "compiler/graphs/export.py",
+        "engines/openvino.py",
+        "compiler/samplers.py",
+        "bundle/manifest.py",
+        "core/dtypes.py",
+    ],
+)
 def test_an_edit_is_another_version(copy: Path, file: str) -> None:
     before = version_of()
     with (copy / file).open("a") as stream:

@@ -21,9 +21,12 @@ def test_fused_attention_is_counted_by_its_kernels() -> None:
 
 def test_engines_that_tell_nothing_have_no_row() -> None:
     told = {
-        "bytes": 7, "seconds": 0.5, "layers": 3, "attention": attention_of(DETAILS),
+        "bytes": 7,
+        "seconds": 0.5,
+        "layers": 3,
+        "attention": attention_of(DETAILS),
         "details": DETAILS,
-    }  # fmt: skip
+    }
     rows = engine_rows({"block": told, "head": {**told, "attention": None}}, str)
     assert rows == [("block", "7", 0.5, 5, 3, "1 of 2", "2000")]
     silent = {**told, "attention": attention_of({**DETAILS, "nodes": {}})}

@@ -59,15 +59,17 @@ def test_an_equal_graph_is_compiled_once_for_equal_targets(
     compile_graph(backend, head, Target(), tmp_path / "b", store)
     assert backend.compiled == ["head.onnx"]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    for number, (graph, target, other) in enumerate([
-        (block, Target(), backend),
-        (head, Target(compute_capabilities=("8.9",)), backend),
-        (head, Target(options={"max_aux_streams": 0}), backend),
-        (head, Target(profiles={"latents": ((1,), (2,), (3,))}), backend),
-        (head, Target(precision="float16"), backend),
-        (head, Target(), OpenVinoRecorder()),
-        (head, Target(), Recorder("nothing")),
-    ]):  # fmt: skip
+    for number, (graph, target, other) in enumerate(
+        [
+            (block, Target(), backend),
+            (head, Target(compute_capabilities=("8.9",)), backend),
+            (head, Target(options={"max_aux_streams": 0}), backend),
+            (head, Target(profiles={"latents": ((1,), (2,), (3,))}), backend),
+            (head, Target(precision="float16"), backend),
+            (head, Target(), OpenVinoRecorder()),
+            (head, Target(), Recorder("nothing")),
+        ]
+    ):
         before = len(other.compiled)
         compile_graph(other, graph, target, tmp_path / f"other-{number}", store)
         assert len(other.compiled) == before + 1, (graph, target)

@@ -29,9 +29,12 @@ from authors import write_both
 PROMPT, NEGATIVE = "a red circle moving right", "镜头晃动，色调艳丽"
 SIZE = {"target_video_length": 5, "target_height": 32, "target_width": 48, "text_len": 16}
 KERNELS = {
-    "self_attn_1_type": "flash_attn3", "cross_attn_1_type": "flash_attn3",
-    "cross_attn_2_type": "flash_attn3", "cpu_offload": False, "offload_granularity": "model",
-}  # fmt: skip
+    "self_attn_1_type": "flash_attn3",
+    "cross_attn_1_type": "flash_attn3",
+    "cross_attn_2_type": "flash_attn3",
+    "cpu_offload": False,
+    "offload_granularity": "model",
+}
 BASE = {
     **SIZE,
     **KERNELS,
@@ -189,10 +192,18 @@ def expected_frames(place: Path, name: str) -> np.ndarray[Any, Any]:
     if is_image:
         arguments["image"] = ImageOps.fit(Image.open(place / "img_0.jpg").convert("RGB"), (48, 32))
     frames = pipe(
-        prompt=PROMPT, negative_prompt=NEGATIVE, height=32, width=48, num_frames=5,
-        num_inference_steps=4, guidance_scale=scales[0], max_sequence_length=data["text_len"], output_type="np",
-        generator=torch.Generator().manual_seed(42), **arguments,
-    ).frames[0]  # fmt: skip
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        height=32,
+        width=48,
+        num_frames=5,
+        num_inference_steps=4,
+        guidance_scale=scales[0],
+        max_sequence_length=data["text_len"],
+        output_type="np",
+        generator=torch.Generator().manual_seed(42),
+        **arguments,
+    ).frames[0]
     return np.concatenate(list((frames * 255).round().astype(np.uint8)), axis=1)
 
 
@@ -262,9 +273,12 @@ def test_a_named_bundle_is_built_there_with_the_configs_list_of_steps(
     ],
 )
 def test_a_command_that_can_not_be_followed_is_refused_before_anything_is_made(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[list[str]], list[str]], message: str,
-) -> None:  # fmt: skip
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[list[str]], list[str]],
+    message: str,
+) -> None:
     for name in ("t2v", "t2v_plain", "configs"):
         (tmp_path / name).symlink_to(place / name)
     monkeypatch.chdir(tmp_path)

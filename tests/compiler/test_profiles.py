@@ -102,9 +102,7 @@ def test_every_dynamic_input_of_every_graph_has_a_profile(cut: Cut, tiny_bundle:
     for name, graph in manifest.graphs.items():
         dynamic = {n for n, e in graph.inputs.items() if any(isinstance(d, str) for d in e.shape)}
         assert profiles[name].keys() == dynamic
-    assert profiles["head"]["latents"] == (
-        (1, 4, 1, 8, 8), (1, 4, 3, 12, 12), (2, 4, 5, 12, 16)
-    )  # fmt: skip
+    assert profiles["head"]["latents"] == ((1, 4, 1, 8, 8), (1, 4, 3, 12, 12), (2, 4, 5, 12, 16))
     assert profiles["block"]["hidden"] == ((1, 16, 32), (1, 108, 32), (2, 240, 32))
     assert profiles["timestep"]["timesteps"] == ((1,), (50,), (1000 * 2,))
     deepest = max(p.spec.history.maximum for p in manifest.policies.values())

@@ -81,9 +81,12 @@ def test_only_engines_are_made_and_the_bundle_then_runs_with_them(
 
 
 def test_a_build_without_a_gpu_says_what_is_left_and_the_command_it_prints_does_that(
-    tiny_checkpoint: Path, build_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    build_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
+) -> None:
     lacking = Availability(False, "the package 'tensorrt' is not installed")
     monkeypatch.setattr(TensorRT, "probe", classmethod(lambda cls: lacking))
     out, runner = tmp_path / "bundle", CliRunner()

@@ -86,8 +86,13 @@ def test_a_sampler_that_clips_is_refused():
 
 
 def test_file_holds_every_step_count(tmp_path):
-    config = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "solver_order": 2,
-              "prediction_type": "flow_prediction", "use_flow_sigmas": True}  # fmt: skip
+    config = {
+        "_class_name": "UniPCMultistepScheduler",
+        "flow_shift": 3.0,
+        "solver_order": 2,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
     entries = write_tables(tmp_path, config, [3.0, 5.0], [4, 9])
     assert entries[0].name == entries[1].name == "unipc"
     assert len(entries) == 2 * len(TABULATED)

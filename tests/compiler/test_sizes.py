@@ -36,10 +36,18 @@ def test_what_is_asked_for_comes_before_the_config(cut: Cut) -> None:
 def test_guidance_inside_the_model_is_one_branch(shared_cut: Callable[..., Cut]) -> None:
     flux = shared_cut(
         family_of("FluxTransformer2DModel", ""),
-        {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2,
-         "attention_head_dim": 16, "in_channels": 16, "joint_attention_dim": 32,
-         "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": [4, 6, 6]},
-    )  # fmt: skip
+        {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 16,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "guidance_embeds": True,
+            "axes_dims_rope": [4, 6, 6],
+        },
+    )
     assert branches_of(flux, size_of(generation_of())) == 1
     assert branches_of(flux, size_of(generation_of(), true_guidance=4.0)) == 2
 

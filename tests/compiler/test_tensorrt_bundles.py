@@ -68,9 +68,14 @@ def built(
     cache = folder / "cache"
     shutil.copytree(traced, cache, ignore=shutil.ignore_patterns(".*"))
     request = BuildRequest(
-        model=str(tiny_checkpoint), out=folder / "bundle", configs=OFF, backends=[TensorRTRTX()],
-        target=LADA, sizes=SIZES, cache=cache,
-    )  # fmt: skip
+        model=str(tiny_checkpoint),
+        out=folder / "bundle",
+        configs=OFF,
+        backends=[TensorRTRTX()],
+        target=LADA,
+        sizes=SIZES,
+        cache=cache,
+    )
     build(plan(request), watcher)
     return Bundle(request.out), watcher
 
@@ -83,10 +88,14 @@ def request_for(
 
     def make(**options: Any) -> BuildRequest:
         given = {
-            "model": str(tiny_checkpoint), "out": tmp_path / "out" / "bundle", "configs": OFF,
-            "backends": [TensorRTRTX()], "target": LADA, "sizes": SIZES,
+            "model": str(tiny_checkpoint),
+            "out": tmp_path / "out" / "bundle",
+            "configs": OFF,
+            "backends": [TensorRTRTX()],
+            "target": LADA,
+            "sizes": SIZES,
             "cache": built[0].folder.parent / "cache",
-        }  # fmt: skip
+        }
         return BuildRequest(**{**given, **options})
 
     return make
@@ -121,9 +130,11 @@ def test_no_policys_engine_is_larger_than_a_blocks(built: tuple[Bundle, Watcher]
 
 
 def test_fine_tunes_share_their_engines(
-    built: tuple[Bundle, Watcher], request_for: Callable[..., BuildRequest],
-    tiny_checkpoint: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+    built: tuple[Bundle, Watcher],
+    request_for: Callable[..., BuildRequest],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
     tuned = Path(shutil.copytree(tiny_checkpoint, tmp_path / "tuned"))
     path = tuned / "diffusion_pytorch_model.safetensors"
     save_file({n: t + 0.01 for n, t in load_file(path).items()}, path)
@@ -176,17 +187,27 @@ def test_a_refused_operator_names_segment_and_node(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target": Target(compute_capabilities=("9.0",))}, BuildError,
-         "compute capability '9.0' is unknown to tensorrt-rtx-cu12; known: 7.5, 8.0"),
+        (
+            {"target": Target(compute_capabilities=("9.0",))},
+            BuildError,
+            "compute capability '9.0' is unknown to tensorrt-rtx-cu12; known: 7.5, 8.0",
+        ),
         ({"target": Target(options={"builder_optimization_level": 9})}, BuildError, "levels go"),
-        ({"sizes": BuildSizes(frames=(1, 9, 1 + 4 * 64))}, RequestError, "beyond the model's 64 positions"),
+        (
+            {"sizes": BuildSizes(frames=(1, 9, 1 + 4 * 64))},
+            RequestError,
+            "beyond the model's 64 positions",
+        ),
         ({"sizes": BuildSizes(height=(32, 64, 70))}, RequestError, "--height 70"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_built_is_refused_before_tracing(
-    request_for: Callable[..., BuildRequest], monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any], error: type[Exception], message: str,
-) -> None:  # fmt: skip
+    request_for: Callable[..., BuildRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
     monkeypatch.setattr(building, "write_graphs", lambda *a, **k: pytest.fail("must not trace"))
     request = request_for(**options)
     with pytest.raises(error, match=message):
@@ -226,9 +247,15 @@ def freewheel(*arguments: object) -> Any:
 def test_the_command_line_offers_every_option(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shown = freewheel("build", "--help").output
     for flag in (
-        "--height", "--width", "--frames", "--batch", "--compute-capability",
-        "--optimization-level", "--workspace-mib", "--build-cache",
-    ):  # fmt: skip
+        "--height",
+        "--width",
+        "--frames",
+        "--batch",
+        "--compute-capability",
+        "--optimization-level",
+        "--workspace-mib",
+        "--build-cache",
+    ):
         assert flag in shown
     command = (
         "build", tiny_checkpoint, "--out", tmp_path / "b", "--backend", "tensorrt-rtx", "--json",
@@ -276,9 +303,11 @@ LOW = {"bfloat16": onnx.TensorProto.BFLOAT16, "float16": onnx.TensorProto.FLOAT1
 
 @pytest.fixture(scope="module", params=list(LOW))
 def low(
-    request: pytest.FixtureRequest, cut_model: Callable[..., Cut], wide_config: dict[str, int],
+    request: pytest.FixtureRequest,
+    cut_model: Callable[..., Cut],
+    wide_config: dict[str, int],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[str, Cut, Path, dict[str, GraphEntry]]:  # fmt: skip
+) -> tuple[str, Cut, Path, dict[str, GraphEntry]]:
     """A low-precision block and context of 1,024 channels: name, cut, folder and entries."""
     rest = {"in_channels": 4, "out_channels": 4, "text_dim": 24, "freq_dim": 32}
     with torch.device("meta"):

@@ -15,9 +15,15 @@ from freewheel.core.errors import ConfigError
 from freewheel.policies import config_kinds
 
 RUN = {
-    "infer_steps": 4, "target_video_length": 81, "target_height": 480, "target_width": 832,
-    "text_len": 512, "sample_guide_scale": 6, "sample_shift": 8, "enable_cfg": True,
-}  # fmt: skip
+    "infer_steps": 4,
+    "target_video_length": 81,
+    "target_height": 480,
+    "target_width": 832,
+    "text_len": 512,
+    "sample_guide_scale": 6,
+    "sample_shift": 8,
+    "enable_cfg": True,
+}
 CARRIED = {
     "self_attn_1_type": "flash_attn3",
     "cross_attn_2_type": "flash_attn3",

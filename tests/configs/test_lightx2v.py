@@ -13,10 +13,17 @@ from freewheel.configs.lightx2v import read_lightx2v
 from freewheel.core.errors import ConfigError
 
 RUN = {
-    "infer_steps": 4, "target_video_length": 81, "text_len": 512, "target_height": 480,
-    "target_width": 832, "self_attn_1_type": "flash_attn3", "sample_guide_scale": 6,
-    "sample_shift": 5, "enable_cfg": False, "cpu_offload": False,
-}  # fmt: skip
+    "infer_steps": 4,
+    "target_video_length": 81,
+    "text_len": 512,
+    "target_height": 480,
+    "target_width": 832,
+    "self_attn_1_type": "flash_attn3",
+    "sample_guide_scale": 6,
+    "sample_shift": 5,
+    "enable_cfg": False,
+    "cpu_offload": False,
+}
 LISTED = {**RUN, "denoising_step_list": [1000, 750, 500, 250]}
 
 
@@ -38,15 +45,23 @@ def test_files_are_those_that_the_file_names_and_its_quantised_one_only_where_it
     tmp_path: Path,
 ) -> None:
     named = {
-        "dit_original_ckpt": "a.safetensors", "dit_quantized_ckpt": "b.safetensors",
-        "t5_original_ckpt": "c.pth", "vae_path": "d.pth", "clip_original_ckpt": "e.pth",
-        "t5_tokenizer_path": "f", "use_image_encoder": False, "fps": 24,
-    }  # fmt: skip
+        "dit_original_ckpt": "a.safetensors",
+        "dit_quantized_ckpt": "b.safetensors",
+        "t5_original_ckpt": "c.pth",
+        "vae_path": "d.pth",
+        "clip_original_ckpt": "e.pth",
+        "t5_tokenizer_path": "f",
+        "use_image_encoder": False,
+        "fps": 24,
+    }
     told = read_lightx2v(written(tmp_path, {**RUN, **named}), "wan2.1", "i2v")
     assert {p: str(f) for p, f in told.files.items()} == {
-        "transformer": "a.safetensors", "text_encoder": "c.pth", "vae": "d.pth",
-        "image_encoder": "e.pth", "tokenizer": "f",
-    }  # fmt: skip
+        "transformer": "a.safetensors",
+        "text_encoder": "c.pth",
+        "vae": "d.pth",
+        "image_encoder": "e.pth",
+        "tokenizer": "f",
+    }
     assert (told.takes_image_encoder, told.fps) == (False, 24)
     path = written(tmp_path, {**RUN, **named, "dit_quantized": True, "t5_quantized": True})
     told = read_lightx2v(path, "wan2.1", "t2v")
@@ -89,20 +104,26 @@ def test_loras_are_files_with_their_strength(tmp_path: Path) -> None:
         ("wan2.1_distill", "t2v", {}, r"has no 'denoising_step_list'.*add"),
         ("wan2.2_moe", "t2v", {"boundary": 2}, r"'boundary': is 2; give a number"),
         (
-            "wan2.2_moe_distill", "t2v", {"denoising_step_list": [1000, 500]},
+            "wan2.2_moe_distill",
+            "t2v",
+            {"denoising_step_list": [1000, 500]},
             r"'boundary_step_index': is None, of 2 steps",
         ),
         (
-            "wan2.2_moe", "t2v", {"lora_configs": [{"name": "low_noise_model", "path": "a"}]},
+            "wan2.2_moe",
+            "t2v",
+            {"lora_configs": [{"name": "low_noise_model", "path": "a"}]},
             r"'lora_configs\[0\]': is of the second expert",
         ),
         ("wan2.1", "t2v", {"lora_configs": [{"strength": 1}]}, r"names no 'path'; write"),
         (
-            "wan2.1", "t2v", {"lora_configs": [{"path": "a", "strength": "x"}]},
+            "wan2.1",
+            "t2v",
+            {"lora_configs": [{"path": "a", "strength": "x"}]},
             r"'strength' is 'x'; give a number",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_can_not_be_followed_is_refused_by_name(
     tmp_path: Path, model_cls: str, task: str, more: dict[str, Any], message: str
 ) -> None:

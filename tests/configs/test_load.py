@@ -175,9 +175,7 @@ def test_solved_schedules_that_fit_no_run_are_refused(config: Any, message: str)
 
 def test_more_factors_than_the_tables_hold_are_refused() -> None:
     wide = [[1.0, 0, 0, 0, 0, 0]]
-    schedules = [
-        {"computed": [*range(c)], "mix": wide * (200 - c)} for c in range(6, 134)
-    ]  # fmt: skip
+    schedules = [{"computed": [*range(c)], "mix": wide * (200 - c)} for c in range(6, 134)]
     with pytest.raises(ConfigError, match="at most 65536 factors in the mixes of all"):
         parse_config(solved(*schedules, infer_steps=200), where="x")
 

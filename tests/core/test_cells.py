@@ -13,10 +13,18 @@ from freewheel.core.cells import cell, counted
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (None, "–"), ("14 of 20", "14 of 20"), (3, "3"), (1.0, "1.00"), (45.678, "45.68"), (0.99941, "0.9994"),
-        (-0.25, "-0.2500"), (0.00123456, "0.00123"), (0.0, "0"), (True, "True"),
+        (None, "–"),
+        ("14 of 20", "14 of 20"),
+        (3, "3"),
+        (1.0, "1.00"),
+        (45.678, "45.68"),
+        (0.99941, "0.9994"),
+        (-0.25, "-0.2500"),
+        (0.00123456, "0.00123"),
+        (0.0, "0"),
+        (True, "True"),
     ],
-)  # fmt: skip
+)
 def test_a_value_is_shown_with_the_digits_that_tell_something(value: Any, text: str) -> None:
     assert cell(value) == text
 

@@ -116,6 +116,9 @@ def whole_bundle(repository: Path, build_bundle: Callable[..., Bundle]) -> Bundl
     """The demo model with its text encoder and VAE, for OpenVINO."""
     configs = config_entries(["shapes_wan_teacache"], lambda text: None)
     return build_bundle(
-        repository / "models" / "shapes_wan", ("openvino",), configs=configs,
-        with_text_encoder=True, with_vae=True,
-    )  # fmt: skip
+        repository / "models" / "shapes_wan",
+        ("openvino",),
+        configs=configs,
+        with_text_encoder=True,
+        with_vae=True,
+    )

@@ -62,20 +62,27 @@ REQUESTS: dict[str, tuple[str | None, dict[str, str]]] = {
     "nothing said": (None, {}),
     "a policy by name": ("easycache", {}),
     "a policy by name, with its signal": ("teacache", {"threshold": "5"}),
-    "overrides": ("taylorseer", {"first_exact": "3", "last_exact": "2", "exact_steps": "7,9", "order": "2"}),
+    "overrides": (
+        "taylorseer",
+        {"first_exact": "3", "last_exact": "2", "exact_steps": "7,9", "order": "2"},
+    ),
     "a config whose branches differ": ("apart", {"interval": "4"}),
     "a config with a list of steps": ("listed", {}),
     "another number of computed steps": ("frontier", {"computed_steps": "7"}),
     "a deadline that nothing keeps": ("frontier", {"deadline": "1e-9"}),
     "a bound on quality": ("frontier", {"min_psnr": "36"}),
     "a deadline far off": ("frontier", {"deadline": "1000000s", "computed_steps": "7"}),
-}  # fmt: skip
+}
 """Name → config or policy, and overrides as they are typed."""
 
 LORAS = {
-    "style": ("condition_embedder.time_embedder.linear_1", "blocks.0.attn1.to_q", "blocks.2.ffn.net.2"),
+    "style": (
+        "condition_embedder.time_embedder.linear_1",
+        "blocks.0.attn1.to_q",
+        "blocks.2.ffn.net.2",
+    ),
     "subject": ("patch_embedding", "blocks.0.attn1.to_q", "blocks.1.attn2.to_k", "proj_out"),
-}  # fmt: skip
+}
 """Name → modules that it changes: of the timestep's, the context's and the blocks' graphs, and one of both."""
 
 DIFFERENCES = {
@@ -178,9 +185,13 @@ class Doors:
         return done.stderr.strip()
 
     def in_shell(
-        self, cache: str | None, overrides: Mapping[str, str], lora: str = "",
-        *, options: Sequence[str] = (),
-    ) -> Array:  # fmt: skip
+        self,
+        cache: str | None,
+        overrides: Mapping[str, str],
+        lora: str = "",
+        *,
+        options: Sequence[str] = (),
+    ) -> Array:
         """Return the latents of freewheel-run."""
         done = self._run(
             "freewheel-run", self.bundle.folder, "--embeddings", self.folder / "cond.npy",
@@ -204,17 +215,23 @@ class Doors:
         entry = choose_setting(self.bundle, cache, overrides, lambda text: None)
         run, scale = entry.generation, self.bundle.manifest.latent_scale
         frames, height, width = (
-            (run.frames - 1) // scale.frames + 1, run.height // scale.pixels, run.width // scale.pixels,
-        )  # fmt: skip
+            (run.frames - 1) // scale.frames + 1,
+            run.height // scale.pixels,
+            run.width // scale.pixels,
+        )
         drawn = torch.randn(
             (1, 4, frames, height, width), generator=torch.Generator().manual_seed(run.seed)
         )
         np.testing.assert_allclose(noise.reshape(drawn.shape), drawn.numpy(), atol=1e-4)
         loop = Loop(
-            self.bundle, noise.reshape(drawn.shape), {b: {"text_states": s[None]} for b, s in self.states.items()},
-            run.steps, run.flow_shift, run.sampler or self.bundle.manifest.samplers[0].name,
+            self.bundle,
+            noise.reshape(drawn.shape),
+            {b: {"text_states": s[None]} for b, s in self.states.items()},
+            run.steps,
+            run.flow_shift,
+            run.sampler or self.bundle.manifest.samplers[0].name,
             (run.guidance_scale,),
-        )  # fmt: skip
+        )
         if lora:
             model = Model(self.bundle, "openvino")
             loop.sessions = [Session(model.with_weights(merged(self.bundle, self.loras, lora)))]
@@ -226,11 +243,18 @@ class Doors:
     ) -> subprocess.CompletedProcess[str]:
         states = self.states["cond"]
         return self._run(
-            "tests/c_run", self.bundle.folder, torch.get_num_threads(), self.folder / "cond.f32",
-            self.folder / "uncond.f32", *states.shape, self.folder / "noise.f32", self.folder / "out.f32",
-            cache or "", *(f"{n}={v}" for n, v in overrides.items()),
+            "tests/c_run",
+            self.bundle.folder,
+            torch.get_num_threads(),
+            self.folder / "cond.f32",
+            self.folder / "uncond.f32",
+            *states.shape,
+            self.folder / "noise.f32",
+            self.folder / "out.f32",
+            cache or "",
+            *(f"{n}={v}" for n, v in overrides.items()),
             *((f"lora_folder={self.loras}", f"lora={lora}") if lora else ()),
-        )  # fmt: skip
+        )
 
     def _run(self, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(self.build / program), *map(str, arguments)]

@@ -38,9 +38,11 @@ def crossed(every: Iterable[str], covering: Collection[str]) -> list[Any]:
 COMPARED = ("computed", "distance", "mix")
 
 BY_CONTENT = CacheSetting(
-    policy="teacache", signal="modulated_input", guard=GuardSetting(first_exact=1, last_exact=1),
+    policy="teacache",
+    signal="modulated_input",
+    guard=GuardSetting(first_exact=1, last_exact=1),
     parameters={"threshold": 1.0, "coefficients": [0.6]},
-)  # fmt: skip
+)
 """Every step that may be reused adds 0.6 of the threshold, from a signal of every step."""
 
 
@@ -127,9 +129,15 @@ class Loop:
         return {n: known[-1].numpy() for n, known in samples.items()}, branches
 
     def in_cpp(
-        self, build: Path, setting: CacheSetting, folder: Path, config: str | None = None,
-        *, tool: str = "freewheel-run", options: Iterable[str] = ("--backend", "openvino"),
-    ) -> tuple[dict[str, Array], dict[str, Any]]:  # fmt: skip
+        self,
+        build: Path,
+        setting: CacheSetting,
+        folder: Path,
+        config: str | None = None,
+        *,
+        tool: str = "freewheel-run",
+        options: Iterable[str] = ("--backend", "openvino"),
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
         """Run freewheel-run; return its latents and what it prints with --json.
 
         Args:

@@ -54,6 +54,13 @@ def loop_of(one: Case, bundle: Bundle, counts: Mapping[str, int] = SIZES) -> Loo
     beside = {n: inputs[n] for n in bundle.manifest.latents[1:]}
     own = bundle.manifest.samplers[0]
     return Loop(
-        bundle, inputs["latents"], {"cond": prompt, "uncond": other}, STEPS, own.flow_shift, own.name,
-        guidance=(3.0,), beside=beside, guidance_of=dict.fromkeys(beside, 2.0),
-    )  # fmt: skip
+        bundle,
+        inputs["latents"],
+        {"cond": prompt, "uncond": other},
+        STEPS,
+        own.flow_shift,
+        own.name,
+        guidance=(3.0,),
+        beside=beside,
+        guidance_of=dict.fromkeys(beside, 2.0),
+    )

@@ -20,9 +20,11 @@ pytestmark = [pytest.mark.openvino, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def doors(
-    build_bundle: Callable[..., Bundle], tiny_checkpoint: Path, cpp_build: Path,
+    build_bundle: Callable[..., Bundle],
+    tiny_checkpoint: Path,
+    cpp_build: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Doors:  # fmt: skip
+) -> Doors:
     """The tiny model with two configs of which the default names a size and nothing else."""
     bundle = build_bundle(tiny_checkpoint, ("openvino",), configs=CONFIGS)
     return Doors(bundle, cpp_build, tmp_path_factory.mktemp("doors"))
@@ -84,10 +86,17 @@ def test_a_lora_that_can_t_be_used_is_refused_before_the_first_step(
     save_file(state, doors.loras / "foreign.safetensors", metadata=marks)
     save_file(state, doors.loras / "source.safetensors")
     error = refused(
-        doors.build, doors.bundle.folder, tmp_path / "x.npy", "--embeddings", doors.folder / "cond.npy",
-        "--negative", doors.folder / "uncond.npy", "--lora-folder", doors.loras,
+        doors.build,
+        doors.bundle.folder,
+        tmp_path / "x.npy",
+        "--embeddings",
+        doors.folder / "cond.npy",
+        "--negative",
+        doors.folder / "uncond.npy",
+        "--lora-folder",
+        doors.loras,
         *(part for use in lora.split(",") for part in ("--lora", use)),
-    )  # fmt: skip
+    )
     assert said in error["message"]
     assert doors.refused_in_c(None, {}, lora) == error["message"]
 
@@ -124,7 +133,7 @@ BAD = {
     "old spelling": (["--set", "guard.first_exact=2"], "did you mean 'first_exact'"),
     "a list of other steps": (["--cache", "listed", "--steps", 5], "has no table for 5 steps"),
     "several overrides": (["--set", "a=1", "--set", "first_exact=-1"], "2 faults"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -135,9 +144,15 @@ def test_a_bad_value_is_refused_before_the_first_step(
     np.save(doors.folder / "noise.npy", np.zeros((1, 4, 2, 4, 6), np.float32))
     given = [doors.folder / "noise.npy" if a == NOISE else a for a in arguments]
     error = refused(
-        doors.build, doors.bundle.folder, tmp_path / "x.npy", "--embeddings", doors.folder / "cond.npy",
-        "--negative", doors.folder / "uncond.npy", *given,
-    )  # fmt: skip
+        doors.build,
+        doors.bundle.folder,
+        tmp_path / "x.npy",
+        "--embeddings",
+        doors.folder / "cond.npy",
+        "--negative",
+        doors.folder / "uncond.npy",
+        *given,
+    )
     assert said in f"{error['message']}; {error['hint']}"
     assert not list(tmp_path.iterdir())
 
@@ -213,10 +228,17 @@ def test_a_refusal_says_the_same_in_the_shell_and_in_c(
 ) -> None:
     cache, overrides, said = REFUSED[case]
     error = refused(
-        large.build, large.bundle.folder, tmp_path / "x.npy", "--embeddings", large.folder / "cond.npy",
-        "--negative", large.folder / "uncond.npy", "--cache", cache,
+        large.build,
+        large.bundle.folder,
+        tmp_path / "x.npy",
+        "--embeddings",
+        large.folder / "cond.npy",
+        "--negative",
+        large.folder / "uncond.npy",
+        "--cache",
+        cache,
         *(part for n, v in overrides.items() for part in ("--set", f"{n}={v}")),
-    )  # fmt: skip
+    )
     assert said in error["message"]
     assert large.refused_in_c(cache, overrides) == error["message"]
     assert ("'force'" in error["hint"]) == (cache == "large")
@@ -265,13 +287,23 @@ def test_a_home_folder_is_meant_by_its_sign(doors: Doors, tmp_path: Path) -> Non
     for name in ("cond", "uncond"):
         (tmp_path / f"{name}.npy").symlink_to(doors.folder / f"{name}.npy")
     command = [
-        doors.build / "freewheel-run", "~/bundle", "--embeddings=~/cond.npy", "--negative=~/uncond.npy",
-        "--out=~/new/x.npy", "--steps", 1, "--quiet",
-    ]  # fmt: skip
+        doors.build / "freewheel-run",
+        "~/bundle",
+        "--embeddings=~/cond.npy",
+        "--negative=~/uncond.npy",
+        "--out=~/new/x.npy",
+        "--steps",
+        1,
+        "--quiet",
+    ]
     done = subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=False,
-        env={"HOME": str(tmp_path)}, cwd=tmp_path,
-    )  # fmt: skip
+        [str(c) for c in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"HOME": str(tmp_path)},
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.npy"], "no partial file stays"
     assert not (tmp_path / "~").exists()

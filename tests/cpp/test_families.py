@@ -138,9 +138,14 @@ def test_an_expert_alone_is_what_a_bundle_of_it_is(
             manifest["experts"][1]["from_timestep"] = -1.0
 
         moved = Loop(
-            Bundle(linked_bundle(experts.bundle, move)), experts.latents, experts.prompts,
-            experts.steps, experts.shift, experts.sampler, (3.0,),
-        )  # fmt: skip
+            Bundle(linked_bundle(experts.bundle, move)),
+            experts.latents,
+            experts.prompts,
+            experts.steps,
+            experts.shift,
+            experts.sampler,
+            (3.0,),
+        )
         latents, report = moved.in_cpp(cpp_build, CacheSetting(), tmp_path)
         assert report["steps"] == experts.steps
         found.append(latents)

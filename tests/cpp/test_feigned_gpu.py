@@ -46,20 +46,26 @@ VERSIONS = {"tensorrt": NEWEST, "tensorrt-rtx": "1.7.1.116"}
 FLAGS = {"tensorrt": (), "tensorrt-rtx": ("REQUIRE_USER_ALLOCATION",)}
 """Backend → builder flags of its plans."""
 WAYS = {
-    "plain": (), "graphs": ("--cuda-graphs",), "offload": ("--offload",),
+    "plain": (),
+    "graphs": ("--cuda-graphs",),
+    "offload": ("--offload",),
     "offload and graphs": ("--offload", "--cuda-graphs"),
-}  # fmt: skip
+}
 DRIVEN = [n for n, s in SETTINGS.items() if n == s.policy != "teacache"] + ["teacache-modulated"]
 """A setting of each policy; TeaCache by the signal that is not known ahead."""
 COVERING = {
-    ("tensorrt", "off", "plain", "late"), ("tensorrt", "adacache", "plain", "late"),
-    ("tensorrt", "solved", "graphs", "late"), ("tensorrt", "firstblock", "graphs", "late"),
-    ("tensorrt", "adacache", "offload", "late"), ("tensorrt", "firstblock", "offload", "early"),
+    ("tensorrt", "off", "plain", "late"),
+    ("tensorrt", "adacache", "plain", "late"),
+    ("tensorrt", "solved", "graphs", "late"),
+    ("tensorrt", "firstblock", "graphs", "late"),
+    ("tensorrt", "adacache", "offload", "late"),
+    ("tensorrt", "firstblock", "offload", "early"),
     ("tensorrt", "solved", "offload and graphs", "early"),
     ("tensorrt", "teacache-modulated", "offload and graphs", "late"),
-    ("tensorrt", "dbcache", "offload and graphs", "early"), ("tensorrt-rtx", "dicache", "plain", "late"),
+    ("tensorrt", "dbcache", "offload and graphs", "early"),
+    ("tensorrt-rtx", "dicache", "plain", "late"),
     ("tensorrt-rtx", "spectrum", "offload and graphs", "early"),
-}  # fmt: skip
+}
 """Backend, policy, way of driving the engines, when copies run: the others run nightly."""
 
 
@@ -128,9 +134,15 @@ def loop(bundle: Bundle) -> Loop:
 
 @pytest.mark.parametrize(("backend", "policy", "way", "copies"), every())
 def test_runs_equal_openvino_bit_for_bit(
-    backend: str, policy: str, way: str, copies: str, cpp_build: Path, loop: Loop, tmp_path: Path,
+    backend: str,
+    policy: str,
+    way: str,
+    copies: str,
+    cpp_build: Path,
+    loop: Loop,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("FREEWHEEL_FEIGNED_COPIES", copies)
     expected, told = loop.in_cpp(cpp_build, SETTINGS[policy], tmp_path)
     options = ("--backend", backend, *WAYS[way])
@@ -166,10 +178,17 @@ def test_options_of_gpus_are_refused_on_a_cpu(
 @pytest.mark.parametrize(
     ("machine", "is_served"),
     [
-        ("sm9.0", False), ("sm8.6 sm8.9", True), ("sm8.0+", True), ("sm9.0+", False),
-        ("sm8.10+", False), ("sm9.0 sm7.5+", True), ("sm8.9x +", False), ("sm8.9 ", True), ("", False),
+        ("sm9.0", False),
+        ("sm8.6 sm8.9", True),
+        ("sm8.0+", True),
+        ("sm9.0+", False),
+        ("sm8.10+", False),
+        ("sm9.0 sm7.5+", True),
+        ("sm8.9x +", False),
+        ("sm8.9 ", True),
+        ("", False),
     ],
-)  # fmt: skip
+)
 def test_an_engine_is_loaded_by_the_gpus_that_its_record_names(
     machine: str, is_served: bool, cpp_build: Path, bundle: Bundle, tmp_path: Path
 ) -> None:

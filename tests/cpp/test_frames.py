@@ -68,9 +68,17 @@ def test_frames_are_the_python_pipelines(
     pipe.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(np.load(arguments[arguments.index("--latents") + 1]))
     expected = pipe(
-        PROMPT, negative_prompt="", height=96, width=96, num_frames=17, num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE, max_sequence_length=16, output_type="np", latents=noise,
-    ).frames[0]  # fmt: skip
+        PROMPT,
+        negative_prompt="",
+        height=96,
+        width=96,
+        num_frames=17,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        max_sequence_length=16,
+        output_type="np",
+        latents=noise,
+    ).frames[0]
     # The scheduler's own float32 arithmetic: one level of 255 where a value lies at a half.
     assert np.abs(found - np.rint(expected * 255)).max() <= 1
     middle = found[8].astype(int)
@@ -169,24 +177,37 @@ def test_text_is_its_token_ids(
     ids = arguments[1]
     negative = arguments[3]
     by_ids = run_text(
-        cpp_build, whole_bundle, tmp_path / "ids.npy", "--token-ids", ids,
-        "--negative-token-ids", negative,
-    )  # fmt: skip
+        cpp_build,
+        whole_bundle,
+        tmp_path / "ids.npy",
+        "--token-ids",
+        ids,
+        "--negative-token-ids",
+        negative,
+    )
     by_text = run_text(cpp_build, whole_bundle, tmp_path / "text.npy", "--prompt", f"  {PROMPT}\n")
     assert (by_ids["rc"], by_text["rc"]) == (0, 0), by_text
     assert np.array_equal(np.load(tmp_path / "ids.npy"), np.load(tmp_path / "text.npy"))
     other = run_text(
-        cpp_build, whole_bundle, tmp_path / "other.npy", "--prompt", PROMPT,
-        "--negative-prompt", "a blue square",
-    )  # fmt: skip
+        cpp_build,
+        whole_bundle,
+        tmp_path / "other.npy",
+        "--prompt",
+        PROMPT,
+        "--negative-prompt",
+        "a blue square",
+    )
     assert other["rc"] == 0, other
     assert not np.array_equal(np.load(tmp_path / "other.npy"), np.load(tmp_path / "text.npy"))
 
 
 def test_text_that_can_not_be_taken_is_refused(
-    cpp_build: Path, whole_bundle: Bundle, demo_bundle: Bundle, tmp_path: Path,
+    cpp_build: Path,
+    whole_bundle: Bundle,
+    demo_bundle: Bundle,
+    tmp_path: Path,
     linked_bundle: Callable[..., Path],
-) -> None:  # fmt: skip
+) -> None:
     def fault(bundle: Bundle, *arguments: str, **env: str) -> str:
         answer = run_text(cpp_build, bundle, tmp_path / "x.npy", *arguments, **env)
         assert answer["rc"] in (3, 4)

@@ -93,9 +93,13 @@ def test_a_c_program_links_by_pkg_config(
         pytest.skip("pkg-config is not installed")
     (places,) = {p.parent for p in prefix.rglob("freewheel.pc")}
     flags = run(
-        "pkg-config", "--cflags", "--libs", "--static", "freewheel",
+        "pkg-config",
+        "--cflags",
+        "--libs",
+        "--static",
+        "freewheel",
         env={"PKG_CONFIG_PATH": str(places), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    )
     assert flags.returncode == 0, flags.stderr
     assert_c_program_runs(flags.stdout.split(), version, demo_bundle, tmp_path)
 
@@ -127,16 +131,24 @@ def test_the_shared_library_exports_the_c_abi_alone(
 
 class Prompt(ctypes.Structure):
     _fields_ = [
-        ("branch", c_char_p), ("input", c_char_p), ("data", POINTER(c_float)),
-        ("shape", POINTER(c_int64)), ("rank", c_int32),
-    ]  # fmt: skip
+        ("branch", c_char_p),
+        ("input", c_char_p),
+        ("data", POINTER(c_float)),
+        ("shape", POINTER(c_int64)),
+        ("rank", c_int32),
+    ]
 
 
 class Progress(ctypes.Structure):
     _fields_ = [
-        ("struct_size", c_size_t), ("branch", c_char_p), ("step_index", c_int64),
-        ("steps", c_int64), ("computed", c_int32), ("distance", c_double), ("seconds", c_double),
-    ]  # fmt: skip
+        ("struct_size", c_size_t),
+        ("branch", c_char_p),
+        ("step_index", c_int64),
+        ("steps", c_int64),
+        ("computed", c_int32),
+        ("distance", c_double),
+        ("seconds", c_double),
+    ]
 
 
 OnStep = CFUNCTYPE(ctypes.c_int, POINTER(Progress), c_void_p)
@@ -181,11 +193,19 @@ def test_python_runs_a_bundle_through_ctypes(shared: Path, demo_bundle: Bundle) 
         return 0
 
     options = RunOptions(
-        struct_size=ctypes.sizeof(RunOptions), latents=latents.ctypes.data_as(numbers),
-        latents_shape=shape, latents_rank=rank, prompt_count=1, prompts=ctypes.pointer(prompt),
-        steps=6, guidance_scale=1.0, cache=b"taylorseer", has_seed=1, seed=7,
+        struct_size=ctypes.sizeof(RunOptions),
+        latents=latents.ctypes.data_as(numbers),
+        latents_shape=shape,
+        latents_rank=rank,
+        prompt_count=1,
+        prompts=ctypes.pointer(prompt),
+        steps=6,
+        guidance_scale=1.0,
+        cache=b"taylorseer",
+        has_seed=1,
+        seed=7,
         progress=OnStep(on_step),
-    )  # fmt: skip
+    )
     done = library.freewheel_session_run(session, byref(options))
     assert done == 0, library.freewheel_session_last_error(session)
     # An interval of 4: steps 0 and 4 are computed.
@@ -239,15 +259,24 @@ def test_a_sentence_becomes_frames_through_ctypes(shared: Path, whole_bundle: Bu
         if "prompts" in options:
             empty = encoded(b"", [])
             given["prompts"] = (Prompt * 2)(
-                *(Prompt(b, b"text_states", s.ctypes.data_as(numbers), text_shape, 3)
-                  for b, s in ((b"cond", states), (b"uncond", empty)))
-            )  # fmt: skip
+                *(
+                    Prompt(b, b"text_states", s.ctypes.data_as(numbers), text_shape, 3)
+                    for b, s in ((b"cond", states), (b"uncond", empty))
+                )
+            )
             given["prompt_count"] = 2
         run_options = RunOptions(
-            struct_size=ctypes.sizeof(RunOptions), latents=latents.ctypes.data_as(numbers),
-            latents_shape=shape, latents_rank=rank, steps=2, guidance_scale=3.0, cache=b"off",
-            has_seed=1, seed=7, **given,
-        )  # fmt: skip
+            struct_size=ctypes.sizeof(RunOptions),
+            latents=latents.ctypes.data_as(numbers),
+            latents_shape=shape,
+            latents_rank=rank,
+            steps=2,
+            guidance_scale=3.0,
+            cache=b"off",
+            has_seed=1,
+            seed=7,
+            **given,
+        )
         done = library.freewheel_session_run(session, byref(run_options))
         assert done == 0, library.freewheel_session_last_error(session)
         results.append(latents)
@@ -294,11 +323,19 @@ def test_a_shared_installation_is_found_by_cmake_and_pkg_config(
     build, prefix = tmp_path / "build", tmp_path / "prefix"
     off = (f"-DFREEWHEEL_{part}=OFF" for part in ("TESTS", "TRITON", "TOOLS"))
     steps = (
-        ("cmake", "-S", repository / "cpp", "-B", build, *cmake_arguments,
-         "-DBUILD_SHARED_LIBS=ON", *off),
+        (
+            "cmake",
+            "-S",
+            repository / "cpp",
+            "-B",
+            build,
+            *cmake_arguments,
+            "-DBUILD_SHARED_LIBS=ON",
+            *off,
+        ),
         ("ninja", "-C", build),
         ("cmake", "--install", build, "--prefix", prefix),
-    )  # fmt: skip
+    )
     for step in steps:
         done = run(*step)
         assert done.returncode == 0, done.stdout + done.stderr

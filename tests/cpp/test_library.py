@@ -83,8 +83,10 @@ def test_the_c_plus_plus_suite_passes(cpp_build: Path, demo_bundle: Bundle) -> N
 @pytest.mark.nightly
 def test_a_hundred_runs_don_t_grow(cpp_build: Path, demo_bundle: Bundle) -> None:
     environment = {
-        **os.environ, "FREEWHEEL_TEST_BUNDLE": str(demo_bundle.folder), "FREEWHEEL_SOAK_RUNS": "100",
-    }  # fmt: skip
+        **os.environ,
+        "FREEWHEEL_TEST_BUNDLE": str(demo_bundle.folder),
+        "FREEWHEEL_SOAK_RUNS": "100",
+    }
     program = cpp_build / "tests" / "freewheel_tests"
     done = run(program, "--gtest_filter=*Soak*", env=environment)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -206,9 +208,14 @@ def test_an_installed_library_is_found(
     assert installed.returncode == 0, installed.stderr
     source, build = repository / "examples" / "embed", tmp_path / "embed"
     configured = run(
-        "cmake", "-S", source, "-B", build, *cmake_arguments,
+        "cmake",
+        "-S",
+        source,
+        "-B",
+        build,
+        *cmake_arguments,
         f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}",
-    )  # fmt: skip
+    )
     assert configured.returncode == 0, configured.stderr
     built = run("ninja", "-C", build)
     assert built.returncode == 0, built.stdout

@@ -162,18 +162,24 @@ def test_branches_with_tables_of_their_own_are_equal(
 
 @pytest.mark.parametrize("precision", crossed(["bfloat16", "float16"], ["bfloat16"]))
 def test_a_body_of_low_precision_gives_the_same(
-    precision: str, cpp_build: Path, tiny_checkpoint: Path,
-    build_bundle: Callable[..., Bundle], tmp_path: Path,
-) -> None:  # fmt: skip
+    precision: str,
+    cpp_build: Path,
+    tiny_checkpoint: Path,
+    build_bundle: Callable[..., Bundle],
+    tmp_path: Path,
+) -> None:
     bundle = build_bundle(tiny_checkpoint, ("openvino",), precision=precision)
     inputs = bundle.manifest.inputs
     random = np.random.default_rng(0)
     shape = (1, int(inputs["latents"].shape[1]), 2, 6, 8)
     states = random.standard_normal((1, 5, int(inputs["text_states"].shape[-1])), dtype=np.float32)
     loop = Loop(
-        bundle, random.standard_normal(shape, dtype=np.float32), {"cond": {"text_states": states}},
-        STEPS, bundle.manifest.samplers[0].flow_shift,
-    )  # fmt: skip
+        bundle,
+        random.standard_normal(shape, dtype=np.float32),
+        {"cond": {"text_states": states}},
+        STEPS,
+        bundle.manifest.samplers[0].flow_shift,
+    )
     for name in ("off", "taylorseer", "adacache", "solved"):
         report = check_equal(loop, cpp_build, SETTINGS[name], tmp_path)
         assert (report["computed_steps"] < STEPS) == (name != "off"), name

@@ -76,10 +76,17 @@ def test_the_c_abi_gives_the_same(loop: Loop, cpp_build: Path, tmp_path: Path) -
     save_file({name: value.astype(np.float32) for name, value in load_file(file).items()}, file)
     scales = [f"{name}={scale}" for name, scale in loop.guidance_of.items()]
     command = [
-        cpp_build / "tests" / "abi_run", loop.bundle.folder, torch.get_num_threads(), file,
-        tmp_path / "latents.safetensors", tmp_path / "abi.safetensors", setting.policy, loop.steps,
-        loop.guidance[0], *scales,
-    ]  # fmt: skip
+        cpp_build / "tests" / "abi_run",
+        loop.bundle.folder,
+        torch.get_num_threads(),
+        file,
+        tmp_path / "latents.safetensors",
+        tmp_path / "abi.safetensors",
+        setting.policy,
+        loop.steps,
+        loop.guidance[0],
+        *scales,
+    ]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert are_equal(load_file(tmp_path / "abi.safetensors"), expected)

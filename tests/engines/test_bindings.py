@@ -13,16 +13,18 @@ def parsed(text):
 
 
 def test_weights_inside_the_graph_are_no_inputs():
-    graph = parsed("g (float[n, 2] x, float[2] w) => (float[n, 2] y) <float[2] w = {1., 2.}>"
-                   "{ y = Mul(x, w) }")  # fmt: skip
+    graph = parsed(
+        "g (float[n, 2] x, float[2] w) => (float[n, 2] y) <float[2] w = {1., 2.}>{ y = Mul(x, w) }"
+    )
     inputs, outputs = specs_of(graph, "g")
     assert inputs == {"x": TensorSpec("float32", ("n", 2))}
     assert outputs == {"y": TensorSpec("float32", ("n", 2))}
 
 
 def test_nameless_dimensions_get_a_name_of_their_own():
-    inputs, _ = specs_of(parsed("g (float[?, 2] x, float[?, 2] z) => (float[?, 2] y)"
-                                "{ y = Add(x, z) }"), "g")  # fmt: skip
+    inputs, _ = specs_of(
+        parsed("g (float[?, 2] x, float[?, 2] z) => (float[?, 2] y){ y = Add(x, z) }"), "g"
+    )
     assert inputs["x"].shape == ("x.0", 2)
     assert inputs["z"].shape == ("z.0", 2)
 

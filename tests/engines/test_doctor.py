@@ -79,5 +79,7 @@ def test_a_program_that_make_built_is_found(
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     (tool,) = (t for t in examine(tmp_path)["tools"] if t["name"] == "freewheel-run")
     assert tool == {
-        "name": "freewheel-run", "path": str(tmp_path / "freewheel-run"), "install": "",
-    }  # fmt: skip
+        "name": "freewheel-run",
+        "path": str(tmp_path / "freewheel-run"),
+        "install": "",
+    }

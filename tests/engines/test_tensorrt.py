@@ -355,9 +355,12 @@ def test_an_engine_goes_into_nvidias_own_tools_as_documented(build, repository):
         setting, _, command = line.partition("polygraphy ")
         arguments = command.replace("out/bundle/engines/SET/block", str(folder)).split()
         done = subprocess.run(
-            [tool, *arguments, "--gen-script", script], capture_output=True, text=True, check=False,
+            [tool, *arguments, "--gen-script", script],
+            capture_output=True,
+            text=True,
+            check=False,
             env={**os.environ, **dict([setting.strip().split("=")] if setting else [])},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         assert "EngineFromBytes" in script.read_text()
         script.unlink()

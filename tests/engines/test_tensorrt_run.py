@@ -329,15 +329,19 @@ def test_a_timing_cache_of_another_gpu_is_an_empty_one(graph, feigned, real_trt,
 @every_tensorrt
 def test_options_and_previews_reach_the_builder(graph, backend, feigned, real_trt):
     options = {
-        "builder_optimization_level": 1, "max_aux_streams": 0, "workspace_bytes": 2**20,
-        "tiling_optimization_level": "fast", "preview_features": "aliased_plugin_io_10_03",
-    }  # fmt: skip
+        "builder_optimization_level": 1,
+        "max_aux_streams": 0,
+        "workspace_bytes": 2**20,
+        "tiling_optimization_level": "fast",
+        "preview_features": "aliased_plugin_io_10_03",
+    }
     path = graph("matmul")
     backend.compile(path, Target("float32", PROFILE, ("8.9",), options), path.parent / "engine")
     (config,) = feigned.configs
     assert config._previews == {
-        "RUNTIME_ACTIVATION_RESIZE_10_10": True, "ALIASED_PLUGIN_IO_10_03": True,
-    }  # fmt: skip
+        "RUNTIME_ACTIVATION_RESIZE_10_10": True,
+        "ALIASED_PLUGIN_IO_10_03": True,
+    }
     assert config.builder_optimization_level == 1
     assert config.max_aux_streams == 0
     assert config._pools == {"WORKSPACE": 2**20}
@@ -403,11 +407,17 @@ def test_rtx_serves_the_capabilities_it_compiles_for(backend):
 @pytest.mark.parametrize(
     ("machine", "here", "is_served"),
     [
-        ("sm8.6 sm12.0", "12.0", True), ("sm8.6 sm12.0", "8.9", False), ("sm12.0", "2.0", False),
-        ("sm7.5 sm8.0+", "12.0", True), ("sm7.5 sm8.0+", "7.5", True), ("sm9.0+", "12.0", True),
-        ("sm9.0+", "8.9", False), ("", "8.9", False), ("+ sm+ sm8+ xsm8.0+ sm8.0+x", "8.9", False),
+        ("sm8.6 sm12.0", "12.0", True),
+        ("sm8.6 sm12.0", "8.9", False),
+        ("sm12.0", "2.0", False),
+        ("sm7.5 sm8.0+", "12.0", True),
+        ("sm7.5 sm8.0+", "7.5", True),
+        ("sm9.0+", "12.0", True),
+        ("sm9.0+", "8.9", False),
+        ("", "8.9", False),
+        ("+ sm+ sm8+ xsm8.0+ sm8.0+x", "8.9", False),
     ],
-)  # fmt: skip
+)
 def test_a_plus_in_a_record_means_newer_gpus_too(machine, here, is_served):
     assert _serves(machine, here) == is_served
 

@@ -83,10 +83,15 @@ def plans() -> dict[str, Bundle]:
 
 @pytest.fixture
 def bundle(
-    expected: Any, feigned: Any, real_trt: Any, tiny_bundle: Bundle, tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory, plans: dict[str, Bundle],
+    expected: Any,
+    feigned: Any,
+    real_trt: Any,
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    plans: dict[str, Bundle],
     monkeypatch: pytest.MonkeyPatch,
-) -> Bundle:  # fmt: skip
+) -> Bundle:
     """A bundle with plans of the stand-in, and its backend on the feigned GPU."""
     kind = TensorRTRTX if "rtx" in real_trt.__name__ else TensorRT
     made = kind.__init__
@@ -161,8 +166,10 @@ def test_sessions_at_once_share_weights_and_disturb_nothing(
     bundle: Bundle, expected: Any, host_device: Any
 ) -> None:
     jobs: dict[str, dict[str, bool]] = {
-        "taylorseer": {}, "adacache": {"offload": True}, "easycache": {"cuda_graphs": True},
-    }  # fmt: skip
+        "taylorseer": {},
+        "adacache": {"offload": True},
+        "easycache": {"cuda_graphs": True},
+    }
     found: dict[str, list[torch.Tensor]] = {}
     faults: list[BaseException] = []
 
@@ -256,8 +263,11 @@ def test_what_a_step_costs(bundle: Bundle, feigned: Any, options: str) -> None:
 
 
 WORDS = {
-    "plain": "plain", "`--offload`": "offload", "`--cuda-graphs`": "graphs", "both": "offload and graphs",
-}  # fmt: skip
+    "plain": "plain",
+    "`--offload`": "offload",
+    "`--cuda-graphs`": "graphs",
+    "both": "offload and graphs",
+}
 """What the documentation calls ways of driving engines."""
 
 

@@ -27,8 +27,13 @@ def test_what_was_found_is_read_or_refused(name: str, path: Path) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_whole_files_are_read_and_their_halves_refused(name: str) -> None:
-    wholes = {"manifest": "whole", "config": "shapes_wan_teacache", "safetensors": "two_tensors",
-              "engine_record": "no_files", "trace": "whole"}  # fmt: skip
+    wholes = {
+        "manifest": "whole",
+        "config": "shapes_wan_teacache",
+        "safetensors": "two_tensors",
+        "engine_record": "no_files",
+        "trace": "whole",
+    }
     content = (CORPUS / name / wholes[name]).read_bytes()
     assert outcome(name, content) == "read"
     assert outcome(name, content[: len(content) // 2]) != "read"

@@ -100,9 +100,17 @@ def build(engines: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         if (model, options) not in made:
             out = tmp_path_factory.mktemp("bundle") / "bundle"
             command = [
-                sys.executable, str(ROOT / "cli.py"), "build", str(model), "--out", str(out),
-                "--backend", engines, *_target(engines), *options,
-            ]  # fmt: skip
+                sys.executable,
+                str(ROOT / "cli.py"),
+                "build",
+                str(model),
+                "--out",
+                str(out),
+                "--backend",
+                engines,
+                *_target(engines),
+                *options,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             made[model, options] = Bundle(out)

@@ -37,8 +37,10 @@ SITE_PACKAGES = ("pydantic", "pydantic_core", "annotated_types", "typing_inspect
 PAUSE_CYCLES = 200_000  # about 0.1 ms on an H100
 BLOCK_14B = {
     **{f"attn{a}.{p}": (5120, 5120) for a in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out")},
-    "ffn.up": (13824, 5120), "ffn.down": (5120, 13824), "modulation": (6, 5120),
-}  # fmt: skip
+    "ffn.up": (13824, 5120),
+    "ffn.down": (5120, 13824),
+    "modulation": (6, 5120),
+}
 BLOCKS_14B = 40
 TIMED = 20
 HBM_GB_PER_S = {"H100": 3350, "H200": 4800}
@@ -167,9 +169,16 @@ def _write_tiny(folder: Path) -> None:
 
     torch.manual_seed(0)
     shape = {
-        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
-        "text_dim": 24, "freq_dim": 32, "ffn_dim": 128, "num_layers": 3, "rope_max_seq_len": 64,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 24,
+        "freq_dim": 32,
+        "ffn_dim": 128,
+        "num_layers": 3,
+        "rope_max_seq_len": 64,
+    }
     WanTransformer3DModel(**shape).eval().save_pretrained(folder)
 
 
@@ -320,8 +329,11 @@ def default_stream_hand_off(rig: Rig) -> None:
         found.append(output + 0)  # enqueued on the default stream, at once
     same = bool(torch.equal(torch.stack(found).cpu(), expected))
     rig.pause(0)
-    rig.lines += [f"{len(found)} outputs read on the default stream right after each step: "
-                  f"{'all equal' if same else 'NOT EQUAL'}.", ""]  # fmt: skip
+    rig.lines += [
+        f"{len(found)} outputs read on the default stream right after each step: "
+        f"{'all equal' if same else 'NOT EQUAL'}.",
+        "",
+    ]
     if not same:
         rig.failures.append("an output read on the default stream was not finished")
 
@@ -350,10 +362,15 @@ def several_sessions(rig: Rig) -> None:
         thread.join()
     rig.pause(0)
     rows = [
-        (policy, " and ".join(options) or "plain", "equal" if policy in found and torch.equal(
-            found[policy], expected[policy]) else "NOT EQUAL")
+        (
+            policy,
+            " and ".join(options) or "plain",
+            "equal"
+            if policy in found and torch.equal(found[policy], expected[policy])
+            else "NOT EQUAL",
+        )
         for policy, options in jobs.items()
-    ]  # fmt: skip
+    ]
     rig.table(("policy", "driven", "beside the others"), rows)
     rig.failures += faults + [row[0] for row in rows if row[2] != "equal"]
 
@@ -377,18 +394,37 @@ def counts_in_the_loop(rig: Rig) -> None:
         row = rig.watch(lambda loop=loop: [None for _ in loop])
         assert len(rig.home.contexts) == contexts, "a context was made inside the loop"
         written, inside = _places_of_residuals(rig.home.contexts[before:])
-        rows.append((name, contexts - before, rig.home.counts["enqueues"], *row, hidden,
-                     f"{inside} of {written}"))  # fmt: skip
+        rows.append(
+            (
+                name,
+                contexts - before,
+                rig.home.counts["enqueues"],
+                *row,
+                hidden,
+                f"{inside} of {written}",
+            )
+        )
         if not 0 < inside == written:
             rig.failures.append(f"{name}: residuals are written beside their ring")
         if row[0]:
             rig.failures.append(f"{name}: {row[0]} allocations inside the loop")
         if row[2] >= hidden and "offload" not in name:
             rig.failures.append(f"{name}: {row[2]} bytes are copied between host and device")
-    columns = ("driven", "contexts", "enqueues", "allocations", "copies to and from the host",
-               "largest of them, bytes", "hidden states, bytes", "residuals in their ring")  # fmt: skip
-    rig.lines += [f"{STEPS - 2} steps of two branches, `taylorseer`, after a whole run; what the "
-                  "stand-in's own kernels allocate is left out.", ""]  # fmt: skip
+    columns = (
+        "driven",
+        "contexts",
+        "enqueues",
+        "allocations",
+        "copies to and from the host",
+        "largest of them, bytes",
+        "hidden states, bytes",
+        "residuals in their ring",
+    )
+    rig.lines += [
+        f"{STEPS - 2} steps of two branches, `taylorseer`, after a whole run; what the "
+        "stand-in's own kernels allocate is left out.",
+        "",
+    ]
     rig.table(columns, rows)
 
 
@@ -455,9 +491,13 @@ def _wide(rig: Rig) -> Iterator[tuple[str, Any, Mapping[str, Any], int]]:
 
     tokens = _wide_tokens(rig)
     sizes = {
-        "batch": 1, "tokens": tokens, "text_tokens": 512, "frames": tokens // (30 * 52), "height": 60,
+        "batch": 1,
+        "tokens": tokens,
+        "text_tokens": 512,
+        "frames": tokens // (30 * 52),
+        "height": 60,
         "width": 104,
-    }  # fmt: skip
+    }
     backend = TensorRT(device=rig.device)
     graphs = [
         ("head", 1),
@@ -471,10 +511,11 @@ def _wide(rig: Rig) -> Iterator[tuple[str, Any, Mapping[str, Any], int]]:
         tensors = {
             name: torch.zeros(
                 [{**sizes, "slots": slots}[d] if isinstance(d, str) else d for d in spec.shape],
-                dtype=getattr(torch, spec.dtype), device=rig.device,
+                dtype=getattr(torch, spec.dtype),
+                device=rig.device,
             )
             for name, spec in {**engine.inputs, **engine.outputs}.items()
-        }  # fmt: skip
+        }
         name = f"reuse, {slots} residuals" if graph == "reuse" else graph
         yield name, engine, tensors, sum(t.nbytes for t in tensors.values())
 
@@ -488,11 +529,22 @@ def _tell_step(rig: Rig, calls: Iterator[tuple[str, Any, int]]) -> None:
         seconds[name] = rig.time(call)
         speed = moved / seconds[name] / 1e9
         share = "" if nominal is None else f"{speed / nominal:.0%}"
-        rows.append((name, f"{moved / 1e6:.0f}", f"{seconds[name] * 1e3:.3f}", f"{speed:.4g}",
-                     f"{speed / copied:.0%}", share))  # fmt: skip
-    rig.lines += [f"{_wide_tokens(rig):,} tokens of 1,536 channels (Wan 2.1 1.3B), residuals and body "
-                  "bfloat16, hidden states float32; not TensorRT's kernels. A copy by torch moves "
-                  f"{copied:.4g} GB/s.", ""]  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{moved / 1e6:.0f}",
+                f"{seconds[name] * 1e3:.3f}",
+                f"{speed:.4g}",
+                f"{speed / copied:.0%}",
+                share,
+            )
+        )
+    rig.lines += [
+        f"{_wide_tokens(rig):,} tokens of 1,536 channels (Wan 2.1 1.3B), residuals and body "
+        "bfloat16, hidden states float32; not TensorRT's kernels. A copy by torch moves "
+        f"{copied:.4g} GB/s.",
+        "",
+    ]
     columns = (
         "graph",
         "MB read and written",
@@ -507,8 +559,11 @@ def _tell_step(rig: Rig, calls: Iterator[tuple[str, Any, int]]) -> None:
     reused = {k: around + seconds[f"reuse, {k} residuals"] for k in MIXED}
     rig.table(
         ("residuals mixed", "reused step, ms", "step of 30 blocks, ms", "reused / computed"),
-        [(k, f"{s * 1e3:.2f}", f"{computed * 1e3:.0f}", f"{s / computed:.2%}") for k, s in reused.items()],
-    )  # fmt: skip
+        [
+            (k, f"{s * 1e3:.2f}", f"{computed * 1e3:.0f}", f"{s / computed:.2%}")
+            for k, s in reused.items()
+        ],
+    )
 
 
 def _copy_speed(rig: Rig) -> float:
@@ -538,9 +593,12 @@ def offload_14b(rig: Rig) -> None:
     def read(names: Any) -> HostBlock:
         block = int(names[0].split(".", 1)[0])
         return HostBlock(
-            {n: torch.full(shapes[n.split(".", 1)[1]], float(block), dtype=torch.bfloat16)
-             for n in names}, pinned=True,
-        )  # fmt: skip
+            {
+                n: torch.full(shapes[n.split(".", 1)[1]], float(block), dtype=torch.bfloat16)
+                for n in names
+            },
+            pinned=True,
+        )
 
     seen: list[Any] = []
     tokens = torch.ones(
@@ -595,10 +653,12 @@ def offload_14b(rig: Rig) -> None:
     )  # fmt: skip
     rig.table(
         ("one pass over all blocks", "s", "GB/s of weights"),
-        [("copies alone", f"{copies:.3f}", f"{blocks * size / copies / 1e9:.1f}"),
-         ("work alone, weights on the device", f"{work:.3f}", ""),
-         ("both", f"{both:.3f}", f"{blocks * size / both / 1e9:.1f}")],
-    )  # fmt: skip
+        [
+            ("copies alone", f"{copies:.3f}", f"{blocks * size / copies / 1e9:.1f}"),
+            ("work alone, weights on the device", f"{work:.3f}", ""),
+            ("both", f"{both:.3f}", f"{blocks * size / both / 1e9:.1f}"),
+        ],
+    )
     hidden = (copies + work - both) / min(copies, work)
     rig.lines += [
         f"Of the shorter of copying and computing, {hidden:.0%} is hidden behind the other.",
@@ -626,8 +686,9 @@ def host_cost(rig: Rig) -> None:
     rig.lines += [
         f"A call of the bindings takes {per_call * 1e6:.2f} µs; one context per engine, addresses set anew "
         f"for 30 blocks of about 27 tensors, would cost the host {per_step * 1e6:.0f} µs a step "
-        f"(this engine: {len(names)} tensors).", "",
-    ]  # fmt: skip
+        f"(this engine: {len(names)} tensors).",
+        "",
+    ]
 
 
 SECTIONS: tuple[tuple[str, Callable[[Rig], None]], ...] = (
@@ -839,8 +900,13 @@ def _write(report: Path, lines: list[str], rehearse: bool) -> None:
     """Write what there is; a machine may go at any time."""
     report.parent.mkdir(parents=True, exist_ok=True)
     what = "# What ran on a GPU" if not rehearse else "# Rehearsal on a CPU: says nothing of GPUs"
-    head = [what, "", f"Written by `python tests/gpu/rig.py run`: {_machine()}. No TensorRT: a stand-in "
-            "checks its protocol and torch computes the graphs.", ""]  # fmt: skip
+    head = [
+        what,
+        "",
+        f"Written by `python tests/gpu/rig.py run`: {_machine()}. No TensorRT: a stand-in "
+        "checks its protocol and torch computes the graphs.",
+        "",
+    ]
     report.write_text("\n".join(head + lines) + NOT_SHOWN, encoding="utf-8")
 
 

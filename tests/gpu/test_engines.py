@@ -54,6 +54,11 @@ def row(model: str, found: VerifyReport, precision: str, weights: str) -> list[o
         (float("inf") if c.error is None else c.error / c.tolerance, c.graph) for c in checks
     )
     return [
-        model, found.backend, precision, weights, f"{sum(c.ok for c in checks)} of {len(checks)}",
-        f"{worst[0]:.2f} (`{worst[1]}`)", f"{sum(c.ok for c in policies)} of {len(policies)}",
-    ]  # fmt: skip
+        model,
+        found.backend,
+        precision,
+        weights,
+        f"{sum(c.ok for c in checks)} of {len(checks)}",
+        f"{worst[0]:.2f} (`{worst[1]}`)",
+        f"{sum(c.ok for c in policies)} of {len(policies)}",
+    ]

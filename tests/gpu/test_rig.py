@@ -35,5 +35,6 @@ def test_the_rig_carries_little_and_is_rehearsed_from_end_to_end(
     told = report.read_text(encoding="utf-8")
     assert done.returncode == 0, told + report.with_suffix(".log").read_text(encoding="utf-8")
     assert [line for line in told.splitlines() if line.startswith("## ")] == [
-        *(f"## {title}" for title, _ in SECTIONS), "## What only TensorRT itself can show",
-    ]  # fmt: skip
+        *(f"## {title}" for title, _ in SECTIONS),
+        "## What only TensorRT itself can show",
+    ]

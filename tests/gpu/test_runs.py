@@ -137,7 +137,11 @@ def tell(
     steps = found.statistics
     psnr = "equal" if quality.psnr is None else f"{quality.psnr:.1f}"
     row = [
-        engines, precision, name, f"{steps.computed_steps:g} of {steps.steps}",
-        f"{distance(found, wanted):.1e}", psnr,
-    ]  # fmt: skip
+        engines,
+        precision,
+        name,
+        f"{steps.computed_steps:g} of {steps.steps}",
+        f"{distance(found, wanted):.1e}",
+        psnr,
+    ]
     report.table("Runs against ONNX Runtime in float32 on the CPU", COLUMNS, [row])

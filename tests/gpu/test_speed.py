@@ -49,9 +49,13 @@ def bundle(build: Callable[..., Bundle], checkpoint: Path) -> Bundle:
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("size", SIZES)
 def test_reused_steps_cost_next_to_nothing(
-    request: pytest.FixtureRequest, engines: str, bundle: Bundle, report: Report,
-    size: str, option: str,
-) -> None:  # fmt: skip
+    request: pytest.FixtureRequest,
+    engines: str,
+    bundle: Bundle,
+    report: Report,
+    size: str,
+    option: str,
+) -> None:
     from real_size import SETTINGS, prompt_states, run_policy
 
     rehearsed = bool(request.config.getoption("--rehearse"))
@@ -66,8 +70,16 @@ def test_reused_steps_cost_next_to_nothing(
         found = run_policy(session, name, 6, latents)
         assert found["finite"]
         reused = found["reused_step_seconds"]
-        tell(report, engines, size, f"{name}, {option}", found["computed_step_seconds"], reused,
-             f"{found['efficiency']:.3f}", most_bytes())  # fmt: skip
+        tell(
+            report,
+            engines,
+            size,
+            f"{name}, {option}",
+            found["computed_step_seconds"],
+            reused,
+            f"{found['efficiency']:.3f}",
+            most_bytes(),
+        )
         # One block of 30 is no step: a rehearsal has nothing to compare reused steps with.
         if reused is not None and not rehearsed:
             assert reused / found["computed_step_seconds"] <= MOST_REUSED
@@ -77,9 +89,14 @@ def test_reused_steps_cost_next_to_nothing(
 @pytest.mark.parametrize("peer", ["diffusers eager", "torch.compile"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_peer_computes_the_same_step(
-    request: pytest.FixtureRequest, engines: str, bundle: Bundle, checkpoint: Path,
-    report: Report, size: str, peer: str,
-) -> None:  # fmt: skip
+    request: pytest.FixtureRequest,
+    engines: str,
+    bundle: Bundle,
+    checkpoint: Path,
+    report: Report,
+    size: str,
+    peer: str,
+) -> None:
     from diffusers import WanTransformer3DModel
 
     rehearsed = bool(request.config.getoption("--rehearse"))
@@ -116,21 +133,40 @@ def test_a_peer_computes_the_same_step(
     theirs_seconds, ours_seconds = (statistics.median(t) for t in taken.values())
     tell(report, engines, size, peer, theirs_seconds, None, "–", most_bytes())
     columns = ("engines", "size", "peer", "peer s", "freewheel s", "speedup", "relative L2")
-    row = [engines, size, peer, f"{theirs_seconds:.4f}", f"{ours_seconds:.4f}",
-           f"{theirs_seconds / ours_seconds:.2f}", f"{difference:.1e}"]  # fmt: skip
+    row = [
+        engines,
+        size,
+        peer,
+        f"{theirs_seconds:.4f}",
+        f"{ours_seconds:.4f}",
+        f"{theirs_seconds / ours_seconds:.2f}",
+        f"{difference:.1e}",
+    ]
     report.table("A computed step against a peer's, interleaved", columns, [row])
     # The peer keeps its residual stream in bfloat16, the engines in float32.
     assert difference < 5e-2
 
 
 def tell(
-    report: Report, engines: str, size: str, what: str, computed: float, reused: float | None,
-    efficiency: str, memory: str,
-) -> None:  # fmt: skip
+    report: Report,
+    engines: str,
+    size: str,
+    what: str,
+    computed: float,
+    reused: float | None,
+    efficiency: str,
+    memory: str,
+) -> None:
     columns = (
-        "engines", "size", "what", "computed step s", "reused step s", "reused / computed",
-        "measured / ideal", "most GB on the device",
-    )  # fmt: skip
+        "engines",
+        "size",
+        "what",
+        "computed step s",
+        "reused step s",
+        "reused / computed",
+        "measured / ideal",
+        "most GB on the device",
+    )
     shown = ("–", "–") if reused is None else (f"{reused:.4f}", f"{reused / computed:.4f}")
     report.table(
         TITLE, columns, [[engines, size, what, f"{computed:.4f}", *shown, efficiency, memory]]

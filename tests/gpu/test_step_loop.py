@@ -100,9 +100,13 @@ def test_nothing_is_allocated_on_the_device(
 @every_setting
 @pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}], ids=str)
 def test_nothing_hidden_sized_is_copied(
-    engines: str, demo: Callable[..., Bundle], report: Report, tmp_path: Path,
-    name: str, options: dict[str, bool],
-) -> None:  # fmt: skip
+    engines: str,
+    demo: Callable[..., Bundle],
+    report: Report,
+    tmp_path: Path,
+    name: str,
+    options: dict[str, bool],
+) -> None:
     bundle = demo()
     _, _, frames, height, width = LATENTS
     channels = int(bundle.manifest.graphs["head"].outputs["hidden"].shape[-1])

@@ -145,7 +145,12 @@ SETTINGS: dict[str, CacheSetting] = {
     "spectrum_blended": CacheSetting(
         policy="spectrum",
         parameters={
-            "warmup": 3, "window": 2.5, "growth": 0.4, "degree": 2, "ridge": 0.5, "blend": 0.4,
+            "warmup": 3,
+            "window": 2.5,
+            "growth": 0.4,
+            "degree": 2,
+            "ridge": 0.5,
+            "blend": 0.4,
             "history": 3,
         },
         guard=GuardSetting(last_exact=2, max_consecutive=3, exact_steps=[13]),
@@ -160,7 +165,10 @@ SETTINGS: dict[str, CacheSetting] = {
     "dicache_projection": CacheSetting(
         policy="dicache",
         parameters={
-            "threshold": 0.5, "retention": 0.0, "measure": "projection", "farthest_gain": 3.0,
+            "threshold": 0.5,
+            "retention": 0.0,
+            "measure": "projection",
+            "farthest_gain": 3.0,
         },
         guard=GuardSetting(max_consecutive=4, exact_steps=[9]),
     ),
@@ -194,4 +202,4 @@ SETTINGS: dict[str, CacheSetting] = {
         policy="solved+taylorseer",
         parameters={**MARKS, "order": 2, "variant": "newton"},
     ),
-}  # fmt: skip
+}

@@ -97,9 +97,11 @@ def test_compiled_policy_decides_as_the_eager_law(compiled, name: str, runtime: 
     setting = SETTINGS[name]
     for run, decided in eager_runs(name):
         graph = DecisionLoop(
-            policy_class(setting.policy).spec, compiled[setting.policy, runtime], setting,
+            policy_class(setting.policy).spec,
+            compiled[setting.policy, runtime],
+            setting,
             step_count=len(decided),
-        )  # fmt: skip
+        )
         threshold = setting.parameters.get("threshold", 1.0)
         for expected, found in zip(decided, fold(graph, run), strict=True):
             if found.compute != expected.compute:

@@ -40,9 +40,13 @@ def config(**keys: Any) -> CacheSetting:
 
 def test_config_has_cache_dits_keys() -> None:
     setting = config(
-        Fn_compute_blocks=4, Bn_compute_blocks=2, residual_diff_threshold=0.12, max_warmup_steps=6,
-        max_continuous_cached_steps=3, max_cached_steps=-1,
-    )  # fmt: skip
+        Fn_compute_blocks=4,
+        Bn_compute_blocks=2,
+        residual_diff_threshold=0.12,
+        max_warmup_steps=6,
+        max_continuous_cached_steps=3,
+        max_cached_steps=-1,
+    )
     assert setting.parameters == {"first_blocks": 4, "last_blocks": 2, "threshold": 0.12}
     assert setting.guard == GuardSetting(first_exact=6, max_consecutive=3)
     assert config().guard == GuardSetting(first_exact=8), "cache-dit's warm-up"
@@ -96,10 +100,13 @@ def test_decides_as_cache_dits_own_class(first: int, threshold: float, row: int,
     peer.new_context(
         name="peer",
         cache_config=DBCacheConfig(
-            residual_diff_threshold=threshold, max_warmup_steps=first, enable_separate_cfg=False,
-            max_continuous_cached_steps=row, max_cached_steps=most,
+            residual_diff_threshold=threshold,
+            max_warmup_steps=first,
+            enable_separate_cfg=False,
+            max_continuous_cached_steps=row,
+            max_cached_steps=most,
         ),
-    )  # fmt: skip
+    )
     peer.set_context("peer")
     expected = []
     for signal in signals:
@@ -111,9 +118,11 @@ def test_decides_as_cache_dits_own_class(first: int, threshold: float, row: int,
             peer.set_Fn_buffer(torch.from_numpy(signal), prefix="Fn_residual")
         expected.append(not reuses)
     keys = {
-        "residual_diff_threshold": threshold, "max_warmup_steps": first,
-        "max_continuous_cached_steps": row, "max_cached_steps": most,
-    }  # fmt: skip
+        "residual_diff_threshold": threshold,
+        "max_warmup_steps": first,
+        "max_continuous_cached_steps": row,
+        "max_cached_steps": most,
+    }
     law = DecisionLoop.eager(config(**keys), step_count=len(signals))
     assert [law.decide(s).compute for s in signals] == expected
     assert set(expected) == {True, False}

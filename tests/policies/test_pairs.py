@@ -57,9 +57,13 @@ def test_every_decision_goes_with_every_mix_that_it_can() -> None:
     refused = {n: str(refusal(n)) for n in NAMES if n not in PAIRS}
     assert {n for n in whole if f"{n}+spectrum" in PAIRS} == whole - {"spectrum"}
     reasons = (
-        "itself", "decides as", "computes every one", "its own table", "each branch's own",
+        "itself",
+        "decides as",
+        "computes every one",
+        "its own table",
+        "each branch's own",
         "needs two signals",
-    )  # fmt: skip
+    )
     assert all(any(reason in text for reason in reasons) for text in refused.values())
     assert all(any(reason in text for text in refused.values()) for reason in reasons)
 

@@ -14,9 +14,7 @@ from freewheel.policies.setting import CacheSetting
 def fold(
     latents: list[float], schedule: list[float], /, **parameters: object
 ) -> list[DecisionRecord]:
-    given = {
-        "early": 0.0, "latent_sensitivity": [1.0], "timestep_sensitivity": [0.0], **parameters
-    }  # fmt: skip
+    given = {"early": 0.0, "latent_sensitivity": [1.0], "timestep_sensitivity": [0.0], **parameters}
     setting = CacheSetting(policy="sencache", parameters=given)
     law = DecisionLoop.eager(setting, step_count=len(latents), schedule=Schedule.of(schedule))
     return [law.decide(np.full((2, 3), value, np.float32)) for value in latents]

@@ -52,8 +52,11 @@ def test_another_schedule_of_the_same_tables_is_one_override_away() -> None:
     records = run(6, fewer.parameters)
     assert marks(records) == "#.#..."
     assert [r.mix for r in records if not r.compute] == [
-        padded(0.9), padded(1.2, -0.2), padded(1.3, -0.3), padded(1.4, -0.4),
-    ]  # fmt: skip
+        padded(0.9),
+        padded(1.2, -0.2),
+        padded(1.3, -0.3),
+        padded(1.4, -0.4),
+    ]
 
 
 def test_computed_steps_that_no_schedule_has_are_refused_by_name() -> None:

@@ -24,8 +24,12 @@ def sessions(tiny_bundle: Bundle) -> tuple[Session, Session]:
 
 
 def run(
-    session: Session, setting: CacheSetting, steps: int, seed: int, branches: tuple[str, ...] = ("cond", "uncond")
-) -> dict[str, list[torch.Tensor]]:  # fmt: skip
+    session: Session,
+    setting: CacheSetting,
+    steps: int,
+    seed: int,
+    branches: tuple[str, ...] = ("cond", "uncond"),
+) -> dict[str, list[torch.Tensor]]:
     """Return the outputs of each branch; their latents are their own, whatever else runs."""
     found: dict[str, list[torch.Tensor]] = {branch: [] for branch in branches}
     for branch in branches:

@@ -38,9 +38,12 @@ class CudaDevice:
         return self._programs[content]
 
     def enqueue(
-        self, stream: int, work: Callable[[], None],
-        reads: Sequence[tuple[int, int]], writes: Sequence[tuple[int, int]],
-    ) -> None:  # fmt: skip
+        self,
+        stream: int,
+        work: Callable[[], None],
+        reads: Sequence[tuple[int, int]],
+        writes: Sequence[tuple[int, int]],
+    ) -> None:
         """Put work on a stream, late."""
         if stream not in self._streams:
             self._streams[stream] = torch.cuda.ExternalStream(stream, device=self.device)

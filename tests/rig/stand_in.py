@@ -24,13 +24,21 @@ from signatures import check_call
 ALIGNMENT = 256
 MAGIC = b"stand-in plan\n"
 ITEM_BYTES = {
-    TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2,
-    TensorProto.INT64: 8, TensorProto.INT32: 4, TensorProto.BOOL: 1,
-}  # fmt: skip
+    TensorProto.FLOAT: 4,
+    TensorProto.FLOAT16: 2,
+    TensorProto.BFLOAT16: 2,
+    TensorProto.INT64: 8,
+    TensorProto.INT32: 4,
+    TensorProto.BOOL: 1,
+}
 DTYPE_NAMES = {
-    TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
-    TensorProto.INT64: "int64", TensorProto.INT32: "int32", TensorProto.BOOL: "bool",
-}  # fmt: skip
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.INT64: "int64",
+    TensorProto.INT32: "int32",
+    TensorProto.BOOL: "bool",
+}
 Places = Mapping[str, tuple[int, tuple[int, ...]]]
 """Tensor name → address and shape."""
 
@@ -52,9 +60,12 @@ class Device(Protocol):
         """Make a graph ready."""
 
     def enqueue(
-        self, stream: int, work: Callable[[], None],
-        reads: Sequence[tuple[int, int]], writes: Sequence[tuple[int, int]],
-    ) -> None:  # fmt: skip
+        self,
+        stream: int,
+        work: Callable[[], None],
+        reads: Sequence[tuple[int, int]],
+        writes: Sequence[tuple[int, int]],
+    ) -> None:
         """Do ``work`` in the order of a stream; ranges are address and bytes."""
 
     def pause(self) -> None:
@@ -361,10 +372,11 @@ def _classes(home: Installation) -> dict[str, Any]:
 
             outputs = self._engine._outputs
             device.enqueue(
-                stream_handle, work,
+                stream_handle,
+                work,
                 [r for n, r in ranges.items() if n not in outputs],
                 [*(r for n, r in ranges.items() if n in outputs), memory],
-            )  # fmt: skip
+            )
             return True
 
     class Profile(Standing):
@@ -495,8 +507,10 @@ def _classes(home: Installation) -> dict[str, Any]:
             )
 
     return {
-        "Runtime": Runtime, "Builder": Builder, "OnnxParser": Parser,
-    }  # fmt: skip
+        "Runtime": Runtime,
+        "Builder": Builder,
+        "OnnxParser": Parser,
+    }
 
 
 def plan_of(

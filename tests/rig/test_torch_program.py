@@ -38,17 +38,22 @@ def outputs(
     given = {n: example(n, kind, generator) for n, kind in host._inputs.items()}
     shapes = theirs.output_shapes({n: tuple(t.shape) for n, t in given.items()})
     made = [
-        {n: torch.zeros(shapes[n], dtype=getattr(torch, DTYPE_NAMES[k.elem_type]))
-         for n, k in host._outputs.items()} for _ in range(2)
-    ]  # fmt: skip
+        {
+            n: torch.zeros(shapes[n], dtype=getattr(torch, DTYPE_NAMES[k.elem_type]))
+            for n, k in host._outputs.items()
+        }
+        for _ in range(2)
+    ]
     for program, answers in zip((host, theirs), made, strict=True):
         program.run({n: (t.data_ptr(), tuple(t.shape)) for n, t in {**given, **answers}.items()})
     return made[0], made[1]
 
 
 def example(name: str, kind: object, generator: torch.Generator) -> torch.Tensor:
-    shape = [d.dim_value or SIZES.get(d.dim_param, 1 if d.dim_param == "batch" else 2)
-             for d in kind.shape.dim]  # fmt: skip
+    shape = [
+        d.dim_value or SIZES.get(d.dim_param, 1 if d.dim_param == "batch" else 2)
+        for d in kind.shape.dim
+    ]
     dtype = getattr(torch, DTYPE_NAMES[kind.elem_type])
     if dtype.is_floating_point:
         scale = 100.0 if name == "timesteps" else 1.0

@@ -19,10 +19,18 @@ from stand_in import DTYPE_NAMES, Places
 from torch import Tensor
 
 HOST_ARGUMENTS = {
-    "Reshape": (1,), "Slice": (1, 2, 3, 4), "Expand": (1,), "Unsqueeze": (1,), "Squeeze": (1,),
-    "Split": (1,), "ReduceMean": (1,), "ReduceSum": (1,), "ReduceMin": (1,), "ReduceMax": (1,),
+    "Reshape": (1,),
+    "Slice": (1, 2, 3, 4),
+    "Expand": (1,),
+    "Unsqueeze": (1,),
+    "Squeeze": (1,),
+    "Split": (1,),
+    "ReduceMean": (1,),
+    "ReduceSum": (1,),
+    "ReduceMin": (1,),
+    "ReduceMax": (1,),
     "TopK": (1,),
-}  # fmt: skip
+}
 """Operator → its inputs that are lists of numbers rather than data."""
 
 
@@ -31,8 +39,11 @@ class _Address:
 
     def __init__(self, address: int, size: int) -> None:
         self.__cuda_array_interface__ = {
-            "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3,
-        }  # fmt: skip
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 def tensor_at(
@@ -84,9 +95,8 @@ class TorchProgram:
     def run(self, places: Places) -> None:
         """Read the inputs, write the outputs."""
         given = {
-            n: tensor_at(*places[n], _dtype(kind), self._device)
-            for n, kind in self._inputs.items()
-        }  # fmt: skip
+            n: tensor_at(*places[n], _dtype(kind), self._device) for n, kind in self._inputs.items()
+        }
         found = self.compute(given)
         for name, kind in self._outputs.items():
             tensor_at(*places[name], _dtype(kind), self._device).copy_(found[name])
@@ -143,9 +153,13 @@ def _dtype(kind: Any) -> torch.dtype:
 
 
 def _slice(
-    attributes: Any, x: Tensor, starts: list[int], ends: list[int],
-    axes: list[int] | None = None, steps: list[int] | None = None,
-) -> Tensor:  # fmt: skip
+    attributes: Any,
+    x: Tensor,
+    starts: list[int],
+    ends: list[int],
+    axes: list[int] | None = None,
+    steps: list[int] | None = None,
+) -> Tensor:
     for index, axis in enumerate(axes if axes is not None else range(len(starts))):
         step = steps[index] if steps else 1
         picked = list(range(x.shape[axis]))[slice(starts[index], ends[index], step)]

@@ -219,9 +219,10 @@ def test_a_config_that_leaves_no_block_to_cache_is_refused_by_build(
         '{"feature_caching": "DBCache", "Fn_compute_blocks": 6, "Bn_compute_blocks": 2}'
     )
     request = BuildRequest(
-        model=str(repository / "models" / "shapes_wan"), out=tmp_path / "bundle",
+        model=str(repository / "models" / "shapes_wan"),
+        out=tmp_path / "bundle",
         backends=[backend("onnxruntime")],
         configs=config_entries([str(file)], lambda text: None),
-    )  # fmt: skip
+    )
     with pytest.raises(ConfigError, match=r"^config 'deep', 6 first and 2 last blocks that always"):
         plan(request)

@@ -44,11 +44,14 @@ class Request:
     def draw(cls, rng: random.Random) -> Request:
         steps = rng.randrange(2, 9)
         return cls(
-            setting=rng.randrange(len(SETTINGS)), steps=steps,
-            size=rng.choice([(3, 4, 6), (1, 8, 4), (2, 4, 4)]), tokens=rng.choice([3, 5]),
-            guided=rng.random() < 0.5, seed=rng.randrange(5),
+            setting=rng.randrange(len(SETTINGS)),
+            steps=steps,
+            size=rng.choice([(3, 4, 6), (1, 8, 4), (2, 4, 4)]),
+            tokens=rng.choice([3, 5]),
+            guided=rng.random() < 0.5,
+            seed=rng.randrange(5),
             stop=rng.randrange(steps) if rng.random() < 0.25 else None,
-        )  # fmt: skip
+        )
 
     def run(self, session: Session) -> torch.Tensor | None:
         """Return the last latents, or None where the run was cut off, mid-step where guided."""

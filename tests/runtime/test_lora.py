@@ -41,9 +41,12 @@ def pipeline(checkpoint: Path) -> Any:
 
     transformer = WanTransformer3DModel.from_pretrained(checkpoint)
     return WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=transformer,
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-    )  # fmt: skip
+    )
 
 
 def output(pipe: Any) -> torch.Tensor:

@@ -74,9 +74,15 @@ def latents(name: str, pipe: Any) -> Tensor:
         more = {"pooled_prompt_embeds": pooled, "guidance_scale": 1.0}
     pipe.set_progress_bar_config(disable=True)
     found: Tensor = pipe(
-        prompt_embeds=embeds, height=64, width=64, num_inference_steps=2, output_type="latent",
-        generator=torch.Generator().manual_seed(1), return_dict=False, **more,
-    )[0]  # fmt: skip
+        prompt_embeds=embeds,
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(1),
+        return_dict=False,
+        **more,
+    )[0]
     return found.clone()
 
 

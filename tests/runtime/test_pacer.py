@@ -33,9 +33,7 @@ def spread(count: int, steps: int = STEPS) -> list[int]:
 def frontier(steps: int = STEPS, fewest: int = 4) -> CacheSetting:
     """Return schedules of every number of computed steps, which hold."""
     counts = range(fewest, steps + 1)
-    schedules = [
-        {"computed": spread(c, steps), "mix": [[1.0]] * (steps - c)} for c in counts
-    ]  # fmt: skip
+    schedules = [{"computed": spread(c, steps), "mix": [[1.0]] * (steps - c)} for c in counts]
     return SolvedConfig.model_validate({"infer_steps": steps, "schedules": schedules}).setting()
 
 

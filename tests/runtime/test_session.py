@@ -41,9 +41,14 @@ def prompt(seed: int, batch: int = 1, tokens: int = 5) -> torch.Tensor:
 
 
 def run(
-    session: Session, setting: CacheSetting, timesteps: torch.Tensor = STEPS, *, seed: int = 0,
-    branches: tuple[str, ...] = ("cond", "uncond"), **size: int,
-) -> list[torch.Tensor]:  # fmt: skip
+    session: Session,
+    setting: CacheSetting,
+    timesteps: torch.Tensor = STEPS,
+    *,
+    seed: int = 0,
+    branches: tuple[str, ...] = ("cond", "uncond"),
+    **size: int,
+) -> list[torch.Tensor]:
     """Run a plain Euler loop over the session; return every model output."""
     batch = size.get("batch", 1)
     for i, branch in enumerate(branches):
@@ -62,9 +67,15 @@ def run(
     ("batch", "frames", "height", "width", "tokens"), [(1, 3, 4, 6, 5), (2, 1, 8, 4, 9)]
 )
 def test_uncached_steps_equal_diffusers(
-    tiny_bundle: Bundle, tiny_checkpoint: str, backend: str, batch: int, frames: int, height: int,
-    width: int, tokens: int,
-) -> None:  # fmt: skip
+    tiny_bundle: Bundle,
+    tiny_checkpoint: str,
+    backend: str,
+    batch: int,
+    frames: int,
+    height: int,
+    width: int,
+    tokens: int,
+) -> None:
     reference = WanTransformer3DModel.from_pretrained(tiny_checkpoint)
     session = Session(Model(tiny_bundle, backend))
     latents, states = inputs(3, batch, frames, height, width), prompt(4, batch, tokens)

@@ -25,9 +25,14 @@ def unwarned(text: str) -> None:
 
 def test_config_keys_become_generation_values() -> None:
     data = {
-        "feature_caching": "TaylorSeer", "infer_steps": 20, "target_height": 96, "seed": 7,
-        "sample_guide_scale": 4.0, "sample_shift": 3.0, "target_video_length": 9,
-    }  # fmt: skip
+        "feature_caching": "TaylorSeer",
+        "infer_steps": 20,
+        "target_height": 96,
+        "seed": 7,
+        "sample_guide_scale": 4.0,
+        "sample_shift": 3.0,
+        "target_video_length": 9,
+    }
     found = config_entry(parse_config(data, where="test")).generation
     assert (found.steps, found.height, found.width, found.frames) == (20, 96, None, 9)
     assert (found.guidance_scale, found.flow_shift, found.seed) == (4.0, 3.0, 7)

@@ -23,11 +23,16 @@ def seen(signals: SignalBuffers) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "kept", [
-        (), ("previous_signal",), ("computed_signal",), ("previous_signal", "computed_signal"),
-        ("computed_signal", "older_signal"), ("previous_signal", "computed_signal", "older_signal"),
+    "kept",
+    [
+        (),
+        ("previous_signal",),
+        ("computed_signal",),
+        ("previous_signal", "computed_signal"),
+        ("computed_signal", "older_signal"),
+        ("previous_signal", "computed_signal", "older_signal"),
     ],
-)  # fmt: skip
+)
 def test_each_role_shows_the_signal_of_its_step(kept: tuple[str, ...]) -> None:
     signals, tensors = buffers(*kept)
     last_computed = older = 0.0

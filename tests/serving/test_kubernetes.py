@@ -43,8 +43,11 @@ def test_the_schemas_refuse_what_is_no_part_of_it() -> None:
 def test_parts_find_each_other() -> None:
     found = items()
     assert sorted(found) == [
-        "Deployment", "HorizontalPodAutoscaler", "PersistentVolumeClaim", "Service",
-    ]  # fmt: skip
+        "Deployment",
+        "HorizontalPodAutoscaler",
+        "PersistentVolumeClaim",
+        "Service",
+    ]
     template = found["Deployment"]["spec"]["template"]
     selected = found["Service"]["spec"]["selector"]
     assert selected == template["metadata"]["labels"]

@@ -70,10 +70,18 @@ def test_a_failure_leaves_nothing_behind(
 
 @pytest.mark.parametrize(
     "options",
-    [{"name": "../up"}, {"name": ".hidden"}, {"instances": 0}, {"threads": 0}, {"version": 0},
-     {"backend": "tensorrt"}, {"cuda_graphs": True}, {"device": 0}],
+    [
+        {"name": "../up"},
+        {"name": ".hidden"},
+        {"instances": 0},
+        {"threads": 0},
+        {"version": 0},
+        {"backend": "tensorrt"},
+        {"cuda_graphs": True},
+        {"device": 0},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_can_t_be_served_is_refused(
     tiny_bundle: Bundle, tmp_path: Path, options: dict[str, object]
 ) -> None:

@@ -21,9 +21,11 @@ PYTHON = ROOT / os.environ.get("FREEWHEEL_PYTHON", ".venv/bin/python")
 """Of the project's own virtual environment, which has Freewheel."""
 
 DTYPES = {
-    np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64", np.dtype(np.float64): "FP64",
+    np.dtype(np.float32): "FP32",
+    np.dtype(np.int64): "INT64",
+    np.dtype(np.float64): "FP64",
     np.dtype(object): "BYTES",
-}  # fmt: skip
+}
 
 TINY_SIZE = {"frames": 5, "height": 32, "width": 32}
 SLOW_SIZE = {"frames": 49, "height": 256, "width": 256}
@@ -62,9 +64,13 @@ class Stream:
     """One request in flight."""
 
     def __init__(
-        self, address: str, model: str, tensors: dict[str, np.ndarray],
-        parameters: dict[str, Any], outputs: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
+        self,
+        address: str,
+        model: str,
+        tensors: dict[str, np.ndarray],
+        parameters: dict[str, Any],
+        outputs: tuple[str, ...] = (),
+    ) -> None:
         self.client = triton.InferenceServerClient(f"127.0.0.1:{address}")
         self.answers: queue.Queue = queue.Queue()
         inputs = []
@@ -73,9 +79,11 @@ class Stream:
             inputs[-1].set_data_from_numpy(array)
         self.client.start_stream(lambda result, error: self.answers.put(error or result))
         self.client.async_stream_infer(
-            model, inputs, parameters=parameters,
+            model,
+            inputs,
+            parameters=parameters,
             outputs=[triton.InferRequestedOutput(name) for name in outputs] or None,
-        )  # fmt: skip
+        )
 
     def next(self, timeout: float = HANG_SECONDS) -> triton.InferResult:
         answer = self.answers.get(timeout=timeout)
@@ -101,9 +109,13 @@ def progress_of(result: triton.InferResult) -> dict[str, Any]:
 
 
 def ask(
-    address: str, model: str = "tiny", *, tensors: dict[str, np.ndarray] | None = None,
-    asked: tuple[str, ...] = (), **parameters: Any,
-) -> Answer:  # fmt: skip
+    address: str,
+    model: str = "tiny",
+    *,
+    tensors: dict[str, np.ndarray] | None = None,
+    asked: tuple[str, ...] = (),
+    **parameters: Any,
+) -> Answer:
     """Send a request and wait for its last response; prompts and size have defaults."""
     if tensors is None:
         tensors = {"text_states": COND, "negative_text_states": UNCOND}

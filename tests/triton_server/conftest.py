@@ -102,8 +102,11 @@ def server_command(repository: Path) -> str:
     python = ROOT / os.environ.get("FREEWHEEL_PYTHON", ".venv/bin/python")
     done = subprocess.run(
         [str(python), "-c", program, str(repository), str(ROOT / "build" / "cpp" / "backends")],
-        capture_output=True, text=True, check=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     port, command = free_ports(), done.stdout.strip()
     for offset in range(3):
         command = command.replace(f"-port={8000 + offset}", f"-port={port + offset}")

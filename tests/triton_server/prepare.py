@@ -55,13 +55,25 @@ SLOW = {**SIZES, "batch": 1, "frames": 8, "height": 16, "width": 16}
 
 
 def build_bundle(
-    checkpoint: Path, out: Path, cache: Path, configs: dict[str, ConfigEntry],
-    *, whole: bool = False, policies: list[str] | None = None,
-) -> Bundle:  # fmt: skip
+    checkpoint: Path,
+    out: Path,
+    cache: Path,
+    configs: dict[str, ConfigEntry],
+    *,
+    whole: bool = False,
+    policies: list[str] | None = None,
+) -> Bundle:
     request = BuildRequest(
-        model=str(checkpoint), out=out, backends=[backend("openvino")], replace=True, cache=cache,
-        configs=configs, policies=policies, with_text_encoder=whole, with_vae=whole,
-    )  # fmt: skip
+        model=str(checkpoint),
+        out=out,
+        backends=[backend("openvino")],
+        replace=True,
+        cache=cache,
+        configs=configs,
+        policies=policies,
+        with_text_encoder=whole,
+        with_vae=whole,
+    )
     build(plan(request))
     return Bundle(out)
 
@@ -113,9 +125,11 @@ def write_several(name: str, out: Path, cache: Path) -> None:
     np.savez(folder / "inputs.npz", **inputs_of(loop))
     np.savez(folder / "slow.npz", **inputs_of(loop_of(one, bundle, SLOW)))
     usual: dict[str, Any] = {
-        "steps": loop.steps, "sampler": loop.sampler, "flow_shift": loop.shift,
+        "steps": loop.steps,
+        "sampler": loop.sampler,
+        "flow_shift": loop.shift,
         "guidance_scale": loop.guidance[0],
-    }  # fmt: skip
+    }
     for latents, scale in loop.guidance_of.items():
         usual[f"{latents.removesuffix('latents')}guidance_scale"] = scale
     requests, expected = {}, {}

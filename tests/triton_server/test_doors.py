@@ -35,8 +35,10 @@ class Prepared:
         """Send a request, and compare its latents with those of every other door."""
         cache, overrides, lora = self.requests[name]
         parameters = {
-            **overrides, **({"policy": cache} if cache else {}), **({"lora": lora} if lora else {}),
-        }  # fmt: skip
+            **overrides,
+            **({"policy": cache} if cache else {}),
+            **({"lora": lora} if lora else {}),
+        }
         answer = ask(address, model, tensors=self.states, **parameters)
         for door in DOORS:
             np.testing.assert_array_equal(

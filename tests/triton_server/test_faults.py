@@ -36,7 +36,11 @@ BAD = {
     "absurd step count": ({}, {"steps": 100_000}, "has no table for 100000 steps"),
     "no steps": ({}, {"steps": 0}, "has no table for 0 steps"),
     "absurd size": ({}, {"height": 1 << 30, "width": 1 << 30}, "expected 32768 pixels at most"),
-    "more pixels than are served": ({}, {"frames": 253, "height": 1024, "width": 1024}, "max_pixels"),
+    "more pixels than are served": (
+        {},
+        {"frames": 253, "height": 1024, "width": 1024},
+        "max_pixels",
+    ),
     "beyond the model's positions": ({}, {"height": 1 << 15}, "the model has positions for 128"),
     "a scale of no second expert": ({}, {"guidance_scale_2": 2.0}, "the bundle has one expert"),
     "uneven size": ({}, {"height": 33}, "a multiple of 16 pixels"),
@@ -45,11 +49,15 @@ BAD = {
     "unknown output": ({}, {"outputs": "frames"}, "--with-vae"),
     "preview of nothing": ({}, {"preview": True}, "stream=1"),
     "seed beside latents": (
-        {"latents": np.zeros((4, 2, 4, 4), np.float32)}, {"seed": 3}, "comes with a seed",
+        {"latents": np.zeros((4, 2, 4, 4), np.float32)},
+        {"seed": 3},
+        "comes with a seed",
     ),
     "NaN embeddings": ({"text_states": with_nan(COND)}, {}, "not finite"),
     "infinite latents": (
-        {"latents": np.full((4, 2, 4, 4), np.inf, np.float32)}, {}, "not finite",
+        {"latents": np.full((4, 2, 4, 4), np.inf, np.float32)},
+        {},
+        "not finite",
     ),
     "wrong width": ({"text_states": COND[:, :-1].copy()}, {}, "unexpected shape"),
     "wrong rank": ({"text_states": COND[None]}, {}, "unexpected shape"),
@@ -57,7 +65,7 @@ BAD = {
     "no prompt": ({"text_states": None}, {}, "has no prompt"),
     "no negative prompt": ({"negative_text_states": None}, {}, "give both prompts"),
     "token ids without an encoder": ({"token_ids": np.array([1])}, {}, "token_ids"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

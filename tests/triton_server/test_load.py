@@ -31,11 +31,16 @@ def mixed(index: int) -> dict[str, object]:
     if guided:
         tensors["negative_text_states"] = states(100 + index)
     return {
-        "tensors": tensors, "policy": policy, "seed": index, "steps": 4 + index % 7,
-        "guidance_scale": 3.0 if guided else 1.0, "height": 32 + 16 * (index % 2),
-        "frames": 1 + 4 * (index % 3), "stream": index % 2,
+        "tensors": tensors,
+        "policy": policy,
+        "seed": index,
+        "steps": 4 + index % 7,
+        "guidance_scale": 3.0 if guided else 1.0,
+        "height": 32 + 16 * (index % 2),
+        "frames": 1 + 4 * (index % 3),
+        "stream": index % 2,
         **({"threshold": 0.3} if policy == "teacache" else {}),
-    }  # fmt: skip
+    }
 
 
 def test_fifty_at_once_give_what_each_gives_alone(server) -> None:

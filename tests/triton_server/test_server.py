@@ -25,12 +25,18 @@ def test_models_are_ready_and_describe_themselves(server) -> None:
         server.get(f"/v2/models/{model}/ready")
     tiny = json.loads(server.get("/v2/models/tiny"))
     assert {i["name"] for i in tiny["inputs"]} == {
-        "text_states", "negative_text_states", "seed", "latents",
-    }  # fmt: skip
+        "text_states",
+        "negative_text_states",
+        "seed",
+        "latents",
+    }
     demo = json.loads(server.get("/v2/models/demo"))
     assert {
-        "text_input", "negative_text_input", "token_ids", "negative_token_ids",
-    } < {i["name"] for i in demo["inputs"]}  # fmt: skip
+        "text_input",
+        "negative_text_input",
+        "token_ids",
+        "negative_token_ids",
+    } < {i["name"] for i in demo["inputs"]}
     assert {o["name"] for o in demo["outputs"]} == {"progress", "latents", "frames", "preview"}
     config = json.loads(server.get("/v2/models/tiny/config"))
     assert config["model_transaction_policy"]["decoupled"]

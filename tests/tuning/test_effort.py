@@ -27,9 +27,13 @@ def test_forecast_is_near_what_a_calibration_computes(
     monkeypatch.setattr(Body, "run", counted)
     steps, speedups = 16, (2.0,)
     request = CalibrationRequest(
-        ["a red circle", "a white ring"], speedups=speedups, steps=steps, window=6, search=search,
+        ["a red circle", "a white ring"],
+        speedups=speedups,
+        steps=steps,
+        window=6,
+        search=search,
         refine=2,
-    )  # fmt: skip
+    )
     calibrate(small_demo, request, Silent(), lambda text: None)
     took = len(ran) / steps / 2  # of two branches
     foretold = model_runs(2, speedups, refine=2, search=search)

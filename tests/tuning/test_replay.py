@@ -21,8 +21,12 @@ from freewheel.tuning.trace import Trace, TraceRecorder
 
 SETTINGS = [
     CacheSetting(policy="teacache", signal="temb", parameters={"threshold": 0.3}),
-    CacheSetting(policy="teacache", signal="timestep_proj", parameters={"threshold": 0.3},
-                 guard=GuardSetting(first_exact=5)),
+    CacheSetting(
+        policy="teacache",
+        signal="timestep_proj",
+        parameters={"threshold": 0.3},
+        guard=GuardSetting(first_exact=5),
+    ),
     CacheSetting(policy="teacache", signal="modulated_input", parameters={"threshold": 0.3}),
     CacheSetting(policy="taylorseer", parameters={"interval": 3, "order": 2}),
     CacheSetting(policy="taylorseer", parameters={"interval": 4, "order": 4, "variant": "newton"}),
@@ -31,9 +35,12 @@ SETTINGS = [
     CacheSetting(policy="custom", signal="temb", parameters={"threshold": 0.4}),
     CacheSetting(policy="dmd", parameters={"interval": 2, "ridge": 0.01}),
     CacheSetting(policy="seacache", signal="filtered_latents", parameters={"threshold": 0.4}),
-    CacheSetting(policy="dicache", signal="first_block_residual",
-                 parameters={"threshold": 0.6, "retention": 0.1}),
-]  # fmt: skip
+    CacheSetting(
+        policy="dicache",
+        signal="first_block_residual",
+        parameters={"threshold": 0.6, "retention": 0.1},
+    ),
+]
 names = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.policy}-{s.signal}")
 
 

@@ -44,29 +44,49 @@ def page(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result, reference, recorder, uncached = runs
     path = tmp_path_factory.mktemp("report") / "new" / "run.html"
     write_run_report(
-        path, prompt="a <red> </script> circle", result=result, reference=reference, recorder=recorder,
-        uncached=uncached, setting=SETTING, parameters={"threshold": 0.5},
+        path,
+        prompt="a <red> </script> circle",
+        result=result,
+        reference=reference,
+        recorder=recorder,
+        uncached=uncached,
+        setting=SETTING,
+        parameters={"threshold": 0.5},
         provenance=[["command", "freewheel run"]],
-    )  # fmt: skip
+    )
     return path
 
 
 def bench_report(runs: Runs) -> BenchReport:
     entry = {
-        "name": "teacache", "computed_steps": 5.0, "seconds": 1.0, "speedup": 1.9,
+        "name": "teacache",
+        "computed_steps": 5.0,
+        "seconds": 1.0,
+        "speedup": 1.9,
         "speedup_spread": [1.8, 2.0],
-        "ideal_speedup": 2.0, "efficiency": 0.95, "psnr_mean": 41.25, "psnr_worst": 39.0,
-        "ssim_mean": 0.99, "ssim_worst": 0.98,
-    }  # fmt: skip
+        "ideal_speedup": 2.0,
+        "efficiency": 0.95,
+        "psnr_mean": 41.25,
+        "psnr_worst": 39.0,
+        "ssim_mean": 0.99,
+        "ssim_worst": 0.98,
+    }
     none = {"psnr_mean": None, "psnr_worst": None, "speedup_spread": None}
     slow = {**entry, "name": "slow", "speedup": 1.2, "psnr_mean": 40.0, "speedup_spread": None}
     frames = runs[0].frames
     return BenchReport(
-        STEPS, 3, 1, "onnxruntime", "float32", [{**entry, "name": "uncached", **none}, entry, slow],
+        STEPS,
+        3,
+        1,
+        "onnxruntime",
+        "float32",
+        [{**entry, "name": "uncached", **none}, entry, slow],
         {"uncached": runs[1].frames, "teacache": frames, "slow": frames},
-        {"teacache": {"cond": [True, False], "uncond": [True, False]},
-         "slow": {"cond": [True, True], "uncond": [True, None]}},
-    )  # fmt: skip
+        {
+            "teacache": {"cond": [True, False], "uncond": [True, False]},
+            "slow": {"cond": [True, True], "uncond": [True, None]},
+        },
+    )
 
 
 def held(page: Path) -> dict[str, Any]:
@@ -146,8 +166,10 @@ def test_other_settings_are_foretold_with_this_run_first(page: Path, runs: Runs)
     own = found["what_if"][0]
     row = own["rows"][own["current"]]
     assert (own["policy"], own["values"][own["current"]], found["own_first"]) == (
-        "teacache", 0.5, True,
-    )  # fmt: skip
+        "teacache",
+        0.5,
+        True,
+    )
     assert row["computed"]["cond"] == runs[0].statistics.branches["cond"].computed
     assert "taylorseer" in [p["policy"] for p in found["what_if"]]
 
@@ -156,9 +178,15 @@ def test_a_run_without_trace_says_why_there_is_no_panel(runs: Runs, tmp_path: Pa
     result, reference, *_ = runs
     path = tmp_path / "gaps.html"
     write_run_report(
-        path, prompt="p", result=result, reference=reference, recorder=RunRecorder(),
-        uncached=RunRecorder(), setting=SETTING, parameters={"threshold": 0.5},
-    )  # fmt: skip
+        path,
+        prompt="p",
+        result=result,
+        reference=reference,
+        recorder=RunRecorder(),
+        uncached=RunRecorder(),
+        setting=SETTING,
+        parameters={"threshold": 0.5},
+    )
     found = held(path)
     assert found["what_if"] == []
     assert "two transformers" in found["what_if_text"]
@@ -170,8 +198,9 @@ def test_bench_page_has_table_front_strips_and_videos(runs: Runs, tmp_path: Path
     write_bench_report(path, bench_report(runs), [["command", "freewheel bench"]])
     found = held(path)
     assert [(p["name"], p["front"]) for p in found["pareto"]] == [
-        ("teacache", True), ("slow", False),
-    ]  # fmt: skip
+        ("teacache", True),
+        ("slow", False),
+    ]
     assert found["pareto"][1]["spread"] == [1.2, 1.2]
     names = [s["name"] for s in found["strips"]]
     assert names == ["teacache, cond and uncond", "slow, cond", "slow, uncond"]
@@ -185,9 +214,16 @@ def test_browser_draws_every_part(page: Path, tmp_path: Path, runs: Runs) -> Non
     text = drawn(page, tmp_path)
     heads = re.findall(r"<h2>([^<]+)</h2>", text)
     assert heads == [
-        "Summary", "Videos", "Decisions", "Distance", "What if", "Residual change per step",
-        "Seconds per step", "Seconds by segment", "Provenance",
-    ]  # fmt: skip
+        "Summary",
+        "Videos",
+        "Decisions",
+        "Distance",
+        "What if",
+        "Residual change per step",
+        "Seconds per step",
+        "Seconds by segment",
+        "Provenance",
+    ]
     computed = sum(b.computed_steps for b in runs[0].statistics.branches.values())
     assert text.count('class="computed"') == 2 * computed, "the run's strips, and the panel's"
     assert "a &lt;red&gt; &lt;/script&gt; circle" in text
@@ -223,9 +259,10 @@ def test_slider_moves_both_videos_and_their_difference(page: Path, tmp_path: Pat
     text = drawn(page, tmp_path, move)
     sources = dict(re.findall(r'<img alt="(\w+)" class="small" src="([^"]+)">', text))
     assert sources == {
-        "uncached": reference["frames"][3], "cached": cached["frames"][3],
+        "uncached": reference["frames"][3],
+        "cached": cached["frames"][3],
         "difference": cached["difference"][3],
-    }  # fmt: skip
+    }
     assert f"frame 3 of {len(cached['frames']) - 1}, PSNR" in text
 
 
@@ -249,8 +286,15 @@ def test_page_fits_a_phone_and_a_desk_by_day_and_by_night(
     page: Path, tmp_path: Path, width: int, theme: int, paper: tuple[int, int, int]
 ) -> None:
     shot = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--hide-scrollbars",
-               f"--blink-settings=preferredColorScheme={theme}", f"--window-size={width},2600"]  # fmt: skip
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=2000",
+        "--hide-scrollbars",
+        f"--blink-settings=preferredColorScheme={theme}",
+        f"--window-size={width},2600",
+    ]
     command = [str(CHROMIUM), *options, f"--screenshot={shot}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)

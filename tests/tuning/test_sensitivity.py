@@ -47,9 +47,12 @@ def test_computed_steps_fall_as_the_threshold_rises(lockstep: Lockstep, schedule
     counts = []
     for threshold in (0.0, 0.12, 0.2, 9.0):
         parameters = {
-            "threshold": threshold, "early_threshold": 9.0, "timesteps": found.timesteps,
-            "latent_sensitivity": found.latents, "timestep_sensitivity": found.timestep,
-        }  # fmt: skip
+            "threshold": threshold,
+            "early_threshold": 9.0,
+            "timesteps": found.timesteps,
+            "latent_sensitivity": found.latents,
+            "timestep_sensitivity": found.timestep,
+        }
         setting = CacheSetting(policy="sencache", parameters=parameters)
         counts.append(computed_steps(lockstep, setting, schedule))
     assert counts[0] == 20

@@ -32,9 +32,9 @@ def test_trace_holds_what_the_format_says(trace: Trace, tmp_path: Path) -> None:
         "cond/residual": (20, 72, 256),
         "cond/computed": (20,),
     }
-    assert {n: int(loaded.arrays[n]) for n in ("frames", "tokens_per_frame", "height", "width")} == {
-        "frames": 2, "tokens_per_frame": 36, "height": 6, "width": 6
-    }  # fmt: skip
+    assert {
+        n: int(loaded.arrays[n]) for n in ("frames", "tokens_per_frame", "height", "width")
+    } == {"frames": 2, "tokens_per_frame": 36, "height": 6, "width": 6}
     assert loaded.arrays["timesteps"].shape == loaded.arrays["sigmas"].shape == (20,)
     assert loaded.schedule.sigmas == tuple(loaded.arrays["sigmas"].tolist())
     assert all(a.dtype in (np.float32, np.bool_) for n, a in loaded.arrays.items() if "/" in n)

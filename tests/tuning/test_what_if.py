@@ -91,8 +91,10 @@ def test_a_cached_run_tells_the_distances_of_its_own_decisions(
 def test_sweep_equals_replays_and_holds_the_setting_itself(trace: Trace) -> None:
     (found,) = foretell(trace, [TEACACHE])
     assert (found.policy, found.parameter, found.values[found.current]) == (
-        "teacache", "threshold", 0.5,
-    )  # fmt: skip
+        "teacache",
+        "threshold",
+        0.5,
+    )
     own = replay(trace, TEACACHE)
     row = found.rows[found.current]
     assert row["computed"]["uncond"] == own.branches["uncond"].computed

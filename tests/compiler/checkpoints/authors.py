@@ -18,9 +18,15 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 GEOMETRY: dict[str, Any] = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 16, "out_channels": 16,
-    "text_dim": 24, "freq_dim": 32, "ffn_dim": 48, "num_layers": 2,
-}  # fmt: skip
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 24,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 2,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "t2v": GEOMETRY,
     "i2v": {**GEOMETRY, "in_channels": 36, "image_dim": 160, "added_kv_proj_dim": 32},
@@ -85,22 +91,34 @@ def authors_config(kind: str) -> dict[str, Any]:
     """Return a transformer's config as Wan's authors write it."""
     given = KINDS[kind]
     return {
-        "_class_name": "WanModel", "dim": 32, "eps": 1e-6, "ffn_dim": given["ffn_dim"],
-        "freq_dim": given["freq_dim"], "in_dim": given["in_channels"], "model_type": kind[-3:],
-        "num_heads": 2, "num_layers": given["num_layers"], "out_dim": 16, "text_len": 512,
-    }  # fmt: skip
+        "_class_name": "WanModel",
+        "dim": 32,
+        "eps": 1e-6,
+        "ffn_dim": given["ffn_dim"],
+        "freq_dim": given["freq_dim"],
+        "in_dim": given["in_channels"],
+        "model_type": kind[-3:],
+        "num_heads": 2,
+        "num_layers": given["num_layers"],
+        "out_dim": 16,
+        "text_len": 512,
+    }
 
 
 def t5(state: State) -> State:
     """Name the tensors of transformers' UMT5 encoder as Wan's authors do."""
     renames = (
-        (r"^shared", "token_embedding"), (r"^encoder\.final_layer_norm", "norm"),
-        (r"^encoder\.block", "blocks"), (r"layer\.0\.layer_norm", "norm1"),
+        (r"^shared", "token_embedding"),
+        (r"^encoder\.final_layer_norm", "norm"),
+        (r"^encoder\.block", "blocks"),
+        (r"layer\.0\.layer_norm", "norm1"),
         (r"layer\.1\.layer_norm", "norm2"),
         (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
-        (r"layer\.0\.SelfAttention", "attn"), (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
-        (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"), (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2"),
-    )  # fmt: skip
+        (r"layer\.0\.SelfAttention", "attn"),
+        (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
+        (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"),
+        (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2"),
+    )
     return {_renamed(n, renames): t for n, t in state.items() if "embed_tokens" not in n}
 
 
@@ -117,15 +135,21 @@ def wan_vae(state: State) -> State:
             r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", name
         )
         renames = (
-            (r"^quant_conv", "conv1"), (r"^post_quant_conv", "conv2"), (r"conv_in", "conv1"),
-            (r"norm_out", "head.0"), (r"conv_out", "head.2"), (r"down_blocks", "downsamples"),
-            (r"mid_block\.resnets\.0", "middle.0"), (r"mid_block\.attentions\.0", "middle.1"),
-            (r"mid_block\.resnets\.1", "middle.2"), (r"conv_shortcut", "shortcut"),
+            (r"^quant_conv", "conv1"),
+            (r"^post_quant_conv", "conv2"),
+            (r"conv_in", "conv1"),
+            (r"norm_out", "head.0"),
+            (r"conv_out", "head.2"),
+            (r"down_blocks", "downsamples"),
+            (r"mid_block\.resnets\.0", "middle.0"),
+            (r"mid_block\.attentions\.0", "middle.1"),
+            (r"mid_block\.resnets\.1", "middle.2"),
+            (r"conv_shortcut", "shortcut"),
             (r"((?:samples|middle)\.\d+)\.norm1\.", r"\1.residual.0."),
             (r"((?:samples|middle)\.\d+)\.conv1\.", r"\1.residual.2."),
             (r"((?:samples|middle)\.\d+)\.norm2\.", r"\1.residual.3."),
             (r"((?:samples|middle)\.\d+)\.conv2\.", r"\1.residual.6."),
-        )  # fmt: skip
+        )
         found[_renamed(name, renames)] = tensor
     return found
 
@@ -133,11 +157,15 @@ def wan_vae(state: State) -> State:
 def clip(state: State) -> State:
     """Name the tensors of transformers' CLIP vision model as Wan's authors do, in half precision."""
     renames = (
-        (r"embeddings\.patch_embedding", "patch_embedding"), (r"pre_layrnorm", "pre_norm"),
-        (r"post_layernorm", "post_norm"), (r"encoder\.layers", "transformer"),
-        (r"layer_norm(\d)", r"norm\1"), (r"self_attn\.out_proj", "attn.proj"),
-        (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.2"),
-    )  # fmt: skip
+        (r"embeddings\.patch_embedding", "patch_embedding"),
+        (r"pre_layrnorm", "pre_norm"),
+        (r"post_layernorm", "post_norm"),
+        (r"encoder\.layers", "transformer"),
+        (r"layer_norm(\d)", r"norm\1"),
+        (r"self_attn\.out_proj", "attn.proj"),
+        (r"mlp\.fc1", "mlp.0"),
+        (r"mlp\.fc2", "mlp.2"),
+    )
     state = {n.removeprefix("vision_model."): t for n, t in state.items()}
     found = {
         "cls_embedding": state.pop("embeddings.class_embedding").view(1, 1, -1),

@@ -46,8 +46,10 @@ def wan(state: State) -> State:
 
 def ltx(state: State) -> State:
     renames = (
-        ("norm_q", "q_norm"), ("norm_k", "k_norm"), ("time_embed.", "adaln_single."),
-    )  # fmt: skip
+        ("norm_q", "q_norm"),
+        ("norm_k", "k_norm"),
+        ("time_embed.", "adaln_single."),
+    )
     renamed = {_renamed(n, renames): t for n, t in state.items()}
     for kind in ("weight", "bias"):
         renamed[f"patchify_proj.{kind}"] = renamed.pop(f"proj_in.{kind}")
@@ -70,21 +72,26 @@ def sd3(state: State) -> State:
     }
     count = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("transformer_blocks."))
     names = (
-        ("attn.to_out.0", "x_block.attn.proj"), ("attn.to_add_out", "context_block.attn.proj"),
+        ("attn.to_out.0", "x_block.attn.proj"),
+        ("attn.to_add_out", "context_block.attn.proj"),
         ("attn2.to_out.0", "x_block.attn2.proj"),
         ("norm1.linear", "x_block.adaLN_modulation.1"),
-        ("ff.net.0.proj", "x_block.mlp.fc1"), ("ff.net.2", "x_block.mlp.fc2"),
+        ("ff.net.0.proj", "x_block.mlp.fc1"),
+        ("ff.net.2", "x_block.mlp.fc2"),
         ("ff_context.net.0.proj", "context_block.mlp.fc1"),
         ("ff_context.net.2", "context_block.mlp.fc2"),
-        ("attn.norm_q", "x_block.attn.ln_q"), ("attn.norm_k", "x_block.attn.ln_k"),
+        ("attn.norm_q", "x_block.attn.ln_q"),
+        ("attn.norm_k", "x_block.attn.ln_k"),
         ("attn.norm_added_q", "context_block.attn.ln_q"),
         ("attn.norm_added_k", "context_block.attn.ln_k"),
-        ("attn2.norm_q", "x_block.attn2.ln_q"), ("attn2.norm_k", "x_block.attn2.ln_k"),
-    )  # fmt: skip
+        ("attn2.norm_q", "x_block.attn2.ln_q"),
+        ("attn2.norm_k", "x_block.attn2.ln_k"),
+    )
     fused = (
-        ("attn.to_{}", "x_block.attn.qkv"), ("attn.add_{}_proj", "context_block.attn.qkv"),
+        ("attn.to_{}", "x_block.attn.qkv"),
+        ("attn.add_{}_proj", "context_block.attn.qkv"),
         ("attn2.to_{}", "x_block.attn2.qkv"),
-    )  # fmt: skip
+    )
     for i in range(count):
         ours, theirs = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
         for kind in ("weight", "bias"):
@@ -109,10 +116,12 @@ def sd3(state: State) -> State:
 def z_image(state: State) -> State:
     """Query, key and value in one, and a norm that the authors' model makes no use of."""
     renames = (
-        ("all_final_layer.2-1", "final_layer"), ("all_x_embedder.2-1", "x_embedder"),
-        ("attention.to_out.0", "attention.out"), ("attention.norm_q", "attention.q_norm"),
+        ("all_final_layer.2-1", "final_layer"),
+        ("all_x_embedder.2-1", "x_embedder"),
+        ("attention.to_out.0", "attention.out"),
+        ("attention.norm_q", "attention.q_norm"),
         ("attention.norm_k", "attention.k_norm"),
-    )  # fmt: skip
+    )
     parts = [f"attention.to_{x}.weight" for x in "qkv"]
     out = {_renamed(n, renames): t for n, t in state.items() if not n.endswith(tuple(parts))}
     for name in state:
@@ -132,16 +141,21 @@ def flux(state: State) -> State:
         ("time_text_embed.guidance_embedder", "guidance_in"),
     )
     double = (
-        ("norm1.linear", "img_mod.lin"), ("norm1_context.linear", "txt_mod.lin"),
-        ("ff.net.0.proj", "img_mlp.0"), ("ff.net.2", "img_mlp.2"),
-        ("ff_context.net.0.proj", "txt_mlp.0"), ("ff_context.net.2", "txt_mlp.2"),
-        ("attn.to_out.0", "img_attn.proj"), ("attn.to_add_out", "txt_attn.proj"),
-    )  # fmt: skip
+        ("norm1.linear", "img_mod.lin"),
+        ("norm1_context.linear", "txt_mod.lin"),
+        ("ff.net.0.proj", "img_mlp.0"),
+        ("ff.net.2", "img_mlp.2"),
+        ("ff_context.net.0.proj", "txt_mlp.0"),
+        ("ff_context.net.2", "txt_mlp.2"),
+        ("attn.to_out.0", "img_attn.proj"),
+        ("attn.to_add_out", "txt_attn.proj"),
+    )
     norms = (
-        ("attn.norm_q", "img_attn.norm.query_norm"), ("attn.norm_k", "img_attn.norm.key_norm"),
+        ("attn.norm_q", "img_attn.norm.query_norm"),
+        ("attn.norm_k", "img_attn.norm.key_norm"),
         ("attn.norm_added_q", "txt_attn.norm.query_norm"),
         ("attn.norm_added_k", "txt_attn.norm.key_norm"),
-    )  # fmt: skip
+    )
     doubles = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("transformer_blocks."))
     singles = 1 + max(
         int(n.split(".")[1]) for n in state if n.startswith("single_transformer_blocks.")
@@ -195,21 +209,31 @@ def hunyuan(state: State) -> State:
         ("x_embedder", "img_in"),
     )
     double = (
-        ("norm1.linear", "img_mod.linear"), ("norm1_context.linear", "txt_mod.linear"),
-        ("attn.norm_q", "img_attn_q_norm"), ("attn.norm_k", "img_attn_k_norm"),
-        ("attn.norm_added_q", "txt_attn_q_norm"), ("attn.norm_added_k", "txt_attn_k_norm"),
-        ("attn.to_out.0", "img_attn_proj"), ("attn.to_add_out", "txt_attn_proj"),
-        ("ff.net.0.proj", "img_mlp.fc1"), ("ff.net.2", "img_mlp.fc2"),
-        ("ff_context.net.0.proj", "txt_mlp.fc1"), ("ff_context.net.2", "txt_mlp.fc2"),
-    )  # fmt: skip
+        ("norm1.linear", "img_mod.linear"),
+        ("norm1_context.linear", "txt_mod.linear"),
+        ("attn.norm_q", "img_attn_q_norm"),
+        ("attn.norm_k", "img_attn_k_norm"),
+        ("attn.norm_added_q", "txt_attn_q_norm"),
+        ("attn.norm_added_k", "txt_attn_k_norm"),
+        ("attn.to_out.0", "img_attn_proj"),
+        ("attn.to_add_out", "txt_attn_proj"),
+        ("ff.net.0.proj", "img_mlp.fc1"),
+        ("ff.net.2", "img_mlp.fc2"),
+        ("ff_context.net.0.proj", "txt_mlp.fc1"),
+        ("ff_context.net.2", "txt_mlp.fc2"),
+    )
     single = (
-        ("norm.linear", "modulation.linear"), ("proj_out", "linear2"),
-        ("attn.norm_q", "q_norm"), ("attn.norm_k", "k_norm"),
-    )  # fmt: skip
+        ("norm.linear", "modulation.linear"),
+        ("proj_out", "linear2"),
+        ("attn.norm_q", "q_norm"),
+        ("attn.norm_k", "k_norm"),
+    )
     refiner = (
-        ("attn.to_out.0", "self_attn_proj"), ("norm_out.linear", "adaLN_modulation.1"),
-        ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2"),
-    )  # fmt: skip
+        ("attn.to_out.0", "self_attn_proj"),
+        ("norm_out.linear", "adaLN_modulation.1"),
+        ("ff.net.0.proj", "mlp.fc1"),
+        ("ff.net.2", "mlp.fc2"),
+    )
     out: State = {}
     for name, tensor in state.items():
         head, _, kind = name.rpartition(".")
@@ -233,9 +257,14 @@ def hunyuan(state: State) -> State:
                 out[f"{place}.{kind}"] = fused
             continue
         table = (
-            double if head.startswith("double_blocks") else single
-            if head.startswith("single_blocks") else refiner if "refiner_blocks" in head else ()
-        )  # fmt: skip
+            double
+            if head.startswith("double_blocks")
+            else single
+            if head.startswith("single_blocks")
+            else refiner
+            if "refiner_blocks" in head
+            else ()
+        )
         for new, old in table:
             if head.endswith(f".{new}"):
                 head = head.removesuffix(new) + old

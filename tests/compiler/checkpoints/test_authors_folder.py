@@ -26,8 +26,10 @@ from freewheel.compiler.checkpoints.authors_folder import (
 from freewheel.core.errors import CheckpointError
 
 CLASSES: dict[str, Any] = {
-    "text_encoder": UMT5EncoderModel, "vae": AutoencoderKLWan, "image_encoder": CLIPVisionModel,
-}  # fmt: skip
+    "text_encoder": UMT5EncoderModel,
+    "vae": AutoencoderKLWan,
+    "image_encoder": CLIPVisionModel,
+}
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -50,9 +50,12 @@ def change_config(folder: Path, **values: Any) -> None:
 
 def request_for(model: Path, **options: Any) -> BuildRequest:
     return BuildRequest(
-        model=str(model), out=model.parent / "bundle", backends=[backend("onnxruntime")],
-        configs=config_entries(["off"], print), **options,
-    )  # fmt: skip
+        model=str(model),
+        out=model.parent / "bundle",
+        backends=[backend("onnxruntime")],
+        configs=config_entries(["off"], print),
+        **options,
+    )
 
 
 def refusal(model: Path, **options: Any) -> CheckpointError:
@@ -105,7 +108,8 @@ def replaced(state: dict[str, torch.Tensor], *names: str) -> None:
 
 QUANTISED: Mapping[str, tuple[Change, str]] = {
     "two scales": (
-        float8_with(f"{NAME}.scale_weight", f"{NAME}.weight_scale"), "weights with scales",
+        float8_with(f"{NAME}.scale_weight", f"{NAME}.weight_scale"),
+        "weights with scales",
     ),
     "blocks of scales": (
         lambda s: (float8(s), s.update({f"{NAME}.weight_scale": torch.ones(2, 3)})),
@@ -114,7 +118,8 @@ QUANTISED: Mapping[str, tuple[Change, str]] = {
     "ComfyUI's mark": (float8_with("scaled_fp8"), "scaled float8 of ComfyUI"),
     "ComfyUI's inputs": (float8_with(f"{NAME}.scale_input"), "scaled float8 of ComfyUI"),
     "two levels": (
-        float8_with(f"{NAME}.weight_scale", f"{NAME}.weight_scale_2"), "weights with scales",
+        float8_with(f"{NAME}.weight_scale", f"{NAME}.weight_scale_2"),
+        "weights with scales",
     ),
     "weight_scale_inv": (float8_with(f"{NAME}.weight_scale_inv"), "weights with scales"),
     "input_scale": (float8_with(f"{NAME}.input_scale"), "optimum-quanto or ModelOpt"),
@@ -125,7 +130,7 @@ QUANTISED: Mapping[str, tuple[Change, str]] = {
     "torchao": (lambda s: replaced(s, "_weight_qdata", "_weight_scale"), "belongs to torchao"),
     "optimum-quanto": (lambda s: replaced(s, "weight._data", "weight._scale"), "optimum-quanto"),
     "GPTQ": (lambda s: replaced(s, "qweight", "qzeros", "scales"), "GPTQ, AWQ or SVDQuant"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -145,10 +150,12 @@ def test_float8_without_scales_and_float64_are_plain_casts(model: Path, tmp_path
     So are matrices, which are taken in the body's precision, and what is taken as it is stored.
     """
     stored_as = {
-        f"{NAME}.weight": torch.float8_e4m3fn, "blocks.1.ffn.net.2.weight": torch.float8_e5m2,
-        "blocks.0.norm2.weight": torch.float8_e4m3fn, "blocks.1.norm2.weight": torch.float8_e4m3fn,
+        f"{NAME}.weight": torch.float8_e4m3fn,
+        "blocks.1.ffn.net.2.weight": torch.float8_e5m2,
+        "blocks.0.norm2.weight": torch.float8_e4m3fn,
+        "blocks.1.norm2.weight": torch.float8_e4m3fn,
         "proj_out.bias": torch.float64,
-    }  # fmt: skip
+    }
     change_weights(
         model / WEIGHTS, lambda s: s.update({n: s[n].to(d) for n, d in stored_as.items()})
     )
@@ -233,13 +240,16 @@ def pipeline(repository: Path, tmp_path: Path) -> Path:
 
 PARTS: Mapping[str, tuple[Callable[[Path], Any], str, str]] = {
     "text_encoder": (
-        text_encoder_part, "model.safetensors", "encoder.block.0.layer.0.SelfAttention.q",
+        text_encoder_part,
+        "model.safetensors",
+        "encoder.block.0.layer.0.SelfAttention.q",
     ),
     "vae": (
         lambda folder: vae_decode_part(folder, GenerationDefaults(frames=9, height=32, width=48)),
-        WEIGHTS, "decoder.conv_in",
+        WEIGHTS,
+        "decoder.conv_in",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("part", PARTS)

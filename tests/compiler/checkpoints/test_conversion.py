@@ -65,9 +65,13 @@ def computed(state: State) -> State:
 
 
 CASES = [
-    (renamed, True), (chunked, True), (split, True), (swapped, False), (columns, False),
+    (renamed, True),
+    (chunked, True),
+    (split, True),
+    (swapped, False),
+    (columns, False),
     (computed, False),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("converter", "lie"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))

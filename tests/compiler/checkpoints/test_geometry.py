@@ -48,27 +48,35 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Stable Diffusion 3 medium": (
         "SD3Transformer2DModel",
         {
-            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
             "pos_embed_max_size": 192,
         },
     ),
     "Stable Diffusion 3.5 large": (
         "SD3Transformer2DModel",
         {
-            "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-            "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
         },
     ),
     "Stable Diffusion 3.5 medium": (
         "SD3Transformer2DModel",
         {
-            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
-            "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
             "dual_attention_layers": list(range(13)),
         },
     ),
     "Z-Image Turbo": ("ZImageTransformer2DModel", {}),
-}  # fmt: skip
+}
 
 
 def shapes_of(name: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -97,7 +105,10 @@ def test_every_class_has_a_published_model() -> None:
     assert {name for name, _ in PUBLISHED.values()} == set(CLASSES)
 
 
-WAN = ("WanTransformer3DModel", {"num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 1})  # fmt: skip
+WAN = (
+    "WanTransformer3DModel",
+    {"num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 1},
+)
 
 
 def test_heads_that_nothing_tells_are_asked_for() -> None:

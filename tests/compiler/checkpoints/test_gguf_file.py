@@ -65,9 +65,10 @@ def write(file: Path, state: State, kind: str) -> State:
         if values.ndim == 2 and values.shape[1] % 256 == 0 and name.startswith("blocks."):
             of = Kind[kind]
             data = (
-                raw(of, values.shape, index) if kind in K_QUANTS
+                raw(of, values.shape, index)
+                if kind in K_QUANTS
                 else gguf.quants.quantize(values, of)
-            )  # fmt: skip
+            )
             writer.add_tensor(name, data, raw_dtype=of)
             expected[name] = torch.from_numpy(gguf.quants.dequantize(data, of).copy())
         else:
@@ -145,8 +146,11 @@ def test_a_checkpoint_is_named_and_split_as_its_plain_file(tmp_path: Path) -> No
     "precision", [pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"]
 )
 def test_a_bundle_holds_the_dequantised_weights(
-    model: WanTransformer3DModel, tmp_path: Path, build_bundle: Callable[..., Bundle], precision: str
-) -> None:  # fmt: skip
+    model: WanTransformer3DModel,
+    tmp_path: Path,
+    build_bundle: Callable[..., Bundle],
+    precision: str,
+) -> None:
     model.save_config(tmp_path)
     expected = write(tmp_path / "wan.gguf", originals.wan(dict(model.state_dict())), "Q6_K")
     bundle = build_bundle(tmp_path / "wan.gguf", backends=("openvino",), precision=precision)

@@ -107,8 +107,9 @@ def test_no_transformer_is_mistaken() -> None:
         refuse_other_kinds(layout(state), Path(name))
     small = {"num_layers": 1, "num_single_layers": 1}
     for kind, layout in (
-        (FluxTransformer2DModel, originals.flux), (HunyuanVideoTransformer3DModel, originals.hunyuan),
-    ):  # fmt: skip
+        (FluxTransformer2DModel, originals.flux),
+        (HunyuanVideoTransformer3DModel, originals.hunyuan),
+    ):
         with torch.device("meta"):
             refuse_other_kinds(layout(dict(kind(**small).state_dict())), Path(kind.__name__))
 

@@ -90,12 +90,14 @@ def test_tensors_equal_what_diffusers_makes_of_the_file(
 
 WIDE = {
     "FluxTransformer2DModel": (
-        originals.flux, {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
+        originals.flux,
+        {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
     ),
     "HunyuanVideoTransformer3DModel": (
-        originals.hunyuan, {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1},
+        originals.hunyuan,
+        {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1},
     ),
-}  # fmt: skip
+}
 """diffusers' converters of these know one width, 3,072: one block of each kind, in bytes."""
 
 
@@ -173,9 +175,12 @@ def test_a_dry_run_tells_what_is_linked_and_what_is_made(tmp_path: Path, build_c
     model.save_config(tmp_path)
     file = save(originals.sd3(dict(model.state_dict())), tmp_path / "sd3.safetensors")
     request = BuildRequest(
-        str(file), tmp_path / "out", [backend("onnxruntime")], config_entries(["off"], print),
+        str(file),
+        tmp_path / "out",
+        [backend("onnxruntime")],
+        config_entries(["off"], print),
         cache=build_cache,
-    )  # fmt: skip
+    )
     planned = describe_plan(plan(request), SMALL)
     assert "original layout" in planned["notes"][0]
     assert planned["notes"][0] in render_plan(planned)
@@ -355,9 +360,15 @@ def test_tensors_that_the_converter_leaves_aside_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("state", "what"),
     [
-        ({"a.weight": (1,)}, "holds no transformer that diffusers recognises; its tensors are 'a.weight'"),
+        (
+            {"a.weight": (1,)},
+            "holds no transformer that diffusers recognises; its tensors are 'a.weight'",
+        ),
         ({"distilled_guidance_layer.in_proj.bias": (1,)}, "is 'chroma' to diffusers"),
-        ({"layers.0.adaLN_modulation.0.weight": (1,)}, "no usable tensor 'all_x_embedder.2-1.weight'"),
+        (
+            {"layers.0.adaLN_modulation.0.weight": (1,)},
+            "no usable tensor 'all_x_embedder.2-1.weight'",
+        ),
         ({"head.modulation": (1, 2, 4)}, "diffusers' detection misses 'patch_embedding.weight'"),
         (
             {"head.modulation": (1, 2, 4), "patch_embedding.weight": (1536, 16, 1, 2, 2)},
@@ -368,7 +379,7 @@ def test_tensors_that_the_converter_leaves_aside_are_refused(tmp_path: Path) -> 
             "converter of 'FluxTransformer2DModel' stops at it: ",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_transformer_of_a_family_is_told(
     tmp_path: Path, state: dict[str, tuple[int, ...]], what: str
 ) -> None:

@@ -214,9 +214,13 @@ def save_scaled(
     ids=["float32", "bfloat16", "int8"],
 )
 def test_a_bundle_holds_what_the_dequantised_checkpoints_holds(
-    tiny_checkpoint: Path, tmp_path: Path, build_bundle: Callable[..., Bundle],
-    form: Callable[[State], State], precision: str, float8: str,
-) -> None:  # fmt: skip
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    build_bundle: Callable[..., Bundle],
+    form: Callable[[State], State],
+    precision: str,
+    float8: str,
+) -> None:
     file, multiplied_out = save_scaled(tiny_checkpoint, form, tmp_path)
     options = {"precision": precision, "backends": ("openvino",)}
     plain = build_bundle(multiplied_out, **options)
@@ -238,9 +242,13 @@ def test_a_bundle_holds_what_the_dequantised_checkpoints_holds(
     ids=["of rows, float32", "of weights, bfloat16"],
 )
 def test_float8_stays_where_it_lies_and_engines_multiply_it(
-    tiny_checkpoint: Path, tmp_path: Path, build_bundle: Callable[..., Bundle],
-    form: Callable[[State], State], precision: str, backends: tuple[str, ...],
-) -> None:  # fmt: skip
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    build_bundle: Callable[..., Bundle],
+    form: Callable[[State], State],
+    precision: str,
+    backends: tuple[str, ...],
+) -> None:
     file, _ = save_scaled(tiny_checkpoint, form, tmp_path)
     # No policy multiplies weights.
     options = {"precision": precision, "backends": backends, "policies": ["teacache"]}
@@ -334,9 +342,11 @@ def test_baked_weights_and_backends_without_float8_take_none(
 ) -> None:
     file, _ = save_scaled(tiny_checkpoint, lightx2v, tmp_path)
     request = BuildRequest(
-        model=str(file), out=tmp_path / "out", backends=[OnnxRuntime()],
+        model=str(file),
+        out=tmp_path / "out",
+        backends=[OnnxRuntime()],
         configs=config_entries(["off"], lambda text: None),
-    )  # fmt: skip
+    )
 
     def dtypes(request: BuildRequest) -> set[str]:
         return {dtype for dtype, _ in plan(request).cut.weights().values()}

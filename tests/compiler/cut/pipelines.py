@@ -43,8 +43,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "runtime" / "pipeline"))
 from whole import longcat_audio, stable_audio
 
 __all__ = [
-    "CALLED", "MODULAR", "PIPELINES", "UNCUT", "UNLEARNT", "UNTRIED", "pipeline_of", "watched_calls",
-]  # fmt: skip
+    "CALLED",
+    "MODULAR",
+    "PIPELINES",
+    "UNCUT",
+    "UNLEARNT",
+    "UNTRIED",
+    "pipeline_of",
+    "watched_calls",
+]
 
 TOKENS, REAL = 6, 4
 """Tokens of a prompt, and how many of the negative one's are no padding."""
@@ -152,14 +159,18 @@ def connectors(config: Any) -> LTX2TextConnectors:
 LTX_2_PARTS: dict[str, Callable[[Any], Any]] = {
     "connectors": connectors,
     "vae": lambda config: AutoencoderKLLTX2Video(
-        latent_channels=config.in_channels, block_out_channels=(8,) * 4,
-        decoder_block_out_channels=(8,) * 3, layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=32, temporal_compression_ratio=8,
+        latent_channels=config.in_channels,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 3,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
     ),
     "audio_vae": lambda config: AutoencoderKLLTX2Audio(
         base_channels=config.audio_in_channels, latent_channels=2, num_res_blocks=1, mel_bins=12
     ),
-}  # fmt: skip
+}
 
 
 def bria_fibo_2(config: Any) -> dict[str, Any]:
@@ -340,9 +351,16 @@ UNLEARNT = {
 at once, two outputs, two prompts whatever the guidance."""
 
 UNCUT = (
-    "hunyuan_video_15", "hunyuan_image_glyphs", "lumina_2", "mochi", "hunyuan_dit", "chroma",
-    "lumina_next", "ernie_image", "latte",
-)  # fmt: skip
+    "hunyuan_video_15",
+    "hunyuan_image_glyphs",
+    "lumina_2",
+    "mochi",
+    "hunyuan_dit",
+    "chroma",
+    "lumina_next",
+    "ernie_image",
+    "latte",
+)
 """Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
 for torch can't trace them, or they are traced at one size alone."""
 
@@ -380,8 +398,9 @@ PARTS: dict[str, dict[str, Callable[[Any], Any]]] = {
 """What a pipeline asks of parts that its latents do not pass through."""
 
 ENCODED: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "longcat_audio": longcat_audio, "stable_audio": stable_audio,
-}  # fmt: skip
+    "longcat_audio": longcat_audio,
+    "stable_audio": stable_audio,
+}
 """Parts of pipelines that encode their prompt themselves, whatever they are called with."""
 
 
@@ -419,8 +438,10 @@ def minimax_h3(one: Case) -> tuple[Any, dict[str, Any]]:
     tags = torch.ones(TOKENS, dtype=torch.int64)
     size = {"height": 32, "width": 64, "num_frames": 124}
     return MiniMaxH3(one.model), {
-        "prompt_embeds": embeds(config.text_dim), "text_token_tags": tags, **size
-    }  # fmt: skip
+        "prompt_embeds": embeds(config.text_dim),
+        "text_token_tags": tags,
+        **size,
+    }
 
 
 MODULAR: dict[str, Callable[[Case], tuple[Any, dict[str, Any]]]] = {"minimax_h3": minimax_h3}

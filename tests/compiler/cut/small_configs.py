@@ -9,16 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 WAN = {
-    "attention_head_dim": 12, "cross_attn_norm": True, "ffn_dim": 32, "freq_dim": 32,
-    "in_channels": 4, "num_attention_heads": 2, "num_layers": 4, "out_channels": 4,
-    "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+    "attention_head_dim": 12,
+    "cross_attn_norm": True,
+    "ffn_dim": 32,
+    "freq_dim": 32,
+    "in_channels": 4,
+    "num_attention_heads": 2,
+    "num_layers": 4,
+    "out_channels": 4,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
     "text_dim": 16,
-}  # fmt: skip
+}
 SD3 = {
-    "attention_head_dim": 8, "caption_projection_dim": 32, "in_channels": 4,
-    "joint_attention_dim": 32, "num_attention_heads": 4, "num_layers": 5, "out_channels": 4,
-    "patch_size": 1, "pooled_projection_dim": 64, "pos_embed_max_size": 96, "sample_size": 32,
-}  # fmt: skip
+    "attention_head_dim": 8,
+    "caption_projection_dim": 32,
+    "in_channels": 4,
+    "joint_attention_dim": 32,
+    "num_attention_heads": 4,
+    "num_layers": 5,
+    "out_channels": 4,
+    "patch_size": 1,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 96,
+    "sample_size": 32,
+}
 LTX_2 = {
     "attention_head_dim": 8, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8,
     "audio_in_channels": 6, "audio_num_attention_heads": 2, "audio_out_channels": 6,

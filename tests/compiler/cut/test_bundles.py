@@ -81,9 +81,11 @@ def one(name: str) -> Case:
 
 @pytest.fixture(scope="module")
 def bundle(
-    one: Case, asked: tuple[str, tuple[str, ...] | None], tmp_path_factory: pytest.TempPathFactory,
+    one: Case,
+    asked: tuple[str, tuple[str, ...] | None],
+    tmp_path_factory: pytest.TempPathFactory,
     build_bundle: Callable[..., Bundle],
-) -> Bundle:  # fmt: skip
+) -> Bundle:
     model = save(one.model, tmp_path_factory.mktemp(one.row.name) / "model")
     return build_bundle(model, row=one.row, policies=asked[1])
 

@@ -40,9 +40,12 @@ def test_every_block_is_called_though_two_were_traced(wan: Case) -> None:
     calls = [call for call in wan.cut.calls if call.segment == "block"]
     assert [call.block for call in calls] == [f"blocks.{i}" for i in range(4)]
     assert calls[3].inputs == (
-        *calls[2].inputs[:1], "blocks.2.hidden_states", *calls[2].inputs[2:4],
-        "blocks.3.attn2_key", "blocks.3.attn2_value",
-    )  # fmt: skip
+        *calls[2].inputs[:1],
+        "blocks.2.hidden_states",
+        *calls[2].inputs[2:4],
+        "blocks.3.attn2_key",
+        "blocks.3.attn2_value",
+    )
 
 
 class Block(nn.Module):

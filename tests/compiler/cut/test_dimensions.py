@@ -52,17 +52,22 @@ def test_a_size_without_a_name_is_refused(dimensions: Dimensions) -> None:
 @pytest.mark.parametrize(
     ("word", "name", "terms"),
     [
-        ("text_tokens+image_tokens", "image_tokens_plus_text_tokens", ("image_tokens", "text_tokens")),
+        (
+            "text_tokens+image_tokens",
+            "image_tokens_plus_text_tokens",
+            ("image_tokens", "text_tokens"),
+        ),
         ("text_tokens+8", "text_tokens_plus_8", ("text_tokens", 8)),
         ("text_tokens*2", "text_tokens_times_2", ("text_tokens", "text_tokens")),
         ("8*height", "height_times_8", ("height",) * 8),
         ("4*frames-7", "frames_times_4_minus_7", (*("frames",) * 4, -7)),
         (
-            "frames*(height//2)*(width//2)+text_tokens+1", "text_tokens_plus_1_plus_tokens",
+            "frames*(height//2)*(width//2)+text_tokens+1",
+            "text_tokens_plus_1_plus_tokens",
             ("text_tokens", 1, "tokens"),
         ),
     ],
-)  # fmt: skip
+)
 def test_a_sum_is_named_by_its_terms(
     dimensions: Dimensions, word: str, name: str, terms: tuple[Any, ...]
 ) -> None:

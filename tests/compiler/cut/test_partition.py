@@ -28,9 +28,14 @@ def products_of(case: Case, segment: str) -> int:
 def test_wan_is_cut_where_the_hand_written_family_cut_it(wan: Case) -> None:
     runs = {name: segment.runs for name, segment in wan.cut.segments.items()}
     assert runs == {
-        "rotary": "shape", "prompt": "prompt", "timestep": "run",
-        "context": "context", "head": "step", "block": "block", "finish": "step",
-    }  # fmt: skip
+        "rotary": "shape",
+        "prompt": "prompt",
+        "timestep": "run",
+        "context": "context",
+        "head": "step",
+        "block": "block",
+        "finish": "step",
+    }
 
 
 def test_keys_and_values_of_the_prompt_are_context(wan: Case) -> None:
@@ -50,13 +55,14 @@ def test_keys_and_values_of_the_prompt_are_context(wan: Case) -> None:
         pytest.param(
             "hunyuan_video",
             {
-                "refiner_blocks": 1, "transformer_blocks": 2,
+                "refiner_blocks": 1,
+                "transformer_blocks": 2,
                 "single_transformer_blocks": 1,
             },
             marks=pytest.mark.nightly,
         ),
     ],
-)  # fmt: skip
+)
 def test_a_blocks_products_of_conditioning_are_modulation(
     name: str, products: dict[str, int]
 ) -> None:

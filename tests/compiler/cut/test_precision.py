@@ -38,8 +38,12 @@ def dtypes_of(module: fx.GraphModule, *given: Tensor) -> dict[str, torch.dtype]:
 def lowered(module: fx.GraphModule, batch: set[object] = frozenset()) -> fx.GraphModule:  # type: ignore[assignment]
     given = {node.name: torch.float32 for node in module.graph.find_nodes(op="placeholder")}
     return typed(
-        module, given, precision=torch.float16, stored=lambda name: "float32", batch=batch,  # type: ignore[arg-type]  # symbols
-    )[0]  # fmt: skip
+        module,
+        given,
+        precision=torch.float16,
+        stored=lambda name: "float32",
+        batch=batch,  # type: ignore[arg-type]  # symbols
+    )[0]
 
 
 def test_tokens_products_are_low_norms_and_sums_with_the_stream_are_not() -> None:
@@ -98,9 +102,14 @@ def test_a_scaled_timestep_is_divided_where_it_comes_in() -> None:
     module = graph_of(traced(lambda t: t + 1, t=run()))
     (name,) = (node.name for node in module.graph.find_nodes(op="placeholder"))
     made, dtypes = typed(
-        module, {name: torch.float32}, precision=None, stored=lambda name: "float32",
-        batch=set(), names={name: "timesteps"}, scale=1000.0,
-    )  # fmt: skip
+        module,
+        {name: torch.float32},
+        precision=None,
+        stored=lambda name: "float32",
+        batch=set(),
+        names={name: "timesteps"},
+        scale=1000.0,
+    )
     assert made(timesteps=torch.tensor([500.0]))[0].tolist() == [1.5]
     assert dtypes == [torch.float32]
 

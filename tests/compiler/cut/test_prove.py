@@ -26,10 +26,18 @@ TOLERANCE = 1e-5
 """Relative L2 in float32 (DESIGN 5)."""
 
 OTHER = {
-    "batch": 3, "frames": 5, "height": 6, "width": 4, "tokens": 17, "text_tokens": 19,
-    "text_tokens_2": 21, "image_tokens": 7, "audio_tokens": 12,
-    "rows": 6, "columns": 4,
-}  # fmt: skip
+    "batch": 3,
+    "frames": 5,
+    "height": 6,
+    "width": 4,
+    "tokens": 17,
+    "text_tokens": 19,
+    "text_tokens_2": 21,
+    "image_tokens": 7,
+    "audio_tokens": 12,
+    "rows": 6,
+    "columns": 4,
+}
 
 NAMES = [
     pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)

@@ -37,10 +37,13 @@ def test_text_is_a_stream_beside_it() -> None:
 def test_what_skips_a_block_is_refused(wan: Case) -> None:
     """The last block reads what the first made, as in networks with skip connections."""
     *others, last, finish = wan.cut.calls
-    skipped = replace(last, inputs=tuple(
-        "blocks.0.hidden_states" if name == "blocks.2.hidden_states" else name
-        for name in last.inputs
-    ))  # fmt: skip
+    skipped = replace(
+        last,
+        inputs=tuple(
+            "blocks.0.hidden_states" if name == "blocks.2.hidden_states" else name
+            for name in last.inputs
+        ),
+    )
     with pytest.raises(ExportError, match=r"equal block before the last made: blocks\.0\.hidden"):
         find_streams(replace(wan.cut, calls=(*others, skipped, finish)))
 
@@ -108,9 +111,14 @@ def two_streams(read: int, **others: object) -> Cut:
             return cls()
 
         def forward(
-            self, hidden_states: Tensor, sound_hidden_states: Tensor, timestep: Tensor,
-            encoder_hidden_states: Tensor, *, return_dict: bool,
-        ) -> tuple[Tensor, ...]:  # fmt: skip
+            self,
+            hidden_states: Tensor,
+            sound_hidden_states: Tensor,
+            timestep: Tensor,
+            encoder_hidden_states: Tensor,
+            *,
+            return_dict: bool,
+        ) -> tuple[Tensor, ...]:
             x, y = hidden_states.sin(), sound_hidden_states.sin()
             scale = encoder_hidden_states.tanh().unsqueeze(1)
             for block in self.blocks:

@@ -31,9 +31,13 @@ def test_terms_are_grouped_by_what_they_depend_on() -> None:
     split_sums(found)
     classes = classify(found)
     (total,) = [
-        node for node in found.graph.nodes if is_operation(node) and classes.of[node].every_step
-        and "step" not in classes.of[node].on and len(tensors_read(node)) == 2
-    ]  # fmt: skip
+        node
+        for node in found.graph.nodes
+        if is_operation(node)
+        and classes.of[node].every_step
+        and "step" not in classes.of[node].on
+        and len(tensors_read(node)) == 2
+    ]
     assert [classes.runs(node) for node in tensors_read(total)] == ["run", "prompt"]
     inputs = {name: torch.randn(3) for name in ("t", "pooled", "guidance")}
     x = torch.randn(3, 4)
@@ -80,15 +84,13 @@ def test_products_and_tokens_of_both_are_made_once_a_computed_step_and_the_rest_
     )
     cut = cut_model(row, Model, {})
     first, *_ = (call for call in cut.calls if call.segment == "modulation")
-    assert {cut.segments[c.segment].runs for c in cut.calls if set(c.outputs) & set(first.inputs)} == {
-        "run", "prompt"
-    }  # fmt: skip
+    assert {
+        cut.segments[c.segment].runs for c in cut.calls if set(c.outputs) & set(first.inputs)
+    } == {"run", "prompt"}
     assert cut.segments["condition"].outputs == ("tokens",)
     assert cut.segments["condition"].runs == "block"
     model = Model()
-    inputs = {
-        "x": torch.randn(3, 5, 4), "t": torch.full((3,), 0.7), "text": torch.randn(3, 6, 4)
-    }  # fmt: skip
+    inputs = {"x": torch.randn(3, 5, 4), "t": torch.full((3,), 0.7), "text": torch.randn(3, 6, 4)}
     expected = model(**inputs, return_dict=False)
     assert torch.allclose(
         chain(cut, dict(model.named_parameters()), inputs)[0], expected, atol=1e-6

@@ -53,8 +53,9 @@ def test_an_equal_model_is_traced_once(traced: list[str], tmp_path: Path, wan: C
     assert again.weights() == one.weights()
     assert [s.name for s in again.segments] == [s.name for s in one.segments]
     assert {dtype for dtype, _ in cut(stored="bfloat16").weights().values()} == {
-        "bfloat16", "float32",
-    }  # fmt: skip
+        "bfloat16",
+        "float32",
+    }
     assert cut("float16").segments[-2].precision == "float16"
     assert cut(num_layers=3).stages[0].count == 3
     assert len(traced) == 4

@@ -67,8 +67,9 @@ def test_what_is_learnt_is_what_the_table_says(name: str) -> None:
     if name not in ("mochi", "bria"):  # their test's pipelines have other scales
         assert row.latent_scale[1] == wanted.latent_scale[1]
     assert (row.timestep_scale, row.packed) == (
-        wanted.timestep_scale, wanted.packed if name != "bria" else row.packed,
-    )  # fmt: skip
+        wanted.timestep_scale,
+        wanted.packed if name != "bria" else row.packed,
+    )
     if name in UNCUT:
         with pytest.raises(ExportError, match=r"can't (trace|be computed at)|away from itself"):
             check_row(row, model_class, config)
@@ -138,9 +139,10 @@ def test_a_pipeline_of_sound_is_asked_for_seconds_and_prompts() -> None:
     first, others = usual_calls(pipe, "x")
     assert first == {"prompt": "x", "guidance_scale": 1.0, "audio_duration_s": 10.0}
     assert others == {
-        "batch": {"prompt": ["x", "x"]}, "frames": {"audio_duration_s": 20.0},
+        "batch": {"prompt": ["x", "x"]},
+        "frames": {"audio_duration_s": 20.0},
         "text_tokens": {"prompt": "x, and x once more"},
-    }  # fmt: skip
+    }
 
 
 def test_the_next_steps_timestep_is_learnt() -> None:
@@ -238,9 +240,15 @@ def test_a_class_that_nobody_has_seen_is_built(
 
     def latents() -> torch.Tensor:
         found: torch.Tensor = pipe(
-            "a red circle", height=64, width=96, num_frames=5, num_inference_steps=3,
-            max_sequence_length=16, output_type="latent", generator=torch.Generator().manual_seed(1),
-        ).frames  # fmt: skip
+            "a red circle",
+            height=64,
+            width=96,
+            num_frames=5,
+            num_inference_steps=3,
+            max_sequence_length=16,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(1),
+        ).frames
         return found
 
     expected = latents()

@@ -42,9 +42,13 @@ OTHERS = json.loads((Path(__file__).parent / "others.json").read_text())
 """Class without a row → config, and inputs as ``"changes dimensions; dtype fill=values"``."""
 
 NO_DIT = {
-    "DreamLiteTransformer2DModel", "MiniMaxMusic3RVQDepthDecoder", "PriorTransformer",
-    "T5FilmDecoder", "Transformer2DModel", "TransformerTemporalModel",
-}  # fmt: skip
+    "DreamLiteTransformer2DModel",
+    "MiniMaxMusic3RVQDepthDecoder",
+    "PriorTransformer",
+    "T5FilmDecoder",
+    "Transformer2DModel",
+    "TransformerTemporalModel",
+}
 """Classes among diffusers' transformers that denoise nothing, or are layers of a U-Net."""
 
 LONGEST = 110
@@ -227,9 +231,15 @@ def page(verdicts: Mapping[str, Verdict]) -> str:
     fused = [found for found in counts if found[1] == found[2]]
     watched = Counter(alone.values())
     return PAGE_HEAD.format(
-        version=diffusers.__version__, kinds=kinds, rows=rows, attached=len(pipelines),
-        fused=len(fused), watched=len(alone), cut=watched["cut"], learnt=watched["learnt"],
-    )  # fmt: skip
+        version=diffusers.__version__,
+        kinds=kinds,
+        rows=rows,
+        attached=len(pipelines),
+        fused=len(fused),
+        watched=len(alone),
+        cut=watched["cut"],
+        learnt=watched["learnt"],
+    )
 
 
 PAGE_HEAD = """\

@@ -15,19 +15,33 @@ WAN = family_of("WanTransformer3DModel", "")
 
 CHANNELS, FFN, TEXT, FREQUENCIES, LAYERS, LATENT = 32, 48, 24, 32, 3, 4
 DIMS = {
-    "batch": 1, "frames": 3, "height": 6, "width": 10, "tokens": 45, "tokens_per_frame": 15,
-    "text_tokens": 7, "image_tokens": 9, "steps": 5,
-}  # fmt: skip
+    "batch": 1,
+    "frames": 3,
+    "height": 6,
+    "width": 10,
+    "tokens": 45,
+    "tokens_per_frame": 15,
+    "text_tokens": 7,
+    "image_tokens": 9,
+    "steps": 5,
+}
 
 
 @pytest.fixture(scope="module")
 def tiny_cut(shared_cut: Callable[..., Cut]) -> Callable[..., Cut]:
     """Return a function that cuts the tiny Wan transformer, or one that differs from it."""
     tiny = {
-        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": LATENT,
-        "out_channels": LATENT, "text_dim": TEXT, "freq_dim": FREQUENCIES, "ffn_dim": FFN,
-        "num_layers": LAYERS, "rope_max_seq_len": 64, "patch_size": (1, 2, 2),
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": LATENT,
+        "out_channels": LATENT,
+        "text_dim": TEXT,
+        "freq_dim": FREQUENCIES,
+        "ffn_dim": FFN,
+        "num_layers": LAYERS,
+        "rope_max_seq_len": 64,
+        "patch_size": (1, 2, 2),
+    }
     return lambda **config: shared_cut(WAN, {**tiny, **config})
 
 

@@ -33,9 +33,16 @@ WAN = family_of("WanTransformer3DModel", "")
 
 SPECS = {n: p.spec for n, p in policies().items()}
 DIMS = {
-    "batch": 1, "frames": 3, "height": 20, "width": 28, "tokens": 420, "tokens_per_frame": 140,
-    "text_tokens": 17, "image_tokens": 9, "steps": 6,
-}  # fmt: skip
+    "batch": 1,
+    "frames": 3,
+    "height": 20,
+    "width": 28,
+    "tokens": 420,
+    "tokens_per_frame": 140,
+    "text_tokens": 17,
+    "image_tokens": 9,
+    "steps": 6,
+}
 HIDDEN = 420 * 32 * 4
 
 
@@ -45,9 +52,7 @@ def cut(tiny_bundle: Bundle) -> Cut:
 
 
 def forecast(cut: Cut, setting: CacheSetting, branches: int = 1) -> Footprint:
-    return footprint_of(
-        cut, DIMS, branches=branches, settings={"chosen": setting}, specs=SPECS
-    )  # fmt: skip
+    return footprint_of(cut, DIMS, branches=branches, settings={"chosen": setting}, specs=SPECS)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +134,14 @@ def test_low_precision_halves_history_and_context(shared_cut: Callable[..., Cut]
     config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
     full, low = (
         footprint_of(
-            shared_cut(WAN, config, precision), DIMS, branches=1,
-            settings={"c": CacheSetting(policy="custom")}, specs=SPECS,
+            shared_cut(WAN, config, precision),
+            DIMS,
+            branches=1,
+            settings={"c": CacheSetting(policy="custom")},
+            specs=SPECS,
         )
         for precision in ("float32", "bfloat16")
-    )  # fmt: skip
+    )
     assert low.caches["c"].history_bytes * 2 == full.caches["c"].history_bytes
     key = "context keys and values"
     assert low.branch_bytes[key] * 2 == full.branch_bytes[key]

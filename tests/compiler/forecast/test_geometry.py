@@ -31,9 +31,13 @@ FAR = "wan_t2v_custom_1_3b"
 
 
 def check(
-    bundle: Bundle, entry: ConfigEntry, *, force: bool = False,
-    where: Mapping[str, Any] = MappingProxyType({}), **flags: Any,
-) -> str | None:  # fmt: skip
+    bundle: Bundle,
+    entry: ConfigEntry,
+    *,
+    force: bool = False,
+    where: Mapping[str, Any] = MappingProxyType({}),
+    **flags: Any,
+) -> str | None:
     size = size_of(entry.generation, **flags)
     return check_geometry(bundle, "mine", entry, size, force=force, **where)
 

@@ -116,10 +116,16 @@ def test_a_gpu_holds_the_pipelines_parts_and_offloading_leaves_it_less(
     def parts(backend: str, **options: bool) -> dict[str, int]:
         manifest = i2v_bundle.manifest
         found: dict[str, int] = forecast_memory(
-            cut_of(i2v_bundle), size, setting="run", settings={"run": entry.cache},
-            specs=manifest.specs, pipeline=i2v_checkpoint,
-            backend=backend, precision=manifest.precision, **options,
-        )["parts"]  # fmt: skip
+            cut_of(i2v_bundle),
+            size,
+            setting="run",
+            settings={"run": entry.cache},
+            specs=manifest.specs,
+            pipeline=i2v_checkpoint,
+            backend=backend,
+            precision=manifest.precision,
+            **options,
+        )["parts"]
         return found
 
     host, gpu, less = parts("onnxruntime"), parts("tensorrt"), parts("tensorrt", offload=True)

@@ -60,17 +60,19 @@ def graph(bfloat16_block: onnx.ModelProto) -> Graph:
 
 
 def test_a_template_traced_on_meta_holds_no_weights(
-    bfloat16_graphs: tuple[Path, dict[str, GraphEntry]], bfloat16_block: onnx.ModelProto,
+    bfloat16_graphs: tuple[Path, dict[str, GraphEntry]],
+    bfloat16_block: onnx.ModelProto,
     bfloat16_cut: Cut,
-) -> None:  # fmt: skip
+) -> None:
     folder, _ = bfloat16_graphs
     block = next(s for s in bfloat16_cut.segments if s.name == "block")
     weight_bytes = sum(p.numel() * p.element_size() for p in block.module.parameters())
     assert weight_bytes > 20_000_000
     assert (folder / "graphs" / "block.onnx").stat().st_size < 50_000
     assert sorted(p.name for p in (folder / "graphs").iterdir()) == [
-        "block.onnx", "block_tapped.onnx"
-    ]  # fmt: skip
+        "block.onnx",
+        "block_tapped.onnx",
+    ]
     for tensor in bfloat16_block.graph.initializer:
         assert tensor.data_location != TensorProto.EXTERNAL
         assert np.prod(tensor.dims, dtype=int) <= 1024, f"'{tensor.name}' is as large as a weight"
@@ -194,10 +196,12 @@ class Mirrored(Linear):
 
 def linear_segment(module: nn.Module) -> Segment:
     return Segment(
-        "linear", "step", module,
+        "linear",
+        "step",
+        module,
         {"x": TensorSpec("float32", ("batch", "tokens", 4))},
         {"y": TensorSpec("float32", ("batch", "tokens", 3))},
-    )  # fmt: skip
+    )
 
 
 def test_weights_come_out_as_initializers_without_data() -> None:
@@ -268,9 +272,10 @@ def test_operators_that_onnx_has_are_not_traced_again(
     """Either way the graph computes what the module does."""
     again, decompose = [], torch.export.ExportedProgram.run_decompositions
     monkeypatch.setattr(
-        torch.export.ExportedProgram, "run_decompositions",
+        torch.export.ExportedProgram,
+        "run_decompositions",
         lambda *given: again.append(1) or decompose(*given),
-    )  # fmt: skip
+    )
     model = trace(linear_segment(module()), {"tokens": 15})
     assert len(again) == traced_again
     real = module().to_empty(device="cpu")

@@ -257,9 +257,14 @@ def test_stitching_leaves_the_template_as_it_was(tiny_bundle: Bundle) -> None:
     template = ir.load(tiny_bundle.graph_path("block_tapped"))
     before = ir.to_proto(template).SerializeToString()
     stitch_blocks(
-        template, range(3), manifest.graphs["block_tapped"], manifest.graphs["context"].outputs,
-        manifest.tensors, tiny_bundle.folder, 1,
-    )  # fmt: skip
+        template,
+        range(3),
+        manifest.graphs["block_tapped"],
+        manifest.graphs["context"].outputs,
+        manifest.tensors,
+        tiny_bundle.folder,
+        1,
+    )
     assert ir.to_proto(template).SerializeToString() == before
 
 

@@ -21,9 +21,12 @@ pytestmark = pytest.mark.openvino
 UNKNOWN, BYTES = 2, 256
 
 TEXTS = (
-    "A cat walks on the grass, realistic style.", "cat \u201ccat\u201d  cat&amp;cat\u2019s",
-    "CAT (cat) cat: cat; 12 cats?", "\u00a0cat\tcat\r\n", "x" * 2000,
-)  # fmt: skip
+    "A cat walks on the grass, realistic style.",
+    "cat \u201ccat\u201d  cat&amp;cat\u2019s",
+    "CAT (cat) cat: cat; 12 cats?",
+    "\u00a0cat\tcat\r\n",
+    "x" * 2000,
+)
 """Beside the probes: what a graph that was proved on those is asked."""
 
 
@@ -55,9 +58,12 @@ def unigram(**changes):
 
 def save(tokenizer, folder):
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         model_max_length=512,
-    )  # fmt: skip
+    )
     wrapped.save_pretrained(folder / "tokenizer")
 
 

@@ -171,8 +171,13 @@ def test_template_graphs_have_the_declared_names(
         graph = onnx.load(folder / entries[name].file).graph
         assert names(graph.input) == [*entries[name].inputs, *entries[name].weights]
         assert list(entries[name].inputs) == [
-            "timestep_proj", "hidden", "rope_cos", "rope_sin", "attn2_key", "attn2_value",
-        ]  # fmt: skip
+            "timestep_proj",
+            "hidden",
+            "rope_cos",
+            "rope_sin",
+            "attn2_key",
+            "attn2_value",
+        ]
         assert names(graph.output) == list(entries[name].outputs) == outputs
         assert len(entries[name].weights) == 22
 
@@ -207,7 +212,9 @@ def test_no_graph_of_a_bundle_holds_a_weight(tiny_bundle: Bundle) -> None:
         # The large constants: 64 positions of 8 rotary frequencies, the rows of a schedule, and the
         # zeros that solves for 7 and for 5 unknowns are summed with.
         known = {
-            "rotary": 64 * 8 * 4, "decide.solved": MAXIMUM_STEPS * 8, "decide.spectrum": 7 * 8 * 7 * 4,
+            "rotary": 64 * 8 * 4,
+            "decide.solved": MAXIMUM_STEPS * 8,
+            "decide.spectrum": 7 * 8 * 7 * 4,
             "decide.dmd": 5 * 6 * 7 * 4,
-        }  # fmt: skip
+        }
         assert largest <= known.get(name, 256), name

@@ -33,10 +33,16 @@ from freewheel.runtime.session import Session
 
 FLUX = family_of("FluxTransformer2DModel", "")
 TINY = {
-    "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2,
-    "attention_head_dim": 16, "joint_attention_dim": 12, "pooled_projection_dim": 10,
-    "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
-}  # fmt: skip
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
 HEADS = {"num_attention_heads": 3, "attention_head_dim": 24, "axes_dims_rope": (4, 12, 8)}
 ODD = {
     **TINY,
@@ -207,8 +213,10 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
     arguments = {
         "prompt_embeds": torch.randn(1, 6, 12, generator=generator),
         "pooled_prompt_embeds": torch.randn(1, 10, generator=generator),
-        "height": 48, "width": 64, "guidance_scale": 3.5,
-    }  # fmt: skip
+        "height": 48,
+        "width": 64,
+        "guidance_scale": 3.5,
+    }
     by_content = CacheSetting(policy="teacache", parameters={"threshold": 1e6})
     transformer = check_attach(pipe, bundle, arguments, ["taylorseer", by_content])
     assert set(transformer.statistics.branches) == {"cond"}
@@ -231,11 +239,17 @@ def test_an_image_to_image_run_begins_within_the_schedule(model: Any, bundle: Bu
         pipe.image_processor = VaeImageProcessor(vae_scale_factor=16, vae_latent_channels=channels)
         seed = torch.Generator().manual_seed(0)
         return pipe(
-            image=torch.randn(1, channels, 6, 8, generator=seed), strength=0.6, num_inference_steps=10,
-            prompt_embeds=torch.randn(1, 6, 12, generator=seed), height=48, width=64,
-            pooled_prompt_embeds=torch.randn(1, 10, generator=seed), generator=seed,
-            output_type="latent", return_dict=False,
-        )[0]  # fmt: skip
+            image=torch.randn(1, channels, 6, 8, generator=seed),
+            strength=0.6,
+            num_inference_steps=10,
+            prompt_embeds=torch.randn(1, 6, 12, generator=seed),
+            height=48,
+            width=64,
+            pooled_prompt_embeds=torch.randn(1, 10, generator=seed),
+            generator=seed,
+            output_type="latent",
+            return_dict=False,
+        )[0]
 
     scheduler = FlowMatchEulerDiscreteScheduler()
     base = FluxPipeline(scheduler, None, None, None, None, None, copy.deepcopy(model))
@@ -254,11 +268,18 @@ def test_guidance_beside_the_models_own_is_a_second_branch(model: Any, bundle: B
         embeds = torch.randn(2, 1, 6, 12, generator=seed)
         pooled = torch.randn(2, 1, 10, generator=seed)
         return base(
-            prompt_embeds=embeds[0], pooled_prompt_embeds=pooled[0],
-            negative_prompt_embeds=embeds[1], negative_pooled_prompt_embeds=pooled[1],
-            true_cfg_scale=scale, num_inference_steps=6, height=48, width=64, generator=seed,
-            output_type="latent", return_dict=False,
-        )[0]  # fmt: skip
+            prompt_embeds=embeds[0],
+            pooled_prompt_embeds=pooled[0],
+            negative_prompt_embeds=embeds[1],
+            negative_pooled_prompt_embeds=pooled[1],
+            true_cfg_scale=scale,
+            num_inference_steps=6,
+            height=48,
+            width=64,
+            generator=seed,
+            output_type="latent",
+            return_dict=False,
+        )[0]
 
     expected = {scale: run(scale) for scale in (1.0, 4.0)}
     transformer = attach(base, bundle, "off", backend="onnxruntime")
@@ -285,10 +306,15 @@ def test_loras_of_flux_layouts_give_what_diffusers_gives(
     def output(pipe: Any) -> torch.Tensor:
         seed = torch.Generator().manual_seed(0)
         return pipe(
-            prompt_embeds=torch.randn(1, 6, 12, generator=seed), num_inference_steps=2, height=48,
-            width=64, pooled_prompt_embeds=torch.randn(1, 10, generator=seed), generator=seed,
-            output_type="latent", return_dict=False,
-        )[0]  # fmt: skip
+            prompt_embeds=torch.randn(1, 6, 12, generator=seed),
+            num_inference_steps=2,
+            height=48,
+            width=64,
+            pooled_prompt_embeds=torch.randn(1, 10, generator=seed),
+            generator=seed,
+            output_type="latent",
+            return_dict=False,
+        )[0]
 
     block, generator = model.transformer_blocks[0], torch.Generator().manual_seed(1)
     width, inner = block.attn.to_q.in_features, block.attn.to_q.out_features

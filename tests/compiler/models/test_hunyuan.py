@@ -28,14 +28,25 @@ from freewheel.runtime.session import Session
 
 HUNYUAN = family_of("HunyuanVideoTransformer3DModel", "")
 TINY = {
-    "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
-    "num_refiner_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
-    "text_embed_dim": 12, "pooled_projection_dim": 10, "rope_axes_dim": (4, 6, 6),
-}  # fmt: skip
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "text_embed_dim": 12,
+    "pooled_projection_dim": 10,
+    "rope_axes_dim": (4, 6, 6),
+}
 HEADS = {
-    "num_attention_heads": 3, "attention_head_dim": 24, "rope_axes_dim": (8, 4, 12), "patch_size": 1,
-    "patch_size_t": 2, "out_channels": 5,
-}  # fmt: skip
+    "num_attention_heads": 3,
+    "attention_head_dim": 24,
+    "rope_axes_dim": (8, 4, 12),
+    "patch_size": 1,
+    "patch_size_t": 2,
+    "out_channels": 5,
+}
 UNGUIDED = {"guidance_embeds": False, "num_refiner_layers": 1}
 IMAGE = {"in_channels": 9, "image_condition_type": "latent_concat"}
 GEOMETRIES = [
@@ -179,8 +190,11 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
         "prompt_embeds": torch.randn(1, 6, 12, generator=generator),
         "pooled_prompt_embeds": torch.randn(1, 10, generator=generator),
         "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]]),
-        "height": 32, "width": 48, "num_frames": 9, "guidance_scale": 6.0,
-    }  # fmt: skip
+        "height": 32,
+        "width": 48,
+        "num_frames": 9,
+        "guidance_scale": 6.0,
+    }
     by_content = CacheSetting(policy="teacache", parameters={"threshold": 1e6})
     transformer = check_attach(pipe, bundle, arguments, ["taylorseer", by_content])
     assert set(transformer.statistics.branches) == {"cond"}

@@ -78,11 +78,15 @@ def test_every_dimension_has_a_size(cut: Cut) -> None:
     ("name", "config", "coefficients"),
     [
         ("flux", "flux_dev_tea", [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]),
-        ("hunyuan", "hunyuan_video_tea", [733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896]),
+        (
+            "hunyuan",
+            "hunyuan_video_tea",
+            [733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896],
+        ),
         ("ltx", "ltx_video_tea", [21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326]),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
-)  # fmt: skip
+)
 def test_published_polynomials_look_at_a_signal_that_the_family_has(
     shared_cut: Callable[..., Cut], name: str, config: str, coefficients: list[float]
 ) -> None:
@@ -99,9 +103,11 @@ def test_published_polynomials_look_at_a_signal_that_the_family_has(
 
 def test_only_the_body_leaves_float32(cut: Cut) -> None:
     low = {s.name for s in cut.segments if s.precision != "float32"}
-    body = {s.block for s in cut.stages} | {s.tapped for s in cut.stages} | {
-        s.context for s in cut.stages
-    }  # fmt: skip
+    body = (
+        {s.block for s in cut.stages}
+        | {s.tapped for s in cut.stages}
+        | {s.context for s in cut.stages}
+    )
     assert low == body - {None}
     for segment in cut.segments:
         for name, spec in segment.outputs.items():

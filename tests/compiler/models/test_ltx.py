@@ -23,9 +23,14 @@ from freewheel.runtime.session import Session
 
 LTX = family_of("LTXVideoTransformer3DModel", "")
 TINY = {
-    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
-    "cross_attention_dim": 32, "num_layers": 3, "caption_channels": 12,
-}  # fmt: skip
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "num_layers": 3,
+    "caption_channels": 12,
+}
 HEADS = {"num_attention_heads": 3, "attention_head_dim": 10, "cross_attention_dim": 30}
 NORMS = {"norm_elementwise_affine": True, "norm_eps": 1e-4}
 BARE = {"attention_bias": False, "attention_out_bias": False}
@@ -192,11 +197,15 @@ def test_its_pipeline_takes_the_bundle(model: Any, bundle: Bundle) -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, 1, 6, 12, generator=generator)
     arguments = {
-        "prompt_embeds": states[0], "negative_prompt_embeds": states[1],
+        "prompt_embeds": states[0],
+        "negative_prompt_embeds": states[1],
         "prompt_attention_mask": torch.ones(1, 6),
         "negative_prompt_attention_mask": torch.tensor([[1.0, 1, 1, 0, 0, 0]]),
-        "height": 64, "width": 96, "num_frames": 17, "guidance_scale": 3.0,
-    }  # fmt: skip
+        "height": 64,
+        "width": 96,
+        "num_frames": 17,
+        "guidance_scale": 3.0,
+    }
     by_content = CacheSetting(
         policy="teacache", signal="modulated_input", parameters={"threshold": 1e6}
     )

@@ -21,15 +21,30 @@ from freewheel.core.errors import CheckpointError
 TOLERANCE = 1e-6
 
 TEXT = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
-    "text_dim": 24, "freq_dim": 32, "ffn_dim": 48, "num_layers": 3, "rope_max_seq_len": 64,
-}  # fmt: skip
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 24,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 3,
+    "rope_max_seq_len": 64,
+}
 IMAGE = {**TEXT, "in_channels": 9, "image_dim": 20, "added_kv_proj_dim": 32}
 
 ODD = {
-    **TEXT, "num_attention_heads": 1, "attention_head_dim": 12, "num_layers": 1, "ffn_dim": 7, "eps": 1e-4,
-    "cross_attn_norm": False, "in_channels": 5, "out_channels": 3, "patch_size": (2, 1, 2),
-}  # fmt: skip
+    **TEXT,
+    "num_attention_heads": 1,
+    "attention_head_dim": 12,
+    "num_layers": 1,
+    "ffn_dim": 7,
+    "eps": 1e-4,
+    "cross_attn_norm": False,
+    "in_channels": 5,
+    "out_channels": 3,
+    "patch_size": (2, 1, 2),
+}
 GEOMETRIES = [
     pytest.param(TEXT, id="text-to-video"),
     pytest.param(IMAGE, id="image-to-video"),
@@ -225,9 +240,15 @@ def test_declared_specs_are_those_of_the_modules(cut_model: Callable[..., Cut]) 
     chain = Chain(cut_model(model), model)
     chain.run(random_inputs(IMAGE, size))
     sizes = {
-        "batch": batch, "frames": frames, "height": height, "width": width, "text_tokens": tokens,
-        "image_tokens": 7, "tokens": frames * height * width // 4, "steps": 1,
-    }  # fmt: skip
+        "batch": batch,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "text_tokens": tokens,
+        "image_tokens": 7,
+        "tokens": frames * height * width // 4,
+        "steps": 1,
+    }
     checked = 0
     for segment in chain.cut.segments:
         for name, spec in {**segment.inputs, **segment.outputs}.items():

@@ -37,9 +37,16 @@ from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 
 TINY = {
-    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
-    "text_dim": 12, "freq_dim": 32, "ffn_dim": 24, "num_layers": 2, "rope_max_seq_len": 32,
-}  # fmt: skip
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 12,
+    "freq_dim": 32,
+    "ffn_dim": 24,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
 BOUNDARY = 0.875
 SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
 
@@ -54,10 +61,11 @@ def write_checkpoint(folder: Path, form: str = "linked") -> Path:
     first.save_pretrained(folder / "transformer")
     second.to(FORMS[form]).save_pretrained(folder / "transformer_2")
     index = {
-        "_class_name": "WanPipeline", "boundary_ratio": BOUNDARY,
+        "_class_name": "WanPipeline",
+        "boundary_ratio": BOUNDARY,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": ["diffusers", "WanTransformer3DModel"],
-    }  # fmt: skip
+    }
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     scheduler = UniPCMultistepScheduler(**SCHEDULER)
     scheduler.save_pretrained(folder / "scheduler")
@@ -92,9 +100,11 @@ def test_forecasts_count_both_experts(checkpoint: Path, bundle: Bundle, tmp_path
     assert whole["memory"]["experts"] == 2
     assert whole["memory"]["parts"]["weights"] == whole["tensors"]["bytes"]
     ahead = BuildRequest(
-        model=str(checkpoint), out=tmp_path / "out", backends=[backend("onnxruntime")],
+        model=str(checkpoint),
+        out=tmp_path / "out",
+        backends=[backend("onnxruntime")],
         configs=config_entries(["off"], lambda text: None),
-    )  # fmt: skip
+    )
     size = size_of(generation_of(), height=32, width=48, frames=5, steps=4)
     planned = describe_plan(plan(ahead), size)["forecast"]
     assert planned["memory"]["parts"] == whole["memory"]["parts"]
@@ -114,10 +124,18 @@ def latents(pipe: Any, steps: int, guidance: float = 3.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, 1, 6, 12, generator=generator)
     found: torch.Tensor = pipe(
-        prompt_embeds=states[0], negative_prompt_embeds=states[1], height=32, width=48,
-        num_frames=5, num_inference_steps=steps, guidance_scale=guidance, guidance_scale_2=2.0,
-        output_type="latent", generator=torch.Generator().manual_seed(1), return_dict=False,
-    )[0]  # fmt: skip
+        prompt_embeds=states[0],
+        negative_prompt_embeds=states[1],
+        height=32,
+        width=48,
+        num_frames=5,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        guidance_scale_2=2.0,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(1),
+        return_dict=False,
+    )[0]
     return found
 
 
@@ -284,8 +302,11 @@ def test_experts_of_two_geometries_are_refused(checkpoint: Path, tmp_path: Path)
 
 def test_engines_with_weights_inside_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     request = BuildRequest(
-        model=str(checkpoint), out=tmp_path / "b", backends=[backend("onnxruntime")],
-        configs=config_entries(["off"], print), weights="baked",
-    )  # fmt: skip
+        model=str(checkpoint),
+        out=tmp_path / "b",
+        backends=[backend("onnxruntime")],
+        configs=config_entries(["off"], print),
+        weights="baked",
+    )
     with pytest.raises(ConfigError, match=r"--weights baked.*this pipeline has two"):
         build(plan(request))

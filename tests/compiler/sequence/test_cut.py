@@ -67,9 +67,12 @@ def called(segment: Segment, weights: Mapping[str, Tensor], given: Mapping[str, 
 
 
 def over_ranks(
-    sequence: SequenceCut, block: Segment, weights: Mapping[str, Tensor],
-    given: Mapping[str, Tensor], dims: Mapping[str, int],
-) -> dict[str, Tensor]:  # fmt: skip
+    sequence: SequenceCut,
+    block: Segment,
+    weights: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    dims: Mapping[str, int],
+) -> dict[str, Tensor]:
     """Run a block's parts as ranks do, tensors handed over in one process."""
     segments = {s.name: s for s in sequence.segments}
     ranks = [Share(rank, RANKS, sequence.entry) for rank in range(RANKS)]
@@ -219,6 +222,8 @@ def test_baked_weights_are_refused(
     assert BuildRequest.sequence_parallel is False
     with pytest.raises(ConfigError, match="--weights baked: compiles blocks together"):
         build_bundle(
-            repository / "models" / "shapes_wan", ("onnxruntime",), weights="baked",
+            repository / "models" / "shapes_wan",
+            ("onnxruntime",),
+            weights="baked",
             sequence_parallel=True,
-        )  # fmt: skip
+        )

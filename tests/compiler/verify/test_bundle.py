@@ -142,10 +142,12 @@ FAULTS = {
         r"graph 'block' \(onnxruntime\), block 0.*differs by.*1e-05 is allowed",
     ),
     "a variant of the block in place of another": (
-        {("block_tapped", "onnxruntime")}, r"output 'attention_output' is in the manifest only",
+        {("block_tapped", "onnxruntime")},
+        r"output 'attention_output' is in the manifest only",
     ),
     "an altered portable graph whose engine is good": (
-        {("finish", "onnx")}, r"graph 'finish' \(onnx\).*differs by",
+        {("finish", "onnx")},
+        r"graph 'finish' \(onnx\).*differs by",
     ),
     "a policy of another law": (
         {("decide.teacache", "onnxruntime"), ("decide.teacache", "onnx")},
@@ -155,7 +157,7 @@ FAULTS = {
         {("decide.custom", "onnxruntime"), ("decide.adacache", "onnxruntime")},
         r"input '.*' is in the (engine|manifest) only",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

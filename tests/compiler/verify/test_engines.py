@@ -60,11 +60,18 @@ def subject(function, *, outputs: str = "hidden_out", blocks: int = 1) -> Subjec
         return SimpleNamespace(run=lambda: values[outputs].copy_(function(values["hidden"])))
 
     return Subject(
-        "scale", "fake", None,
+        "scale",
+        "fake",
+        None,
         GraphEntry(file="f", runs="block", inputs={"hidden": io}, outputs={outputs: io}),
-        SimpleNamespace(inputs={"hidden": spec}, outputs={outputs: spec}), bind,
-        Reference(segment, weights, chain), torch.device("cpu"), lambda: None, dict, taps,
-    )  # fmt: skip
+        SimpleNamespace(inputs={"hidden": spec}, outputs={outputs: spec}),
+        bind,
+        Reference(segment, weights, chain),
+        torch.device("cpu"),
+        lambda: None,
+        dict,
+        taps,
+    )
 
 
 def cases() -> list[dict[str, Tensor]]:
@@ -99,10 +106,17 @@ def test_a_table_may_be_off_by_what_rounding_of_its_timesteps_moves_it() -> None
 
         segment = Segment("table", runs, Sine(), {"timesteps": spec}, {"y": spec})
         one = Subject(
-            "table", "fake", None, GraphEntry(file="f", runs=runs, inputs=inputs, outputs=outputs),
-            SimpleNamespace(inputs={"timesteps": spec}, outputs={"y": spec}), bind,
-            Reference(segment, [{}]), torch.device("cpu"), lambda: None, dict,
-        )  # fmt: skip
+            "table",
+            "fake",
+            None,
+            GraphEntry(file="f", runs=runs, inputs=inputs, outputs=outputs),
+            SimpleNamespace(inputs={"timesteps": spec}, outputs={"y": spec}),
+            bind,
+            Reference(segment, [{}]),
+            torch.device("cpu"),
+            lambda: None,
+            dict,
+        )
         (found,) = compare(one, [{"timesteps": torch.linspace(500.0, 1000.0, 64)}])
         return found
 
@@ -149,7 +163,7 @@ def test_tolerances_grow_as_precisions_round() -> None:
         ({"hidden": GOOD}, {"y": ("float32", ("a", "b", 5))}, "output 'y' is"),
         ({"hidden": ("float16", ("a", "b", 4))}, {"y": GOOD}, "input 'hidden' is"),
     ],
-)  # fmt: skip
+)
 def test_interfaces_are_held_to_the_manifest(inputs, outputs, said) -> None:
     io = IoEntry(**SPEC)
     entry = GraphEntry(file="f", runs="block", inputs={"hidden": io}, outputs={"y": io})

@@ -92,7 +92,7 @@ def test_only_a_difference_at_the_threshold_is_a_tie() -> None:
             "param.threshold": torch.tensor(0.25),
             "param.coefficients": torch.tensor([0, 0, 0, 0, 1.0, 0]),
             "state.distance": torch.tensor(0.0),
-        }  # fmt: skip
+        }
         expected = law(inputs)
         found = law({**inputs, "param.threshold": inputs["param.threshold"] * (1 + moved)})
         assert disagreement(expected, found, 1e-6) == "law says compute, graph says reuse"

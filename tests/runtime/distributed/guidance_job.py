@@ -45,9 +45,14 @@ def wan(folder: Path) -> Call:
 def image_to_video(folder: Path) -> Call:
     pipe = WanImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32)
     return pipe, {
-        "image": Image.new("RGB", (48, 32), "red"), "prompt": "a circle", "negative_prompt": "",
-        "guidance_scale": 5.0, "height": 32, "width": 48, "num_frames": 5,
-    }  # fmt: skip
+        "image": Image.new("RGB", (48, 32), "red"),
+        "prompt": "a circle",
+        "negative_prompt": "",
+        "guidance_scale": 5.0,
+        "height": 32,
+        "width": 48,
+        "num_frames": 5,
+    }
 
 
 def qwen_image(folder: Path) -> Call:
@@ -56,11 +61,14 @@ def qwen_image(folder: Path) -> Call:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = QwenImagePipeline(scheduler, None, None, None, model)  # type: ignore[arg-type]  # parts not needed
     return pipe, {
-        "prompt_embeds": drawn(1, 6, width), "negative_prompt_embeds": drawn(1, 6, width, seed=1),
+        "prompt_embeds": drawn(1, 6, width),
+        "negative_prompt_embeds": drawn(1, 6, width, seed=1),
         "prompt_embeds_mask": torch.ones(1, 6, dtype=torch.int64),
         "negative_prompt_embeds_mask": torch.tensor([[1, 1, 1, 1, 0, 0]]),
-        "true_cfg_scale": 3.0, "height": 64, "width": 96,
-    }  # fmt: skip
+        "true_cfg_scale": 3.0,
+        "height": 64,
+        "width": 96,
+    }
 
 
 def hunyuan_video(folder: Path) -> Call:
@@ -70,12 +78,17 @@ def hunyuan_video(folder: Path) -> Call:
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
     width, pooled = model.config.text_embed_dim, model.config.pooled_projection_dim
     return pipe, {
-        "prompt_embeds": drawn(1, 6, width), "negative_prompt_embeds": drawn(1, 6, width, seed=1),
+        "prompt_embeds": drawn(1, 6, width),
+        "negative_prompt_embeds": drawn(1, 6, width, seed=1),
         "pooled_prompt_embeds": drawn(1, pooled),
         "negative_pooled_prompt_embeds": drawn(1, pooled, seed=1),
-        "prompt_attention_mask": mask, "negative_prompt_attention_mask": mask,
-        "true_cfg_scale": 2.0, "height": 32, "width": 48, "num_frames": 9,
-    }  # fmt: skip
+        "prompt_attention_mask": mask,
+        "negative_prompt_attention_mask": mask,
+        "true_cfg_scale": 2.0,
+        "height": 32,
+        "width": 48,
+        "num_frames": 9,
+    }
 
 
 def flux(folder: Path) -> Call:
@@ -85,8 +98,10 @@ def flux(folder: Path) -> Call:
     return pipe, {
         "prompt_embeds": drawn(1, 6, model.config.joint_attention_dim),
         "pooled_prompt_embeds": drawn(1, model.config.pooled_projection_dim),
-        "height": 48, "width": 64, "guidance_scale": 3.5,
-    }  # fmt: skip
+        "height": 48,
+        "width": 64,
+        "guidance_scale": 3.5,
+    }
 
 
 PIPELINES = {f.__name__: f for f in (wan, image_to_video, qwen_image, hunyuan_video, flux)}
@@ -111,9 +126,12 @@ def settings(bundle: Bundle) -> dict[str, CacheSetting]:
 def latents(pipe: Any, arguments: dict[str, Any]) -> Tensor:
     seed = torch.Generator().manual_seed(3)
     found: Tensor = pipe(
-        **arguments, num_inference_steps=STEPS, generator=seed, output_type="latent",
+        **arguments,
+        num_inference_steps=STEPS,
+        generator=seed,
+        output_type="latent",
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     return found
 
 

@@ -24,6 +24,11 @@ def torchrun(
     place = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
     return subprocess.run(
-        [*launcher, *place, *(str(a) for a in arguments)], capture_output=True, text=True,
-        timeout=SLOW_SECONDS, check=False, env=variables, cwd=Path(__file__).parent,
-    )  # fmt: skip
+        [*launcher, *place, *(str(a) for a in arguments)],
+        capture_output=True,
+        text=True,
+        timeout=SLOW_SECONDS,
+        check=False,
+        env=variables,
+        cwd=Path(__file__).parent,
+    )

@@ -26,10 +26,15 @@ class Arrival:
 @pytest.mark.parametrize(
     "view",
     [
-        lambda t: t[:, :2], lambda t: t.chunk(2)[1], lambda t: t.unsqueeze(0), lambda t: t.view(-1),
-        lambda t: t.transpose(0, 1), lambda t: t.detach(), lambda t: t.float(),
+        lambda t: t[:, :2],
+        lambda t: t.chunk(2)[1],
+        lambda t: t.unsqueeze(0),
+        lambda t: t.view(-1),
+        lambda t: t.transpose(0, 1),
+        lambda t: t.detach(),
+        lambda t: t.float(),
     ],
-)  # fmt: skip
+)
 def test_views_and_shapes_fetch_nothing(view: Callable[[Tensor], Tensor]) -> None:
     arrival = Arrival()
     seen = view(Awaited(arrival.buffer, arrival))
@@ -42,10 +47,14 @@ def test_views_and_shapes_fetch_nothing(view: Callable[[Tensor], Tensor]) -> Non
 @pytest.mark.parametrize(
     "read",
     [
-        lambda t: t * 2 - t, lambda t: torch.ones(2, 4, 3) + t - 1, lambda t: t.clone(),
-        lambda t: t.to(torch.float64), lambda t: torch.where(t > 1, t, t), lambda t: t.add_(0),
+        lambda t: t * 2 - t,
+        lambda t: torch.ones(2, 4, 3) + t - 1,
+        lambda t: t.clone(),
+        lambda t: t.to(torch.float64),
+        lambda t: torch.where(t > 1, t, t),
+        lambda t: t.add_(0),
     ],
-)  # fmt: skip
+)
 def test_values_are_fetched_before_they_are_read(read: Callable[[Tensor], Tensor]) -> None:
     arrival = Arrival()
     found = read(Awaited(arrival.buffer, arrival))

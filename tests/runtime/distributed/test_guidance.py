@@ -39,11 +39,13 @@ Built = tuple[str, str, Path, Bundle]
             for name in ("wan", "qwen_image", "flux", "image_to_video", "hunyuan_video")
         ),
     ],
-)  # fmt: skip
+)
 def built(
-    request: pytest.FixtureRequest, repository: Path, build_bundle: Callable[..., Bundle],
+    request: pytest.FixtureRequest,
+    repository: Path,
+    build_bundle: Callable[..., Bundle],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Built:  # fmt: skip
+) -> Built:
     """A kind of pipeline, the policies to run ("" is all), its checkpoint, and a bundle of it."""
     kind, only = request.param
     if kind == "wan":

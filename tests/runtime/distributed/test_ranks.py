@@ -44,11 +44,13 @@ nightly = pytest.mark.nightly
         pytest.param("silent", "rank 1: has not answered rank 0 for 30 s", marks=nightly),
         pytest.param("without_memory", "memory", marks=nightly),
         pytest.param("not_finite", "branch 'uncond', step 2", marks=nightly),
-        pytest.param("another_version", "rank 1: the version of freewheel is '0.0.1'", marks=nightly),
+        pytest.param(
+            "another_version", "rank 1: the version of freewheel is '0.0.1'", marks=nightly
+        ),
         pytest.param("another_request", "rank 1: seed is '8', rank 0's is '7'", marks=nightly),
         pytest.param("another_bundle", "rank 1: the bundle's manifest is", marks=nightly),
     ],
-)  # fmt: skip
+)
 def test_a_rank_that_fails_ends_the_run_with_one_error(
     demo_bundle: Bundle, tmp_path: Path, kind: str, said: str
 ) -> None:
@@ -58,9 +60,16 @@ def test_a_rank_that_fails_ends_the_run_with_one_error(
         manifest = json.loads((other / "manifest.json").read_text())
         (other / "manifest.json").write_text(json.dumps(manifest, indent=3))
     done = torchrun(
-        FAILING, kind, "run", demo_bundle.folder, *REQUEST, "--out", out,
-        **({TIMEOUT: "30"} if kind == "silent" else {}), OTHER_BUNDLE=str(other),
-    )  # fmt: skip
+        FAILING,
+        kind,
+        "run",
+        demo_bundle.folder,
+        *REQUEST,
+        "--out",
+        out,
+        **({TIMEOUT: "30"} if kind == "silent" else {}),
+        OTHER_BUNDLE=str(other),
+    )
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, done.stderr

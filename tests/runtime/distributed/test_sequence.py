@@ -46,9 +46,11 @@ BundleOf = Callable[[str, str], tuple[Path, Bundle]]
 
 @pytest.fixture(scope="module")
 def shared_bundle(
-    repository: Path, build_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory,
+    repository: Path,
+    build_bundle: Callable[..., Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
-) -> BundleOf:  # fmt: skip
+) -> BundleOf:
     """Return a function from a kind of pipeline and a backend to its checkpoint, and a bundle of it."""
     folders: dict[str, Path] = {"wan": repository / "models" / "shapes_wan"}
     made: dict[tuple[str, str], Bundle] = {}
@@ -94,9 +96,10 @@ def shared_bundle(
     ids=lambda one: "{}-{}-{}-over-{}".format(*one),
 )
 def seen(
-    request: pytest.FixtureRequest, shared_bundle: BundleOf,
+    request: pytest.FixtureRequest,
+    shared_bundle: BundleOf,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Seen:  # fmt: skip
+) -> Seen:
     """What every rank saw, policy by policy."""
     kind, backend, ranks, guidance, only = request.param
     checkpoint, bundle = shared_bundle(kind, backend)
@@ -156,18 +159,28 @@ def test_a_step_sends_what_the_formula_gives(seen: Seen) -> None:
         pytest.param("silent", "rank 1: has not answered rank 0 for 30 s", marks=nightly),
         pytest.param("without_memory", "memory", marks=nightly),
         pytest.param("not_finite", "branch 'uncond', step 2", marks=nightly),
-        pytest.param("decides_otherwise", "decided otherwise than rank 0: computes is", marks=nightly),
-        pytest.param("another_version", "rank 1: the version of freewheel is '0.0.1'", marks=nightly),
+        pytest.param(
+            "decides_otherwise", "decided otherwise than rank 0: computes is", marks=nightly
+        ),
+        pytest.param(
+            "another_version", "rank 1: the version of freewheel is '0.0.1'", marks=nightly
+        ),
         pytest.param("another_request", "rank 1: seed is '8', rank 0's is '7'", marks=nightly),
     ],
-)  # fmt: skip
+)
 def test_a_rank_that_fails_ends_the_run_with_one_error(
     sequence_bundle: Bundle, tmp_path: Path, kind: str, said: str
 ) -> None:
     done = torchrun(
-        FAILING, kind, "run", sequence_bundle.folder, *REQUEST, "--out", tmp_path / "video.png",
+        FAILING,
+        kind,
+        "run",
+        sequence_bundle.folder,
+        *REQUEST,
+        "--out",
+        tmp_path / "video.png",
         **({TIMEOUT: "30"} if kind == "silent" else {}),
-    )  # fmt: skip
+    )
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, done.stderr

@@ -14,8 +14,11 @@ from freewheel.runtime.distributed.shares import Share, share, side_by_side
 ENTRY = SequenceEntry(
     sums={"joint": ["text_tokens", "tokens"]},
     shared={"hidden": ["tokens"], "text": ["text_tokens"], "angles": ["text_tokens", "tokens"]},
-    blocks={}, rows="finish.rows", joined=None, policies={},
-)  # fmt: skip
+    blocks={},
+    rows="finish.rows",
+    joined=None,
+    policies={},
+)
 
 
 @given(count=st.integers(1, 1000), size=st.integers(1, 9))
@@ -34,8 +37,10 @@ def test_a_part_of_a_sequence_is_a_part_of_each_stream() -> None:
     assert second.parts(["text_tokens", "tokens"], dims) == [((3, 5), (0, 2)), ((9, 12), (2, 5))]
     assert second.counts("joint", dims) == [7, 5]
     assert second.local_dims(dims) == {
-        "local_tokens": 3, "local_text_tokens": 2, "local_joint": 5,
-    }  # fmt: skip
+        "local_tokens": 3,
+        "local_text_tokens": 2,
+        "local_joint": 5,
+    }
 
 
 def test_a_rank_without_tokens_is_refused_by_name() -> None:

@@ -55,10 +55,18 @@ def latents(
     pipe: Any, steps: int = 20, guidance: float = 3.0, size: int = 96, **options: Any
 ) -> torch.Tensor:
     return pipe(
-        PROMPT, negative_prompt="", height=size, width=size, num_frames=5, num_inference_steps=steps,
-        guidance_scale=guidance, max_sequence_length=16, output_type="latent",
-        generator=torch.Generator().manual_seed(1), **options,
-    ).frames  # fmt: skip
+        PROMPT,
+        negative_prompt="",
+        height=size,
+        width=size,
+        num_frames=5,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=16,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(1),
+        **options,
+    ).frames
 
 
 def relative_l1(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -89,9 +97,10 @@ def test_a_timestep_for_each_token_is_the_steps_one_in_text_to_video(
     seen = []
     forward = pipe.transformer.forward
     monkeypatch.setattr(
-        pipe.transformer, "forward",
+        pipe.transformer,
+        "forward",
         lambda *a, **k: (seen.append(k["timestep"].shape), forward(*a, **k))[1],
-    )  # fmt: skip
+    )
     expected = latents(pipe, 6)
     assert all(len(shape) == 2 and shape[1] > 1 for shape in seen)
     attach(pipe, demo_bundle, "off")

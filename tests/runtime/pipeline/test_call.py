@@ -229,9 +229,12 @@ def test_what_the_pipeline_does_not_take_is_refused(
     ],
 )
 def test_nothing_is_loaded_for_what_is_refused(
-    bundles: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str], says: str,
-) -> None:  # fmt: skip
+    bundles: Callable[[str], Bundle],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert "from_pretrained" not in vars(FluxPipeline)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
@@ -283,10 +286,15 @@ def test_guidance_is_the_models_own_where_it_takes_one() -> None:
 
 @pytest.mark.parametrize(
     ("pipeline", "kind"),
-    [("FluxPipeline", (False, False)), ("WanPipeline", (True, False)), ("SanaVideoPipeline", (True, False)),
-     ("WanVideoToVideoPipeline", (True, False)), ("StableAudioPipeline", (False, True)),
-     ("AceStepPipeline", (False, True))],
-)  # fmt: skip
+    [
+        ("FluxPipeline", (False, False)),
+        ("WanPipeline", (True, False)),
+        ("SanaVideoPipeline", (True, False)),
+        ("WanVideoToVideoPipeline", (True, False)),
+        ("StableAudioPipeline", (False, True)),
+        ("AceStepPipeline", (False, True)),
+    ],
+)
 def test_what_a_pipeline_makes_is_read_from_its_call(
     pipeline: str, kind: tuple[bool, bool]
 ) -> None:
@@ -301,9 +309,13 @@ def test_a_pipeline_without_another_stays(folders: Callable[[str], Path]) -> Non
 
 def test_defaults_are_the_pipelines_own(folders: Callable[[str], Path]) -> None:
     assert pipeline_defaults(folders("flux")) == {
-        "steps": 28, "height": 1024, "width": 1024, "frames": 1, "guidance_scale": 3.5,
+        "steps": 28,
+        "height": 1024,
+        "width": 1024,
+        "frames": 1,
+        "guidance_scale": 3.5,
         "text_tokens": 512,
-    }  # fmt: skip
+    }
     assert pipeline_defaults(folders("ltx"))["frames"] == 161
     assert pipeline_defaults(None) == {}
 

@@ -62,10 +62,17 @@ def pipeline_latents(
     pipe: Any, image: Path, *, height: int, width: int, frames: int, guidance: float
 ) -> torch.Tensor:
     return pipe(
-        ImageOps.fit(Image.open(image).convert("RGB"), (width, height)), PROMPT, negative_prompt="",
-        height=height, width=width, num_frames=frames, num_inference_steps=8, output_type="latent",
-        guidance_scale=guidance, generator=torch.Generator().manual_seed(5),
-    ).frames  # fmt: skip
+        ImageOps.fit(Image.open(image).convert("RGB"), (width, height)),
+        PROMPT,
+        negative_prompt="",
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=8,
+        output_type="latent",
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(5),
+    ).frames
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -73,9 +80,15 @@ def pipeline_latents(
     ("height", "width", "frames", "guidance"), [(64, 96, 5, 3.0), (48, 32, 9, 1.0)]
 )
 def test_attached_image_to_video_gives_the_plain_pipelines_latents(
-    i2v_bundle: Bundle, i2v_checkpoint: Path, first_frame: Path, backend: str, height: int,
-    width: int, frames: int, guidance: float,
-) -> None:  # fmt: skip
+    i2v_bundle: Bundle,
+    i2v_checkpoint: Path,
+    first_frame: Path,
+    backend: str,
+    height: int,
+    width: int,
+    frames: int,
+    guidance: float,
+) -> None:
     size = {"height": height, "width": width, "frames": frames, "guidance": guidance}
     pipe = plain_pipeline(i2v_checkpoint)
     expected = pipeline_latents(pipe, first_frame, **size)
@@ -119,10 +132,17 @@ def test_a_request_names_its_sampler_and_the_next_has_the_pipelines_own(
     steps = 3
     torch.manual_seed(5)
     expected = plain(
-        ImageOps.fit(Image.open(first_frame).convert("RGB"), (96, 64)), PROMPT, negative_prompt="",
-        height=64, width=96, num_frames=5, num_inference_steps=steps, output_type="latent",
-        guidance_scale=1.0, generator=torch.Generator().manual_seed(5),
-    ).frames  # fmt: skip
+        ImageOps.fit(Image.open(first_frame).convert("RGB"), (96, 64)),
+        PROMPT,
+        negative_prompt="",
+        height=64,
+        width=96,
+        num_frames=5,
+        num_inference_steps=steps,
+        output_type="latent",
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(5),
+    ).frames
     own = maker.generate(request(first_frame)).latents
     few = {"sampler": sampler, "steps": steps, "flow_shift": 5.0, "guidance_scale": 1.0}
     torch.manual_seed(1)
@@ -184,8 +204,13 @@ def test_a_video_takes_the_proportions_of_its_image(maker: Generator, first_fram
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((832, 480), (480, 832)), ((480, 832), (832, 480)), ((64, 64), (624, 624)), ((4000, 2), (16, 28256))],
-)  # fmt: skip
+    [
+        ((832, 480), (480, 832)),
+        ((480, 832), (832, 480)),
+        ((64, 64), (624, 624)),
+        ((4000, 2), (16, 28256)),
+    ],
+)
 def test_sizes_follow_proportions(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert size_like(Image.new("RGB", size), 480 * 832, 16) == expected
 

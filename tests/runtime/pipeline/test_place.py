@@ -50,9 +50,12 @@ def test_calls_without_a_context_are_branches_by_their_prompts() -> None:
     assert found.branch(CAT, at(900)) == "cond"
     found.end_step("cond", 0)
     for timestep, prompt, expected in [
-        (900, DOG, ("uncond", 0)), (600, CAT, ("cond", 1)), (600, DOG, ("uncond", 1)),
-        (300, CAT, ("cond", 2)), (300, DOG, ("uncond", 2)),
-    ]:  # fmt: skip
+        (900, DOG, ("uncond", 0)),
+        (600, CAT, ("cond", 1)),
+        (600, DOG, ("uncond", 1)),
+        (300, CAT, ("cond", 2)),
+        (300, DOG, ("uncond", 2)),
+    ]:
         assert found.find(pipe.scheduler, prompt, at(timestep)) == expected
         found.end_step(*expected)
     assert found.find(pipe.scheduler, CAT, at(900)) is None, "the next run"

@@ -19,11 +19,17 @@ from freewheel.runtime.pipeline.adapters import Adapters
 from freewheel.runtime.pipeline.write_lora import write_lora
 
 KOHYA = {
-    "self_attn_q": "attn1.to_q", "self_attn_k": "attn1.to_k", "self_attn_v": "attn1.to_v",
-    "self_attn_o": "attn1.to_out.0", "cross_attn_q": "attn2.to_q", "cross_attn_k": "attn2.to_k",
-    "cross_attn_v": "attn2.to_v", "cross_attn_o": "attn2.to_out.0", "ffn_0": "ffn.net.0.proj",
+    "self_attn_q": "attn1.to_q",
+    "self_attn_k": "attn1.to_k",
+    "self_attn_v": "attn1.to_v",
+    "self_attn_o": "attn1.to_out.0",
+    "cross_attn_q": "attn2.to_q",
+    "cross_attn_k": "attn2.to_k",
+    "cross_attn_v": "attn2.to_v",
+    "cross_attn_o": "attn2.to_out.0",
+    "ffn_0": "ffn.net.0.proj",
     "ffn_2": "ffn.net.2",
-}  # fmt: skip
+}
 """What musubi-tuner calls a block's modules → what diffusers calls them."""
 
 
@@ -57,11 +63,14 @@ def light(bundle: Bundle) -> dict[str, Tensor]:
     """LightX2V's distilled ones: pairs, and differences of biases, norms, tables and whole weights."""
     generator = torch.Generator().manual_seed(1)
     names = {
-        "blocks.0.norm3.diff": "blocks.0.norm2.weight", "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
+        "blocks.0.norm3.diff": "blocks.0.norm2.weight",
+        "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
         "blocks.2.self_attn.norm_k.diff": "blocks.2.attn1.norm_k.weight",
-        "blocks.1.diff_m": "blocks.1.scale_shift_table", "head.diff_m": "scale_shift_table",
-        "head.head.diff": "proj_out.weight", "patch_embedding.diff_b": "patch_embedding.bias",
-    }  # fmt: skip
+        "blocks.1.diff_m": "blocks.1.scale_shift_table",
+        "head.diff_m": "scale_shift_table",
+        "head.head.diff": "proj_out.weight",
+        "patch_embedding.diff_b": "patch_embedding.bias",
+    }
     state = {
         f"diffusion_model.{ours}": torch.randn(
             bundle.manifest.tensors[theirs].shape, generator=generator
@@ -129,9 +138,12 @@ def by_peft(bundle: Bundle, file: str, scale: float, pipeline: Path) -> dict[str
 
     adapters = Adapters(bundle, "", None)
     pipe = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=adapters.module,
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=adapters.module,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-    )  # fmt: skip
+    )
     adapters.add(load_lora(pipe, parse_lora(file), "given", adapters.module), scale)
     if adapters.has_adapters:
         adapters.module.set_adapters(["given"], [scale])

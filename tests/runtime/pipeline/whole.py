@@ -61,19 +61,30 @@ def t5(width: int) -> Any:
 
 def clip(width: int, projected: int | None = None) -> Any:
     config = CLIPTextConfig(
-        vocab_size=WORDS, hidden_size=width, intermediate_size=16, num_hidden_layers=3,
-        num_attention_heads=2, projection_dim=projected or width, eos_token_id=1, pad_token_id=0,
+        vocab_size=WORDS,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        projection_dim=projected or width,
+        eos_token_id=1,
+        pad_token_id=0,
         bos_token_id=2,
-    )  # fmt: skip
+    )
     return CLIPTextModel(config) if projected is None else CLIPTextModelWithProjection(config)
 
 
 def picture_vae(channels: int) -> Any:
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=channels, shift_factor=0.1,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        latent_channels=channels,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def dynamic() -> Any:
@@ -82,10 +93,13 @@ def dynamic() -> Any:
 
 def flux(config: Any) -> dict[str, Any]:
     return {
-        "scheduler": dynamic(), "vae": picture_vae(config.in_channels // 4),
-        "tokenizer": tokenizer(77), "text_encoder": clip(config.pooled_projection_dim),
-        "tokenizer_2": tokenizer(), "text_encoder_2": t5(config.joint_attention_dim),
-    }  # fmt: skip
+        "scheduler": dynamic(),
+        "vae": picture_vae(config.in_channels // 4),
+        "tokenizer": tokenizer(77),
+        "text_encoder": clip(config.pooled_projection_dim),
+        "tokenizer_2": tokenizer(),
+        "text_encoder_2": t5(config.joint_attention_dim),
+    }
 
 
 def sd3(config: Any) -> dict[str, Any]:
@@ -93,50 +107,71 @@ def sd3(config: Any) -> dict[str, Any]:
     encoder = {"width": half, "projected": config.pooled_projection_dim // 2}
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": picture_vae(config.in_channels), "tokenizer": tokenizer(77),
-        "text_encoder": clip(**encoder), "tokenizer_2": tokenizer(77),
-        "text_encoder_2": clip(**encoder), "tokenizer_3": tokenizer(),
+        "vae": picture_vae(config.in_channels),
+        "tokenizer": tokenizer(77),
+        "text_encoder": clip(**encoder),
+        "tokenizer_2": tokenizer(77),
+        "text_encoder_2": clip(**encoder),
+        "tokenizer_3": tokenizer(),
         "text_encoder_3": t5(config.joint_attention_dim),
-    }  # fmt: skip
+    }
 
 
 def qwen_image(config: Any) -> dict[str, Any]:
     text = {
-        "vocab_size": WORDS, "hidden_size": config.joint_attention_dim, "intermediate_size": 16,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "vocab_size": WORDS,
+        "hidden_size": config.joint_attention_dim,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-    }  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2,
-              "out_hidden_size": config.joint_attention_dim}  # fmt: skip
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": config.joint_attention_dim,
+    }
     return {
-        "scheduler": dynamic(), "tokenizer": tokenizer(1024),
+        "scheduler": dynamic(),
+        "tokenizer": tokenizer(1024),
         "text_encoder": Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision)
         ),
         "vae": AutoencoderKLQwenImage(
-            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.0] * 4,
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         ),
-    }  # fmt: skip
+    }
 
 
 def pixart(config: Any) -> dict[str, Any]:
     return {
-        "scheduler": DPMSolverMultistepScheduler(), "vae": picture_vae(config.in_channels),
-        "tokenizer": tokenizer(), "text_encoder": t5(config.caption_channels),
-    }  # fmt: skip
+        "scheduler": DPMSolverMultistepScheduler(),
+        "vae": picture_vae(config.in_channels),
+        "tokenizer": tokenizer(),
+        "text_encoder": t5(config.caption_channels),
+    }
 
 
 def ltx(config: Any) -> dict[str, Any]:
     return {
-        "scheduler": dynamic(), "tokenizer": tokenizer(),
+        "scheduler": dynamic(),
+        "tokenizer": tokenizer(),
         "text_encoder": t5(config.caption_channels),
         "vae": AutoencoderKLLTXVideo(
-            latent_channels=config.in_channels, block_out_channels=(8,) * 4,
-            decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+            latent_channels=config.in_channels,
+            block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            layers_per_block=(1,) * 5,
             decoder_layers_per_block=(1,) * 5,
         ),
-    }  # fmt: skip
+    }
 
 
 def ltx_2(config: Any) -> dict[str, Any]:
@@ -183,24 +218,33 @@ def longcat_audio(config: Any) -> dict[str, Any]:
 def stable_audio(config: Any) -> dict[str, Any]:
     width = config.cross_attention_input_dim
     return {
-        "scheduler": EDMDPMSolverMultistepScheduler(), "tokenizer": tokenizer(16),
-        "text_encoder": t5(width), "projection_model": StableAudioProjectionModel(width, width, 0, 64),
+        "scheduler": EDMDPMSolverMultistepScheduler(),
+        "tokenizer": tokenizer(16),
+        "text_encoder": t5(width),
+        "projection_model": StableAudioProjectionModel(width, width, 0, 64),
         "vae": AutoencoderOobleck(
-            encoder_hidden_size=8, downsampling_ratios=[2, 2], channel_multiples=[1, 2],
-            decoder_channels=8, decoder_input_channels=config.in_channels, sampling_rate=4,
+            encoder_hidden_size=8,
+            downsampling_ratios=[2, 2],
+            channel_multiples=[1, 2],
+            decoder_channels=8,
+            decoder_input_channels=config.in_channels,
+            sampling_rate=4,
         ),
-    }  # fmt: skip
+    }
 
 
 def cogvideox(config: Any) -> dict[str, Any]:
     return {
-        "scheduler": CogVideoXDDIMScheduler(), "tokenizer": tokenizer(),
+        "scheduler": CogVideoXDDIMScheduler(),
+        "tokenizer": tokenizer(),
         "text_encoder": t5(config.text_embed_dim),
         "vae": AutoencoderKLCogVideoX(
-            latent_channels=config.in_channels, block_out_channels=(8,) * 4, norm_num_groups=4,
+            latent_channels=config.in_channels,
+            block_out_channels=(8,) * 4,
+            norm_num_groups=4,
             layers_per_block=1,
         ),
-    }  # fmt: skip
+    }
 
 
 def hunyuan(config: Any) -> dict[str, Any]:
