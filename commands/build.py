@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -202,7 +202,7 @@ def build(
             backend_of(name, precision, screen, to_build=True) for name in backend or ["auto"]
         ]
         if device is not None:
-            on_gpus = [one for one in backends if isinstance(one, StreamedBackend)]
+            on_gpus: list[Any] = [one for one in backends if isinstance(one, StreamedBackend)]
             for one in on_gpus or backends[:1]:
                 choose_gpu(one, device)
         if pipeline is None and not resume_engines and Path(model).is_dir():

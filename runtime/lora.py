@@ -36,6 +36,9 @@ PREFIXES = ("transformer.", "model.diffusion_model.", "diffusion_model.")
 """What may precede the names of a model's parameters."""
 
 FORMS = {"hada_", "lokr_"}
+NO_TARGETS = "model_type"
+"""What PEFT looks for where an adapter's config names no modules: a text model's own."""
+
 KNOW_LOKR = ("Flux2", "ZImage")
 """Pipelines whose loaders of diffusers take LoKr, in layouts of their own."""
 
@@ -192,6 +195,12 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str, model: Any) -> dict[
             )
         pipe.load_lora_weights(source, adapter_name=adapter_name)
     except KeyError as error:
+        if error.args == (NO_TARGETS,):
+            raise RequestError(
+                f"{place}, header 'lora_adapter_metadata'",
+                "names no 'target_modules', without which PEFT can't place the adapter",
+                "write the file with pipe.save_lora_weights, whose header is whole",
+            ) from error
         raise RequestError(
             f"{place}, tensor {error}",
             "is missing: diffusers converts this layout only whole",

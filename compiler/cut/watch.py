@@ -110,7 +110,10 @@ def usual_calls(pipe: Any, text: str) -> tuple[dict[str, Any], Sizes]:
     others: dict[str, dict[str, Any]] = {}
     if "prompt" in taken and "list" in str(taken["prompt"].annotation).lower():
         others["batch"] = {"prompt": [text, text]}
-    sizes = {"height": ("height", 128, 256), "width": ("width", 192, 320)}
+    sizes: dict[str, tuple[str, float, float]] = {
+        "height": ("height", 128, 256),
+        "width": ("width", 192, 320),
+    }
     sizes |= dict.fromkeys(FRAMES_KEYS, ("frames", 9, 17))
     sizes |= dict.fromkeys(SECONDS_KEYS, ("frames", 10.0, 20.0))
     for key in (k for k in sizes if k in taken):

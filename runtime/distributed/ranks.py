@@ -8,6 +8,7 @@ over gloo between CPUs and over NCCL between GPUs, from device buffer to device 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -265,10 +266,7 @@ class Ranks:
 
     def leave(self) -> None:
         """End this rank's part of the job."""
-        import torch.distributed as dist
-
-        with suppress(RuntimeError):  # the others may have ended before
-            dist.destroy_process_group()
+        _end_group()
 
     def _group_of(self, device: torch.device) -> Any:
         import torch.distributed as dist
@@ -376,6 +374,7 @@ def join_ranks() -> Ranks:
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=timeout
             )
+            atexit.register(_end_group)
         ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout), timeout, store)
     except RuntimeError as error:
         raise RankError(
@@ -384,6 +383,15 @@ def join_ranks() -> Ranks:
             f"see that all were started and reach MASTER_ADDR; {TIMEOUT}=SECONDS allows more",
         ) from error
     return ranks
+
+
+def _end_group() -> None:
+    """Destroy this process's groups; their threads abort a process that ends before."""
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):  # the others may have ended before
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def claim_error() -> bool:

@@ -103,7 +103,7 @@ def test_shipped_config_loads_by_stem_by_folder_and_by_path(name: str) -> None:
 
 def test_no_two_shipped_configs_share_a_name() -> None:
     folder = shipped_configs()["shapes_wan_off"].parents[1]
-    assert len(shipped_configs()) == len(list(folder.rglob("*.json"))) == 33
+    assert len(shipped_configs()) == len(list(folder.rglob("*.json"))) == 34
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "solved"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_what_diffusers_converters_can_not_take_is_refused_by_layout_and_module(
         with pytest.raises(RequestError, match=message):
             attach(pipe, tiny_bundle, "off", loras=[write(state)])
         assert pipe.transformer is own
+
+
+def test_a_header_that_names_no_modules_is_refused_by_what_it_lacks(
+    tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pipe, path = pipeline(tiny_checkpoint), tmp_path / "header.safetensors"
+    module = "transformer.blocks.0.attn1.to_q"
+    pair = {
+        f"{module}.lora_{side}.weight": torch.ones(4, 32).reshape(shape)
+        for side, shape in (("A", (4, 32)), ("B", (32, 4)))
+    }
+    text = json.dumps({"transformer.lora_alpha": 16, "transformer.r": 4})
+    save_file(pair, path, {"lora_adapter_metadata": text})
+    with pytest.raises(
+        RequestError, match=r"header 'lora_adapter_metadata': names no 'target_modules'"
+    ):
+        attach(pipe, tiny_bundle, "off", loras=[str(path)])
 
 
 def distilled(model: Any) -> dict[str, torch.Tensor]:
