@@ -347,8 +347,8 @@ def trace(
     try:
         with (
             _assumptions() as domain,
+            symbolic_python(),  # first: a patched method takes its module's names along
             patched(model_class, row.patches),
-            symbolic_python(),
             torch.no_grad(),
             warnings.catch_warnings(),
         ):
@@ -360,7 +360,7 @@ def trace(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            if not _is_functional(program.graph):  # something was written into a weight or constant
+            if not _is_plain(program.graph):
                 program = program.run_decompositions({})
             program.graph.eliminate_dead_code()  # views that were made again after a write
     except Exception as error:
@@ -372,10 +372,13 @@ def trace(
     return _read(program, model, config, dict(zip(named, leaves, strict=True)), named, runs, domain)
 
 
-def _is_functional(graph: fx.Graph) -> bool:
-    """Say whether no operation writes into its inputs."""
-    schemas = (getattr(node.target, "_schema", None) for node in graph.nodes)
-    return not any(schema is not None and schema.is_mutable for schema in schemas)
+def _is_plain(graph: fx.Graph) -> bool:
+    """Say whether no operation writes into a weight or a constant, or holds a graph as autocast does."""
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    schemas = (getattr(target, "_schema", None) for target in targets)
+    return not any(
+        isinstance(target, torch._ops.HigherOrderOperator) for target in targets
+    ) and not any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _read(
