@@ -17,7 +17,10 @@ __all__ = ["lora"]
 def lora(
     bundle: BundleArgument,
     file: Annotated[
-        str, typer.Argument(help="LoRA of any layout that `run --lora` takes: FILE[:scale].")
+        str,
+        typer.Argument(
+            help="LoRA of any layout that `run --lora` takes: [transformer_2=]FILE[:scale]."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="File to write, NAME.safetensors; requests say its NAME.")

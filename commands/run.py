@@ -106,7 +106,10 @@ def run(
         typer.Option(help="Another argument of the pipeline's call: key=value; repeatable."),
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(help="FILE[:scale] to merge at load; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="FILE[:scale] to merge at load; repeatable. transformer_2=FILE: into the second expert."
+        ),
     ] = None,
     backend: BackendOption = None,
     model: Annotated[

@@ -47,7 +47,7 @@ class LightX2VConfig:
         files: Part (``transformer``, ``low_noise``, ``text_encoder``, ``tokenizer``, ``vae``,
             ``image_encoder``) → file or folder that it names.
         takes_image_encoder: False where the file turns it off.
-        loras: ``FILE:scale``.
+        loras: ``[transformer_2=]FILE:scale``.
         boundary: Of two experts, the fraction of timesteps from which the first denoises.
         fps: Frames per second of the video.
         unread: Keys of the file that this run makes no use of, with the reason.
@@ -149,14 +149,8 @@ def _loras(path: Path, entries: Any) -> tuple[str, ...]:
         strength = entry.get("strength", 1.0)
         if not isinstance(strength, int | float) or not math.isfinite(strength):
             raise ConfigError(place, f"'strength' is {strength!r}", "give a number")
-        if entry.get("name") == LOW:
-            raise ConfigError(
-                place,
-                "is of the second expert, and `run` merges LoRAs into the first alone",
-                "attach the bundle to a diffusers pipeline and load it with "
-                "load_lora_weights(…, load_into_transformer_2=True)",
-            )
-        loras.append(f"{entry['path']}:{strength:g}")
+        part = "transformer_2=" if entry.get("name") == LOW else ""
+        loras.append(f"{part}{entry['path']}:{strength:g}")
     return tuple(loras)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import RequestError
 from .low_rank import FACTORS, plain_lora
 
-__all__ = ["DIFFERENCE", "LoraFile", "load_lora", "parse_lora"]
+__all__ = ["DIFFERENCE", "FIRST", "LoraFile", "check_parts", "load_lora", "parse_lora"]
 
 DIFFERENCE = ".difference"
 """After a parameter's whole name, in files that `freewheel lora` writes."""
@@ -51,6 +51,10 @@ LAYOUTS = {
 """What is in the name of a tensor → layouts that diffusers' loaders leave out or refuse."""
 
 
+FIRST, SECOND = "transformer", "transformer_2"
+"""Experts, by their names in a diffusers pipeline."""
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """A LoRA as a user names it.
@@ -58,21 +62,26 @@ class LoraFile:
     Attributes:
         path: A safetensors file.
         scale: Factor of the whole update.
+        part: Of the pipeline, whose weights it changes: ``transformer``, or the second expert.
     """
 
     path: str
     scale: float
+    part: str = FIRST
 
 
 def parse_lora(text: str) -> LoraFile:
-    """Read ``FILE[:scale]`` and look through the file's header.
+    """Read ``[PART=]FILE[:scale]`` and look through the file's header.
 
     Raises:
         RequestError: no such file, not safetensors, or a layout that can't be applied.
     """
-    path, separator, scale = text.rpartition(":")
-    if not separator or Path(text).exists():
-        path, scale = text, "1"
+    part, named, rest = text.partition("=")
+    if not named or part not in (FIRST, SECOND) or Path(text).exists():
+        part, rest = FIRST, text
+    path, separator, scale = rest.rpartition(":")
+    if not separator or Path(rest).exists():
+        path, scale = rest, "1"
     try:
         factor = float(scale)
     except ValueError as error:
@@ -89,7 +98,18 @@ def parse_lora(text: str) -> LoraFile:
         raise RequestError(
             f"--lora '{path}'", f"can't be read: {error}", "give a LoRA of this model"
         ) from error
-    return LoraFile(path, factor)
+    return LoraFile(path, factor, part)
+
+
+def check_parts(files: Iterable[LoraFile], parts: Collection[str]) -> None:
+    """Raise `RequestError` at a LoRA of an expert that is not among a bundle's."""
+    for file in files:
+        if file.part not in parts:
+            raise RequestError(
+                f"--lora '{file.part}={file.path}'",
+                f"is of '{file.part}', and the bundle has {', '.join(parts)} alone",
+                "leave the part out",
+            )
 
 
 def _check_tensor(path: str, name: str) -> None:
@@ -193,7 +213,8 @@ def load_lora(pipe: Any, lora: LoraFile, adapter_name: str, model: Any) -> dict[
                 "belongs to the text encoder, which attach leaves alone",
                 "call pipe.load_lora_weights(FILE) after attach",
             )
-        pipe.load_lora_weights(source, adapter_name=adapter_name)
+        expert = {"load_into_transformer_2": True} if lora.part == SECOND else {}
+        pipe.load_lora_weights(source, adapter_name=adapter_name, **expert)
     except KeyError as error:
         if error.args == (NO_TARGETS,):
             raise RequestError(

@@ -16,7 +16,7 @@ from ...policies.setting import CacheSetting
 from ..distributed.layout import Layout, layout_of
 from ..distributed.ranks import Ranks, facts_of
 from ..distributed.sequence import SharedModel
-from ..lora import parse_lora
+from ..lora import check_parts, parse_lora
 from ..model import DeviceOptions, Model
 from .adapters import Adapters, check_transformer
 from .transformer import FreewheelTransformer
@@ -50,8 +50,8 @@ def attach(
         cache: A config name or file, a policy name, or a resolved setting; None takes the
             bundle's default config. Change it between runs with `FreewheelTransformer.use`.
         backend: Name of a backend the bundle has engines for; None takes its first.
-        loras: ``FILE[:scale]``, fused into the first expert's weights: they stay whatever the
-            pipeline loads and unloads later.
+        loras: ``FILE[:scale]``, fused into the weights: they stay whatever the pipeline loads and
+            unloads later. ``transformer_2=FILE[:scale]`` is of the second expert.
         options: How engines are driven: weights kept in host memory, CUDA graphs.
         ranks: Of `join_ranks`: processes that share the runs, each of which runs this same script. None
             runs all here.
@@ -82,6 +82,7 @@ def attach(
     _check_timesteps(pipe)
     experts = opened.manifest.experts
     parts = [expert.part for expert in experts] or ["transformer"]
+    check_parts(files, parts)
     made: dict[str, FreewheelTransformer] = {}
     for index, part in enumerate(parts):
         model = _model(opened, backend, options, index, layout)
@@ -106,7 +107,8 @@ def attach(
     try:
         for part, transformer in made.items():
             setattr(pipe, part, transformer.module)
-        first.fuse(pipe, files)
+        for part, transformer in made.items():
+            transformer.fuse(pipe, [file for file in files if file.part == part])
     except BaseException:
         for part, standing in before.items():
             setattr(pipe, part, standing)

@@ -213,7 +213,7 @@ class Generator:
         Args:
             bundle: An open bundle.
             backend: Name of a backend; None takes the bundle's first.
-            loras: ``FILE[:scale]``.
+            loras: ``[transformer_2=]FILE[:scale]``.
             model: Diffusers folder with the rest of the pipeline, where the bundle has none.
             options: How engines are driven: weights kept in host memory, CUDA graphs.
             ranks: Processes that share every run; None runs all here.

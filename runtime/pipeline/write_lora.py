@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ...bundle.reader import Bundle
 from ...core.errors import RequestError
 from ...core.output import check_file, replaced_whole
-from ..lora import DIFFERENCE, LoraFile, load_lora
+from ..lora import DIFFERENCE, FIRST, LoraFile, check_parts, load_lora
 from .adapters import Adapters
 from .generate import pipeline_class_of, pipeline_of
 
@@ -52,7 +52,7 @@ def write_lora(bundle: Bundle, lora: LoraFile, out: Path, model: Path | None = N
     No weight is read, and of the pipeline its class alone.
 
     Args:
-        bundle: An open bundle. Of two experts the LoRA is the first one's, as in `attach`.
+        bundle: An open bundle.
         lora: A file, and a scale that goes into what is written.
         out: The file to be written, ``NAME.safetensors``; replaced where it exists.
         model: Diffusers folder with the rest of the pipeline, where the bundle has none.
@@ -70,9 +70,10 @@ def write_lora(bundle: Bundle, lora: LoraFile, out: Path, model: Path | None = N
         )
     check_file(out, "--out")
     pipeline_class = pipeline_class_of(*pipeline_of(bundle, model))
-    experts = bundle.manifest.experts
-    part, prefix = (experts[0].part, experts[0].prefix) if experts else ("transformer", "")
-    adapters = Adapters(bundle, prefix, None)
+    prefixes = {expert.part: expert.prefix for expert in bundle.manifest.experts} or {FIRST: ""}
+    check_parts([lora], prefixes)
+    part = lora.part
+    adapters = Adapters(bundle, prefixes[part], None)
     pipe = _around(pipeline_class, part, adapters.module)
     differences = load_lora(pipe, lora, "written", adapters.module)
     if adapters.has_adapters:
@@ -88,8 +89,13 @@ def write_lora(bundle: Bundle, lora: LoraFile, out: Path, model: Path | None = N
 
 
 def _around(pipeline_class: Any, part: str, transformer: Any) -> Any:
-    """Return a pipeline of nothing but a transformer: its loader of LoRAs asks for no more."""
+    """Return a pipeline of nothing but a transformer: its loader of LoRAs asks for no more.
+
+    Wan's asks the first expert for the config of the second too, which is the same.
+    """
     pipe = pipeline_class.__new__(pipeline_class)
     required, optional = pipeline_class._get_signature_keys(pipeline_class)
-    pipe.register_modules(**{**dict.fromkeys([*required, *optional]), part: transformer})
+    pipe.register_modules(
+        **{**dict.fromkeys([*required, *optional]), FIRST: transformer, part: transformer}
+    )
     return pipe

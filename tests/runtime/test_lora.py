@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
-from freewheel.runtime.lora import parse_lora
+from freewheel.runtime.lora import check_parts, parse_lora
 from freewheel.runtime.pipeline.adapters import Adapters
 from freewheel.runtime.pipeline.attach import attach
 
@@ -289,6 +289,13 @@ def test_scale_follows_the_file(tmp_path: Path) -> None:
     save_file({"transformer.q.lora_A.weight": torch.ones(2, 2)}, path)
     assert parse_lora(str(path)).scale == 1.0
     assert parse_lora(f"{path}:0.8").scale == 0.8
+    second = parse_lora(f"transformer_2={path}:0.8")
+    assert (second.part, second.path, second.scale) == ("transformer_2", str(path), 0.8)
+    check_parts([second], ["transformer", "transformer_2"])
+    with pytest.raises(
+        RequestError, match=r"is of 'transformer_2', and the bundle has transformer"
+    ):
+        check_parts([second], ["transformer"])
     with pytest.raises(RequestError, match=r"scale 'much' is not a number; write FILE:0.8"):
         parse_lora(f"{path}:much")
 

@@ -31,8 +31,10 @@ from freewheel.compiler.sizes import size_of
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.core.errors import BundleError, CheckpointError, ConfigError, RequestError
 from freewheel.engines import backend
+from freewheel.runtime.lora import parse_lora
 from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.attach import attach
+from freewheel.runtime.pipeline.write_lora import write_lora
 from freewheel.runtime.session import Session
 from freewheel.runtime.settings import config_entries
 
@@ -184,6 +186,52 @@ def test_each_expert_equals_its_transformer(bundle: Bundle, experts: tuple[Any, 
         with torch.no_grad():
             expected = model(given, torch.tensor([731.0]), text, return_dict=False)[0]
         assert relative(found, expected) < 1e-5, index
+
+
+def test_a_lora_changes_the_expert_that_it_is_of(
+    bundle: Bundle, checkpoint: Path, tmp_path: Path
+) -> None:
+    """As diffusers loads it, through --lora too, which is the same argument; and in a file for C++."""
+
+    def loaded() -> Any:
+        parts = ("transformer", "transformer_2")
+        return pipeline(
+            tuple(
+                WanTransformer3DModel.from_pretrained(checkpoint / p).float().eval() for p in parts
+            )
+        )
+
+    files = {}
+    for seed, part in enumerate(("transformer", "transformer_2")):
+        generator = torch.Generator().manual_seed(seed)
+        files[part] = tmp_path / f"{part}.safetensors"
+        pair = {
+            f"transformer.blocks.0.attn1.to_q.lora_{side}.weight": torch.randn(
+                *shape, generator=generator
+            )
+            for side, shape in (("A", (4, 24)), ("B", (24, 4)))
+        }
+        save_file(pair, files[part])
+    plain, pipe = loaded(), loaded()
+    plain.load_lora_weights(files["transformer"], adapter_name="a")
+    plain.set_adapters("a", 0.5)
+    high = latents(plain, 8)
+    plain.load_lora_weights(files["transformer_2"], adapter_name="b", load_into_transformer_2=True)
+    both = latents(plain, 8)
+    assert relative(both, high) > 0.001
+    given = [f"{files['transformer']}:0.5", f"transformer_2={files['transformer_2']}"]
+    attach(pipe, bundle, "off", backend="onnxruntime", loras=given)
+    assert relative(latents(pipe, 8), both) < 1e-4
+    attach(pipe, bundle, "off", backend="onnxruntime", loras=given[:1])
+    assert relative(latents(pipe, 8), high) < 1e-4
+    out = tmp_path / "written.safetensors"
+    write_lora(bundle, parse_lora(f"transformer_2={files['transformer_2']}:0.25"), out)
+    written = load_file(out)
+    assert {name.partition(".")[0] for name in written} == {"transformer_2"}
+    up, down = (written[f"transformer_2.blocks.0.attn1.to_q.lora_{s}.weight"] for s in "BA")
+    own = load_file(files["transformer_2"])
+    theirs = [own[f"transformer.blocks.0.attn1.to_q.lora_{side}.weight"] for side in "BA"]
+    assert torch.allclose(up @ down, 0.25 * theirs[0] @ theirs[1], atol=1e-5)
 
 
 def test_the_pipeline_switches_and_no_cache_crosses(
