@@ -42,6 +42,9 @@ MOVES = (1, -1, 2, -2)
 PROMISE, GAIN = 0.1, 0.03
 """dB that a move must bring soon, and in the end."""
 
+NEAR = -70.0
+"""dB of a final sample that nothing nearer is looked for: rounding it to half precision does as much."""
+
 Computed = tuple[int, ...]
 Recipe = tuple[float, int]
 """What a schedule was solved for: the weight of early errors, and residuals of a mix."""
@@ -123,9 +126,9 @@ def frontier(
     Args:
         lockstep: Runs to measure on.
         schedules: What `candidates` found.
-        wanted: Numbers of computed steps that are searched; the others are run once, with the
-            recipe that won at the nearest of these, and searched without rounds where that is no
-            nearer than one computed step fewer.
+        wanted: Numbers of computed steps that are searched; the others are run with the recipe that
+            won at the nearest of these, and with one more after the other while that is neither
+            nearer than one computed step fewer nor `NEAR`.
         rounds: As in `search`.
         objective: One of `OBJECTIVES`.
         fewest: Computed steps.
@@ -144,11 +147,17 @@ def frontier(
         nearest = min(recipes, key=lambda known: abs(known - count), default=None)
         own = schedules[count]
         recipe = next(iter(own)) if nearest is None else recipes[nearest]
-        one = own.get(recipe, next(iter(own.values())))
-        found[count] = search(lockstep, [one], rounds=0, objective=objective)
+        first = own.get(recipe, next(iter(own.values())))
         fewer = found.get(count - 1)
-        if fewer is not None and not better(found[count].distances, fewer.distances, 0.0):
-            found[count] = search(lockstep, own.values(), rounds=0, objective=objective)
+        for computed in dict.fromkeys([first, *own.values()]):
+            other = search(lockstep, [computed], rounds=0, objective=objective)
+            best = found.setdefault(count, other)
+            if better(other.distances, best.distances, 0.0):
+                best = found[count] = other
+            if fewer is None or max(best.distances) <= NEAR:
+                break
+            if better(best.distances, fewer.distances, 0.0):
+                break
         done(f"{count} of {lockstep.steps} computed")
     return found
 

@@ -36,7 +36,7 @@ def test_forecast_is_near_what_a_calibration_computes(
     )
     calibrate(small_demo, request, Silent(), lambda text: None)
     took = len(ran) / steps / 2  # of two branches
-    foretold = model_runs(2, speedups, refine=2, search=search)
+    foretold = model_runs(2, speedups, 2, search, steps)
     assert took / 1.3 < foretold < 4 * took
 
 
