@@ -124,11 +124,13 @@ class RunPlace:
     def branch(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> str:
         """Return the branch of a call: its cache context's, else the run's one of the same prompt.
 
+        What diffusers' guiders call ``pred_uncond`` is ``uncond``, as pipelines and configs call it.
+
         A prompt that no branch has is the first branch's that has not run this step yet (a prompt
         may change during a run), else a new branch's.
         """
         if "name" in self.context:
-            return str(self.context["name"])
+            return str(self.context["name"]).removeprefix("pred_")
         for name, known in self._unnamed.items():
             if known.keys() == prompt.keys() and all(
                 _is_same(known[n], tensor) for n, tensor in prompt.items()

@@ -414,13 +414,18 @@ def test_guiders_of_diffusers_guide(demo_bundle: Bundle, repository: Path) -> No
         found[name] = guided(pipe, guider)
         assert relative_l1(found[name], guided(plain, guider)) < 1e-4, name
     assert (
-        transformer.statistics.branches["pred_uncond"].computed
-        == [None] * 2 + [True] * 4 + [None] * 2
+        transformer.statistics.branches["uncond"].computed == [None] * 2 + [True] * 4 + [None] * 2
     )
     assert relative_l1(*found.values()) > 0.01
     transformer.use("shapes_wan_taylorseer")
     guided(pipe, zero)
-    assert transformer.statistics.branches["pred_uncond"].computed == [True, False] * 4
+    assert transformer.statistics.branches["uncond"].computed == [True, False] * 4
+    every = {"parameters": {"interval": 2}, "branches": {"uncond": {"interval": 4}}}
+    transformer.use(CacheSetting(policy="taylorseer", **every))
+    guided(pipe, zero)
+    found = {name: branch.computed for name, branch in transformer.statistics.branches.items()}
+    assert found["uncond"] == [True, False, False, False] * 2
+    assert found["cond"] == [True, False] * 4
     skipped = LayerSkipConfig(indices=[1], fqn="blocks")
     skipping = SkipLayerGuidance(skip_layer_config=skipped, skip_layer_guidance_stop=1.0)
     with pytest.raises(RequestError, match=r"transformer, 'blocks.1': has a TransformerBlockSkip"):
