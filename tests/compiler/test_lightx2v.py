@@ -17,8 +17,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from freewheel.bundle.files import CACHE
 from freewheel.bundle.reader import Bundle
 from freewheel.cli import app
+from freewheel.compiler.engines import STORE
 from freewheel.runtime.pipeline.schedulers import make_scheduler
 
 sys.path.insert(0, str(Path(__file__).parent / "checkpoints"))
@@ -92,10 +94,18 @@ DAILY = ("wan_t2v_tea", "wan_t2v_distill_lora", "wan_i2v_distill_fp8", "wan_moe_
 """Runs that have every kind of file and task between them."""
 
 
+def share_store(folder: Path, build_cache: Path) -> None:
+    """Let what is built in a folder take the graphs of all tests."""
+    (folder / CACHE).mkdir()
+    (build_cache / STORE).mkdir(parents=True, exist_ok=True)
+    (folder / CACHE / STORE).symlink_to(build_cache / STORE)
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Path:
     """A working folder with each model in both layouts, and the files that configs name."""
     folder = tmp_path_factory.mktemp("lightx2v")
+    share_store(folder, build_cache)
     for kind, suffix in (
         ("t2v", ".pth"),
         ("i2v", ".safetensors"),
@@ -249,9 +259,10 @@ def test_a_second_run_of_a_command_builds_nothing(
 
 
 def test_a_named_bundle_is_built_there_with_the_configs_list_of_steps(
-    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build_cache: Path
 ) -> None:
     monkeypatch.chdir(place)
+    share_store(tmp_path, build_cache)
     out = tmp_path / "bundle"
     words = command("wan_t2v_distill_model", "--backend", "onnxruntime")
     assert CliRunner().invoke(app, ["run", str(out), *words[1:]]).exit_code == 0
@@ -289,7 +300,10 @@ def test_a_command_that_can_not_be_followed_is_refused_before_anything_is_made(
     assert not (tmp_path / "save_results").exists()
 
 
-def test_build_takes_an_authors_folder_whole(place: Path, tmp_path: Path) -> None:
+def test_build_takes_an_authors_folder_whole(
+    place: Path, tmp_path: Path, build_cache: Path
+) -> None:
+    share_store(tmp_path, build_cache)
     out = tmp_path / "bundle"
     words = ["build", str(place / "moe_t2v"), "--out", str(out), "--backend", "onnxruntime"]
     done = CliRunner().invoke(app, words)

@@ -50,9 +50,9 @@ FOUND = (
     "lumina_next", "wan_animate",
     "stable_audio",  # its row is held out of the table
 )  # fmt: skip
-EVERY_RUN = ("qwen_image", "sd35", "flux_2")
-"""Those that C++ runs too: masks, complex numbers and two branches; three kinds of blocks and both prompts in
-one batch; streams that a block begins."""
+EVERY_RUN = ("sd35", "wan_vace", "chroma")
+"""Those that C++ runs too, so that their graphs are traced once for both: three kinds of blocks and both
+prompts in one batch; skip connections; masks and a table for each block."""
 COVERING = ("teacache", "taylorseer", "adacache", "easycache", "firstblock", "dmd")
 """A signal; known ahead; a feature of tokens; the whole output; a probe; inner products. What a policy
 looks at is a model's, and no runtime holds a policy's code."""

@@ -302,7 +302,7 @@ def test_what_records_a_run_refuses_two_experts(bundle: Bundle, verb: str, tmp_p
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_a_whole_pipeline_of_two_experts_is_built_verified_and_run(
-    form: str, repository: Path, tmp_path: Path
+    form: str, repository: Path, tmp_path: Path, build_cache: Path
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "bundle"
     shutil.copytree(repository / "models" / "shapes_wan", model)
@@ -320,7 +320,8 @@ def test_a_whole_pipeline_of_two_experts_is_built_verified_and_run(
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    freewheel("build", model, "--out", out, "--backend", "onnxruntime")
+    shared = ("--build-cache", build_cache)
+    freewheel("build", model, "--out", out, "--backend", "onnxruntime", *shared)
     assert freewheel("verify", out)["ok"]
     video = tmp_path / "video.mp4"
     asked = ("run", out, "--prompt", "a red circle", "--steps", 8, "--frames", 5, "--out", video)
