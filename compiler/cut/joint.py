@@ -122,7 +122,10 @@ def _divide(trace: Trace, made: fx.Node, parts: Sequence[fx.Node], axis: int) ->
         size: Any = value_of(part).shape[axis]
         if isinstance(size, torch.SymInt):
             size = insert(trace, made, ATEN.sym_size.int, part, axis)
-        end = size if begin == 0 else insert(trace, made, operator.add, begin, size)
+        if isinstance(begin, int) and (begin == 0 or isinstance(size, int)):
+            end = begin + size if isinstance(size, int) else size
+        else:
+            end = insert(trace, made, operator.add, begin, size)
         found.append(insert(trace, made, ATEN.slice.Tensor, made, axis, begin, end))
         begin = end
     return found

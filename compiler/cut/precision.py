@@ -205,7 +205,9 @@ class _Typing:
         computed = [n for n in read if getattr(n.meta.get("dependency"), "on", None)]
         if len(computed) > 1 and operation(node) != "scaled_dot_product_attention":
             return False
-        return any(sizes_of(n) - self.batch for n in (node, *read))
+        return any(sizes_of(n) - self.batch for n in (node, *read)) or any(
+            _has_fixed_tokens(n) for n in (node, *computed)
+        )
 
     def _operation(self, node: fx.Node) -> fx.Node:
         wanted: torch.dtype | None = None
@@ -222,7 +224,10 @@ class _Typing:
             None,
         )
 
-        def argument(one: fx.Node) -> fx.Node:
+        def argument(one: fx.Node) -> Any:
+            number = self.constants.get(self.copies[one])
+            if isinstance(number, (int, float)):
+                return number
             copy = self._beside(self.copies[one], placed)
             return copy if wanted is None else self._cast(copy, wanted)
 
@@ -243,7 +248,7 @@ class _Typing:
 
         with torch.no_grad():
             value: Any = target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))  # type: ignore[operator]  # a function
-        if not isinstance(value, Tensor):  # a tuple, of which elements are taken
+        if not isinstance(value, Tensor):  # a number, or a tuple of which elements are taken
             copy = self.graph.call_function(tuple, ())
         else:
             copy = self.graph.get_attr(f"constant_{node.name}")
@@ -278,6 +283,11 @@ class _Typing:
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
         with torch.no_grad():
             self.values[node] = target(*args, **kwargs)
+
+
+def _has_fixed_tokens(node: fx.Node) -> bool:
+    """Say whether a value has several tokens in every run: sound or a text of one length."""
+    return any(isinstance(extent, int) and extent > 1 for extent in value_of(node).shape[1:-1])
 
 
 def _widens(node: fx.Node) -> bool:

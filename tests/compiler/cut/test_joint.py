@@ -64,6 +64,17 @@ def test_a_cut_of_divided_blocks_is_the_model(cut: Cut) -> None:
         assert torch.allclose(found, model(**inputs, return_dict=False), atol=1e-6)
 
 
+def test_sequences_of_one_length_are_divided_at_numbers() -> None:
+    inputs = {"x": step("batch 5 4"), "text": prompt("batch 3 4")}
+    cut = cut_model(Row("Model", inputs), Model, {})
+    slices = [
+        node.args[1:]
+        for node in cut.segments["block"].module.graph.nodes
+        if node.op == "call_function" and operation(node) == "slice"
+    ]
+    assert slices == [(1, 0, 3), (1, 3, 8)]
+
+
 def test_each_block_hands_on_the_latents_and_the_text(cut: Cut) -> None:
     streams = find_streams(cut)
     assert [call.block for call in streams.blocks] == [f"blocks.{i}" for i in range(5)]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from cases import Case, traced
 from torch import Tensor, fx, nn
@@ -62,6 +64,26 @@ def test_products_of_vectors_stay_float32() -> None:
     found = traced(lambda t: t.unsqueeze(1) @ torch.ones(1, 4), t=run())
     module = graph_of(found)
     assert dtypes_of(lowered(module, set(found.symbols)), torch.randn(3))["matmul"] == torch.float32
+
+
+def test_tokens_may_be_of_one_number_a_vector_is_one() -> None:
+    for shape, dtype in (("batch 5 4", torch.float16), ("batch 1 4", torch.float32)):
+        found = traced(lambda x: x @ torch.ones(4, 4), x=step(shape))
+        module = lowered(graph_of(found), set(found.symbols))
+        assert dtypes_of(module, torch.randn(2, *map(int, shape.split()[1:])))["matmul"] == dtype
+
+
+def test_a_number_is_written_where_it_is_read() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(2, 5)
+    end = graph.call_function(operator.add, (1, 2))
+    end.meta["val"] = 3
+    taken = graph.call_function(torch.ops.aten.slice.Tensor, (x, 1, 1, end))
+    taken.meta["val"] = torch.zeros(2, 2)
+    graph.output((taken,))
+    module = lowered(fx.GraphModule(nn.Module(), graph))
+    assert module(torch.arange(10.0).view(2, 5))[0].tolist() == [[1, 2], [6, 7]]
 
 
 def test_linear_attention_is_float32_and_attention_low() -> None:
