@@ -45,6 +45,9 @@ COUNT_KEYS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_p
 THOUSANDS = 10.0
 """Timesteps below are fractions of the schedule, or logarithms of noise."""
 
+LONGER = 8
+"""How often a longer text says a prompt: some pipelines round a text's length up to 16."""
+
 UNGUIDED = ("guidance_scale", "true_cfg_scale")
 OFF = ("use_resolution_binning", "clean_caption")
 
@@ -120,8 +123,8 @@ def usual_calls(pipe: Any, text: str) -> tuple[dict[str, Any], Sizes]:
         size, first[key], other = sizes[key]
         others[size] = {key: other}
     for key in (k for k in COUNT_KEYS if k in taken):
-        others["batch"] = {key: 2}
-    others["text_tokens"] = {"prompt": f"{text}, and {text} once more"}
+        others.setdefault("batch", {key: 2})  # some pipelines take it, and make one
+    others["text_tokens"] = {"prompt": ", and ".join([text] * LONGER)}
     if "max_sequence_length" in taken:
         first["max_sequence_length"], others["text_tokens"]["max_sequence_length"] = 32, 48
     return first, others
@@ -260,6 +263,26 @@ def _brief(arguments: Mapping[str, Any]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """A size divided by a number, as a row spells it, with its value in every run.
+
+    ``rank`` is 0 for the likeliest divisor.
+    """
+
+    size: str
+    by: int
+    rank: int
+    word: str
+    extents: tuple[int, ...]
+
+
+def _unlikeliness(factors: Sequence[_Factor]) -> tuple[int, int]:
+    """Order products of equal value: a model divides a picture's sides alike, by its patch."""
+    sides = {factor.by for factor in factors if factor.size in ("height", "width")}
+    return len(sides), sum(factor.rank for factor in factors)
+
+
 class _Learner:
     """Names dimensions by what they do from run to run."""
 
@@ -389,9 +412,15 @@ class _Learner:
         if not self._moves(extents):
             keys = [k for k, v in self.config.items() if type(v) is int and v == extents[0]]
             return keys[0] if len(keys) == 1 and extents[0] > 4 else str(extents[0])
-        for name, sizes in self._expressions():
+        beyond = ""
+        for word, sizes in self._expressions():
             if sizes == extents:
-                return name
+                return word
+            more = {own - size for own, size in zip(extents, sizes, strict=True)}
+            if len(more) == 1 and word != "batch" and not beyond:  # so many tokens of its own
+                beyond = f"{word}{more.pop():+d}"
+        if beyond:
+            return beyond
         raise self._unknown(
             self._name(where),
             f"has a dimension ({', '.join(map(str, extents))}) that no sizes tell",
@@ -400,26 +429,42 @@ class _Learner:
     def _expressions(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield expressions over the known sizes with their values, simple ones first."""
         yield from self.known.items()
-        divided = {
-            (f"({n}//{by})" if by > 1 else n): tuple(x // by for x in sizes)
-            for n, sizes in self.known.items()
-            if n in SIZES and not n.startswith(("text", "batch", "tokens"))
-            for by in (1, 2, 4)
-        }
-        yield from divided.items()
+        factors = self._factors()
+        alone = {f.word: f.extents for options in factors for f in options}
+        yield from alone.items()
         pixels = self._latent_scale()[1]
         for name in self.known.keys() & {"height", "width"}:
             yield f"{pixels}*{name}", tuple(pixels * x for x in self.known[name])
-        products = dict(divided)
+        products = dict(alone)
         for count in (2, 3):
-            for factors in itertools.combinations(divided, count):
-                sizes = tuple(prod(x) for x in zip(*(divided[f] for f in factors), strict=True))
-                products["*".join(factors)] = sizes
+            for several in itertools.combinations(factors, count):
+                for chosen in sorted(itertools.product(*several), key=_unlikeliness):
+                    extents = zip(*(f.extents for f in chosen), strict=True)
+                    products["*".join(f.word for f in chosen)] = tuple(map(prod, extents))
         yield from products.items()
         texts = {n: s for n, s in self.known.items() if n.startswith("text")}
         images = {**products, **{n: s for n, s in self.known.items() if n == "tokens"}}
         for (text, first), (image, second) in itertools.product(texts.items(), images.items()):
             yield f"{text}+{image}", tuple(a + b for a, b in zip(first, second, strict=True))
+
+    def _factors(self) -> list[list[_Factor]]:
+        """Return each size divided by the patch that the config tells, undivided, and by a few numbers."""
+        patches, found = self._multiples(), []
+        for size, extents in self.known.items():
+            if size not in SIZES or size.startswith(("text", "batch", "tokens")):
+                continue
+            key = patches.get(size, "1")
+            patch = int(eval(key, {"__builtins__": {}}, dict(self.config)))
+            numbers = {2: f"({size}//2)", 4: f"({size}//4)"}
+            words = {patch: f"({size}//{key})", 1: size}
+            words |= {by: word for by, word in numbers.items() if by != patch}
+            found.append(
+                [
+                    _Factor(size, by, rank, word, tuple(x // by for x in extents))
+                    for rank, (by, word) in enumerate(words.items())
+                ]
+            )
+        return found
 
     def _declared(self, path: tuple[Any, ...]) -> Any:
         """Return the declaration of a leaf, or the value itself of what is no input."""

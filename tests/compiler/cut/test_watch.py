@@ -24,7 +24,14 @@ from freewheel.compiler.cut import models
 from freewheel.compiler.cut import row as words
 from freewheel.compiler.cut.prove import check_row
 from freewheel.compiler.cut.row import Input, Row
-from freewheel.compiler.cut.watch import learn_row, spelled, stand_in, usual_calls, watched_row
+from freewheel.compiler.cut.watch import (
+    LONGER,
+    learn_row,
+    spelled,
+    stand_in,
+    usual_calls,
+    watched_row,
+)
 from freewheel.core.errors import CheckpointError, ExportError, RequestError
 from freewheel.runtime.pipeline.attach import attach
 
@@ -96,11 +103,31 @@ class Turned(DiffusionPipeline):
     ) -> None:
         self.scheduler.set_timesteps(num_inference_steps)
         sample = torch.randn(1, 4, height // 8, width // 8)
-        text, pooled = torch.zeros(1, 4 + len(prompt), 32), torch.zeros(1, 64)
+        rows = self.text_tokens(prompt, height, width)
+        text, pooled = torch.zeros(1, rows, 32), torch.zeros(1, 64)
         for t in self.scheduler.timesteps:
             given = (1000 - t[None]) / 1000
             (output,) = self.transformer(sample, text, pooled, given, return_dict=False)
             sample = self.scheduler.step(-output, t, sample).prev_sample
+
+    def text_tokens(self, prompt: str, height: int, width: int) -> int:
+        return 4 + len(prompt)
+
+
+class Pictured(Turned):
+    """Gives the transformer a row for each patch of the picture in place of a text, and three more."""
+
+    def text_tokens(self, prompt: str, height: int, width: int) -> int:
+        return height // 16 * (width // 16) + 3
+
+
+def test_so_many_tokens_beside_others_are_learnt() -> None:
+    model, config = CASES["sd3"]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = Pictured(stand_in(getattr(diffusers, model), config), scheduler)
+    row = learn_row(pipe, *usual_calls(pipe, "x"))
+    rows = "(height//2)*(width//2)+3"
+    assert row.inputs["encoder_hidden_states"].shape.split()[1] == rows
 
 
 def test_a_turned_output_and_timesteps_from_the_other_end_are_learnt() -> None:
@@ -118,6 +145,20 @@ def test_a_row_is_spelled_as_the_table_has_it() -> None:
     names["size"] = words.size
     assert eval(spelled(row), names) == row
     assert '"img_shapes": [[(1, size("rows"), size("columns"))]],' in spelled(row)
+
+
+def test_a_product_divides_a_pictures_sides_alike_and_by_its_patch() -> None:
+    """At these sizes a height and a quarter of a width are as many as two halves."""
+    row, config = row_and_config("cogvideox")
+    model = stand_in(getattr(diffusers, row.model), config)
+    one: Any = SimpleNamespace(model=model, row=row)
+    pipe, arguments = pipeline_of("cogvideox", one)
+    pipe.set_progress_bar_config(disable=True)
+    first = {**arguments, "height": 64, "width": 96, "guidance_scale": 1.0}
+    others = {"height": {"height": 128}, "width": {"width": 160}, "frames": {"num_frames": 9}}
+    table, _ = learn_row(pipe, first, others).inputs["image_rotary_emb"]
+    rows = "frames*(height//patch_size)*(width//patch_size)"
+    assert table.shape == f"{rows} attention_head_dim"
 
 
 def test_complex_numbers_are_learnt_as_pairs() -> None:
@@ -141,8 +182,14 @@ def test_a_pipeline_of_sound_is_asked_for_seconds_and_prompts() -> None:
     assert others == {
         "batch": {"prompt": ["x", "x"]},
         "frames": {"audio_duration_s": 20.0},
-        "text_tokens": {"prompt": "x, and x once more"},
+        "text_tokens": {"prompt": ", and ".join("x" * LONGER)},
     }
+
+
+def test_a_batch_is_of_several_prompts_where_a_pipeline_takes_them() -> None:
+    """CogVideoX's takes a number of videos too, and makes one."""
+    pipe: Any = SimpleNamespace(__call__=diffusers.CogVideoXPipeline.__call__)
+    assert usual_calls(pipe, "x")[1]["batch"] == {"prompt": ["x", "x"]}
 
 
 def test_the_next_steps_timestep_is_learnt() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
@@ -31,10 +32,16 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GlmConfig,
+    GlmModel,
     LlamaConfig,
     LlamaModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -56,6 +63,12 @@ def tokenizer(longest: int = 128) -> Any:
 def t5(width: int) -> Any:
     return T5EncoderModel(
         T5Config(vocab_size=WORDS, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+
+
+def umt5(width: int) -> Any:
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=WORDS, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
 
 
@@ -117,6 +130,20 @@ def sd3(config: Any) -> dict[str, Any]:
     }
 
 
+def qwen_image_vae(channels: int) -> dict[str, Any]:
+    return {
+        "scheduler": dynamic(),
+        "tokenizer": tokenizer(1024),
+        "vae": AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=channels,
+            dim_mult=[1, 1, 1, 1],
+            latents_mean=[0.0] * channels,
+            latents_std=[1.0] * channels,
+        ),
+    }
+
+
 def qwen_image(config: Any) -> dict[str, Any]:
     text = {
         "vocab_size": WORDS,
@@ -135,17 +162,9 @@ def qwen_image(config: Any) -> dict[str, Any]:
         "out_hidden_size": config.joint_attention_dim,
     }
     return {
-        "scheduler": dynamic(),
-        "tokenizer": tokenizer(1024),
+        **qwen_image_vae(config.in_channels // 4),
         "text_encoder": Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-        ),
-        "vae": AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
         ),
     }
 
@@ -205,9 +224,7 @@ def longcat_audio(config: Any) -> dict[str, Any]:
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
         "tokenizer": tokenizer(),
-        "text_encoder": UMT5EncoderModel(UMT5Config(
-            vocab_size=WORDS, d_model=config.dit_text_dim, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-        )),
+        "text_encoder": umt5(config.dit_text_dim),
         "vae": LongCatAudioDiTVae(
             channels=8, c_mults=[1, 2], strides=[2], latent_dim=config.latent_dim,
             encoder_latent_dim=2 * config.latent_dim, downsampling_ratio=2,
@@ -262,6 +279,72 @@ def hunyuan(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def decoder(width: int, layers: int = 1) -> dict[str, int]:
+    """Return the config of a small language model."""
+    return {
+        "vocab_size": WORDS, "hidden_size": width, "intermediate_size": 16, "head_dim": 8,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+
+
+def cogview4(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": dynamic(),
+        "tokenizer": tokenizer(1024),
+        "text_encoder": GlmModel(GlmConfig(**decoder(config.text_embed_dim))),
+        "vae": picture_vae(config.in_channels),
+    }
+
+
+def sana(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "tokenizer": tokenizer(1024),
+        "text_encoder": Gemma2Model(Gemma2Config(**decoder(config.caption_channels))),
+        "vae": AutoencoderDC(
+            latent_channels=config.in_channels,
+            attention_head_dim=4,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_block_out_channels=(8,) * 6,
+            decoder_block_out_channels=(8,) * 6,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(1,) * 6,
+            encoder_qkv_multiscales=((),) * 6,
+            decoder_qkv_multiscales=((),) * 6,
+            scaling_factor=0.41407,
+        ),
+    }
+
+
+def krea_2(config: Any) -> dict[str, Any]:
+    layers = config.num_text_layers
+    vision = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": config.text_hidden_dim,
+        "deepstack_visual_indexes": [0],
+    }
+    text = decoder(config.text_hidden_dim, layers)
+    return {
+        **qwen_image_vae(config.in_channels // 4),
+        "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
+        "text_encoder_select_layers": tuple(range(1, layers + 1)),
+    }
+
+
+def aura_flow(config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.73),
+        "tokenizer": tokenizer(),
+        "text_encoder": umt5(config.joint_attention_dim),
+        "vae": picture_vae(config.in_channels),
+    }
+
+
 WHOLE: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "flux": ("FluxPipeline", flux),
     "sd3": ("StableDiffusion3Pipeline", sd3),
@@ -273,6 +356,10 @@ WHOLE: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "hunyuan_video": ("HunyuanVideoPipeline", hunyuan),
     "longcat_audio": ("LongCatAudioDiTPipeline", longcat_audio),
     "stable_audio": ("StableAudioPipeline", stable_audio),
+    "cogview4": ("CogView4Pipeline", cogview4),
+    "sana": ("SanaPipeline", sana),
+    "krea_2": ("Krea2Pipeline", krea_2),
+    "aura_flow": ("AuraFlowPipeline", aura_flow),
 }
 """Small model of `cases` → its pipeline, and how the other parts are made."""
 
