@@ -362,7 +362,7 @@ UNCUT = (
     "latte",
 )
 """Cases that need a patch, or more than the three blocks that are tried: learnt, and then refused,
-for torch can't trace them, or they are traced at one size alone."""
+for torch can't trace them, or they are traced at one size alone, or with a size that a value tells (Mochi)."""
 
 UNTRIED = ("hunyuan_image_distilled", "cosmos")
 """Cases that are learnt, and were not yet cut by what was learnt."""
