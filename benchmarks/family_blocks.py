@@ -102,7 +102,7 @@ def trace(name: str, precision: str, folder: Path) -> dict[str, Any]:
         cache=CacheSetting(), generation=GenerationDefaults(text_tokens=model.text_tokens)
     )
     sizes = BuildSizes(**{n: parse_range(f"--{n}", t) for n, t in model.sizes.items()})
-    ranges = dim_ranges(cut, sizes, resolve_configs({"off": defaults}, None), None)
+    ranges = dim_ranges(cut, sizes, resolve_configs({"off": defaults}, None, cut), None)
     profiles = profiles_of(graphs, {}, cut, ranges)
     return {
         n: {

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from ..core.errors import BundleError, RequestError
-from .manifest import MAX_SIZE, IoEntry, LimitEntry, Manifest, SumTerm
+from .manifest import MAX_SIZE, IoEntry, LatentScale, LimitEntry, Manifest, SumTerm
 
 __all__ = [
     "all_dims",
     "check_limits",
+    "check_video",
     "derive_dims",
     "divisor",
     "least",
     "match_dims",
+    "nearest_video",
     "shape_of",
     "summed",
 ]
@@ -164,6 +166,55 @@ def divisor(dims: Mapping[str, Sequence[tuple[str, int]]], name: str) -> int:
         name: Of the size.
     """
     return max((d for factors in dims.values() for dim, d in factors if dim == name), default=1)
+
+
+def check_video(
+    sizes: Mapping[str, int],
+    scale: LatentScale,
+    dims: Mapping[str, Sequence[tuple[str, int]]],
+) -> None:
+    """Refuse a video of which latents, or patches of them, would not be whole.
+
+    Args:
+        sizes: Its ``height``, ``width`` and ``frames``, or some of them.
+        scale: What one latent stands for.
+        dims: Derived dimension → its factors, each a size and its divisor.
+
+    Raises:
+        RequestError: one is too small, or between two that fit.
+    """
+    for name, size in sizes.items():
+        first, step = _video_steps(name, scale, dims)
+        if size >= first and (size - first) % step == 0:
+            continue
+        more, patch = first % step, divisor(dims, name)
+        found = f"is not {more} more than a multiple" if more else "is no multiple"
+        why = f": {patch} latent frames are a patch" if name == "frames" and patch > 1 else ""
+        raise RequestError(
+            f"--{name} {size}",
+            f"{found} of {step}{why}",
+            f"use {nearest_video(name, size, scale, dims)}",
+        )
+
+
+def nearest_video(
+    name: str, size: int, scale: LatentScale, dims: Mapping[str, Sequence[tuple[str, int]]]
+) -> int:
+    """Return the nearest height, width or frames that `check_video` lets pass."""
+    first, step = _video_steps(name, scale, dims)
+    return max(0, (size - first + step // 2) // step) * step + first
+
+
+def _video_steps(
+    name: str, scale: LatentScale, dims: Mapping[str, Sequence[tuple[str, int]]]
+) -> tuple[int, int]:
+    """Return the least of a size, and what lies between two that fit.
+
+    The first latent frame stands for one frame.
+    """
+    by = scale.frames if name == "frames" else scale.pixels
+    step = by * divisor(dims, name)
+    return step - by + 1 if name == "frames" else step, step
 
 
 def least(sums: Mapping[str, Sequence[SumTerm]], name: str) -> int:

@@ -117,7 +117,6 @@ def _plan(
 ) -> dict[str, Any]:
     """Forecast a build of ``model`` into a bundle beside it, and a run at ``size``."""
     from ..compiler.checkpoints.authors_folder import find_authors_folder
-    from ..compiler.defaults import resolve_configs
     from ..compiler.forecast.build import describe_plan
     from ..compiler.lightx2v import hollow_pipeline
     from ..compiler.plan import plan
@@ -128,7 +127,6 @@ def _plan(
     precision = precision_of(precision)
     configs = config_entries([config], screen.warn)
     height, width, frames, steps = size
-    generation = next(iter(resolve_configs(configs, None).values())).generation
     found = find_authors_folder(model) if model.is_dir() else None
     with nullcontext() if found is None else hollow_pipeline(found) as parts:
         second = None if found is None else found.low_noise
@@ -142,8 +140,10 @@ def _plan(
             low_noise=None if second is None else str(second),
             replace=True,
         )
+        planned = plan(request)
+        generation = planned.manifest.configs[planned.manifest.default_config].generation
         return describe_plan(
-            plan(request),
+            planned,
             size_of(generation, height=height, width=width, frames=frames, steps=steps),
             offload=offload,
         )

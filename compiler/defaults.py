@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from ..bundle.dims import nearest_video
 from ..bundle.manifest import (
     ConfigEntry,
     GenerationDefaults,
@@ -19,7 +21,8 @@ from ..configs.load import load_config
 from ..core.errors import CheckpointError, ConfigError
 from ..policies.setting import CacheSetting
 from ..runtime.pipeline.call import PipelineCall, diffusers_pipeline
-from .sizes import STRIDES, read_part
+from .cut.declared import Cut
+from .sizes import SIDES, STRIDES, latent_scale, read_part
 
 __all__ = [
     "pipeline_defaults",
@@ -64,13 +67,14 @@ def resolve_generation(
 
 
 def resolve_configs(
-    configs: Mapping[str, ConfigEntry], pipeline: Path | None
+    configs: Mapping[str, ConfigEntry], pipeline: Path | None, cut: Cut
 ) -> dict[str, ResolvedConfig]:
     """Fill in what configs leave open: from the first one, then the pipeline, then `RUN`.
 
     Args:
         configs: Name → config; the first is the default.
         pipeline: Folder of the diffusers pipeline, or None.
+        cut: The model, cut: a size that nobody asks for is the nearest that it takes.
 
     Raises:
         ConfigError: a value that no run can take.
@@ -78,6 +82,9 @@ def resolve_configs(
     """
     told = {**pipeline_defaults(pipeline), "flow_shift": scheduler_shift(pipeline)}
     default = RUN.model_copy(update=told)
+    scale = latent_scale(cut, pipeline)
+    sizes = {n: nearest_video(n, getattr(default, n), scale, cut.dims) for n in SIDES}
+    default = default.model_copy(update=sizes)
     resolved = {}
     for name, config in configs.items():
         generation = resolve_generation(config.generation, default)
@@ -103,19 +110,33 @@ def pipeline_defaults(pipeline: Path | None) -> dict[str, Any]:
     call = PipelineCall(pipeline_class, embeds_guidance=bool(transformer.get("guidance_embeds")))
     fields = ("steps", "height", "width", "frames", "guidance_scale", "text_tokens")
     told = {field: call.default(field) for field in fields}
-    usual: dict[str, Any] = {"frames": None} if call.makes_video else {"frames": 1}
-    if not call.makes_video and "height" in call.parameters:
-        usual |= {"height": PICTURE_PIXELS, "width": PICTURE_PIXELS}
+    vae = read_part(pipeline, "vae/config.json")
     size = transformer.get("sample_size")
+    usual: dict[str, Any] = {}
+    if call.makes_sound:
+        usual = {"frames": _sound_latents(call.seconds, vae) or size}
+        size = None
+    elif not call.makes_video:
+        usual = {"frames": 1}
+        if "height" in call.parameters:
+            usual |= {"height": PICTURE_PIXELS, "width": PICTURE_PIXELS}
     height, width = size if isinstance(size, list) else (size, size)
     stored = {
         "height": transformer.get("sample_height") or height,
         "width": transformer.get("sample_width") or width,
     }
-    pixels = _pixels(read_part(pipeline, "vae/config.json"))
+    pixels = _pixels(vae)
     usual |= {side: latents * pixels for side, latents in stored.items() if latents}
     found = {**usual, **{field: value for field, value in told.items() if value is not None}}
     return {field: value for field, value in found.items() if value is not None}
+
+
+def _sound_latents(seconds: float | None, vae: Mapping[str, Any]) -> int | None:
+    """Return the latents of so much sound; None where the VAE's config does not tell."""
+    rate, strides = vae.get("sampling_rate"), vae.get("downsampling_ratios")
+    if not (seconds and rate and strides):
+        return None
+    return ceil(seconds * rate / prod(strides))
 
 
 def _pixels(vae: Mapping[str, Any]) -> int:

@@ -150,8 +150,8 @@ def plan(request: BuildRequest) -> Plan:
             "compiles blocks together, and --sequence-parallel cuts them",
             "build with --weights inputs",
         )
-    configs = resolve_configs(request.configs, checkpoint.pipeline)
     row, cut = model_cut(checkpoint, request.precision, store, request.row)
+    configs = resolve_configs(request.configs, checkpoint.pipeline, cut)
     policies = carried_policies(cut, configs, request.policies)
     sequence = cut_sequence(cut) if request.sequence_parallel else None
     signals = _signals(cut, request.weights)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.dims import all_dims, check_limits, divisor
+from ..bundle.dims import all_dims, check_limits, check_video
 from ..bundle.guidance import branch_count
 from ..bundle.manifest import LatentScale, ResolvedGeneration
 from ..bundle.reader import Bundle
@@ -35,6 +35,10 @@ STRIDES = {
     "pixels": ("scale_factor_spatial", "spatial_compression_ratio"),
 }
 """Field of `LatentScale` → keys of the VAE's config, as diffusers' classes spell it."""
+
+
+SIDES = ("height", "width", "frames")
+"""Sizes of a video, which patches and the VAE divide."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
     Raises:
         RequestError: a size that VAE or patches do not divide, or beyond the model's positions.
     """
-    for name in ("height", "width", "frames"):
+    for name in SIDES:
         check_size(name, getattr(size, name))
     scale = latent_scale(cut, pipeline)
     by_time, by_space = scale.frames, scale.pixels
@@ -133,20 +137,14 @@ def dims_of(cut: Cut, size: Size, pipeline: Path | None) -> dict[str, int]:
     told = {}
     if image.get("model_type") == "clip_vision_model":  # one token more stands for the whole image
         told = {"image_tokens": (image["image_size"] // image["patch_size"]) ** 2 + 1}
-    if size.frames < 1 or (size.frames - 1) % by_time:
-        raise RequestError(
-            f"--frames {size.frames}",
-            f"is not 1 more than a multiple of {by_time}",
-            f"use {max(0, round((size.frames - 1) / by_time)) * by_time + 1}",
-        )
+    check_video({n: getattr(size, n) for n in SIDES}, scale, cut.dims)
     if size.steps < 1:
         raise RequestError(f"--steps {size.steps}", "is less than 1", "use 20 to 50")
     dims = {
         "batch": 1,
         "frames": (size.frames - 1) // by_time + 1,
-        "height": _divided("height", size.height, by_space * divisor(cut.dims, "height"))
-        // by_space,
-        "width": _divided("width", size.width, by_space * divisor(cut.dims, "width")) // by_space,
+        "height": size.height // by_space,
+        "width": size.width // by_space,
         "text_tokens": size.text_tokens,
         "steps": size.steps,
         **cut.usual,
@@ -188,13 +186,3 @@ def bundle_pipeline(bundle: Bundle) -> Path | None:
     if entry.folder is not None:
         return bundle.path(entry.folder)
     return Path(entry.source) if entry.source is not None else None
-
-
-def _divided(name: str, pixels: int, multiple: int) -> int:
-    if pixels < multiple or pixels % multiple:
-        raise RequestError(
-            f"--{name} {pixels}",
-            f"is no multiple of {multiple}",
-            f"use {max(multiple, round(pixels / multiple) * multiple)}",
-        )
-    return pixels

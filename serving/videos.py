@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from ..bundle.dims import nearest_video
 from ..core.errors import FreewheelError, RequestError, nearest
 from ..runtime.pipeline.generate import Generator
 from ..runtime.pipeline.request import GenerationRequest
@@ -200,11 +201,12 @@ class VideoJobs:
     def _frames(self, seconds: str | None) -> dict[str, int]:
         if seconds is None:
             return {}
-        step = self._generator.bundle.manifest.latent_scale.frames
+        manifest = self._generator.bundle.manifest
         wanted = _number("seconds", seconds, float) * self._fps
         if not 0 < wanted < 1e6:
             raise RequestError(f"field 'seconds': {seconds}", "is no length", "try 2")
-        return {"frames": max(1, round(wanted / step)) * step + 1}
+        frames = max(round(wanted), manifest.latent_scale.frames + 1)
+        return {"frames": nearest_video("frames", frames, manifest.latent_scale, manifest.dims)}
 
     def _work(self) -> None:
         while True:

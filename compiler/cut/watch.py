@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ...bundle.streams import LATENTS
 from ...core.errors import CheckpointError, RequestError
+from ...runtime.pipeline.call import SECONDS
 from .prove import check_row
 from .row import SIZES, Input, Row
 from .transformer import on_meta
@@ -40,7 +41,6 @@ Sizes = Mapping[str, Mapping[str, Any]]
 """Size → arguments with which a pipeline is called for that size alone to differ."""
 
 FRAMES_KEYS = ("num_frames", "frames", "video_length")
-SECONDS_KEYS = ("audio_duration", "audio_duration_s", "audio_end_in_s", "duration")
 COUNT_KEYS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 THOUSANDS = 10.0
 """Timesteps below are fractions of the schedule, or logarithms of noise."""
@@ -118,7 +118,7 @@ def usual_calls(pipe: Any, text: str) -> tuple[dict[str, Any], Sizes]:
         "width": ("width", 192, 320),
     }
     sizes |= dict.fromkeys(FRAMES_KEYS, ("frames", 9, 17))
-    sizes |= dict.fromkeys(SECONDS_KEYS, ("frames", 10.0, 20.0))
+    sizes |= dict.fromkeys(SECONDS, ("frames", 10.0, 20.0))
     for key in (k for k in sizes if k in taken):
         size, first[key], other = sizes[key]
         others[size] = {key: other}
@@ -293,7 +293,7 @@ class _Learner:
         self.first = runs[""]
         self.known: dict[str, tuple[int, ...]] = {}
         self.scale, self.offset = 1.0, 0.0
-        self.is_sound = "height" not in asked and any(key in asked for key in SECONDS_KEYS)
+        self.is_sound = "height" not in asked and any(key in asked for key in SECONDS)
         kinds = {path: self._changes(path) for path in self.first.leaves[0]}
         steps = [path for path, kind in kinds.items() if kind == "step"]
         if len(steps) != 1:

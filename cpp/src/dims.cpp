@@ -123,29 +123,43 @@ Result<Shape> shape_of(const std::string& name, const Io& io, const Dims& dims) 
   return shape;
 }
 
+namespace {
+
+/// The latents along a size that the model takes as one patch.
+std::int64_t patch_of(const Manifest& manifest, const std::string& name) {
+  std::int64_t patch = 1;
+  for (const auto& [dim, factors] : manifest.dims) {
+    for (const auto& [factor, divisor] : factors) {
+      if (factor == name && divisor <= kMaxLatentScale) patch = std::max(patch, divisor);
+    }
+  }
+  return patch;
+}
+
+}  // namespace
+
 Result<Shape> latent_shape(const Manifest& manifest, std::int64_t frames, std::int64_t height,
                            std::int64_t width) {
   const LatentScale& scale = manifest.latent_scale;
   const std::string most = std::to_string(kMaxVideoSide);
-  if (frames < 1 || frames > kMaxVideoSide || (frames - 1) % scale.frames != 0) {
-    const std::int64_t within = std::clamp<std::int64_t>(frames, 1, kMaxVideoSide - scale.frames);
-    return Status(
-        Code::kRequest, "frames",
-        "are " + std::to_string(frames) + ", expected " +
-            (frames > kMaxVideoSide ? most + " at most"
-                                    : "1 more than a multiple of " + std::to_string(scale.frames)),
-        "ask for " + std::to_string(within / scale.frames * scale.frames + 1));
+  const std::int64_t patch = patch_of(manifest, "frames");
+  const std::int64_t step = scale.frames * patch;
+  const std::int64_t first = step - scale.frames + 1;  // the first latent is one frame
+  if (frames < first || frames > kMaxVideoSide || (frames - first) % step != 0) {
+    const std::int64_t more = first % step, half = step / 2;
+    const std::int64_t within = std::clamp(frames, first, std::max(first, kMaxVideoSide - half));
+    const std::string multiple =
+        (more == 0 ? "" : std::to_string(more) + " more than ") + "a multiple of " +
+        std::to_string(step) +
+        (patch == 1 ? "" : ": " + std::to_string(patch) + " latent frames are a patch");
+    return Status(Code::kRequest, "frames",
+                  "are " + std::to_string(frames) + ", expected " +
+                      (frames > kMaxVideoSide ? most + " at most" : multiple),
+                  "ask for " + std::to_string((within - first + half) / step * step + first));
   }
   const std::pair<const char*, std::int64_t> sides[] = {{"height", height}, {"width", width}};
   for (const auto& [name, pixels] : sides) {
-    std::int64_t multiple = scale.pixels;
-    for (const auto& [dim, factors] : manifest.dims) {
-      for (const auto& [factor, divisor] : factors) {
-        if (factor == name && divisor <= kMaxLatentScale) {
-          multiple = std::max(multiple, scale.pixels * divisor);
-        }
-      }
-    }
+    const std::int64_t multiple = scale.pixels * patch_of(manifest, name);
     if (pixels < multiple || pixels > kMaxVideoSide || pixels % multiple != 0) {
       const std::int64_t within = std::min(pixels, kMaxVideoSide) / multiple * multiple;
       return Status(

@@ -78,6 +78,28 @@ TEST_F(DimsTest, LatentsTakeTheShapeThatTheModelGives) {
   }
 }
 
+TEST_F(DimsTest, FramesOfHalfAPatchAreRefused) {
+  manifest_["latent_scale"] = {{"frames", 4}, {"pixels", 8}};
+  manifest_["dims"]["tokens"] = json::array(
+      {json::array({"frames", 2}), json::array({"height", 1}), json::array({"width", 1})});
+  const auto video = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(video.ok()) << video.status().message();
+  EXPECT_TRUE(latent_shape(*video, 5, 8, 8).ok());
+  EXPECT_TRUE(latent_shape(*video, 13, 8, 8).ok());
+  EXPECT_EQ(latent_shape(*video, 9, 8, 8).status().message(),
+            "frames: are 9, expected 5 more than a multiple of 8: 2 latent frames are a patch; "
+            "ask for 13");
+  EXPECT_EQ(latent_shape(*video, 1, 8, 8).status().hint(), "ask for 5");
+  EXPECT_EQ(latent_shape(*video, 32769, 8, 8).status().hint(), "ask for 32765");
+  manifest_["latent_scale"]["frames"] = 1;  // sound, whose latents are frames
+  const auto sound = Manifest::parse(manifest_.dump(), "manifest.json");
+  ASSERT_TRUE(sound.ok()) << sound.status().message();
+  EXPECT_TRUE(latent_shape(*sound, 2, 8, 8).ok());
+  EXPECT_EQ(latent_shape(*sound, 81, 8, 8).status().message(),
+            "frames: are 81, expected a multiple of 2: 2 latent frames are a patch; ask for 82");
+  EXPECT_EQ(latent_shape(*sound, 1, 8, 8).status().hint(), "ask for 2");
+}
+
 TEST(Dims, MatchDeriveAndShape) {
   Io io;
   io.shape = {std::string("batch"), std::int64_t{2}, std::string("batch")};

@@ -22,6 +22,7 @@ from .sound import Sound
 
 __all__ = [
     "FLAGS",
+    "SECONDS",
     "Media",
     "PipelineCall",
     "class_for",
@@ -65,6 +66,9 @@ NOBODYS = frozenset(
     }
 )
 """Parameters of calls that no text can give."""
+
+SECONDS = ("audio_duration", "audio_duration_s", "audio_end_in_s", "duration")
+"""Parameters of calls that tell how long the sound is."""
 
 FITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"sound": (".wav",), "a video": (".mp4", ".gif", ".webp", ".png"), "a picture": (".png",)}
@@ -132,8 +136,13 @@ class PipelineCall:
     @property
     def makes_sound(self) -> bool:
         """Whether sound comes back, and no picture."""
-        is_timed = any(name.startswith("audio_") for name in self.parameters)
-        return is_timed and "height" not in self.parameters
+        return not self.parameters.keys().isdisjoint(SECONDS) and "height" not in self.parameters
+
+    @property
+    def seconds(self) -> float | None:
+        """Length of the sound that the call makes where none is given; None where it says nothing."""
+        told = (self.parameters.get(name) for name in SECONDS)
+        return next((float(found) for found in told if isinstance(found, int | float)), None)
 
     @property
     def makes_video(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ...bundle.dims import divisor
+from ...bundle.dims import check_video, divisor
 from ...bundle.guidance import embeds_guidance
 from ...bundle.reader import Bundle
 from ...bundle.sampler import DISTILLED, SAMPLERS
@@ -458,29 +458,18 @@ class Generator:
                 "leave it out, or give one 'sample_guide_scale'",
             )
         values |= call.without_parts
-        manifest = self.bundle.manifest
-        spatial = {
-            n: manifest.latent_scale.pixels * divisor(manifest.dims, n)
-            for n in ("height", "width")
-            if n in values
-        }
-        if image is not None and spatial and request.height is None and request.width is None:
+        manifest, scale = self.bundle.manifest, self.bundle.manifest.latent_scale
+        sizes = {n for n in ("height", "width", "frames") if n in values}
+        if (
+            image is not None
+            and "height" in sizes
+            and request.height is None
+            and request.width is None
+        ):
             area = values["height"] * values["width"]
-            values["height"], values["width"] = size_like(image, area, max(spatial.values()))
-        for name, multiple in spatial.items():
-            if values[name] < multiple or values[name] % multiple:
-                raise RequestError(
-                    f"--{name} {values[name]}",
-                    f"is no multiple of {multiple}",
-                    f"use {max(multiple, round(values[name] / multiple) * multiple)}",
-                )
-        step = manifest.latent_scale.frames
-        if "frames" in values and (values["frames"] < 1 or (values["frames"] - 1) % step):
-            raise RequestError(
-                f"--frames {values['frames']}",
-                f"is not 1 more than a multiple of {step}",
-                f"use {max(0, round((values['frames'] - 1) / step)) * step + 1}",
-            )
+            patch = max(divisor(manifest.dims, n) for n in ("height", "width"))
+            values["height"], values["width"] = size_like(image, area, scale.pixels * patch)
+        check_video({n: values[n] for n in sizes}, scale, manifest.dims)
         return values
 
     def _image(self, request: GenerationRequest) -> Image.Image | None:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from freewheel.bundle.dims import all_dims, derive_dims, least, match_dims, shape_of, summed
-from freewheel.bundle.manifest import IoEntry, SumTerm
+from freewheel.bundle.dims import (
+    all_dims,
+    check_video,
+    derive_dims,
+    least,
+    match_dims,
+    nearest_video,
+    shape_of,
+    summed,
+)
+from freewheel.bundle.manifest import IoEntry, LatentScale, SumTerm
 from freewheel.bundle.reader import Bundle
 from freewheel.core.errors import RequestError
 
@@ -30,6 +39,46 @@ def test_tokens_follow_from_the_patches(tiny_bundle: Bundle) -> None:
     assert derive_dims(tiny_bundle.manifest, sizes)["tokens"] == 3 * 4 * 3
     with pytest.raises(RequestError, match=r"dimension 'width'.*is 7, which 2 does not divide"):
         derive_dims(tiny_bundle.manifest, {**sizes, "width": 7})
+
+
+PATCHES = {"tokens": [("frames", 2), ("height", 2), ("width", 1)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "scale", "said"),
+    [
+        (
+            "frames",
+            9,
+            (4, 8),
+            r"--frames 9: is not 5 more than a multiple of 8: 2 latent frames are a patch; use 13",
+        ),
+        ("frames", 1, (4, 8), r"--frames 1: .*; use 5"),
+        ("frames", 81, (1, 1), r"--frames 81: is no multiple of 2: 2 latent .*; use 82"),
+        ("frames", 0, (1, 1), r"--frames 0: is no multiple of 2: .*; use 2"),
+        ("height", 24, (4, 8), r"--height 24: is no multiple of 16; use 32"),
+        ("width", 0, (4, 8), r"--width 0: is no multiple of 8; use 8"),
+    ],
+)
+def test_a_video_of_half_a_patch_is_refused(
+    name: str, size: int, scale: tuple[int, int], said: str
+) -> None:
+    stands_for = LatentScale(frames=scale[0], pixels=scale[1])
+    with pytest.raises(RequestError, match=said):
+        check_video({name: size}, stands_for, PATCHES)
+    check_video({name: nearest_video(name, size, stands_for, PATCHES)}, stands_for, PATCHES)
+
+
+def test_the_nearest_video_is_one_that_fits_itself() -> None:
+    for by in (1, 4, 6):
+        scale = LatentScale(frames=by, pixels=8)
+        for latents in (2, 4, 10):
+            frames = (latents - 1) * by + 1
+            assert nearest_video("frames", frames, scale, PATCHES) == frames
+            assert nearest_video("frames", frames + by - 1, scale, PATCHES) in (
+                frames,
+                frames + 2 * by,
+            )
 
 
 def test_a_sum_is_of_dimensions_padded_ones_and_numbers() -> None:

@@ -5,22 +5,36 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from generations import generation_of
 
 from freewheel.bundle.manifest import ConfigEntry, GenerationDefaults
 from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.declared import Cut
+from freewheel.compiler.cut.document import cut_of
+from freewheel.compiler.cut.models import family_of
 from freewheel.compiler.defaults import (
     RUN,
+    pipeline_defaults,
     policy_setting,
     resolve_configs,
     resolve_generation,
     scheduler_shift,
 )
-from freewheel.core.errors import CheckpointError, ConfigError
+from freewheel.compiler.profiles import BuildSizes, dim_ranges
+from freewheel.core.errors import CheckpointError, ConfigError, RequestError
 from freewheel.policies.setting import CacheSetting
+
+TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def cut(tiny_bundle: Bundle) -> Cut:
+    return cut_of(tiny_bundle)
 
 
 def config(**values: float) -> ConfigEntry:
@@ -33,13 +47,64 @@ def write_scheduler(pipeline: Path, **values: object) -> Path:
     return pipeline
 
 
-def test_what_a_config_leaves_open_is_the_first_ones_then_the_schedulers(tmp_path: Path) -> None:
+def test_what_a_config_leaves_open_is_the_first_ones_then_the_schedulers(
+    tmp_path: Path, cut: Cut
+) -> None:
     pipeline = write_scheduler(tmp_path, flow_shift=3)
     configs = {"a": config(steps=20, height=96), "b": config(steps=7, flow_shift=5.0)}
-    found = resolve_configs(configs, pipeline)
+    found = resolve_configs(configs, pipeline, cut)
     assert found["a"].generation == generation_of(steps=20, height=96, flow_shift=3.0)
     assert found["b"].generation == generation_of(steps=7, height=96, flow_shift=5.0)
-    assert resolve_configs({"a": config()}, None)["a"].generation == RUN
+    assert resolve_configs({"a": config()}, None, cut)["a"].generation == RUN
+
+
+def test_a_size_that_nobody_asks_for_fits_the_model(
+    shared_cut: Callable[..., Cut], tmp_path: Path
+) -> None:
+    row = family_of("WanTransformer3DModel", "")
+    patched = shared_cut(row, {**TINY, "patch_size": (2, 2, 2)})
+    found = resolve_configs({"a": config(), "b": config(frames=81)}, None, patched)
+    assert found["a"].generation == RUN.model_copy(update={"frames": 85})
+    assert found["b"].generation == RUN, "81 is asked for"
+    with pytest.raises(RequestError, match=r"--frames 81: is not 5 more than a multiple of 8"):
+        dim_ranges(patched, BuildSizes(), found, None)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"scale_factor_spatial": 32}))
+    fitting = resolve_configs({"a": config()}, tmp_path, patched)["a"]
+    assert (fitting.generation.height, fitting.generation.width) == (512, 832)
+    assert dim_ranges(patched, BuildSizes(), {"a": fitting}, tmp_path)["height"] == (16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "transformer", "vae", "frames"),
+    [
+        (
+            "AceStepPipeline",
+            {},
+            {"sampling_rate": 48_000, "downsampling_ratios": [2, 4, 4, 6, 10]},
+            1_500,
+        ),
+        ("StableAudioPipeline", {"sample_size": 1024}, {"sampling_rate": 44_100}, 1_024),
+        ("LongCatAudioDiTPipeline", {}, {}, None),
+    ],
+)
+def test_sound_is_as_long_as_its_pipeline_makes_it(
+    tmp_path: Path,
+    pipeline: str,
+    transformer: dict[str, Any],
+    vae: dict[str, Any],
+    frames: int | None,
+) -> None:
+    for name, content in {
+        "model_index.json": {"_class_name": pipeline},
+        "transformer/config.json": transformer,
+        "vae/config.json": vae,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    found = pipeline_defaults(tmp_path)
+    assert found.get("frames") == frames
+    assert "height" not in found
 
 
 @pytest.mark.parametrize(

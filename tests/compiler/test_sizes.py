@@ -17,11 +17,12 @@ from freewheel.core.errors import RequestError
 from freewheel.engines.base import TensorSpec
 
 WAN = family_of("WanTransformer3DModel", "")
+SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 
 
 @pytest.fixture(scope="module")
 def cut(shared_cut: Callable[..., Cut]) -> Cut:
-    return shared_cut(WAN, {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16})
+    return shared_cut(WAN, SMALL)
 
 
 def test_what_is_asked_for_comes_before_the_config(cut: Cut) -> None:
@@ -98,6 +99,22 @@ def test_scale_factors_are_the_pipelines_own(
 def test_a_size_that_does_not_divide_is_refused(cut: Cut, wanted: dict, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         dims_of(cut, size_of(generation_of(), **wanted), None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"frames": 81}, r"--frames 81: is not 5 more than a multiple of 8: 2 latent .*; use 85"),
+        ({"frames": 1}, r"--frames 1: .*; use 5"),
+    ],
+)
+def test_frames_of_half_a_patch_are_refused(
+    shared_cut: Callable[..., Cut], wanted: dict, said: str
+) -> None:
+    patched = shared_cut(WAN, {**SMALL, "patch_size": (2, 2, 2)})
+    with pytest.raises(RequestError, match=said):
+        dims_of(patched, size_of(generation_of(), **wanted), None)
+    assert dims_of(patched, size_of(generation_of(), frames=5), None)["tokens"] == 1_560
 
 
 @pytest.mark.parametrize(

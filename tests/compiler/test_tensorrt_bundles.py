@@ -347,7 +347,7 @@ def test_islands_stay_float32_in_the_graphs(low: Any) -> None:
 
 def test_low_precision_attention_is_fused_at_any_size(low: Any, tmp_path: Path) -> None:
     precision, cut, folder, entries = low
-    ranges = dim_ranges(cut, SIZES, resolve_configs(OFF, None), None)
+    ranges = dim_ranges(cut, SIZES, resolve_configs(OFF, None, cut), None)
     profiles = profiles_of(entries, {}, cut, ranges)
     target = Target(precision, profiles["block"], ("8.0", "8.9", "12.0"))
     TensorRTRTX().compile(folder / entries["block"].file, target, tmp_path / "engine")

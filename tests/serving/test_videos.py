@@ -99,6 +99,13 @@ def test_a_video_is_created_polled_and_fetched(
     assert list(jobs._folder.iterdir()) == []
 
 
+@pytest.mark.parametrize(("seconds", "frames"), [("0.1", 5), ("1", 9), ("1.2", 9), ("1.4", 13)])
+def test_a_length_is_the_nearest_that_the_model_takes(
+    jobs: VideoJobs, seconds: str, frames: int
+) -> None:
+    assert jobs._frames(seconds) == {"frames": frames}
+
+
 def test_a_running_video_is_cancelled_within_a_step_and_the_next_one_runs(
     client: Any, gate: Gate
 ) -> None:

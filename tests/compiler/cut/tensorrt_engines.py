@@ -61,7 +61,7 @@ def _compile(row: Row) -> str:
             folder = Path(scratch)
             (folder / "graphs").mkdir()
             graphs = write_graphs(cut.segments, cut.example_dims, folder, Silent())
-            ranges = dim_ranges(cut, _sizes_of(cut), resolve_configs(OFF, None), None)
+            ranges = dim_ranges(cut, _sizes_of(cut), resolve_configs(OFF, None, cut), None)
             profiles = profiles_of(graphs, {}, cut, ranges)
             engines = compile_graphs(
                 TensorRTRTX(), graphs, folder, LADA, Silent(), profiles=profiles

@@ -241,7 +241,7 @@ def test_engines_of_a_range_are_given_sizes_inside_it(
     manifest, cut = tiny_bundle.manifest, cut_of(tiny_bundle)
     sizes = BuildSizes((96, 128, 160), (128, 128, 128), (9, 9, 17))
     ranges = dim_ranges(
-        cut, sizes, resolve_configs(config_entries(["off"], lambda text: None), None), None
+        cut, sizes, resolve_configs(config_entries(["off"], lambda text: None), None, cut), None
     )
     profiles = profiles_of(manifest.graphs, manifest.policies, cut, ranges)
     for path in copied.glob("engines/onnxruntime-*/*/engine.json"):

@@ -213,6 +213,16 @@ def test_what_the_pipeline_does_not_take_is_refused(
         maker.generate(request_of(bundles("flux"), **given))
 
 
+def test_frames_of_half_a_patch_are_refused_before_the_run(
+    bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a bundle whose model takes two latent frames as one."""
+    bundle = bundles("ltx")
+    monkeypatch.setitem(bundle.manifest.dims, "tokens", [("frames", 2), ("height", 1)])
+    with pytest.raises(RequestError, match=r"--frames 17: is not 9 more than a multiple of 16"):
+        Generator(bundle).generate(request_of(bundle, frames=17))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -292,6 +302,7 @@ def test_guidance_is_the_models_own_where_it_takes_one() -> None:
         ("SanaVideoPipeline", (True, False)),
         ("WanVideoToVideoPipeline", (True, False)),
         ("StableAudioPipeline", (False, True)),
+        ("StableAudio3Pipeline", (False, True)),
         ("AceStepPipeline", (False, True)),
     ],
 )
