@@ -136,7 +136,8 @@ def _sound_latents(seconds: float | None, vae: Mapping[str, Any]) -> int | None:
     rate, strides = vae.get("sampling_rate"), vae.get("downsampling_ratios")
     if not (seconds and rate and strides):
         return None
-    return ceil(seconds * rate / prod(strides))
+    latents: float = seconds * rate / prod(strides)
+    return ceil(latents)
 
 
 def _pixels(vae: Mapping[str, Any]) -> int:
