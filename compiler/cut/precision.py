@@ -33,12 +33,12 @@ __all__ = ["typed"]
 
 EXACT = frozenset(
     {
+        "RotaryEmbedding",
         "group_norm",
         "layer_norm",
         "mean",
         "native_layer_norm",
         "rms_norm",
-        "rotary_embedding",
         "softmax",
         "var",
         "var_mean",

@@ -60,6 +60,21 @@ def test_tokens_products_are_low_norms_and_sums_with_the_stream_are_not() -> Non
     assert seen["layer_norm"] == seen["add"] == torch.float32
 
 
+def test_rotary_embeddings_of_low_products_are_float32() -> None:
+    """Their tables are, and ONNX knows no node of both."""
+
+    def forward(x: Tensor, table: Tensor) -> Tensor:
+        low = x @ torch.ones(4, 4)
+        turned = torch.ops.onnx.RotaryEmbedding.opset23(low, table, table)
+        return torch.nn.functional.scaled_dot_product_attention(turned, turned, turned)
+
+    found = traced(forward, x=step("batch 1 tokens 4"), table=step("batch tokens 2"))
+    module = lowered(graph_of(found))
+    seen = dtypes_of(module, torch.randn(2, 1, 5, 4), torch.randn(2, 5, 2))
+    assert seen["RotaryEmbedding"] == torch.float32
+    assert seen["matmul"] == seen["scaled_dot_product_attention"] == torch.float16
+
+
 def test_products_of_vectors_stay_float32() -> None:
     found = traced(lambda t: t.unsqueeze(1) @ torch.ones(1, 4), t=run())
     module = graph_of(found)
