@@ -34,8 +34,8 @@ from freewheel.policies.setting import CacheSetting
 from freewheel.policies.solved import Solved, SolvedConfig
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.pipeline.request import GenerationRequest
-from freewheel.runtime.session import StepRecord
 from freewheel.runtime.settings import choose_setting
+from freewheel.runtime.step_record import StepRecord
 from freewheel.tuning.held_out import taking
 from freewheel.tuning.quality import compare_videos
 

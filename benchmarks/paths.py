@@ -28,8 +28,8 @@ from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.policies.solved import SolvedConfig
 from freewheel.runtime.pipeline.generate import Generator
 from freewheel.runtime.pipeline.request import GenerationRequest
-from freewheel.runtime.session import StepRecord
 from freewheel.runtime.settings import choose_setting
+from freewheel.runtime.step_record import StepRecord
 from freewheel.tuning.gram import GramRecorder
 from freewheel.tuning.lockstep import Lockstep, Point, sampler_table
 from freewheel.tuning.paths import best_paths

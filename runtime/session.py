@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..bundle.dims import match_dims, shape_of
 from ..bundle.manifest import InputEntry
-from ..bundle.sections import Sections, divide
+from ..bundle.sections import divide
 from ..bundle.streams import HIDDEN, LATENTS, MODEL_OUTPUT, beside, check_samples_one
 from ..core.errors import NotFiniteError, RequestError
 from ..engines.base import BoundCall
@@ -39,9 +39,10 @@ from .model import Model
 from .pacer import Pacer
 from .resolved_setting import ResolvedSetting, resolve
 from .statistics import BranchStatistics, RunStatistics
+from .step_record import OpenStep, Recorder, StepRecord
 from .timesteps import timestep_inputs
 
-__all__ = ["OpenStep", "Recorder", "Session", "StepRecord"]
+__all__ = ["Session"]
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -58,73 +59,6 @@ def _on_stream(
             return method(self, *given, **named)
 
     return run
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a recorder is shown of one step; tensors are views, valid during the call.
-
-    Attributes:
-        branch: Branch name.
-        step_index: 0-based.
-        computed: Whether the body ran.
-        residual: [batch, tokens, channels], the body's or what was reused in its place.
-        feature: [batch, tokens, channels], the tapped feature; None on reused steps.
-        signals: Hidden-sized signals that the model has, [batch, tokens, channels] float32, by the
-            value that carries them; empty where not asked for.
-        model_output: [batch, out channels, …], float32.
-        buffers: What graphs of this step read, by name: ``latents``, ``hidden`` (the body's input),
-            this step's rows of the per-run tables, the prompt's context, ….
-        sections: Where the body divides: whose first blocks' residual is among ``signals``.
-    """
-
-    branch: str
-    step_index: int
-    computed: bool
-    residual: Tensor
-    feature: Tensor | None
-    signals: Mapping[str, Tensor]
-    model_output: Tensor
-    buffers: Mapping[str, Tensor]
-    sections: Sections | None = None
-
-
-@dataclass(frozen=True)
-class OpenStep:
-    """One step of one branch taken apart, for whoever fits what is reused; see `Session.open_step`.
-
-    Attributes:
-        hidden: [batch, tokens, channels], the body's input; the next opened step overwrites it.
-    """
-
-    hidden: Tensor
-    _body: Body
-    _finish: BoundCall
-    _model_output: Tensor
-
-    def compute(self) -> Tensor:
-        """Run the body and return its residual."""
-        self._body.run()
-        return self._body.results[HIDDEN] - self.hidden
-
-    def finish(self, residual: Tensor) -> Tensor:
-        """Return the model output that a residual leads to, float32."""
-        torch.add(self.hidden, residual, out=self._body.results[HIDDEN])
-        self._finish.run()
-        return self._model_output.clone()
-
-
-class Recorder(Protocol):
-    """Receives what a trace keeps."""
-
-    wants_signals: bool
-    across_experts: ClassVar[bool]  # whether it follows a run from one transformer to the next
-
-    def on_run(self, tables: Mapping[str, Tensor], schedule: Schedule) -> None:
-        """Take the tables [steps, …] that policies may look at, when a run begins."""
-
-    def on_step(self, record: StepRecord, dims: Mapping[str, int]) -> None:
-        """Take one step."""
 
 
 @dataclass

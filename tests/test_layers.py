@@ -146,6 +146,7 @@ TESTED_THROUGH = {
     "runtime/decider.py": "tuning/test_replay.py",
     "runtime/forecast/fold.py": "tuning/test_replay.py",
     "runtime/model.py": "runtime/test_session.py",
+    "runtime/step_record.py": "tuning/test_gram.py",
 }
 """Source file or folder → the test file that covers it, where none has its name."""
 

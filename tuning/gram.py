@@ -24,7 +24,7 @@ from ..policies.base import relative_change
 from ..policies.schedule import Schedule
 from ..runtime.buffers import allocate
 from ..runtime.model import Model
-from ..runtime.session import StepRecord
+from ..runtime.step_record import StepRecord
 
 __all__ = ["PERTURBATION", "GramRecorder", "Grams", "LinearisedFinish", "RecordedRun", "Start"]
 

@@ -22,7 +22,8 @@ from ..bundle.reader import Bundle
 from ..bundle.sampler_table import SamplerTable
 from ..policies.setting import CacheSetting
 from ..runtime.model import Model
-from ..runtime.session import OpenStep, Session
+from ..runtime.session import Session
+from ..runtime.step_record import OpenStep
 from .gram import PERTURBATION, Start
 
 __all__ = ["Lockstep", "Point", "sampler_table"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.errors import RequestError
 from ..policies.base import relative_change
 from ..policies.schedule import Schedule
-from ..runtime.session import StepRecord
+from ..runtime.step_record import StepRecord
 from .trace import Trace, TraceRecorder
 
 __all__ = ["RunRecorder"]

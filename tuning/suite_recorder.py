@@ -23,8 +23,8 @@ from ..policies.solved import MAXIMUM_STEPS, SolvedConfig
 from ..runtime.model import DeviceOptions, Model
 from ..runtime.pipeline.generate import Generator
 from ..runtime.pipeline.request import GenerationRequest
-from ..runtime.session import StepRecord
 from ..runtime.settings import choose_setting
+from ..runtime.step_record import StepRecord
 from .contest import EVEN, even_steps
 from .gram import LinearisedFinish, Start
 from .lockstep import Lockstep, sampler_table

@@ -29,7 +29,7 @@ from ..bundle.sections import Sections
 from ..core.errors import RequestError
 from ..core.output import replaced_whole
 from ..policies.schedule import Schedule
-from ..runtime.session import StepRecord
+from ..runtime.step_record import StepRecord
 
 __all__ = ["Trace", "TraceRecorder", "load_trace"]
 

@@ -22,8 +22,8 @@ from ...bundle.sampler import DISTILLED, SAMPLERS
 from ...core.errors import BundleError, RequestError
 from ..distributed.ranks import Ranks
 from ..model import DeviceOptions
-from ..session import Recorder
 from ..statistics import RunStatistics
+from ..step_record import Recorder
 from .adapters import hollow_transformer
 from .attach import attach
 from .call import (

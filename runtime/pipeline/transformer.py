@@ -27,9 +27,10 @@ from ..distributed.sequence import SharedModel
 from ..distributed.shared_run import SharedRun
 from ..lora import LoraFile, load_lora
 from ..model import Model
-from ..session import Recorder, Session
+from ..session import Session
 from ..settings import choose_setting, other_size
 from ..statistics import RunStatistics
+from ..step_record import Recorder
 from ..summary import counts, summary
 from .adapters import Adapters
 from .arguments import Arguments, sample_of, timestep_of

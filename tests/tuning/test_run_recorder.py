@@ -11,7 +11,7 @@ import torch
 from freewheel.policies.schedule import Schedule
 from freewheel.policies.setting import CacheSetting
 from freewheel.runtime.pipeline.generate import Generation, Generator
-from freewheel.runtime.session import StepRecord
+from freewheel.runtime.step_record import StepRecord
 from freewheel.tuning.run_recorder import TOKENS_PER_FRAME, RunRecorder
 
 STEPS = 10

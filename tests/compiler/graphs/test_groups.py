@@ -34,7 +34,8 @@ from freewheel.engines.base import Target
 from freewheel.policies.setting import CacheSetting, GuardSetting
 from freewheel.runtime.model import Model
 from freewheel.runtime.pipeline.adapters import Adapters
-from freewheel.runtime.session import Session, StepRecord
+from freewheel.runtime.session import Session
+from freewheel.runtime.step_record import StepRecord
 
 BACKENDS = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.openvino))
 TOLERANCE = 1e-6
