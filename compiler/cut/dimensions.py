@@ -141,7 +141,7 @@ class Dimensions:
             return "tokens"
         if expression.is_Symbol:
             return str(expression)
-        factors = self._product(expression)
+        factors = self._product(expression) or self._product(sympy.expand(expression))
         if factors is not None:
             name = "_times_".join(n if by == 1 else f"{n}_over_{by}" for n, by in factors)
             self.factors[name] = factors

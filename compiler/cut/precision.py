@@ -287,7 +287,9 @@ class _Typing:
 
 def _has_fixed_tokens(node: fx.Node) -> bool:
     """Say whether a value has several tokens in every run: sound or a text of one length."""
-    return any(isinstance(extent, int) and extent > 1 for extent in value_of(node).shape[1:-1])
+    value = value_of(node)
+    between = value.shape[1:-1] if isinstance(value, Tensor) else ()
+    return any(isinstance(extent, int) and extent > 1 for extent in between)
 
 
 def _widens(node: fx.Node) -> bool:

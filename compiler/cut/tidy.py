@@ -119,7 +119,11 @@ def same(node: fx.Node, other: fx.Node) -> bool:
 
 
 def spell_views(trace: Trace) -> None:
-    """Views become `reshape`, which takes any strides, with −1 only where the size is symbolic."""
+    """Views become `reshape`, which takes any strides, with −1 only where the size is symbolic.
+
+    A batch that stays is the source's own: TensorRT bounds what it has to infer by the largest of all
+    else over the smallest of the sizes beside it.
+    """
     for node, name in operations(trace):
         if name in VIEWS:
             source, shape = cast("tuple[fx.Node, list[Any]]", node.args)
@@ -127,7 +131,15 @@ def spell_views(trace: Trace) -> None:
                 int(extent) if asked == -1 and not isinstance(extent, torch.SymInt) else asked
                 for asked, extent in zip(shape, value_of(node).shape, strict=True)
             ]
+            if spelled[:1] == [-1] and _keeps_batch(node, source):
+                with trace.graph.inserting_before(node):
+                    spelled[0] = insert(trace, source, ATEN.sym_size.int, source, 0)
             node.target, node.args = ATEN.reshape.default, (source, spelled)
+
+
+def _keeps_batch(node: fx.Node, source: fx.Node) -> bool:
+    """Say whether a view has its source's first size."""
+    return str(value_of(node).shape[0]) == str(value_of(source).shape[0])
 
 
 def spell_by_one_name(trace: Trace) -> None:

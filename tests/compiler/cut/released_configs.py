@@ -29,6 +29,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "norm_elementwise_affine": False, "norm_type": "ada_norm_single", "num_layers": 28,
         "out_channels": 8, "patch_size": 2,
     },
+    "LuminaNextDiT2DModel": {"num_kv_heads": 8},
     "PRXTransformer2DModel": {"axes_dim": [32, 32]},
     "PixArtTransformer2DModel": {"caption_channels": 4096, "use_additional_conditions": False},
     "WanAnimateTransformer3DModel": {"num_layers": 10},

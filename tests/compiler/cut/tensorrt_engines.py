@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from released_configs import RELEASED
 
-from freewheel.bundle.dims import divisor
+from freewheel.bundle.dims import divisor, least
 from freewheel.bundle.manifest import ConfigEntry, EngineSetEntry, GenerationDefaults, GraphEntry
 from freewheel.compiler.cut.declared import Cut
 from freewheel.compiler.cut.row import Row
@@ -75,8 +75,9 @@ def _sizes_of(cut: Cut) -> BuildSizes:
     """Return pixels and frames for latents of `LATENTS` and `PATCHES`."""
     by_time, by_space = cut.latent_scale
     pixels = _range(side * by_space for side in LATENTS)
-    patch = divisor(cut.dims, "frames")
-    frames = _range((count * patch - 1) * by_time + 1 for count in PATCHES)
+    patch, fewest = divisor(cut.dims, "frames"), least(cut.sums, "frames")
+    latents = (max(count * patch, fewest) for count in PATCHES)
+    frames = _range((count - 1) * by_time + 1 for count in latents)
     return BuildSizes(height=pixels, width=pixels, frames=frames, batch=(1, 1, 2))
 
 

@@ -41,6 +41,16 @@ def test_a_value_is_described_by_named_sizes(wan: Case, dimensions: Dimensions) 
     assert dimensions.spec(hidden, torch.float16, batch=1).shape[0] == 1
 
 
+def test_a_product_written_as_a_sum_is_a_product(dimensions: Dimensions) -> None:
+    batch, frames = sympy.symbols("batch frames", integer=True, positive=True)
+    found = dimensions._name(batch * (frames - 2) + 2 * batch, "is of a size")
+    assert found == dimensions._name(batch * frames, "is of a size")
+    assert dimensions.factors[found] in (
+        (("batch", 1), ("frames", 1)),
+        (("frames", 1), ("batch", 1)),
+    )
+
+
 def test_a_size_without_a_name_is_refused(dimensions: Dimensions) -> None:
     assert dimensions.of_word("text_tokens") == "text_tokens"
     with pytest.raises(ExportError, match=r"no name: 100\*text_tokens"):

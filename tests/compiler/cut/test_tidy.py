@@ -10,7 +10,7 @@ import torch
 from cases import run, traced
 from torch import Tensor
 
-from freewheel.compiler.cut.row import step
+from freewheel.compiler.cut.row import size, step
 from freewheel.compiler.cut.tidy import tidy
 from freewheel.compiler.cut.trace import Trace, value_of
 from freewheel.compiler.cut.words import is_operation, operation, tensors_read
@@ -55,6 +55,21 @@ def test_a_view_takes_any_strides_and_known_numbers() -> None:
     tidy(found)
     (view,) = [node for node in found.graph.nodes if operation(node) == "reshape"]
     assert view.args[1] == [-1, 2, 4]
+
+
+def test_a_view_infers_no_batch_that_its_source_has() -> None:
+    rows, columns = size("rows"), size("columns")
+    found = traced(
+        lambda x, rows, columns: x.reshape(-1, rows, columns, 8) * 2,
+        x=step("batch rows*columns 8"),
+        rows=rows,
+        columns=columns,
+    )
+    tidy(found)
+    (view,) = [node for node in found.graph.nodes if operation(node) == "reshape"]
+    assert -1 not in view.args[1]
+    x = torch.randn(3, 6, 8)
+    assert torch.equal(run(found, x=x, rows=2, columns=3), x.reshape(3, 2, 3, 8) * 2)
 
 
 @pytest.mark.parametrize("filled", [True, False])
