@@ -55,6 +55,22 @@ def test_each_pair_is_rotated_by_its_angle(parse, rewrite, evaluate) -> None:
     np.testing.assert_allclose(evaluate(model, values)["y"], -expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "group"), [(128, 128), (130, 26), (512, 128)])
+def test_a_wide_vector_is_turned_in_groups(parse, rewrite, evaluate, size, group) -> None:
+    model = parse(ROTARY.replace("tokens, 6]", f"tokens, {size}]").replace("3]", f"{size // 2}]"))
+    random = np.random.default_rng(size)
+    x = random.standard_normal((2, 2, 3, size)).astype(np.float32)
+    angles = random.uniform(-9, 9, (2, 3, size // 2)).astype(np.float32)
+    values = {"x": x, "c": np.cos(angles), "s": np.sin(angles)}
+    expected = evaluate(model, values)["y"]
+    assert rewrite(model, DecomposeRotaryEmbedding())
+    matrices = [
+        list(v.shape) for v in model.graph.initializers.values() if v.dtype.is_floating_point()
+    ]
+    assert sorted(matrices) == [[group // 2, group], [group, group]]
+    np.testing.assert_allclose(evaluate(model, values)["y"], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_several_nodes_and_a_graph_output_are_replaced(parse, rewrite, evaluate) -> None:
     model = parse(
         "g (float[b, 2, t, 6] x, float[b, t, 3] c, float[b, t, 3] s)"
