@@ -6,7 +6,9 @@
 
 Published configs cut to two blocks, one of each kind where there are several, with random weights. Everything
 runs in turn in one process, round by round; figures are medians. Eager and engines read the same
-mapped file, so that weights are in memory once.
+mapped file, so that weights are in memory once. Beside the seconds stands the rate of a form: operations of
+eager's matrix products and attention, by seconds; and the rate of a bare product with the model's
+largest matrix, which tells how much is left to gain.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 import typer
 from page import OUT, Out, Table, write
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import build
@@ -50,6 +53,12 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "ltx_2": ("LTX2VideoTransformer3DModel", TWO),
 }
 """Name → diffusers' class, whose defaults are the published config, and what is not the default."""
+
+LOW_TIMESTEPS = {"HunyuanVideo15Transformer3DModel"}
+"""Classes whose pipelines cast timesteps to the transformer's dtype; the others take float32."""
+
+PRODUCTS = 9
+"""Bare products whose median is a rate."""
 
 
 def checkpoint_of(name: str, folder: Path, dtype: torch.dtype) -> tuple[Row, Path]:
@@ -99,15 +108,27 @@ def ours(session: Session, raw: Mapping[str, Any]) -> Callable[[], Tensor]:
 
 
 def theirs(row: Row, model: nn.Module, raw: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Return what runs a diffusers transformer on the same inputs, in its dtype; not so timesteps."""
-    runs = {
-        n for n, declared in leaves_of(row, model.config)[1].items() if declared.changes == "run"
-    }
+    """Return what runs a diffusers transformer on the same inputs, as its pipeline casts them."""
+    declared = leaves_of(row, model.config)[1]
+    kept = {n for n, entry in declared.items() if entry.changes == "run"}
+    if row.model in LOW_TIMESTEPS:
+        kept = set()
     cast = {
-        n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and n not in runs else v
+        n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and n not in kept else v
         for n, v in raw.items()
     }
     return lambda: eager(row, model, cast)[0]
+
+
+def product_rate(matrix: Tensor, rows: int) -> float:
+    """Return the GFLOP/s of PyTorch's product of ``rows`` vectors with a matrix."""
+    vectors = torch.randn(rows, matrix.shape[1]).to(matrix)
+    taken = []
+    for _ in range(PRODUCTS):
+        began = time.perf_counter()
+        nn.functional.linear(vectors, matrix)
+        taken.append(time.perf_counter() - began)
+    return 2 * rows * matrix.numel() / statistics.median(taken) / 1e9
 
 
 def measure(
@@ -137,6 +158,12 @@ def measure(
                 typer.echo(f"{name}, {precision}, round {round_}: {form} {taken:.2f} s", err=True)
                 if round_:
                     seconds[form].append(taken)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            forms["diffusers eager"]()
+        operations = counter.get_total_flops() / 1e9
+        largest = max((w for w in model.parameters() if w.ndim == 2), key=Tensor.numel)
+        product = product_rate(largest.detach(), counts["tokens"])
         base = seconds["diffusers eager"]
         found = [
             {
@@ -145,6 +172,8 @@ def measure(
                 "form": form,
                 "seconds": statistics.median(taken),
                 "speedup": statistics.median(b / t for b, t in zip(base, taken, strict=True)),
+                "gflops": operations / statistics.median(taken),
+                "product_gflops": product,
                 "apart": relative_error(outputs[form], outputs["diffusers eager"]),
             }
             for form, taken in seconds.items()
@@ -191,11 +220,14 @@ def main(
                     r["form"],
                     r["seconds"],
                     f"{r['speedup']:.2f}×",
+                    f"{r['gflops']:.0f}",
+                    f"{r['product_gflops']:.0f}",
                     f"{r['apart']:.0e}",
                 ]
                 for r in rows
             ]
-            columns = ["model", "precision", "computed step", "seconds", "over eager", "apart"]
+            columns = ["model", "precision", "computed step", "seconds", "over eager"]
+            columns += ["GFLOP/s", "of a bare product", "apart"]
             table = Table(columns, cells, f"Two blocks, {height * width} tokens:", texts=3)
             text = write(out, "width", "Steps at real width", {"rows": rows}, table)
     typer.echo(text)
