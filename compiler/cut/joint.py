@@ -122,8 +122,10 @@ def _divide(trace: Trace, made: fx.Node, parts: Sequence[fx.Node], axis: int) ->
         size: Any = value_of(part).shape[axis]
         if isinstance(size, torch.SymInt):
             size = insert(trace, made, ATEN.sym_size.int, part, axis)
-        if isinstance(begin, int) and (begin == 0 or isinstance(size, int)):
-            end = begin + size if isinstance(size, int) else size
+        if begin == 0:
+            end = size
+        elif isinstance(begin, int) and isinstance(size, int):
+            end = begin + size
         else:
             end = insert(trace, made, operator.add, begin, size)
         found.append(insert(trace, made, ATEN.slice.Tensor, made, axis, begin, end))

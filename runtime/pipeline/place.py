@@ -124,13 +124,11 @@ class RunPlace:
     def branch(self, prompt: Mapping[str, Tensor], timestep: Tensor) -> str:
         """Return the branch of a call: its cache context's, else the run's one of the same prompt.
 
-        What diffusers' guiders call ``pred_uncond`` is ``uncond``, as pipelines and configs call it.
-
         A prompt that no branch has is the first branch's that has not run this step yet (a prompt
         may change during a run), else a new branch's.
         """
-        if "name" in self.context:
-            return str(self.context["name"]).removeprefix("pred_")
+        if said := self._said_branch():
+            return said
         for name, known in self._unnamed.items():
             if known.keys() == prompt.keys() and all(
                 _is_same(known[n], tensor) for n, tensor in prompt.items()
@@ -157,6 +155,14 @@ class RunPlace:
         """Return which of the step's timesteps each of those given is, int64 [given]."""
         return self._are_close(self._steps[step_index], timestep).int().argmax(0)
 
+    def _said_branch(self) -> str | None:
+        """Return the branch that the cache context names, if it names one.
+
+        What diffusers' guiders call ``pred_uncond`` is ``uncond``, as pipelines and configs call it.
+        """
+        name = self.context.get("name")
+        return None if name is None else str(name).removeprefix("pred_")
+
     def _continued(self, branch: str, timestep: Tensor) -> int | None:
         """Return the step of a call that goes on with the run; None if it begins another."""
         done, table = self.done.get(branch, -1), self._steps
@@ -168,7 +174,7 @@ class RunPlace:
                 return step_index
         if (
             self._last > 0
-            and "name" not in self.context
+            and self._said_branch() is None
             and self.is_at(table[self._last], timestep)
         ):
             raise self._unplaced(timestep)  # two branches of one prompt
@@ -187,7 +193,7 @@ class RunPlace:
         return RequestError(
             f"transformer call at timestep {float(timestep[0]):g}",
             f"can't be placed: no run of the scheduler's timesteps has a step of branch "
-            f"'{self.context.get('name', 'cond')}' there after step {self._last}",
+            f"'{self._said_branch() or 'cond'}' there after step {self._last}",
             PLACE_HINT,
         )
 
