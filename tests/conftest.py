@@ -74,6 +74,12 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(70_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed torch before a test and its fixtures: whatever ran before, its numbers are the same."""
+    torch.manual_seed(0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rehearse", metavar="BACKEND", help="run tests/gpu on a CPU backend, as far as that goes"
