@@ -19,6 +19,7 @@ from .optimize_graph import OptimizeGraph
 from .remove_no_op_casts import RemoveNoOpCasts
 from .static_reshapes import StaticReshapes
 from .strip_trace_metadata import StripTraceMetadata
+from .sum_rows_by_product import SumRowsByProduct
 from .weights_as_inputs import WeightsAsInputs
 
 __all__ = ["PASSES", "Pass", "PassResult", "backend_pipeline", "run_passes", "template_pipeline"]
@@ -37,6 +38,7 @@ PASSES: tuple[type[Pass], ...] = (
     MixByReduction,
     DistinctAttentionScales,
     DequantizeFloat8,
+    SumRowsByProduct,
 )
 
 
@@ -62,10 +64,16 @@ def template_pipeline(
 
 def backend_pipeline(backend: str) -> list[Pass]:
     """Return what a portable graph goes through before ``backend`` compiles it."""
+    tensorrt: list[Pass] = [
+        MixByReduction(),
+        DistinctAttentionScales(),
+        DequantizeFloat8(),
+        SumRowsByProduct(),
+    ]
     pipelines: dict[str, list[Pass]] = {
         "onnxruntime": [MultiHeadAttention(), ExpandAttentionMasks()],
         "openvino": [DecomposeRotaryEmbedding(), KeepSumsBeforeProducts()],
-        "tensorrt": [MixByReduction(), DistinctAttentionScales(), DequantizeFloat8()],
-        "tensorrt-rtx": [MixByReduction(), DistinctAttentionScales(), DequantizeFloat8()],
+        "tensorrt": tensorrt,
+        "tensorrt-rtx": tensorrt,
     }
     return pipelines.get(backend, [])

@@ -82,15 +82,17 @@ def extract(
         root.register_buffer(f"constant_{i}", trace.constants[node], persistent=False)
         new[node] = graph.get_attr(f"constant_{i}")
 
+    rows = {node for node in new if classes.runs(node) == "run"}
     for node in nodes:
         is_table = classes.runs(node) == "run"
+        if is_table or _is_of_rows(node, rows):
+            rows.add(node)
         joins = operation(node) in JOINS and not is_table
 
         def argument(read: fx.Node, size: SizeMaker = sizes[is_table], joins: bool = joins) -> Any:
             if read not in new:
                 return size(value_of(read).node.expr)
-            is_row = joins and classes.runs(read) == "run"
-            return _spread(graph, read, new[read], size) if is_row else new[read]
+            return _spread(graph, read, new[read], size) if joins and read in rows else new[read]
 
         target: Any = node.target
         new[node] = graph.call_function(
@@ -104,8 +106,14 @@ def extract(
     return fx.GraphModule(root, graph, class_name=name), inputs
 
 
+def _is_of_rows(node: fx.Node, rows: Collection[fx.Node]) -> bool:
+    """Say whether a value is made of tables' rows alone, and one for the whole batch as they are."""
+    read = tensors_read(node)
+    return bool(read) and all(n in rows and shape_of(n)[:1] == shape_of(node)[:1] for n in read)
+
+
 def _spread(graph: fx.Graph, row: fx.Node, copy: fx.Node, size: SizeMaker) -> fx.Node:
-    """Repeat a table's row for each element of the batch that it is joined with."""
+    """Repeat a table's row, or what is made of it, for each element of the batch that it is joined with."""
     batch, *others = shape_of(row)
     spread = graph.call_function(
         torch.ops.aten.expand.default, (copy, [size(batch), *[-1] * len(others)])

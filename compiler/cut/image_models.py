@@ -11,6 +11,7 @@ from .image_patches import (
     HUNYUAN_IMAGE,
     LUMINA_2,
     LUMINA_NEXT,
+    NUCLEUS_IMAGE,
 )
 from .row import PATCH_IMAGE, PATCH_VIDEO, TEXT_MASK, OfConfig, Row, prompt, run, size, step
 
@@ -293,6 +294,7 @@ IMAGE_MODELS: tuple[Row, ...] = (
         timestep_scale=1000.0,
         output_sign=-1,
         packed=2,
+        patches=NUCLEUS_IMAGE,
     ),
     Row(
         "Flux2Transformer2DModel",

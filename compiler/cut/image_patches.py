@@ -13,6 +13,7 @@ __all__ = [
     "HUNYUAN_IMAGE",
     "LUMINA_2",
     "LUMINA_NEXT",
+    "NUCLEUS_IMAGE",
 ]
 
 HUNYUAN_IMAGE = (
@@ -211,3 +212,36 @@ if base_sequence_length is not None:
     ),
 )
 """A logarithm of a number of tokens is computed of a tensor; queries are scaled by it, as attention would."""
+
+NUCLEUS_IMAGE = (
+    Patch(
+        "SwiGLUExperts.forward",
+        first="if self.use_grouped_mm:",
+        until="return self._run_experts_for_loop",
+        digest="10e46624a0aa",
+        lines="""
+x_per_expert = x.unflatten(0, (self.num_experts, -1))
+gate, up = torch.matmul(x_per_expert, self.gate_up_proj).chunk(2, dim=-1)
+return torch.matmul(F.silu(gate) * up, self.down_proj).flatten(0, 1)
+""",
+    ),
+    Patch(
+        "NucleusMoELayer.forward",
+        first="token_score_sums =",
+        until="gating_flat = gating_flat / (",
+        digest="bd9b52091f92",
+        lines="""
+token_score_sums = torch.zeros_like(hidden_states[..., 0]).flatten()
+token_score_sums = token_score_sums.index_put((global_token_indices,), gating_flat, accumulate=True)
+""",
+    ),
+    Patch(
+        "NucleusMoELayer.forward",
+        first="scatter_idx =",
+        until="out = out.reshape(bs, slen, dim)",
+        digest="bd2ae2b58bbb",
+        lines="out = out.index_put((global_token_indices,), routed_output, accumulate=True)",
+    ),
+)
+"""Experts choose their tokens, each as many: one product of all experts gives what a loop over them does.
+What they give is added row by row, where diffusers adds number by number."""

@@ -16,6 +16,7 @@ would turn the angles of large numbers (timesteps, guidance · 1,000) by 1e-4.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +46,9 @@ EXACT = frozenset(
     }
 )
 """Operations in float32, as the published models compute them."""
+
+ALIKE = frozenset({"index_put", "scatter", "scatter_add"})
+"""Operations that promote nothing: they want one dtype."""
 
 
 def typed(
@@ -215,6 +219,8 @@ class _Typing:
             wanted = (self._is_low(node) and self.precision) or torch.float32
         elif operation(node) in EXACT:
             wanted = torch.float32
+        elif operation(node) in ALIKE:
+            wanted = self._promoted(node)
 
         read = [self.copies[one] for one in node.all_input_nodes]
         if all(one in self.constants for one in read):
@@ -238,6 +244,12 @@ class _Typing:
         copy = self.graph.call_function(target, fx.map_arg(node.args, argument), kwargs)
         self._infer(copy)
         return copy
+
+    def _promoted(self, node: fx.Node) -> torch.dtype | None:
+        """Return the widest dtype of the real numbers that a node takes."""
+        given = [self.values[self.copies[one]] for one in node.all_input_nodes]
+        dtypes = [g.dtype for g in given if isinstance(g, Tensor) and g.is_floating_point()]
+        return reduce(torch.promote_types, dtypes) if dtypes else None
 
     def _constant(self, node: fx.Node) -> fx.Node:
         """Compute what depends on nothing."""

@@ -298,9 +298,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "NucleusMoEImageTransformer2DModel",
         {
             "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4],
-            "capacity_factors": [8.0, 8.0, 8.0, 8.0], "in_channels": 16,
-            "joint_attention_dim": 16, "moe_enabled": False, "num_attention_heads": 8,
-            "num_layers": 4, "out_channels": 4, "patch_size": 2,
+            "capacity_factors": 2.0, "in_channels": 16, "joint_attention_dim": 16,
+            "moe_intermediate_dim": 24, "num_attention_heads": 8, "num_experts": 4,
+            "num_layers": 6, "out_channels": 4, "patch_size": 2,
         },
     ),
     "flux_2": (

@@ -114,6 +114,17 @@ def test_linear_attention_is_float32_and_attention_low() -> None:
     assert seen["bmm"] == torch.float32
 
 
+def test_rows_are_added_in_the_wider_dtype_of_both() -> None:
+    def forward(x: Tensor) -> Tensor:
+        low = x @ torch.ones(4, 4)
+        places = torch.zeros(x.shape[0], dtype=torch.int64)
+        return low.index_put((places,), x, accumulate=True)
+
+    module = lowered(graph_of(traced(forward, x=step("tokens 4"))))
+    seen = dtypes_of(module, torch.randn(5, 4))
+    assert (seen["matmul"], seen["index_put"]) == (torch.float16, torch.float32)
+
+
 def test_what_depends_on_nothing_is_a_constant() -> None:
     def forward(t: Tensor) -> Tensor:
         return t.unsqueeze(1) * torch.exp(torch.arange(4, dtype=torch.float32) * -2.3)

@@ -258,8 +258,8 @@ Every policy runs on each of the bundles, and {attached} classes are attached to
 
 TensorRT-RTX compiles every graph of {fused} classes, in bfloat16 for compute capability 8.9 and as wide as
 a released model (`released_configs.py`), and fuses every attention of their blocks. The column counts the
-attentions in one block of each kind, and again where a graph also returns what policies look at; an empty
-cell was not tried. No GPU ran these engines.
+attentions in one block of each kind, and again where a graph also returns what policies look at; what
+is no bundle has none. No GPU ran these engines.
 
 Without its row a class can be [learnt from its pipeline's calls](../how-to/add-a-family.md)
 (`build --trace-with`). Of the {watched} classes whose pipelines tests watch, {cut} are cut so and equal
