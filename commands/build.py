@@ -304,8 +304,9 @@ def build(
 def _watched(model: str, revision: str | None, text: str, screen: Screen) -> Row | None:
     """Learn the row of a model that the table has none of, and print it."""
     from ..compiler.checkpoints.checkpoint import open_checkpoint
+    from ..compiler.cut.learn import watched_row
     from ..compiler.cut.models import row_of
-    from ..compiler.cut.watch import spelled, watched_row
+    from ..compiler.cut.spell import spelled
 
     checkpoint = open_checkpoint(model, revision)
     if row_of(checkpoint.transformer_class) is not None:

@@ -30,7 +30,7 @@ class BuildRequest:
             in (`compiler/defaults.py`).
         policies: Names of policies and pairs to carry beside ``off`` and those of the configs; None
             carries every policy.
-        row: What a class takes that the table has no row of (`compiler.cut.watch`).
+        row: What a class takes that the table has no row of (`compiler.cut.learn`).
         precision: Precision of ``body``.
         weights: Block templates with weights as inputs, or groups of blocks with weights inside.
             ``baked`` computed 2 to 11 % faster on a CPU at 180 and 1,560 tokens

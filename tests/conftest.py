@@ -52,7 +52,7 @@ LONGEST = (
     "compiler/graphs/test_groups.py", "runtime/pipeline/test_attach.py",
     "compiler/checkpoints/test_scaled.py", "runtime/distributed/test_ranks.py",
     "compiler/verify/test_bundle.py", "compiler/checkpoints/test_authors_folder.py",
-    "compiler/cut/test_watch.py", "policies/test_compiled.py", "compiler/models/test_hunyuan.py",
+    "compiler/cut/test_learn.py", "policies/test_compiled.py", "compiler/models/test_hunyuan.py",
     "compiler/models/test_wan.py", "cpp/test_feigned_gpu.py", "bundle/test_hostile.py",
 )  # fmt: skip
 """What takes longest, in seconds of a processor: begun first, workers end together."""

@@ -203,7 +203,7 @@ def attached() -> dict[str, list[str]]:
 def without_rows() -> dict[str, str]:
     """Return class → what comes of it where the table has no row of it; of its cases the best.
 
-    `test_watch.py` shows that it is true.
+    `test_learn.py` shows that it is true.
     """
     found = {"WanTransformer3DModel": "cut"}
     for name in CALLED:
