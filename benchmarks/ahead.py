@@ -19,7 +19,7 @@ from page import OUT, Out, Table, write
 from freewheel.compiler.cut.cut import cut_model
 from freewheel.compiler.cut.describe import describe
 from freewheel.compiler.cut.models import family_of
-from freewheel.compiler.cut.trace import skeleton
+from freewheel.compiler.cut.skeleton import skeleton
 from freewheel.compiler.cut.words import Cut, results, shape_of
 from freewheel.compiler.forecast.tables import operations
 

@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from freewheel.bundle.reader import Bundle
 from freewheel.compiler.build import build
+from freewheel.compiler.cut.arguments import leaves_of
 from freewheel.compiler.cut.models import row_of
 from freewheel.compiler.cut.prove import eager, random_inputs, random_weights, relative_error
 from freewheel.compiler.cut.row import SIZES, Row
-from freewheel.compiler.cut.trace import leaves_of
 from freewheel.compiler.plan import plan
 from freewheel.compiler.request import BuildRequest
 from freewheel.configs.load import load_config

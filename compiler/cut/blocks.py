@@ -17,7 +17,8 @@ from typing import Any
 from torch import fx
 
 from .classes import classify
-from .trace import Trace, block_lists, value_of
+from .skeleton import block_lists
+from .trace import Trace, value_of
 from .words import (
     PRODUCTS,
     Instance,

@@ -22,6 +22,7 @@ from ...bundle.streams import LATENTS, MODEL_OUTPUT, beside
 from ...core.dtypes import Precision
 from ...engines.base import TensorSpec
 from .alone import alone
+from .arguments import by_path
 from .cut import AHEAD, cut_model
 from .declared import Cut as Declared
 from .declared import Runs as GraphRuns
@@ -36,7 +37,6 @@ from .refusal import refuse, refuse_what_has_no_word
 from .row import Ignored, Input, OfConfig, Row, Same
 from .streams import find_streams, latents_of
 from .taps import attention_output, modulated_input
-from .trace import by_path
 from .words import PRODUCTS, Call, Cut, arguments, operation, results
 
 __all__ = ["cut_once", "declare"]

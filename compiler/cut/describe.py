@@ -26,7 +26,7 @@ from .models import MODELS, row_of
 from .prove import random_inputs
 from .reads import late_values, own_places
 from .row import Row
-from .trace import skeleton
+from .skeleton import skeleton
 from .words import Call, Cut, Segment
 
 __all__ = ["describe", "describe_model"]

@@ -10,9 +10,10 @@ import sympy
 from torch import fx
 
 from ...bundle.manifest import LimitEntry
+from .assumptions import Assumption
 from .declared import DimFactor
 from .names import module_path, source_of
-from .trace import Assumption, Trace
+from .trace import Trace
 from .words import is_operation, sizes_read
 
 __all__ = ["limits_of", "place_limits"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ExportError
+from .arguments import example, filled, leaves_of, results_of
 from .patch import patched
 from .row import SIZES, Row
-from .trace import example, filled, leaves_of, results_of
 from .words import Call, Cut, Segment
 
 __all__ = ["chain", "check_row", "eager", "random_inputs", "random_weights", "relative_error"]

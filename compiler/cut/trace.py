@@ -8,70 +8,26 @@ graph is functional (no operation writes into its inputs), and composite operati
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import random
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-from torch.utils import _pytree as pytree
 
-from ...bundle.streams import LATENTS
 from ...core.errors import ExportError
+from .arguments import example, filled, leaves_of, results_of, tensors_of
+from .assumptions import Assumption, collected_assumptions, over_sizes
 from .patch import patched
-from .row import Ignored, Input, OfConfig, Row, Same, size_expression
+from .row import Input, Row, size_expression
+from .skeleton import skeleton
 from .symbolic import symbolic_python
 
-__all__ = [
-    "Assumption",
-    "Trace",
-    "by_path",
-    "example",
-    "filled",
-    "hint",
-    "leaves_of",
-    "results_of",
-    "skeleton",
-    "tensors_of",
-    "trace",
-    "value_of",
-]
-
-ASSERTING_MODULES = (
-    "torch._export.utils",
-    "torch.export.exported_program",
-    "torch.fx.passes.runtime_assert",
-)
-"""Where torch writes an assertion into a graph for each assumption about sizes."""
-
-KEPT = 2
-"""Blocks traced of a run of equal ones: what the second reads of the first, each reads of the one
-before it."""
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """A branch that Python took on a size: the graph is right where ``condition`` holds.
-
-    Attributes:
-        condition: Over the names of `models.SIZES`.
-        where: Source file and line.
-        by_model: Whether the model's source asks, not an operation of torch's.
-    """
-
-    condition: sympy.Basic
-    where: str
-    by_model: bool = False
+__all__ = ["Trace", "hint", "trace", "value_of"]
 
 
 @dataclass
@@ -149,173 +105,6 @@ class Watched(nn.Module):
         return results_of(results), kept
 
 
-def is_leaf(value: object) -> bool:
-    """Say whether an argument's nesting ends here."""
-    return isinstance(value, Input) or value is None
-
-
-def tensors_of(values: Any) -> list[Tensor]:
-    """Return the tensors of a nested value, in order."""
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def filled(arguments: Mapping[str, Any], leaves: Iterable[Any]) -> dict[str, Any]:
-    """Return `forward`'s arguments with a value in place of each `Input`, in order."""
-    given = iter(leaves)
-    found: dict[str, Any] = pytree.tree_map(
-        lambda leaf: leaf.argument(next(given)) if isinstance(leaf, Input) else leaf,
-        dict(arguments),
-        is_leaf=is_leaf,
-    )
-    for name, declared in arguments.items():
-        if isinstance(declared, Input) and declared.over is not None:
-            argument, dimension = declared.over
-            times = found[argument].shape[dimension]
-            found[name] = found[name].unsqueeze(-1).expand(-1, times)
-    return {n: found[v.argument] if isinstance(v, Same) else v for n, v in found.items()}
-
-
-def results_of(values: Any) -> list[Tensor]:
-    """Return what a transformer returns; a list with each sample's result is one tensor."""
-    returned = values if isinstance(values, tuple) else (values,)
-    return [torch.stack(v) if isinstance(v, list) else v for v in returned if v is not None]
-
-
-def leaves_of(row: Row, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Input]]:
-    """Return `forward`'s arguments for a config, and their inputs by name (``img_shapes.0.1``)."""
-    arguments: dict[str, Any] = {
-        name: value for name, value in row.inputs.items() if _is_taken(value, config)
-    }
-    fixed = {name: str(value) for name, (key, value) in row.fixed.items() if config.get(key)}
-
-    def at_config(leaf: Any) -> Any:
-        if isinstance(leaf, OfConfig):
-            return leaf.number(config)
-        return leaf.with_fixed(fixed) if isinstance(leaf, Input) else leaf
-
-    arguments = pytree.tree_map(at_config, arguments, is_leaf=is_leaf)
-    named = {path: leaf for path, leaf in by_path(arguments) if isinstance(leaf, Input)}
-    return {**arguments, "return_dict": False}, named
-
-
-def by_path(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what arguments are made of, by its place in them: ``img_shapes.0.1``."""
-    leaves, _ = pytree.tree_flatten_with_path(dict(arguments), is_leaf=is_leaf)
-    for path, leaf in leaves:
-        yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
-
-
-def _is_taken(argument: Any, config: Mapping[str, Any]) -> bool:
-    """Say whether a model of a config takes an argument: one that has no input, or one that it takes."""
-    if isinstance(argument, Ignored):
-        return False
-    inputs = [i for i in pytree.tree_leaves(argument, is_leaf=is_leaf) if isinstance(i, Input)]
-    return not inputs or any(i.needs is None or config.get(i.needs) for i in inputs)
-
-
-def example(
-    declared: Input,
-    config: Mapping[str, Any],
-    sizes: Mapping[str, int],
-    generator: torch.Generator,
-) -> Any:
-    """Return values for an input at given sizes: a tensor, or a whole number."""
-    shape = declared.dimensions(config, sizes)
-    dtype = getattr(torch, declared.dtype)
-    if declared.changes == "shape":
-        return shape[0]
-    if declared.fill == "mask":  # each batch element has fewer ones than the one before it
-        ones = torch.tensor([max(shape[-1] - 2 * i, 1) for i in range(shape[0])])
-        return (torch.arange(shape[-1]) < ones[:, None]).reshape(shape).to(dtype)
-    if declared.fill in ("timestep", "fraction"):
-        values = torch.tensor([437.0 if one == LATENTS else 211.0 for one in declared.of])
-        return (values if declared.fill == "timestep" else values / 1000).expand(shape).to(dtype)
-    if declared.fill == "places":
-        (before,) = replace(declared, shape=declared.behind).dimensions(config, sizes)
-        return (before + torch.randperm(shape[0], generator=generator)).to(dtype)
-    if declared.fill == "positions":
-        return torch.randint(0, 9, shape, generator=generator).to(dtype)
-    if isinstance(declared.fill, int):
-        return torch.randint(0, declared.fill, shape, generator=generator).to(dtype)
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def skeleton(
-    model_class: Any, config: Mapping[str, Any], whole: Collection[str] | None = ()
-) -> tuple[nn.Module, dict[str, int]]:
-    """Make a transformer whose weights have no storage, with two blocks of each run of equal ones.
-
-    Args:
-        model_class: A diffusers transformer.
-        config: Its config.
-        whole: Lists of blocks to leave as they are; None leaves all.
-
-    Returns:
-        The model, and block → number of blocks that it stands for. Blocks keep their names.
-    """
-    with _WeightsOnMeta():
-        model = model_class.from_config(dict(config)).eval()
-    runs = {} if whole is None else _shorten(model, whole)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                with mode:
-                    fake = torch.empty(parameter.shape, dtype=torch.float32)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=False)
-    return model, runs
-
-
-class _WeightsOnMeta(torch.overrides.TorchFunctionMode):
-    """Layers allocate weights by `torch.empty`; buffers, which are computed, keep their values."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is torch.empty:
-            kwargs["device"] = "meta"
-        return function(*args, **kwargs)
-
-
-def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the lists that may hold blocks, by path: those that lie in no other list."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not path.startswith(tuple(f"{p}." for p in found)):
-            found[path] = module
-    return found
-
-
-def _shorten(model: nn.Module, whole: Collection[str]) -> dict[str, int]:
-    """Drop all blocks but two of each run of equal ones."""
-    runs: dict[str, int] = {}
-    for path, blocks in block_lists(model).items():
-        if path in whole:
-            continue
-        for _, same in groupby(list(blocks._modules.items()), key=lambda item: _form(item[1])):
-            names = [name for name, _ in same]
-            if len(names) > KEPT:
-                runs[f"{path}.{names[KEPT - 1]}"] = len(names) - KEPT + 1
-                for name in names[KEPT:]:
-                    del blocks._modules[name]
-    return runs
-
-
-def _form(module: nn.Module | None) -> tuple[Any, ...]:
-    """Return what makes two blocks equal before they are traced: classes, settings, weights' shapes."""
-    plain = (bool, int, float, str, tuple, type(None))
-    return tuple(
-        (
-            name,
-            type(part),
-            [(k, v) for k, v in vars(part).items() if isinstance(v, plain) and k != "training"],
-            [(k, tuple(p.shape)) for k, p in part.named_parameters(recurse=False)],
-        )
-        for name, part in (module.named_modules() if module is not None else ())
-    )
-
-
 def trace(
     row: Row, model_class: Any, config: Mapping[str, Any], whole: Collection[str] | None = ()
 ) -> Trace:
@@ -346,7 +135,7 @@ def trace(
     ]
     try:
         with (
-            _assumptions() as domain,
+            collected_assumptions() as domain,
             symbolic_python(),  # first: a patched method takes its module's names along
             patched(model_class, row.patches),
             torch.no_grad(),
@@ -424,7 +213,7 @@ def _read(
         results=tuple(output.args[0][changed : changed + count]),
         mode=mode,
         symbols=symbols,
-        domain=_named(domain, symbols, mode.shape_env),
+        domain=over_sizes(domain, symbols, mode.shape_env),
         runs=runs,
     )
 
@@ -450,93 +239,3 @@ def _symbols(
             if isinstance(extent, torch.SymInt) and extent.node.expr.is_Symbol:
                 names.setdefault(extent.node.expr, size_expression(word, config))
     return names
-
-
-def _named(
-    domain: Iterable[Assumption], symbols: Mapping[sympy.Symbol, sympy.Basic], environment: Any
-) -> tuple[Assumption, ...]:
-    """Write assumptions over a row's sizes; those that its names already say are left out."""
-    upper = {s: environment.var_to_range[s].upper for s, name in symbols.items() if name.is_Symbol}
-    limits = [
-        Assumption(sympy.Le(symbol, most), "a table's length")
-        for symbol, most in upper.items()
-        # `torch.as_tensor(size)` bounds a size by the traced one; proofs go beyond that one.
-        if most.is_Integer and most < MOST and most != environment.backed_var_to_val.get(symbol)
-    ]
-    equal = dict(environment.replacements)
-    named = [
-        replace(one, condition=one.condition.xreplace(equal).xreplace(symbols))
-        for one in (*domain, *limits)
-    ]
-    return tuple(one for one in named if one.condition != sympy.true)
-
-
-@contextlib.contextmanager
-def _assumptions() -> Iterator[list[Assumption]]:
-    """Collect what is taken for granted about sizes, where torch would write assertions of it."""
-    found: dict[Any, Assumption] = {}
-    collected: list[Assumption] = []
-
-    def collect(_module: Any, environment: Any, *_: Any, **__: Any) -> None:
-        for checks in environment.deferred_runtime_asserts.values():
-            for check in checks:
-                if check.expr not in found:
-                    found[check.expr] = _assumption(check.expr, check.stack.summary())
-
-    with contextlib.ExitStack() as stack:
-        for name in ASSERTING_MODULES:
-            module = importlib.import_module(name)
-            if hasattr(module, "insert_deferred_runtime_asserts"):
-                stack.enter_context(
-                    patch.object(module, "insert_deferred_runtime_asserts", collect)
-                )
-        yield collected
-    collected += (one for one in found.values() if _may_fail(one))
-
-
-def _assumption(condition: sympy.Basic, frames: Sequence[Any]) -> Assumption:
-    """Return an assumption with the innermost line of diffusers that led to it."""
-    asked = [f for f in frames if "torch/fx/experimental" not in f.filename]
-    asked = [f for f in asked if not f.filename.endswith("torch/__init__.py")]
-    inside = [f for f in asked if "/diffusers/" in f.filename]
-    where = f"{Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
-    return Assumption(condition, where, by_model=bool(inside) and inside[-1] is asked[-1])
-
-
-MOST = 2**31
-
-SAMPLES = (1, 2, 3, 8, 100, 5_000, 1_000_000)
-
-
-def _may_fail(assumption: Assumption) -> bool:
-    """Say whether some sizes break an assumption.
-
-    What chooses strides breaks nothing: the graph is right either way (every cut is proved at sizes of 1).
-    """
-    condition = assumption.condition
-    if not assumption.where:  # asked again when the graph was made functional
-        return False
-    if not assumption.by_model and _chooses_strides(condition):
-        return False
-    symbols = sorted(assumption.condition.free_symbols, key=str)
-    draw = random.Random(0)
-    for _ in range(40):
-        sizes = {symbol: sympy.Integer(draw.choice(SAMPLES)) for symbol in symbols}
-        try:
-            if assumption.condition.xreplace(sizes) == sympy.false:
-                return True
-        except ZeroDivisionError:  # a latent smaller than one patch: no such size is run
-            continue
-    return False
-
-
-def _chooses_strides(condition: sympy.Basic) -> bool:
-    """Say whether torch asks if extents differ, if one is 0 or 1, or which of two strides is longer."""
-    if isinstance(condition, sympy.Ne):
-        return True
-    if not isinstance(condition, (sympy.Le, sympy.Lt)):
-        return False
-    sides = (sympy.Mul.make_args(side) for side in condition.args)
-    return condition.args[0] == 1 or all(
-        type(factor).__name__ == "Max" and 1 in factor.args for side in sides for factor in side
-    )

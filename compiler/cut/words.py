@@ -12,8 +12,9 @@ import sympy
 import torch
 from torch import fx
 
+from .assumptions import Assumption
 from .row import Input
-from .trace import Assumption, value_of
+from .trace import value_of
 
 __all__ = [
     "PRODUCTS",

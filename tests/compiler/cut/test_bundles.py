@@ -22,10 +22,10 @@ from pipelines import MODULAR, PIPELINES, pipeline_of
 from test_prove import OTHER
 
 from freewheel.bundle.reader import Bundle
+from freewheel.compiler.cut.arguments import filled, leaves_of
 from freewheel.compiler.cut.document import cut_of
 from freewheel.compiler.cut.prove import eager, random_inputs
 from freewheel.compiler.cut.row import SIZES
-from freewheel.compiler.cut.trace import filled, leaves_of
 from freewheel.compiler.graphs.write import io_entries
 from freewheel.compiler.verify.bundle import verify_bundle
 from freewheel.compiler.verify.engines import ROUNDINGS

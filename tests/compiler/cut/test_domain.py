@@ -15,9 +15,9 @@ from torch import Tensor
 
 from freewheel.bundle.dims import derive_dims
 from freewheel.bundle.manifest import LimitEntry, Manifest
+from freewheel.compiler.cut.assumptions import Assumption
 from freewheel.compiler.cut.domain import limits_of, place_limits
 from freewheel.compiler.cut.row import step
-from freewheel.compiler.cut.trace import Assumption
 from freewheel.compiler.sizes import Size, dims_of
 from freewheel.core.errors import RequestError
 
