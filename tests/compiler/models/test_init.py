@@ -11,9 +11,10 @@ import pytest
 import test_flux
 import test_hunyuan
 import test_ltx
+from small_configs import CASES
 
 from freewheel.compiler.cut.declared import FIRST_BLOCK_RESIDUAL, Cut, Runs
-from freewheel.compiler.cut.models import FAMILIES, Row, family_of
+from freewheel.compiler.cut.models import FAMILIES, Row, family_of, row_of
 from freewheel.configs.load import load_config
 from freewheel.core.errors import CheckpointError
 from freewheel.runtime.settings import config_entry
@@ -21,10 +22,12 @@ from freewheel.runtime.settings import config_entry
 TINY = {"flux": test_flux.TINY, "hunyuan": test_hunyuan.TINY, "ltx": test_ltx.TINY}
 """Configs that the families' own tests cut too."""
 
+DAILY = ("wan", *TINY)
+
 CONFIGS = [
-    pytest.param((f, {}), id=f.name, marks=() if f.name == "wan" else pytest.mark.nightly)
-    for f in FAMILIES
-] + [pytest.param((f, TINY[f.name]), id=f"tiny {f.name}") for f in FAMILIES if f.name in TINY]
+    pytest.param((row_of(CASES[name][0]), CASES[name][1]), id=name, marks=pytest.mark.nightly)
+    for name in CASES
+] + [pytest.param((f, TINY.get(f.name, {})), id=f.name) for f in FAMILIES if f.name in DAILY]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -56,11 +59,16 @@ def test_segment_names_are_unique_and_stages_name_them(cut: Cut) -> None:
 
 
 def test_every_input_is_given_by_callers_or_by_another_segment(cut: Cut) -> None:
-    made = {n for s in cut.segments for n in s.outputs}
+    made = {n for s in cut.segments for n in s.outputs} | set(cut.inputs)
+    of_blocks = {n for stage in cut.stages for n in (*stage.reads, *stage.skips)}
+    assert {n for stage in cut.stages for values in stage.reads.values() for n in values} <= made
+    handed_on = {
+        n.removesuffix("_out") for s in cut.segments if s.runs == "block" for n in s.outputs
+    }
     for segment in cut.segments:
-        assert set(segment.inputs) <= made | set(cut.inputs), segment.name
+        assert set(segment.inputs) <= made | of_blocks | handed_on, segment.name
     # A probe's graph is the same for every family, and so none of the cut's own.
-    given = made | set(cut.inputs) | {FIRST_BLOCK_RESIDUAL}
+    given = made | {FIRST_BLOCK_RESIDUAL}
     assert {value for value, _ in cut.signals.values()} <= given
 
 
@@ -111,5 +119,5 @@ def test_only_the_body_leaves_float32(cut: Cut) -> None:
     assert low == body - {None}
     for segment in cut.segments:
         for name, spec in segment.outputs.items():
-            exact = spec.dtype in ("float32", "bool")
-            assert exact or segment.runs == "prompt_block", (segment.name, name)
+            is_low = spec.dtype in ("bfloat16", "float16")
+            assert not is_low or segment.runs == "prompt_block", (segment.name, name)

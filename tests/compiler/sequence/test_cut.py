@@ -34,8 +34,8 @@ RANKS = 3
 SIZES = {"batch": 2, "tokens": 7, "text_tokens": 5}
 
 CUT = (
-    "flux", "qwen_image", "hunyuan_video", "wan_i2v", "sd3", "ltx", "chroma", "pixart", "mochi",
-    "flux_2", "cogvideox", "lumina_2",
+    "flux", "qwen_image", "hunyuan_video", "wan_i2v", "sd3", "ltx", "pixart", "flux_2", "cogvideox",
+    "lumina_2",
 )  # fmt: skip
 
 
@@ -142,6 +142,20 @@ def test_policies_that_look_at_tokens_are_known(demo_bundle: Bundle) -> None:
 @pytest.mark.parametrize("name", CUT)
 def test_blocks_of_other_models_are_cut(name: str, build_cache: Path) -> None:
     check_blocks(_cut(name, build_cache))
+
+
+@nightly
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("chroma", r"attention 1: can't be shared out by heads: a mask .*--sequence-parallel"),
+        ("mochi", r"graph 'prompt': needs all tokens of 'text_mask'; .*--sequence-parallel"),
+    ],
+)
+def test_blocks_that_want_all_tokens_are_refused(name: str, said: str, build_cache: Path) -> None:
+    """A mask with a row for every query; a prompt that is summed up where its tokens are shared."""
+    with pytest.raises(ExportError, match=said):
+        cut_sequence(_cut(name, build_cache))
 
 
 def _cut(name: str, build_cache: Path) -> Cut:
